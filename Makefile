@@ -1,0 +1,51 @@
+# The whole set-up: `make quickstart` or `make test`. Everything is installed into .venv at the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install quickstart test lint format chaos bench docs clean
+.DEFAULT_GOAL := help
+help:
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: .venv/.installed ## create .venv and install polytrope with its pinned dependencies
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	touch $@
+
+quickstart: install ## run the whole job once, on this machine
+	$(BIN)/polytrope run workflows/quickstart.yaml
+
+lint: install build/typecheck ## ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# mypy sees the three top-level folders as polytrope.* through links.
+build/typecheck:
+	mkdir -p build/typecheck/polytrope
+	for package in ops models pipeline; do ln -sfn ../../../$$package build/typecheck/polytrope/$$package; done
+
+format: install ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: install ## the whole test suite
+	$(BIN)/python -m pytest
+
+chaos: install ## long fault-injection suites; figures in benchmarks/results/chaos.json
+	mkdir -p benchmarks/results
+	POLYTROPE_CHAOS_RESULTS=benchmarks/results/chaos.json $(BIN)/python -m pytest tests/chaos -m "chaos or not chaos"
+	$(BIN)/python -m pytest tests/integration tests/stages -m chaos
+
+bench: install ## all benchmarks, JSON below benchmarks/results
+	for name in ops conversion data train engine; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+docs: install ## the documentation site in build/docs, every warning an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open build/docs/index.html"
+
+clean: ## remove build products, keep .venv
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
