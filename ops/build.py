@@ -1,0 +1,153 @@
+"""Compiles the kernels into a per-user cache, once for all processes of a machine, or ahead of time.
+
+A library is named by a hash of the sources, the compiler, its flags and the version of torch. The CPU kernels are
+compiled once per instruction set and chosen by the machine they run on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent / "csrc"
+CPU_SOURCES = ("cpu_float32.cpp", "cpu_float64.cpp", "cpu_polynorm.cpp")
+CUDA_SOURCES = ("cuda.cu",)
+CPU_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+CUDA_FLAGS = ("-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC", "-Xptxas=-v", "--threads=2")
+CUDA_ARCHITECTURES = ("80", "90")
+# Widest first: the name that torch gives to a CPU's capability, and the compiler flag.
+X86_LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3", "DEFAULT": "x86-64"}
+
+
+class BuildError(RuntimeError):
+    """No compiler, or it failed; one line that says so."""
+
+
+def cache_directory() -> Path:
+    """`$POLYTROPE_CACHE`, else `$XDG_CACHE_HOME/polytrope`, else `~/.cache/polytrope`."""
+    named = os.environ.get("POLYTROPE_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polytrope"
+
+
+def build(verbose: bool = True, cuda: bool | str | Sequence[str] = False) -> list[Path]:
+    """Compile the CPU kernels for every instruction set, and with `cuda` those for GPUs.
+
+    Args:
+        verbose: print each library as it is ready.
+        cuda: True, or compute capabilities such as "90" or "80,90".
+
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
+    if platform.machine() == "x86_64":
+        built = [cpu_library_path(level) for level in X86_LEVELS]
+    else:
+        built = [cpu_library_path()]
+    if cuda:
+        named = cuda.split(",") if isinstance(cuda, str) else () if cuda is True else cuda
+        built.append(cuda_library_path(tuple(named) or CUDA_ARCHITECTURES))
+    if verbose:
+        for path in built:
+            print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return built
+
+
+def cpu_library_path(level: str | None = None) -> Path:
+    """The library for an instruction set of `X86_LEVELS` (default: the best of this machine), compiled if need be."""
+    compiler = _find("CXX", "g++", "c++", "clang++")
+    flags = list(CPU_FLAGS)
+    if "clang" not in _version(compiler):
+        flags.append("-Wno-psabi")
+    if platform.machine() == "x86_64":
+        capability = level or torch.backends.cpu.get_cpu_capability()
+        flags.append(f"-march={X86_LEVELS.get(capability, 'x86-64')}")
+        # Clang and GCC prefer 256 bits on some machines; the kernels use explicit vectors of 512.
+        flags.append("-mprefer-vector-width=512" if capability == "AVX512" else "-mtune=generic")
+    return _compiled("cpu", compiler, flags, CPU_SOURCES)
+
+
+def cuda_library_path(architectures: Sequence[str] = CUDA_ARCHITECTURES) -> Path:
+    """The CUDA library for these compute capabilities, and portable code for later ones, compiled if need be."""
+    compiler = _find("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
+    flags = list(CUDA_FLAGS)
+    for architecture in architectures:
+        flags.append(f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
+    flags.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    return _compiled("cuda", compiler, flags, CUDA_SOURCES)
+
+
+def _find(variable: str, *candidates: str) -> str:
+    named = os.environ.get(variable)
+    for candidate in (named,) if named else candidates:
+        found = shutil.which(candidate)
+        if found:
+            return found
+    raise BuildError(f"no compiler found (looked for {named or ', '.join(candidates)}; set {variable})")
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"{compiler} does not run: {error}") from None
+
+
+def _compiled(kind: str, compiler: str, flags: Sequence[str], sources: Sequence[str]) -> Path:
+    digest = hashlib.sha256()
+    for part in (_version(compiler), *flags, torch.__version__, sys.platform, platform.machine()):
+        digest.update(part.encode() + b"\0")
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.read_bytes())
+    directory = cache_directory()
+    target = directory / f"polytrope-{kind}-{digest.hexdigest()[:20]}.so"
+    if target.exists():
+        return target
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(target.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                _compile(compiler, flags, sources, target)
+    except OSError as error:
+        raise BuildError(f"cannot write to {directory} ({error.strerror}); set POLYTROPE_CACHE") from None
+    return target
+
+
+def _compile(compiler: str, flags: Sequence[str], sources: Sequence[str], target: Path) -> None:
+    """All sources at the same time, then the link."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        objects = [Path(scratch) / f"{source}.o" for source in sources]
+        commands = [
+            [compiler, *flags, "-c", str(SOURCES / source), "-o", str(to)]
+            for source, to in zip(sources, objects, strict=True)
+        ]
+        library = Path(scratch) / target.name
+        link = [compiler, *flags, "-shared", *map(str, objects), "-o", str(library)]
+        written: list[str] = []
+        for stage in (commands, [link]):
+            running = [_start(command) for command in stage]
+            outputs = [process.communicate()[0] for process in running]
+            log = target.with_suffix(".log")
+            written.extend(outputs)
+            log.write_text("\n".join(written))
+            if any(process.returncode for process in running):
+                raise BuildError(f"{compiler} failed, see {log}")
+        os.replace(library, target)
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,0 +1,337 @@
+// The CPU kernels of all elementwise families, for cpu_float32.cpp and cpu_float64.cpp: blocks that fit the first-level cache are converted to
+// float, pass through a family of families.h, and are converted back. Sums over elements are added in an order that
+// depends on the shape only, never on the number of threads, so gradients are bitwise reproducible.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#include "cpu_elements.h"
+#include "cpu_threads.h"
+#include "families.h"
+#include "problem.h"
+
+namespace polytrope {
+namespace {
+
+constexpr int unrolled_degree = 8;  // kernels for higher degrees read the degree at run time
+
+// ---- kernels over one block; count is a multiple of the lanes ----
+
+// D, E: degree and second degree; 0: read at run time.
+template <class Family, class S, int D, int E>
+void forward_block(const S* __restrict x, S* __restrict y, int count, const S* table, int degree, int second) {
+  using V = Vector<S>;
+  const int n = D ? D : degree, m = D ? E : second;
+  S t[Family::largest_table];
+  std::copy(table, table + Family::largest_table, t);
+  for (int i = 0; i < count; i += lanes<S>) store(y + i, Family::value(load<V>(x + i), t, n, m));
+}
+
+template <class Family, class S, int D, int E>
+void backward_block(const S* __restrict x, const S* __restrict g, S* __restrict dx, int count, const S* table,
+                    double* __restrict total, int degree, int second) {
+  using V = Vector<S>;
+  const int n = D ? D : degree, m = D ? E : second, sums = Family::sums(n, m);
+  S t[Family::largest_table];
+  std::copy(table, table + Family::largest_table, t);
+  V a[Family::largest_sums];
+  for (int k = 0; k < sums; ++k) a[k] = V{};
+  for (int i = 0; i < count; i += lanes<S>) store(dx + i, Family::backward(load<V>(x + i), load<V>(g + i), t, a, n, m));
+  for (int k = 0; k < sums; ++k) total[k] += fold(a[k]);
+}
+
+template <class S>
+struct Kernel {
+  void (*forward)(const S*, S*, int, const S*, int, int);
+  void (*backward)(const S*, const S*, S*, int, const S*, double*, int, int);
+  void (*prepare)(const double*, S*, int, int);
+  void (*finish)(const double*, const double*, double*, int, int);
+  Tangent (*tangent)(const double*, double, int, int);
+  void (*add_tail)(const double*, double, double, double, double*, int, int);
+  int parameters, sums;
+};
+
+template <class Family, class S, int D = 0, int E = 0>
+Kernel<S> kernel_of(int n, int m) {
+  return {forward_block<Family, S, D, E>, backward_block<Family, S, D, E>, Family::template prepare<S>, Family::finish,
+          tangent<Family>, add_tail<Family>, Family::parameters(n, m), Family::sums(n, m)};
+}
+
+// Float64 kernels serve checks; they read the degree at run time.
+template <class Family, class S, int D = 1>
+Kernel<S> kernel_of_degree(int n, int m) {
+  if constexpr (std::is_same_v<S, double> || D > unrolled_degree) {
+    return kernel_of<Family, S>(n, m);
+  } else {
+    return n == D ? kernel_of<Family, S, D>(n, m) : kernel_of_degree<Family, S, D + 1>(n, m);
+  }
+}
+
+// Hermite differs from Polynomial in what stands before and after its kernels only.
+template <class S>
+Kernel<S> hermite_kernel(int n, int m) {
+  Kernel<S> kernel = kernel_of_degree<Polynomial, S>(n, m);
+  kernel.prepare = Hermite::prepare<S>;
+  kernel.finish = Hermite::finish;
+  kernel.tangent = tangent<Hermite>;
+  kernel.add_tail = add_tail<Hermite>;
+  return kernel;
+}
+
+template <class S>
+Kernel<S> find_kernel(const Problem& problem) {
+  const int n = problem.degree, m = problem.second_degree;
+  switch (problem.family) {
+    case family_polynomial: return kernel_of_degree<Polynomial, S>(n, m);
+    case family_hermite: return hermite_kernel<S>(n, m);
+    case family_chebyshev: return kernel_of_degree<Chebyshev, S>(n, m);
+    case family_legendre: return kernel_of_degree<Legendre, S>(n, m);
+    case family_fourier: return kernel_of_degree<Fourier, S>(n, m);
+    case family_harmonic: return kernel_of_degree<Harmonic, S>(n, m);
+    case family_tropical: return kernel_of_degree<Tropical, S>(n, m);
+    case family_tropical_rational: return kernel_of_degree<TropicalRational, S>(n, m);
+    case family_polyrelu: return kernel_of_degree<PolyReLU, S>(n, m);
+    case family_rational:
+      if (n == 5 && m == 4) return kernel_of<Rational, S, 5, 4>(n, m);
+      if (n == 3 && m == 2) return kernel_of<Rational, S, 3, 2>(n, m);
+      return kernel_of<Rational, S>(n, m);
+    case family_piecewise_linear: return kernel_of<PiecewiseLinear, S>(n, m);
+    default: return {};
+  }
+}
+
+// ---- passes ----
+
+// Elements first … first + count of a group's sequence, which is [outer, inner] out of [outer, groups, inner].
+struct Layout {
+  int64_t inner, row;  // row: elements from one outer index to the next
+
+  template <class Visit>  // visit(position in the block, memory index, memory stride, count)
+  void runs(int64_t start, int64_t first, int count, Visit visit) const {
+    if (inner == 1) {
+      visit(0, start + first * row, row, count);
+      return;
+    }
+    int64_t outer_index = first / inner, inner_index = first % inner;
+    for (int done = 0; done < count;) {
+      const int run = int(std::min<int64_t>(inner - inner_index, count - done));
+      visit(done, start + outer_index * row + inner_index, int64_t(1), run);
+      done += run;
+      inner_index = 0;
+      ++outer_index;
+    }
+  }
+
+  bool contiguous(int64_t first, int count) const { return inner > 1 && first % inner + count <= inner; }
+  int64_t index(int64_t start, int64_t first) const { return start + first / inner * row + first % inner; }
+};
+
+template <class S>
+void read_block(const Layout& layout, int type, const void* base, int64_t start, int64_t first, int count, S* target) {
+  layout.runs(start, first, count, [&](int position, int64_t index, int64_t stride, int run) {
+    read_elements(type, base, index, stride, target + position, run);
+  });
+}
+
+template <class S>
+void write_block(const Layout& layout, int type, void* base, int64_t start, int64_t first, int count, const S* source) {
+  layout.runs(start, first, count, [&](int position, int64_t index, int64_t stride, int run) {
+    write_elements(type, base, index, stride, source + position, run);
+  });
+}
+
+constexpr int largest_table = 4 * max_pieces;
+
+// What one group's elements pass through.
+template <class S>
+struct Pass {
+  using V = Vector<S>;
+  const Problem& problem;
+  const Kernel<S>& kernel;
+  alignas(64) S table[largest_table] = {};
+  Tangent left{}, right{};
+
+  Pass(const Problem& problem, const Kernel<S>& kernel, const double* parameters) : problem(problem), kernel(kernel) {
+    kernel.prepare(parameters, table, problem.degree, problem.second_degree);
+    if (!problem.tails) return;
+    left = kernel.tangent(parameters, problem.low, problem.degree, problem.second_degree);
+    right = kernel.tangent(parameters, problem.high, problem.degree, problem.second_degree);
+  }
+
+  void value(const S* x, S* y, int count) const {
+    if (!problem.tails) {
+      kernel.forward(x, y, count, table, problem.degree, problem.second_degree);
+      return;
+    }
+    alignas(64) S inside[block];
+    enter(x, inside, count);
+    kernel.forward(inside, y, count, table, problem.degree, problem.second_degree);
+    const S low = S(left.at), high = S(right.at);
+    for (int i = 0; i < count; i += lanes<S>) {
+      const V v = load<V>(x + i);
+      V value = load<V>(y + i);
+      value = v < low ? (v - low) * S(left.slope) + S(left.value) : value;
+      value = v > high ? (v - high) * S(right.slope) + S(right.value) : value;
+      store(y + i, value);
+    }
+  }
+
+  // Sums hold the family's own, then sum g and sum g (x - low) below the interval, and the same above it.
+  void gradient(const S* x, const S* g, S* dx, int count, double* sums) const {
+    if (!problem.tails) {
+      kernel.backward(x, g, dx, count, table, sums, problem.degree, problem.second_degree);
+      return;
+    }
+    alignas(64) S inside[block], inner_g[block];
+    enter(x, inside, count);
+    const S low = S(left.at), high = S(right.at);
+    V low_values = V{}, low_slopes = V{}, high_values = V{}, high_slopes = V{};
+    for (int i = 0; i < count; i += lanes<S>) {
+      const V v = load<V>(x + i), gv = load<V>(g + i);
+      low_values += v < low ? gv : V{};
+      high_values += v > high ? gv : V{};
+      low_slopes += v < low ? gv * (v - low) : V{};
+      high_slopes += v > high ? gv * (v - high) : V{};
+      store(inner_g + i, v < low ? V{} : (v > high ? V{} : gv));
+    }
+    kernel.backward(inside, inner_g, dx, count, table, sums, problem.degree, problem.second_degree);
+    for (int i = 0; i < count; i += lanes<S>) {
+      const V v = load<V>(x + i), gv = load<V>(g + i);
+      V slope = load<V>(dx + i);
+      slope = v < low ? gv * S(left.slope) : slope;
+      slope = v > high ? gv * S(right.slope) : slope;
+      store(dx + i, slope);
+    }
+    double* tail_sums = sums + kernel.sums;
+    tail_sums[0] += fold(low_values);
+    tail_sums[1] += fold(low_slopes);
+    tail_sums[2] += fold(high_values);
+    tail_sums[3] += fold(high_slopes);
+  }
+
+ private:
+  // x limited to the interval.
+  void enter(const S* x, S* inside, int count) const {
+    const S low = S(left.at), high = S(right.at);
+    for (int i = 0; i < count; i += lanes<S>) {
+      const V v = load<V>(x + i);
+      store(inside + i, smaller(broadcast<V>(high), larger(broadcast<V>(low), v)));
+    }
+  }
+};
+
+constexpr int tail_sums = 4;
+
+struct Tasks {
+  int64_t sequence, chunks, batch;  // elements of one group, tasks per group, tasks taken at once
+  explicit Tasks(const Problem& problem)
+      : sequence(problem.outer * problem.inner), chunks((sequence + chunk - 1) / chunk),
+        batch(problem.groups == 1 ? 1 : std::max<int64_t>(1, std::min<int64_t>(64, chunk / std::max<int64_t>(1, sequence)))) {}
+};
+
+// Whether elements are what the kernels compute with, so that they need no conversion.
+template <class S>
+bool is_direct(const Problem& problem) {
+  return !problem.gated && problem.data_type == (sizeof(S) == 4 ? type_float32 : type_float64);
+}
+
+template <class S>
+int forward(const Problem& problem, const void* x, const double* parameters, void* y, int threads, ParallelRegion region) {
+  const Kernel<S> kernel = find_kernel<S>(problem);
+  if (!kernel.forward) return 1;
+  const Tasks tasks(problem);
+  const int64_t half = problem.groups * problem.inner;
+  const Layout in{problem.inner, problem.gated ? 2 * half : half}, out{problem.inner, half};
+  const int type = problem.data_type;
+  const bool direct = is_direct<S>(problem);
+  run_tasks(tasks.chunks * problem.groups, tasks.batch, threads, region, [&](int64_t task) {
+    const int64_t group = task % problem.groups, first = task / problem.groups * chunk;
+    const int64_t last = std::min(first + chunk, tasks.sequence), start = group * problem.inner;
+    alignas(64) S xs[block], ys[block], gates[block];
+    const Pass<S> pass(problem, kernel, parameters + group * kernel.parameters);
+    for (int64_t at = first; at < last; at += block) {
+      const int count = int(std::min<int64_t>(block, last - at)), width = padded(count, lanes<S>);
+      if (direct && count == width && in.contiguous(at, count)) {
+        pass.value(static_cast<const S*>(x) + in.index(start, at), static_cast<S*>(y) + out.index(start, at), count);
+        continue;
+      }
+      read_block(in, type, x, start, at, count, xs);
+      std::fill(xs + count, xs + width, S(0));
+      pass.value(xs, ys, width);
+      if (problem.gated) {
+        read_block(in, type, x, start + half, at, count, gates);
+        for (int i = 0; i < count; ++i) ys[i] *= gates[i];
+      }
+      write_block(out, type, y, start, at, count, ys);
+    }
+  });
+  return 0;
+}
+
+template <class S>
+int backward(const Problem& problem, const void* g, const void* x, const double* parameters, void* dx, double* gradient,
+             int threads, ParallelRegion region) {
+  const Kernel<S> kernel = find_kernel<S>(problem);
+  if (!kernel.backward) return 1;
+  const Tasks tasks(problem);
+  const int64_t half = problem.groups * problem.inner;
+  const Layout in{problem.inner, problem.gated ? 2 * half : half}, out{problem.inner, half};
+  const int sums = kernel.sums + (problem.tails ? tail_sums : 0), type = problem.data_type;
+  const bool direct = is_direct<S>(problem);
+  std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(tasks.chunks * problem.groups * sums) + 1]);
+  if (!partial) return 2;
+  run_tasks(tasks.chunks * problem.groups, tasks.batch, threads, region, [&](int64_t task) {
+    const int64_t group = task % problem.groups, first = task / problem.groups * chunk;
+    const int64_t last = std::min(first + chunk, tasks.sequence), start = group * problem.inner;
+    alignas(64) S xs[block], gs[block], dxs[block], gates[block], values[block];
+    double* total = partial.get() + task * sums;
+    std::fill(total, total + sums, 0.0);
+    const Pass<S> pass(problem, kernel, parameters + group * kernel.parameters);
+    for (int64_t at = first; at < last; at += block) {
+      const int count = int(std::min<int64_t>(block, last - at)), width = padded(count, lanes<S>);
+      if (direct && count == width && in.contiguous(at, count)) {
+        const int64_t index = in.index(start, at);
+        pass.gradient(static_cast<const S*>(x) + index, static_cast<const S*>(g) + index, static_cast<S*>(dx) + index,
+                      count, total);
+        continue;
+      }
+      read_block(in, type, x, start, at, count, xs);
+      read_block(out, type, g, start, at, count, gs);
+      std::fill(xs + count, xs + width, S(0));
+      std::fill(gs + count, gs + width, S(0));
+      if (problem.gated) {
+        read_block(in, type, x, start + half, at, count, gates);
+        pass.value(xs, values, width);
+        for (int i = 0; i < count; ++i) {
+          values[i] *= gs[i];
+          gs[i] *= gates[i];
+        }
+        write_block(in, type, dx, start + half, at, count, values);
+      }
+      pass.gradient(xs, gs, dxs, width, total);
+      write_block(in, type, dx, start, at, count, dxs);
+    }
+  });
+  for (int64_t group = 0; group < problem.groups; ++group) {
+    double total[largest_table + tail_sums] = {};
+    for (int64_t at = 0; at < tasks.chunks; ++at) {
+      const double* part = partial.get() + (at * problem.groups + group) * sums;
+      for (int k = 0; k < sums; ++k) total[k] += part[k];
+    }
+    const double* own = parameters + group * kernel.parameters;
+    if (problem.tails) {
+      const double* tail = total + kernel.sums;
+      const double values[4] = {tail[0], tail[1], tail[2], tail[3]};
+      kernel.add_tail(own, problem.low, values[0], values[1], total, problem.degree, problem.second_degree);
+      kernel.add_tail(own, problem.high, values[2], values[3], total, problem.degree, problem.second_degree);
+    }
+    kernel.finish(total, own, gradient + group * kernel.parameters, problem.degree, problem.second_degree);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace polytrope

@@ -1,0 +1,698 @@
+// The mathematics of every activation family, written once: the CPU and the CUDA kernels include this header.
+//
+// Every function is generic in V, which is one float (CUDA), a vector of floats (CPU, a GCC vector type) or a Dual, and
+// in S, its element. A family offers
+//   parameters(n, m)   how many packed parameters a group has (what Python passes, float64)
+//   sums(n, m)         how many sums over all elements `backward` accumulates
+//   prepare(raw, t)    packed parameters -> table, in float64 before the last rounding
+//   value(x, t)        F(x), from the table alone
+//   backward(x, g, t, a)   returns g F'(x) and adds this element's contributions to the sums a
+//   finish(sums, raw, grad)   sums -> gradient of the packed parameters, in float64; linear in the sums
+// n is the degree, m the second degree (of a denominator); where they are constants the compiler unrolls.
+#pragma once
+#include <math.h>
+
+#include <cstdint>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
+#ifdef __CUDACC__
+#define POLYTROPE_HOST_DEVICE __host__ __device__
+#define POLYTROPE_FUNCTION __host__ __device__ __forceinline__
+#else
+#define POLYTROPE_HOST_DEVICE
+#define POLYTROPE_FUNCTION inline __attribute__((always_inline))
+#endif
+#if defined(__CUDA_ARCH__)
+#define POLYTROPE_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__) || defined(__clang__)
+#define POLYTROPE_UNROLL
+#else
+#define POLYTROPE_UNROLL _Pragma("GCC unroll 17")
+#endif
+
+namespace polytrope {
+
+constexpr int max_degree = 16;
+constexpr int max_pieces = 64;
+
+// Family numbers, the same as in ops/families.py.
+enum FamilyNumber {
+  family_polynomial = 0,
+  family_hermite = 1,
+  family_chebyshev = 2,
+  family_legendre = 3,
+  family_fourier = 4,
+  family_harmonic = 5,
+  family_tropical = 6,
+  family_tropical_rational = 7,
+  family_rational = 8,
+  family_polyrelu = 9,
+  family_piecewise_linear = 10,
+};
+
+template <class V, class S>
+POLYTROPE_FUNCTION V broadcast(S scalar) {
+  return V{} + scalar;
+}
+
+template <class V>
+POLYTROPE_FUNCTION V absolute(V x) {
+  return x < 0 ? -x : x;
+}
+
+// a > b ? a : b and a < b ? a : b, so b where one of them is NaN: single instructions, which compilers do not find.
+template <class V>
+POLYTROPE_FUNCTION V larger(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+POLYTROPE_FUNCTION V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+
+#if defined(__AVX__) && !defined(__CUDACC__)
+typedef float Float8 __attribute__((vector_size(32)));
+POLYTROPE_FUNCTION Float8 larger(Float8 a, Float8 b) { return Float8(_mm256_max_ps(__m256(a), __m256(b))); }
+POLYTROPE_FUNCTION Float8 smaller(Float8 a, Float8 b) { return Float8(_mm256_min_ps(__m256(a), __m256(b))); }
+POLYTROPE_FUNCTION Float8 nearest_integer(Float8 x) { return Float8(_mm256_round_ps(__m256(x), 0)); }
+#endif
+#if defined(__AVX512F__) && !defined(__CUDACC__)
+typedef float Float16 __attribute__((vector_size(64)));
+POLYTROPE_FUNCTION Float16 larger(Float16 a, Float16 b) { return Float16(_mm512_max_ps(__m512(a), __m512(b))); }
+POLYTROPE_FUNCTION Float16 smaller(Float16 a, Float16 b) { return Float16(_mm512_min_ps(__m512(a), __m512(b))); }
+POLYTROPE_FUNCTION Float16 nearest_integer(Float16 x) { return Float16(_mm512_roundscale_ps(__m512(x), 0)); }
+#endif
+
+// A number and its derivative with respect to x: gives the tangents of any family from its own `value` and `backward`.
+struct Dual {
+  double value, slope;
+  POLYTROPE_FUNCTION Dual& operator+=(Dual b) { return *this = {value + b.value, slope + b.slope}; }
+  POLYTROPE_FUNCTION Dual& operator-=(Dual b) { return *this = {value - b.value, slope - b.slope}; }
+  POLYTROPE_FUNCTION Dual& operator*=(Dual b) { return *this = {value * b.value, value * b.slope + slope * b.value}; }
+};
+POLYTROPE_FUNCTION Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.slope + b.slope}; }
+POLYTROPE_FUNCTION Dual operator-(Dual a, Dual b) { return {a.value - b.value, a.slope - b.slope}; }
+POLYTROPE_FUNCTION Dual operator-(Dual a) { return {-a.value, -a.slope}; }
+POLYTROPE_FUNCTION Dual operator*(Dual a, Dual b) { return {a.value * b.value, a.value * b.slope + a.slope * b.value}; }
+POLYTROPE_FUNCTION Dual operator/(Dual a, Dual b) {
+  const double ratio = a.value / b.value;
+  return {ratio, (a.slope - ratio * b.slope) / b.value};
+}
+POLYTROPE_FUNCTION Dual operator+(Dual a, double b) { return {a.value + b, a.slope}; }
+POLYTROPE_FUNCTION Dual operator-(Dual a, double b) { return {a.value - b, a.slope}; }
+POLYTROPE_FUNCTION Dual operator-(double a, Dual b) { return {a - b.value, -b.slope}; }
+POLYTROPE_FUNCTION Dual operator*(Dual a, double b) { return {a.value * b, a.slope * b}; }
+POLYTROPE_FUNCTION Dual operator*(double a, Dual b) { return b * a; }
+POLYTROPE_FUNCTION Dual operator/(double a, Dual b) { return Dual{a, 0} / b; }
+POLYTROPE_FUNCTION bool operator<(Dual a, double b) { return a.value < b; }
+POLYTROPE_FUNCTION bool operator<=(Dual a, double b) { return a.value <= b; }
+POLYTROPE_FUNCTION bool operator>(Dual a, double b) { return a.value > b; }
+POLYTROPE_FUNCTION bool operator==(Dual a, double b) { return a.value == b; }
+POLYTROPE_FUNCTION bool operator>(Dual a, Dual b) { return a.value > b.value; }
+POLYTROPE_FUNCTION bool operator<(Dual a, Dual b) { return a.value < b.value; }
+POLYTROPE_FUNCTION bool operator==(Dual a, Dual b) { return a.value == b.value; }
+
+// sum_k p_k x^k by Horner's rule.
+struct Polynomial {
+  static constexpr int largest_table = 2 * max_degree + 1, largest_sums = max_degree + 1;
+  POLYTROPE_FUNCTION static int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static int sums(int n, int) { return n + 1; }
+  template <class S>
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
+    for (int k = 0; k <= n; ++k) t[k] = S(raw[k]);
+    for (int k = 1; k <= n; ++k) t[n + k] = S(k * raw[k]);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+    V y = broadcast<V>(t[n]);
+    POLYTROPE_UNROLL
+    for (int k = n - 1; k >= 0; --k) y = y * x + t[k];
+    return y;
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+    V slope = broadcast<V>(t[n + n]), power = g;
+    POLYTROPE_UNROLL
+    for (int k = n - 1; k >= 1; --k) slope = slope * x + t[n + k];
+    sums[0] += power;
+    POLYTROPE_UNROLL
+    for (int k = 1; k <= n; ++k) {
+      power *= x;
+      sums[k] += power;
+    }
+    return g * slope;
+  }
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
+    for (int k = 0; k <= n; ++k) gradient[k] = sums[k];
+  }
+};
+
+// sum_k p_k He_k(x) / k! with the probabilists' Hermite polynomials, evaluated in powers of x.
+struct Hermite {
+  static constexpr int largest_table = Polynomial::largest_table, largest_sums = Polynomial::largest_sums;
+  POLYTROPE_FUNCTION static int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static int sums(int n, int) { return n + 1; }
+  // He_k / k! = sum_i (-1)^i / (2^i i! (k - 2i)!) x^(k - 2i); visits every term.
+  template <class Visit>
+  POLYTROPE_FUNCTION static void terms(int n, Visit visit) {
+    double last = 1;  // 1 / k!
+    for (int k = 0; k <= n; ++k) {
+      if (k > 0) last /= k;
+      double term = last;
+      for (int power = k, i = 1; power >= 0; power -= 2, ++i) {
+        visit(k, power, term);
+        term *= -0.5 * power * (power - 1) / i;
+      }
+    }
+  }
+  template <class S>
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m) {
+    double powers[max_degree + 1] = {};
+    terms(n, [&](int k, int power, double term) { powers[power] += term * raw[k]; });
+    Polynomial::prepare(powers, t, n, m);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int m) {
+    return Polynomial::value(x, t, n, m);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int m) {
+    return Polynomial::backward(x, g, t, sums, n, m);
+  }
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
+    for (int k = 0; k <= n; ++k) gradient[k] = 0;
+    terms(n, [&](int k, int power, double term) { gradient[k] += term * sums[power]; });
+  }
+};
+
+// p_{k+1} = a_k x p_k - c_k p_{k-1}; the series is summed by Clenshaw's rule, its derivative as a series in the same basis.
+struct ChebyshevBasis {
+  POLYTROPE_FUNCTION static constexpr double a(int k) { return k == 0 ? 1.0 : 2.0; }
+  POLYTROPE_FUNCTION static constexpr double c(int) { return 1.0; }
+  // T'_k = 2k (T_{k-1} + T_{k-3} + …), the T_0 term halved.
+  POLYTROPE_FUNCTION static constexpr double derivative(int row, int column) {
+    return (row > column && (row - column) % 2 == 1) ? (column == 0 ? 1.0 : 2.0) * row : 0.0;
+  }
+};
+
+struct LegendreBasis {
+  POLYTROPE_FUNCTION static constexpr double a(int k) { return (2.0 * k + 1.0) / (k + 1.0); }
+  POLYTROPE_FUNCTION static constexpr double c(int k) { return k / (k + 1.0); }
+  // P'_k = (2k-1) P_{k-1} + (2k-5) P_{k-3} + …
+  POLYTROPE_FUNCTION static constexpr double derivative(int row, int column) {
+    return (row > column && (row - column) % 2 == 1) ? 2.0 * column + 1.0 : 0.0;
+  }
+};
+
+template <class Basis>
+struct Recurrence {
+  static constexpr int largest_table = 2 * max_degree + 1, largest_sums = max_degree + 1;
+  POLYTROPE_FUNCTION static int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static int sums(int n, int) { return n + 1; }
+  template <class S>
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
+    for (int k = 0; k <= n; ++k) t[k] = S(raw[k]);
+    for (int column = 0; column < n; ++column) {
+      double slope = 0;
+      for (int row = column + 1; row <= n; ++row) slope += Basis::derivative(row, column) * raw[row];
+      t[n + 1 + column] = S(slope);
+    }
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V clenshaw(V x, const S* t, int n) {
+    if (n == 0) return broadcast<V>(t[0]);
+    V next = broadcast<V>(t[n]), after = V{};
+    POLYTROPE_UNROLL
+    for (int k = n - 1; k >= 0; --k) {
+      V now = (x * S(Basis::a(k))) * next + (t[k] - S(Basis::c(k + 1)) * after);
+      after = next;
+      next = now;
+    }
+    // Where an intermediate result overflows, inf - inf: F is ±inf with the sign of its leading term.
+    V leading = t[n] * (n % 2 ? x : absolute(x));
+    return next == next ? next : leading * S(INFINITY);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+    return clenshaw(x, t, n);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+    V before = g, now = g * x;
+    sums[0] += before;
+    sums[1] += now;
+    POLYTROPE_UNROLL
+    for (int k = 1; k < n; ++k) {
+      V next = (x * S(Basis::a(k))) * now - S(Basis::c(k)) * before;
+      before = now;
+      now = next;
+      sums[k + 1] += now;
+    }
+    return g * clenshaw(x, t + n + 1, n - 1);
+  }
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
+    for (int k = 0; k <= n; ++k) gradient[k] = sums[k];
+  }
+};
+using Chebyshev = Recurrence<ChebyshevBasis>;
+using Legendre = Recurrence<LegendreBasis>;
+
+// sum_k p_k max(x, 0)^k.
+struct PolyReLU {
+  static constexpr int largest_table = Polynomial::largest_table, largest_sums = Polynomial::largest_sums;
+  POLYTROPE_FUNCTION static int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static int sums(int n, int) { return n + 1; }
+  template <class S>
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m) {
+    Polynomial::prepare(raw, t, n, m);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int m) {
+    return Polynomial::value(larger(V{}, x), t, n, m);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int m) {
+    V slope = Polynomial::backward(larger(V{}, x), g, t, sums, n, m);
+    return x <= 0 ? V{} : slope;
+  }
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double* raw, double* gradient, int n, int m) {
+    Polynomial::finish(sums, raw, gradient, n, m);
+  }
+};
+
+// The nearest integer to x, ties to even, below 2^22 in magnitude: adding 1.5 * 2^23 leaves no place for a fraction.
+template <class V>
+POLYTROPE_FUNCTION V nearest_integer(V x) {
+#ifdef __CUDA_ARCH__
+  return rintf(x);
+#else
+  const float shift = 12582912.0f;
+  V shifted = x + shift;
+  return shifted - shift;
+#endif
+}
+
+// Integers of the size of V's elements.
+template <class V>
+struct Integers {
+  using type = decltype(V{} < V{});
+};
+template <>
+struct Integers<float> {
+  using type = int32_t;
+};
+
+// sin πu and cos πu of the turns u = x w - φ, in units of half a circle. w comes as high + low: for |x w| below 2^19 the
+// fraction u - n is then exact to an ulp of itself (with fma), so the error does not grow with x. Rounding x w may choose
+// an n beside the nearest, so u - n may be a little beyond 1/2. Polynomials on [-1/2, 1/2]: absolute error 2.2e-10
+// (cosine) and 3.4e-9 (sine) before rounding. ±inf and NaN give NaN; any other result lies in [-1, 1].
+template <class V>
+POLYTROPE_FUNCTION void sine_cosine(V x, float high, float low, float phase, V& sine, V& cosine) {
+  V turns = nearest_integer(x * high - phase);
+  V f = x * high - turns;
+  f = x * low + (f - phase);
+  f = larger(broadcast<V>(-0.5625f), smaller(broadcast<V>(0.5625f), f));
+  typename Integers<V>::type sign, bits;
+  V shifted = turns + 12582912.0f;  // the lowest bit says whether the number of half turns is odd
+  __builtin_memcpy(&sign, &shifted, sizeof(V));
+  sign <<= 31;
+  V q = f * f;
+  V c = q * -0.024396716658671216f + 0.2349375589827164f;
+  c = c * q - 1.3352120566732397f;
+  c = c * q + 4.0587091643432183f;
+  c = c * q - 4.9348021372283841f;
+  c = c * q + 0.99999999978065198f;
+  V s = q * 0.077222248054117838f - 0.59804644989729883f;
+  s = s * q + 2.550031640785322f;
+  s = s * q - 5.1677069001945736f;
+  s = s * q + 3.1415925805689401f;
+  s *= f;
+  __builtin_memcpy(&bits, &s, sizeof(V));
+  bits ^= sign;
+  __builtin_memcpy(&sine, &bits, sizeof(V));
+  __builtin_memcpy(&bits, &c, sizeof(V));
+  bits ^= sign;
+  __builtin_memcpy(&cosine, &bits, sizeof(V));
+}
+
+// What sine_cosine takes: half turns in two floats and a phase of at most half a turn.
+POLYTROPE_FUNCTION void set_frequency(double w, float& high, float& low) {
+  const double half_turns = w * 0.31830988618379067;
+  high = float(half_turns);
+  low = float(half_turns - high);
+}
+POLYTROPE_FUNCTION void set_phase(double phase, float& t) { t = float(remainder(phase * 0.31830988618379067, 2.0)); }
+
+// In float64 the C library's sine and cosine of x high - phase, lane by lane.
+template <class V>
+POLYTROPE_FUNCTION void sine_cosine(V x, double high, double, double phase, V& sine, V& cosine) {
+  constexpr int lanes = sizeof(V) / sizeof(double);
+  V angle = x * high - phase;
+  double buffer[lanes], sines[lanes], cosines[lanes];
+  __builtin_memcpy(buffer, &angle, sizeof(V));
+  for (int lane = 0; lane < lanes; ++lane) {
+    sines[lane] = sin(buffer[lane]);
+    cosines[lane] = cos(buffer[lane]);
+  }
+  __builtin_memcpy(&sine, sines, sizeof(V));
+  __builtin_memcpy(&cosine, cosines, sizeof(V));
+}
+inline POLYTROPE_HOST_DEVICE void sine_cosine(Dual x, double high, double, double phase, Dual& sine, Dual& cosine) {
+  const Dual angle = x * high - phase;
+  const double s = sin(angle.value), c = cos(angle.value);
+  sine = {s, c * angle.slope};
+  cosine = {c, -s * angle.slope};
+}
+POLYTROPE_FUNCTION void set_frequency(double w, double& high, double& low) { high = w, low = 0; }
+POLYTROPE_FUNCTION void set_phase(double phase, double& t) { t = phase; }
+
+// bias + sum_k A_k cos(w_k x - φ_k); packed: bias, A[n], w[n], φ[n].
+struct Fourier {
+  static constexpr int largest_table = 5 * max_degree + 1, largest_sums = 3 * max_degree + 1;
+  POLYTROPE_FUNCTION static int parameters(int n, int) { return 3 * n + 1; }
+  POLYTROPE_FUNCTION static int sums(int n, int) { return 3 * n + 1; }
+  template <class S>
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
+    t[0] = S(raw[0]);
+    for (int k = 1; k <= n; ++k) {
+      t[k] = S(raw[k]);
+      set_frequency(raw[n + k], t[n + k], t[2 * n + k]);
+      set_phase(raw[2 * n + k], t[3 * n + k]);
+      t[4 * n + k] = S(raw[k] * raw[n + k]);
+    }
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+    V y = broadcast<V>(t[0]), sine, cosine;
+    POLYTROPE_UNROLL
+    for (int k = 0; k < n; ++k) {
+      sine_cosine(x, t[1 + n + k], t[1 + 2 * n + k], t[1 + 3 * n + k], sine, cosine);
+      y += cosine * t[1 + k];
+    }
+    return y;
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+    V slope = V{}, sine, cosine;
+    sums[0] += g;
+    POLYTROPE_UNROLL
+    for (int k = 0; k < n; ++k) {
+      sine_cosine(x, t[1 + n + k], t[1 + 2 * n + k], t[1 + 3 * n + k], sine, cosine);
+      sums[1 + k] += g * cosine;
+      sine *= g;
+      sums[1 + n + k] += sine * x;
+      sums[1 + 2 * n + k] += sine;
+      slope += sine * t[1 + 4 * n + k];
+    }
+    return -slope;
+  }
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double* raw, double* gradient, int n, int) {
+    gradient[0] = sums[0];
+    for (int k = 1; k <= n; ++k) {
+      gradient[k] = sums[k];
+      gradient[n + k] = -raw[k] * sums[n + k];
+      gradient[2 * n + k] = raw[k] * sums[2 * n + k];
+    }
+  }
+};
+
+// bias + sum_k (α_k cos kθ + β_k sin kθ) with θ = w x; packed: bias, w, α[n], β[n]. One sine and cosine for all terms:
+// cos (k+1)θ = 2 cos θ cos kθ - cos (k-1)θ.
+struct Harmonic {
+  static constexpr int largest_table = 2 * max_degree + 4, largest_sums = 2 * max_degree + 2;
+  POLYTROPE_FUNCTION static int parameters(int n, int) { return 2 * n + 2; }
+  POLYTROPE_FUNCTION static int sums(int n, int) { return 2 * n + 2; }
+  template <class S>
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
+    t[0] = S(raw[0]);
+    t[1] = S(raw[1]);
+    set_frequency(raw[1], t[2], t[3]);
+    for (int k = 2; k < 2 * n + 2; ++k) t[2 + k] = S(raw[k]);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+    V s, c, s_before = V{}, c_before = broadcast<V>(S(1)), y = broadcast<V>(t[0]);
+    sine_cosine(x, t[2], t[3], S(0), s, c);
+    V twice = c + c;
+    POLYTROPE_UNROLL
+    for (int k = 0; k < n; ++k) {
+      y = c * t[4 + k] + (s * t[4 + n + k] + y);
+      V c_next = twice * c - c_before, s_next = twice * s - s_before;
+      c_before = c;
+      s_before = s;
+      c = c_next;
+      s = s_next;
+    }
+    return y;
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+    V s, c, s_before = V{}, c_before = g, slope = V{};
+    sine_cosine(x, t[2], t[3], S(0), s, c);
+    V twice = c + c;
+    c *= g;
+    s *= g;
+    sums[0] += g;
+    POLYTROPE_UNROLL
+    for (int k = 0; k < n; ++k) {
+      sums[2 + k] += c;
+      sums[2 + n + k] += s;
+      slope = c * (S(k + 1) * t[4 + n + k]) + (slope - s * (S(k + 1) * t[4 + k]));
+      V c_next = twice * c - c_before, s_next = twice * s - s_before;
+      c_before = c;
+      s_before = s;
+      c = c_next;
+      s = s_next;
+    }
+    sums[1] += slope * x;
+    return slope * t[1];
+  }
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
+    for (int k = 0; k < 2 * n + 2; ++k) gradient[k] = sums[k];
+  }
+};
+
+// (√2 / n) max_k (k x + c_k), k = 0…n. The lowest k wins a tie; F(-∞) = √2 c_0 / n.
+struct Tropical {
+  static constexpr int largest_table = max_degree + 2, largest_sums = max_degree + 1;
+  POLYTROPE_FUNCTION static int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static int sums(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static double scale(int n) { return 1.4142135623730951 / n; }
+  template <class S>
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
+    for (int k = 0; k <= n; ++k) t[k] = S(raw[k]);
+    t[n + 1] = S(scale(n));
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+    V best = broadcast<V>(t[0]);
+    POLYTROPE_UNROLL
+    for (int k = 1; k <= n; ++k) {
+      V line = x * S(k) + t[k];
+      best = larger(line, best);
+    }
+    return x == x ? best * t[n + 1] : x;
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+    V best = broadcast<V>(t[0]), slope = V{};
+    POLYTROPE_UNROLL
+    for (int k = 1; k <= n; ++k) {
+      V line = x * S(k) + t[k];
+      slope = line > best ? broadcast<V>(S(k)) : slope;
+      best = larger(line, best);
+    }
+    POLYTROPE_UNROLL
+    for (int k = 0; k <= n; ++k) sums[k] += slope == S(k) ? g : V{};
+    return x == x ? g * slope * t[n + 1] : x;
+  }
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
+    for (int k = 0; k <= n; ++k) gradient[k] = sums[k] * scale(n);
+  }
+};
+
+// max_k (p_k x + c_k) - max_k (q_k x + d_k); packed: p, c, q, d, each [n + 1]. The lowest k wins a tie. The maxima are
+// taken at x limited to ±1e30 and continued linearly, so ±inf gives ±inf or a finite number, not inf - inf.
+struct TropicalRational {
+  static constexpr int largest_table = 4 * (max_degree + 1), largest_sums = 4 * (max_degree + 1);
+  POLYTROPE_FUNCTION static int parameters(int n, int) { return 4 * (n + 1); }
+  POLYTROPE_FUNCTION static int sums(int n, int) { return 4 * (n + 1); }
+  template <class S>
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
+    for (int k = 0; k < 4 * (n + 1); ++k) t[k] = S(raw[k]);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V limited(V x) {
+    return larger(broadcast<V>(S(-1e30)), smaller(broadcast<V>(S(1e30)), x));
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V maximum(V x, const S* slopes, const S* intercepts, int n) {
+    V best = x * slopes[0] + intercepts[0];
+    POLYTROPE_UNROLL
+    for (int k = 1; k <= n; ++k) {
+      V line = x * slopes[k] + intercepts[k];
+      best = larger(line, best);
+    }
+    return best;
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+    V inside = limited<V, S>(x);
+    V y = maximum(inside, t, t + n + 1, n) - maximum(inside, t + 2 * (n + 1), t + 3 * (n + 1), n);
+    V far = absolute(y) > S(1e20) ? y * (absolute(x) * S(1e-30)) : y;
+    return x == inside ? y : far;
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V descend(V x, V g, const S* slopes, const S* intercepts, V* sums, int n) {
+    V best = x * slopes[0] + intercepts[0], slope = broadcast<V>(slopes[0]), index = V{};
+    POLYTROPE_UNROLL
+    for (int k = 1; k <= n; ++k) {
+      V line = x * slopes[k] + intercepts[k];
+      slope = line > best ? broadcast<V>(slopes[k]) : slope;
+      index = line > best ? broadcast<V>(S(k)) : index;
+      best = larger(line, best);
+    }
+    V product = g * x;
+    POLYTROPE_UNROLL
+    for (int k = 0; k <= n; ++k) {
+      sums[k] += index == S(k) ? product : V{};
+      sums[n + 1 + k] += index == S(k) ? g : V{};
+    }
+    return slope;
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+    V inside = limited<V, S>(x);
+    V slope = descend(inside, g, t, t + n + 1, sums, n);
+    slope -= descend(inside, g, t + 2 * (n + 1), t + 3 * (n + 1), sums + 2 * (n + 1), n);
+    return x == x ? g * slope : x;
+  }
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
+    for (int k = 0; k < 2 * (n + 1); ++k) {
+      gradient[k] = sums[k];
+      gradient[2 * (n + 1) + k] = -sums[2 * (n + 1) + k];
+    }
+  }
+};
+
+// (sum_k a_k x^k) / (1 + |sum_{j≥1} b_j x^j|), k = 0…n, j = 1…m: no poles. packed: a[n + 1], b[m].
+struct Rational {
+  static constexpr int largest_table = 2 * max_degree + 1, largest_sums = 2 * max_degree + 1;
+  POLYTROPE_FUNCTION static int parameters(int n, int m) { return n + 1 + m; }
+  POLYTROPE_FUNCTION static int sums(int n, int m) { return n + 1 + m; }
+  template <class S>
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m) {
+    for (int k = 0; k < n + 1 + m; ++k) t[k] = S(raw[k]);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int m) {
+    V top = broadcast<V>(t[n]), below = broadcast<V>(t[n + m]);
+    POLYTROPE_UNROLL
+    for (int k = n - 1; k >= 0; --k) top = top * x + t[k];
+    POLYTROPE_UNROLL
+    for (int j = m - 1; j >= 1; --j) below = below * x + t[n + j];
+    return top / (absolute(below * x) + S(1));
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int m) {
+    V top = broadcast<V>(t[n]), top_slope = V{}, below = broadcast<V>(t[n + m]), below_slope = V{};
+    POLYTROPE_UNROLL
+    for (int k = n - 1; k >= 0; --k) {
+      top_slope = top_slope * x + top;
+      top = top * x + t[k];
+    }
+    POLYTROPE_UNROLL
+    for (int j = m - 1; j >= 1; --j) {
+      below_slope = below_slope * x + below;
+      below = below * x + t[n + j];
+    }
+    below_slope = below_slope * x + below;
+    below *= x;
+    V sign = below < 0 ? broadcast<V>(S(-1)) : (below > 0 ? broadcast<V>(S(1)) : V{});
+    V scale = S(1) / (absolute(below) + S(1));
+    V power = g * scale, share = power * (top * scale) * sign;
+    V slope = power * top_slope - share * below_slope;
+    sums[0] += power;
+    POLYTROPE_UNROLL
+    for (int k = 1; k <= n; ++k) {
+      power *= x;
+      sums[k] += power;
+    }
+    POLYTROPE_UNROLL
+    for (int j = 1; j <= m; ++j) {
+      share *= x;
+      sums[n + j] += share;
+    }
+    return slope;
+  }
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int m) {
+    for (int k = 0; k <= n; ++k) gradient[k] = sums[k];
+    for (int j = 1; j <= m; ++j) gradient[n + j] = -sums[n + j];
+  }
+};
+
+// Lines b_k + s_k x on the n pieces between rising breakpoints t_1 … t_{n-1}; packed: t[n - 1], b[n], s[n].
+// A breakpoint belongs to the piece on its left. The breakpoints get no gradient of their own.
+struct PiecewiseLinear {
+  static constexpr int largest_table = 3 * max_pieces, largest_sums = 2 * max_pieces;
+  POLYTROPE_FUNCTION static int parameters(int n, int) { return 3 * n - 1; }
+  POLYTROPE_FUNCTION static int sums(int n, int) { return 2 * n; }
+  template <class S>
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
+    for (int k = 0; k < 3 * n - 1; ++k) t[k] = S(raw[k]);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+    V intercept = broadcast<V>(t[n - 1]), slope = broadcast<V>(t[2 * n - 1]);
+    for (int k = 1; k < n; ++k) {
+      intercept = x > t[k - 1] ? broadcast<V>(t[n - 1 + k]) : intercept;
+      slope = x > t[k - 1] ? broadcast<V>(t[2 * n - 1 + k]) : slope;
+    }
+    V y = slope * x + intercept;
+    return slope == 0 ? (x == x ? intercept : x) : y;
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+    V slope = broadcast<V>(t[2 * n - 1]), index = V{}, product = g * x;
+    for (int k = 1; k < n; ++k) {
+      slope = x > t[k - 1] ? broadcast<V>(t[2 * n - 1 + k]) : slope;
+      index = x > t[k - 1] ? broadcast<V>(S(k)) : index;
+    }
+    for (int k = 0; k < n; ++k) {
+      sums[k] += index == S(k) ? g : V{};
+      sums[n + k] += index == S(k) ? product : V{};
+    }
+    return x == x ? g * slope : x;
+  }
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
+    for (int k = 0; k < n - 1; ++k) gradient[k] = 0;
+    for (int k = 0; k < 2 * n; ++k) gradient[n - 1 + k] = sums[k];
+  }
+};
+
+// The tangent of F at the end of an interval: value, slope and, for `finish`, their derivatives with respect to the sums.
+struct Tangent {
+  double at, value, slope;
+};
+
+template <class Family>
+POLYTROPE_FUNCTION Tangent tangent(const double* raw, double at, int n, int m) {
+  double t[Family::largest_table] = {};
+  Family::prepare(raw, t, n, m);
+  const Dual y = Family::value(Dual{at, 1}, static_cast<const double*>(t), n, m);
+  return {at, y.value, y.slope};
+}
+
+// Adds to the sums what the elements beyond `at` contribute: `values` = sum of g, `slopes` = sum of g (x - at).
+template <class Family>
+POLYTROPE_FUNCTION void add_tail(const double* raw, double at, double values, double slopes, double* total, int n, int m) {
+  double t[Family::largest_table] = {};
+  Family::prepare(raw, t, n, m);
+  Dual sums[Family::largest_sums] = {};
+  Family::backward(Dual{at, 1}, Dual{1, 0}, static_cast<const double*>(t), sums, n, m);
+  for (int k = 0; k < Family::sums(n, m); ++k) total[k] += values * sums[k].value + slopes * sums[k].slope;
+}
+
+}  // namespace polytrope

@@ -1,0 +1,57 @@
+"""The activation families and their numbers, the same as in `csrc/families.h`; what a kernel is told about a call."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+MAX_DEGREE = 16
+MAX_PIECES = 64
+
+
+class Family(IntEnum):
+    """Which formula; `reference.FORMULAS` holds the definitions, with their packed parameters."""
+
+    POLYNOMIAL = 0
+    HERMITE = 1
+    CHEBYSHEV = 2
+    LEGENDRE = 3
+    FOURIER = 4
+    HARMONIC = 5
+    TROPICAL = 6
+    TROPICAL_RATIONAL = 7
+    RATIONAL = 8
+    POLYRELU = 9
+    PIECEWISE_LINEAR = 10
+
+
+class Formula(NamedTuple):
+    """One activation function without its parameters.
+
+    Args:
+        family: which.
+        degree: n (piecewise linear: the number of pieces).
+        second_degree: m, of a denominator.
+        interval: `()`, or `(lo, hi)`: outside it F goes on along its tangents.
+        dim: negative; the dimension of x along which groups of channels have parameters of their own.
+        gated: x holds [a, b] along its last dimension, the result is F(a) · b; `dim` is then -1.
+    """
+
+    family: int
+    degree: int
+    second_degree: int = 0
+    interval: tuple[float, ...] = ()
+    dim: int = -1
+    gated: bool = False
+
+
+def parameter_count(formula: Formula) -> int:
+    """Packed parameters per group."""
+    n, m = formula.degree, formula.second_degree
+    return {
+        Family.FOURIER: 3 * n + 1,
+        Family.HARMONIC: 2 * n + 2,
+        Family.TROPICAL_RATIONAL: 4 * (n + 1),
+        Family.RATIONAL: n + 1 + m,
+        Family.PIECEWISE_LINEAR: 3 * n - 1,
+    }.get(Family(formula.family), n + 1)

@@ -1,0 +1,411 @@
+"""Fit a learnable activation to a given function in closed form, by matching value *and* slope, with a certificate.
+
+`fit` minimises ∫ w(x) (|f - F|² + λ |f' - F'|²) dx (Sobolev least squares) or interpolates value and slope at nodes
+(confluent Hermite interpolation). With measured inputs as the weight, the tangent lines outside the interval are part
+of what is minimised, and `interval="best"` chooses where they begin. Polynomials are solved by SVD in Legendre
+polynomials of the interval, in float64, and written in the family's basis by exact rational arithmetic. The other
+families are linear problems with a few Gauss-Newton steps for what enters nonlinearly; broken lines are found by
+dynamic programming.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from polytrope.ops.fitting import fourier, placement, polynomial, quadrature, rational, tropical
+from polytrope.ops.fitting.certificate import Certificate, Curve, certify
+from polytrope.ops.fitting.targets import Target, find_kinks, resolve_target, sample
+
+__all__ = ["FAMILIES", "Certificate", "Condition", "Fit", "fit", "fit_to_error", "parameter_count"]
+
+FAMILIES = ("hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu")
+Array = np.ndarray
+Condition = tuple[float, Literal["value", "slope"]]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted activation.
+
+    Args:
+        config: for `build_activation`.
+        parameters: the module's learnable tensors by name, float64.
+        certificate: how good it is.
+        curve: x → value and slope in float64, independent of the module.
+    """
+
+    config: dict[str, Any]
+    parameters: dict[str, Array]
+    certificate: Certificate = field(repr=False)
+    curve: Curve = field(repr=False, compare=False)
+
+    @property
+    def coefficients(self) -> Array:
+        """All learnable numbers in one row; for a polynomial, its coefficients."""
+        return np.concatenate([np.ravel(value) for value in self.parameters.values()])
+
+    def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The activation module with these parameters."""
+        return _build(self.config, self.parameters, dtype)
+
+
+def fit(
+    target: str | Target | nn.Module,
+    family: str = "hermite",
+    degree: int = 8,
+    *,
+    interval: tuple[float, float] | Literal["best"] | None = (-4.0, 4.0),
+    weight: quadrature.Weight = "uniform",
+    derivative_weight: float = 1.0,
+    constraints: Sequence[str | Condition] = (),
+    method: Literal["least_squares", "interpolation"] = "least_squares",
+    nodes: Sequence[float] | None = None,
+    derivative: Target | None = None,
+    tails: bool = True,
+    float32_tolerance: float | None = 1e-3,
+) -> Fit:
+    """The member of a family that is closest to `target` in value and slope.
+
+    Args:
+        target: a name (`gelu`, `gelu_tanh`, `relu`, `silu`, `tanh`, …), an elementwise function of a tensor, or an
+            activation module.
+        family: one of `FAMILIES`.
+        degree: 1…16. `rational`: of the numerator, the denominator has one less. Tropical families: lines less one.
+        interval: where to fit. None: the whole line (polynomials with `weight="gaussian"`), or all measured inputs.
+            `best`, for measured inputs: where polynomial and tangent lines together fit best.
+        weight: `uniform`, `gaussian` (standard normal), a density as a function of an array, or measured inputs as
+            (points, counts). Measured inputs outside the interval count as well, with the tangent lines.
+        derivative_weight: λ ≥ 0; 0 matches values only.
+        constraints: what must hold exactly (polynomials, PolyReLU): `ends` (value and slope at both ends of the
+            interval), `end_values`, `origin` (F(0) = f(0)), or pairs (x, "value") and (x, "slope").
+        method: `least_squares`, or `interpolation`: value and slope at `nodes` (polynomials).
+        nodes: degree // 2 + 1 points; default: Chebyshev nodes. With an even degree the middle one has no slope.
+        derivative: f', where autograd cannot give it.
+        tails: tangent lines outside the interval, for families that can have them.
+        float32_tolerance: largest rounding error of the formula in float32, relative to the largest |f| on the interval
+            (at least 1); None: any.
+
+    Raises:
+        ValueError: an argument that is not as described; a target that is not finite or not elementwise; more
+            constraints than coefficients; a degree too high for float32 on this interval.
+    """
+    from polytrope.ops.functional import check_interval
+    from polytrope.ops.modules import check_degree
+
+    if family not in FAMILIES:
+        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    degree = check_degree(degree)
+    inputs = quadrature.measured(weight) if isinstance(weight, tuple) else None
+    if interval == "best":
+        if inputs is None or not tails or method != "least_squares":
+            raise ValueError("interval: 'best' needs measured inputs as the weight, tails, and least squares")
+        ends = None
+    elif inputs is not None and interval is None:
+        ends = check_interval(_widened(float(inputs[0][0]), float(inputs[0][-1])))
+    else:
+        ends = check_interval(interval)
+    if not (math.isfinite(derivative_weight) and derivative_weight >= 0):
+        raise ValueError(f"derivative_weight: expected a number ≥ 0, got {derivative_weight}")
+    is_polynomial = family in polynomial.FAMILIES
+    if interval is None and ends is None and not (is_polynomial and weight == "gaussian" and method == "least_squares"):
+        raise ValueError("interval: None (the whole line) is for polynomials with weight='gaussian' by least squares")
+    if not is_polynomial and ((constraints and family != "polyrelu") or method != "least_squares" or nodes is not None):
+        raise ValueError(f"constraints, nodes and interpolation are for polynomials, not for {family}")
+    if method not in ("least_squares", "interpolation"):
+        raise ValueError(f"method: expected least_squares or interpolation, got {method!r}")
+    function = resolve_target(target)
+
+    def exact(x: Array) -> tuple[Array, Array]:
+        return sample(function, x, derivative)
+
+    if inputs is not None:
+        x, weights = inputs
+        value, slope = exact(x)
+        if interval == "best":
+            ends = placement.best_interval(x, weights, value, slope, degree, derivative_weight)
+            if not is_polynomial:
+                candidates = (ends, _widened(float(x[0]), float(x[-1])))
+                points = placement.compressed(x, weights, value, slope)
+                ends = _best_of(family, degree, candidates, points, exact, derivative_weight)
+        assert ends is not None
+        low, high = ends
+        kinks = find_kinks(function, low, high, derivative)
+    else:
+        low, high = ends or (-quadrature.GAUSSIAN_REACH, quadrature.GAUSSIAN_REACH)
+        kinks = find_kinks(function, low, high, derivative)
+        assert not isinstance(weight, tuple)
+        x, weights = quadrature.nodes(low, high, kinks, weight)
+        value, slope = exact(x)
+    points = (x, weights, value, slope)
+    if inputs is not None and not is_polynomial:
+        points = placement.compressed(*points)  # Gauss-Newton steps over every bin of a histogram would take seconds
+    problem = _Problem(family, degree, ends, *points, derivative_weight, kinks, tails)
+    if is_polynomial:
+        solution = _fit_polynomial(problem, exact, _conditions(constraints, ends), method, nodes)
+    else:
+        solution = _fit_other(problem, exact, _conditions(constraints, ends))
+    config: dict[str, Any] = {"name": family, "degree": degree} | solution.options
+    curve = solution.curve
+    if tails and ends is not None and _accepts_interval(config):
+        config["interval"] = [low, high]
+        curve = _with_tangents(curve, low, high)
+    module = _build(config, solution.parameters, torch.float32)
+
+    def rounded(points: Array) -> Array:
+        with torch.no_grad():
+            result: Array = module(torch.from_numpy(points).float()).double().numpy()
+        return result
+
+    # On the whole line the maxima are those within four standard deviations: a polynomial leaves any bound further out.
+    shown = ends or (-4.0, 4.0)
+    certificate = certify(exact, curve, rounded, shown, kinks, (x, weights), derivative_weight, solution.condition)
+    if float32_tolerance is not None:
+        scale = max(1.0, float(np.abs(value[(x >= shown[0]) & (x <= shown[1])]).max()))
+        if not certificate.float32_error <= float32_tolerance * scale:
+            raise ValueError(
+                f"degree: {family} of degree {degree} on ({shown[0]:.4g}, {shown[1]:.4g}) loses "
+                f"{certificate.float32_error:.2g} to rounding in float32; take a lower degree or a narrower interval"
+            )
+    return Fit(config, solution.parameters, certificate, curve)
+
+
+def fit_to_error(
+    target: str | Target | nn.Module,
+    family: str,
+    error: float,
+    *,
+    degrees: Sequence[int] = range(1, 17),
+    **options: Any,
+) -> Fit:
+    """The fit of the smallest degree whose weighted root mean square error is at most `error`.
+
+    Args:
+        options: of `fit`, without the degree.
+
+    Raises:
+        ValueError: no degree reaches it; names the best one.
+    """
+    best: Fit | None = None
+    for degree in degrees:
+        try:
+            candidate = fit(target, family, degree, **options)
+        except ValueError:
+            if best is None or degree < max(degrees):
+                continue  # constraints that need a higher degree
+            break  # a degree that float32 cannot take
+        if candidate.certificate.rms <= error:
+            return candidate
+        if best is None or candidate.certificate.rms < best.certificate.rms:
+            best = candidate
+    reached = "none can be fitted" if best is None else f"degree {best.config['degree']} has {best.certificate.rms:.3g}"
+    raise ValueError(f"target error: {family} reaches no error of {error:.3g} up to degree {max(degrees)}: {reached}")
+
+
+def parameter_count(family: str, degree: int) -> int:
+    """Learnable numbers of one activation."""
+    counts = {"fourier": 3 * degree + 1, "tropical_rational": 4 * (degree + 1), "rational": 2 * degree}
+    return counts.get(family, degree + 1)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A least-squares problem at quadrature points: weights sum to 1."""
+
+    family: str
+    degree: int
+    interval: tuple[float, float] | None
+    x: Array
+    weights: Array
+    value: Array
+    slope: Array
+    derivative_weight: float
+    kinks: list[float]
+    tails: bool = True
+
+
+@dataclass(frozen=True)
+class _Solution:
+    curve: Curve
+    parameters: dict[str, Array]
+    condition: float
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _conditions(constraints: Sequence[str | Condition], ends: tuple[float, float] | None) -> list[Condition]:
+    """Constraints as (x, value or slope) pairs, each once."""
+    named: dict[str, list[Condition]] = {"origin": [(0.0, "value")]}
+    if ends is not None:
+        named["end_values"] = [(end, "value") for end in ends]
+        named["ends"] = named["end_values"] + [(end, "slope") for end in ends]
+    result: list[Condition] = []
+    for entry in constraints:
+        if isinstance(entry, str):
+            if entry not in named:
+                raise ValueError(f"constraints: expected {', '.join(named)} or (x, 'value' | 'slope'), got {entry!r}")
+            result += named[entry]
+        elif len(entry) == 2 and entry[1] in ("value", "slope") and math.isfinite(entry[0]):
+            result.append((float(entry[0]), entry[1]))
+        else:
+            raise ValueError(f"constraints: expected (x, 'value' | 'slope'), got {entry!r}")
+    return list(dict.fromkeys(result))
+
+
+def _fit_polynomial(
+    problem: _Problem,
+    exact: Curve,
+    conditions: list[Condition],
+    method: str,
+    nodes: Sequence[float] | None,
+) -> _Solution:
+    basis = polynomial.Basis(problem.degree, problem.interval)
+    if method == "interpolation":
+        assert problem.interval is not None
+        points = (
+            polynomial.chebyshev_nodes(*problem.interval, problem.degree // 2 + 1)
+            if nodes is None
+            else np.sort(np.asarray(nodes, dtype=np.float64))
+        )
+        _, with_slope = polynomial.interpolation_conditions(problem.degree, points)
+        value, slope = exact(points)
+        at, slope_at = basis.evaluate(points)
+        matrix, right = np.concatenate([at, slope_at[with_slope]]), np.concatenate([value, slope[with_slope]])
+        coefficients, condition = polynomial.solve(matrix, right)
+    else:
+        evaluate = basis.evaluate_with_tangents if problem.tails else basis.evaluate
+        coefficients, condition = _least_squares(evaluate, problem, exact, conditions)
+
+    def curve(x: Array) -> tuple[Array, Array]:
+        at, slope_at = basis.evaluate(x)
+        return at @ coefficients, slope_at @ coefficients
+
+    return _Solution(curve, {"coefficients": basis.to_family(coefficients, problem.family)}, condition)
+
+
+def _least_squares(columns: Curve, problem: _Problem, exact: Curve, conditions: list[Condition]) -> tuple[Array, float]:
+    """Coefficients of functions whose values and slopes `columns` gives, under the conditions; condition number."""
+    root = np.sqrt(problem.weights)
+    factor = math.sqrt(problem.derivative_weight)
+    values, slopes = columns(problem.x)
+    matrix = np.concatenate([values * root[:, None], factor * slopes * root[:, None]])
+    right = np.concatenate([problem.value * root, factor * problem.slope * root])
+    if not conditions:
+        return polynomial.solve(matrix, right)
+    points = np.array([x for x, _ in conditions])
+    (at_value, at_slope), (target_value, target_slope) = columns(points), exact(points)
+    is_slope = np.array([kind == "slope" for _, kind in conditions])
+    rows = np.where(is_slope[:, None], at_slope, at_value)
+    return polynomial.solve(matrix, right, rows, np.where(is_slope, target_slope, target_value))
+
+
+def _fit_other(problem: _Problem, exact: Curve, conditions: Sequence[Condition] = ()) -> _Solution:
+    """The families with parameters that enter nonlinearly: fitted inside the interval."""
+    assert problem.interval is not None
+    low, high = problem.interval
+    inside = (problem.x >= low) & (problem.x <= high)
+    x, weights, value, slope = (part[inside] for part in (problem.x, problem.weights, problem.value, problem.slope))
+    weights = weights / weights.sum()
+    degree, factor = problem.degree, problem.derivative_weight
+    if problem.family == "fourier":
+        cosines, condition = fourier.fit_cosines(x, weights, value, slope, degree, factor, problem.interval)
+        return _Solution(cosines.evaluate, cosines.parameters(), condition)
+    if problem.family == "tropical":
+        line, parameters = tropical.fit_convex(x, weights, value, slope, degree, factor)
+        return _Solution(line.evaluate, parameters, 1.0)
+    if problem.family == "tropical_rational":
+        line, parameters = tropical.fit_rational(x, weights, value, slope, degree, factor, problem.kinks)
+        return _Solution(line.evaluate, parameters, 1.0)
+    if problem.family == "rational":
+        quotient, condition = rational.fit_quotient(x, weights, value, slope, (degree, degree - 1), factor)
+        return _Solution(
+            quotient.evaluate,
+            {"numerator": quotient.numerator, "denominator": quotient.denominator},
+            condition,
+        )
+    return _fit_polyrelu(problem, exact, list(conditions))
+
+
+def _fit_polyrelu(problem: _Problem, exact: Curve, conditions: list[Condition]) -> _Solution:
+    """Σ_k a_k max(0, x)^k (PolyCom, 2024): constrained linear least squares in powers of the positive part."""
+    reach = max(float(problem.x.max()), 1e-6)
+    exponents = np.arange(problem.degree + 1)
+
+    def columns(x: Array) -> tuple[Array, Array]:
+        positive = np.maximum(x, 0.0)[:, None] / reach
+        values = positive**exponents
+        slopes = np.zeros_like(values)
+        slopes[:, 1:] = values[:, :-1] * exponents[1:] * (x > 0)[:, None] / reach
+        return values, slopes
+
+    scaled, condition = _least_squares(columns, problem, exact, conditions)
+
+    def curve(x: Array) -> tuple[Array, Array]:
+        at, slope_at = columns(x)
+        return at @ scaled, slope_at @ scaled
+
+    return _Solution(curve, {"coefficients": scaled / reach**exponents}, condition)
+
+
+def _with_tangents(curve: Curve, low: float, high: float) -> Curve:
+    _, end_slopes = curve(np.array([low, high]))
+
+    def extended(x: Array) -> tuple[Array, Array]:
+        value, slope = curve(np.clip(x, low, high))
+        value = value + end_slopes[0] * np.minimum(x - low, 0.0) + end_slopes[1] * np.maximum(x - high, 0.0)
+        return value, np.where(x < low, end_slopes[0], np.where(x > high, end_slopes[1], slope))
+
+    return extended
+
+
+def _best_of(
+    family: str,
+    degree: int,
+    candidates: Sequence[tuple[float, float]],
+    points: tuple[Array, Array, Array, Array],
+    exact: Curve,
+    derivative_weight: float,
+) -> tuple[float, float]:
+    """The interval of the least error over all inputs, of a family whose parameters enter nonlinearly."""
+    if not _accepts_interval({"name": family, "degree": degree}):
+        return candidates[-1]
+    x, weights, value, slope = points
+
+    def cost(ends: tuple[float, float]) -> float:
+        problem = _Problem(family, degree, ends, *points, derivative_weight, [])
+        fitted, fitted_slope = _with_tangents(_fit_other(problem, exact).curve, *ends)(x)
+        return float(weights @ ((fitted - value) ** 2 + derivative_weight * (fitted_slope - slope) ** 2))
+
+    return min(candidates, key=cost)
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+
+def _accepts_interval(config: dict[str, Any]) -> bool:
+    from polytrope.ops.modules import build_activation
+
+    try:
+        build_activation(config | {"interval": [-1.0, 1.0]})
+    except ValueError:
+        return False
+    return True
+
+
+def _build(config: dict[str, Any], parameters: dict[str, Array], dtype: torch.dtype) -> nn.Module:
+    from polytrope.ops.modules import build_activation
+
+    module = build_activation(config).to(dtype)
+    own = dict(module.named_parameters())
+    if set(own) != set(parameters):
+        raise ValueError(f"{config['name']}: the module learns {sorted(own)}, the fit gives {sorted(parameters)}")
+    with torch.no_grad():
+        for name, value in parameters.items():
+            own[name].copy_(torch.from_numpy(np.asarray(value)).reshape(own[name].shape))
+    return module

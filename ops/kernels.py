@@ -1,0 +1,161 @@
+"""The torch operators `polytrope::activation` and `polytrope::polynorm` with their shapes, autograd and vmap.
+
+Only x (and the few packed parameters) is saved for backward. A second derivative goes through `reference.evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polytrope.ops import native, reference
+from polytrope.ops.families import Formula
+
+_TAIL = "int family, int degree, int second_degree, float[] interval, int dim, bool gated"
+_LIBRARY = torch.library.Library("polytrope", "DEF")
+_LIBRARY.define(f"activation(Tensor x, Tensor parameters, {_TAIL}) -> Tensor")
+_LIBRARY.define(f"activation_backward(Tensor gradient, Tensor x, Tensor parameters, {_TAIL}) -> (Tensor, Tensor)")
+_LIBRARY.define("polynorm(Tensor x, Tensor parameters, float epsilon) -> Tensor")
+_LIBRARY.define("polynorm_backward(Tensor gradient, Tensor x, Tensor parameters, float epsilon) -> (Tensor, Tensor)")
+
+
+def has_kernel(device_type: str) -> bool:
+    """Whether tensors of this type of device go through a compiled kernel."""
+    if device_type == "cpu":
+        return native.cpu_library() is not None
+    if device_type == "cuda":
+        return native.cuda_library() is not None
+    return device_type == "meta"
+
+
+# What `torch.compiler.assume_constant_result` does, without importing the compiler (2 s for each process).
+has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _goes_through_kernel(x: Tensor) -> bool:
+    """torch.func.grad and jvp take no operator with its own backward: there, the reference runs."""
+    if not has_kernel(x.device.type):
+        return False
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return True
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return all(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
+def activate(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
+    """F(x), differentiable in x and the packed parameters; without a kernel, the reference."""
+    if _goes_through_kernel(x):
+        result: Tensor = torch.ops.polytrope.activation(x, parameters, *_listed(formula))
+        return result
+    return reference.evaluate(x, parameters, formula)
+
+
+def _listed(formula: Formula) -> tuple[Any, ...]:
+    return (int(formula.family), *formula[1:3], list(formula.interval), formula.dim, formula.gated)
+
+
+def _formula(arguments: tuple[Any, ...]) -> Formula:
+    family, degree, second_degree, interval, dim, gated = arguments
+    return Formula(family, degree, second_degree, tuple(interval), dim, gated)
+
+
+def normalized_powers(x: Tensor, parameters: Tensor, epsilon: float) -> Tensor:
+    """PolyNorm of x along its last dimension; `parameters`: b, a_1 … a_n."""
+    if _goes_through_kernel(x):
+        result: Tensor = torch.ops.polytrope.polynorm(x, parameters, epsilon)
+        return result
+    return reference.polynorm(x, parameters, epsilon)
+
+
+def _forward(x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:
+    return native.forward(x, parameters, _formula(arguments))
+
+
+def _backward(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return native.backward(gradient, x, parameters, _formula(arguments))
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("activation", _forward, _device)
+    _LIBRARY.impl("activation_backward", _backward, _device)
+_LIBRARY.impl("polynorm", native.polynorm_forward, "CPU")
+_LIBRARY.impl("polynorm_backward", native.polynorm_backward, "CPU")
+
+
+def _evaluate(x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:
+    return reference.evaluate(x, parameters, _formula(arguments))
+
+
+def _complete(name: str, evaluate: Callable[..., Tensor]) -> None:
+    """What an operator and its backward need beyond their kernels: shapes, autograd, vmap.
+
+    Args:
+        name: of the operator; `{name}_backward` is the other one.
+        evaluate: the reference, for second derivatives.
+    """
+    operator, backward = f"polytrope::{name}", f"polytrope::{name}_backward"
+
+    def forward_fake(x: Tensor, _parameters: Tensor, *arguments: Any) -> Tensor:
+        halved = name == "activation" and arguments[-1]
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2) if halved else x.shape)
+
+    def backward_fake(_gradient: Tensor, x: Tensor, parameters: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:
+        return x.new_empty(x.shape), parameters.new_empty(parameters.shape)
+
+    def differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        gradients = _operator(f"{name}_backward")(gradient, *ctx.saved_tensors, *ctx.arguments)
+        return (*gradients, *[None] * len(ctx.arguments))
+
+    def differentiate_twice(ctx: Any, x_seed: Tensor, parameter_seed: Tensor) -> tuple[Any, ...]:
+        with torch.enable_grad():
+            inputs = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+            value = evaluate(*inputs[1:], *ctx.arguments)
+            first = torch.autograd.grad(value, inputs[1:], inputs[0], create_graph=True)
+            seeds = (x_seed, parameter_seed)
+            second = torch.autograd.grad(first, inputs, seeds, allow_unused=True, materialize_grads=True)
+        return (*second, *[None] * len(ctx.arguments))
+
+    torch.library.register_fake(operator, forward_fake, lib=_LIBRARY)
+    torch.library.register_fake(backward, backward_fake, lib=_LIBRARY)
+    torch.library.register_autograd(operator, differentiate, setup_context=_saving(2), lib=_LIBRARY)
+    torch.library.register_autograd(backward, differentiate_twice, setup_context=_saving(3), lib=_LIBRARY)
+    torch.library.register_vmap(operator, _mapping(name, 2), lib=_LIBRARY)
+    torch.library.register_vmap(backward, _mapping(f"{name}_backward", 3), lib=_LIBRARY)
+
+
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.polytrope, name)
+
+
+def _saving(tensors: int) -> Callable[..., None]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001 (torch passes it by name)
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.arguments = inputs[tensors:]
+
+    return setup_context
+
+
+def _mapping(name: str, tensors: int) -> Callable[..., Any]:
+    """vmap: one call for all of the batch where only x has a batch dimension, else one call for each of it."""
+
+    def mapped(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        batched = [
+            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in zip(arguments[:tensors], in_dims[:tensors], strict=True)
+        ]
+        others = arguments[tensors:]
+        if tensors == 2 and in_dims[1] is None:
+            return _operator(name)(batched[0], arguments[1], *others), 0
+        parts = [_operator(name)(*one, *others) for one in zip(*batched, strict=True)]
+        if tensors == 2:
+            return torch.stack(parts), 0
+        return tuple(torch.stack(gradients) for gradients in zip(*parts, strict=True)), (0, 0)
+
+    return mapped
+
+
+_complete("activation", _evaluate)
+_complete("polynorm", reference.polynorm)

@@ -1,0 +1,300 @@
+"""The definition of every activation family in plain torch, at any dtype: what every kernel is tested against.
+
+`evaluate` is differentiable any number of times, and is what runs where no kernel can be compiled. Parameters come
+*packed*: `[groups, count]` float64, in the order that each formula below names. Half precision is computed in float32
+and rounded once.
+"""
+
+# ruff: noqa: ARG001, ARG005 (all formulas have one signature)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from polytrope.ops.families import Family, Formula
+
+Numbers = Sequence[Tensor]
+
+
+def hermite_to_monomial(degree: int) -> Tensor:
+    """`[degree + 1, degree + 1]` float64: row k holds He_k(x) / k! in powers of x (probabilists' Hermite polynomials).
+
+    He_{k+1} = x He_k - k He_{k-1}.
+    """
+    rows = _three_term_rows(degree, lambda k: (1.0, 0.0, float(k)))
+    return rows / torch.tensor([math.factorial(k) for k in range(degree + 1)], dtype=torch.float64)[:, None]
+
+
+def chebyshev_to_monomial(degree: int) -> Tensor:
+    """`[degree + 1, degree + 1]` float64: row k holds T_k(x) in powers of x. T_{k+1} = 2 x T_k - T_{k-1}."""
+    return _three_term_rows(degree, lambda k: (1.0 if k == 0 else 2.0, 0.0, 1.0))
+
+
+def legendre_to_monomial(degree: int) -> Tensor:
+    """`[degree + 1, degree + 1]` float64: row k holds P_k(x). (k+1) P_{k+1} = (2k+1) x P_k - k P_{k-1}."""
+    return _three_term_rows(degree, lambda k: ((2 * k + 1) / (k + 1), 0.0, k / (k + 1)))
+
+
+def _three_term_rows(degree: int, recurrence: Callable[[int], tuple[float, float, float]]) -> Tensor:
+    """Rows of p_{k+1} = (a x + b) p_k - c p_{k-1}, p_0 = 1, in powers of x."""
+    rows = torch.zeros(degree + 1, degree + 1, dtype=torch.float64)
+    rows[0, 0] = 1.0
+    for k in range(degree):
+        a, b, c = recurrence(k)
+        rows[k + 1, 1:] += a * rows[k, :-1]
+        rows[k + 1] += b * rows[k]
+        if k > 0:
+            rows[k + 1] -= c * rows[k - 1]
+    return rows
+
+
+BASES: dict[str, Callable[[int], Tensor]] = {
+    "hermite": hermite_to_monomial,
+    "chebyshev": chebyshev_to_monomial,
+    "legendre": legendre_to_monomial,
+}
+
+
+def _horner(x: Tensor, powers: Numbers) -> Tensor:
+    value = powers[-1] * torch.ones_like(x)
+    for power in reversed(powers[:-1]):
+        value = value * x + power
+    return value
+
+
+def _derived(powers: Numbers) -> list[Tensor]:
+    return [k * power for k, power in enumerate(powers)][1:] or [torch.zeros_like(powers[0])]
+
+
+def polynomial(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """sum_k p[k] x^k, k = 0…n, by Horner's rule."""
+    return _horner(x, p)
+
+
+def polynomial_slope(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """Derivative of `polynomial`."""
+    return _horner(x, _derived(p))
+
+
+def _series(x: Tensor, p: Numbers, a: Callable[[int], float], c: Callable[[int], float]) -> Tensor:
+    """sum_k p[k] B_k(x) with B_{k+1} = a_k x B_k - c_k B_{k-1}, by Clenshaw's rule; ±∞ where that overflows."""
+    following = p[-1] * torch.ones_like(x)
+    after = torch.zeros_like(x)
+    for k in range(len(p) - 2, -1, -1):
+        following, after = a(k) * x * following + p[k] - c(k + 1) * after, following
+    leading = p[-1] * (x if len(p) % 2 == 0 else x.abs())
+    overflown = following.isnan()  # the factor is not inf elsewhere, where its gradient would be 0 · inf
+    return torch.where(overflown, leading * torch.where(overflown, math.inf, 1.0), following)
+
+
+def hermite(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """sum_k p[k] He_k(x) / k! (probabilists' Hermite polynomials)."""
+    return _series(x, p, lambda k: 1 / (k + 1), lambda k: 1 / (k + 1))
+
+
+def hermite_slope(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """Derivative of `hermite`: (He_k / k!)' = He_{k-1} / (k-1)!"""
+    return hermite(x, p[1:], n - 1)
+
+
+def chebyshev(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """sum_k p[k] T_k(x)."""
+    return _series(x, p, lambda k: 1.0 if k == 0 else 2.0, lambda k: 1.0)
+
+
+def chebyshev_slope(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """Derivative of `chebyshev`: T'_k = 2k (T_{k-1} + T_{k-3} + …), where T_0 counts half."""
+    derived = [sum(((1 if i == 0 else 2) * k * p[k] for k in range(i + 1, n + 1, 2)), 0 * p[0]) for i in range(n)]
+    return chebyshev(x, derived, n - 1)
+
+
+def legendre(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """sum_k p[k] P_k(x)."""
+    return _series(x, p, lambda k: (2 * k + 1) / (k + 1), lambda k: k / (k + 1))
+
+
+def legendre_slope(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """Derivative of `legendre`: P'_k = (2k-1) P_{k-1} + (2k-5) P_{k-3} + …"""
+    derived = [sum(((2 * i + 1) * p[k] for k in range(i + 1, n + 1, 2)), 0 * p[0]) for i in range(n)]
+    return legendre(x, derived, n - 1)
+
+
+def fourier(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """bias + sum_k A[k] cos(w[k] x - φ[k]); packed: bias, A[n], w[n], φ[n]."""
+    value = p[0] * torch.ones_like(x)
+    for k in range(1, n + 1):
+        value = value + p[k] * torch.cos(p[n + k] * x - p[2 * n + k])
+    return value
+
+
+def fourier_slope(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """Derivative of `fourier`."""
+    value = torch.zeros_like(x)
+    for k in range(1, n + 1):
+        value = value - p[k] * p[n + k] * torch.sin(p[n + k] * x - p[2 * n + k])
+    return value
+
+
+def harmonic(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """bias + sum_k (α[k] cos(k w x) + β[k] sin(k w x)); packed: bias, w, α[n], β[n]."""
+    value = p[0] * torch.ones_like(x)
+    for k in range(1, n + 1):
+        angle = k * (p[1] * x)
+        value = value + p[1 + k] * torch.cos(angle) + p[1 + n + k] * torch.sin(angle)
+    return value
+
+
+def harmonic_slope(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """Derivative of `harmonic`."""
+    value = torch.zeros_like(x)
+    for k in range(1, n + 1):
+        angle = k * (p[1] * x)
+        value = value + k * p[1] * (p[1 + n + k] * torch.cos(angle) - p[1 + k] * torch.sin(angle))
+    return value
+
+
+def tropical(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """(√2 / n) max_k (k x + p[k]), k = 0…n; the lowest k wins a tie, and F(-∞) = √2 p[0] / n."""
+    best = p[0] + torch.zeros_like(x)
+    for k in range(1, n + 1):
+        line = k * x + p[k]
+        best = torch.where(line > best, line, best)
+    return torch.where(torch.isnan(x), x, best * (math.sqrt(2.0) / n))
+
+
+def _maximum_of_lines(x: Tensor, slopes: Numbers, intercepts: Numbers) -> Tensor:
+    best = slopes[0] * x + intercepts[0]
+    for slope, intercept in zip(slopes[1:], intercepts[1:], strict=True):
+        line = slope * x + intercept
+        best = torch.where(line > best, line, best)
+    return best
+
+
+def tropical_rational(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """max_k (p[k] x + c[k]) - max_k (q[k] x + d[k]), k = 0…n; packed: p, c, q, d. The lowest k wins a tie.
+
+    Beyond ±1e30 it goes on linearly, so that F(±∞) is ±∞ or a finite number.
+    """
+    count = n + 1
+    groups = [p[i * count : (i + 1) * count] for i in range(4)]
+    inside = torch.where(x > 1e30, 1e30, torch.where(x < -1e30, -1e30, x))
+    value = _maximum_of_lines(inside, groups[0], groups[1]) - _maximum_of_lines(inside, groups[2], groups[3])
+    far = torch.where(value.abs() > 1e20, value * (x.abs() * 1e-30), value)
+    return torch.where(x == inside, value, far)
+
+
+def rational(x: Tensor, p: Numbers, n: int, m: int) -> Tensor:
+    """(sum_k a[k] x^k) / (1 + |sum_j b[j] x^j|), k = 0…n, j = 1…m; packed: a[n + 1], b[m]. It has no poles."""
+    return _horner(x, p[: n + 1]) / (1 + torch.abs(x * _horner(x, p[n + 1 :])))
+
+
+def rational_slope(x: Tensor, p: Numbers, n: int, m: int) -> Tensor:
+    """Derivative of `rational`."""
+    inner = x * _horner(x, p[n + 1 :])
+    inner_slope = _horner(x, _derived([0 * p[0], *p[n + 1 :]]))
+    below = 1 + torch.abs(inner)
+    value = _horner(x, p[: n + 1]) / below
+    return (_horner(x, _derived(p[: n + 1])) - value * torch.sign(inner) * inner_slope) / below
+
+
+def polyrelu(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """sum_k p[k] max(x, 0)^k (Zhuo et al., "Polynomial composition activations", 2024)."""
+    return _horner(torch.relu(x), p)
+
+
+def polyrelu_slope(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """Derivative of `polyrelu`, 0 at x = 0."""
+    return torch.where(x > 0, _horner(torch.relu(x), _derived(p)), torch.zeros_like(x))
+
+
+def piecewise_linear(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """b[k] + s[k] x on the n pieces between breakpoints t[1] < … < t[n-1]; packed: t[n - 1], b[n], s[n].
+
+    A breakpoint belongs to the piece on its left.
+    """
+    breaks, intercepts, slopes = p[: n - 1], p[n - 1 : 2 * n - 1], p[2 * n - 1 :]
+    intercept, slope = intercepts[0] + torch.zeros_like(x), slopes[0] + torch.zeros_like(x)
+    for k in range(1, n):
+        right = x > breaks[k - 1]
+        intercept, slope = torch.where(right, intercepts[k], intercept), torch.where(right, slopes[k], slope)
+    flat = (slope == 0) & torch.isinf(x)
+    return torch.where(flat, intercept, slope * torch.where(flat, torch.zeros_like(x), x) + intercept)
+
+
+FORMULAS: dict[Family, Callable[[Tensor, Numbers, int, int], Tensor]] = {
+    Family.POLYNOMIAL: polynomial,
+    Family.HERMITE: hermite,
+    Family.CHEBYSHEV: chebyshev,
+    Family.LEGENDRE: legendre,
+    Family.FOURIER: fourier,
+    Family.HARMONIC: harmonic,
+    Family.TROPICAL: tropical,
+    Family.TROPICAL_RATIONAL: tropical_rational,
+    Family.RATIONAL: rational,
+    Family.POLYRELU: polyrelu,
+    Family.PIECEWISE_LINEAR: piecewise_linear,
+}
+SLOPES: dict[Family, Callable[[Tensor, Numbers, int, int], Tensor]] = {
+    Family.POLYNOMIAL: polynomial_slope,
+    Family.HERMITE: hermite_slope,
+    Family.CHEBYSHEV: chebyshev_slope,
+    Family.LEGENDRE: legendre_slope,
+    Family.FOURIER: fourier_slope,
+    Family.HARMONIC: harmonic_slope,
+    Family.RATIONAL: rational_slope,
+    Family.POLYRELU: polyrelu_slope,
+}
+
+
+def evaluate(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
+    """The activation of x; dtype of x.
+
+    Args:
+        x: any shape; with `gated`, the last dimension holds the activated half and the factor.
+        parameters: `[groups, parameter_count(formula)]`; groups divide the size of `formula.dim`.
+    """
+    compute = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    argument, factor = x.chunk(2, dim=-1) if formula.gated else (x, None)
+    wide = argument.to(compute)
+    groups = len(parameters)
+    shaped = parameters.to(compute)
+    if groups == 1:
+        numbers = list(shaped[0].unbind())
+    else:
+        trailing = -formula.dim
+        wide = wide.unflatten(formula.dim, (groups, wide.shape[formula.dim] // groups))
+        numbers = list(shaped.reshape(groups, *[1] * trailing, -1).unbind(-1))
+    value = _with_tails(wide, numbers, formula)
+    if groups > 1:
+        value = value.flatten(formula.dim - 1, formula.dim)
+    if factor is not None:
+        value = value * factor.to(compute)
+    return value.to(x.dtype)
+
+
+def _with_tails(x: Tensor, numbers: Numbers, formula: Formula) -> Tensor:
+    family, n, m = Family(formula.family), formula.degree, formula.second_degree
+    if not formula.interval:
+        return FORMULAS[family](x, numbers, n, m)
+    low, high = formula.interval
+    value = FORMULAS[family](torch.where(x < low, low, torch.where(x > high, high, x)), numbers, n, m)
+    for end, outside in ((low, x < low), (high, x > high)):
+        at = torch.full_like(x[..., :1] if x.dim() else x, end)
+        tangent = FORMULAS[family](at, numbers, n, m) + (x - end) * SLOPES[family](at, numbers, n, m)
+        value = torch.where(outside, tangent, value)
+    return value
+
+
+def polynorm(x: Tensor, parameters: Tensor, epsilon: float) -> Tensor:
+    """b + sum_k a_k x^k / √(mean(x^2k) + epsilon), means over the last dimension; `parameters`: b, a_1 … a_n."""
+    wide = x.to(torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype)
+    numbers = parameters.to(wide.dtype).unbind()
+    value, power = numbers[0] * torch.ones_like(wide), torch.ones_like(wide)
+    for number in numbers[1:]:
+        power = power * wide
+        value = value + number * power * torch.rsqrt(power.square().mean(-1, keepdim=True) + epsilon)
+    return value.to(x.dtype)

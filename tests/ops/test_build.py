@@ -1,0 +1,71 @@
+"""Compiling the kernels: once for many processes, for other instruction sets; and what a failure says."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from polytrope.ops import build
+
+CHECK_BASELINE = """
+import torch
+from polytrope.ops import build, build_activation, kernels, native
+assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+assert native.cpu_library() is not None
+x = torch.linspace(-3, 3, 1001)
+for name in ("hermite", "fourier", "tropical_rational", "polynorm"):
+    module = build_activation(name)
+    exact = module.double()(x.double())
+    torch.testing.assert_close(module.float()(x).double(), exact, rtol=1e-5, atol=1e-5)
+print(build.cpu_library_path())
+"""
+
+
+def compile_small(cache: str) -> tuple[str, int]:
+    """A library of one source; its path and its inode."""
+    os.environ["POLYTROPE_CACHE"] = cache
+    compiler = build._find("CXX", "g++", "c++", "clang++")
+    path = build._compiled("cpu", compiler, build.CPU_FLAGS, ("cpu_polynorm.cpp",))
+    return str(path), path.stat().st_ino
+
+
+def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = pool.map(compile_small, [str(tmp_path)] * 2)
+    assert first == second
+    assert [path.suffix for path in sorted(tmp_path.iterdir())] == [".lock", ".log", ".so"]
+
+
+def test_each_machine_loads_the_library_of_its_own_instruction_set() -> None:
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK_BASELINE], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == str(build.cpu_library_path("DEFAULT"))
+
+
+def test_a_compiler_that_does_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(build.BuildError, match="false does not run"):
+        build.cpu_library_path()
+
+
+def test_a_failed_compilation_names_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYTROPE_CACHE", str(tmp_path))
+    compiler = build._find("CXX", "g++", "c++", "clang++")
+    with pytest.raises(build.BuildError, match=r"failed, see .*\.log"):
+        build._compiled("cpu", compiler, ["-std=c++17", "-Dmax_degree=#"], ("cpu_polynorm.cpp",))
+    assert "error" in next(tmp_path.glob("*.log")).read_text()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("POLYTROPE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(build.BuildError, match=r"cannot write to .*; set POLYTROPE_CACHE"):
+        build.cpu_library_path()

@@ -1,0 +1,268 @@
+"""Every kernel against the float64 reference: values in ULPs, gradients, special values, reproducibility, strides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from polytrope.ops import build_activation, functional, kernels, native, reference
+from polytrope.ops.families import Family, Formula, parameter_count
+
+CONFIGS: list[dict[str, Any]] = [
+    {"name": "hermite", "degree": 3},
+    {"name": "hermite", "degree": 12},
+    {"name": "hermite", "degree": 8, "interval": [-1.0, 1.5]},
+    {"name": "hermite", "degree": 4, "learnable_recurrence": True},
+    {"name": "chebyshev", "degree": 5},
+    {"name": "legendre", "degree": 8},
+    {"name": "fourier", "degree": 5},
+    {"name": "fourier", "degree": 9},
+    {"name": "fourier", "degree": 4, "interval": [-1.0, 1.5]},
+    {"name": "fourier", "degree": 6, "harmonic": True},
+    {"name": "tropical", "degree": 6},
+    {"name": "tropical_rational", "degree": 6},
+    {"name": "rational", "degree": 5},
+    {"name": "rational", "degree": 3, "denominator_degree": 4, "interval": [-1.0, 1.5]},
+    {"name": "polyrelu", "degree": 3},
+    {"name": "polynorm", "degree": 3},
+    {"name": "piecewise_linear", "degree": 8},
+]
+
+
+def label(config: dict[str, Any]) -> str:
+    return "-".join(f"{value}" for value in config.values())
+
+
+def activation(config: dict[str, Any], dtype: torch.dtype = torch.float64) -> nn.Module:
+    """With parameters that are a little away from their initial values, so that no symmetry hides a mistake."""
+    module = build_activation(config).to(dtype)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((0.05 * noise).to(dtype))
+    return module
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).mul(1.5).to(dtype)
+
+
+def by_reference(module: nn.Module, x: Tensor) -> Tensor:
+    """The same module through plain torch."""
+    original = kernels.has_kernel
+    kernels.has_kernel = lambda _: False
+    try:
+        result: Tensor = module(x)
+        return result
+    finally:
+        kernels.has_kernel = original
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_compiled() -> None:
+    assert native.cpu_library() is not None, "these tests are about the kernels; a C++ compiler is needed"
+
+
+def gradients(module: nn.Module, x: Tensor, seed: Tensor, function: Any = None) -> list[Tensor]:
+    leaf = x.detach().requires_grad_()
+    y = function(module, leaf) if function else module(leaf)
+    return list(torch.autograd.grad(y, [leaf, *module.parameters()], seed))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=label)
+def test_float64_kernels_equal_the_reference(config: dict[str, Any]) -> None:
+    module, x = activation(config), inputs(37, 24)
+    seed = inputs(37, 24).flip(0)
+    torch.testing.assert_close(module(x), by_reference(module, x), rtol=1e-12, atol=1e-12)
+    for found, expected in zip(gradients(module, x, seed), gradients(module, x, seed, by_reference), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=label)
+def test_gradients_are_those_of_finite_differences(config: dict[str, Any]) -> None:
+    module, x = activation(config), inputs(5, 4).requires_grad_()
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(x: Tensor, *parameters: Tensor) -> Any:
+        return functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(function, (x, *module.parameters()))
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c["degree"] < 9], ids=label)
+def test_second_derivatives(config: dict[str, Any]) -> None:
+    module, x = activation(config), inputs(3, 2).requires_grad_()
+    names = [name for name, _ in module.named_parameters()]
+
+    def function(x: Tensor, *parameters: Tensor) -> Any:
+        return functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradgradcheck(function, (x, *module.parameters()), atol=1e-4)
+
+
+# Largest error in ULPs of the largest magnitude of F on the input, for each dtype: the figures of docs/ops.md.
+ULPS = {torch.float32: 16.0, torch.bfloat16: 0.51, torch.float16: 0.52}
+
+
+def error_in_ulps(found: Tensor, exact: Tensor) -> float:
+    scale = exact.abs().clamp(min=float(exact.abs().max()) * 2.0**-3)
+    ulp = torch.finfo(found.dtype).eps * 2.0 ** torch.floor(torch.log2(scale))
+    return float(((found.double() - exact).abs() / ulp).max())
+
+
+@pytest.mark.parametrize("dtype", ULPS, ids=str)
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c["degree"] < 9], ids=label)
+def test_the_error_in_units_of_the_last_place(config: dict[str, Any], dtype: torch.dtype) -> None:
+    module = activation(config, torch.float32)
+    x = torch.linspace(-3.0, 3.0, 20_000).view(100, 200).to(dtype)
+    exact = by_reference(activation(config, torch.float32).double(), x.double())
+    found = module(x)
+    assert found.dtype == dtype
+    assert error_in_ulps(found, exact) <= ULPS[dtype]
+
+
+@pytest.mark.parametrize("frequency", [1.0, 7.5, 300.0])
+def test_the_sine_of_large_arguments_is_as_exact_as_that_of_small_ones(frequency: float) -> None:
+    x = torch.linspace(-1000.0, 1000.0, 100_001)
+    one = torch.tensor([1.0])
+    found = functional.fourier(x, torch.tensor(0.0), one, frequency * one, 0.3 * one)
+    exact = torch.cos(x.double() * float(torch.tensor(frequency)) - float(torch.tensor(0.3)))
+    assert float((found.double() - exact).abs().max()) < 4e-7
+
+
+def test_the_tropical_maximum_takes_the_lowest_line_of_a_tie() -> None:
+    coefficients = torch.zeros(4, requires_grad=True)
+    x = torch.zeros(3, requires_grad=True)
+    functional.tropical(x, coefficients).sum().backward()
+    assert coefficients.grad is not None
+    assert coefficients.grad.nonzero().flatten().tolist() == [0]
+    assert torch.equal(x.grad, torch.zeros(3))  # the slope of line 0
+
+
+@pytest.mark.parametrize("name", ["hermite", "chebyshev", "legendre"])
+def test_polynomials_at_infinity_go_the_way_of_their_leading_term(name: str) -> None:
+    function = getattr(functional, name)
+    x = torch.tensor([-math.inf, math.inf, math.nan, -1e30, 1e30])
+    odd = function(x, torch.tensor([1.0, -2.0, 0.5, 1.0]))
+    even = function(x, torch.tensor([1.0, -2.0, 0.5, 1.0, -1.0]))
+    assert odd[[0, 1, 3, 4]].tolist() == [-math.inf, math.inf, -math.inf, math.inf]
+    assert even[[0, 1, 3, 4]].tolist() == [-math.inf] * 4
+    assert odd[2].isnan()
+    assert even[2].isnan()
+
+
+def test_special_values_of_the_other_families() -> None:
+    x = torch.tensor([-math.inf, math.inf, math.nan])
+    tropical = functional.tropical(x, torch.ones(4))
+    assert tropical[0].item() == pytest.approx(math.sqrt(2.0) / 3.0)
+    assert tropical[1].item() == math.inf
+    assert tropical[2].isnan()
+    slopes = torch.tensor([0.0, 1.0])
+    level = functional.tropical_rational(x, slopes, torch.zeros(2), slopes, torch.ones(2))
+    assert level[0].item() == -1.0  # max(0, x) - max(1, x + 1)
+    assert level[1].isfinite()
+    assert level[2].isnan()
+    assert functional.fourier(x, torch.tensor(0.0), torch.ones(2), torch.ones(2), torch.zeros(2)).isnan().all()
+    assert functional.polyrelu(x, torch.tensor([0.5, 1.0]))[0].item() == 0.5
+    knots = torch.tensor([-1.0, 0.0, 1.0])
+    lines = functional.piecewise_linear(x, knots, torch.tensor([0.0, 0.0, 1.0]))
+    assert lines[:2].tolist() == [0.0, math.inf]
+
+
+def test_the_slope_at_zero_is_not_zero() -> None:
+    x = torch.zeros(1, requires_grad=True)
+    module = build_activation({"name": "hermite", "degree": 3, "init": "torchortho"})
+    module(x).sum().backward()
+    # F' = sum_k a_k He_{k-1}(0) / (k-1)! = (1 - 1/2) / sqrt(e)
+    assert x.grad is not None
+    assert x.grad.item() == pytest.approx(0.5 / math.sqrt(math.e), rel=1e-6)
+
+
+def test_outside_the_interval_the_function_is_its_tangent() -> None:
+    module = activation({"name": "hermite", "degree": 6, "interval": [-1.0, 2.0]})
+    at = torch.tensor([-1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    value = module(at)
+    (slope,) = torch.autograd.grad(value.sum(), at)
+    far = torch.tensor([-50.0, 50.0], dtype=torch.float64)
+    torch.testing.assert_close(module(far), value + slope * (far - at))
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("config", CONFIGS, ids=label)
+def test_gradients_are_bitwise_the_same_every_time_and_for_every_number_of_threads(config: dict[str, Any]) -> None:
+    module = activation(config, torch.float32)
+    x, seed = inputs(1031, 257, dtype=torch.float32), inputs(257, 1031, dtype=torch.float32).t()
+    first = gradients(module, x, seed)
+    for threads in (2, 2, 1, 3):
+        torch.set_num_threads(threads)
+        for found, expected in zip(gradients(module, x, seed), first, strict=True):
+            assert torch.equal(found, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_shape_stride_dtype_degree_and_grouping(data: st.DataObject) -> None:
+    family = data.draw(st.sampled_from(list(Family)))
+    degree = data.draw(st.integers(1, 16))
+    second = data.draw(st.integers(1, 6)) if family == Family.RATIONAL else 0
+    shape = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=4))
+    gated = data.draw(st.booleans())
+    groups = data.draw(st.sampled_from([1, 2, 3]))
+    dim = -1 if gated else -data.draw(st.integers(1, len(shape)))
+    if groups > 1:
+        shape[dim] = groups * shape[dim]
+    if gated:
+        shape[-1] *= 2
+    tails = family not in (Family.TROPICAL, Family.TROPICAL_RATIONAL, Family.PIECEWISE_LINEAR) and data.draw(
+        st.booleans()
+    )
+    formula = Formula(family, degree, second, (-0.7, 1.1) if tails else (), dim if groups > 1 else -1, gated)
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    order = data.draw(st.permutations(range(len(shape))))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    x = torch.rand([shape[k] for k in order], generator=generator, dtype=torch.float64).mul(2).sub(1).to(dtype)
+    x = x.permute([order.index(k) for k in range(len(shape))])
+    parameters = torch.rand(groups, parameter_count(formula), generator=generator, dtype=torch.float64) - 0.4
+    if family == Family.PIECEWISE_LINEAR:
+        parameters[:, : degree - 1] = parameters[:, : degree - 1].sort(dim=-1).values
+    leaves = (x.detach().requires_grad_(), parameters.requires_grad_())
+    exact = (x.detach().double().requires_grad_(), parameters)
+    found, expected = kernels.activate(*leaves, formula), reference.evaluate(*exact, formula)
+    assert found.shape == expected.shape
+    assert found.dtype == dtype
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * (1 + degree))
+    if family in (Family.TROPICAL, Family.TROPICAL_RATIONAL, Family.PIECEWISE_LINEAR) or dtype != torch.float64:
+        return  # slopes jump at kinks, which rounding may cross
+    seed = torch.rand(found.shape, generator=generator, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, leaves, seed), torch.autograd.grad(expected, exact, seed), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=label)
+def test_only_x_is_saved_for_backward(config: dict[str, Any]) -> None:
+    module, x = activation(config, torch.float32), inputs(64, 512, dtype=torch.float32).requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        module(x)
+    large = [tensor for tensor in saved if tensor.numel() > 1000]
+    assert [tensor.data_ptr() for tensor in large] == [x.data_ptr()]
