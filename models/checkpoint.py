@@ -1,0 +1,113 @@
+"""A model on disk: `model.json` (architecture and configuration), `model.safetensors` (weights), `tokenizer.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from polytrope.models import build_model
+
+FORMAT = 1
+
+
+def save_model(
+    directory: Path, model: nn.Module, *, tokenizer: Path | None = None, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write `model` below `directory`; equal weights give equal bytes.
+
+    Args:
+        directory: created if need be.
+        model: a model of this package (it has `architecture`, `config` and maybe `tied_weights`).
+        tokenizer: a dataset or model directory whose tokenizer belongs to this model; it is copied.
+        weights: the weights to write instead of the model's own (gathered from shards, or averaged), by name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tied = getattr(model, "tied_weights", {})
+    state = model.state_dict() if weights is None else weights
+    tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state) if name not in tied}
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "architecture": model.architecture,
+        "config": model_config(model),
+        "parameters": sum(parameter.numel() for parameter in model.parameters())
+        if weights is None
+        else sum(tensors[name].numel() for name, _ in model.named_parameters() if name in tensors),
+    }
+    if tokenizer is not None:
+        description["tokenizer"] = read_tokenizer_entry(tokenizer)
+        if (tokenizer / "tokenizer.json").exists():
+            shutil.copyfile(tokenizer / "tokenizer.json", directory / "tokenizer.json")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def load_model(directory: Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The model that `save_model` wrote, in evaluation mode.
+
+    Raises:
+        ValueError: no model there, a newer format, or weights that do not fit the configuration.
+    """
+    description = read_description(directory)
+    model = build_model(description["architecture"], description["config"])
+    try:
+        tensors = load_file(directory / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{directory / 'model.safetensors'} cannot be read: {error}") from error
+    load_weights(model, tensors)
+    return model.to(device).eval()
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load the content of a `model.safetensors`, where tied weights are stored once.
+
+    Raises:
+        ValueError: missing or unexpected names, other shapes.
+    """
+    tied = getattr(model, "tied_weights", {})
+    complete = dict(tensors) | {name: tensors[source] for name, source in tied.items() if source in tensors}
+    try:
+        model.load_state_dict(complete, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit the model: {error}") from error
+
+
+def read_description(directory: Path) -> dict[str, Any]:
+    """The content of `model.json`.
+
+    Raises:
+        ValueError: not a model directory, or a format of a newer version.
+    """
+    path = directory / "model.json"
+    try:
+        description = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory} is no model directory: {path} cannot be read: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {description.get('format')!r}, this version reads {FORMAT}")
+    return description
+
+
+def read_tokenizer_entry(directory: Path) -> Any:
+    """The `tokenizer` entry of a dataset or model directory, None if it has none (images)."""
+    for name in ("dataset.json", "model.json"):
+        if (directory / name).exists():
+            return json.loads((directory / name).read_text()).get("tokenizer")
+    return None
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """The model's configuration as JSON, with its activations as they are now (after conversion)."""
+    config: dict[str, Any] = dataclasses.asdict(model.config)  # type: ignore[call-overload]
+    current = getattr(model, "current_activations", None)
+    if callable(current):
+        config["activation"] = current()
+    return config

@@ -1,0 +1,103 @@
+"""ConvNeXt: equal to an independent implementation on the same weights, published names, stochastic depth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from polytrope.models import build_model
+from polytrope.models.convnext import (
+    PRESETS,
+    ConvNeXt,
+    ConvNeXtConfig,
+    convnext_config_from_huggingface,
+    drop_samples,
+    load_convnext_state_dict,
+)
+
+SIZES = {"depths": [1, 2], "dims": [8, 16], "num_classes": 5, "in_channels": 3, "patch_size": 2}
+
+
+def make_model(**changes: object) -> ConvNeXt:
+    torch.manual_seed(0)
+    model = build_model("convnext", {**SIZES, **changes})
+    assert isinstance(model, ConvNeXt)
+    return model
+
+
+@pytest.fixture(scope="module")
+def reference() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    config = transformers.ConvNextConfig(
+        depths=[1, 2, 1, 1], hidden_sizes=[8, 16, 24, 32], num_labels=5, layer_norm_eps=1e-6, layer_scale_init_value=0.5
+    )
+    model: nn.Module = transformers.ConvNextForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def test_logits_equal_huggingface_on_the_same_weights(reference: nn.Module) -> None:
+    model = ConvNeXt(convnext_config_from_huggingface(reference.config.to_dict())).eval()
+    load_convnext_state_dict(model, reference.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), reference(images).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_names_are_those_of_the_original_code() -> None:
+    names = set(make_model(activation="gelu").state_dict())
+    assert {"downsample_layers.0.0.weight", "downsample_layers.1.1.bias", "head.weight", "norm.bias"} <= names
+    block = {"dwconv.weight", "norm.weight", "pwconv1.weight", "pwconv2.bias", "gamma"}
+    assert {f"stages.1.0.{name}" for name in block} <= names
+
+
+def test_loads_its_own_names_and_refuses_another_size() -> None:
+    source, target = make_model(), make_model()
+    with torch.no_grad():
+        source.head.weight.add_(1.0)
+    load_convnext_state_dict(target, source.state_dict())
+    assert torch.equal(target.head.weight, source.head.weight)
+    with pytest.raises(ValueError, match=r"head\.weight is \[5, 16\], the model's is \[6, 16\]"):
+        load_convnext_state_dict(make_model(num_classes=6), source.state_dict())
+
+
+def test_presets_have_the_published_parameter_counts() -> None:
+    for name, millions in (("convnext-atto", 3.7), ("convnext-tiny", 28.6), ("convnext-large", 197.8)):
+        with torch.device("meta"):
+            model = ConvNeXt(ConvNeXtConfig(**PRESETS[name]))  # type: ignore[arg-type]
+        assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_stochastic_depth_keeps_the_expectation_and_is_off_in_evaluation() -> None:
+    torch.manual_seed(0)
+    branch = torch.ones(20_000, 1, 1, 1)
+    dropped = drop_samples(branch, 0.25, training=True)
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 1 / 0.75])
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert torch.equal(drop_samples(branch, 0.25, training=False), branch)
+    rates = [block.drop_path for block in make_model(drop_path=0.2).blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_loss_takes_classes_and_probabilities_and_smooths_only_in_training() -> None:
+    model, images = make_model(layer_scale=1.0).eval(), torch.randn(4, 3, 8, 8)
+    classes = torch.tensor([0, 1, 2, 4])
+    hard = model(images, classes)
+    torch.testing.assert_close(hard, model(images, nn.functional.one_hot(classes, 5).float()))
+    model.label_smoothing = 0.1
+    torch.testing.assert_close(model(images, classes), hard)
+    expected = nn.functional.cross_entropy(model(images), classes, label_smoothing=0.1)
+    torch.testing.assert_close(model.train()(images, classes), expected)
+
+
+def test_one_activation_per_block() -> None:
+    model = make_model(activation=["gelu", {"name": "hermite", "degree": 3}, "gelu"])
+    assert [bool(list(block.act.parameters())) for block in model.blocks] == [False, True, False]
+    with pytest.raises(ValueError, match="1 entries for 3 layers"):
+        make_model(activation=["gelu"])
+    with pytest.raises(ValueError, match="equally long lists"):
+        make_model(dims=[8])

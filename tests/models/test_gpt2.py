@@ -1,0 +1,162 @@
+"""GPT-2: equal to an independent implementation, loads published layouts, samples the same with and without a cache."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from polytrope.models import build_model
+from polytrope.models.gpt2 import GPT2, PRESETS, GPT2Config, gpt2_config_from_huggingface, load_gpt2_state_dict
+
+SIZES = {"vocab_size": 97, "sequence_length": 16, "n_layer": 3, "n_head": 2, "n_embd": 32}
+
+
+def make_model(**changes: object) -> GPT2:
+    torch.manual_seed(0)
+    model = build_model("gpt2", {**SIZES, "activation": "gelu_tanh", **changes})
+    assert isinstance(model, GPT2)
+    return model
+
+
+def random_tokens(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(0, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def reference() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    config = transformers.GPT2Config(
+        vocab_size=97, n_positions=16, n_layer=3, n_head=2, n_embd=32, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    model: nn.Module = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():  # biases and norms start trivial: give every parameter a say
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def test_logits_equal_huggingface_on_the_same_weights(reference: nn.Module) -> None:
+    model = GPT2(gpt2_config_from_huggingface(reference.config.to_dict())).eval()
+    load_gpt2_state_dict(model, reference.state_dict())
+    tokens = random_tokens(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_loads_its_own_layout_and_that_of_a_compiled_nanogpt_model() -> None:
+    source, target = make_model(), make_model()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(1.0)
+    state = {f"_orig_mod.{name}": tensor for name, tensor in source.state_dict().items()}
+    state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)  # nanoGPT's causal-mask buffer
+    load_gpt2_state_dict(target, state)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(tensor, target.state_dict()[name]), name
+
+
+def test_refuses_weights_of_another_size_and_says_which(reference: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"missing transformer\.h\.3\.ln_1\.weight"):
+        load_gpt2_state_dict(make_model(n_layer=4), reference.state_dict())
+    with pytest.raises(ValueError, match=r"wte\.weight is \[97, 32\], the model's is \[96, 32\]"):
+        load_gpt2_state_dict(make_model(vocab_size=96), reference.state_dict())
+
+
+def test_loss_is_the_cross_entropy_of_the_logits_and_skips_ignored_targets() -> None:
+    model, tokens = make_model().eval(), random_tokens(2, 9)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, :3] = -100
+    expected = nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    torch.testing.assert_close(model(inputs, targets), expected)
+    assert model(inputs, targets, reduction="sum").item() == pytest.approx(expected.item() * 13, rel=1e-5)
+
+
+def test_no_position_sees_a_later_one() -> None:
+    model, tokens = make_model().eval(), random_tokens(1, 12)
+    changed = tokens.clone()
+    changed[0, 7] = (changed[0, 7] + 1) % 97
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+def test_initial_loss_is_that_of_a_uniform_guess_and_residual_layers_start_smaller() -> None:
+    model, tokens = make_model(n_layer=8), random_tokens(4, 16)
+    assert model(tokens[:, :-1], tokens[:, 1:]).item() == pytest.approx(math.log(97), abs=0.2)
+    block = model.blocks[0]
+    ratio = block.mlp.c_proj.weight.std() / block.attn.c_attn.weight.std()  # type: ignore[union-attr]
+    assert ratio.item() == pytest.approx(1 / 4, rel=0.1)
+
+
+def test_an_untrained_models_activations_see_inputs_of_variance_one() -> None:
+    model, seen = make_model(n_embd=64, n_head=4), []
+    model.blocks[0].mlp.activation.register_forward_pre_hook(  # type: ignore[union-attr]
+        lambda _module, inputs: seen.append(inputs[0].std().item())
+    )
+    model(random_tokens(8, 16))
+    assert seen == [pytest.approx(1.0, rel=0.1)]
+
+
+def test_cached_sampling_equals_recomputing_everything_also_past_the_window() -> None:
+    model, prompt = make_model().eval(), random_tokens(2, 5)
+    with torch.no_grad():
+        for parameter in model.parameters():  # an untrained model is too flat for argmax to tell anything
+            parameter.mul_(4.0)
+    generated = model.generate(prompt, 11, temperature=0.0)
+    sequence = prompt
+    for _ in range(11):
+        sequence = torch.cat((sequence, model(sequence)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(generated, sequence)
+    assert model.generate(prompt, 40, temperature=0.0).shape == (2, 45)
+
+
+def test_sampling_is_reproducible_and_honours_top_k() -> None:
+    model, prompt = make_model().eval(), random_tokens(1, 3)
+    first, second = (model.generate(prompt, 9, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(model.generate(prompt, 9, top_k=1), model.generate(prompt, 9, temperature=0.0))
+
+
+def test_activation_checkpointing_changes_memory_not_gradients() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(activation="hermite")
+        model.activation_checkpointing = checkpointing
+        tokens = random_tokens(2, 9)
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=0, atol=1e-7)
+
+
+def test_one_activation_per_layer() -> None:
+    model = make_model(activation=["gelu", {"name": "hermite", "degree": 3}, "relu"])
+    outputs = [block.mlp.activation(torch.tensor([-1.0])).item() for block in model.blocks]  # type: ignore[union-attr]
+    assert outputs[0] == pytest.approx(-0.15865526)
+    assert outputs[2] == 0.0
+    assert [bool(list(block.mlp.activation.parameters())) for block in model.blocks] == [False, True, False]  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="2 entries for 3 layers"):
+        make_model(activation=["gelu", "relu"])
+
+
+def test_presets_have_the_published_parameter_counts() -> None:
+    for name, millions in (("gpt2", 124.44), ("gpt2-medium", 354.82), ("gpt2-large", 774.03), ("gpt2-xl", 1557.61)):
+        with torch.device("meta"):
+            model = GPT2(GPT2Config(**PRESETS[name], activation="gelu_tanh"))  # type: ignore[arg-type]
+        assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_impossible_sizes_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"n_embd \(32\) must be a multiple of n_head \(5\)"):
+        make_model(n_head=5)
+    with pytest.raises(ValueError, match="unknown model setting n_layers"):
+        build_model("gpt2", {"n_layers": 2})
+    with pytest.raises(ValueError, match="unknown architecture `lstm`"):
+        build_model("lstm", {})
+    with pytest.raises(ValueError, match="17 positions, but the model has 16"):
+        make_model()(random_tokens(1, 17))
