@@ -1,0 +1,39 @@
+"""Workflows as durable DAGs: specification, planner, artifact store, journal, engine, executors, tracking, CLI.
+
+The public Python API, imported on first use:
+
+    from polytrope.pipeline import load_workflow, run
+
+    state = run(load_workflow("workflows/quickstart.yaml", ["params.steps=50"]), executor="local")
+
+A stage is written with `from polytrope.pipeline.stage import stage, StageContext, Artifact`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from polytrope.pipeline.errors import UserError
+    from polytrope.pipeline.launch import run
+    from polytrope.pipeline.spec import StageSpec, Workflow, load_workflow
+    from polytrope.pipeline.stage import Artifact, StageContext
+
+_PLACES = {
+    "Artifact": "polytrope.pipeline.stage",
+    "StageContext": "polytrope.pipeline.stage",
+    "StageSpec": "polytrope.pipeline.spec",
+    "UserError": "polytrope.pipeline.errors",
+    "Workflow": "polytrope.pipeline.spec",
+    "load_workflow": "polytrope.pipeline.spec",
+    "run": "polytrope.pipeline.launch",
+}
+
+__all__ = ["Artifact", "StageContext", "StageSpec", "UserError", "Workflow", "load_workflow", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)

@@ -1,0 +1,1 @@
+"""What each `polytrope` command does, one file per group; the arguments stand in `polytrope.pipeline.cli`."""

@@ -1,0 +1,146 @@
+"""`polytrope submit`, and `status`, `logs`, `cancel`, `resume` with `--address`: runs on a cluster, from outside it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from polytrope.pipeline import submit as cluster
+from polytrope.pipeline.commands.common import store_address, workflow_of
+from polytrope.pipeline.engine import RunElsewhereError, new_run_id
+from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
+from polytrope.pipeline.graph import build_graph
+
+
+def submit(options: argparse.Namespace) -> int:
+    """Check the workflow here, then start its driver there."""
+    workflow = workflow_of(options)
+    graph = build_graph(workflow, environment=False)
+    store = _shared_store(options, store_address(options, workflow))
+    client = cluster.connect(options.address)
+    directory = Path(options.working_dir).resolve()
+    file = Path(options.workflow).resolve()
+    if not file.is_relative_to(directory):
+        raise UserError(
+            f"{options.workflow} is not below {directory}, the directory that is sent",
+            "start from the project's directory, or give `--working-dir DIR`",
+        )
+    run_id = options.run_id or new_run_id()
+    arguments = ["run", str(file.relative_to(directory)), "--run-id", run_id, "--store", store, "--ray-address", "auto"]
+    for override in options.overrides:
+        arguments += ["--set", override]
+    earlier = cluster.jobs(client, run_id)
+    _refuse_running(earlier, run_id, options.address)
+    attempt = 1 + max((job.attempt for job in earlier if job.run_id == run_id), default=0)
+    job_id = cluster.submit(
+        client, arguments, run_id=run_id, attempt=attempt, store=store, workflow=workflow.name,
+        working_directory=directory, installed=options.installed,
+    )  # fmt: skip
+    print(f"run {run_id}: {workflow.name}, {len(graph)} stages, Ray job {job_id}")
+    _print_next(run_id, options.address)
+    return _follow(client, job_id) if options.wait else EXIT_SUCCESS
+
+
+def _shared_store(options: argparse.Namespace, store: str) -> str:
+    """A store that the driver on the cluster can open: absolute, or an address."""
+    if "://" in store or Path(store).is_absolute():
+        return store
+    if options.store is not None:
+        return str(Path(store).resolve())
+    raise UserError(
+        f"the store `{store}` would be inside the job's own directory, which Ray removes",
+        "give one that every node reaches: `--store /shared/polytrope` or `--store s3://bucket/polytrope`",
+    )
+
+
+def _refuse_running(earlier: list[cluster.Job], run_id: str, address: str) -> None:
+    for job in earlier:
+        if job.run_id == run_id and not job.ended:
+            raise RunElsewhereError(
+                f"run {run_id} is being driven by Ray job {job.job_id} ({job.status})",
+                f"follow it: polytrope logs {run_id} -f --address {address}",
+            )
+
+
+def _print_next(run_id: str, address: str) -> None:
+    print(f"  status: polytrope status {run_id} --address {address}")
+    print(f"  log:    polytrope logs {run_id} -f --address {address}")
+    print(f"  cancel: polytrope cancel {run_id} --address {address}")
+    print(f"  Ray:    {address.rstrip('/')}/#/jobs")
+
+
+def _follow(client: Any, job_id: str) -> int:
+    for text in cluster.follow(client, job_id):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    return EXIT_SUCCESS if cluster.wait(client, job_id, 10) == "SUCCEEDED" else EXIT_RUN_FAILED
+
+
+def status(options: argparse.Namespace) -> int:
+    """The job's state, and what `polytrope status` says on the head."""
+    client = cluster.connect(options.address)
+    job = cluster.newest_job(client, options.run, options.address)
+    arguments = ["status", job.run_id, "--store", options.store or job.store]
+    code, text = cluster.ask(client, [*arguments, *(["--json"] if options.json else [])], run_id=job.run_id)
+    if not options.json:
+        print(cluster.describe(job))
+    print(text, end="")
+    if job.ended and job.status != "SUCCEEDED" and not options.json:
+        print(f"go on: polytrope resume {job.run_id} --address {options.address}")
+    return EXIT_RUN_FAILED if job.status == "FAILED" else code if job.ended else EXIT_SUCCESS
+
+
+def logs(options: argparse.Namespace) -> int:
+    """The driver's output, with `--stage` that of a stage."""
+    client = cluster.connect(options.address)
+    job = cluster.newest_job(client, options.run, options.address)
+    if options.stage is not None:
+        arguments = ["logs", job.run_id, "--store", options.store or job.store, "--stage", options.stage]
+        code, text = cluster.ask(client, arguments, run_id=job.run_id)
+        print(text, end="")
+        return code
+    if options.follow:
+        return _follow(client, job.job_id)
+    print(client.get_job_logs(job.job_id), end="")
+    return EXIT_SUCCESS
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """Ask the driver to stop; the job ends by itself, and the run can be resumed."""
+    client = cluster.connect(options.address)
+    job = cluster.newest_job(client, options.run, options.address)
+    if job.ended:
+        print(f"{cluster.describe(job)}: nothing to cancel")
+        return EXIT_SUCCESS
+    arguments = ["cancel", job.run_id, "--store", options.store or job.store, "--wait", str(options.wait)]
+    _, text = cluster.ask(client, arguments, run_id=job.run_id, timeout=options.wait + 60)
+    print(text, end="")
+    if cluster.wait(client, job.job_id, options.wait) not in ("SUCCEEDED", "FAILED", "STOPPED"):
+        client.stop_job(job.job_id)  # the driver does not answer: Ray ends it
+        cluster.wait(client, job.job_id, options.wait)
+    print(f"cancelled; go on: polytrope resume {job.run_id} --address {options.address}")
+    return EXIT_SUCCESS
+
+
+def resume(options: argparse.Namespace) -> int:
+    """The next attempt of a run, as a new Ray job."""
+    client = cluster.connect(options.address)
+    job = cluster.newest_job(client, options.run, options.address)
+    _refuse_running([job], job.run_id, options.address)
+    store = options.store or job.store
+    arguments = ["resume", job.run_id, "--store", store, "--ray-address", "auto"]
+    for stage in options.force:
+        arguments += ["--force", stage]
+    if options.from_stage:
+        arguments += ["--from", options.from_stage]
+    if options.allow_code_change:
+        arguments.append("--allow-code-change")
+    job_id = cluster.submit(
+        client, arguments, run_id=job.run_id, attempt=job.attempt + 1, store=store, workflow=job.workflow,
+        working_directory=Path.cwd(),
+    )  # fmt: skip
+    print(f"run {job.run_id}: attempt {job.attempt + 1}, Ray job {job_id}")
+    _print_next(job.run_id, options.address)
+    return EXIT_SUCCESS

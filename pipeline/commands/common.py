@@ -1,0 +1,105 @@
+"""What several commands share: opening the store, finding a run, printing tables and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.references import suggest
+from polytrope.pipeline.spec import Workflow, load_workflow
+from polytrope.pipeline.store import Store, store_error
+from polytrope.pipeline.store import open_store as place_at
+
+DEFAULT_STORE = ".polytrope"
+
+
+def workflow_of(options: argparse.Namespace) -> Workflow:
+    """The workflow file with `--set`, `--executor` and the other options applied."""
+    overrides = list(options.overrides)
+    for name in ("executor", "ray_address", "concurrency"):
+        value = getattr(options, name, None)
+        if value is not None:
+            overrides.append(f"{name}={json.dumps(value)}")
+    if getattr(options, "keep_going", False):
+        overrides.append("fail_fast=false")
+    if getattr(options, "no_tracking", False):
+        overrides.append("tracking.enabled=false")
+    return load_workflow(options.workflow, overrides)
+
+
+def store_address(options: argparse.Namespace, workflow: Workflow | None = None) -> str:
+    """`--store`, else what the workflow says, else $POLYTROPE_STORE, else `.polytrope`."""
+    if options.store:
+        return str(options.store)
+    if workflow is not None and "store" in workflow.model_fields_set:
+        return workflow.store
+    return os.environ.get("POLYTROPE_STORE", DEFAULT_STORE)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Left-aligned columns of plain text; on a terminal the last one is wrapped to its width."""
+    lines = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in lines) for column in range(len(header))]
+    indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
+    room = max(24, shutil.get_terminal_size().columns - indent) if sys.stdout.isatty() else None
+    for row in lines:
+        start = "  ".join(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False))
+        parts = textwrap.wrap(row[-1], room) if room is not None else [row[-1]]
+        for number, part in enumerate(parts or [""]):
+            print(f"{start if number == 0 else ' ' * (indent - 2)}  {part}".rstrip())
+
+
+def open_store(options: argparse.Namespace, workflow: Workflow | None = None) -> Store:
+    """The store a command works on; nothing is created in it."""
+    store = place_at(store_address(options, workflow))
+    try:
+        store.pull_runs()
+    except OSError as error:
+        raise store_error(store.address, error) from error
+    return store
+
+
+def run_directories(store: Store) -> list[Path]:
+    """All runs of a store, newest first."""
+    found = [(path.stat().st_mtime, path.parent) for path in store.runs.glob("*/workflow.json")]
+    return [directory for _, directory in sorted(found, reverse=True)]
+
+
+def find_run(store: Store, text: str | None) -> Path:
+    """The directory of the run whose id is, or starts with, `text`; without `text` the newest run."""
+    directories = run_directories(store)
+    if not directories:
+        raise UserError(
+            f"there are no runs in {store.address}", "`polytrope run WORKFLOW` makes one; `--store DIR` looks elsewhere"
+        )
+    if text is None:
+        return directories[0]
+    exact = [directory for directory in directories if directory.name == text]
+    matching = exact or [directory for directory in directories if directory.name.startswith(text)]
+    if len(matching) == 1:
+        return matching[0]
+    names = [directory.name for directory in matching or directories]
+    if matching:
+        raise UserError(f"`{text}` is the start of {len(matching)} runs", "one of " + ", ".join(names[:5]))
+    raise UserError(f"there is no run `{text}` in {store.address}", suggest(text, names[:20]))
+
+
+def read_run_file(directory: Path) -> dict[str, Any]:
+    """`workflow.json` of a run: resolved workflow, arguments, environment record."""
+    try:
+        data = json.loads((directory / "workflow.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"run {directory.name}: workflow.json cannot be read: {error}") from None
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,74 @@
+"""`polytrope reproduce` and `card`: a recorded run computed again and compared; its model described for others."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from polytrope.pipeline.commands.common import find_run, open_store, print_table
+from polytrope.pipeline.engine import new_run_id
+from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS
+from polytrope.pipeline.reproduce import Comparison, reproduce_run
+
+_SHOWN = 12  # lines of one kind
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    """Everything is computed again in a store of its own; exit code 1 if a result is another one."""
+    store = open_store(options)
+    directory = find_run(store, options.run)
+    place = Path(options.into) if options.into else store.root / "reproductions" / new_run_id()
+    rows = reproduce_run(
+        store,
+        directory,
+        place,
+        stage=options.stage,
+        executor=options.executor,
+        tolerance=options.tolerance,
+        display="auto",
+    )
+    print()
+    table = [[row.stage, (row.before or "-")[:12], (row.after or "-")[:12], row.verdict] for row in rows]
+    print_table(["stage", "digest then", "digest now", "verdict"], table)
+    different = [row for row in rows if row.verdict not in ("identical", "taken over")]
+    if different:
+        _explain(different[0], options.tolerance)
+    count = sum(row.verdict == "identical" for row in rows)
+    computed = sum(row.verdict != "taken over" for row in rows)
+    print(f"\n{count} of {computed} results are bit-equal to run {directory.name}")
+    if different or options.into:
+        print(f"the new results are in {place}")
+    else:
+        shutil.rmtree(place)  # the same bytes are in the run's own store
+    return EXIT_SUCCESS if all(row.accepted for row in rows) else EXIT_RUN_FAILED
+
+
+def _explain(row: Comparison, tolerance: float) -> None:
+    """What can be said about the first stage that is another one."""
+    print(f"\nfirst difference: {row.stage}")
+    if row.files:
+        print(f"  files: {', '.join(row.files[:_SHOWN])}" + " …" * (len(row.files) > _SHOWN))
+    for line in row.causes[:_SHOWN]:
+        print(f"  because {line}")
+    if len(row.causes) > _SHOWN:
+        print(f"  and {len(row.causes) - _SHOWN} more: polytrope diff")
+    if not row.causes:
+        print("  code, parameters, data, packages and threads are as recorded: the stage itself is not deterministic")
+    for line in row.metrics[:_SHOWN]:
+        print(f"  {line}")
+    if row.verdict == "within tolerance":
+        judgement = "accepted: the environment is another one" if row.excused else "not accepted: bytes should be equal"
+        print(f"  all metrics agree within {tolerance:g} ({judgement})")
+
+
+def card(options: argparse.Namespace) -> int:
+    """Write a model card."""
+    from polytrope.pipeline.card import write_card
+
+    store = open_store(options)
+    directory = find_run(store, options.run)
+    output = Path(options.output or f"card-{directory.name}.md")
+    write_card(store, directory, output, options.stage)
+    print(f"wrote {output}")
+    return EXIT_SUCCESS

@@ -1,0 +1,71 @@
+"""`polytrope gc`, `export`, `import` and `verify`: care of the store."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from polytrope.pipeline.archive import export_run
+from polytrope.pipeline.archive import import_run as unpack
+from polytrope.pipeline.collect import collect_garbage
+from polytrope.pipeline.commands.common import find_run, open_store
+from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS
+from polytrope.pipeline.journal import fold, read
+
+
+def gc(options: argparse.Namespace) -> int:
+    """Remove what no run refers to."""
+    result = collect_garbage(open_store(options), keep_runs=options.keep_runs, dry_run=options.dry_run)
+    verb = "would remove" if options.dry_run else "removed"
+    for title, names in (("run", result.runs), ("artifact", result.artifacts), ("left-over", result.leftovers)):
+        for name in names:
+            print(f"{verb} {title} {name}")
+    print(
+        f"{verb} {len(result.runs)} runs, {len(result.artifacts)} artifacts, {len(result.leftovers)} left-overs: "
+        f"{result.bytes / 2**20:.1f} MiB"
+    )
+    return EXIT_SUCCESS
+
+
+def export(options: argparse.Namespace) -> int:
+    """One tar file."""
+    store = open_store(options)
+    directory = find_run(store, options.run)
+    count = export_run(store, directory, Path(options.output))
+    print(f"wrote {options.output}: run {directory.name} with {count} artifacts")
+    print(f"read it: polytrope import {options.output} --store DIR")
+    return EXIT_SUCCESS
+
+
+def import_run(options: argparse.Namespace) -> int:
+    """Back into a store."""
+    store = open_store(options)
+    run_id, new = unpack(store, Path(options.file))
+    print(f"imported run {run_id} into {store.root}: {new} artifacts were new")
+    return EXIT_SUCCESS
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Hash everything again; exit code 1 if something is damaged."""
+    store = open_store(options)
+    if options.all:
+        keys = store.keys()
+    else:
+        stages = fold(read(find_run(store, options.run))).stages.values()
+        keys = list(dict.fromkeys(stage.key for stage in stages if stage.key and stage.digest))
+    damaged = 0
+    for key in keys:
+        problems = store.verify(key)
+        if not problems:
+            continue
+        damaged += 1
+        print(f"artifact {key} is damaged:")
+        for problem in problems[:10]:
+            print(f"  {problem}")
+        moved = store.quarantine(key, problems)
+        if moved is not None:
+            print(f"  moved to {moved}")
+    print(f"{len(keys)} artifacts hashed, {damaged} damaged")
+    if damaged:
+        print("compute them again: `polytrope resume RUN` or `polytrope run WORKFLOW`")
+    return EXIT_RUN_FAILED if damaged else EXIT_SUCCESS

@@ -1,0 +1,102 @@
+"""`conversion.json`: what became of every layer, with certificates, curves, and advice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from polytrope.models.conversion import FitOptions, LayerConversion, fit_layer
+from polytrope.models.surgery import Activation
+
+_CURVE_POINTS = 161
+
+
+def describe(conversion: LayerConversion) -> dict[str, Any]:
+    """One entry of `conversion.json`: certificate and curves, over all but one in 10,000 inputs and the interval."""
+    calibration = conversion.calibration
+    low = min(conversion.interval[0], calibration.quantile(0.00005))
+    high = max(conversion.interval[1], calibration.quantile(0.99995))
+    margin = (high - low) / 20
+    x = np.linspace(low - margin, high + margin, _CURVE_POINTS)
+    inputs = torch.from_numpy(x)
+    with torch.no_grad():
+        fitted = conversion.fit.build(torch.float64)(inputs)
+        target = copy.deepcopy(conversion.module).double()(inputs)
+    return {
+        "name": conversion.name,
+        "target": type(conversion.module).__name__,
+        "family": conversion.fit.config["name"],
+        "degree": conversion.fit.config["degree"],
+        "interval": list(conversion.interval),
+        "config": conversion.fit.config,
+        "coefficients": conversion.fit.coefficients.tolist(),
+        "relative_error": conversion.relative_error,
+        "inputs": calibration.summary(),
+        "certificate": conversion.fit.certificate.to_dict(),
+        "curve": {
+            "x": x.tolist(),
+            "target": target.tolist(),
+            "fit": fitted.tolist(),
+            "density": calibration.density(x).tolist(),
+        },
+    }
+
+
+def record(
+    conversions: Sequence[LayerConversion],
+    options: FitOptions,
+    costs: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The whole of `conversion.json`; `costs` as of `layer_costs`."""
+    layers = [describe(conversion) for conversion in conversions]
+    content: dict[str, Any] = {"format": 1, "layers": layers}
+    if costs:
+        content["advice"] = advise(conversions, costs, options)
+    return content
+
+
+def advise(
+    conversions: Sequence[LayerConversion], costs: Mapping[str, float], options: FitOptions
+) -> list[dict[str, Any]]:
+    """Layers by what their conversion costs, the dearest first, and what a higher degree would bring.
+
+    `cost`: how far the model's output moves when only this layer is converted, relative to the output. `share`: of the
+    sum of squares, which is what the costs add up to if they are independent.
+    """
+    total = sum(cost**2 for cost in costs.values()) or 1.0
+    ranked = sorted(conversions, key=lambda conversion: (-costs[conversion.name], conversion.name))
+    entries: list[dict[str, Any]] = []
+    for rank, conversion in enumerate(ranked, start=1):
+        cost = costs[conversion.name]
+        entry: dict[str, Any] = {
+            "rank": rank,
+            "name": conversion.name,
+            "cost": cost,
+            "share": cost**2 / total,
+            "relative_error": conversion.relative_error,
+            "degree": conversion.fit.config["degree"],
+        }
+        if rank <= 3:
+            entry["advice"] = _suggestion(conversion, entry["share"], options)
+        entries.append(entry)
+    return entries
+
+
+def _suggestion(conversion: LayerConversion, share: float, options: FitOptions) -> str:
+    degree = int(conversion.fit.config["degree"]) + 2
+    opening = f"{share:.0%} of what the conversion costs"
+    if degree > 16:
+        return f"{opening}; leave this layer as it is if that is too much"
+    higher = FitOptions(options.family, degree, None, options.coverage, options.derivative_weight, options.constraints)
+    try:
+        better = fit_layer(Activation(conversion.name, conversion.module), conversion.calibration, higher)
+    except ValueError:
+        return f"{opening}; degree {degree} cannot be fitted, leave this layer as it is if that is too much"
+    return (
+        f"{opening}; degree {degree} would lower its error from {conversion.relative_error:.2g} to "
+        f"{better.relative_error:.2g}"
+    )

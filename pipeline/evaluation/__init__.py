@@ -1,0 +1,1 @@
+"""What a trained model is worth on validation data: loss, bits per byte, calibration, shapes of its activations."""

@@ -1,0 +1,300 @@
+"""The plots, each drawn for a light and a dark page. Equal figures give equal bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with every common colour blindness; lightened a little for dark pages.
+_LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA5C94", "#B08900", "#56B4E9", "#555555", "#7A4FB5", "#8C3B1B", "#5C7A00")
+_DARK = ("#4FA8DC", "#F08A4B", "#3CC9A0", "#D98CC0", "#E0BE4A", "#8ED0F5", "#B5B5B5", "#B497E7", "#D98E6E", "#A9C94A")
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of one variant."""
+
+    background: str
+    text: str
+    muted: str
+    grid: str
+    fill: str
+    palette: tuple[str, ...]
+
+
+THEMES = {
+    "light": Theme("#ffffff", "#1c2430", "#667085", "#e4e8ee", "#dfe6f0", _LIGHT),
+    "dark": Theme("#171d27", "#e6eaf0", "#98a2b3", "#2b3442", "#2c394b", _DARK),
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses of one training, or of the repeats of one group. `steps`, `values` are equally long."""
+
+    name: str
+    steps: Sequence[float]
+    train: Sequence[float | None]
+    validation_steps: Sequence[float]
+    validation: Sequence[float]
+    spread: Sequence[float] | None = None  # half-width around the validation values
+
+
+def render(draw: Any, theme_name: str) -> bytes:
+    """PNG bytes of `draw(theme) -> Figure`. No dates, no versions inside."""
+    theme = THEMES[theme_name]
+    settings = {
+        "figure.facecolor": theme.background,
+        "axes.facecolor": theme.background,
+        "savefig.facecolor": theme.background,
+        "text.color": theme.text,
+        "axes.labelcolor": theme.muted,
+        "axes.edgecolor": theme.grid,
+        "axes.titlecolor": theme.text,
+        "xtick.color": theme.muted,
+        "ytick.color": theme.muted,
+        "grid.color": theme.grid,
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.labelsize": 9,
+        "legend.frameon": False,
+        "figure.dpi": 100,
+        "svg.hashsalt": "polytrope",
+    }
+    with matplotlib.rc_context(settings):
+        figure: Figure = draw(theme)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+        plt.close(figure)
+    return buffer.getvalue()
+
+
+def draw_losses(theme: Theme, curves: Sequence[Curve], entropy: float | None, unit: str) -> Figure:
+    """Training (thin) and validation (with points) loss over steps, one panel per number of steps."""
+    figure: Figure
+    figure, axes = plt.subplots(figsize=(9.2, 4.2), layout="constrained")
+    lowest, highest = math.inf, -math.inf
+    for index, curve in enumerate(curves):
+        colour = theme.palette[index % len(theme.palette)]
+        train = [math.nan if value is None else value for value in curve.train]
+        if train:
+            axes.plot(curve.steps, train, color=colour, linewidth=1.0, alpha=0.45)
+        values = np.asarray(curve.validation, dtype=float)
+        axes.plot(
+            curve.validation_steps, values, color=colour, linewidth=2.0, marker="o", markersize=4, label=curve.name
+        )
+        if curve.spread is not None:
+            spread = np.asarray(curve.spread)
+            axes.fill_between(curve.validation_steps, values - spread, values + spread, color=colour, alpha=0.15, lw=0)
+        seen = [value for value in [*train, *values.tolist()] if math.isfinite(value)]
+        if seen:
+            lowest, highest = min(lowest, *seen), max(highest, *seen)
+    if entropy is not None:
+        axes.axhline(entropy, color=theme.muted, linestyle=(0, (4, 3)), linewidth=1.2)
+        axes.annotate(
+            f"unigram entropy {entropy:.2f}",
+            (1.0, entropy),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 4),
+            textcoords="offset points",
+            ha="right",
+            color=theme.muted,
+        )
+        highest = max(highest, entropy)
+    if math.isfinite(lowest):
+        margin = 0.05 * (highest - lowest) + 1e-6
+        axes.set_ylim(lowest - margin, highest + 2 * margin)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel(f"loss, nats per {unit}")
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=min(5, max(1, len(curves))),
+        labelcolor=theme.text,
+    )
+    return figure
+
+
+def draw_shapes(
+    theme: Theme, layers: Sequence[str], models: Mapping[str, Sequence[Mapping[str, Any]]], density_of: str
+) -> Figure:
+    """Each block's activation in every model, over the distribution of its inputs in the model `density_of`.
+
+    Args:
+        layers: names of the blocks to show.
+        models: name of the model → records of `measure_activations`.
+    """
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure: Figure
+    figure, grid = plt.subplots(rows, columns, figsize=(9.2, 2.35 * rows + 0.5), layout="constrained", squeeze=False)
+    for panel, name in zip(grid.flat, layers, strict=False):
+        records = {model: record for model, entries in models.items() for record in entries if record["name"] == name}
+        reference = records.get(density_of) or next(iter(records.values()))
+        low, high = reference["edges"]
+        _fill_density(panel, theme, reference["edges"], reference["density"])
+        inside: list[float] = []
+        for index, model in enumerate(models):
+            if model not in records:
+                continue
+            record = records[model]
+            colour = theme.palette[index % len(theme.palette)]
+            panel.plot(record["x"], record["y"], color=colour, linewidth=1.7, label=model)
+            if "low" in record:
+                panel.fill_between(record["x"], record["low"], record["high"], color=colour, alpha=0.18, lw=0)
+            inside += [y for x, y in zip(record["x"], record["y"], strict=True) if low <= x <= high]
+        panel.set_xlim(low, high)
+        _limit(panel, inside)
+        panel.set_title(name)
+    for panel in list(grid.flat)[len(layers) :]:
+        panel.set_visible(False)
+    figure.legend(
+        *grid.flat[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=min(5, len(models)),
+        labelcolor=theme.text,
+    )
+    return figure
+
+
+def draw_conversion(theme: Theme, layers: Sequence[Mapping[str, Any]]) -> Figure:
+    """Above: the original activation, its replacement, and the inputs it sees. Below: the distance, logarithmic."""
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure: Figure
+    figure, grid = plt.subplots(
+        2 * rows,
+        columns,
+        figsize=(9.2, 3.5 * rows + 0.5),
+        layout="constrained",
+        squeeze=False,
+        height_ratios=[1.6, 1.0] * rows,
+    )
+    for number in range(rows * columns):
+        above, below = (
+            grid[2 * (number // columns), number % columns],
+            grid[2 * (number // columns) + 1, number % columns],
+        )
+        if number >= len(layers):
+            above.set_visible(False)
+            below.set_visible(False)
+            continue
+        layer = layers[number]
+        curve = layer["curve"]
+        x = np.asarray(curve["x"], dtype=float)
+        target, fit = np.asarray(curve["target"], dtype=float), np.asarray(curve["fit"], dtype=float)
+        if curve.get("density"):
+            _fill_curve(above, theme, x, np.asarray(curve["density"], dtype=float))
+        above.plot(x, target, color=theme.muted, linewidth=3.2, alpha=0.55, label=f"before: {layer.get('target')}")
+        above.plot(x, fit, color=theme.palette[1], linewidth=1.5, label=f"after: {layer['family']}")
+        _limit(above, [*target.tolist(), *fit.tolist()])
+        above.set_title(short_layer(layer["name"], number))
+        below.semilogy(x, np.maximum(np.abs(fit - target), 1e-8), color=theme.palette[1], linewidth=1.2)
+        if layer.get("interval"):
+            for panel in (above, below):
+                for end in layer["interval"]:
+                    panel.axvline(end, color=theme.muted, linewidth=0.8, linestyle=(0, (2, 2)))
+        for panel in (above, below):
+            panel.set_xlim(x[0], x[-1])
+        if number % columns == 0:
+            below.set_ylabel("|after - before|")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, labelcolor=theme.text)
+    return figure
+
+
+def draw_groups(theme: Theme, groups: Sequence[Mapping[str, Any]], baseline: str, metric: str, title: str) -> Figure:
+    """Mean and 95 % interval of each group, its single runs, and the baseline as a line."""
+    figure: Figure
+    figure, axes = plt.subplots(figsize=(9.2, 0.42 * len(groups) + 1.2), layout="constrained")
+    for position, group in enumerate(reversed(groups)):
+        entry = group[metric]
+        colour = theme.palette[1] if group["group"] == baseline else theme.palette[0]
+        if entry["half_width"] is not None:
+            axes.errorbar(
+                entry["mean"], position, xerr=entry["half_width"], color=colour, capsize=3, linewidth=1.6, zorder=2
+            )
+        axes.scatter(entry["values"], [position] * len(entry["values"]), color=colour, alpha=0.4, s=14, zorder=3)
+        axes.scatter([entry["mean"]], [position], color=colour, s=42, zorder=4)
+        if group["group"] == baseline:
+            axes.axvline(entry["mean"], color=colour, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_yticks(range(len(groups)), [group["group"] for group in reversed(groups)])
+    axes.set_xlabel(title)
+    axes.grid(visible=False, axis="y")
+    return figure
+
+
+def draw_confusion(theme: Theme, matrices: Mapping[str, Sequence[Sequence[int]]]) -> Figure:
+    """Confusion matrices: rows are true classes, columns predictions; shares of each row."""
+    columns = min(3, len(matrices))
+    rows = -(-len(matrices) // columns)
+    figure: Figure
+    figure, grid = plt.subplots(rows, columns, figsize=(9.2, 3.1 * rows), layout="constrained", squeeze=False)
+    for panel, (name, matrix) in zip(grid.flat, matrices.items(), strict=False):
+        counts = np.asarray(matrix, dtype=float)
+        shares = counts / np.maximum(1.0, counts.sum(axis=1, keepdims=True))
+        panel.imshow(shares, cmap="Blues" if theme.background == "#ffffff" else "cividis", vmin=0.0, vmax=1.0)
+        panel.grid(visible=False)
+        panel.set_title(name)
+        panel.set_xlabel("predicted")
+        panel.set_ylabel("true")
+    for panel in list(grid.flat)[len(matrices) :]:
+        panel.set_visible(False)
+    return figure
+
+
+def short_layer(name: str, number: int) -> str:
+    """`block 3` for `transformer.h.2.mlp.activation`, else the end of the name."""
+    digits = [part for part in name.split(".") if part.isdigit()]
+    if len(digits) == 1:
+        return f"block {int(digits[0]) + 1}"
+    return name if len(name) < 24 else f"layer {number + 1}"
+
+
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the items, evenly spread, with the first and the last."""
+    if len(items) <= count:
+        return list(items)
+    if count == 1:
+        return [items[0]]
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+
+
+def _fill_density(panel: Axes, theme: Theme, edges: Sequence[float], density: Sequence[float]) -> None:
+    bounds = np.linspace(edges[0], edges[1], len(density) + 1)
+    _fill_curve(panel, theme, 0.5 * (bounds[1:] + bounds[:-1]), np.asarray(density, dtype=float))
+
+
+def _fill_curve(panel: Axes, theme: Theme, x: np.ndarray, density: np.ndarray) -> None:
+    """The distribution of inputs on a hidden second axis, behind the curves."""
+    behind = panel.twinx()
+    behind.fill_between(x, density, color=theme.fill, lw=0)
+    behind.set_ylim(0, 1.35 * max(float(density.max()), 1e-12))
+    behind.set_axis_off()
+    behind.set_zorder(0)
+    panel.set_zorder(1)
+    panel.patch.set_visible(False)
+
+
+def _limit(panel: Axes, values: Sequence[float]) -> None:
+    finite = [value for value in values if math.isfinite(value)]
+    if finite:
+        low, high = min(finite), max(finite)
+        margin = 0.08 * (high - low) + 1e-3
+        panel.set_ylim(low - margin, high + margin)

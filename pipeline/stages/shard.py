@@ -1,0 +1,176 @@
+"""The `shard` stage: a corpus → tokens → webdataset tar shards with a manifest.
+
+Parameters and flow; the work is in corpus, tokenization and sharding.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from polytrope.pipeline.corpus import PythonSource, Source, source_fingerprint
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import StageContext, stage
+from polytrope.pipeline.tokenization import BpeTokenizer, TokenizerParameters, make_tokenizer, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from polytrope.pipeline.corpus import Documents
+    from polytrope.pipeline.sharding import ShardResult
+
+
+class ShardParameters(BaseModel):
+    """A text data set."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field("text", description="name of the data set, shown in MLflow")
+    source: Source = Field(default_factory=PythonSource, description="where the documents come from")
+    tokenizer: TokenizerParameters = Field(default_factory=BpeTokenizer, description="text → tokens")
+    sequence_length: int = Field(128, ge=2, description="tokens per sample (a model's context)")
+    validation_fraction: float = Field(
+        0.05, gt=0, lt=1, description="share of the documents, chosen by hash of the text"
+    )
+    shard_bytes: int = Field(8_000_000, ge=1, description="text per shard, before tokenization")
+
+
+def fingerprint(parameters: ShardParameters, directory: Path) -> dict[str, str]:
+    """Digests of the corpus and the tokenizer files."""
+    return {
+        **source_fingerprint(parameters.source, directory),
+        **tokenizer_fingerprint(parameters.tokenizer, directory),
+    }
+
+
+@stage(
+    parallel=True,
+    fingerprint=fingerprint,
+    code=(
+        "polytrope.pipeline.corpus",
+        "polytrope.pipeline.tokenization",
+        "polytrope.pipeline.sharding",
+        "polytrope.pipeline.tarfiles",
+    ),
+)
+def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float]:
+    """Tokenize a corpus into webdataset tar shards with a manifest, split by document into train and validation."""
+    from polytrope.pipeline.corpus import read_documents, split_documents
+
+    started = time.perf_counter()
+    context.progress(0, 3, "reading documents")
+    directory = Path.cwd()  # the workflow file's
+    documents = read_documents(parameters.source, directory, context.scratch / "huggingface")
+    splits = split_documents(documents, parameters.validation_fraction, parameters.source.max_bytes)
+    count = sum(len(rows) for rows, _ in splits.values())
+    for name, (rows, _) in splits.items():
+        if not len(rows):
+            raise UserError(
+                f"source: {count} documents with text, none for the {name} split",
+                "give more documents, or change validation_fraction",
+            )
+    context.progress(1, 3, f"tokenizer from {count} documents")
+    tokenizer = make_tokenizer(parameters.tokenizer, documents.texts(splits["train"][0]), directory)
+    asked = parameters.tokenizer.vocab_size
+    if tokenizer.vocab_size < asked:
+        context.message(f"the corpus gives {tokenizer.vocab_size} tokens only, fewer than vocab_size {asked}")
+    (context.output / "tokenizer.json").write_text(tokenizer.to_json())
+
+    results = {
+        name: _write_split(context, name, documents, *split, tokenizer.to_json(), tokenizer.vocab_size, parameters)
+        for name, split in splits.items()
+    }
+    description = _describe(parameters, tokenizer.vocab_size, results)
+    (context.output / "dataset.json").write_text(json.dumps(description, indent=1))
+    seconds = time.perf_counter() - started
+    train, validation = description["splits"]["train"], description["splits"]["validation"]
+    context.log_dataset(
+        parameters.name, description["digest"], parameters.source.kind, {"train": train, "validation": validation}
+    )
+    return {
+        "documents": float(count),
+        "train/tokens": float(train["tokens"]),
+        "validation/tokens": float(validation["tokens"]),
+        "unigram_entropy": description["unigram_entropy"],
+        "vocab_size": float(tokenizer.vocab_size),
+        "tokens_per_second": (train["tokens"] + validation["tokens"]) / seconds,
+    }
+
+
+def _write_split(
+    context: StageContext,
+    name: str,
+    documents: Documents,
+    rows: np.ndarray,
+    sizes: np.ndarray,
+    tokenizer: str,
+    vocab_size: int,
+    parameters: ShardParameters,
+) -> list[ShardResult]:
+    from polytrope.pipeline.parallel import parallel_map
+    from polytrope.pipeline.sharding import ShardTask, group_rows, make_shard
+
+    directory = context.output / name
+    directory.mkdir()
+    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    groups = list(group_rows(rows, sizes, parameters.shard_bytes))
+    tasks = (
+        ShardTask(directory / f"shard-{number:06d}.tar", documents, group, tokenizer, parameters.sequence_length, dtype)
+        for number, group in enumerate(groups)
+    )
+    results = []
+    for result in parallel_map(context, make_shard, tasks):
+        results.append(result)
+        context.progress(2 + len(results) / len(groups), 3, f"{name}: {len(results)} of {len(groups)} shards")
+    if not sum(result.samples for result in results):
+        raise UserError(
+            f"source: the {name} split has too little text for one sample of {parameters.sequence_length} tokens",
+            "give more text, a shorter sequence_length, or another validation_fraction",
+        )
+    manifest = {
+        "format": 1,
+        "sample": {"tokens": parameters.sequence_length + 1, "dtype": dtype},
+        "shards": [
+            {"path": result.path, "bytes": result.bytes, "sha256": result.sha256, "samples": result.samples}
+            for result in results
+        ],
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    return results
+
+
+def _describe(parameters: ShardParameters, vocab_size: int, results: Mapping[str, list[ShardResult]]) -> dict[str, Any]:
+    """`dataset.json`. `digest`: sha256 over the shards' digests, the data's identity."""
+    import hashlib
+
+    import numpy as np
+
+    counts = {name: sum(result.counts for result in members) for name, members in results.items()}
+    train = np.asarray(counts["train"], dtype=np.float64) + 1.0  # add one: no token is impossible
+    surprise = -np.log(train / train.sum())
+    validation = np.asarray(counts["validation"], dtype=np.float64)
+    digest = hashlib.sha256("".join(r.sha256 for members in results.values() for r in members).encode()).hexdigest()
+    return {
+        "format": 1,
+        "kind": "text",
+        "name": parameters.name,
+        "tokenizer": {"kind": parameters.tokenizer.kind, "vocab_size": vocab_size},
+        "sequence_length": parameters.sequence_length,
+        "splits": {
+            name: {
+                "manifest": f"{name}/manifest.json",
+                "documents": sum(result.documents for result in members),
+                "bytes": sum(result.text_bytes for result in members),
+                "tokens": sum(result.tokens for result in members),
+                "samples": sum(result.samples for result in members),
+            }
+            for name, members in results.items()
+        },
+        "unigram_entropy": float((validation * surprise).sum() / validation.sum()),
+        "digest": digest,
+    }

@@ -1,0 +1,265 @@
+"""The `train` stage: train or fine-tune a model with DeepSpeed on the workers the workflow grants.
+
+Parameters and flow; the work is in `polytrope.pipeline.training`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, StageContext, stage
+
+Activation = str | dict[str, Any]
+
+
+class ModelParameters(BaseModel):
+    """The model to train from scratch. Fields that belong to the other architecture are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    architecture: Literal["gpt2", "convnext"] = Field("gpt2", description="gpt2 (text) or convnext (images)")
+    preset: str | None = Field(
+        None, description="published size: gpt2, gpt2-medium, gpt2-large, gpt2-xl; convnext-atto … convnext-large"
+    )
+    activation: Activation | list[Activation] | None = Field(
+        None, description="one activation (name or {name, degree, …}) or a list with one per block"
+    )
+    n_layer: int | None = Field(None, ge=1, description="gpt2: number of blocks")
+    n_head: int | None = Field(None, ge=1, description="gpt2: attention heads")
+    n_embd: int | None = Field(None, ge=1, description="gpt2: width of the residual stream")
+    vocab_size: int | None = Field(
+        None, ge=1, description="gpt2: rows of the embedding; default: the tokenizer's size, rounded up to 64"
+    )
+    sequence_length: int | None = Field(None, ge=1, description="gpt2: longest context; default: the dataset's")
+    dropout: float | None = Field(None, ge=0, lt=1, description="gpt2: dropout probability")
+    bias: bool | None = Field(None, description="gpt2: biases in linear layers and layer norms")
+    depths: list[int] | None = Field(None, description="convnext: blocks per stage")
+    dims: list[int] | None = Field(None, description="convnext: channels per stage")
+    num_classes: int | None = Field(None, ge=1, description="convnext: classes; default: the dataset's")
+    in_channels: int | None = Field(None, ge=1, description="convnext: image channels; default: the dataset's")
+    patch_size: int | None = Field(None, ge=1, description="convnext: stride of the stem")
+    drop_path: float | None = Field(None, ge=0, lt=1, description="convnext: stochastic depth of the last block")
+    layer_scale: float | None = Field(None, ge=0, description="convnext: initial layer scale, 0 for none")
+
+
+class AugmentationParameters(BaseModel):
+    """Image augmentation during training (images only)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    crop_padding: int = Field(0, ge=0, description="random crop after padding by this many pixels on each side")
+    horizontal_flip: bool = Field(False, description="mirror half of the images")
+    operations: int = Field(0, ge=0, description="random operations per image (as in RandAugment)")
+    magnitude: float = Field(0.5, ge=0, le=1, description="strength of the random operations")
+    mixup: float = Field(0.0, ge=0, description="parameter of mixup's beta distribution, 0: off")
+    cutmix: float = Field(0.0, ge=0, description="parameter of cutmix's beta distribution, 0: off")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability mass moved to the uniform distribution")
+
+
+class TrainParameters(BaseModel):
+    """Everything that decides the result of a training."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelParameters | None = Field(None, description="the model; not with an `initial` input (fine-tuning)")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; give steps or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the training samples; give steps or epochs")
+    global_batch_size: int = Field(32, ge=1, description="samples per optimizer step, over all workers")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="samples per forward pass of one worker; default: global_batch_size / workers"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    coefficient_learning_rate: float | None = Field(
+        None, ge=0, description="peak learning rate of activation coefficients; default: a tenth of learning_rate"
+    )
+    minimum_learning_rate: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of the peak")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up before the cosine")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's decay of matrices (never norms, biases, coefficients)")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm, 0: no clipping")
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage: what is sharded over the workers")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of forward and backward")
+    seed: int = Field(0, ge=0, description="of initialisation, data order and dropout")
+    threads_per_worker: int = Field(1, ge=1, description="CPU threads per worker; part of the result's identity")
+    log_every: int = Field(10, ge=1, description="steps between logged training metrics")
+    validation_every: int = Field(100, ge=0, description="steps between validations, 0: only at the end")
+    validation_samples: int = Field(128, ge=1, description="validation samples per validation (the first ones)")
+    checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints, 0: none")
+    keep_checkpoints: int = Field(2, ge=1, description="newest valid checkpoints to keep")
+    deepspeed: dict[str, Any] | str | None = Field(
+        None, description="further DeepSpeed configuration, or the path of a JSON file; contradictions are refused"
+    )
+    compile: bool = Field(False, description="compile the model with torch.compile")
+    activation_checkpointing: bool = Field(False, description="recompute block activations in backward")
+    worker_restarts: int = Field(2, ge=0, description="restarts from the newest checkpoint when a worker is lost")
+    collective_timeout: float = Field(600.0, gt=0, description="seconds a collective may take before it fails")
+    on_divergence: Literal["stop", "rollback"] = Field(
+        "stop", description="on NaN, infinity or a gradient spike: fail, or go back to a checkpoint and skip the batch"
+    )
+    maximum_rollbacks: int = Field(3, ge=0, description="batches that `on_divergence: rollback` may skip")
+    gradient_spike: float | None = Field(
+        None, gt=1, description="a gradient norm above this multiple of the recent median counts as divergence"
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="validate and save an exponential moving average of the weights with this decay"
+    )
+    peak_flops: float | None = Field(
+        None, gt=0, description="floating-point operations per second of one worker's device, to report MFU"
+    )
+    statistics_every: int = Field(
+        0, ge=0, description="steps between pre-activation moments and coefficient norms per layer, 0: never"
+    )
+    augmentation: AugmentationParameters | None = Field(None, description="images only")
+    register_as: str | None = Field(None, description="name in MLflow's model registry")
+    register_alias: str = Field("newest", description="alias of the registered version")
+
+    @model_validator(mode="after")
+    def consistent(self) -> TrainParameters:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`")
+        if self.micro_batch_size is not None and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"micro_batch_size ({self.micro_batch_size})"
+            )
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
+        if self.ema_decay is not None and self.zero_stage == 3:
+            raise ValueError("ema_decay needs whole weights on each worker: use zero_stage 0, 1 or 2")
+        return self
+
+
+def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
+    """Refuse what cannot work before anything starts."""
+    fine_tuning = upstream.get("initial") is not None
+    if parameters.model is None and not fine_tuning:
+        raise UserError(
+            "train: `model` is missing",
+            "describe the model under `with: model:`, or name one under `inputs: initial:` to fine-tune it",
+        )
+    if parameters.model is not None and fine_tuning:
+        raise UserError(
+            "train: `model` and an `initial` input", "the architecture comes from `initial`: remove `model`"
+        )
+    shard = upstream.get("dataset")
+    tokenizer = getattr(shard, "tokenizer", None)
+    tokens = getattr(tokenizer, "vocab_size", None)
+    rows = parameters.model.vocab_size if parameters.model else None
+    if tokens is not None and rows is not None and tokens > rows:
+        raise UserError(
+            f"train: the dataset's vocabulary ({tokens} tokens) is larger than the model's embedding "
+            f"(`model.vocab_size`: {rows})",
+            f"set `model.vocab_size` to at least {tokens}, or leave it out",
+        )
+    length = getattr(shard, "sequence_length", None)
+    positions = parameters.model.sequence_length if parameters.model else None
+    if isinstance(length, int) and positions is not None and length > positions:
+        raise UserError(
+            f"train: the dataset's sequences ({length} tokens) are longer than `model.sequence_length` ({positions})",
+            f"set `model.sequence_length` to at least {length}, or leave it out",
+        )
+    if isinstance(parameters.deepspeed, dict):
+        refuse_contradictions(parameters.deepspeed, parameters)
+
+
+def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
+    """The content of the DeepSpeed file, which is part of the result's identity."""
+    if not isinstance(parameters.deepspeed, str):
+        return {}
+    import hashlib
+
+    path = Path(parameters.deepspeed)
+    path = path if path.is_absolute() else directory / path
+    if not path.is_file():
+        raise UserError(f"train: `deepspeed: {parameters.deepspeed}`: no such file", f"looked for {path}")
+    refuse_contradictions(read_deepspeed_file(path), parameters)
+    return {"deepspeed": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def read_deepspeed_file(path: Path) -> dict[str, Any]:
+    """A DeepSpeed configuration file."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"train: `deepspeed: {path}` cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"train: `deepspeed: {path}` is not a JSON object")
+    return content
+
+
+def refuse_contradictions(deepspeed: Mapping[str, Any], parameters: TrainParameters) -> None:
+    """A DeepSpeed setting that this stage sets itself must be absent, `"auto"`, or say the same.
+
+    Raises:
+        UserError: naming both values.
+    """
+    own: dict[str, Any] = {
+        "train_batch_size": parameters.global_batch_size,
+        "train_micro_batch_size_per_gpu": parameters.micro_batch_size,
+        "gradient_clipping": parameters.gradient_clipping,
+        "zero_optimization.stage": parameters.zero_stage,
+        "bf16.enabled": parameters.precision == "bf16",
+        "fp16.enabled": parameters.precision == "fp16",
+    }
+    names = {
+        "train_batch_size": "global_batch_size",
+        "train_micro_batch_size_per_gpu": "micro_batch_size",
+        "zero_optimization.stage": "zero_stage",
+        "bf16.enabled": "precision",
+        "fp16.enabled": "precision",
+    }
+    for key, value in own.items():
+        section: Any = deepspeed
+        for part in key.split("."):
+            section = section.get(part, "auto") if isinstance(section, Mapping) else "auto"
+        if section != "auto" and value is not None and section != value:
+            raise UserError(
+                f"train: `deepspeed` says {key} = {section}, the stage's `{names.get(key, key)}` says {value}",
+                f'remove {key} from the DeepSpeed configuration, or set it to "auto"',
+            )
+    for key in ("optimizer", "scheduler", "gradient_accumulation_steps"):
+        if deepspeed.get(key, "auto") != "auto":
+            raise UserError(
+                f"train: `deepspeed` sets `{key}`, which this stage decides",
+                f"remove `{key}`; use learning_rate, weight_decay, betas, warmup_steps, micro_batch_size",
+            )
+
+
+@stage(
+    parallel=True,
+    check=check,
+    fingerprint=fingerprint,
+    code=(
+        "polytrope.models",
+        "polytrope.ops",
+        "polytrope.pipeline.training",
+        "polytrope.pipeline.reader",
+        "polytrope.pipeline.order",
+    ),
+)
+def train(
+    context: StageContext,
+    dataset: Artifact,
+    parameters: TrainParameters,
+    initial: Artifact | None = None,
+) -> dict[str, float]:
+    """Train a model on `dataset`, or fine-tune `initial`, and write the final weights."""
+    from polytrope.pipeline.training.launch import run_workers
+    from polytrope.pipeline.training.plan import make_plan
+
+    check(parameters, {"initial": initial})
+    plan = make_plan(context, dataset, initial, parameters)
+    context.log_dataset("train", dataset.digest, str(dataset.path), plan.dataset_profile)
+    context.log_params(plan.facts)
+    run_workers(context, plan)
+    summary = json.loads((context.output / "training.json").read_text())
+    if parameters.register_as:
+        context.log_model(".", name=parameters.register_as, alias=parameters.register_alias)
+    return {name: value for name, value in summary.items() if isinstance(value, int | float)}

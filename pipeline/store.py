@@ -1,0 +1,511 @@
+"""The artifact store: committed directories by stage key, each with a manifest of hashes, put in place by one rename.
+
+    STORE/artifacts/KEY/manifest.json   what the artifact is, and path, size, sha256 of every file
+    STORE/artifacts/KEY/files/          what the stage wrote, read-only
+    STORE/staging/KEY.TOKEN/            an artifact in the making; never read by anybody else
+    STORE/scratch/KEY/                  checkpoints of a stage that is not finished
+    STORE/leases/KEY/                   who computes this key now
+    STORE/quarantine/                   artifacts that no longer were what their manifest says
+    STORE/digests/KEY.json              (path, size, mtime, inode) → sha256, so that nothing is hashed twice
+    STORE/runs/RUN/                     journal, resolved workflow, logs, events
+
+An artifact exists when `artifacts/KEY` exists: everything in it was flushed to the disk before the rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.files import (
+    hash_file,
+    remove_tree,
+    rename,
+    replace_file,
+    replace_json,
+    sync_directory,
+    sync_file,
+    unique_name,
+    write_bytes,
+)
+from polytrope.pipeline.journal import Journal
+from polytrope.pipeline.lease import LeasePlace
+
+FORMAT = 1
+_KEY = re.compile(r"[0-9a-f]{16,64}")
+
+
+class OutputChangedError(RuntimeError):
+    """The staging directory is not what was hashed at the end of the stage."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of an artifact. `path` is relative, with `/`; `mtime_ns` and `inode` show whether it was touched."""
+
+    path: str
+    size: int
+    sha256: str
+    mtime_ns: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class StoredArtifact:
+    """A committed artifact. `path`: where its files are. `duration` in seconds, `committed` in epoch seconds."""
+
+    key: str
+    digest: str
+    path: Path
+    components: dict[str, Any]
+    summary: dict[str, float]
+    stage: str
+    run_id: str
+    duration: float
+    committed: float
+    files: tuple[dict[str, Any], ...] = ()  # {"path", "size", "sha256"} in the order of their paths
+    location: str = ""  # in an object store: below which name its files are
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(entry["size"] for entry in self.files)
+
+
+def artifact_digest(files: Iterable[Mapping[str, Any]]) -> str:
+    """sha256 over (path, size, sha256) of all files: equal digests mean equal bytes."""
+    digest = hashlib.sha256()
+    for entry in files:
+        digest.update(f"{entry['path']}\0{entry['size']}\0{entry['sha256']}\n".encode())
+    return digest.hexdigest()
+
+
+def scan(directory: Path) -> dict[str, os.stat_result]:
+    """Relative path → stat of every file below `directory`, sorted.
+
+    Raises:
+        UserError: a symbolic link or a special file: an artifact must hold its own bytes.
+    """
+    found: dict[str, os.stat_result] = {}
+
+    def walk(current: str, prefix: str) -> None:
+        with os.scandir(current) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    walk(entry.path, f"{prefix}{entry.name}/")
+                elif entry.is_file(follow_symlinks=False):
+                    found[prefix + entry.name] = entry.stat(follow_symlinks=False)
+                else:
+                    raise UserError(
+                        f"the stage's output holds `{prefix}{entry.name}`, which is not a plain file",
+                        "copy the file's content below context.output instead of linking to it",
+                    )
+
+    walk(str(directory), "")
+    return dict(sorted(found.items()))
+
+
+def seal(directory: Path) -> list[FileEntry]:
+    """Hash every file below `directory`, make it read-only, and flush all to the disk. Runs where the stage ran."""
+    entries = []
+    for name in scan(directory):
+        path = directory / name
+        digest = hash_file(path)
+        os.chmod(path, stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
+        sync_file(path)
+        status = path.stat()
+        entries.append(FileEntry(name, status.st_size, digest, status.st_mtime_ns, status.st_ino))
+    for current, directories, files in os.walk(directory, topdown=False):
+        if directories or files:
+            sync_directory(Path(current))
+    return entries
+
+
+def open_store(address: Path | str) -> Store:
+    """The store at a directory or at `s3://bucket/prefix`. Nothing is touched yet."""
+    if "://" not in str(address):
+        return Store(address)
+    if not str(address).startswith("s3://"):
+        raise UserError(f"store: `{address}` is neither a directory nor `s3://bucket/prefix`")
+    from polytrope.pipeline.object_store import ObjectStore
+
+    return ObjectStore(str(address))
+
+
+class Store:
+    """The directory that holds artifacts and runs. Making a `Store` touches nothing; `create` does."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(os.path.abspath(root))
+        self.artifacts = self.root / "artifacts"
+        self.runs = self.root / "runs"
+        self.address = str(self.root)
+        self._created = False
+
+    def create(self) -> None:
+        """Make the directories and prove that they can be written.
+
+        Raises:
+            UserError: the place cannot be written, or holds something else.
+        """
+        if self._created:
+            return
+        try:
+            for name in ("artifacts", "staging", "scratch", "leases", "quarantine", "digests", "runs"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root / "staging") as probe:
+                probe.write(b"x" * 4096)
+                probe.flush()
+                os.fsync(probe.fileno())
+            description = self.root / "store.json"
+            if not description.exists():
+                replace_json(description, {"format": FORMAT})
+        except OSError as error:
+            raise store_error(self.root, error) from error
+        try:
+            found = json.loads(description.read_bytes())["format"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{description} cannot be read: {error}", "is this a polytrope store?") from error
+        if found != FORMAT:
+            raise UserError(
+                f"the store {self.root} has format {found}, this version reads {FORMAT}",
+                "use another `store:` or the version of polytrope that made it",
+            )
+        self._created = True
+
+    # -- places ------------------------------------------------------------------------------------------------
+
+    def run_directory(self, run_id: str) -> Path:
+        return self.runs / run_id
+
+    @property
+    def lease_root(self) -> LeasePlace:
+        return self.root
+
+    def run_lease_directory(self, run_id: str) -> LeasePlace:
+        return self.run_directory(run_id)
+
+    def key_lease_directory(self, key: str) -> LeasePlace:
+        return self.root / "leases" / key
+
+    def has_key_lease(self, key: str) -> bool:
+        """Whether anything is left of a lease of this key."""
+        return (self.root / "leases" / key).exists()
+
+    def staging(self, key: str) -> Path:
+        """A new, empty directory for the files of an attempt at `key`; hand it to `commit` or `discard`."""
+        files = self.root / "staging" / f"{key}.{unique_name()}" / "files"
+        files.mkdir(parents=True)
+        return files
+
+    def scratch(self, key: str) -> Path:
+        """The directory that survives attempts at `key` until it is committed. Created by whoever writes into it."""
+        return self.root / "scratch" / key
+
+    def has_scratch(self, key: str) -> bool:
+        return self.scratch(key).exists()
+
+    def remove_scratch(self, key: str) -> None:
+        remove_tree(self.scratch(key))
+
+    def discard(self, staging: Path) -> None:
+        """Throw a staging directory away."""
+        remove_tree(staging.parent)
+
+    def discard_staging(self, key: str) -> None:
+        """Throw away what dead attempts at `key` left. Only for the holder of the key's lease."""
+        for name in os.listdir(self.root / "staging"):
+            if name.startswith(f"{key}."):
+                remove_tree(self.root / "staging" / name)
+
+    # -- what a store elsewhere does, and one on a disk need not -------------------------------------------------
+
+    def open_journal(self, run_id: str, *, fence: int, guard: Callable[[], None]) -> Journal:
+        """The journal of a run for writing."""
+        return Journal.open(self.run_directory(run_id), fence=fence, guard=guard)
+
+    def pull_run(self, run_id: str) -> None:
+        """Bring the copy of a run on this machine up to date."""
+
+    def pull_runs(self) -> None:
+        """The same for all runs."""
+
+    def push_run(self, run_id: str) -> None:
+        """Upload what changed in a run's directory on this machine."""
+
+    def refresh_run(self, run_id: str) -> None:
+        """Both, from time to time, while the run goes on."""
+
+    def drop_cancel_request(self, run_id: str, name: str) -> None:
+        """Forget a request to cancel; it was meant for an earlier attempt."""
+        (self.run_directory(run_id) / name).unlink(missing_ok=True)
+
+    def materialize(self, key: str) -> Path:
+        """The directory of an artifact's files, on this machine."""
+        return self.artifacts / key / "files"
+
+    def upload_output(self, output: Path, entries: list[FileEntry]) -> None:
+        """Send what a stage wrote to where the store is; called where the stage ran, before the commit."""
+
+    def scratch_mirrored(self, _key: str) -> contextlib.AbstractContextManager[None]:
+        """While a stage runs: keep its scratch directory where another machine finds it."""
+        return contextlib.nullcontext()
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def exists(self, key: str) -> bool:
+        """Whether something is committed under `key`, verified or not."""
+        return (self.artifacts / key / "manifest.json").is_file()
+
+    def load(self, key: str) -> StoredArtifact | None:
+        """The artifact as its manifest describes it, unverified; None if absent or if the manifest is damaged."""
+        try:
+            data = (self.artifacts / key / "manifest.json").read_bytes()
+        except OSError:
+            return None
+        return parse_manifest(data, key, self.artifacts / key / "files")
+
+    def find(self, key: str, *, full: bool = False) -> StoredArtifact | None:
+        """The committed artifact of `key` if it is intact, else None. Changes nothing but the digest cache.
+
+        Args:
+            key: the stage key.
+            full: hash every file, also those whose size, time and inode did not change since they were hashed last.
+        """
+        artifact = self.load(key)
+        return None if artifact is None or self._problems(artifact, full=full) else artifact
+
+    def verify(self, key: str, *, full: bool = True) -> list[str]:
+        """What is wrong with the artifact of `key`, a line per file; [] if it is intact."""
+        if not (self.artifacts / key).exists():
+            return [f"there is no artifact {key}"]
+        artifact = self.load(key)
+        return ["manifest.json is damaged"] if artifact is None else self._problems(artifact, full=full)
+
+    def keys(self) -> list[str]:
+        """Keys of all committed artifacts."""
+        try:
+            return sorted(name for name in os.listdir(self.artifacts) if _KEY.fullmatch(name))
+        except FileNotFoundError:
+            return []
+
+    def _problems(self, artifact: StoredArtifact, *, full: bool) -> list[str]:
+        try:
+            found = scan(artifact.path)
+        except (OSError, UserError) as error:
+            return [str(error)]
+        known = {} if full else self._cached_digests(artifact.key)
+        problems, changed = [], False
+        expected = {entry["path"]: entry for entry in artifact.files}
+        for name in sorted(found.keys() - expected.keys()):
+            problems.append(f"{name}: is not in the manifest")
+        for name, entry in expected.items():
+            status = found.get(name)
+            if status is None:
+                problems.append(f"{name}: is missing")
+            elif status.st_size != entry["size"]:
+                problems.append(f"{name}: has {status.st_size} bytes instead of {entry['size']}")
+            elif known.get(name) != (status.st_size, status.st_mtime_ns, status.st_ino, entry["sha256"]):
+                changed = True
+                if hash_file(artifact.path / name) != entry["sha256"]:
+                    problems.append(f"{name}: its bytes have changed")
+        if changed and not problems:
+            self._cache_digests(
+                artifact.key,
+                [
+                    FileEntry(name, status.st_size, expected[name]["sha256"], status.st_mtime_ns, status.st_ino)
+                    for name, status in found.items()
+                ],
+            )
+        return problems
+
+    def _cached_digests(self, key: str) -> dict[str, tuple[int, int, int, str]]:
+        try:
+            data = json.loads((self.root / "digests" / f"{key}.json").read_bytes())
+            return {name: (size, mtime_ns, inode, digest) for name, size, mtime_ns, inode, digest in data}
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def _cache_digests(self, key: str, entries: Iterable[FileEntry]) -> None:
+        rows = [(entry.path, entry.size, entry.mtime_ns, entry.inode, entry.sha256) for entry in entries]
+        with contextlib.suppress(OSError):  # a cache; a read-only store is hashed every time
+            replace_file(self.root / "digests" / f"{key}.json", json.dumps(rows).encode(), durable=False)
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def commit(
+        self,
+        key: str,
+        staging: Path,
+        *,
+        components: Mapping[str, Any],
+        summary: Mapping[str, float],
+        stage: str,
+        run_id: str,
+        duration: float,
+        fence: Callable[[], None] | None = None,
+        entries: list[FileEntry] | None = None,
+    ) -> StoredArtifact:
+        """Turn a staging directory into the artifact of `key`, atomically and durably.
+
+        Args:
+            key: the stage key.
+            staging: what `staging` returned.
+            components: of the key, for `explain`.
+            summary: the stage's metrics.
+            stage: its name in the workflow.
+            run_id: the run that computed it.
+            duration: seconds the stage took.
+            fence: raises if this driver's lease is lost; called last before the rename.
+            entries: what `seal` returned where the stage ran; None: sealed here.
+
+        Returns:
+            The artifact. If the key was committed already, that one; the staging directory is thrown away then.
+        """
+        entries = seal(staging) if entries is None else entries
+        self._check_sealed(staging, entries)
+        manifest = build_manifest(
+            key, entries, components=components, summary=summary, stage=stage, run_id=run_id, duration=duration
+        )
+        write_bytes(staging.parent / "manifest.json", manifest)
+        sync_directory(staging.parent)
+        if fence is not None:
+            fence()
+        try:
+            rename(staging.parent, self.artifacts / key)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            committed = self.load(key)  # somebody committed this key before: theirs counts
+            if committed is None:
+                self.quarantine(key, ["manifest.json is damaged"])
+                rename(staging.parent, self.artifacts / key)
+            else:
+                self.discard(staging)
+                return committed
+        self._cache_digests(key, entries)
+        stored = self.load(key)
+        if stored is None:
+            raise OSError(errno.EIO, f"the artifact {key} cannot be read back")
+        return stored
+
+    def _check_sealed(self, staging: Path, entries: list[FileEntry]) -> None:
+        """What arrived here must be what was hashed where the stage ran."""
+        found = {name: status.st_size for name, status in scan(staging).items()}
+        expected = {entry.path: entry.size for entry in entries}
+        if found != expected:
+            names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+            raise OutputChangedError(f"files changed between the stage's end and its commit: {', '.join(names[:5])}")
+
+    def quarantine(self, key: str, problems: list[str]) -> Path | None:
+        """Move an artifact that is not what its manifest says out of the way; returns where it is now."""
+        target = self.root / "quarantine" / f"{key}.{time.strftime('%Y%m%d-%H%M%S')}-{unique_name()}"
+        try:
+            rename(self.artifacts / key, target)
+        except FileNotFoundError:  # another run was faster
+            return None
+        replace_json(target / "problems.json", {"key": key, "problems": problems, "time": time.time()}, durable=False)
+        with contextlib.suppress(FileNotFoundError):
+            (self.root / "digests" / f"{key}.json").unlink()
+        return target
+
+
+def build_manifest(
+    key: str,
+    entries: Iterable[FileEntry],
+    *,
+    components: Mapping[str, Any],
+    summary: Mapping[str, float],
+    stage: str,
+    run_id: str,
+    duration: float,
+    location: str = "",
+) -> bytes:
+    """`manifest.json` of an artifact; the arguments are those of `Store.commit`."""
+    files = [{"path": entry.path, "size": entry.size, "sha256": entry.sha256} for entry in entries]
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "key": key,
+        "digest": artifact_digest(files),
+        "stage": stage,
+        "run_id": run_id,
+        "duration": duration,
+        "committed": time.time(),
+        "summary": dict(summary),
+        "components": dict(components),
+        "files": files,
+    }
+    if location:
+        manifest["location"] = location
+    manifest["checksum"] = _checksum(manifest)
+    return json.dumps(manifest, indent=1, ensure_ascii=False).encode()
+
+
+def parse_manifest(data: bytes, key: str, path: Path) -> StoredArtifact | None:
+    """What a manifest describes, with its files at `path`; None if it is damaged or of another key."""
+    try:
+        content = json.loads(data)
+        if content["checksum"] != _checksum(content) or content["key"] != key:
+            return None
+        return StoredArtifact(
+            key=key,
+            digest=content["digest"],
+            path=path,
+            components=content["components"],
+            summary=content["summary"],
+            stage=content["stage"],
+            run_id=content["run_id"],
+            duration=content["duration"],
+            committed=content["committed"],
+            files=tuple(content["files"]),
+            location=content.get("location", ""),
+        )
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    content = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def store_error(root: Path | str, error: OSError) -> UserError:
+    """What an `OSError` of the store means to a person."""
+    reasons = {
+        errno.EACCES: "it may not be written by this user",
+        errno.EPERM: "it may not be written by this user",
+        errno.EROFS: "it is on a read-only file system",
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.ENOTDIR: "a part of its path is a file",
+        errno.EEXIST: "a part of its path is a file",
+    }
+    reason = reasons.get(error.errno or 0, str(error))
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = (
+            "free some space (`polytrope gc` removes what no run needs), or use another place: `--set store=DIRECTORY`"
+        )
+    else:
+        hint = "use another place: `store:` in the workflow file or `--set store=DIRECTORY`"
+    return UserError(f"the store {root} cannot be used: {reason}", hint)
+
+
+def file_entries(data: Iterable[Mapping[str, Any]]) -> list[FileEntry]:
+    """`FileEntry` objects from their `asdict` form."""
+    return [FileEntry(**entry) for entry in data]
+
+
+def entry_dicts(entries: Iterable[FileEntry]) -> list[dict[str, Any]]:
+    return [asdict(entry) for entry in entries]

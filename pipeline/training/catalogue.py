@@ -1,0 +1,126 @@
+"""The checkpoint catalogue: only complete, unaltered checkpoints are ever loaded.
+
+Layout below `scratch/checkpoints`: one directory per checkpoint, `step-00000100/`, with the files of all ranks, and a
+`manifest.json` that appears by atomic rename after every rank's files are written, hashed and on disk. A directory
+without a manifest does not exist for a restart; one whose files do not match it is moved to `quarantine/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: its directory, step and what the manifest says beyond the files."""
+
+    path: Path
+    step: int
+    details: dict[str, Any]
+
+
+def checkpoint_directory(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def hash_file(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file, after an fsync: what is in the manifest is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def files_below(directory: Path) -> list[str]:
+    """Relative paths of all files, sorted, without the manifest."""
+    return sorted(
+        str(path.relative_to(directory))
+        for path in directory.rglob("*")
+        if path.is_file() and path.name not in (MANIFEST, f"{MANIFEST}.tmp")
+    )
+
+
+def commit(directory: Path, step: int, files: dict[str, dict[str, Any]], details: dict[str, Any]) -> None:
+    """Make the checkpoint exist: manifest to a temporary name, fsync, rename, fsync of the directory."""
+    content = {"format": FORMAT, "step": step, "files": dict(sorted(files.items())), **details}
+    temporary = directory / f"{MANIFEST}.tmp"
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(directory / MANIFEST)
+    for path in (directory, directory.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def newest_valid(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose every file is as its manifest says; bad ones are moved to `quarantine/`.
+
+    Args:
+        root: the directory of checkpoints.
+        report: told one line per quarantined or unfinished checkpoint.
+    """
+    for directory in sorted(root.glob("step-*"), reverse=True):
+        if not (directory / MANIFEST).exists():
+            report(f"checkpoint {directory.name} was not finished; using an older one")
+            shutil.rmtree(directory, ignore_errors=True)
+            continue
+        try:
+            content = json.loads((directory / MANIFEST).read_text())
+            _verify(directory, content)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            quarantine = root / "quarantine"
+            quarantine.mkdir(exist_ok=True)
+            target = quarantine / directory.name
+            if target.exists():
+                shutil.rmtree(target)
+            directory.rename(target)
+            report(f"checkpoint {directory.name} is damaged ({error}); moved to {target}, using an older one")
+            continue
+        details = {key: value for key, value in content.items() if key not in ("format", "step", "files")}
+        return Checkpoint(directory, int(content["step"]), details)
+    return None
+
+
+def _verify(directory: Path, content: dict[str, Any]) -> None:
+    if content["format"] != FORMAT:
+        raise ValueError(f"format {content['format']!r}")
+    for name, expected in content["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        if hash_file(path)["sha256"] != expected["sha256"]:
+            raise ValueError(f"{name} was altered")
+
+
+def prune(root: Path, keep: int, spare: frozenset[str] = frozenset()) -> None:
+    """Delete all but the `keep` newest committed checkpoints, and those named in `spare`."""
+    committed = sorted(path for path in root.glob("step-*") if (path / MANIFEST).exists())
+    for path in committed[: max(0, len(committed) - keep)]:
+        if path.name in spare:
+            continue
+        # The manifest goes first: a kill in between leaves an unfinished directory, never a wrong one.
+        (path / MANIFEST).unlink()
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,164 @@
+"""DeepSpeed: lean import, configuration, engine, and whole weights out of shards."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polytrope.pipeline.training.optimization import parameter_groups
+from polytrope.pipeline.training.plan import TrainingPlan
+
+
+def import_deepspeed(cpu: bool, compiles: bool = False) -> Any:
+    """DeepSpeed without what training never uses.
+
+    - Its autotuner imports mlflow if there is one (2.7 s of 3.2 s): mlflow is hidden during the import.
+    - On CPU it compiles a shared-memory all-reduce (25 s, needs a compiler) that only `inference_all_reduce` calls:
+      marked as not available, which is what DeepSpeed does itself on other platforms. Training uses gloo either way.
+    - Without torch.compile (`compiles`), torch's compiler is not imported either (3 s): see `_leave_out_compiler`.
+    """
+    if cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    if "deepspeed" not in sys.modules and "mlflow" not in sys.modules:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+        try:
+            import deepspeed
+        finally:
+            del sys.modules["mlflow"]
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {**deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm": False}
+    deepspeed.utils.logger.setLevel("WARNING")
+    # All ranks draw the same weights from one seed or read one file; and it fails on parameters without dimensions.
+    deepspeed.DeepSpeedEngine._broadcast_model = lambda _engine: None
+    if not compiles:
+        _leave_out_compiler()
+    return deepspeed
+
+
+def _leave_out_compiler() -> None:
+    """Spare the import of torch's compiler, which is most of a worker's start, to processes that compile nothing.
+
+    Three places import it unasked: DeepSpeed's Muon optimizer decorates its kernels with `torch.compile`; the methods
+    of torch's optimizers that are hidden from the compiler fetch the wrapper that hides them; and `step` tells the
+    compiler where to break a graph.
+    """
+    original = torch.compile
+    torch.compile = lambda *_, **__: lambda function: function  # type: ignore[assignment]
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        torch.compile = original  # type: ignore[assignment]
+    for method in vars(torch.optim.Optimizer).values():
+        function = getattr(method, "__wrapped__", None)
+        if function is not None and not hasattr(function, "__dynamo_disable"):
+            setattr(function, "__dynamo_disable", function)  # where `torch._disable_dynamo` keeps that wrapper
+    torch.optim.AdamW.step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))  # type: ignore[method-assign]
+
+
+def deepspeed_config(plan: TrainingPlan) -> dict[str, Any]:
+    """The complete configuration: what the stage decides, over what the user added (contradictions were refused)."""
+    parameters = plan.parameters
+    decided: dict[str, Any] = {
+        "train_batch_size": parameters.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "gradient_clipping": 0.0 if clips_itself(plan) else parameters.gradient_clipping,
+        "zero_optimization": {"stage": parameters.zero_stage},
+        "bf16": {"enabled": parameters.precision == "bf16"},
+        "fp16": {"enabled": parameters.precision == "fp16"},
+    }
+    defaults: dict[str, Any] = {
+        "steps_per_print": 1 << 60,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    return _merge(_merge(defaults, plan.deepspeed), decided)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def create_engine(plan: TrainingPlan, model: nn.Module, cpu: bool, *, universal: bool = False) -> Any:
+    """The DeepSpeed engine around `model`, with torch's AdamW (fused: one pass over each flat partition).
+
+    Args:
+        universal: it will load a universal checkpoint.
+    """
+    deepspeed = import_deepspeed(cpu)
+    parameters = plan.parameters
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, parameters),
+        lr=parameters.learning_rate,
+        betas=parameters.betas,
+        eps=parameters.epsilon,
+        fused=True,
+    )
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        config={**deepspeed_config(plan), "checkpoint": {"load_universal": universal}},
+        dist_init_required=False,
+    )
+    if parameters.compile:
+        engine.compile()
+    return engine
+
+
+def clips_itself(plan: TrainingPlan) -> bool:
+    """Whether `unsharded_gradient_norm` clips: DeepSpeed's own for this case fails on parameters without dimensions."""
+    return plan.parameters.zero_stage == 0 and plan.parameters.precision == "fp32"
+
+
+def unsharded_gradient_norm(engine: Any, clipping: float) -> float:
+    """The global gradient norm before `engine.step()`, where no ZeRO optimizer computes it (stage 0).
+
+    Args:
+        clipping: scale the gradients down to this norm; 0: leave them.
+    """
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if clipping > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clipping, norm)
+    return float(norm)
+
+
+def gradient_norm(engine: Any, unsharded: float) -> float:
+    """The global gradient norm of the last step, before clipping; `unsharded` if DeepSpeed did not compute it."""
+    norm = engine.get_global_grad_norm()
+    return unsharded if norm is None else float(norm)
+
+
+def full_weights(engine: Any, *, masters: bool = True) -> dict[str, Tensor]:
+    """All weights in fp32 on every rank; a collective under ZeRO-3.
+
+    Args:
+        masters: take the fp32 master copies of a bf16 or fp16 training (gathered from their shards), not its weights.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    module = engine.module
+    whole_in_module = engine.zero_optimization_stage() < 3 and not (engine.bfloat16_enabled() or engine.fp16_enabled())
+    gather = masters and not whole_in_module
+    weights: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        whole = safe_get_full_fp32_param(parameter) if gather else None
+        weights[name] = (parameter.detach() if whole is None else whole.detach()).float().cpu()
+    for name, tensor in module.state_dict().items():
+        if name not in weights and name not in getattr(module, "tied_weights", {}):
+            weights[name] = tensor.detach().cpu()
+    return weights

@@ -1,0 +1,190 @@
+"""The complete state of a training on disk: saved by all ranks, committed once, restored exactly, at any world size."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from polytrope.pipeline.stage import StageContext
+from polytrope.pipeline.training import catalogue
+from polytrope.pipeline.training.ema import WeightAverage
+
+
+@dataclass
+class Progress:
+    """What a restart must know beside weights and optimizer; every rank has its own.
+
+    Args:
+        step: completed optimizer steps; also the position in the data.
+        loss_sum, loss_steps: training loss since the last logged metrics.
+        history: logged metrics so far.
+        recent_norms: gradient norms of the last steps, to tell a spike.
+    """
+
+    step: int = 0
+    loss_sum: float = 0.0
+    loss_steps: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    recent_norms: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ChosenCheckpoint:
+    """The checkpoint all ranks restore. `universal`: converted, because another number of workers wrote it."""
+
+    directory: Path
+    step: int
+    workers: int
+    universal: bool
+
+
+def save_checkpoint(
+    engine: Any,
+    progress: Progress,
+    average: WeightAverage | None,
+    context: StageContext,
+    rank: int,
+    workers: int,
+    keep: int,
+) -> None:
+    """All ranks write and hash, then rank 0 commits. See `catalogue`."""
+    root = context.scratch / "checkpoints"
+    directory = catalogue.checkpoint_directory(root, progress.step)
+    if rank == 0 and directory.exists():  # left unfinished by an earlier attempt
+        shutil.rmtree(directory)
+    dist.barrier()
+    directory.mkdir(parents=True, exist_ok=True)
+    engine.save_checkpoint(str(directory), tag="state", save_latest=False)
+    torch.save(_rank_state(progress), directory / f"rank-{rank}.pt")
+    if average is not None and rank == 0:  # it is the same on all ranks
+        torch.save(average.state(), directory / "average.pt")
+    dist.barrier()
+    names = catalogue.files_below(directory)
+    own = {name: catalogue.hash_file(directory / name) for name in names[rank::workers]}
+    gathered: list[Any] = [None] * workers
+    dist.all_gather_object(gathered, own)
+    if rank == 0:
+        files = {name: entry for part in gathered for name, entry in part.items()}
+        catalogue.commit(directory, progress.step, files, {"workers": workers})
+        catalogue.prune(root, keep)
+    dist.barrier()
+
+
+def choose_checkpoint(context: StageContext, rank: int, workers: int, zero_stage: int) -> ChosenCheckpoint | None:
+    """The newest valid checkpoint, the same on every rank; converted first if another number of workers wrote it.
+
+    A ZeRO checkpoint loads only at the number of workers that wrote it; DeepSpeed's universal format loads at any.
+    Without sharding (stage 0) every rank holds everything, and nothing needs converting.
+    """
+    message: list[Any] = [None]
+    if rank == 0:
+        found = catalogue.newest_valid(context.scratch / "checkpoints", context.message)
+        if found is not None:
+            writers = int(found.details["workers"])
+            universal = writers != workers and zero_stage > 0
+            if universal:
+                context.message(f"converting the checkpoint of step {found.step} from {writers} to {workers} workers")
+                _convert_to_universal(found.path / "state", context.scratch / "universal")
+            message = [(str(found.path), found.step, writers, universal)]
+    dist.broadcast_object_list(message, src=0)
+    if message[0] is None:
+        return None
+    path, step, writers, universal = message[0]
+    return ChosenCheckpoint(Path(path), step, writers, universal)
+
+
+def restore(
+    engine: Any,
+    average: WeightAverage | None,
+    chosen: ChosenCheckpoint | None,
+    context: StageContext,
+    rank: int,
+    workers: int,
+) -> Progress:
+    """Load weights, optimizer, averaged weights, random state and progress.
+
+    With another number of workers, the ranks beyond the old ones take rank 0's progress and keep the random state they
+    were seeded with; the data order does not depend on the number of workers.
+    """
+    if chosen is None:
+        return Progress()
+    if chosen.universal:
+        _load_universal(engine, context.scratch)
+    else:
+        engine.load_checkpoint(str(chosen.directory), tag="state")
+    if average is not None:
+        average.load(torch.load(chosen.directory / "average.pt", map_location="cpu", weights_only=True))
+    source = rank if rank < chosen.workers else 0
+    state = torch.load(chosen.directory / f"rank-{source}.pt", weights_only=True)
+    if source == rank:
+        random.setstate(state["python"])
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+    if rank == 0:
+        context.message(f"continuing from the checkpoint of step {chosen.step}")
+    progress = Progress(**state["progress"])
+    if workers != chosen.workers:  # each old rank summed the losses of its own samples
+        files = [chosen.directory / f"rank-{number}.pt" for number in range(chosen.workers)]
+        sums = [torch.load(file, weights_only=True)["progress"]["loss_sum"] for file in files]
+        progress.loss_sum = sum(sums) / len(sums)
+    return progress
+
+
+def _rank_state(progress: Progress) -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {  # tensors and plain values only: it is read back with `weights_only`
+        "progress": vars(progress),
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _load_universal(engine: Any, directory: Path) -> None:
+    """Load `directory/universal`, and mend what DeepSpeed 0.19.8 leaves wrong under ZeRO-3.
+
+    It gives every parameter group the settings of the first (weight decay on norms), and one shared `step` tensor to
+    all of them, which AdamW then counts up once per group.
+    """
+    optimizer = engine.optimizer.optimizer
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    engine.load_checkpoint(str(directory), tag="universal")
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
+
+
+def _convert_to_universal(source: Path, target: Path) -> None:
+    from deepspeed.checkpoint import ds_to_universal
+
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    arguments = argparse.Namespace(
+        input_folder=str(source),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+        ds_to_universal.main(arguments)

@@ -1,0 +1,347 @@
+"""Whatever happens to a driver or its store, one `resume` later the results are those of an undisturbed run.
+
+The short slice runs with all tests; `make chaos` runs every point and many more seeds.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from harness import (
+    BUG,
+    ELSEWHERE,
+    USER_ERROR,
+    calls,
+    committed,
+    digests,
+    drive,
+    end_of,
+    in_a_process,
+    kill,
+    leftovers,
+    messages,
+    small_workflow,
+    start_process,
+)
+
+from polytrope.pipeline.journal import fold, read
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str | None], int]:
+    """Digests of a run that nothing happened to, and the number of fault points it passed."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    assert in_a_process(lambda: drive(root, faults=f"count:{root}/points")) == 0
+    assert leftovers(root) == []
+    points = int((root / "points").read_text())
+    assert points > 60
+    return digests(root), points
+
+
+def slice_and_all(name: str, few: int, all_of_them: int) -> pytest.MarkDecorator:
+    """A test for `make test`, and the long form of it for `make chaos`."""
+    return pytest.mark.parametrize(
+        name, [few, pytest.param(all_of_them, marks=[pytest.mark.chaos, pytest.mark.timeout(3600)])]
+    )
+
+
+@slice_and_all("step", 5, 1)
+def test_a_crash_at_every_write_flush_and_rename(
+    tmp_path: Path, undisturbed: tuple[dict[str, str | None], int], faults: Counter[str], step: int
+) -> None:
+    expected, total = undisturbed
+    for point in range(1, total + 1, step):
+        faults["driver killed at a write, flush or rename"] += 1
+        root = tmp_path / str(point)
+        root.mkdir()
+        assert in_a_process(lambda: drive(root, faults=f"at:{point}")) == -signal.SIGKILL, point  # noqa: B023
+        before, called = committed(root), calls(root)
+        assert in_a_process(lambda: drive(root)) == 0, point  # noqa: B023
+        assert digests(root) == expected, point
+        after = committed(root)
+        assert {key: after[key] for key in before} == before, f"point {point}: a stage was committed twice"
+        assert sum((calls(root) - called).values()) == len(expected) - len(before), (
+            f"point {point}: done work was redone"
+        )
+        assert leftovers(root) == [], point
+        shutil.rmtree(root)
+
+
+@slice_and_all("step", 8, 1)
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
+def test_a_failing_write_flush_or_rename_anywhere(
+    tmp_path: Path, undisturbed: tuple[dict[str, str | None], int], faults: Counter[str], step: int, error: str
+) -> None:
+    """The driver says what is wrong and how to go on, and loses nothing."""
+    expected, total = undisturbed
+    for point in range(1, total + 1, step):
+        faults[f"{error} from a write, flush or rename"] += 1
+        root = tmp_path / str(point)
+        root.mkdir()
+        status = in_a_process(lambda: drive(root, faults=f"error:{point}:{error}"))  # noqa: B023
+        assert status in (0, 1, USER_ERROR), point
+        if status == 1:  # it was a flush of the stage's own
+            errors = [stage.error for stage in fold(read(root / "store" / "runs" / "run")).stages.values()]
+            assert "store" in [found["kind"] for found in errors if found], point
+        if status == USER_ERROR:
+            (message,) = messages(root)
+            assert {"ENOSPC": "disk is full", "EIO": "Input/output error"}[error] in message
+            assert "→" in message, "a hint what to do"
+        assert in_a_process(lambda: drive(root)) == 0, point  # noqa: B023
+        assert digests(root) == expected, point
+        assert leftovers(root) == [], point
+        shutil.rmtree(root)
+
+
+def damage(path: Path, random_: random.Random) -> str:
+    """Flip a bit, cut the end off, or remove the file."""
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    kind = random_.choice(["flip", "cut", "remove"]) if data else "remove"
+    if kind == "flip":
+        data[random_.randrange(len(data))] ^= 1 << random_.randrange(8)
+        path.write_bytes(bytes(data))
+    elif kind == "cut":
+        path.write_bytes(bytes(data[: random_.randrange(len(data))]))
+    else:
+        path.unlink()
+    return f"{kind} {path.name}"
+
+
+def check_damage(root: Path, expected: dict[str, str | None], seed: int) -> None:
+    random_ = random.Random(seed)
+    root.mkdir()
+    first = drive_with_crash(root, random_)
+    files = sorted(path for path in (root / "store").rglob("*") if path.is_file() and path.name != "store.json")
+    what = [damage(path, random_) for path in random_.sample(files, min(len(files), random_.randrange(1, 5)))]
+    assert in_a_process(lambda: drive(root)) == 0, (seed, first, what)
+    assert digests(root) == expected, (seed, what)
+    shutil.rmtree(root)
+
+
+def drive_with_crash(root: Path, random_: random.Random) -> int:
+    point = random_.randrange(1, 140)
+    return in_a_process(lambda: drive(root, faults=f"at:{point}"))
+
+
+@slice_and_all("seeds", 15, 300)
+def test_damaged_files_anywhere_in_the_store(
+    tmp_path: Path, undisturbed: tuple[dict[str, str | None], int], faults: Counter[str], seeds: int
+) -> None:
+    """Journal lines torn and flipped, artifacts and manifests cut, changed or gone, leases and caches scrambled."""
+    for seed in range(seeds):
+        faults["driver killed, then 1 to 4 files flipped, cut or removed"] += 1
+        check_damage(tmp_path / str(seed), undisturbed[0], seed)
+
+
+def test_a_driver_stopped_past_its_lease_is_replaced_and_then_gives_up(tmp_path: Path, faults: Counter[str]) -> None:
+    faults["driver stopped past its lease, then continued"] += 1
+    stale = start_process(lambda: drive(tmp_path, inline=False, ttl=1.0, seconds=1.5))
+    wait_until(lambda: calls(tmp_path)["text"] == 1)
+    family = [stale, *(child.pid for child in psutil.Process(stale).children(recursive=True))]
+    os.kill(stale, signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while True:
+        status = in_a_process(lambda: drive(tmp_path, inline=False, ttl=1.0, seconds=1.5))
+        if status != ELSEWHERE:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert status == 0
+    before = committed(tmp_path)
+    os.kill(stale, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(stale, 0)[1]) == ELSEWHERE
+    assert any("taken over" in message for message in messages(tmp_path))
+    assert committed(tmp_path) == before
+    assert fold(read(tmp_path / "store" / "runs" / "run")).status == "succeeded"
+    assert end_of(family) == []
+
+
+def wait_until(condition: object, seconds: float = 60) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_fifty_concurrent_runs_compute_everything_once(tmp_path: Path, faults: Counter[str]) -> None:
+    faults["50 drivers of one workflow at once"] += 50
+    pids = [start_process(lambda name=f"run{i}": drive(tmp_path, run_id=name)) for i in range(50)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0] * 50
+    assert calls(tmp_path) == {"text": 1, "count[steps=2]": 1, "count[steps=3]": 1, "join": 1}
+    assert len({tuple(digests(tmp_path, f"run{i}").items()) for i in range(50)}) == 1
+    assert leftovers(tmp_path) == []
+
+
+def test_concurrent_runs_finish_the_work_of_one_that_is_killed(tmp_path: Path, faults: Counter[str]) -> None:
+    faults["driver killed while others wait for its stage"] += 1
+    pids = [
+        start_process(lambda name=f"run{i}": drive(tmp_path, run_id=name, inline=False, seconds=0.5)) for i in range(3)
+    ]
+    wait_until(lambda: calls(tmp_path)["text"] == 1)
+    states = {f"run{i}": fold(read(tmp_path / "store" / "runs" / f"run{i}")) for i in range(3)}
+    worker = next(i for i in range(3) if states[f"run{i}"].stages["text"].state == "running")
+    kill(pids[worker])
+    results = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert results == [-signal.SIGKILL if i == worker else 0 for i in range(3)]
+    assert in_a_process(lambda: drive(tmp_path, run_id=f"run{worker}", seconds=0.5)) == 0
+    assert len({tuple(digests(tmp_path, f"run{i}").items()) for i in range(3)}) == 1
+
+
+def kill_something(
+    root: Path, seed: int, expected: dict[str, str | None], executor: str = "local", longest: float = 1.8
+) -> None:
+    """Kill the driver, or any process it started, at a random moment; resume once; nothing is lost or left."""
+    random_ = random.Random(seed)
+    root.mkdir()
+    how: dict[str, Any] = {"inline": False, "ttl": 2.0, "seconds": 0.2, "executor": executor}
+    driver = start_process(lambda: drive(root, **how))
+    time.sleep(random_.uniform(0.0, longest))
+    family = psutil.Process(driver).children(recursive=True) if psutil.pid_exists(driver) else []
+    victims = [driver, *(child.pid for child in family)]
+    kill(random_.choice(victims))
+    status = os.waitstatus_to_exitcode(os.waitpid(driver, 0)[1])
+    assert status in (0, 1, USER_ERROR, -signal.SIGKILL), seed
+    if status == USER_ERROR:  # Ray was killed while it started
+        assert "→" in messages(root)[0], seed
+    assert end_of(victims) == [], f"seed {seed}: processes left behind"
+    before = committed(root)
+    if status != 0:
+        assert in_a_process(lambda: drive(root, **how)) == 0, seed
+    assert digests(root) == expected, seed
+    after = committed(root)
+    assert {key: after[key] for key in before} == before, f"seed {seed}: a stage was committed twice"
+    shutil.rmtree(root)
+
+
+@pytest.fixture(scope="module")
+def undisturbed_with_sleeps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    root = tmp_path_factory.mktemp("slow")
+    assert in_a_process(lambda: drive(root, seconds=0.2)) == 0
+    return digests(root)
+
+
+@slice_and_all("seeds", 4, 200)
+def test_random_kills(
+    tmp_path: Path, undisturbed_with_sleeps: dict[str, str | None], faults: Counter[str], seeds: int
+) -> None:
+    for seed in range(seeds):
+        faults["driver, nursery or worker killed at a random moment"] += 1
+        kill_something(tmp_path / str(seed), seed, undisturbed_with_sleeps)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+def test_random_kills_on_ray(
+    tmp_path: Path, undisturbed_with_sleeps: dict[str, str | None], faults: Counter[str]
+) -> None:
+    """The victim is the driver, the raylet, the control service, an agent, or a worker."""
+    for seed in range(12):
+        faults["driver or any process of its Ray cluster killed at a random moment"] += 1
+        kill_something(tmp_path / str(seed), seed, undisturbed_with_sleeps, executor="ray", longest=9.0)
+
+
+@slice_and_all("seeds", 2, 30)
+def test_the_public_fault_injection_ends_in_the_same_results(
+    tmp_path: Path, undisturbed: tuple[dict[str, str | None], int], faults: Counter[str], seeds: int
+) -> None:
+    """`polytrope run --inject-faults SEED`: the driver dies again and again; every further attempt gets further."""
+    died = 0
+    for seed in range(seeds):
+        root = tmp_path / str(seed)
+        root.mkdir()
+        file = root / "workflow.yaml"
+        file.write_text(yaml.safe_dump({**small_workflow(root).to_dict(), "tracking": {"enabled": False}}))
+        run = [sys.executable, "-m", "polytrope.pipeline.cli", "run", str(file), "--quiet"]
+        run += ["--store", str(root / "store"), "--run-id", "run"]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+        for attempt in range(60):
+            plan = ["--inject-faults", str(seed * 100 + attempt)]
+            ended = subprocess.run([*run, *plan], env=environment, capture_output=True, timeout=100, check=False)
+            if ended.returncode == 0:
+                break
+            assert ended.returncode == -signal.SIGKILL or b"resume" in ended.stderr, ended.stderr
+            faults["driver or worker killed by `run --inject-faults`"] += 1
+            died += 1
+        assert digests(root) == undisturbed[0]
+        assert leftovers(root) == []
+    assert died > 0
+
+
+def test_a_clock_that_jumps_back_does_no_harm(
+    tmp_path: Path, undisturbed: tuple[dict[str, str | None], int], faults: Counter[str]
+) -> None:
+    faults["clock jumped back, driver killed"] += 1
+
+    def jumping() -> int:
+        real, random_ = time.time, random.Random(1)
+        time.time = lambda: real() - random_.choice([0, 3600, 86400])  # type: ignore[assignment]
+        return drive(tmp_path, faults="at:70")
+
+    assert in_a_process(jumping) == -signal.SIGKILL
+    assert in_a_process(lambda: drive(tmp_path)) == 0
+    assert digests(tmp_path) == undisturbed[0]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, as root only."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk(small_disk: Path, faults: Counter[str]) -> None:
+    """The driver stops with a message, finished stages stay, and with space again the run goes on."""
+    statuses = []
+    for free in range(0, 200_000, 10_000):
+        faults["disk full"] += 1
+        root = small_disk.parent / f"root{free}"
+        root.mkdir()
+        (root / "store").symlink_to(small_disk / "store")
+        (small_disk / "store").mkdir()
+        ballast = small_disk / "ballast"
+        statvfs = os.statvfs(small_disk)
+        ballast.write_bytes(b"x" * max(0, statvfs.f_bavail * statvfs.f_frsize - free - 4096))
+        statuses.append(in_a_process(lambda: drive(root)))  # noqa: B023
+        assert statuses[-1] != BUG, free
+        ballast.unlink()
+        assert in_a_process(lambda: drive(root)) == 0, free  # noqa: B023
+        assert None not in digests(root).values()
+        shutil.rmtree(small_disk / "store")
+    assert statuses[0] != 0, "the disk was never full"
+    assert statuses[-1] == 0, "the disk was always full"
+
+
+def test_a_read_only_store_is_refused(small_disk: Path, faults: Counter[str]) -> None:
+    faults["store read-only"] += 1
+    root = small_disk.parent / "root"
+    root.mkdir()
+    (small_disk / "store").mkdir()
+    (root / "store").symlink_to(small_disk / "store")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert in_a_process(lambda: drive(root)) == USER_ERROR
+    assert "read-only file system" in messages(root)[0]
+    assert "--set store=" in messages(root)[0]

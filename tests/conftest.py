@@ -1,0 +1,45 @@
+"""What all tests share: a quiet, offline, explicit environment, and the rule that no test leaves a process behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+os.environ.update(
+    {
+        "OMP_NUM_THREADS": "1",  # explicit, so that no figure depends on the machine
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long forms run only when they are asked for (`make chaos`)."""
+    if "chaos" in config.getoption("-m"):
+        return
+    long = [item for item in items if item.get_closest_marker("chaos")]
+    if long:
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_process_is_left_behind() -> Iterator[None]:
+    """Whatever a test starts, it stops, also when it fails."""
+    yield
+    left = [
+        process for process in psutil.Process().children(recursive=True) if process.status() != psutil.STATUS_ZOMBIE
+    ]
+    # multiprocessing's own helpers end with the interpreter
+    left = [p for p in left if not any("multiprocessing" in part for part in p.cmdline())]
+    _, alive = psutil.wait_procs(left, timeout=10)
+    assert not alive, "processes left behind: " + ", ".join(" ".join(process.cmdline())[:120] for process in alive)

@@ -1,0 +1,219 @@
+"""`polytrope convert` as people call it, and the `convert` stage as the engine calls it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conversion_support import (
+    own_model,
+    read_json,
+    tokens,
+    write_bert,
+    write_texts,
+)
+from training_support import make_dataset
+
+from polytrope.models.calibration import calibrate
+from polytrope.models.checkpoint import load_model, save_model
+from polytrope.models.formats import read_model
+from polytrope.models.surgery import find_activations
+from polytrope.ops import is_learnable_activation
+from polytrope.pipeline.cli import main
+from polytrope.pipeline.conversion.data import array_batches, forward, text_batches, tokenizer_of
+from polytrope.pipeline.conversion.distillation import coefficients, distill, sentence_embeddings
+from polytrope.pipeline.conversion.parallel import calibrate_on_ray
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, EventWriter, Resources, StageContext
+from polytrope.pipeline.stages.convert import ConvertParameters, convert
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    write_bert(tmp_path / "bert")
+    write_texts(tmp_path)
+    return tmp_path / "bert"
+
+
+def test_the_command_converts_a_model_and_leaves_the_original_as_it_was(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digests(bert)
+    output = tmp_path / "converted"
+    arguments = ["convert", str(bert), str(output), "--degree", "6", "--data", str(tmp_path / "texts.txt")]
+    assert main([*arguments, "--exclude", "pooler.*", "--onnx", "--tables"]) == 0
+    assert digests(bert) == before
+    content = read_json(output / "conversion.json")
+    assert [layer["degree"] for layer in content["layers"]] == [6, 6]
+    assert sum(entry["share"] for entry in content["advice"]) == pytest.approx(1.0)
+    assert "degree 8 would lower its error" in content["advice"][0]["advice"]
+    printed = capsys.readouterr().out
+    assert "encoder.layer.0.intermediate.intermediate_act_fn" in printed
+    assert "what costs most" in printed
+    page = (output / "conversion.html").read_text()
+    assert page.count("<img") == 1
+    assert "Certificates" in page
+    assert (output / "plots" / "conversion-0.png").stat().st_size > 10_000
+    assert (output / "model.onnx").stat().st_size > 1000
+    assert len(list((output / "tables").glob("*.json"))) == 2
+    original, converted = read_model(bert), read_model(output)
+    batch = text_batches(tokenizer_of(output), ["the cat sat on a mat", "all the fish"], 2, 20, True)[0]
+    with torch.no_grad():
+        cosine = (sentence_embeddings(original, batch) * sentence_embeddings(converted, batch)).sum(-1)
+    assert 0.99 < float(cosine.min()) < 1.0
+    assert any(is_learnable_activation(module) for module in converted.modules())
+
+
+def test_a_dry_run_prints_the_certificates_and_writes_nothing(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = digests(tmp_path)
+    data = ["--data", str(tmp_path / "texts.txt")]
+    assert main(["convert", str(bert), "--dry-run", "--json", "--target-error", "0.01", "--layers", "1", *data]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [layer["name"] for layer in content["layers"]] == ["encoder.layer.1.intermediate.intermediate_act_fn"]
+    assert content["layers"][0]["relative_error"] <= 0.01
+    assert content["layers"][0]["certificate"]["maximum"] > 0
+    assert digests(tmp_path) == before
+
+
+def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
+    model = own_model("gpt2")
+    save_model(tmp_path / "model", model)
+    found = find_activations(model)
+    batches = [{"input_ids": part} for part in tokens().split(2)]
+    here = calibrate(model, found, batches, forward)
+    there = calibrate_on_ray(tmp_path / "model", {}, [entry.name for entry in found], batches, 2, None)
+    assert list(here) == list(there)
+    for name, measured in here.items():
+        assert (measured.counts == there[name].counts).all()
+        assert (measured.minimum, measured.maximum) == (there[name].minimum, there[name].maximum)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{model}"], "OUTPUT is missing"),
+        (["{model}", "{model}"], "exists and is not empty"),
+        (["{model}", "{out}", "--layers", "7-9"], "leaves none of"),
+        (["{model}", "{out}", "--layers", "one"], "--layers one: expected FIRST-LAST"),
+        (["{model}", "{out}", "--set", "n_head"], "expected FIELD=VALUE"),
+        (["{model}", "{out}", "--data", "{out}.txt"], "cannot be read as text"),
+        (["{model}", "{out}", "--data", "{nan}"], "an array of shape"),
+        (["{model}", "{out}", "--degree", "17"], "degree: expected an integer from 1 to 16, got 17"),
+        (["{model}", "{out}", "--degree", "2", "--target-error", "1e-8"], "reaches no error"),
+        (["{out}", "{out}2"], "there is no such file or directory"),
+    ],
+)
+def test_mistakes_are_explained_and_nothing_is_written(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    np.save(tmp_path / "nan.npy", np.ones((2, 3)))
+    before = digests(tmp_path)
+    names = {"model": bert, "out": tmp_path / "out", "nan": tmp_path / "nan.npy"}
+    filled = [argument.format(**names) for argument in arguments]
+    data = [] if "--data" in arguments else ["--data", str(tmp_path / "texts.txt")]
+    assert main(["convert", *filled, *data]) == 2
+    assert message in capsys.readouterr().err
+    assert digests(tmp_path) == before
+
+
+def test_images_with_nan_are_refused_by_the_layer_that_receives_them(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", own_model("convnext"))
+    images = np.random.default_rng(0).normal(size=(4, 3, 32, 32))
+    np.save(tmp_path / "images.npy", images)
+    images[2, 0, 5, 5] = np.nan
+    np.save(tmp_path / "broken.npy", images)
+    with pytest.raises(SystemExit):
+        main(["convert", "--degree"])
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "a"), "--data", str(tmp_path / "images.npy")]) == 0
+    assert is_learnable_activation(load_model(tmp_path / "a").blocks[0].act)
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "b"), "--data", str(tmp_path / "broken.npy")]) == 2
+    assert not (tmp_path / "b").exists()
+    assert sum(len(batch["pixel_values"]) for batch in array_batches(tmp_path / "images.npy", 3, 4)) == 4
+
+
+def stage_context(directory: Path) -> StageContext:
+    for name in ("output", "scratch"):
+        (directory / name).mkdir(parents=True)
+    events = EventWriter(directory / "events")
+    return StageContext(
+        "convert", "run", "key", 1, directory / "output", directory / "scratch", "local", Resources(), events
+    )
+
+
+def run_stage(directory: Path, model: Path, dataset: Path, **parameters: Any) -> Path:
+    context = stage_context(directory)
+    metrics = convert(
+        context, Artifact(model, "m", "model"), Artifact(dataset, "d", "data"), ConvertParameters(**parameters)
+    )
+    assert metrics["layers"] >= 1
+    return context.output
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_the_stage_writes_the_same_bytes_every_time(tmp_path: Path, kind: str) -> None:
+    if kind == "gpt2":
+        save_model(tmp_path / "model", own_model("gpt2"))
+        (tmp_path / "data").mkdir()
+        np.save(tmp_path / "data" / "calibration.npy", tokens().numpy())
+    else:
+        write_bert(tmp_path / "model")
+        (tmp_path / "data").mkdir()
+        write_texts(tmp_path / "data").rename(tmp_path / "data" / "calibration.txt")
+    first = run_stage(tmp_path / "1", tmp_path / "model", tmp_path / "data", degree=6, page=True)
+    second = run_stage(tmp_path / "2", tmp_path / "model", tmp_path / "data", degree=6, page=True)
+    assert digests(first) == digests(second)
+    assert {"conversion.json", "conversion.html", "model.safetensors"} <= set(digests(first))
+    layer = read_json(first / "conversion.json")["layers"][0]
+    assert {"name", "target", "family", "degree", "interval", "certificate", "curve"} <= set(layer)
+    assert len(layer["curve"]["x"]) == len(layer["curve"]["density"])
+    read_model(first)
+
+
+def test_the_stage_refuses_a_model_without_tokenizer_for_texts(tmp_path: Path) -> None:
+    save_model(tmp_path / "model", own_model("gpt2"))
+    (tmp_path / "data").mkdir()
+    write_texts(tmp_path / "data").rename(tmp_path / "data" / "calibration.txt")
+    with pytest.raises(UserError, match=r"no tokenizer.json"):
+        run_stage(tmp_path / "1", tmp_path / "model", tmp_path / "data")
+
+
+def test_distillation_trains_the_coefficients_only_and_brings_the_model_closer(bert: Path, tmp_path: Path) -> None:
+    arguments = ["convert", str(bert), str(tmp_path / "out"), "--degree", "2", "--data", str(tmp_path / "texts.txt")]
+    assert main(arguments) == 0
+    teacher, student = read_model(bert), read_model(tmp_path / "out")
+    frozen = {n: p.clone() for n, p in student.named_parameters() if n in dict(teacher.named_parameters())}
+    texts = (tmp_path / "texts.txt").read_text().splitlines()
+    batches = text_batches(tokenizer_of(bert), texts, 20, 20, True)
+    losses = distill(teacher, student, batches, steps=40, learning_rate=5e-3)
+    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+    assert len(coefficients(student)) == 3
+    for name, parameter in student.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name])
+            assert parameter.requires_grad
+    with pytest.raises(ValueError, match="no learnable activation"):
+        coefficients(teacher)
+
+
+def test_the_stage_calibrates_on_a_data_set_of_the_shard_stage(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "data")
+    save_model(tmp_path / "model", own_model("gpt2", vocab_size=257, sequence_length=32))
+    output = run_stage(tmp_path / "1", tmp_path / "model", tmp_path / "data", degree=6, calibration_samples=12)
+    layers = read_json(output / "conversion.json")["layers"]
+    assert [layer["inputs"]["inputs"] for layer in layers] == [12 * 32 * 64] * 2
+    assert is_learnable_activation(load_model(output).blocks[1].mlp.activation)

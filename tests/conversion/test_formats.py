@@ -1,0 +1,287 @@
+"""Readers and writers: each on a small real file, and on files that are damaged or dangerous."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conversion_support import CONVNEXT, images, own_model, randomise, tokens, write_bert
+from safetensors.torch import save_file
+from torch import nn
+
+from polytrope.models.checkpoint import save_model
+from polytrope.models.formats import detect_format, read_model
+from polytrope.models.formats.deepspeed import read_state
+from polytrope.models.formats.huggingface import save_huggingface
+from polytrope.models.formats.onnx import save_onnx
+from polytrope.models.formats.plain import PlainActivation, save_table
+from polytrope.models.surgery import find_activations, replace_module
+from polytrope.ops import build_activation
+from polytrope.ops.interpolate import fit
+
+
+def assert_same(model: nn.Module, other: nn.Module, batch: torch.Tensor, tolerance: float = 0.0) -> None:
+    def outputs(network: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            result = network(batch)
+        return result if isinstance(result, torch.Tensor) else result[0]
+
+    torch.testing.assert_close(outputs(model), outputs(other), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("architecture", "batch"), [("gpt2", tokens()), ("convnext", images())])
+def test_own_directories(tmp_path: Path, architecture: str, batch: torch.Tensor) -> None:
+    model = own_model(architecture)
+    save_model(tmp_path / "model", model)
+    assert detect_format(tmp_path / "model") == "own"
+    assert_same(read_model(tmp_path / "model"), model, batch)
+
+
+@pytest.mark.parametrize(("architecture", "batch"), [("gpt2", tokens()), ("convnext", images())])
+def test_huggingface_directories_of_own_models_are_read_back_and_by_transformers(
+    tmp_path: Path, architecture: str, batch: torch.Tensor
+) -> None:
+    import transformers
+
+    model = own_model(architecture)
+    save_huggingface(tmp_path / "hf", model, {}, None)
+    assert detect_format(tmp_path / "hf") == "huggingface"
+    assert_same(read_model(tmp_path / "hf"), model, batch)
+    kind = {"gpt2": "GPT2LMHeadModel", "convnext": "ConvNextForImageClassification"}[architecture]
+    theirs = getattr(transformers, kind).from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(batch).logits, model(batch), rtol=1e-4, atol=1e-4)
+
+
+def test_bert_and_vit_directories_are_read_with_their_weights(tmp_path: Path) -> None:
+    from transformers import ViTConfig, ViTModel
+
+    bert = write_bert(tmp_path / "bert")
+    assert_same(read_model(tmp_path / "bert"), bert, tokens())
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    vit = randomise(ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes)))
+    vit.save_pretrained(tmp_path / "vit")
+    assert_same(read_model(tmp_path / "vit"), vit, images())
+
+
+def test_a_converted_bert_comes_back_with_its_activations(tmp_path: Path) -> None:
+    model = write_bert(tmp_path / "bert")
+    configs = {}
+    for found in find_activations(model):
+        replace_module(model, found.name, fit(found.module, "hermite", 5, interval=(-3, 3)).build())
+        configs[found.name] = model.get_submodule(found.name).config()
+    save_huggingface(tmp_path / "converted", model, configs, tmp_path / "bert")
+    assert (tmp_path / "converted" / "tokenizer.json").exists()
+    assert_same(read_model(tmp_path / "converted"), model, tokens())
+
+
+def timm_name(name: str) -> str:
+    """timm's name of a parameter with the original code's name."""
+    parts = name.split(".")
+    if parts[0] == "downsample_layers":
+        return ".".join(["stem", *parts[2:]] if parts[1] == "0" else ["stages", parts[1], "downsample", *parts[2:]])
+    if parts[0] == "stages":
+        leaf = ".".join(parts[3:]).replace("dwconv", "conv_dw")
+        return ".".join(["stages", parts[1], "blocks", parts[2], leaf.replace("pwconv", "mlp.fc")])
+    return {"norm": "head.norm.", "head": "head.fc."}[parts[0]] + parts[1]
+
+
+def torchvision_name(name: str) -> str:
+    """torchvision's name of a parameter with the original code's name."""
+    parts = name.split(".")
+    if parts[0] == "downsample_layers":
+        return ".".join(["features", str(2 * int(parts[1])), *parts[2:]])
+    if parts[0] == "stages":
+        leaf = {"dwconv": "block.0", "norm": "block.2", "pwconv1": "block.3", "pwconv2": "block.5"}.get(parts[3])
+        tail = "layer_scale" if leaf is None else f"{leaf}.{parts[4]}"
+        return ".".join(["features", str(2 * int(parts[1]) + 1), parts[2], tail])
+    return {"norm": "classifier.0.", "head": "classifier.2."}[parts[0]] + parts[1]
+
+
+@pytest.mark.parametrize("rename", [timm_name, torchvision_name, str])
+def test_convnext_state_dicts_of_timm_torchvision_and_the_original(tmp_path: Path, rename: object) -> None:
+    model = own_model("convnext")
+    state = {rename(name): tensor for name, tensor in model.state_dict().items()}
+    if rename is torchvision_name:  # it keeps the scale as [channels, 1, 1]
+        state = {name: t[:, None, None] if name.endswith("layer_scale") else t for name, t in state.items()}
+    torch.save({"model": state}, tmp_path / "weights.pth")
+    read = read_model(tmp_path / "weights.pth", {"activation": "gelu"})
+    assert read.config.depths == CONVNEXT["depths"]
+    assert_same(read, model, images())
+
+
+def test_gpt2_state_dicts_with_their_sizes_read_off_the_shapes(tmp_path: Path) -> None:
+    model = own_model("gpt2")
+    state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(state, tmp_path / "weights.safetensors")
+    read = read_model(tmp_path / "weights.safetensors", {"n_head": 2})
+    assert_same(read, model, tokens())
+    with pytest.raises(ValueError, match=r"weights.safetensors: n_head: the weights do not tell it"):
+        read_model(tmp_path / "weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def zero_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of ZeRO stages 1, 2 and 3, written by DeepSpeed with two ranks, and the weights they hold."""
+    import subprocess
+    import sys
+
+    directory = tmp_path_factory.mktemp("zero")
+    script = Path(__file__).parent / "write_zero_checkpoints.py"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, str(script), str(directory)], check=True, timeout=240, env=environment)
+    return directory
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_checkpoints_of_two_ranks(zero_checkpoints: Path, stage: int) -> None:
+    path = zero_checkpoints / f"stage{stage}"
+    assert detect_format(path) == "deepspeed"
+    expected = torch.load(zero_checkpoints / f"stage{stage}.pt", weights_only=True)
+    state = read_state(path)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
+    model = read_model(path, {"n_head": 2, "activation": {"name": "hermite", "degree": 3}})
+    assert torch.equal(model.state_dict()["transformer.h.1.mlp.activation.coefficients"],
+                       expected["transformer.h.1.mlp.activation.coefficients"])  # fmt: skip
+
+
+def test_a_deepspeed_checkpoint_without_one_rank_is_refused(zero_checkpoints: Path, tmp_path: Path) -> None:
+    shutil.copytree(zero_checkpoints / "stage1", tmp_path / "copy")
+    next((tmp_path / "copy").rglob("zero_pp_rank_1_*_optim_states.pt")).unlink()
+    with pytest.raises(ValueError, match="1 of 2 ranks"):
+        read_state(tmp_path / "copy")
+
+
+class Dangerous:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    torch.save({"model": {"weight": torch.ones(2)}, "extra": Dangerous(tmp_path / "created")}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights.pt is not loaded: it holds more than tensors"):
+        read_model(tmp_path / "weights.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Dangerous(tmp_path / "created")))
+    with pytest.raises(ValueError, match=r"plain.pt"):
+        read_model(tmp_path / "plain.pt")
+    assert not (tmp_path / "created").exists()
+
+
+@pytest.mark.parametrize("kind", ["own", "huggingface", "pt", "safetensors"])
+def test_truncated_files_are_named(tmp_path: Path, kind: str) -> None:
+    model = own_model("gpt2")
+    if kind == "own":
+        save_model(tmp_path / "model", model)
+        path, damaged = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    elif kind == "huggingface":
+        save_huggingface(tmp_path / "model", model, {}, None)
+        path, damaged = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    else:
+        path = damaged = tmp_path / f"weights.{kind}"
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        torch.save(state, path) if kind == "pt" else save_file(state, path)
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(ValueError, match=rf"{damaged.name}.* cannot be read"):
+        read_model(path)
+
+
+def test_paths_that_hold_no_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such file"):
+        read_model(tmp_path / "absent")
+    with pytest.raises(ValueError, match="no model directory"):
+        read_model(tmp_path)
+    (tmp_path / "weights.txt").write_text("")
+    with pytest.raises(ValueError, match=r"ends in .safetensors"):
+        read_model(tmp_path / "weights.txt")
+    torch.save({"some.weight": torch.ones(2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="neither those of a GPT-2"):
+        read_model(tmp_path / "other.pt")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json cannot be read"):
+        read_model(tmp_path / "hf")
+
+
+def learned(family: str) -> nn.Module:
+    return fit("gelu", family, 5, interval=(-4, 4)).build()
+
+
+FAMILIES = ("hermite", "chebyshev", "legendre", "fourier", "rational", "polyrelu", "tropical", "tropical_rational")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_form_of_ordinary_operations(family: str) -> None:
+    module = learned(family)
+    x = torch.cat([torch.linspace(-9, 9, 301), torch.tensor([-60.0, 80.0])])
+    with torch.no_grad():
+        torch.testing.assert_close(PlainActivation(module)(x), module(x), rtol=1e-4, atol=2e-5)
+
+
+def test_piecewise_linear_has_a_form_of_ordinary_operations() -> None:
+    module = build_activation({"name": "piecewise_linear", "degree": 6, "interval": [-3, 3]})
+    x = torch.linspace(-8, 8, 200)
+    with torch.no_grad():
+        torch.testing.assert_close(PlainActivation(module)(x), module(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="one set of coefficients"):
+        PlainActivation(build_activation({"name": "hermite", "num_parameters": 4}))
+
+
+@pytest.mark.parametrize("family", ["hermite", "fourier", "rational", "tropical_rational"])
+def test_an_activation_runs_in_onnxruntime(tmp_path: Path, family: str) -> None:
+    x = torch.linspace(-9, 9, 240).reshape(2, 120)
+    assert save_onnx(tmp_path / "activation.onnx", learned(family), [x]) <= 1e-4
+
+
+@pytest.mark.parametrize(("architecture", "batch"), [("gpt2", tokens()), ("convnext", images())])
+def test_a_converted_model_runs_in_onnxruntime_with_another_batch_size(
+    tmp_path: Path, architecture: str, batch: torch.Tensor
+) -> None:
+    import onnx
+    import onnxruntime
+
+    model = own_model(architecture)
+    for found in find_activations(model):
+        replace_module(model, found.name, learned("hermite"))
+    path = tmp_path / "model.onnx"
+    assert save_onnx(path, model, [batch]) <= 1e-3
+    assert {node.domain for node in onnx.load(path).graph.node} == {""}  # ordinary operators only
+    (output,) = onnxruntime.InferenceSession(str(path)).run(None, {"input_0": batch[:1].numpy()})
+    with torch.no_grad():
+        expected = model(batch[:1]).numpy()
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4 * max(1.0, np.abs(expected).max()))
+
+
+def test_a_model_that_onnx_cannot_express_leaves_no_file(tmp_path: Path) -> None:
+    module = build_activation({"name": "hermite", "glu": True})
+    with pytest.raises(ValueError, match="one set of coefficients"):
+        save_onnx(tmp_path / "model.onnx", module, [torch.ones(1, 4)])
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_a_table_says_how_exact_it_is(tmp_path: Path) -> None:
+    module = learned("hermite").double()
+    table = save_table(tmp_path / "table.json", module, (-5.0, 5.0), 513)
+    stored = json.loads((tmp_path / "table.json").read_text())
+    assert stored == table
+    x = np.random.default_rng(0).uniform(-5, 5, 4000)
+    inside = np.interp(x, np.linspace(-5, 5, 513), stored["values"])
+    with torch.no_grad():
+        exact = module(torch.from_numpy(x)).numpy()
+        beyond = float(module(torch.tensor([7.0], dtype=torch.float64)))
+    assert np.abs(inside - exact).max() <= stored["maximum_error"] * 1.01 + 1e-12
+    assert stored["values"][-1] + 2.0 * stored["slopes_outside"][1] == pytest.approx(beyond, abs=1e-9)
+    with pytest.raises(ValueError, match="lo < hi"):
+        save_table(tmp_path / "other.json", module, (1.0, 1.0))

@@ -1,0 +1,104 @@
+"""Small stages that the engine's tests run: they write, read, fail, hang, and leave traces of every call."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, StageContext, stage
+
+
+def trace(directory: str, text: str) -> None:
+    """One line per call, in a file that all processes share."""
+    if directory:
+        with open(Path(directory) / "calls", "a") as file:
+            file.write(text + "\n")
+
+
+def make(context: StageContext, text: str = "x", traces: str = "", seconds: float = 0.0) -> dict[str, float]:
+    """Writes its text."""
+    trace(traces, context.stage)
+    time.sleep(seconds)
+    (context.output / "text").write_text(text)
+    return {"length": float(len(text))}
+
+
+def join(context: StageContext, parts: dict[str, Artifact], separator: str = "+", traces: str = "") -> dict[str, float]:
+    """Joins the texts of its inputs, in the order of their labels."""
+    trace(traces, context.stage)
+    texts = [(parts[label].path / "text").read_text() for label in sorted(parts)]
+    (context.output / "text").write_text(separator.join(texts))
+    return {"length": float(len(separator.join(texts))), "parts": float(len(parts))}
+
+
+def copy(context: StageContext, source: Artifact, extra: Artifact | None = None, traces: str = "") -> dict[str, float]:
+    """Copies its input, and the optional one."""
+    trace(traces, context.stage)
+    text = (source.path / "text").read_text() + ((extra.path / "text").read_text() if extra else "")
+    (context.output / "text").write_text(text)
+    return {"length": float(len(text))}
+
+
+def fail_until(context: StageContext, attempts: int, traces: str = "", how: str = "error") -> None:
+    """Fails in its first `attempts` tries."""
+    trace(traces, f"{context.stage} {context.attempt}")
+    count = context.scratch / "count"
+    done = int(count.read_text()) if count.exists() else 0
+    count.write_text(str(done + 1))
+    print(f"this is try {done + 1}")
+    if done < attempts:
+        if how == "user":
+            raise UserError("the corpus is empty", "give another one")
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "exit":
+            os._exit(7)
+        if how == "hang":
+            time.sleep(600)
+        raise ValueError(f"try {done + 1} of {context.stage}")
+    (context.output / "text").write_text("at last")
+
+
+def spawn_and_hang(context: StageContext, pid_file: str, own_session: bool = False) -> None:
+    """Starts a process that outlives its parent unless somebody ends it."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=own_session)
+    Path(pid_file).write_text(f"{os.getpid()} {child.pid}")
+    (context.output / "text").write_text("")
+    time.sleep(600)
+
+
+def spawn_and_return(context: StageContext, pid_file: str) -> None:
+    """Ends well but leaves a process behind."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(pid_file).write_text(str(child.pid))
+    (context.output / "text").write_text("done")
+
+
+def show_environment(token: str, traces: str = "") -> None:
+    """Prints and raises its secret, as a careless stage would."""
+    trace(traces, str(len(token)))
+    print(f"connecting with {token}")
+    raise UserError(f"the server refuses {token}")
+
+
+def fill_disk(context: StageContext) -> None:
+    (context.output / "text").write_bytes(b"x")
+    raise OSError(28, "No space left on device")
+
+
+def working_directory(context: StageContext, file: str) -> dict[str, float]:
+    """Reads a file by a path relative to the workflow file."""
+    text = Path(file).read_text()
+    (context.output / "text").write_text(text)
+    return {"length": float(len(text))}
+
+
+@stage(parallel=True)
+def parallel(context: StageContext) -> dict[str, float]:
+    (context.output / "text").write_text("parallel")
+    return {"workers": float(context.resources.workers)}

@@ -1,0 +1,159 @@
+"""gc, export, import and verify: nothing that a run needs is lost, nothing damaged enters a store."""
+
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from polytrope.pipeline.archive import export_run, import_run
+from polytrope.pipeline.cli import main
+from polytrope.pipeline.collect import collect_garbage
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.journal import Journal, fold, read
+from polytrope.pipeline.lease import Lease
+from polytrope.pipeline.store import Store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    place = Store(tmp_path / "store")
+    place.create()
+    return place
+
+
+def artifact(store: Store, letter: str) -> str:
+    """Commit an artifact; returns its key."""
+    key = letter * 64
+    files = store.staging(key)
+    (files / "data.txt").write_text(f"content of {letter}")
+    store.commit(key, files, components={"uses": letter}, summary={"x": 1.0}, stage=letter, run_id="r", duration=1.0)
+    return key
+
+
+def finished_run(store: Store, run_id: str, *keys: str, age: float = 0) -> Path:
+    directory = store.run_directory(run_id)
+    directory.mkdir()
+    record = directory / "workflow.json"
+    record.write_text(json.dumps({"run_id": run_id, "workflow": {"name": "demo"}}))
+    journal = Journal.open(directory)
+    names = [f"stage{index}" for index in range(len(keys))]
+    journal.append("run_started", run_id=run_id, workflow="demo", stages=names)
+    journal.append("attempt_started", run_id=run_id, stages=names, attempt=1, executor="local", host="h", pid=1)
+    for name, key in zip(names, keys, strict=True):
+        found = store.load(key)
+        assert found is not None
+        journal.append("stage_succeeded", stage=name, key=key, digest=found.digest, summary=found.summary, duration=1.0)
+    journal.append("run_finished", status="succeeded", error=None)
+    journal.close()
+    os.utime(record, (record.stat().st_mtime - age,) * 2)
+    return directory
+
+
+def test_gc_removes_what_no_run_names_and_keeps_the_rest(store: Store) -> None:
+    kept, lost = artifact(store, "a"), artifact(store, "b")
+    finished_run(store, "one", kept)
+    (store.root / "staging" / "dead.x" / "files").mkdir(parents=True)
+    store.scratch(kept).mkdir(parents=True)
+    preview = collect_garbage(store, dry_run=True)
+    assert (preview.artifacts, len(preview.leftovers)) == ([lost], 2)
+    assert store.exists(lost)
+    assert collect_garbage(store).artifacts == [lost]
+    assert store.keys() == [kept]
+    assert store.find(kept) is not None
+    assert not list((store.root / "staging").iterdir())
+    assert collect_garbage(store).bytes == 0
+
+
+def test_gc_can_forget_old_runs_first(store: Store) -> None:
+    old, new = artifact(store, "a"), artifact(store, "b")
+    finished_run(store, "old", old, age=100)
+    finished_run(store, "new", new)
+    result = collect_garbage(store, keep_runs=1)
+    assert (result.runs, result.artifacts) == (["old"], [old])
+    assert [path.name for path in store.runs.iterdir()] == ["new"]
+
+
+def test_gc_refuses_while_a_run_is_going_on(store: Store) -> None:
+    directory = finished_run(store, "one", artifact(store, "a"))
+    journal = Journal.open(directory)
+    journal.append("attempt_started", run_id="one", stages=["stage0"], attempt=2, executor="local", host="h", pid=1)
+    lease = Lease.acquire(directory, "run one", 15.0)
+    try:
+        with pytest.raises(UserError, match="run one is going on"):
+            collect_garbage(store)
+        assert collect_garbage(store, dry_run=True).artifacts == []
+    finally:
+        lease.release()
+        journal.close()
+
+
+def test_an_exported_run_can_be_imported_elsewhere_with_the_same_digests(store: Store, tmp_path: Path) -> None:
+    keys = [artifact(store, "a"), artifact(store, "b")]
+    directory = finished_run(store, "one", *keys)
+    assert export_run(store, directory, tmp_path / "run.tar") == 2
+    other = Store(tmp_path / "other")
+    assert import_run(other, tmp_path / "run.tar") == ("one", 2)
+    for key in keys:
+        ours, theirs = store.find(key), other.find(key, full=True)
+        assert ours is not None
+        assert theirs is not None
+        assert ours.digest == theirs.digest
+    assert fold(read(other.run_directory("one"))).status == "succeeded"
+    with pytest.raises(UserError, match="run one is in"):
+        import_run(other, tmp_path / "run.tar")
+
+
+def test_a_damaged_artifact_is_neither_exported_nor_imported(store: Store, tmp_path: Path) -> None:
+    key = artifact(store, "a")
+    directory = finished_run(store, "one", key)
+    export_run(store, directory, tmp_path / "run.tar")
+    text = (tmp_path / "run.tar").read_bytes()
+    (tmp_path / "altered.tar").write_bytes(text.replace(b"content of a", b"content of x"))
+    (tmp_path / "short.tar").write_bytes(text[: len(text) // 2])
+    (tmp_path / "other.tar").write_bytes(b"not a tar file" * 100)
+    for name in ("altered", "short", "other"):
+        with pytest.raises(UserError, match=r"damaged|cut short"):
+            import_run(Store(tmp_path / name), tmp_path / f"{name}.tar")
+        assert Store(tmp_path / name).keys() == []
+    file = store.artifacts / key / "files" / "data.txt"
+    file.chmod(0o644)
+    file.write_text("content of y")
+    with pytest.raises(UserError, match="is not intact"):
+        export_run(store, directory, tmp_path / "again.tar")
+    assert not (tmp_path / "again.tar").exists()
+
+
+def test_an_archive_cannot_write_outside_the_store(store: Store, tmp_path: Path) -> None:
+    header = tmp_path / "polytrope-run.json"
+    header.write_text(json.dumps({"format": 1, "run": "one", "keys": []}))
+    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
+        archive.add(header, "polytrope-run.json")
+        archive.add(header, "../../outside.json")
+    with pytest.raises(UserError):
+        import_run(store, tmp_path / "evil.tar")
+    assert not (tmp_path / "outside.json").exists()
+
+
+def test_verify_finds_damage_and_moves_it_away(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    key = artifact(store, "a")
+    finished_run(store, "one", key)
+    place = ["--store", str(store.root)]
+    assert main(["verify", *place]) == 0
+    file = store.artifacts / key / "files" / "data.txt"
+    file.chmod(0o644)
+    file.write_text("content of y")
+    os.utime(file, ns=(0, 0))
+    assert main(["verify", *place]) == 1
+    assert "data.txt: its bytes have changed" in capsys.readouterr().out
+    assert not store.exists(key)
+    assert len(list((store.root / "quarantine").iterdir())) == 1
+
+
+def test_commands_of_an_empty_store_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--store", str(tmp_path / "none")]
+    assert main(["status", *place]) == 2
+    assert "there are no runs" in capsys.readouterr().err
+    assert main(["runs", *place]) == 0
+    assert not (tmp_path / "none").exists()

@@ -1,0 +1,137 @@
+"""The Ray executor does what the local one does, and gives back everything it took."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from test_engine import Place, gone, start_driver, wait_for, workflow_of
+
+from polytrope.pipeline.engine import CANCEL_FILE
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.executors import check_resources
+from polytrope.pipeline.graph import build_graph
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def ray_processes() -> set[int]:
+    children = psutil.Process().children(recursive=True)
+    return {child.pid for child in children if any("ray" in part for part in child.cmdline()[:3])}
+
+
+def test_a_run_on_a_private_cluster_gives_the_same_artifacts_and_leaves_nothing(place: Place, tmp_path: Path) -> None:
+    """One cluster start for all that a run can meet: results, retries, lost workers, timeouts, secrets, logs."""
+    stages = {
+        "a": {"uses": "make", "with": {"text": "x"}},
+        "b": {"uses": "join", "inputs": {"parts": ["a"]}},
+        "error": {"uses": "fail_until", "retries": 1, "with": {"attempts": 1}},
+        "killed": {"uses": "fail_until", "retries": 1, "with": {"attempts": 1, "how": "kill"}},
+        "late": {"uses": "fail_until", "retries": 0, "timeout": 1, "with": {"attempts": 1, "how": "hang"}},
+        "user": {"uses": "fail_until", "retries": 3, "with": {"attempts": 1, "how": "user"}},
+        "p": {"uses": "parallel", "resources": {"workers": 2, "cpus": 1}},
+        "file": {"uses": "working_directory", "with": {"file": "data.txt"}},
+    }
+    (tmp_path / "data.txt").write_text("relative")
+    state = place.run(stages, executor="ray", fields={"fail_fast": False})
+    states = {name: stage.state for name, stage in state.stages.items()}
+    assert states == {
+        "a": "succeeded", "b": "succeeded", "error": "succeeded", "killed": "succeeded", "late": "failed",
+        "user": "failed", "p": "succeeded", "file": "succeeded",
+    }  # fmt: skip
+    assert gone(list(ray_processes())), "the private cluster outlived the run"
+    kinds = {name: (stage.error or {}).get("kind") for name, stage in state.stages.items() if stage.error}
+    assert kinds == {"late": "timeout", "user": "user"}
+    retried = {event.stage: event.get("error")["kind"] for event in place.events if event.type == "stage_retrying"}
+    assert retried == {"error": "error", "killed": "worker lost"}
+    log = place.store.run_directory(state.run_id) / "logs" / "error" / "2.log"
+    assert log.read_text() == "this is try 2\n"
+
+    local = Place(tmp_path / "elsewhere")
+    local.directory.mkdir()
+    (local.directory / "data.txt").write_text("relative")
+    same = local.run({name: stages[name] for name in ("a", "b", "p", "file")}, executor="local")
+    assert {name: stage.digest for name, stage in same.stages.items()} == {
+        name: state.stages[name].digest for name in same.stages
+    }
+
+
+def test_cancelling_ends_the_tasks_and_the_cluster(place: Place) -> None:
+    pid_file = place.directory / "pids"
+    stages = {
+        "s": {"uses": "spawn_and_hang", "with": {"pid_file": str(pid_file)}},
+        "t": {"uses": "make", "with": {"seconds": 600}},
+    }
+
+    def request() -> None:
+        wait_for(pid_file)
+        (place.store.run_directory("mine") / CANCEL_FILE).write_text("{}")
+
+    thread = threading.Thread(target=request)
+    thread.start()
+    state = place.run(stages, run_id="mine", executor="ray")
+    thread.join()
+    assert state.status == "cancelled"
+    assert gone([int(pid) for pid in pid_file.read_text().split()])
+    assert gone(list(ray_processes()))
+
+
+def test_a_killed_driver_takes_the_cluster_with_it(place: Place) -> None:
+    pid_file = place.directory / "pids"
+    stages = {"s": {"uses": "spawn_and_hang", "with": {"pid_file": str(pid_file)}}}
+    driver = start_driver(place, stages, executor="ray")
+    pids = [int(pid) for pid in wait_for(pid_file).split()]
+    pids += [child.pid for child in psutil.Process(driver.pid).children(recursive=True)]
+    driver.kill()
+    driver.wait()
+    assert gone(pids)
+    again = place.run({"s": {"uses": "make"}}, run_id="mine")
+    assert (again.status, again.attempt) == ("succeeded", 2)
+
+
+def test_a_run_of_cache_hits_never_imports_ray(place: Place) -> None:
+    stages = {"a": {"uses": "make"}, "b": {"uses": "copy", "inputs": {"source": "a"}}}
+    place.run(stages, executor="local")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from test_engine import Place\n"
+        "stages = {'a': {'uses': 'make'}, 'b': {'uses': 'copy', 'inputs': {'source': 'a'}}}\n"
+        "state = Place(Path(sys.argv[2])).run(stages, executor='ray')\n"
+        "assert {stage.state for stage in state.stages.values()} == {'cached'}\n"
+        "assert 'ray' not in sys.modules and 'torch' not in sys.modules and 'mlflow' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(place.directory)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"),
+        ("http://head:8265", "polytrope submit"),
+        ("ray://head:10001", "polytrope submit"),
+        ("head", "is not `host:port`"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_fast(place: Place, address: str, message: str) -> None:
+    started = time.monotonic()
+    fields: dict[str, Any] = {"ray_address": address}
+    with pytest.raises(UserError) as caught:
+        place.run({"s": {"uses": "make"}}, executor="ray", fields=fields)
+    assert message in str(caught.value)
+    assert time.monotonic() - started < 30
+    assert not place.store.root.exists()
+    workflow = workflow_of(place.directory, {"s": {"uses": "make"}})
+    with pytest.raises(UserError):
+        check_resources(build_graph(workflow), "ray", address)
+    assert place.calls == Counter()

@@ -1,0 +1,274 @@
+"""The graph: branches, dependencies, order, and the refusal of everything that cannot run."""
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.graph import StageNode, build_graph, condition_holds, resolve_parameters
+from polytrope.pipeline.spec import Workflow, load_workflow
+
+STAGES = '''
+"""Stages of this test."""
+from pathlib import Path
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, StageContext, stage
+
+def make(context: StageContext, steps: int = 3, text: str = "x") -> None:
+    """Make."""
+
+def use(context: StageContext, source: Artifact, extra: Artifact | None = None) -> None:
+    """Use."""
+
+def join(context: StageContext, sources: dict[str, Artifact]) -> None:
+    """Join."""
+
+def check(parameters, upstream):
+    if upstream["source"].steps > parameters.limit:
+        raise UserError(f"{upstream['source'].steps} steps are more than {parameters.limit}", "raise `limit`")
+
+@stage(check=check)
+def limited(context: StageContext, source: Artifact, limit: int = 5) -> None:
+    """Limited."""
+
+def fingerprint(parameters, directory: Path):
+    return {"data": (directory / "data.txt").read_text()}
+
+@stage(fingerprint=fingerprint)
+def read(context: StageContext) -> None:
+    """Read."""
+
+def untyped(context) -> None:
+    """Untyped."""
+'''
+
+
+@pytest.fixture(autouse=True)
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "graph_test_stages.py").write_text(STAGES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "graph_test_stages", raising=False)
+
+
+def workflow_from(text: str) -> Workflow:
+    path = Path("w.yaml")
+    path.write_text("name: demo\nparams: {steps: 4}\nstages:\n" + textwrap.indent(textwrap.dedent(text), "  "))
+    return load_workflow(path)
+
+
+def graph_from(text: str) -> dict[str, StageNode]:
+    return build_graph(workflow_from(text))
+
+
+def refusal(text: str) -> UserError:
+    with pytest.raises(UserError) as caught:
+        graph_from(text)
+    return caught.value
+
+
+MATRIX = """
+make:
+  uses: graph_test_stages:make
+  matrix: {letter: [a, b], steps: [1, 2]}
+  with: {steps: "${matrix.steps}", text: "${matrix.letter}!"}
+use:
+  uses: graph_test_stages:use
+  matrix: {letter: [a, b], steps: [1, 2]}
+  inputs: {source: make}
+half:
+  uses: graph_test_stages:join
+  matrix: {letter: [a, b]}
+  inputs: {sources: make}
+join:
+  uses: graph_test_stages:join
+  inputs: {sources: use}
+"""
+
+
+def test_a_matrix_becomes_one_node_per_combination_with_its_values() -> None:
+    graph = graph_from(MATRIX)
+    made = [name for name in graph if name.startswith("make")]
+    assert made == [f"make[letter={letter},steps={steps}]" for letter in "ab" for steps in (1, 2)]
+    assert graph["make[letter=b,steps=2]"].parameters.model_dump() == {"steps": 2, "text": "b!"}
+    assert graph["make[letter=b,steps=2]"].branch == {"letter": "b", "steps": "2"}
+
+
+def test_the_same_axes_connect_matching_branches_and_shared_axes_select_some() -> None:
+    graph = graph_from(MATRIX)
+    assert graph["use[letter=b,steps=1]"].inputs == {"source": "make[letter=b,steps=1]", "extra": None}
+    assert list(graph["half[letter=a]"].inputs["sources"].values()) == [  # type: ignore[union-attr]
+        "make[letter=a,steps=1]",
+        "make[letter=a,steps=2]",
+    ]
+
+
+def test_a_fan_in_receives_all_branches_by_label() -> None:
+    graph = graph_from(MATRIX)
+    assert graph["join"].input_nodes == tuple(name for name in graph if name.startswith("use"))
+    single = graph_from(
+        """
+        make: {uses: "graph_test_stages:make", matrix: {letter: [a, b]}}
+        other: {uses: "graph_test_stages:make"}
+        join: {uses: "graph_test_stages:join", inputs: {sources: make}}
+        listed: {uses: "graph_test_stages:join", inputs: {sources: [make, other]}}
+        named: {uses: "graph_test_stages:join", inputs: {sources: {first: "make[letter=a]", rest: other}}}
+        """
+    )
+    assert single["join"].inputs["sources"] == {"a": "make[letter=a]", "b": "make[letter=b]"}
+    assert list(single["listed"].inputs["sources"]) == ["make[letter=a]", "make[letter=b]", "other"]  # type: ignore[arg-type]
+    assert single["named"].inputs["sources"] == {"first": "make[letter=a]", "rest": "other"}
+
+
+def test_the_order_is_topological_and_otherwise_that_of_the_file() -> None:
+    graph = graph_from(
+        """
+        last: {uses: "graph_test_stages:use", inputs: {source: first}}
+        lonely: {uses: "graph_test_stages:make", after: [last]}
+        first: {uses: "graph_test_stages:make"}
+        second: {uses: "graph_test_stages:make"}
+        """
+    )
+    assert list(graph) == ["first", "last", "lonely", "second"]
+    assert graph["lonely"].dependencies == ("last",)
+
+
+def test_a_cycle_is_named_with_its_path() -> None:
+    error = refusal(
+        """
+        start: {uses: "graph_test_stages:make"}
+        a: {uses: "graph_test_stages:use", inputs: {source: c}}
+        b: {uses: "graph_test_stages:use", inputs: {source: a}}
+        c: {uses: "graph_test_stages:use", inputs: {source: b, extra: start}}
+        """
+    )
+    assert "w.yaml:6: stages.a.inputs" in error.message
+    assert "a → b → c → a" in error.message
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        (
+            'a: {uses: "graph_test_stages:use", inputs: {source: mak}}\nmake: {uses: "graph_test_stages:make"}',
+            "w.yaml:4: stages.a.inputs.source: there is no stage `mak`",
+            "did you mean `make`?",
+        ),
+        ('a: {uses: "graph_test_stages:use"}', "w.yaml:4: stages.a: the input `source`", "inputs: {source: STAGE}"),
+        (
+            'a: {uses: "graph_test_stages:use", inputs: {sourc: a}}',
+            "stages.a.inputs.sourc: stage `graph_test_stages:use` has no input `sourc`",
+            "did you mean `source`?",
+        ),
+        ("a: {uses: shart}", "w.yaml:4: stages.a.uses: unknown stage `shart`", "did you mean `shard`?"),
+        ("a: {uses: 'no_module:f'}", "cannot import `no_module`", "importable"),
+        ("a: {uses: 'graph_test_stages:gone'}", "has no function `gone`", ""),
+        ("a: {uses: 'graph_test_stages:untyped'}", "argument `context` needs a type annotation", ""),
+        (
+            'a:\n  uses: "graph_test_stages:make"\n  with:\n    steps: abc',
+            "w.yaml:7: stages.a.with.steps: Input should be a valid integer, unable to parse string as an integer, "
+            "got 'abc'",
+            "polytrope stages graph_test_stages:make",
+        ),
+        (
+            'a:\n  uses: "graph_test_stages:make"\n  with:\n    step: 3',
+            "w.yaml:7: stages.a.with.step: stage `graph_test_stages:make` has no parameter `step`",
+            "did you mean `steps`?",
+        ),
+        (
+            'make: {uses: "graph_test_stages:make", matrix: {x: [1, 2]}}\n'
+            'a: {uses: "graph_test_stages:use", inputs: {source: make}}',
+            "`make` has 2 branches, but this input takes one",
+            "make[x=1]",
+        ),
+        (
+            'make: {uses: "graph_test_stages:make", matrix: {x: [1, 2]}}\n'
+            'a: {uses: "graph_test_stages:use", matrix: {x: [3]}, inputs: {source: make}}',
+            "`make` has no branch with x=3",
+            "",
+        ),
+        ('a: {uses: "graph_test_stages:make", matrix: {x: []}}', "the axis `x` has no values", ""),
+        ('a: {uses: "graph_test_stages:make", matrix: {x: [1, "1"]}}', "two values have the label `1`", ""),
+        (
+            'a: {uses: "graph_test_stages:make", matrix: {x: [1]}, with: {steps: "${matrix.y}"}}',
+            "no matrix axis `y`",
+            "`x`",
+        ),
+        (
+            'a: {uses: "graph_test_stages:make", with: {steps: 9}}\n'
+            'b: {uses: "graph_test_stages:limited", inputs: {source: a}}',
+            "w.yaml:5: stages.b: 9 steps are more than 5",
+            "raise `limit`",
+        ),
+        ('a: {uses: "graph_test_stages:make", when: "stages.b.loss < 3"}', "stages.a.when: there is no stage `b`", ""),
+        ('a: {uses: "graph_test_stages:make", when: "open(1)"}', "Call is not accepted in a condition", ""),
+        ('a: {uses: "graph_test_stages:make", when: "steps > 1"}', "unknown name `steps`", ""),
+        (
+            'a: {uses: "graph_test_stages:make", environment: [NOT_SET_ANYWHERE]}',
+            "the environment variable `NOT_SET_ANYWHERE` is not set",
+            "export",
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused_with_file_line_field_and_a_hint(text: str, message: str, hint: str) -> None:
+    error = refusal(text)
+    assert message in error.message
+    assert hint in error.hint
+
+
+def test_a_stage_says_what_beyond_its_parameters_decides_the_result(tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("42")
+    assert graph_from('a: {uses: "graph_test_stages:read"}')["a"].fingerprint == {"data": "42"}
+
+
+def test_conditions_see_parameters_matrix_and_metrics_of_earlier_stages() -> None:
+    workflow = workflow_from(
+        """
+        make: {uses: "graph_test_stages:make", matrix: {x: [1, 2]}}
+        a:
+          uses: graph_test_stages:make
+          matrix: {x: [1, 2]}
+          when: ${params.steps} > 3 and matrix.x == 1 and stages.make["val/loss"] < 2.5
+        never: {uses: "graph_test_stages:make", when: false}
+        """
+    )
+    graph = build_graph(workflow)
+    metrics = {"make[x=1]": {"val/loss": 2.0}, "make[x=2]": {"val/loss": 2.0}}
+    assert condition_holds(graph["a[x=1]"], workflow.params, metrics)
+    assert not condition_holds(graph["a[x=2]"], workflow.params, metrics)
+    assert not condition_holds(graph["a[x=1]"], workflow.params, {"make[x=1]": {"val/loss": 3.0}})
+    assert not condition_holds(graph["never"], workflow.params, {})
+    assert "make[x=1]" in graph["a[x=1]"].dependencies
+    with pytest.raises(UserError, match="there is no `val/loss`"):
+        condition_holds(graph["a[x=1]"], workflow.params, {"make[x=1]": {"loss": 3.0}})
+
+
+def test_secrets_are_replaced_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEMO_TOKEN", "s3cr3t")
+    node = graph_from('a: {uses: "graph_test_stages:make", with: {text: "Bearer ${env.DEMO_TOKEN}"}}')["a"]
+    assert node.secrets == ("DEMO_TOKEN",)
+    assert "s3cr3t" not in repr(node)
+    assert resolve_parameters(node.parameters).text == "Bearer s3cr3t"  # type: ignore[attr-defined]
+
+
+def test_ten_thousand_stages_are_planned_without_reading_each_function_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import polytrope.pipeline.graph as module
+
+    loads: list[str] = []
+    original = module.load_stage
+    module._load.cache_clear()
+    monkeypatch.setattr(module, "load_stage", lambda uses: loads.append(uses) or original(uses))
+    lines = ['s0: {uses: "graph_test_stages:make"}']
+    lines += [f's{i}: {{uses: "graph_test_stages:use", inputs: {{source: s{i // 2}}}}}' for i in range(1, 10_000)]
+    assert len(graph_from("\n".join(lines))) == 10_000
+    assert loads == ["graph_test_stages:make", "graph_test_stages:use"]
+    module._load.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_definitions() -> None:
+    import polytrope.pipeline.graph as module
+
+    module._load.cache_clear()

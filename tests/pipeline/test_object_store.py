@@ -1,0 +1,269 @@
+"""The store on S3, against a real S3 server process: commits, leases, journals, other machines, and outages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from engine_stages import __file__ as stages_file
+from test_engine import Place, diamond, workflow_of
+
+from polytrope.pipeline.engine import RunElsewhereError, run_workflow
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.graph import build_graph
+from polytrope.pipeline.journal import fold, read
+from polytrope.pipeline.lease import Lease, LeaseHeldError, LeaseLostError
+from polytrope.pipeline.object_store import ObjectStore
+from polytrope.pipeline.objects import Bucket
+from polytrope.pipeline.store import open_store
+
+pytest.importorskip("moto")
+pytest.importorskip("boto3")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class Server:
+    """An S3 server with a bucket of its own for every test."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        program = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{self.port}'])"
+        self.process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.endpoint}/moto-api/", timeout=1).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def address(shared_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    return bucket_on(shared_server, tmp_path, monkeypatch)
+
+
+def bucket_on(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "3",
+        "POLYTROPE_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{time.time_ns()}"
+    Bucket(f"s3://{name}").client.create_bucket(Bucket=name)
+    return f"s3://{name}/polytrope"
+
+
+@pytest.fixture
+def place(address: str, tmp_path: Path) -> Place:
+    directory = tmp_path / "work"
+    directory.mkdir()
+    result = Place(directory)
+    result.store = open_store(address)
+    return result
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str) -> ObjectStore:
+    """The same store as another machine sees it."""
+    monkeypatch.setenv("POLYTROPE_CACHE", str(tmp_path / f"cache-{time.time_ns()}"))
+    store = open_store(address)
+    assert isinstance(store, ObjectStore)
+    return store
+
+
+def test_a_conditional_write_succeeds_once(address: str) -> None:
+    bucket = Bucket(address)
+    assert bucket.put("a", b"1", absent=True)
+    assert not bucket.put("a", b"2", absent=True)
+    assert bucket.put("a", b"1", absent=True), "the same bytes: an answer that was lost"
+    assert bucket.get("a") == b"1"
+    assert bucket.get("b") is None
+    won = []
+    threads = [
+        threading.Thread(target=lambda i=i: won.append(bucket.put("c", str(i).encode(), absent=True))) for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == [False] * 7 + [True]
+
+
+def test_a_run_is_computed_once_and_found_by_another_machine(
+    place: Place, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = workflow_of(place.directory, diamond(place))
+    first = run_workflow(workflow, build_graph(workflow), place.store, run_id="first")
+    assert first.status == "succeeded"
+    count = sum(place.calls.values())
+    other = elsewhere(monkeypatch, tmp_path, address)
+    again = run_workflow(workflow, build_graph(workflow), other, run_id="second")
+    assert {stage.state for stage in again.stages.values()} == {"cached"}
+    assert sum(place.calls.values()) == count
+    assert {name: stage.digest for name, stage in again.stages.items()} == {
+        name: stage.digest for name, stage in first.stages.items()
+    }
+    other.pull_runs()
+    assert fold(read(other.run_directory("first"))).status == "succeeded"
+    assert (other.run_directory("first") / "workflow.json").exists()
+    key = first.stages["d"].key or ""
+    assert other.verify(key) == []
+    assert (other.materialize(key) / "text").read_text() == (place.store.materialize(key) / "text").read_text()
+    left = Bucket(address).list("")
+    assert not [name for name in left if name.startswith(("leases/", "scratch/"))]
+
+
+def test_a_run_goes_on_on_another_machine(
+    place: Place, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted here after its second stage; the rest is computed there, with the inputs from the bucket."""
+    stages = diamond(place)
+    workflow = workflow_of(place.directory, stages)
+    driver = start_driver(place, address, stages, "--inject-faults", "at:60")
+    assert driver.wait(timeout=100) == -signal.SIGKILL
+    before = sum(place.calls.values())
+    other = elsewhere(monkeypatch, tmp_path, address)
+    deadline = time.monotonic() + 60
+    while True:  # the dead driver's lease ends where its process cannot be seen; here it can
+        try:
+            state = run_workflow(workflow, build_graph(workflow), other, run_id="mine", resume=True)
+            break
+        except RunElsewhereError:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    assert state.status == "succeeded"
+    assert state.attempt == 2
+    assert before >= 1
+    assert fold(read(other.run_directory("mine"))).status == "succeeded"
+
+
+def start_driver(place: Place, address: str, stages: dict[str, Any], *options: str) -> subprocess.Popen[bytes]:
+    workflow_of(place.directory, stages)
+    file = place.directory / "workflow.yaml"
+    file.write_text(yaml.safe_dump({"name": "test", "stages": stages, "tracking": {"enabled": False}}))
+    command = [sys.executable, "-m", "polytrope.pipeline.cli", "run", str(file), "--store", address, "--quiet"]
+    command += ["--executor", "local", "--run-id", "mine", *options]
+    environment = {**os.environ, "PYTHONPATH": str(Path(stages_file).parent)}
+    return subprocess.Popen(command, env=environment, cwd=place.directory, stderr=subprocess.PIPE)
+
+
+def test_one_driver_at_a_time_and_a_stale_one_cannot_write(address: str) -> None:
+    store = open_store(address)
+    store.create()
+    lease = Lease.acquire(store.run_lease_directory("r"), "run r", heartbeat=False)
+    with pytest.raises(LeaseHeldError):
+        Lease.acquire(store.run_lease_directory("r"), "run r", watch=False)
+    lease.check()
+    stale = store.open_journal("r", fence=1, guard=lambda: None)
+    stale.append("run_started", stages=["a"])
+    current = store.open_journal("r", fence=2, guard=lambda: None)
+    current.append("attempt_started", stages=["a"])
+    with pytest.raises(LeaseLostError):
+        stale.append("run_finished", status="failed")
+    store.pull_run("r")
+    assert [event.type for event in read(store.run_directory("r"))] == ["run_started", "attempt_started"]
+    lease.release(remove=True)
+    with pytest.raises(LeaseLostError):
+        lease.check()
+
+
+def test_damage_in_the_bucket_is_found_and_computed_again(place: Place, address: str) -> None:
+    workflow = workflow_of(place.directory, diamond(place))
+    first = run_workflow(workflow, build_graph(workflow), place.store, run_id="first")
+    bucket, key = Bucket(address), first.stages["a"].key or ""
+    (name,) = [name for name in bucket.list(f"artifacts/{key}/") if name.endswith("/text")]
+    whole = bucket.get(name)
+    assert whole is not None
+    bucket.put(name, whole[:-1])
+    assert "bytes instead of" in place.store.verify(key, full=False)[0]
+    bucket.put(name, bytes([whole[0] ^ 1]) + whole[1:])
+    assert place.store.verify(key, full=False) == []
+    assert "its bytes have changed" in place.store.verify(key, full=True)[0]
+    bucket.delete([name])
+    again = run_workflow(workflow, build_graph(workflow), place.store, run_id="second")
+    assert again.status == "succeeded"
+    assert again.stages["a"].state == "succeeded"
+    assert again.stages["a"].digest == first.stages["a"].digest
+    assert bucket.list("quarantine/")
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_the_server_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Stopped for a moment: nothing happens. Killed: the driver ends with a message and leaves no process."""
+    server = Server()
+    try:
+        address = bucket_on(server, tmp_path, monkeypatch)
+        place = Place(tmp_path)
+        stages = diamond(place)
+        for name in ("a", "c"):
+            stages[name]["with"]["seconds"] = 1.0
+        driver = start_driver(place, address, stages)
+        deadline = time.monotonic() + 60
+        while not place.calls:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if how == "stopped":
+            server.process.send_signal(signal.SIGSTOP)
+            time.sleep(3)
+            server.process.send_signal(signal.SIGCONT)
+            assert driver.wait(timeout=100) == 0
+            return
+        server.end()
+        _, errors = driver.communicate(timeout=100)
+        assert driver.returncode == 2, errors
+        assert b"cannot be used" in errors
+        assert b"polytrope resume mine" in errors
+    finally:
+        server.end()
+
+
+def test_addresses_and_servers_that_cannot_be_used_are_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="is not `s3://bucket/prefix`"):
+        open_store("s3:///x")
+    with pytest.raises(UserError, match="neither a directory nor"):
+        open_store("gs://bucket/x")
+    with pytest.raises(UserError, match="NoSuchBucket"):
+        open_store("s3://no-such-bucket/x").create()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(UserError, match="cannot be used"):
+        open_store(address).create()
+
+
+def test_the_format_of_the_bucket_is_checked(address: str) -> None:
+    Bucket(address).put("store.json", json.dumps({"format": 99}).encode())
+    with pytest.raises(UserError, match="has format 99"):
+        open_store(address).create()

@@ -1,0 +1,225 @@
+"""An artifact is there completely or not at all, and is never handed out when its bytes are not those committed."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from polytrope.pipeline import faults, store
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.store import Store, StoredArtifact
+
+KEY = "a" * 64
+
+
+def commit(place: Store, key: str = KEY, text: str = "hello", **changes: object) -> StoredArtifact:
+    staging = place.staging(key)
+    (staging / "sub").mkdir()
+    (staging / "result.txt").write_text(text)
+    (staging / "sub" / "more.bin").write_bytes(b"\0" * 5000)
+    values: dict[str, object] = {
+        "components": {"uses": "m:f"}, "summary": {"loss": 1.5}, "stage": "s", "run_id": "r", "duration": 2.0,
+    }  # fmt: skip
+    return place.commit(key, staging, **{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Store:
+    result = Store(tmp_path / "store")
+    result.create()
+    return result
+
+
+def test_a_committed_artifact_is_found_with_all_it_was_committed_with(place: Store) -> None:
+    committed = commit(place)
+    found = Store(place.root).find(KEY)
+    assert found == committed
+    assert (found.path / "result.txt").read_text() == "hello"
+    assert (found.summary, found.stage, found.run_id, found.duration) == ({"loss": 1.5}, "s", "r", 2.0)
+    assert [entry["path"] for entry in found.files] == ["result.txt", "sub/more.bin"]
+    assert found.size == 5005
+    assert os.listdir(place.root / "staging") == []
+
+
+def test_the_digest_depends_on_the_bytes_only(place: Store, tmp_path: Path) -> None:
+    other = Store(tmp_path / "other")
+    other.create()
+    assert commit(place, "b" * 64, stage="x", run_id="y").digest == commit(other, "c" * 64).digest
+    assert commit(place, "d" * 64, text="hullo").digest != commit(other, "e" * 64).digest
+
+
+def test_nothing_is_found_before_the_commit(place: Store) -> None:
+    staging = place.staging(KEY)
+    (staging / "result.txt").write_text("half")
+    assert place.find(KEY) is None
+    place.discard_staging(KEY)
+    assert not staging.exists()
+
+
+def test_the_files_are_read_only(place: Store) -> None:
+    assert (commit(place).path / "result.txt").stat().st_mode & 0o222 == 0
+
+
+def change_bytes(path: Path) -> None:
+    path.chmod(0o644)
+    path.write_text("hellO")
+
+
+def truncate(path: Path) -> None:
+    path.chmod(0o644)
+    path.write_text("hell")
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def add(path: Path) -> None:
+    (path.parent / "extra").write_text("")
+
+
+def replace_by_link(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (change_bytes, "its bytes have changed"),
+        (truncate, "has 4 bytes instead of 5"),
+        (remove, "is missing"),
+        (add, "extra: is not in the manifest"),
+        (replace_by_link, "not a plain file"),
+    ],
+)
+def test_a_damaged_artifact_is_not_found_and_can_be_quarantined(
+    place: Store, damage: Callable[[Path], None], problem: str
+) -> None:
+    artifact = commit(place)
+    damage(artifact.path / "result.txt")
+    assert place.find(KEY) is None
+    problems = place.verify(KEY)
+    assert problem in problems[0]
+    moved = place.quarantine(KEY, problems)
+    assert moved is not None
+    assert (moved / "problems.json").exists()
+    assert not place.exists(KEY)
+    assert commit(place).digest == artifact.digest
+
+
+def test_a_change_that_keeps_size_time_and_inode_is_seen_by_a_full_verification(place: Store) -> None:
+    path = commit(place).path / "result.txt"
+    status = path.stat()
+    with open(path, "r+b") as file:
+        file.write(b"J")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert place.find(KEY) is not None, "the digest cache trusts size, time and inode"
+    assert place.find(KEY, full=True) is None
+
+
+def test_a_damaged_manifest_is_no_artifact(place: Store) -> None:
+    manifest = commit(place).path.parent / "manifest.json"
+    data = manifest.read_text()
+    manifest.write_text(data.replace("1.5", "1.6"))
+    assert place.find(KEY) is None
+    assert place.verify(KEY) == ["manifest.json is damaged"]
+    assert commit(place).summary == {"loss": 1.5}, "a commit replaces it"
+
+
+def test_unchanged_files_are_hashed_once(place: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(place)
+    hashed: list[Path] = []
+    real = store.hash_file
+
+    def counting(path: Path) -> str:
+        hashed.append(path)
+        return real(path)
+
+    monkeypatch.setattr(store, "hash_file", counting)
+    assert place.find(KEY) is not None
+    assert hashed == []
+    (place.root / "digests" / f"{KEY}.json").write_text("[damaged")
+    assert place.find(KEY) is not None
+    assert len(hashed) == 2
+    assert place.find(KEY) is not None
+    assert len(hashed) == 2
+    assert place.find(KEY, full=True) is not None
+    assert len(hashed) == 4
+
+
+def test_a_second_commit_of_a_key_changes_nothing(place: Store) -> None:
+    first = commit(place, run_id="first")
+    assert commit(place, text="other", run_id="second") == first
+
+
+def test_a_driver_that_lost_its_lease_commits_nothing(place: Store) -> None:
+    def lost() -> None:
+        raise RuntimeError("lost")
+
+    with pytest.raises(RuntimeError, match="lost"):
+        commit(place, fence=lost)
+    assert place.find(KEY) is None
+
+
+def test_files_that_change_after_they_were_hashed_are_refused(place: Store) -> None:
+    staging = place.staging(KEY)
+    (staging / "result.txt").write_text("one")
+    entries = store.seal(staging)
+    (staging / "late.txt").write_text("two")
+    with pytest.raises(store.OutputChangedError, match=r"late\.txt"):
+        place.commit(KEY, staging, components={}, summary={}, stage="s", run_id="r", duration=0, entries=entries)
+
+
+def test_a_link_in_the_output_is_refused(place: Store) -> None:
+    staging = place.staging(KEY)
+    (staging / "link").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="`link`, which is not a plain file"):
+        store.seal(staging)
+
+
+def test_an_error_at_any_point_of_a_commit_leaves_all_or_nothing(place: Store) -> None:
+    number = 0
+    while True:
+        number += 1
+        key = f"{number:064x}"
+        faults.start_faults(f"error:{number}:ENOSPC")
+        try:
+            commit(place, key)
+            break
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        finally:
+            faults.start_faults(None)
+        found = place.find(key, full=True)
+        assert found is None or found.summary == {"loss": 1.5}
+        assert commit(place, key).digest == commit(place, "f" * 64).digest
+    assert number > 10, "the commit has no fault points"
+
+
+@pytest.mark.parametrize("kind", ["file in its path", "unwritable"])
+def test_a_store_that_cannot_be_written_is_refused_with_what_to_do(tmp_path: Path, kind: str) -> None:
+    if kind == "unwritable":
+        if os.geteuid() == 0:
+            root = Path("/proc/polytrope-store")  # root may write everywhere but here
+        else:
+            (tmp_path / "locked").mkdir(mode=0o555)
+            root = tmp_path / "locked" / "store"
+    else:
+        (tmp_path / "file").write_text("")
+        root = tmp_path / "file" / "store"
+    with pytest.raises(UserError, match="cannot be used") as caught:
+        Store(root).create()
+    assert "--set store=" in caught.value.hint
+
+
+def test_reading_an_absent_store_creates_nothing(tmp_path: Path) -> None:
+    absent = Store(tmp_path / "absent")
+    assert absent.find(KEY) is None
+    assert absent.keys() == []
+    assert not (tmp_path / "absent").exists()

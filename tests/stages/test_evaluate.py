@@ -1,0 +1,219 @@
+"""The evaluate stage: what its figures mean, that they agree with the model, and that they repeat exactly."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training_support import make_context, read_events
+
+from polytrope.models import build_model
+from polytrope.models.checkpoint import load_model, save_model
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.evaluation.scores import Scores
+from polytrope.pipeline.evaluation.tokens import byte_lengths
+from polytrope.pipeline.evaluation.windows import block_windows, sliding_windows
+from polytrope.pipeline.reader import open_split
+from polytrope.pipeline.stage import Artifact, load_stage
+from polytrope.pipeline.stages.evaluate import EvaluateParameters, check, evaluate
+from polytrope.pipeline.stages.shard import ShardParameters, shard
+from polytrope.pipeline.tokenization import BpeTokenizer, make_tokenizer
+
+SEQUENCE_LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Bytes of short texts, through the shard stage."""
+    directory = tmp_path_factory.mktemp("dataset")
+    texts = [{"text": f"line {number} of a text that is easy to learn; " * 12} for number in range(60)]
+    (directory / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    parameters = ShardParameters.model_validate(
+        {
+            "source": {"kind": "files", "paths": [str(directory / "texts.jsonl")], "format": "jsonl"},
+            "tokenizer": {"kind": "bytes"},
+            "sequence_length": SEQUENCE_LENGTH,
+            "validation_fraction": 0.2,
+        }
+    )
+    shard(make_context(directory, workers=1), parameters)
+    return Artifact(directory / "output", "digest of the data", "shard")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, dataset: Artifact) -> dict[str, Artifact]:
+    """Two untrained models with the same weights and different activations."""
+    result = {}
+    for label, activation in (("gelu", "gelu_tanh"), ("hermite", {"name": "hermite", "degree": 3})):
+        torch.manual_seed(0)
+        config = {"vocab_size": 320, "sequence_length": SEQUENCE_LENGTH, "n_layer": 2, "n_head": 2, "n_embd": 32}
+        model = build_model("gpt2", {**config, "activation": activation})
+        directory = tmp_path_factory.mktemp(label)
+        save_model(directory, model, tokenizer=dataset.path)
+        result[label] = Artifact(directory, f"digest of {label}", f"train-{label}")
+    return result
+
+
+def run(directory: Path, dataset: Artifact, models: dict[str, Artifact], **parameters: Any) -> dict[str, Any]:
+    """The content of evaluation.json, and the returned metrics under `returned`."""
+    settings = {"sample_tokens": 8, "activation_samples": 2, **parameters}
+    returned = evaluate(make_context(directory), dataset, models, EvaluateParameters.model_validate(settings))
+    content: dict[str, Any] = json.loads((directory / "output" / "evaluation.json").read_text())
+    return {**content, "returned": returned}
+
+
+def test_loss_and_bits_per_byte_are_those_of_the_model_on_every_validation_token(
+    tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
+) -> None:
+    figures = run(tmp_path, dataset, models, batch_size=5)["models"]["hermite"]
+    reader = open_split(dataset.path, "validation")
+    blocks = torch.from_numpy(reader.samples(np.arange(len(reader))).astype(np.int64))
+    model = load_model(models["hermite"].path)
+    with torch.no_grad():
+        losses = model(blocks[:, :-1], blocks[:, 1:], reduction="none").double()
+        accuracy = (model(blocks[:, :-1]).argmax(-1) == blocks[:, 1:]).double().mean()
+    assert figures["tokens"] == len(reader) * SEQUENCE_LENGTH
+    assert figures["loss"] == pytest.approx(float(losses.mean()), rel=1e-6)
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    assert figures["top1"] == pytest.approx(float(accuracy))
+    # one byte per token, except where the predicted token ends a text
+    predicted_bytes = int((blocks[:, 1:] < 256).sum())
+    assert figures["bytes"] == predicted_bytes < figures["tokens"]
+    assert figures["bits_per_byte"] == pytest.approx(float(losses.sum()) / math.log(2) / predicted_bytes, rel=1e-6)
+
+
+def test_the_same_evaluation_twice_gives_the_same_bytes(
+    tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
+) -> None:
+    for name in ("first", "second"):
+        torch.manual_seed(hash(name) % 1000)  # the global random state must not matter
+        run(tmp_path / name, dataset, models, samples=20)
+    first, second = (tmp_path / name / "output" / "evaluation.json" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_metrics_carry_the_label_and_throughput_stays_out_of_the_artifact(
+    tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
+) -> None:
+    content = run(tmp_path, dataset, models, samples=8)
+    logged = {name: value for event in read_events(tmp_path, "metrics") for name, value in event["values"].items()}
+    for label in models:
+        assert (
+            content["returned"][f"{label}/val_loss"] == content["models"][label]["loss"] == logged[f"{label}/val_loss"]
+        )
+        assert logged[f"{label}/tokens_per_second"] > 0
+    assert "per_second" not in (tmp_path / "output" / "evaluation.json").read_text()
+
+
+def test_drift_is_zero_to_itself_and_positive_to_another_model(
+    tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
+) -> None:
+    trio = {**models, "copy": models["gelu"]}
+    results = run(tmp_path, dataset, trio, samples=8, drift={"hermite": "gelu", "copy": "gelu"})["models"]
+    assert results["copy"]["drift"] == {"kl_divergence": 0.0, "agreement": 1.0}
+    assert results["hermite"]["drift"]["kl_divergence"] > 0
+    assert "drift" not in results["gelu"]
+
+
+def test_shapes_are_measured_per_block_with_the_density_of_their_inputs(
+    tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
+) -> None:
+    layers = run(tmp_path, dataset, models, samples=8)["models"]["gelu"]["layers"]
+    assert [layer["name"] for layer in layers] == ["block 1", "block 2"]
+    for layer in layers:
+        low, high = layer["edges"]
+        assert sum(layer["density"]) * (high - low) / len(layer["density"]) == pytest.approx(1.0, abs=0.01)
+        expected = torch.nn.functional.gelu(torch.tensor(layer["x"]), approximate="tanh")
+        assert layer["y"] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert layer["minimum"] < layer["mean"] < layer["maximum"]
+
+
+def test_sliding_windows_score_every_token_but_the_first_once_with_enough_context() -> None:
+    length, stride, samples = 8, 3, 5
+    stream = np.arange(samples * (length + 1))
+
+    def read(indices: np.ndarray) -> np.ndarray:
+        return stream.reshape(samples, length + 1)[indices]
+
+    seen: list[int] = []
+    for batch in sliding_windows(read, samples, length, stride, batch_size=4):
+        assert batch.inputs.shape[1] == length
+        for inputs, targets, scored in zip(batch.inputs, batch.targets, batch.scored, strict=True):
+            assert (targets == inputs + 1).all()
+            seen += targets[scored].tolist()
+            if inputs[0] > 0:
+                assert np.nonzero(scored)[0][0] >= length - stride
+    assert seen == stream[1:].tolist()
+
+
+def test_a_stride_of_the_whole_length_scores_what_blocks_cannot(
+    tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
+) -> None:
+    sliding = run(tmp_path / "sliding", dataset, models, samples=10, stride=8)["models"]["gelu"]
+    blocks = run(tmp_path / "blocks", dataset, models, samples=10)["models"]["gelu"]
+    assert sliding["tokens"] == blocks["tokens"] + 9  # the first token of every later block
+    with pytest.raises(UserError, match="longer than the dataset's sequences"):
+        check(
+            EvaluateParameters(stride=64),
+            {"models": {"a": SimpleNamespace()}, "dataset": SimpleNamespace(sequence_length=32)},
+        )
+
+
+def test_blocks_are_read_batch_by_batch() -> None:
+    sizes = [len(batch.inputs) for batch in block_windows(lambda index: np.zeros((len(index), 5)), 7, 3)]
+    assert sizes == [3, 3, 1]
+
+
+def test_bytes_behind_tokens_add_up_to_the_text() -> None:
+    text = "Grüße, naïve café → 日本語 and plain words, plain words, plain words."
+    tokenizer = make_tokenizer(BpeTokenizer(vocab_size=300), [text * 20], Path())
+    lengths = byte_lengths(tokenizer)
+    assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
+    assert lengths[tokenizer.end_of_text] == 0
+    assert lengths.max() > 1
+
+
+def test_calibration_error_of_a_model_that_is_right_as_often_as_it_says() -> None:
+    scores = Scores(bins=10)
+    logits = torch.tensor([[math.log(0.75), math.log(0.25)]]).repeat(400, 1)
+    scores.add(logits, torch.tensor([0, 0, 0, 1] * 100))
+    assert scores.figures()["calibration_error"] == pytest.approx(0.0, abs=1e-6)
+    overconfident = Scores(bins=10)
+    overconfident.add(logits, torch.tensor([0, 1] * 200))
+    assert overconfident.figures()["calibration_error"] == pytest.approx(0.25, abs=1e-6)
+
+
+def test_confusion_matrix_counts_true_classes_by_prediction() -> None:
+    scores = Scores(bins=5, classes=3)
+    scores.add(torch.eye(3)[[0, 1, 1, 2]] * 5, torch.tensor([0, 1, 2, 2]))
+    assert scores.figures()["confusion"] == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    assert scores.figures()["top5"] == 1.0
+
+
+def test_a_model_of_another_tokenizer_is_refused(
+    tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
+) -> None:
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    for path in models["gelu"].path.iterdir():
+        (stranger / path.name).write_bytes(path.read_bytes())
+    description = json.loads((stranger / "model.json").read_text())
+    description["tokenizer"] = {"kind": "bpe", "vocab_size": 300}
+    (stranger / "model.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match="tokenizer of `other`"):
+        run(tmp_path / "run", dataset, {"other": Artifact(stranger, "digest", "train")})
+
+
+def test_labels_are_checked_before_anything_starts() -> None:
+    load_stage("evaluate")
+    upstream = {"models": {"baseline": SimpleNamespace()}, "dataset": SimpleNamespace(sequence_length=32)}
+    with pytest.raises(UserError, match="`drift` names `converted`"):
+        check(EvaluateParameters(drift={"converted": "baseline"}), upstream)
+    with pytest.raises(UserError, match="no models"):
+        check(EvaluateParameters(), {"models": {}})

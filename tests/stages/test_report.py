@@ -1,0 +1,281 @@
+"""The report stage: a page that stands alone, whose figures are those of the evaluation; statistics over repeats."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from training_support import make_context, read_events
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.reporting.figures import evenly, short_layer
+from polytrope.pipeline.reporting.statistics import mean_interval, paired_p_value, student_cdf
+from polytrope.pipeline.stage import Artifact
+from polytrope.pipeline.stages.report import ReportParameters, check, report
+
+ENTROPY = 5.5
+
+
+def make_layers(shift: float) -> list[dict[str, Any]]:
+    x = np.linspace(-3, 3, 31)
+    return [
+        {
+            "name": f"block {index + 1}",
+            "activation": "gelu",
+            "mean": 0.0,
+            "std": 1.0,
+            "minimum": -3.0,
+            "maximum": 3.0,
+            "output_mean_square": 0.4,
+            "edges": [-3.0, 3.0],
+            "density": np.exp(-(np.linspace(-3, 3, 20) ** 2)).tolist(),
+            "x": x.tolist(),
+            "y": (np.maximum(x, 0) + shift).tolist(),
+        }
+        for index in range(2)
+    ]
+
+
+def make_evaluation(directory: Path, losses: dict[str, float]) -> Artifact:
+    directory.mkdir()
+    content = {
+        "format": 1,
+        "kind": "text",
+        "dataset": {
+            "name": "a corpus",
+            "digest": "0" * 64,
+            "tokenizer": {"kind": "bpe", "vocab_size": 512},
+            "sequence_length": 64,
+            "splits": {"train": {"documents": 90, "tokens": 90_000}, "validation": {"documents": 10, "tokens": 10_000}},
+        },
+        "unigram_entropy": ENTROPY,
+        "protocol": {"samples": 100, "stride": None, "precision": "fp32"},
+        "models": {
+            label: {
+                "loss": loss,
+                "perplexity": float(np.exp(loss)),
+                "bits_per_byte": loss / 2,
+                "top1": 0.3,
+                "top5": 0.5,
+                "calibration_error": 0.01,
+                "tokens": 6400,
+                "bytes": 20_000,
+                "parameters": 123_456,
+                "activation": "gelu" if "gelu" in label else "hermite, degree 3",
+                "sample": f"text of {label} <script>alert('&')</script>",
+                "layers": make_layers(loss),
+            }
+            for label, loss in losses.items()
+        },
+    }
+    (directory / "evaluation.json").write_text(json.dumps(content))
+    return Artifact(directory, "e" * 64, "evaluate")
+
+
+def make_model(directory: Path, label: str, loss: float) -> Artifact:
+    directory.mkdir(parents=True)
+    (directory / "model.json").write_text(json.dumps({"format": 1, "architecture": "gpt2", "config": {"n_layer": 2}}))
+    summary = {"format": 1, "steps": 20, "tokens": 1000, "train/loss": loss - 0.1, "val/loss": loss}
+    (directory / "training.json").write_text(json.dumps(summary))
+    history: list[dict[str, Any]] = [{"step": step, "train/loss": loss + 1 / step} for step in (5, 10, 15, 20)]
+    history += [{"step": step, "val/loss": loss + 1 / step} for step in (10, 20)]
+    (directory / "history.json").write_text(json.dumps(history))
+    return Artifact(directory, f"digest of {label}", f"train-{label}")
+
+
+def make_conversion(directory: Path) -> Artifact:
+    directory.mkdir()
+    x = np.linspace(-3, 3, 41)
+    layers = [
+        {
+            "name": f"transformer.h.{index}.mlp.activation",
+            "target": "gelu",
+            "family": "hermite",
+            "degree": 8,
+            "interval": [-2.5, 2.5],
+            "curve": {
+                "x": x.tolist(),
+                "target": np.tanh(x).tolist(),
+                "fit": (np.tanh(x) + 0.01 * (index + 1)).tolist(),
+                "density": np.exp(-(x**2)).tolist(),
+            },
+        }
+        for index in range(2)
+    ]
+    (directory / "conversion.json").write_text(json.dumps({"format": 1, "layers": layers}))
+    (directory / "model.json").write_text(json.dumps({"format": 1, "architecture": "gpt2", "config": {}}))
+    return Artifact(directory, "c" * 64, "convert")
+
+
+def make_report(directory: Path, **parameters: Any) -> dict[str, float]:
+    """A report on a baseline, a model from scratch and a converted one."""
+    inputs = directory / "inputs"
+    inputs.mkdir(parents=True)
+    losses = {"gelu": 4.0, "hermite": 4.25, "converted": 4.03}
+    conversion = make_conversion(inputs / "convert")
+    models = {label: make_model(inputs / label, label, losses[label]) for label in ("gelu", "hermite")}
+    models["converted"] = conversion
+    return report(
+        make_context(directory),
+        make_evaluation(inputs / "evaluate", losses),
+        models,
+        ReportParameters(baseline="gelu", labels={"converted": "GELU → Hermite"}, **parameters),
+        conversion,
+        Artifact(inputs, "d" * 64, "shard"),
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
+    """The directory of a report, and the metrics that the stage returned."""
+    directory = tmp_path_factory.mktemp("report")
+    return directory, make_report(directory)
+
+
+class PageReader(HTMLParser):
+    """Text, image sources and tags of a page; complains about tags that do not match."""
+
+    VOID = frozenset({"meta", "img", "source", "br", "link"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.sources, self.tags, self.stack = "", [], [], []  # type: ignore[var-annotated]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "srcset", "href") and value]
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.stack and self.stack[-1] != "style":
+            self.text += data
+
+
+def read_page(path: Path) -> PageReader:
+    reader = PageReader()
+    reader.feed(path.read_text())
+    assert reader.stack == []
+    return reader
+
+
+def test_the_page_needs_nothing_from_outside_and_runs_no_script(made: tuple[Path, dict[str, float]]) -> None:
+    directory = made[0]
+    page = read_page(directory / "output" / "report.html")
+    assert page.sources
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "script" not in page.tags
+    assert "<script>alert('&')</script>" in page.text  # a sampled text is text, whatever it contains
+
+
+def test_every_figure_of_the_table_is_on_the_page_in_the_json_and_in_the_metrics(
+    made: tuple[Path, dict[str, float]],
+) -> None:
+    directory, metrics = made
+    figures = json.loads((directory / "output" / "report.json").read_text())
+    page = read_page(directory / "output" / "report.html")
+    assert [row["label"] for row in figures["table"]] == ["gelu", "hermite", "converted"]
+    for row in figures["table"]:
+        assert f"{row['loss']:.4f}" in page.text
+        assert f"{row['perplexity']:.2f}" in page.text
+        assert f"{row['bits_per_byte']:.4f}" in page.text
+        assert metrics[f"{row['label']}/val_loss"] == row["loss"]
+        assert metrics[f"{row['label']}/perplexity"] == row["perplexity"]
+    assert f"{ENTROPY:.4f}" in page.text
+    assert "+0.2500" in page.text
+    assert figures["table"][1]["difference"] == 0.25
+    assert "GELU → Hermite" in page.text
+    assert "changed its loss by +0.0300" in page.text
+
+
+def test_conversion_errors_are_weighted_with_the_inputs_of_each_layer(made: tuple[Path, dict[str, float]]) -> None:
+    directory = made[0]
+    rows = json.loads((directory / "output" / "report.json").read_text())["conversion"]
+    assert [row["maximum_error"] for row in rows] == pytest.approx([0.01, 0.02])
+    assert [row["rms_error"] for row in rows] == pytest.approx([0.01, 0.02])  # a constant error, whatever the weights
+
+
+def test_plots_and_page_are_shown_on_the_workflows_run(made: tuple[Path, dict[str, float]]) -> None:
+    directory = made[0]
+    plots = sorted(path.name for path in (directory / "output" / "plots").iterdir())
+    assert plots == ["conversion.png", "losses.png", "shapes.png"]
+    shown = {event["path"]: event["parent"] for event in read_events(directory, "artifact")}
+    assert shown == {"report.html": True, "report.json": True, "plots": True}
+
+
+def test_the_same_inputs_give_the_same_bytes(made: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    make_report(tmp_path)
+    files = [path.relative_to(made[0]) for path in (made[0] / "output").rglob("*.*")]
+    assert len(files) == 5
+    for path in files:
+        assert (made[0] / path).read_bytes() == (tmp_path / path).read_bytes()
+
+
+def make_study(directory: Path, **parameters: Any) -> dict[str, Any]:
+    """Three activations, three seeds; the second is better than the baseline on every seed by nearly the same."""
+    inputs = directory / "inputs"
+    inputs.mkdir(parents=True)
+    effects = {"gelu": 0.0, "hermite": -0.05, "relu": 0.01}
+    noise = {("relu", 0): 0.05, ("relu", 1): -0.05, ("hermite", 2): 0.002}
+    losses = {
+        f"train[activation={name},seed={seed}]": 4.0 + effect + 0.1 * seed + noise.get((name, seed), 0.0)
+        for name, effect in effects.items()
+        for seed in range(3)
+    }
+    models = {label: make_model(inputs / str(index), label, losses[label]) for index, label in enumerate(losses)}
+    settings = ReportParameters(group_by="activation", baseline="gelu", **parameters)
+    metrics = report(make_context(directory), make_evaluation(inputs / "evaluate", losses), models, settings)
+    return {**json.loads((directory / "output" / "report.json").read_text()), "metrics": metrics}
+
+
+def test_repeats_become_means_with_intervals_and_paired_differences(tmp_path: Path) -> None:
+    figures = make_study(tmp_path)
+    groups = {group["group"]: group for group in figures["groups"]}
+    assert [group["group"] for group in figures["groups"]] == ["hermite", "gelu", "relu"]
+    gelu, hermite = [4.0, 4.1, 4.2], [3.95, 4.05, 4.152]
+    expected = stats.t.interval(0.95, 2, loc=np.mean(gelu), scale=stats.sem(gelu))
+    assert groups["gelu"]["loss"]["mean"] + groups["gelu"]["loss"]["half_width"] == pytest.approx(expected[1])
+    assert groups["hermite"]["difference"]["p_value"] == pytest.approx(stats.ttest_rel(hermite, gelu).pvalue)
+    assert groups["hermite"]["difference"]["pairs"] == 3
+    assert "difference" not in groups["gelu"]
+    assert figures["metrics"]["hermite/val_loss"] == pytest.approx(np.mean(hermite))
+    text = read_page(tmp_path / "output" / "report.html").text
+    assert "Outside the 95 % interval of the paired difference to gelu: better: hermite." in text
+    assert (tmp_path / "output" / "plots" / "groups.png").exists()
+
+
+def test_students_t_agrees_with_scipy() -> None:
+    for degrees in (1, 2, 3, 4, 7, 30):
+        for t in (-2.0, 0.0, 0.3, 5.0):
+            assert student_cdf(t, degrees) == pytest.approx(stats.t.cdf(t, degrees), abs=1e-12)
+    assert mean_interval([2.0]).half_width is None
+    assert paired_p_value([1.0]) is None
+    assert paired_p_value([1.0, 1.0]) == 0.0
+
+
+def test_mistakes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`baseline: silu` is none of the models"):
+        check(ReportParameters(baseline="silu"), {"models": {"gelu": SimpleNamespace()}})
+    with pytest.raises(UserError, match="is not a branch of that axis"):
+        check(ReportParameters(baseline="gelu", group_by="activation"), {"models": {"gelu": SimpleNamespace()}})
+    (tmp_path / "inputs").mkdir()
+    evaluation = make_evaluation(tmp_path / "evaluate", {"gelu": 4.0})
+    stranger = {"relu": make_model(tmp_path / "relu", "relu", 4.0)}
+    with pytest.raises(UserError, match="`relu` was not evaluated"):
+        report(make_context(tmp_path), evaluation, stranger, ReportParameters())
+
+
+def test_layers_are_named_and_thinned_evenly() -> None:
+    assert short_layer("transformer.h.3.mlp.activation", 3) == "block 4"
+    assert evenly(list(range(12)), 4) == [0, 4, 7, 11]
+    assert re.match("layer 6", short_layer("encoder.1.stages.2.blocks.3.activation_function", 5))

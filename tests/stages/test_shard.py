@@ -1,0 +1,271 @@
+"""The shard stage: text to verified tar shards, whatever the source, the executor and the number of tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.reader import open_split
+from polytrope.pipeline.stage import EventWriter, Resources, StageContext
+from polytrope.pipeline.stages.shard import ShardParameters, fingerprint, shard
+from polytrope.pipeline.tokenization import tokenizer_from_json
+
+
+def run_shard(directory: Path, parameters: Mapping[str, Any], workers: int = 1, executor: str = "local") -> Path:
+    """Run the stage as the engine does; returns its output."""
+    output, scratch = directory / "output", directory / "scratch"
+    output.mkdir(parents=True)
+    scratch.mkdir()
+    context = StageContext(
+        stage="shard",
+        run_id="test",
+        key="k",
+        attempt=1,
+        output=output,
+        scratch=scratch,
+        executor=executor,  # type: ignore[arg-type]
+        resources=Resources(workers=workers),
+        events=EventWriter(directory / "events"),
+    )
+    validated = ShardParameters.model_validate(parameters)
+    fingerprint(validated, Path.cwd())
+    summary = shard(context, validated)
+    assert summary["train/tokens"] > 0
+    return output
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {
+        path.relative_to(directory).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def sentences(count: int) -> list[str]:
+    words = ["the", "cat", "of", "a", "house", "saw", "many", "small", "green", "trees", "and", "went", "over", "there"]
+    random = np.random.default_rng(0)
+    return [" ".join(random.choice(words, 40)) + f" {number}." for number in range(count)]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the same 300 documents as text files, jsonl and parquet; the working directory."""
+    import pyarrow
+    import pyarrow.parquet
+
+    directory = tmp_path / "corpus"
+    (directory / "texts").mkdir(parents=True)
+    texts = sentences(300)
+    for number, text in enumerate(texts):
+        (directory / "texts" / f"{number:04d}.txt").write_text(text)
+    (directory / "lines.jsonl").write_text("".join(json.dumps({"body": text, "n": 1}) + "\n" for text in texts))
+    pyarrow.parquet.write_table(pyarrow.table({"body": texts}), directory / "table.parquet")
+    monkeypatch.chdir(directory)
+    return directory
+
+
+FILES: dict[str, Any] = {"kind": "files", "paths": ["lines.jsonl"], "format": "jsonl", "text_field": "body"}
+SMALL: dict[str, Any] = {"sequence_length": 16, "validation_fraction": 0.2, "shard_bytes": 8000}
+
+
+def test_this_machines_python_becomes_a_dataset_by_default(tmp_path: Path) -> None:
+    output = run_shard(tmp_path, {"source": {"kind": "python", "source": False, "max_bytes": 200_000}}, workers=2)
+    description = json.loads((output / "dataset.json").read_text())
+    assert description["kind"] == "text"
+    assert description["tokenizer"] == {"kind": "bpe", "vocab_size": 2048}
+    train = description["splits"]["train"]
+    reader = open_split(output, "train")
+    reader.verify()
+    assert len(reader) == train["samples"] == train["tokens"] // description["sequence_length"]
+    tokenizer = tokenizer_from_json((output / "tokenizer.json").read_text())
+    text = tokenizer.decode(reader.samples(np.arange(3)).reshape(-1))
+    assert " the " in text
+    # a learnt vocabulary packs more than two bytes into a token, and text is far from uniform
+    assert train["bytes"] / train["tokens"] > 2
+    assert 0 < description["unigram_entropy"] < np.log(2048)
+
+
+@pytest.mark.usefixtures("corpus")
+@pytest.mark.parametrize(
+    "tokenizer", [{"kind": "bytes"}, {"kind": "bpe", "vocab_size": 300}], ids=lambda tokenizer: str(tokenizer["kind"])
+)
+def test_every_token_but_the_first_of_a_shard_is_a_target_once_and_bytes_are_counted(
+    tmp_path: Path, tokenizer: dict[str, Any]
+) -> None:
+    output = run_shard(tmp_path / "run", {"source": FILES, "tokenizer": tokenizer, **SMALL, "shard_bytes": 10**9})
+    description = json.loads((output / "dataset.json").read_text())
+    blocks = open_split(output, "train").samples(np.arange(description["splits"]["train"]["samples"]))
+    assert (blocks[1:, 0] == blocks[:-1, -1]).all()  # blocks overlap by one token
+    stream = [*blocks[0], *blocks[1:, 1:].reshape(-1)]
+    loaded = tokenizer_from_json((output / "tokenizer.json").read_text())
+    end = loaded.end_of_text
+    assert stream.count(end) in (
+        description["splits"]["train"]["documents"],
+        description["splits"]["train"]["documents"] - 1,
+    )
+    text = loaded.decode([int(token) for token in stream if token != end])
+    assert abs(description["splits"]["train"]["bytes"] - len(text.encode())) <= 20  # the cut document: by its share
+    documents = [loaded.decode(part) for part in _split_at(stream, end)]
+    assert set(documents[:-1]) <= set(sentences(300))
+
+
+def _split_at(stream: list[int], end: int) -> list[list[int]]:
+    parts: list[list[int]] = [[]]
+    for token in stream:
+        if token == end:
+            parts.append([])
+        else:
+            parts[-1].append(int(token))
+    return parts
+
+
+@pytest.mark.usefixtures("corpus")
+def test_text_jsonl_and_parquet_give_the_same_bytes(tmp_path: Path) -> None:
+    sources = {
+        "text": {"kind": "files", "paths": ["texts/*.txt"], "format": "text"},
+        "jsonl": FILES,
+        "parquet": {"kind": "files", "paths": ["table.parquet"], "format": "parquet", "text_field": "body"},
+    }
+    outputs = {
+        name: digests(run_shard(tmp_path / name, {"source": source, "tokenizer": {"kind": "bytes"}, **SMALL}))
+        for name, source in sources.items()
+    }
+    assert outputs["text"] == outputs["jsonl"] == outputs["parquet"]
+
+
+@pytest.mark.usefixtures("corpus")
+def test_output_does_not_depend_on_the_number_of_tasks_or_the_executor(tmp_path: Path) -> None:
+    import ray
+
+    parameters = {"source": FILES, "tokenizer": {"kind": "bpe", "vocab_size": 300}, **SMALL}
+    one = digests(run_shard(tmp_path / "one", parameters, workers=1))
+    assert sum(name.endswith(".tar") for name in one) > 3
+    assert digests(run_shard(tmp_path / "three", parameters, workers=3)) == one
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        assert digests(run_shard(tmp_path / "ray", parameters, workers=2, executor="ray")) == one
+    finally:
+        ray.shutdown()
+
+
+def test_the_same_text_is_never_in_both_splits(corpus: Path, tmp_path: Path) -> None:
+    texts = sentences(40)
+    (corpus / "doubles.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts * 3))
+    source = {**FILES, "paths": ["doubles.jsonl"]}
+    output = run_shard(tmp_path / "run", {"source": source, "tokenizer": {"kind": "bytes"}, **SMALL})
+    splits = json.loads((output / "dataset.json").read_text())["splits"]
+    assert splits["train"]["documents"] % 3 == splits["validation"]["documents"] % 3 == 0
+    assert 0 < splits["validation"]["documents"] < splits["train"]["documents"]
+
+
+@pytest.mark.usefixtures("corpus")
+def test_unigram_entropy_is_that_of_validation_tokens_under_train_counts(tmp_path: Path) -> None:
+    output = run_shard(tmp_path / "run", {"source": FILES, "tokenizer": {"kind": "bytes"}, **SMALL})
+    targets = {
+        name: open_split(output, name).samples(np.arange(len(open_split(output, name))))[:, 1:].reshape(-1)
+        for name in ("train", "validation")
+    }
+    counts = np.bincount(targets["train"], minlength=257) + 1
+    expected = -np.log(counts / counts.sum())[targets["validation"]].mean()
+    stored = json.loads((output / "dataset.json").read_text())["unigram_entropy"]
+    assert stored == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.usefixtures("corpus")
+def test_webdataset_reads_the_shards(tmp_path: Path) -> None:
+    import webdataset
+
+    output = run_shard(tmp_path / "run", {"source": FILES, "tokenizer": {"kind": "bytes"}, **SMALL})
+    manifest = json.loads((output / "train" / "manifest.json").read_text())
+    paths = [str(output / "train" / entry["path"]) for entry in manifest["shards"]]
+    assert len(paths) > 2
+    read = [
+        np.frombuffer(sample["tokens"], dtype=manifest["sample"]["dtype"])
+        for sample in webdataset.WebDataset(paths, shardshuffle=False, empty_check=False)
+    ]
+    reader = open_split(output, "train")
+    assert np.array_equal(np.stack(read), reader.samples(np.arange(len(reader))))
+
+
+def test_a_changed_file_changes_the_fingerprint(corpus: Path) -> None:
+    parameters = ShardParameters.model_validate({"source": FILES})
+    before = fingerprint(parameters, corpus)
+    assert before == fingerprint(parameters, corpus)
+    with (corpus / "lines.jsonl").open("a") as file:
+        file.write('{"body": "one more"}\n')
+    assert fingerprint(parameters, corpus) != before
+
+
+def test_bad_input_is_refused_by_name_before_anything_starts(corpus: Path) -> None:
+    (corpus / "empty.txt").write_text("")
+    (corpus / "broken.jsonl").write_text("\n{not json}\n")
+    for source, message in {
+        ("text", "absent-*.txt"): "no file matches `absent-",
+        ("text", "empty.txt"): "empty.txt is empty",
+        ("jsonl", "broken.jsonl"): "broken.jsonl:2: not JSON",
+        ("jsonl", "lines.jsonl"): "lines.jsonl:1: no text in field `text`",
+    }.items():
+        parameters = ShardParameters.model_validate(
+            {"source": {"kind": "files", "format": source[0], "paths": [source[1]]}}
+        )
+        with pytest.raises(UserError, match=message) as refused:
+            fingerprint(parameters, corpus)
+        assert refused.value.hint
+    missing = ShardParameters.model_validate({"tokenizer": {"kind": "gpt2", "vocab": "no.json", "merges": "no.bpe"}})
+    with pytest.raises(UserError, match="tokenizer: no such file"):
+        fingerprint(missing, corpus)
+
+
+def test_the_hub_is_refused_at_once_when_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    parameters = ShardParameters.model_validate({"source": {"kind": "hub", "dataset": "openwebtext"}})
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE.*openwebtext") as refused:
+        fingerprint(parameters, tmp_path)
+    assert "kind: files" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"body": "good"}\n{"body": 3}\n', r"bad.jsonl:2: no text in field `body`"),
+        ('{"body": "good"}\n{"body": \n', r"bad.jsonl:2: not JSON"),
+        ('{"body": "good"}\n{"other": "x"}\n', r"bad.jsonl:2: no text in field `body`.*"),
+        ('{"body": "  "}\n', r"0 documents with text"),
+        ('{"body": "a b c"}\n', r"none for the (train|validation) split"),
+    ],
+)
+def test_a_bad_line_is_named(corpus: Path, tmp_path: Path, content: str, message: str) -> None:
+    (corpus / "bad.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        run_shard(tmp_path / "run", {"source": {**FILES, "paths": ["bad.jsonl"]}, **SMALL})
+
+
+@pytest.mark.usefixtures("corpus")
+def test_too_little_text_for_one_sample_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="too little text for one sample of 100000 tokens"):
+        run_shard(tmp_path / "run", {"source": FILES, "tokenizer": {"kind": "bytes"}, "sequence_length": 100_000})
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"tokenizer": {"kind": "bpe", "vocab_size": 256}},
+        {"tokenizer": {"kind": "bpe", "vocab_size": 10**7}},
+        {"validation_fraction": 1.0},
+        {"sequence_length": 1},
+        {"source": {"kind": "files", "paths": []}},
+        {"source": {"kind": "python", "unknown": 1}},
+    ],
+)
+def test_impossible_parameters_are_refused(parameters: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ShardParameters.model_validate(parameters)

@@ -1,0 +1,231 @@
+"""The `train` stage: what it writes, that it learns, that its settings mean what they say, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from training_support import MODEL, PARAMETERS, history, make_dataset, read_events, run_training, weights_hash
+
+from polytrope.models.checkpoint import load_model
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, load_stage
+from polytrope.pipeline.stages.train import TrainParameters, check, fingerprint
+from polytrope.pipeline.training.launch import TrainingError
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_dataset(tmp_path_factory.mktemp("dataset") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Artifact) -> Path:
+    """Two workers, ZeRO-1, 12 steps."""
+    directory = tmp_path_factory.mktemp("trained")
+    run_training(directory, dataset)
+    return directory
+
+
+def parameters(**changes: Any) -> TrainParameters:
+    return TrainParameters.model_validate({**PARAMETERS, **changes})
+
+
+def test_writes_a_model_that_loads_with_its_tokenizer_and_its_history(trained: Path, dataset: Artifact) -> None:
+    output = trained / "output"
+    model = load_model(output)
+    assert model(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 8, 320)  # 257 tokens, rounded up to 64
+    description = json.loads((output / "model.json").read_text())
+    assert description["tokenizer"] == {"kind": "bytes", "vocab_size": 257}
+    assert (output / "tokenizer.json").read_bytes() == (dataset.path / "tokenizer.json").read_bytes()
+    steps = {
+        name: [entry["step"] for entry in history(trained) if name in entry] for name in ("train/loss", "val/loss")
+    }
+    assert steps == {"train/loss": [4, 8, 12], "val/loss": [6, 12]}
+    summary = json.loads((output / "training.json").read_text())
+    assert summary["tokens"] == 12 * 8 * 32
+    assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_learns(trained: Path) -> None:
+    losses = [entry["val/loss"] for entry in history(trained) if "val/loss" in entry]
+    assert losses[-1] < losses[0] < math.log(320)
+
+
+def test_validation_loss_is_that_of_the_written_model_on_the_first_samples(trained: Path, dataset: Artifact) -> None:
+    import numpy as np
+
+    from polytrope.pipeline.reader import open_split
+
+    blocks = torch.from_numpy(open_split(dataset.path, "validation").samples(np.arange(7)).astype(np.int64))
+    with torch.no_grad():
+        loss = load_model(trained / "output")(blocks[:, :-1], blocks[:, 1:]).item()
+    assert history(trained)[-1]["val/loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_reports_curves_throughput_and_progress(trained: Path) -> None:
+    metrics = read_events(trained, "metrics")
+    names = {name for event in metrics for name in event["values"]}
+    assert {"train/loss", "val/loss", "learning_rate", "gradient_norm", "tokens_per_second"} <= names
+    logged = [event["step"] for event in metrics if "val/loss" in event["values"]]
+    assert logged == [6, 12]
+    last = read_events(trained, "progress")[-1]
+    assert (last["done"], last["total"]) == (12, 12)
+    assert "loss" in last["message"]
+    assert "tokens/s" in last["message"]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_all_zero_stages_train_the_same_model(tmp_path: Path, dataset: Artifact, trained: Path, stage: int) -> None:
+    run_training(tmp_path, dataset, zero_stage=stage)
+    weights, expected = (load_file(path / "output" / "model.safetensors") for path in (tmp_path, trained))
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+    for ours, theirs in zip(history(tmp_path), history(trained), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_the_number_of_workers_and_accumulation_do_not_change_the_training(
+    tmp_path: Path, dataset: Artifact, trained: Path
+) -> None:
+    run_training(tmp_path, dataset, workers=1, micro_batch_size=2)
+    for ours, theirs in zip(history(tmp_path), history(trained), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_the_same_training_gives_the_same_weights_and_another_seed_others(
+    tmp_path: Path, dataset: Artifact, trained: Path
+) -> None:
+    run_training(tmp_path / "again", dataset)
+    run_training(tmp_path / "seed", dataset, seed=1)
+    assert weights_hash(tmp_path / "again") == weights_hash(trained)
+    assert (tmp_path / "again/output/history.json").read_bytes() == (trained / "output/history.json").read_bytes()
+    assert weights_hash(tmp_path / "seed") != weights_hash(trained)
+
+
+def test_fine_tuning_continues_from_the_initial_model(tmp_path: Path, dataset: Artifact, trained: Path) -> None:
+    initial = Artifact(trained / "output", "digest", "train")
+    run_training(tmp_path, dataset, initial=initial, model=None, steps=4, warmup_steps=0, learning_rate=1e-4)
+    before = json.loads((trained / "output/training.json").read_text())["val/loss"]
+    assert json.loads((tmp_path / "output/training.json").read_text())["val/loss"] < before
+    ours, theirs = (json.loads((path / "output/model.json").read_text())["config"] for path in (tmp_path, trained))
+    assert ours == theirs
+
+
+def test_fine_tuning_refuses_another_tokenizer(tmp_path: Path, dataset: Artifact, trained: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in (trained / "output").iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer of `train` is not the one of `shard`"):
+        run_training(tmp_path, dataset, initial=Artifact(other, "digest", "train"), model=None)
+
+
+def test_bf16_with_averaged_weights_recomputed_blocks_and_statistics(tmp_path: Path, dataset: Artifact) -> None:
+    run_training(
+        tmp_path,
+        dataset,
+        ema_decay=0.9,
+        precision="bf16",
+        activation_checkpointing=True,
+        statistics_every=6,
+        peak_flops=1e12,
+        register_as="lines",
+    )
+    assert history(tmp_path)[-1]["val/loss"] < math.log(320)
+    tensors = load_file(tmp_path / "output" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    names = {name for event in read_events(tmp_path, "metrics") for name in event["values"]}
+    assert {"mfu", "preactivation_std/0", "coefficient_norm/0"} <= names
+    assert read_events(tmp_path, "model")[0]["name"] == "lines"
+
+
+def test_nan_stops_the_training_and_says_where(tmp_path: Path, dataset: Artifact) -> None:
+    with pytest.raises(TrainingError, match=r"training diverged: step \d+ \(batch \d+\): gradient norm is (nan|inf)"):
+        run_training(tmp_path, dataset, learning_rate=1e30, gradient_clipping=0.0, warmup_steps=0)
+
+
+def test_a_damaged_shard_is_the_users_message_not_a_hang(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "dataset")
+    shard = dataset.path / "train" / "shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[700] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-000001\.tar was altered"):
+        run_training(tmp_path, dataset)
+
+
+def test_parameters_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValidationError, match="either `steps` or `epochs`"):
+        parameters(epochs=1)
+    with pytest.raises(ValidationError, match=r"global_batch_size \(8\) must be a multiple of micro_batch_size \(3\)"):
+        parameters(micro_batch_size=3)
+    with pytest.raises(ValidationError, match="warmup_steps"):
+        parameters(warmup_steps=13)
+    with pytest.raises(ValidationError, match="zero_stage 0, 1 or 2"):
+        parameters(ema_decay=0.99, zero_stage=3)
+    with pytest.raises(ValidationError, match="learning_rates"):
+        parameters(learning_rates=1)
+    assert all(field.description for field in TrainParameters.model_fields.values())
+
+
+def test_a_batch_that_does_not_divide_over_the_workers_is_refused(tmp_path: Path, dataset: Artifact) -> None:
+    with pytest.raises(UserError, match=r"global_batch_size \(8\) must be a multiple of resources.workers \(3\)"):
+        run_training(tmp_path, dataset, workers=3)
+    with pytest.raises(UserError, match=r"micro_batch_size \(8\) × resources.workers \(2\)"):
+        run_training(tmp_path, dataset, micro_batch_size=8)
+
+
+def test_what_cannot_work_is_refused_before_anything_starts() -> None:
+    shard = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=2048), sequence_length=128)
+    small = parameters(model={**MODEL, "vocab_size": 1000})
+    with pytest.raises(UserError, match=r"vocabulary \(2048 tokens\) is larger than the model's embedding"):
+        check(small, {"dataset": shard, "initial": None})
+    with pytest.raises(UserError, match=r"sequences \(128 tokens\) are longer"):
+        check(parameters(model={**MODEL, "sequence_length": 64}), {"dataset": shard, "initial": None})
+    with pytest.raises(UserError, match="`model` is missing"):
+        check(parameters(model=None), {"dataset": shard, "initial": None})
+    with pytest.raises(UserError, match="architecture comes from `initial`"):
+        check(parameters(), {"dataset": shard, "initial": SimpleNamespace()})
+    check(parameters(), {"dataset": shard, "initial": None})
+
+
+def test_deepspeed_settings_that_contradict_the_stage_are_refused(tmp_path: Path) -> None:
+    contradiction = {"zero_optimization": {"stage": 3}}
+    with pytest.raises(UserError, match=r"zero_optimization\.stage = 3, the stage's `zero_stage` says 1"):
+        check(parameters(deepspeed=contradiction), {"dataset": None, "initial": None})
+    with pytest.raises(UserError, match="sets `optimizer`"):
+        check(parameters(deepspeed={"optimizer": {"type": "Adam"}}), {"dataset": None, "initial": None})
+    with pytest.raises(UserError, match="no such file"):
+        fingerprint(parameters(deepspeed="missing.json"), tmp_path)
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": "auto", "overlap_comm": False}}))
+    first = fingerprint(parameters(deepspeed="zero.json"), tmp_path)
+    (tmp_path / "zero.json").write_text("{}")
+    assert fingerprint(parameters(deepspeed="zero.json"), tmp_path) != first
+
+
+def test_the_stage_is_found_by_name_with_its_inputs() -> None:
+    definition = load_stage("train")
+    assert definition.inputs == {"dataset": "required", "initial": "optional"}
+    assert definition.parameters_model is TrainParameters
+    assert definition.options.parallel
+
+
+def test_parameters_without_dimensions_train_and_are_clipped_with_and_without_sharding(
+    tmp_path: Path, dataset: Artifact
+) -> None:
+    """Fourier's bias is one; DeepSpeed's own broadcast and clipping fail on it."""
+    model = {**MODEL, "activation": {"name": "fourier", "degree": 3}}
+    for stage in (0, 1):
+        run_training(tmp_path / str(stage), dataset, zero_stage=stage, model=model, gradient_clipping=0.1)
+    for ours, theirs in zip(history(tmp_path / "0"), history(tmp_path / "1"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
