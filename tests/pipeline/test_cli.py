@@ -287,7 +287,7 @@ def test_reproduce_computes_everything_again_and_compares_digests(project: Path)
     (project / "cli_test_stages.py").write_text(STAGES.replace(".upper()", ".title()"))
     different = polytrope(project, "reproduce", "--into", "elsewhere")
     assert different.returncode == 1
-    assert "1 of 2 results are identical" in different.stdout
+    assert "1 of 2 results are bit-equal" in different.stdout
 
 
 def test_an_unexpected_error_is_short_and_leaves_its_traceback_in_a_file(project: Path) -> None:
