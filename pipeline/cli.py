@@ -200,6 +200,28 @@ def _run_commands(command: _AddCommand) -> None:
     )
     reproduce.add_argument("--executor", choices=("ray", "local"), help="default: that of the run")
     reproduce.add_argument("--into", metavar="DIR", help="store of the new results (default: below the run's store)")
+    verify_resume = command(
+        "verify-resume",
+        "reproduce:verify_resume",
+        "prove that an interrupted run ends in the same bytes as an undisturbed one",
+        """
+        polytrope verify-resume workflows/quickstart.yaml --executor local
+        polytrope verify-resume workflows/quickstart.yaml --set params.steps=120 --concurrency 1
+        """,
+        "workflow",
+        description="Runs the workflow twice, in stores of its own. The second time, in every training, the driver is "
+        "killed after the first checkpoint and resumed, and a worker is killed after the next one. Then the digests of "
+        "all results are compared: exit code 1 if one differs or a finished stage ran again.",
+    )
+    verify_resume.add_argument("--executor", choices=("ray", "local"), help="replace the workflow's `executor:`")
+    verify_resume.add_argument(
+        "--ray-address", metavar="ADDRESS", help="use this Ray cluster (only drivers are killed)"
+    )
+    verify_resume.add_argument("--concurrency", type=int, metavar="N", help="at most N stages at the same time")
+    verify_resume.add_argument(
+        "--store", metavar="DIR", help="the runs' stores are made below it (default: as for `run`)"
+    )
+    verify_resume.add_argument("--into", metavar="DIR", help="keep both stores in this new directory")
     card = command(
         "card",
         "reproduce:card",

@@ -1,4 +1,4 @@
-"""`polytrope reproduce` and `card`: a recorded run computed again and compared; its model described for others."""
+"""`polytrope reproduce`, `verify-resume` and `card`: runs computed again and compared; a model described for others."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-from polytrope.pipeline.commands.common import find_run, open_store, print_table
+from polytrope.pipeline.commands.common import find_run, open_store, print_table, store_address, workflow_of
 from polytrope.pipeline.engine import new_run_id
-from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS
+from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.reproduce import Comparison, reproduce_run
 
 _SHOWN = 12  # lines of one kind
@@ -60,6 +60,46 @@ def _explain(row: Comparison, tolerance: float) -> None:
     if row.verdict == "within tolerance":
         judgement = "accepted: the environment is another one" if row.excused else "not accepted: bytes should be equal"
         print(f"  all metrics agree within {tolerance:g} ({judgement})")
+
+
+def verify_resume(options: argparse.Namespace) -> int:
+    """The workflow undisturbed and disturbed, in two stores of their own; exit code 1 if a result is another one."""
+    from polytrope.pipeline.graph import build_graph
+    from polytrope.pipeline.verify_resume import verify_resume as run_both
+
+    workflow = workflow_of(options)
+    build_graph(workflow)  # refuse what `run` would refuse, before anything starts
+    command = [options.workflow, "--quiet", "--no-tracking"]
+    command += [f"--set={override}" for override in options.overrides]
+    for name in ("executor", "ray_address", "concurrency"):
+        if getattr(options, name) is not None:
+            command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
+    address = store_address(options, workflow)
+    root = Path(options.into or (".polytrope" if "://" in address else address)).absolute()
+    place = root if options.into else root / "verify-resume" / new_run_id()
+    if place.exists():
+        raise UserError(f"--into {place}: exists already", "name a new directory")
+    rows = run_both(command, place, kill_workers=workflow.ray_address is None, say=lambda line: print(line, flush=True))
+    print()
+    table = [
+        [
+            row.stage,
+            (row.undisturbed or "-")[:12],
+            (row.disturbed or "-")[:12],
+            "identical" if row.equal else "different" if row.completions <= 1 else f"completed {row.completions} times",
+        ]
+        for row in rows
+    ]
+    print_table(["stage", "undisturbed", "disturbed", "verdict"], table)
+    equal = all(row.equal for row in rows)
+    print(
+        f"\n{sum(row.equal for row in rows)} of {len(rows)} results are bit-equal; no finished stage ran again" * equal
+    )
+    if equal and not options.into:
+        shutil.rmtree(place)
+    else:
+        print(f"both runs are in {place}")
+    return EXIT_SUCCESS if equal else EXIT_RUN_FAILED
 
 
 def card(options: argparse.Namespace) -> int:

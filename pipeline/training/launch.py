@@ -242,8 +242,14 @@ def _describe_failure(directory: Path, workers: int, reason: str, details: str) 
     if failures and not silent:
         first = min(failures, key=lambda failure: failure["time"])
         return WorkerLost(f"worker {first['rank']} lost contact: {first['message'].splitlines()[0]}")
-    started = any((directory / f"worker-{rank}.json").exists() for rank in range(workers))
-    names = ", ".join(str(rank) for rank in silent)
-    if started:
+    nodes = {rank: _node_of(directory, rank) for rank in range(workers)}
+    if any(nodes.values()):
+        names = ", ".join(f"{rank} on {nodes[rank]}" if nodes[rank] else str(rank) for rank in silent)
         return WorkerLost(f"worker {names} was killed or lost ({reason})")
     return TrainingError(f"the workers did not start ({reason})\n{details}")
+
+
+def _node_of(directory: Path, rank: int) -> str | None:
+    """Where a worker ran, by its own word; None if it did not start."""
+    path = directory / f"worker-{rank}.json"
+    return str(json.loads(path.read_text())["node"]) if path.exists() else None

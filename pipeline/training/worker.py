@@ -24,7 +24,7 @@ def train_worker(task: dict[str, Any]) -> None:
         take_place_under_ray()
     directory = Path(task["directory"])
     rank = _environment_integer("RANK")
-    _write_json(directory / f"worker-{rank}.json", {"pid": os.getpid(), "host": socket.gethostname()})
+    _write_json(directory / f"worker-{rank}.json", {"pid": os.getpid(), "node": _node(task)})
     try:
         _train(task, rank)
     except BaseException as error:
@@ -89,6 +89,15 @@ def _failure_kind(error: BaseException) -> str:
     return (
         "communication" if isinstance(error, RuntimeError | OSError) and any(word in text for word in lost) else "error"
     )
+
+
+def _node(task: dict[str, Any]) -> str:
+    """The machine this worker is on: address and Ray's id, or the host's name."""
+    if task["context"]["executor"] != "ray":
+        return socket.gethostname()
+    import ray
+
+    return f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:8]})"
 
 
 def _environment_integer(name: str) -> int:
