@@ -1,4 +1,4 @@
-"""Proof by doing: a workflow is run twice, once undisturbed and once killed in every training; the results are compared.
+"""Proof by doing: a workflow is run twice, once undisturbed and once killed in every training, and both are compared.
 
 In the disturbed run the driver is killed when a training has its first checkpoint, the run is resumed, and one of the
 training's workers is killed at its next checkpoint. Both runs have stores of their own; nothing else is touched.
