@@ -18,13 +18,13 @@ from polytrope.pipeline.store import Store
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = {
     "vocab_size": 512,
-    "sequence_length": 32,
+    "sequence_length": 64,
     "corpus_bytes": 600_000,
     "n_layer": 2,
     "n_head": 2,
     "n_embd": 32,
-    "steps": 40,
-    "finetune_steps": 10,
+    "steps": 200,
+    "finetune_steps": 20,
 }
 LABELS = ("baseline", "hermite", "converted", "finetuned")
 
@@ -78,8 +78,8 @@ def test_every_trained_model_beats_the_unigram_entropy_and_fine_tuning_does_not_
     evaluation = local.read("evaluate", "evaluation.json")
     losses = {label: result["loss"] for label, result in evaluation["models"].items()}
     assert tuple(losses) == LABELS
-    for label in ("baseline", "converted", "finetuned"):
-        assert losses[label] < evaluation["unigram_entropy"]
+    for label in LABELS:
+        assert losses[label] < evaluation["unigram_entropy"] - 0.3, label  # measured: 0.58 below
     assert losses["finetuned"] <= losses["converted"]
     assert evaluation["models"]["converted"]["drift"]["kl_divergence"] < 0.05
 
