@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -47,8 +48,26 @@ def ui(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return EXIT_SUCCESS
     finally:
-        server.terminate()
+        _end(server)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """MLflow's server waits for connections that a browser keeps open: what does not end in time is killed."""
+    import psutil
+
+    try:
+        started = psutil.Process(server.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        started = []
+    server.terminate()
+    try:
+        server.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        server.kill()
         server.wait()
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -32,7 +32,16 @@ from polytrope.pipeline.worker import (
     run_task,
 )
 
+_WORKER_PATIENCE = 30.0  # seconds that a cluster may have no CPU at all
 _SLICE = 0.2  # seconds between two looks for a signal while waiting
+
+
+def _cluster_resources(ray: Any) -> dict[str, float]:
+    """What the cluster has. One without any CPU is still starting its workers, or this driver has not heard of them."""
+    deadline = time.monotonic() + _WORKER_PATIENCE
+    while "CPU" not in (total := ray.cluster_resources()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return dict(total)
 
 
 def execute(data: bytes) -> Outcome:
@@ -86,7 +95,7 @@ class RayExecutor:
                 ) from error
             self._owned = True
         self._ray = ray
-        total = ray.cluster_resources()
+        total = _cluster_resources(ray)
         capacity = Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), int(total.get("memory", 0)))
         refuse_impossible(nodes, capacity, f"the Ray cluster {self._address}" if self._address else "this machine")
 
