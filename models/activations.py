@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 ActivationConfig = str | dict[str, Any]
+# What backward computes again instead of keeping it: nothing, the output of each activation, or whole blocks.
+ActivationCheckpointing = Literal["none", "mlp", "block"]
 
 
 def activation_configs(activation: ActivationConfig | list[ActivationConfig], layers: int) -> list[ActivationConfig]:
@@ -32,6 +35,22 @@ def make_activation(config: ActivationConfig) -> nn.Module:
 
     module: nn.Module = build_activation(copy.deepcopy(config))
     return module
+
+
+def project_activated(activation: nn.Module, projection: nn.Module, x: Tensor, *, recomputes: bool) -> Tensor:
+    """`projection(activation(x))`, the second half of an MLP.
+
+    Args:
+        recomputes: keep x only; backward computes `activation(x)` again for the gradient of the projection's weight,
+            and nothing else. Halves what an MLP keeps at its full width, for one more pass of the activation.
+    """
+    if not (recomputes and torch.is_grad_enabled()):
+        projected: Tensor = projection(activation(x))
+        return projected
+    # Nothing random in between; and recomputation stops as soon as the projection's input is there again.
+    return checkpoint(  # type: ignore[no-any-return]
+        lambda value: projection(activation(value)), x, use_reentrant=False, preserve_rng_state=False
+    )
 
 
 def standardize_inputs(linear: nn.Linear, std: float) -> None:

@@ -13,10 +13,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from polytrope.models.activations import (
+    ActivationCheckpointing,
     ActivationConfig,
     activation_configs,
     current_activations,
     make_activation,
+    project_activated,
     standardize_inputs,
 )
 
@@ -92,10 +94,11 @@ class Block(nn.Module):
         self.pwconv2 = nn.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), layer_scale)) if layer_scale > 0 else None
         self.drop_path = drop_path
+        self.recomputes = False
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.dwconv(x).permute(0, 2, 3, 1)
-        branch = self.pwconv2(self.act(self.pwconv1(self.norm(branch))))
+        branch = self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1)))
+        branch = project_activated(self.act, self.pwconv2, branch, recomputes=self.recomputes)
         if self.gamma is not None:
             branch = self.gamma * branch
         return x + drop_samples(branch.permute(0, 3, 1, 2), self.drop_path, self.training)
@@ -119,7 +122,7 @@ class ConvNeXt(nn.Module):
     def __init__(self, config: ConvNeXtConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing: ActivationCheckpointing = "none"
         self.label_smoothing = 0.0  # of the training loss; set by the trainer
         dims, depths = config.dims, config.depths
         stem = nn.Sequential(
@@ -148,6 +151,12 @@ class ConvNeXt(nn.Module):
     def blocks(self) -> list[Block]:
         return [block for stage in self.stages for block in stage]  # type: ignore[union-attr, attr-defined, misc]
 
+    def set_activation_checkpointing(self, mode: ActivationCheckpointing) -> None:
+        """What backward computes again."""
+        self.activation_checkpointing = mode
+        for block in self.blocks:
+            block.recomputes = mode == "mlp"
+
     def current_activations(self) -> ActivationConfig | list[ActivationConfig]:
         """The `activation` setting that describes the blocks as they are now."""
         configured = activation_configs(self.config.activation, len(self.blocks))
@@ -165,7 +174,7 @@ class ConvNeXt(nn.Module):
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x)
             for block in stage:  # type: ignore[attr-defined]
-                if self.activation_checkpointing and torch.is_grad_enabled():
+                if self.activation_checkpointing == "block" and torch.is_grad_enabled():
                     x = recompute(block, x, use_reentrant=False)  # type: ignore[assignment]
                 else:
                     x = block(x)

@@ -17,10 +17,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from polytrope.models.activations import (
+    ActivationCheckpointing,
     ActivationConfig,
     activation_configs,
     current_activations,
     make_activation,
+    project_activated,
     standardize_inputs,
 )
 
@@ -115,9 +117,11 @@ class MLP(nn.Module):
         self.activation = make_activation(activation)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
+        self.recomputes = False
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.dropout(self.c_proj(self.activation(self.c_fc(x))))
+        projected = project_activated(self.activation, self.c_proj, self.c_fc(x), recomputes=self.recomputes)
+        mixed: Tensor = self.dropout(projected)
         return mixed
 
 
@@ -150,7 +154,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing: ActivationCheckpointing = "none"
         activations = activation_configs(config.activation, config.n_layer)
         self.transformer = nn.ModuleDict(
             {
@@ -177,6 +181,12 @@ class GPT2(nn.Module):
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
+    def set_activation_checkpointing(self, mode: ActivationCheckpointing) -> None:
+        """What backward computes again."""
+        self.activation_checkpointing = mode
+        for block in self.blocks:
+            block.mlp.recomputes = mode == "mlp"  # type: ignore[union-attr]
+
     def current_activations(self) -> ActivationConfig | list[ActivationConfig]:
         """The `activation` setting that describes the blocks as they are now."""
         modules = [block.mlp.activation for block in self.blocks]  # type: ignore[union-attr]
@@ -193,7 +203,7 @@ class GPT2(nn.Module):
         x = self._embed(tokens, 0)
         for block in self.blocks:
             assert isinstance(block, Block)
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing == "block" and torch.is_grad_enabled():
                 x = recompute(block.forward_without_cache, x, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x)[0]

@@ -15,4 +15,4 @@ def test_every_folder_with_modules_is_a_package_of_the_wheel() -> None:
         for top in ("ops", "models", "pipeline")
         for path in (ROOT / top).rglob("*.py")
     }
-    assert set(declared) == folders
+    assert set(declared) == folders | {"polytrope.infra.deepspeed"}  # configurations that `train` reads

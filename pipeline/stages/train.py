@@ -84,7 +84,9 @@ class TrainParameters(BaseModel):
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm, 0: no clipping")
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage: what is sharded over the workers")
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        None, description="DeepSpeed ZeRO stage: what is sharded over the workers; default: that of `deepspeed`, or 1"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of forward and backward")
     seed: int = Field(0, ge=0, description="of initialisation, data order and dropout")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads per worker; part of the result's identity")
@@ -94,10 +96,15 @@ class TrainParameters(BaseModel):
     checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints, 0: none")
     keep_checkpoints: int = Field(2, ge=1, description="newest valid checkpoints to keep")
     deepspeed: dict[str, Any] | str | None = Field(
-        None, description="further DeepSpeed configuration, or the path of a JSON file; contradictions are refused"
+        None,
+        description="a configuration of infra/deepspeed (zero-2-offload, …), the path of a JSON file, or settings over "
+        "the default, which is zero-0 … zero-3 by zero_stage; contradictions are refused",
     )
     compile: bool = Field(False, description="compile the model with torch.compile")
-    activation_checkpointing: bool = Field(False, description="recompute block activations in backward")
+    activation_checkpointing: Literal["none", "mlp", "block"] = Field(
+        "none",
+        description="what backward computes again to save memory: nothing, outputs of the activations, whole blocks",
+    )
     worker_restarts: int = Field(2, ge=0, description="restarts from the newest checkpoint when a worker is lost")
     collective_timeout: float = Field(600.0, gt=0, description="seconds a collective may take before it fails")
     on_divergence: Literal["stop", "rollback"] = Field(
@@ -131,8 +138,6 @@ class TrainParameters(BaseModel):
             )
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
-        if self.ema_decay is not None and self.zero_stage == 3:
-            raise ValueError("ema_decay needs whole weights on each worker: use zero_stage 0, 1 or 2")
         return self
 
 
@@ -165,71 +170,16 @@ def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
             f"train: the dataset's sequences ({length} tokens) are longer than `model.sequence_length` ({positions})",
             f"set `model.sequence_length` to at least {length}, or leave it out",
         )
-    if isinstance(parameters.deepspeed, dict):
-        refuse_contradictions(parameters.deepspeed, parameters)
 
 
 def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
-    """The content of the DeepSpeed file, which is part of the result's identity."""
-    if not isinstance(parameters.deepspeed, str):
-        return {}
+    """The DeepSpeed configuration, which is part of the result's identity. Refuses contradictions."""
     import hashlib
 
-    path = Path(parameters.deepspeed)
-    path = path if path.is_absolute() else directory / path
-    if not path.is_file():
-        raise UserError(f"train: `deepspeed: {parameters.deepspeed}`: no such file", f"looked for {path}")
-    refuse_contradictions(read_deepspeed_file(path), parameters)
-    return {"deepspeed": hashlib.sha256(path.read_bytes()).hexdigest()}
+    from polytrope.pipeline.training.deepspeed_config import read_configuration
 
-
-def read_deepspeed_file(path: Path) -> dict[str, Any]:
-    """A DeepSpeed configuration file."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"train: `deepspeed: {path}` cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"train: `deepspeed: {path}` is not a JSON object")
-    return content
-
-
-def refuse_contradictions(deepspeed: Mapping[str, Any], parameters: TrainParameters) -> None:
-    """A DeepSpeed setting that this stage sets itself must be absent, `"auto"`, or say the same.
-
-    Raises:
-        UserError: naming both values.
-    """
-    own: dict[str, Any] = {
-        "train_batch_size": parameters.global_batch_size,
-        "train_micro_batch_size_per_gpu": parameters.micro_batch_size,
-        "gradient_clipping": parameters.gradient_clipping,
-        "zero_optimization.stage": parameters.zero_stage,
-        "bf16.enabled": parameters.precision == "bf16",
-        "fp16.enabled": parameters.precision == "fp16",
-    }
-    names = {
-        "train_batch_size": "global_batch_size",
-        "train_micro_batch_size_per_gpu": "micro_batch_size",
-        "zero_optimization.stage": "zero_stage",
-        "bf16.enabled": "precision",
-        "fp16.enabled": "precision",
-    }
-    for key, value in own.items():
-        section: Any = deepspeed
-        for part in key.split("."):
-            section = section.get(part, "auto") if isinstance(section, Mapping) else "auto"
-        if section != "auto" and value is not None and section != value:
-            raise UserError(
-                f"train: `deepspeed` says {key} = {section}, the stage's `{names.get(key, key)}` says {value}",
-                f'remove {key} from the DeepSpeed configuration, or set it to "auto"',
-            )
-    for key in ("optimizer", "scheduler", "gradient_accumulation_steps"):
-        if deepspeed.get(key, "auto") != "auto":
-            raise UserError(
-                f"train: `deepspeed` sets `{key}`, which this stage decides",
-                f"remove `{key}`; use learning_rate, weight_decay, betas, warmup_steps, micro_batch_size",
-            )
+    content = json.dumps(read_configuration(parameters, directory), sort_keys=True)
+    return {"deepspeed": hashlib.sha256(content.encode()).hexdigest()}
 
 
 @stage(

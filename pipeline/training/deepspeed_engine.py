@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from polytrope.pipeline.training.deepspeed_config import merge
 from polytrope.pipeline.training.optimization import parameter_groups
 from polytrope.pipeline.training.plan import TrainingPlan
 
@@ -64,15 +64,15 @@ def _leave_out_compiler() -> None:
     torch.optim.AdamW.step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))  # type: ignore[method-assign]
 
 
-def deepspeed_config(plan: TrainingPlan) -> dict[str, Any]:
-    """The complete configuration: what the stage decides, over what the user added (contradictions were refused)."""
+def complete_configuration(plan: TrainingPlan) -> dict[str, Any]:
+    """The plan's configuration, in which the stage fills in what it decides (contradictions were refused)."""
     parameters = plan.parameters
     decided: dict[str, Any] = {
         "train_batch_size": parameters.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation_steps,
         "gradient_clipping": 0.0 if clips_itself(plan) else parameters.gradient_clipping,
-        "zero_optimization": {"stage": parameters.zero_stage},
+        "zero_optimization": {"stage": plan.zero_stage},
         "bf16": {"enabled": parameters.precision == "bf16"},
         "fp16": {"enabled": parameters.precision == "fp16"},
     }
@@ -82,15 +82,7 @@ def deepspeed_config(plan: TrainingPlan) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    return _merge(_merge(defaults, plan.deepspeed), decided)
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+    return merge(merge(defaults, plan.deepspeed), decided)
 
 
 def create_engine(plan: TrainingPlan, model: nn.Module, cpu: bool, *, universal: bool = False) -> Any:
@@ -111,7 +103,7 @@ def create_engine(plan: TrainingPlan, model: nn.Module, cpu: bool, *, universal:
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config={**deepspeed_config(plan), "checkpoint": {"load_universal": universal}},
+        config={**complete_configuration(plan), "checkpoint": {"load_universal": universal}},
         dist_init_required=False,
     )
     if parameters.compile:
@@ -121,7 +113,7 @@ def create_engine(plan: TrainingPlan, model: nn.Module, cpu: bool, *, universal:
 
 def clips_itself(plan: TrainingPlan) -> bool:
     """Whether `unsharded_gradient_norm` clips: DeepSpeed's own for this case fails on parameters without dimensions."""
-    return plan.parameters.zero_stage == 0 and plan.parameters.precision == "fp32"
+    return plan.zero_stage == 0 and plan.parameters.precision == "fp32"
 
 
 def unsharded_gradient_norm(engine: Any, clipping: float) -> float:

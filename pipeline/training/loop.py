@@ -45,7 +45,7 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     import_deepspeed(on_cpu, parameters.compile)
     _seed(parameters.seed)
     model = _create_model(plan)
-    chosen = choose_checkpoint(context, rank, plan.workers, parameters.zero_stage)
+    chosen = choose_checkpoint(context, rank, plan.workers, plan.zero_stage)
     engine = create_engine(plan, model, on_cpu, universal=chosen is not None and chosen.universal)
     average = None if parameters.ema_decay is None else WeightAverage(model, parameters.ema_decay)
     _seed(parameters.seed * 1_000_003 + 1 + rank)  # dropout differs between ranks
@@ -225,7 +225,7 @@ def _create_model(plan: TrainingPlan) -> nn.Module:
     except (ValueError, TypeError) as error:
         raise UserError(f"the model cannot be built: {error}", "see `with: model:` of this stage") from error
     model.train()
-    model.activation_checkpointing = plan.parameters.activation_checkpointing  # type: ignore[assignment]
+    model.set_activation_checkpointing(plan.parameters.activation_checkpointing)  # type: ignore[operator]
     if plan.parameters.augmentation is not None:
         model.label_smoothing = plan.parameters.augmentation.label_smoothing  # type: ignore[assignment]
     return model

@@ -11,7 +11,8 @@ from typing import Any
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, EventWriter, Resources, StageContext
-from polytrope.pipeline.stages.train import TrainParameters, read_deepspeed_file, refuse_contradictions
+from polytrope.pipeline.stages.train import TrainParameters
+from polytrope.pipeline.training.deepspeed_config import read_configuration, zero_stage_of
 
 
 class Diverged(ArithmeticError):
@@ -33,7 +34,8 @@ class TrainingPlan:
         workers, gpus: number of workers, and of GPUs for each (0: CPU).
         micro_batch_size, accumulation_steps: global batch = micro batch × workers × accumulation.
         steps: optimizer steps.
-        deepspeed: further DeepSpeed configuration.
+        deepspeed: the configuration, as far as the stage does not fill it in.
+        zero_stage: what is sharded over the workers.
         skipped_batches: global batches of the stream that are left out (`on_divergence: rollback`).
         dataset_profile, facts: for MLflow.
     """
@@ -50,6 +52,7 @@ class TrainingPlan:
     steps: int
     train_samples: int
     deepspeed: dict[str, Any]
+    zero_stage: int
     skipped_batches: list[int]
     dataset_profile: dict[str, Any]
     facts: dict[str, Any]
@@ -122,12 +125,7 @@ def make_plan(
             "use a larger corpus, shorter sequences, or a larger validation fraction",
         )
     steps = parameters.steps or math.ceil(float(parameters.epochs or 0) * samples / parameters.global_batch_size)
-    deepspeed: dict[str, Any] = {}
-    if isinstance(parameters.deepspeed, str):
-        deepspeed = read_deepspeed_file(Path(parameters.deepspeed))
-    elif parameters.deepspeed:
-        deepspeed = parameters.deepspeed
-    refuse_contradictions(deepspeed, parameters)
+    deepspeed = read_configuration(parameters)  # a stage runs in the workflow's directory
     return TrainingPlan(
         parameters=parameters,
         architecture=architecture,
@@ -141,6 +139,7 @@ def make_plan(
         steps=steps,
         train_samples=samples,
         deepspeed=deepspeed,
+        zero_stage=zero_stage_of(deepspeed, parameters),
         skipped_batches=[],
         dataset_profile={"splits": description["splits"], "name": description.get("name", "")},
         facts={
@@ -149,6 +148,7 @@ def make_plan(
             "workers": workers,
             "micro_batch_size": micro,
             "accumulation_steps": accumulation,
+            "zero_stage": zero_stage_of(deepspeed, parameters),
         },
     )
 

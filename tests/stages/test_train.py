@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from polytrope.models.checkpoint import load_model
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, load_stage
 from polytrope.pipeline.stages.train import TrainParameters, check, fingerprint
+from polytrope.pipeline.training.deepspeed_config import read_configuration, shipped_names, zero_stage_of
 from polytrope.pipeline.training.launch import TrainingError
 
 
@@ -82,9 +84,21 @@ def test_reports_curves_throughput_and_progress(trained: Path) -> None:
     assert "tokens/s" in last["message"]
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_all_zero_stages_train_the_same_model(tmp_path: Path, dataset: Artifact, trained: Path, stage: int) -> None:
-    run_training(tmp_path, dataset, zero_stage=stage)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"zero_stage": 0},
+        {"deepspeed": "zero-2-offload", "activation_checkpointing": "block"},
+        {"deepspeed": "zero-3-offload", "activation_checkpointing": "mlp"},
+        pytest.param({"zero_stage": 2}, marks=pytest.mark.chaos),
+        pytest.param({"zero_stage": 3}, marks=pytest.mark.chaos),
+    ],
+    ids=str,
+)
+def test_all_zero_stages_train_the_same_model(
+    tmp_path: Path, dataset: Artifact, trained: Path, changes: dict[str, Any]
+) -> None:
+    run_training(tmp_path, dataset, **changes)
     weights, expected = (load_file(path / "output" / "model.safetensors") for path in (tmp_path, trained))
     assert weights.keys() == expected.keys()
     for name, tensor in weights.items():
@@ -136,7 +150,7 @@ def test_bf16_with_averaged_weights_recomputed_blocks_and_statistics(tmp_path: P
         dataset,
         ema_decay=0.9,
         precision="bf16",
-        activation_checkpointing=True,
+        activation_checkpointing="block",
         statistics_every=6,
         peak_flops=1e12,
         register_as="lines",
@@ -171,8 +185,6 @@ def test_parameters_that_contradict_each_other_are_refused() -> None:
         parameters(micro_batch_size=3)
     with pytest.raises(ValidationError, match="warmup_steps"):
         parameters(warmup_steps=13)
-    with pytest.raises(ValidationError, match="zero_stage 0, 1 or 2"):
-        parameters(ema_decay=0.99, zero_stage=3)
     with pytest.raises(ValidationError, match="learning_rates"):
         parameters(learning_rates=1)
     assert all(field.description for field in TrainParameters.model_fields.values())
@@ -199,18 +211,44 @@ def test_what_cannot_work_is_refused_before_anything_starts() -> None:
     check(parameters(), {"dataset": shard, "initial": None})
 
 
-def test_deepspeed_settings_that_contradict_the_stage_are_refused(tmp_path: Path) -> None:
-    contradiction = {"zero_optimization": {"stage": 3}}
-    with pytest.raises(UserError, match=r"zero_optimization\.stage = 3, the stage's `zero_stage` says 1"):
-        check(parameters(deepspeed=contradiction), {"dataset": None, "initial": None})
-    with pytest.raises(UserError, match="sets `optimizer`"):
-        check(parameters(deepspeed={"optimizer": {"type": "Adam"}}), {"dataset": None, "initial": None})
-    with pytest.raises(UserError, match="no such file"):
-        fingerprint(parameters(deepspeed="missing.json"), tmp_path)
-    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": "auto", "overlap_comm": False}}))
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"zero_stage": 1, "deepspeed": {"zero_optimization": {"stage": 3}}},
+            r"stage = 3, the stage's `zero_stage` says 1",
+        ),
+        ({"zero_stage": 3, "deepspeed": "zero-2-offload"}, r"stage = 2, the stage's `zero_stage` says 3"),
+        ({"deepspeed": {"bf16": {"enabled": True}}}, r"bf16\.enabled = true, the stage's `precision` says fp32"),
+        ({"deepspeed": {"optimizer": {"type": "Adam"}}}, "sets `optimizer`"),
+        ({"deepspeed": {"zero_optimization": {"stage": 4}}}, r"zero_optimization\.stage = 4"),
+        ({"deepspeed": "zero-3", "ema_decay": 0.99}, "ema_decay needs whole weights"),
+        ({"deepspeed": "missing.json"}, "no such file"),
+        ({"deepspeed": "zero-7"}, "zero-3-offload"),
+        ({"deepspeed": "list.json"}, "not a JSON object"),
+    ],
+)
+def test_deepspeed_settings_that_contradict_the_stage_are_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(UserError) as caught:
+        fingerprint(parameters(**changes), tmp_path)
+    assert re.search(words, f"{caught.value.message} {caught.value.hint}")
+
+
+def test_the_deepspeed_configuration_is_the_file_and_part_of_the_key(tmp_path: Path) -> None:
+    own = tmp_path / "zero.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 2, "overlap_comm": False}}))
     first = fingerprint(parameters(deepspeed="zero.json"), tmp_path)
-    (tmp_path / "zero.json").write_text("{}")
+    configuration = read_configuration(parameters(deepspeed="zero.json"), tmp_path)
+    assert configuration == json.loads(own.read_text())
+    assert zero_stage_of(configuration, parameters()) == 2
+    own.write_text("{}")
     assert fingerprint(parameters(deepspeed="zero.json"), tmp_path) != first
+    shipped = json.loads((Path(__file__).parents[2] / "infra/deepspeed/zero-3.json").read_text())
+    assert read_configuration(parameters(zero_stage=3)) == read_configuration(parameters(deepspeed="zero-3")) == shipped
+    assert {f"zero-{stage}" for stage in range(4)} < set(shipped_names())
 
 
 def test_the_stage_is_found_by_name_with_its_inputs() -> None:
