@@ -9,9 +9,9 @@ import tarfile
 from pathlib import Path
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.files import remove_tree, rename, unique_name
+from polytrope.pipeline.files import remove_tree, safe_name, unique_name
 from polytrope.pipeline.journal import fold, read
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.store import Store, store_error
 
 _HEADER = "polytrope-run.json"
 _FORMAT = 1
@@ -54,9 +54,9 @@ def export_run(store: Store, directory: Path, target: Path) -> int:
 
 
 def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Files and directories without owner; leases belong to this machine and stay here."""
+    """Files and directories without owner; leases and a bucket's pieces of the journal stay here."""
     name = Path(entry.name).name
-    if name.startswith("lease-") or not (entry.isfile() or entry.isdir()):
+    if name.startswith(("lease-", ".")) or not (entry.isfile() or entry.isdir()):
         return None
     entry.uid = entry.gid = 0
     entry.uname = entry.gname = ""
@@ -69,8 +69,6 @@ def import_run(store: Store, source: Path) -> tuple[str, int]:
     Raises:
         UserError: not such a file, damaged, or the run is in the store already.
     """
-    if store.address != str(store.root):
-        raise UserError(f"import works into a store in a directory, not into {store.address}")
     store.create()
     workspace = store.root / "staging" / f"import.{unique_name()}"
     try:
@@ -80,20 +78,19 @@ def import_run(store: Store, source: Path) -> tuple[str, int]:
             if header.get("format") != _FORMAT:
                 raise UserError(f"{source} has format {header.get('format')}, this version reads {_FORMAT}")
             run_id = str(header["run"])
+            if safe_name(run_id) != run_id:
+                raise ValueError(f"`{run_id}` is no run id")
+            store.pull_run(run_id)
             if store.run_directory(run_id).exists():
-                raise UserError(f"run {run_id} is in {store.root} already", "nothing was changed")
+                raise UserError(f"run {run_id} is in {store.address} already", "nothing was changed")
             archive.extractall(workspace, filter="data")
         unpacked = Store(workspace)
         for key in header["keys"]:
             problems = unpacked.verify(key)
             if problems:
                 raise UserError(f"{source} is damaged: artifact {key[:12]}: {problems[0]}", "export the run again")
-        new = 0
-        for key in header["keys"]:
-            if not store.exists(key):
-                rename(unpacked.artifacts / key, store.artifacts / key)
-                new += 1
-        rename(workspace / "runs" / run_id, store.run_directory(run_id))
+        new = sum(store.adopt(key, unpacked.artifacts / key) for key in header["keys"])
+        store.adopt_run(run_id, workspace / "runs" / run_id)
         return run_id, new
     except FileNotFoundError:
         raise UserError(f"there is no file `{source}`") from None
@@ -101,5 +98,7 @@ def import_run(store: Store, source: Path) -> tuple[str, int]:
         raise UserError(
             f"{source} is not a run exported by polytrope, or is cut short: {error}", "export it again"
         ) from None
+    except OSError as error:
+        raise store_error(store.address, error) from error
     finally:
         remove_tree(workspace)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.files import remove_tree, rename, unique_name
-from polytrope.pipeline.journal import read
-from polytrope.pipeline.runs import run_status
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.journal import fold, read
+from polytrope.pipeline.lease import is_alive
+from polytrope.pipeline.store import Store, store_error
 
 _QUARANTINE_DAYS = 30
-_LIVE = ("running",)
+_MOVED = re.compile(r"\.(\d{8}-\d{6})-")
 
 
 @dataclass
@@ -23,7 +22,7 @@ class Collected:
 
     runs: list[str] = field(default_factory=list)
     artifacts: list[str] = field(default_factory=list)
-    leftovers: list[str] = field(default_factory=list)  # staging, scratch, quarantine: relative paths
+    leftovers: list[str] = field(default_factory=list)  # staging, scratch, quarantine: relative names
     bytes: int = 0
 
 
@@ -31,24 +30,28 @@ def collect_garbage(store: Store, *, keep_runs: int | None = None, dry_run: bool
     """Remove artifacts that no run's journal names, scratch of finished stages, staging of dead ones, old quarantine.
 
     Args:
-        store: the store.
+        store: the store; of one on S3 the runs must have been pulled.
         keep_runs: forget all but the newest so many ended runs first; None keeps every run.
         dry_run: change nothing.
 
     Raises:
-        UserError: a run is going on: it could be about to use what looks unused.
+        UserError: a run is going on: it could be about to use what looks unused. Or the store broke.
     """
-    if store.address != str(store.root):
-        raise UserError(
-            f"gc works on a store in a directory, not on {store.address}",
-            "give the bucket a lifecycle rule, or `polytrope export` what is to stay",
-        )
+    if keep_runs is not None and keep_runs < 0:
+        raise UserError(f"--keep-runs {keep_runs}: it is a number of runs", "0 forgets all that ended")
+    try:
+        return _collect(store, keep_runs, dry_run)
+    except OSError as error:
+        raise store_error(store.address, error) from error
+
+
+def _collect(store: Store, keep_runs: int | None, dry_run: bool) -> Collected:
     directories = sorted(
         (path.parent for path in store.runs.glob("*/workflow.json")),
         key=lambda path: (path / "workflow.json").stat().st_mtime,
         reverse=True,
     )
-    live = [directory.name for directory in directories if run_status(directory) in _LIVE]
+    live = [directory.name for directory in directories if _is_live(store, directory)]
     if live and not dry_run:
         raise UserError(
             f"run {live[0]} is going on in this store",
@@ -57,9 +60,6 @@ def collect_garbage(store: Store, *, keep_runs: int | None = None, dry_run: bool
     result = Collected()
     ended = [directory for directory in directories if directory.name not in live]
     forgotten = [] if keep_runs is None else ended[keep_runs:]
-    for directory in forgotten:
-        result.runs.append(directory.name)
-        _remove(store, directory, result, dry_run)
     needed = {
         str(event.get("key"))
         for directory in directories
@@ -67,47 +67,35 @@ def collect_garbage(store: Store, *, keep_runs: int | None = None, dry_run: bool
         for event in read(directory)
         if event.get("key")
     }
-    for key in store.keys():  # noqa: SIM118  (a store is not a mapping)
-        if key not in needed:
-            result.artifacts.append(key)
-            _remove(store, store.artifacts / key, result, dry_run)
-            if not dry_run:
-                (store.root / "digests" / f"{key}.json").unlink(missing_ok=True)
-    for path in _leftovers(store, needed, bool(live)):
-        result.leftovers.append(path.relative_to(store.root).as_posix())
-        _remove(store, path, result, dry_run)
+    result.runs = [directory.name for directory in forgotten]
+    result.artifacts = [key for key in store.keys() if key not in needed]  # noqa: SIM118  (a store is not a mapping)
+    result.leftovers = [] if live else _leftovers(store, needed, set(result.artifacts))
+    names = [f"runs/{name}" for name in result.runs] + [f"artifacts/{key}" for key in result.artifacts]
+    for name in (*names, *result.leftovers):
+        result.bytes += store.size_of(name)
+        if not dry_run:
+            store.remove(name)
     return result
 
 
-def _leftovers(store: Store, needed: set[str], busy: bool) -> list[Path]:
-    """Directories beside artifacts and runs that nobody will look at again."""
-    found: list[Path] = []
-    if busy:
-        return found
-    for path in sorted(store.root.glob("staging/*")):
-        found.append(path)
-    for path in sorted(store.root.glob("scratch/*")):
-        if path.name not in needed or store.exists(path.name):
-            found.append(path)
-    for path in sorted(store.root.glob("quarantine/*")):
-        if time.time() - path.stat().st_mtime > _QUARANTINE_DAYS * 86400:
-            found.append(path)
-    for path in sorted(store.root.glob("trash/*")):
-        found.append(path)
-    return found
+def _is_live(store: Store, directory: Path) -> bool:
+    """Whether a driver is behind the run, on whatever host."""
+    return not fold(read(directory)).done and is_alive(store.run_lease_directory(directory.name))
 
 
-def _remove(store: Store, path: Path, result: Collected, dry_run: bool) -> None:
-    """Out of sight by one rename, then deleted: a half-deleted artifact is never seen."""
-    result.bytes += _size(path)
-    if dry_run:
-        return
-    trash = store.root / "trash"
-    trash.mkdir(exist_ok=True)
-    target = trash / unique_name()
-    rename(path, target)
-    remove_tree(target)
+def _leftovers(store: Store, needed: set[str], unused: set[str]) -> list[str]:
+    """Names beside artifacts and runs that nobody will look at again."""
+    found = [f"staging/{name}" for name in store.names("staging")]
+    found += [name for name in store.uncommitted() if name.split("/")[1] not in unused]
+    found += [f"scratch/{key}" for key in store.names("scratch") if key not in needed or store.exists(key)]
+    found += [f"quarantine/{name}" for name in store.names("quarantine") if _is_old(name)]
+    return found + [f"trash/{name}" for name in store.names("trash")]
 
 
-def _size(path: Path) -> int:
-    return sum(os.lstat(os.path.join(root, name)).st_size for root, _, files in os.walk(path) for name in files)
+def _is_old(name: str) -> bool:
+    """Whether what is in quarantine under this name was put there long ago."""
+    match = _MOVED.search(name)
+    if match is None:
+        return False
+    moved = time.mktime(time.strptime(match.group(1), "%Y%m%d-%H%M%S"))
+    return time.time() - moved > _QUARANTINE_DAYS * 86400

@@ -311,6 +311,7 @@ class Driver:
         self.held: dict[str, tuple[HolderWatch, float]] = {}  # another run computes its key: (watch, next look)
         self.unseen: list[Event] = []  # written to the journal, but perhaps not on the disk yet
         self.tasks: list[StageTask] = []  # to be started when the journal is on the disk
+        self.committed: list[Attempt] = []  # their scratch and lease go when the next stages have been started
         self.identifiers = 0
         self.used = (0.0, 0.0)
         self.stopping: tuple[str, str] | None = None  # (status of the run, reason)
@@ -340,6 +341,10 @@ class Driver:
                 self.executor.submit(task)
             else:
                 self._collect(task.identifier, Outcome(error=StageError("cancelled", "not started")))
+        committed, self.committed = self.committed, []
+        for attempt in committed:
+            self.store.remove_scratch(attempt.key)
+            attempt.lease.release(remove=True)
 
     def _observe(self, event: Event) -> None:
         if self.observer is None:
@@ -422,7 +427,7 @@ class Driver:
             self.executor.close()
             with contextlib.suppress(OSError):
                 self.store.push_run(self.run_id)
-            for attempt in (*self.active.values(), *self.delayed.values()):
+            for attempt in (*self.active.values(), *self.delayed.values(), *self.committed):
                 with contextlib.suppress(OSError):
                     attempt.lease.release(remove=True)
         return self.state
@@ -661,6 +666,7 @@ class Driver:
             identifier=self.identifiers,
             run_id=self.run_id,
             key=attempt.key,
+            components=attempt.components,
             attempt=attempt.number,
             inputs=self._inputs(node),
             output=attempt.staging,
@@ -773,8 +779,7 @@ class Driver:
             summary=artifact.summary,
             duration=outcome.duration,
         )
-        self.store.remove_scratch(attempt.key)
-        attempt.lease.release(remove=True)
+        self.committed.append(attempt)
         self._end(node, "succeeded", artifact)
 
     def _make_way(self, attempt: Attempt, outcome: Outcome) -> None:

@@ -29,7 +29,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,16 +76,24 @@ def decode(line: bytes) -> Event | None:
 
 def decode_lines(lines: Sequence[bytes]) -> list[Event | None]:
     """An event per line, None for a damaged one. Parsed together: a fraction of the price of each alone."""
-    bodies = [line[:-_TAIL] if _intact(line) else b"" for line in lines]
+    with _no_collection():
+        bodies = [line[:-_TAIL] if _intact(line) else b"" for line in lines]
+        try:
+            values = json.loads(b"[" + b",".join([body + b"}" if body else b"null" for body in bodies]) + b"]")
+            if len(values) != len(lines):
+                raise ValueError
+            return [_event(value) for value in values]
+        except ValueError:  # a checksum that fits by chance
+            return [_event(_parsed(body)) for body in bodies]
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector: events are none, and it would look at a hundred thousand of them many times."""
     collecting = gc.isenabled()
-    gc.disable()  # none of this is garbage, and there may be a hundred thousand of it
+    gc.disable()
     try:
-        values = json.loads(b"[" + b",".join(body + b"}" if body else b"null" for body in bodies) + b"]")
-        if len(values) != len(lines):
-            raise ValueError
-        return [_event(value) for value in values]
-    except ValueError:  # a checksum that fits by chance
-        return [_event(_parsed(body)) for body in bodies]
+        yield
     finally:
         if collecting:
             gc.enable()
@@ -310,8 +318,9 @@ class RunState:
 def fold(events: Iterable[Event], state: RunState | None = None) -> RunState:
     """The state after these events; with `state`, that state brought forward (it is changed and returned)."""
     state = RunState() if state is None else state
-    for event in events:
-        _apply(state, event)
+    with _no_collection():
+        for event in events:
+            _apply(state, event)
     return state
 
 

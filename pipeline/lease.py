@@ -204,6 +204,15 @@ def is_held(directory: LeasePlace) -> bool:
     return liveness(current(directory)) == "alive"
 
 
+def is_alive(directory: LeasePlace) -> bool:
+    """Like `is_held`, but a holder of whom nothing certain is known (another host) is watched for up to its `ttl`."""
+    holder = current(directory)
+    state = liveness(holder)
+    return state == "alive" or (
+        state == "unknown" and holder is not None and not _is_dead(True, directory, holder, None)
+    )
+
+
 class HolderWatch:
     """Watches a holder's heartbeat with this process's own clock, a glance per call."""
 

@@ -31,16 +31,19 @@ from polytrope.pipeline.lease import LeaseLostError
 from polytrope.pipeline.objects import Bucket, ObjectDirectory
 from polytrope.pipeline.store import (
     FORMAT,
+    MANIFEST,
     FileEntry,
     Store,
     StoredArtifact,
     build_manifest,
+    move_manifest,
     parse_manifest,
     seal,
     store_error,
 )
 
 _SCRATCH_INTERVAL = 20.0  # seconds between two uploads of what changed in a stage's scratch directory
+_START_TIME = 600.0  # seconds that a run may take from its directory to its first object
 _REFRESH_INTERVAL = 5.0  # seconds between two looks for what others wrote into a run
 
 
@@ -129,8 +132,12 @@ class ObjectStore(Store):
 
     def pull_runs(self) -> None:
         """The same for all runs."""
-        for run_id in self._pull("runs/"):
+        found = self._pull("runs/")
+        for run_id in found:
             self._pull_journal(run_id)
+        for run_id in set(super().names("runs")) - found:  # collected on another machine, unless it is just starting
+            if time.time() - self.run_directory(run_id).stat().st_mtime > _START_TIME:
+                remove_tree(self.run_directory(run_id))
 
     def _pull(self, prefix: str) -> set[str]:
         """Copy the changed files of runs except their journals; returns the ids of all runs that were listed."""
@@ -139,17 +146,20 @@ class ObjectStore(Store):
             run_id, _, rest = name.removeprefix("runs/").partition("/")
             runs.add(run_id)
             path = self.root / name
-            if rest.startswith("journal/") or self._pulled.get(name) == info.tag:
+            if rest.startswith("journal/") or (self._pulled.get(name) == info.tag and path.exists()):
                 continue
             if path.exists() and path.stat().st_size >= info.size and rest.startswith(("logs/", "spool/")):
                 continue  # written here, and further than what was uploaded
-            wanted.append((name, path))
+            wanted.append((name, path, info.modified))
             self._pulled[name] = info.tag
-        self.bucket.download(wanted)
+        self.bucket.download([(name, path) for name, path, _ in wanted])
+        for _, path, modified in wanted:  # runs are sorted by these times; and what came from there need not go back
+            os.utime(path, (modified, modified))
+            self._pushed[str(path)] = _mark(path)
         return runs
 
     def push_run(self, run_id: str) -> None:
-        """Upload what changed in a run's directory here: its record, logs and metrics."""
+        """Upload what changed in a run's directory here: its record, logs and metrics; and forget what is gone."""
         directory = self.run_directory(run_id)
         changed = []
         for path in directory.rglob("*"):
@@ -157,12 +167,14 @@ class ObjectStore(Store):
             first = relative.parts[0]
             if first.startswith((".", "journal.", "lease-")) or path.name.startswith(".") or not path.is_file():
                 continue
-            status = path.stat()
-            mark = (status.st_size, status.st_mtime_ns)
-            if self._pushed.get(str(path)) != mark:
+            if self._pushed.get(str(path)) != (mark := _mark(path)):
                 self._pushed[str(path)] = mark
                 changed.append((path, f"runs/{run_id}/{relative.as_posix()}"))
         self.bucket.upload(changed)
+        gone = [Path(name) for name in self._pushed if name.startswith(f"{directory}/") and not os.path.exists(name)]
+        self.bucket.delete(path.relative_to(self.root).as_posix() for path in gone)
+        for path in gone:
+            del self._pushed[str(path)]
 
     def refresh_run(self, run_id: str) -> None:
         """From time to time, for the driver: upload logs and metrics, see what workers and `cancel` wrote."""
@@ -227,7 +239,7 @@ class ObjectStore(Store):
         if data is None or artifact is None:
             raise UserError(f"{self.address}/artifacts/{key}: its manifest is missing or damaged", hint)
         place = self.artifacts / key
-        local = place / "manifest.json"
+        local = place / MANIFEST
         if local.exists() and local.read_bytes() == data and not super()._problems(artifact, full=False):
             return artifact.path
         workspace = self.root / "staging" / f"{key}.{unique_name()}"
@@ -242,8 +254,9 @@ class ObjectStore(Store):
                 if hash_file(path) != entry["sha256"]:
                     raise UserError(f"{self.address}/{prefix}{entry['path']}: its bytes have changed", hint)
                 os.chmod(path, stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
-            (workspace / "manifest.json").write_bytes(data)
+            (workspace / MANIFEST).write_bytes(data)
             remove_tree(place)
+            place.parent.mkdir(exist_ok=True)
             os.rename(workspace, place)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
@@ -252,8 +265,8 @@ class ObjectStore(Store):
             remove_tree(workspace)
         return artifact.path
 
-    def upload_output(self, output: Path, entries: list[FileEntry]) -> None:
-        """Send what a stage wrote, where it ran. It counts once a manifest names it."""
+    def deliver(self, output: Path, entries: list[FileEntry], manifest: bytes) -> None:  # noqa: ARG002
+        """Send what a stage wrote, where it ran. It counts once the driver has put a manifest that names it."""
         key, _, token = output.parent.name.partition(".")
         self.bucket.upload([(output / entry.path, f"artifacts/{key}/{token}/{entry.path}") for entry in entries])
 
@@ -270,10 +283,10 @@ class ObjectStore(Store):
         fence: Callable[[], None] | None = None,
         entries: list[FileEntry] | None = None,
     ) -> StoredArtifact:
-        """As of a store on a disk; `entries` are those of files that `upload_output` has sent."""
+        """As of a store on a disk; `entries` are those of files that `deliver` has sent."""
         if entries is None:
             entries = seal(staging)
-            self.upload_output(staging, entries)
+            self.deliver(staging, entries, b"")
         data = build_manifest(
             key, entries, components=components, summary=summary, stage=stage, run_id=run_id, duration=duration,
             location=staging.parent.name.partition(".")[2],
@@ -289,7 +302,7 @@ class ObjectStore(Store):
             if not self.bucket.put(f"artifacts/{key}/manifest.json", data, absent=True):
                 raise OSError(errno.EIO, f"the artifact {key} is being written by others")
         if sum(1 for path in staging.rglob("*") if path.is_file()) == len(entries):  # it ran here: keep the copy
-            (staging.parent / "manifest.json").write_bytes(data)
+            (staging.parent / MANIFEST).write_bytes(data)
             remove_tree(self.artifacts / key)
             with contextlib.suppress(OSError):
                 os.rename(staging.parent, self.artifacts / key)
@@ -309,6 +322,56 @@ class ObjectStore(Store):
         self.bucket.delete([f"artifacts/{key}/manifest.json"])
         remove_tree(self.artifacts / key)
         return Path(name)
+
+    # -- import and garbage collection -------------------------------------------------------------------------
+
+    def adopt(self, key: str, directory: Path) -> bool:
+        data = (directory / MANIFEST).read_bytes()
+        location, files = unique_name(), json.loads(data)["files"]
+        if self.exists(key):
+            return False
+        prefix = f"artifacts/{key}/{location}/"
+        self.bucket.upload([(directory / "files" / entry["path"], prefix + entry["path"]) for entry in files])
+        return self.bucket.put(f"artifacts/{key}/{MANIFEST}", move_manifest(data, location), absent=True)
+
+    def adopt_run(self, run_id: str, directory: Path) -> None:
+        """The journal first: only one process can put it; then the rest, last the record by which runs are listed."""
+        if not self.bucket.put(_segment(run_id, 1), (directory / FILE_NAME).read_bytes(), absent=True):
+            raise UserError(f"run {run_id} is in {self.address} already", "nothing was changed")
+        paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != FILE_NAME]
+        files = [(path, f"runs/{run_id}/{path.relative_to(directory).as_posix()}") for path in paths]
+        self.bucket.upload([pair for pair in files if not pair[1].endswith("/workflow.json")])
+        self.bucket.upload([pair for pair in files if pair[1].endswith("/workflow.json")])
+
+    def names(self, kind: str) -> list[str]:
+        found = {name.split("/")[1] for name in self.bucket.list(f"{kind}/")}
+        if kind in ("staging", "scratch", "trash"):  # these are on this machine as well
+            found.update(super().names(kind))
+        return sorted(found)
+
+    def uncommitted(self) -> list[str]:
+        """Files that were uploaded by attempts which were never committed."""
+        attempts: dict[str, set[str]] = {}
+        for name in self.bucket.list("artifacts/"):
+            _, key, token, *_ = name.split("/")
+            attempts.setdefault(key, set()).add(token)
+        found = []
+        for key, tokens in sorted(attempts.items()):
+            artifact = self.load(key) if MANIFEST in tokens and len(tokens) > 2 else None
+            keep = {artifact.location, MANIFEST} if artifact is not None else tokens if MANIFEST in tokens else set()
+            found += [f"artifacts/{key}/{token}" for token in sorted(tokens - keep)]
+        return found
+
+    def size_of(self, name: str) -> int:
+        return sum(info.size for info in self.bucket.list(f"{name}/").values())
+
+    def remove(self, name: str) -> None:
+        """The manifest first: a half-deleted artifact is never seen. This machine's copy goes too."""
+        objects = list(self.bucket.list(f"{name}/"))
+        self.bucket.delete([item for item in objects if item.endswith(f"/{MANIFEST}")])
+        self.bucket.delete([item for item in objects if not item.endswith(f"/{MANIFEST}")])
+        if (self.root / name).exists():
+            super().remove(name)
 
     # -- scratch -----------------------------------------------------------------------------------------------
 
@@ -355,6 +418,12 @@ class ObjectStore(Store):
                     sent[path] = (status.st_size, status.st_mtime_ns)
                     changed.append((path, f"scratch/{key}/{path.relative_to(directory).as_posix()}"))
         self.bucket.upload(changed)
+
+
+def _mark(path: Path) -> tuple[int, int]:
+    """Changes when the file does."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _segment(run_id: str, number: int) -> str:

@@ -29,10 +29,11 @@ _PARALLEL = 16
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a listing says of one object: bytes, and a tag that changes with its content."""
+    """What a listing says of one object: bytes, a tag that changes with its content, and when it was written."""
 
     size: int
     tag: str
+    modified: float = 0.0  # seconds since the epoch, by the server's clock
 
 
 class Bucket:
@@ -89,7 +90,9 @@ class Bucket:
             pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=self.prefix + prefix)
             for page in pages:
                 for item in page.get("Contents", []):
-                    found[item["Key"][len(self.prefix) :]] = ObjectInfo(item["Size"], item["ETag"].strip('"'))
+                    found[item["Key"][len(self.prefix) :]] = ObjectInfo(
+                        item["Size"], item["ETag"].strip('"'), item["LastModified"].timestamp()
+                    )
         return dict(sorted(found.items()))
 
     def delete(self, names: Iterable[str]) -> None:

@@ -44,6 +44,7 @@ from polytrope.pipeline.journal import Journal
 from polytrope.pipeline.lease import LeasePlace
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 _KEY = re.compile(r"[0-9a-f]{16,64}")
 
 
@@ -256,23 +257,67 @@ class Store:
         """The directory of an artifact's files, on this machine."""
         return self.artifacts / key / "files"
 
-    def upload_output(self, output: Path, entries: list[FileEntry]) -> None:
-        """Send what a stage wrote to where the store is; called where the stage ran, before the commit."""
+    def deliver(self, output: Path, entries: list[FileEntry], manifest: bytes) -> None:  # noqa: ARG002
+        """Called where the stage ran, before the commit: put the manifest beside its files, flushed to the disk.
+
+        So the driver, which commits for all stages, need not wait for these flushes.
+        """
+        write_bytes(output.parent / MANIFEST, manifest)
+        sync_directory(output.parent)
 
     def scratch_mirrored(self, _key: str) -> contextlib.AbstractContextManager[None]:
         """While a stage runs: keep its scratch directory where another machine finds it."""
         return contextlib.nullcontext()
 
+    def adopt(self, key: str, directory: Path) -> bool:
+        """Take in an artifact that was verified, from a directory as it has in a store; False: the key is here."""
+        if self.exists(key):
+            return False
+        rename(directory, self.artifacts / key)
+        return True
+
+    def adopt_run(self, run_id: str, directory: Path) -> None:
+        """Take in the directory of a run that is not here."""
+        rename(directory, self.run_directory(run_id))
+
+    # -- for the garbage collection: `artifacts/KEY`, `staging/NAME` and so on by their names ----------------------
+
+    def names(self, kind: str) -> list[str]:
+        """What is directly below `artifacts`, `runs`, `staging`, `scratch`, `quarantine` or `trash`."""
+        try:
+            return sorted(os.listdir(self.root / kind))
+        except FileNotFoundError:
+            return []
+
+    def uncommitted(self) -> list[str]:
+        """Names of what dead attempts left among the artifacts; in a directory nothing can be left there."""
+        return []
+
+    def size_of(self, name: str) -> int:
+        """Bytes of all files below."""
+        walk = os.walk(self.root / name)
+        return sum(os.lstat(os.path.join(root, file)).st_size for root, _, files in walk for file in files)
+
+    def remove(self, name: str) -> None:
+        """Out of sight by one rename, then deleted: a half-deleted artifact is never seen."""
+        trash = self.root / "trash"
+        trash.mkdir(exist_ok=True)
+        target = trash / unique_name()
+        rename(self.root / name, target)
+        remove_tree(target)
+        if name.startswith("artifacts/"):
+            (self.root / "digests" / f"{name.removeprefix('artifacts/')}.json").unlink(missing_ok=True)
+
     # -- reading -----------------------------------------------------------------------------------------------
 
     def exists(self, key: str) -> bool:
         """Whether something is committed under `key`, verified or not."""
-        return (self.artifacts / key / "manifest.json").is_file()
+        return (self.artifacts / key / MANIFEST).is_file()
 
     def load(self, key: str) -> StoredArtifact | None:
         """The artifact as its manifest describes it, unverified; None if absent or if the manifest is damaged."""
         try:
-            data = (self.artifacts / key / "manifest.json").read_bytes()
+            data = (self.artifacts / key / MANIFEST).read_bytes()
         except OSError:
             return None
         return parse_manifest(data, key, self.artifacts / key / "files")
@@ -369,18 +414,19 @@ class Store:
             run_id: the run that computed it.
             duration: seconds the stage took.
             fence: raises if this driver's lease is lost; called last before the rename.
-            entries: what `seal` returned where the stage ran; None: sealed here.
+            entries: what `seal` returned where the stage ran, its manifest being delivered; None: both are done here.
 
         Returns:
             The artifact. If the key was committed already, that one; the staging directory is thrown away then.
         """
-        entries = seal(staging) if entries is None else entries
+        if entries is None:
+            entries = seal(staging)
+            manifest = build_manifest(
+                key, entries, components=components, summary=summary, stage=stage, run_id=run_id, duration=duration
+            )
+            self.deliver(staging, entries, manifest)
         self._check_sealed(staging, entries)
-        manifest = build_manifest(
-            key, entries, components=components, summary=summary, stage=stage, run_id=run_id, duration=duration
-        )
-        write_bytes(staging.parent / "manifest.json", manifest)
-        sync_directory(staging.parent)
+        artifact = self._delivered(key, staging, entries)
         if fence is not None:
             fence()
         try:
@@ -396,10 +442,19 @@ class Store:
                 self.discard(staging)
                 return committed
         self._cache_digests(key, entries)
-        stored = self.load(key)
-        if stored is None:
-            raise OSError(errno.EIO, f"the artifact {key} cannot be read back")
-        return stored
+        return artifact
+
+    def _delivered(self, key: str, staging: Path, entries: list[FileEntry]) -> StoredArtifact:
+        """What the manifest beside the files says; it must be of this key and of these files."""
+        try:
+            data = (staging.parent / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            data = b""
+        artifact = parse_manifest(data, key, self.artifacts / key / "files")
+        files = [{"path": entry.path, "size": entry.size, "sha256": entry.sha256} for entry in entries]
+        if artifact is None or artifact.digest != artifact_digest(files):
+            raise OutputChangedError("the manifest changed between the stage's end and its commit")
+        return artifact
 
     def _check_sealed(self, staging: Path, entries: list[FileEntry]) -> None:
         """What arrived here must be what was hashed where the stage ran."""
@@ -451,6 +506,14 @@ def build_manifest(
         manifest["location"] = location
     manifest["checksum"] = _checksum(manifest)
     return json.dumps(manifest, indent=1, ensure_ascii=False).encode()
+
+
+def move_manifest(data: bytes, location: str) -> bytes:
+    """The same manifest for files at another place of an object store."""
+    content = {name: value for name, value in json.loads(data).items() if name != "checksum"}
+    content["location"] = location
+    content["checksum"] = _checksum(content)
+    return json.dumps(content, indent=1, ensure_ascii=False).encode()
 
 
 def parse_manifest(data: bytes, key: str, path: Path) -> StoredArtifact | None:

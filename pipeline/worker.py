@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.graph import StageNode, resolve_parameters
 from polytrope.pipeline.stage import Artifact, EventWriter, Resources, StageContext, StageDefinition, load_stage
-from polytrope.pipeline.store import FileEntry, Store, open_store, seal
+from polytrope.pipeline.store import FileEntry, Store, build_manifest, open_store, seal
 
 ErrorKind = Literal["user", "error", "timeout", "worker lost", "store", "cancelled"]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -63,6 +63,7 @@ class StageTask:
 
     Args:
         identifier: unique within the driver.
+        components: of the key, for the manifest.
         uses: the stage function.
         parameters: (field values, names of the fields that were given).
         inputs: by input name.
@@ -80,6 +81,7 @@ class StageTask:
     run_id: str
     stage: str
     key: str
+    components: dict[str, Any]
     attempt: int
     uses: str
     parameters: tuple[dict[str, Any], set[str]]
@@ -104,6 +106,7 @@ def make_task(
     identifier: int,
     run_id: str,
     key: str,
+    components: dict[str, Any],
     attempt: int,
     inputs: dict[str, Artifact | dict[str, Artifact] | None],
     output: Path,
@@ -121,6 +124,7 @@ def make_task(
         run_id=run_id,
         stage=node.name,
         key=key,
+        components=components,
         attempt=attempt,
         uses=node.definition.uses,
         parameters=(values, set(node.parameters.model_fields_set)),
@@ -185,8 +189,13 @@ def run_task(task: StageTask) -> Outcome:
             sys.stdout.flush()
             sys.stderr.flush()
             entries = seal(task.output)
-            store.upload_output(task.output, entries)
-            return Outcome(None, summary, entries, time.monotonic() - started)
+            duration = time.monotonic() - started
+            manifest = build_manifest(
+                task.key, entries, components=task.components, summary=summary, stage=task.stage, run_id=task.run_id,
+                duration=duration,
+            )  # fmt: skip
+            store.deliver(task.output, entries, manifest)
+            return Outcome(None, summary, entries, duration)
     except BaseException as error:  # KeyboardInterrupt and SystemExit too: the driver decides what follows
         described = describe_error(error, task.secrets)
         print(described.traceback or described.message, file=sys.stderr, flush=True)

@@ -41,7 +41,7 @@ def import_run(options: argparse.Namespace) -> int:
     """Back into a store."""
     store = open_store(options)
     run_id, new = unpack(store, Path(options.file))
-    print(f"imported run {run_id} into {store.root}: {new} artifacts were new")
+    print(f"imported run {run_id} into {store.address}: {new} artifacts were new")
     return EXIT_SUCCESS
 
 

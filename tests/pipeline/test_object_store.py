@@ -20,6 +20,8 @@ import yaml
 from engine_stages import __file__ as stages_file
 from test_engine import Place, diamond, workflow_of
 
+from polytrope.pipeline.archive import export_run, import_run
+from polytrope.pipeline.collect import collect_garbage
 from polytrope.pipeline.engine import RunElsewhereError, run_workflow
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.graph import build_graph
@@ -27,7 +29,7 @@ from polytrope.pipeline.journal import fold, read
 from polytrope.pipeline.lease import Lease, LeaseHeldError, LeaseLostError
 from polytrope.pipeline.object_store import ObjectStore
 from polytrope.pipeline.objects import Bucket
-from polytrope.pipeline.store import open_store
+from polytrope.pipeline.store import Store, open_store
 
 pytest.importorskip("moto")
 pytest.importorskip("boto3")
@@ -218,6 +220,58 @@ def test_damage_in_the_bucket_is_found_and_computed_again(place: Place, address:
     assert again.stages["a"].state == "succeeded"
     assert again.stages["a"].digest == first.stages["a"].digest
     assert bucket.list("quarantine/")
+
+
+def test_a_run_is_exported_collected_and_imported_again(
+    place: Place, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gc forgets runs, artifacts and uploads of dead attempts; what was exported comes back with the same digests."""
+    workflow = workflow_of(place.directory, diamond(place))
+    first = run_workflow(workflow, build_graph(workflow), place.store, run_id="first")
+    changed = diamond(place)
+    changed["c"]["with"]["text"] = "other"
+    workflow = workflow_of(place.directory, changed)
+    run_workflow(workflow, build_graph(workflow), place.store, run_id="second")
+    bucket = Bucket(address)
+    bucket.put(f"artifacts/{first.stages['a'].key}/dead/text", b"of an attempt that was never committed")
+    bucket.put(f"artifacts/{'f' * 64}/dead/text", b"another")
+    only_first = sorted(first.stages[name].key or "" for name in "cd")
+
+    other = elsewhere(monkeypatch, tmp_path, address)
+    other.pull_runs()
+    assert export_run(other, other.run_directory("first"), tmp_path / "first.tar") == 4
+    preview = collect_garbage(other, keep_runs=1, dry_run=True)
+    assert (preview.runs, preview.artifacts) == (["first"], only_first)
+    assert [name.rpartition("/")[2] for name in preview.leftovers] == ["dead", "dead"]
+    assert collect_garbage(other, keep_runs=1) == preview
+    assert preview.bytes > 0
+    assert not [name for name in bucket.list("") if any(part in name for part in ("/first/", "/dead/", *only_first))]
+    assert collect_garbage(other, keep_runs=1).bytes == 0
+
+    assert import_run(other, tmp_path / "first.tar") == ("first", 2)
+    with pytest.raises(UserError, match="run first is in s3://"):
+        import_run(other, tmp_path / "first.tar")
+    third = elsewhere(monkeypatch, tmp_path, address)
+    third.pull_runs()
+    state = fold(read(third.run_directory("first")))
+    assert (state.status, state.stages["d"].digest) == ("succeeded", first.stages["d"].digest)
+    assert [third.verify(stage.key or "") for stage in state.stages.values()] == [[]] * 4
+    assert import_run(Store(tmp_path / "disk"), tmp_path / "first.tar") == ("first", 4)
+
+
+def test_gc_waits_for_a_driver_on_another_machine(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    workflow = workflow_of(place.directory, diamond(place))
+    run_workflow(workflow, build_graph(workflow), place.store, run_id="first")
+    lease = Lease.acquire(place.store.run_lease_directory("first"), "run first", 1.0)
+    try:
+        journal = place.store.open_journal("first", fence=lease.number, guard=lease.check)
+        journal.append("attempt_started", stages=list(diamond(place)))
+        monkeypatch.setattr("polytrope.pipeline.lease._machine", lambda: "elsewhere")
+        with pytest.raises(UserError, match="run first is going on"):
+            collect_garbage(place.store)
+    finally:
+        lease.release()
+    assert collect_garbage(place.store).artifacts == []
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
