@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -401,20 +402,33 @@ CLASSICAL: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def read_activation(config: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(name, options) of an activation's configuration; `hermite3` is short for `{name: hermite, degree: 3}`.
+
+    Raises:
+        ValueError: unknown name; says what is accepted.
+    """
+    options: dict[str, Any] = {"name": config} if isinstance(config, str) else dict(config)
+    name = options.pop("name", None)
+    short = re.fullmatch(r"([a-z_]+?)(\d+)", name) if isinstance(name, str) else None
+    if short and short[1] in LEARNABLE and "degree" not in options:
+        name, options = short[1], {"degree": int(short[2]), **options}
+    if name not in CLASSICAL and name not in LEARNABLE:
+        raise ValueError(f"activation {name!r}: expected one of {', '.join([*CLASSICAL, *LEARNABLE])}")
+    return str(name), options
+
+
 def build_activation(config: str | dict[str, Any]) -> nn.Module:
-    """The activation of a configuration: a name, or a dict with `name` and that module's arguments.
+    """The activation of a configuration: a name (`gelu`, `hermite3`), or a dict of `name` and that module's arguments.
 
     Raises:
         ValueError: unknown name, unknown or wrong argument; says what is accepted.
     """
-    options = {"name": config} if isinstance(config, str) else dict(config)
-    name = options.pop("name", None)
+    name, options = read_activation(config)
     if name in CLASSICAL:
         if options:
             raise ValueError(f"activation {name!r} takes no options, got {', '.join(options)}")
         return CLASSICAL[name]()
-    if name not in LEARNABLE:
-        raise ValueError(f"activation {name!r}: expected one of {', '.join([*CLASSICAL, *LEARNABLE])}")
     try:
         return LEARNABLE[name](**options)
     except TypeError as error:

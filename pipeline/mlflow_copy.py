@@ -40,6 +40,7 @@ from polytrope.pipeline.mlflow_names import (
     milliseconds,
     mlflow_name,
     number,
+    parent_folder,
     step_number,
 )
 from polytrope.pipeline.spool import SpoolEvent, SpoolReader
@@ -392,12 +393,10 @@ class Copy:
                 raise FileNotFoundError(f"the stage wrote no {item['path']}")
             if cached and not item.get("parent"):
                 return  # a cached stage's own artifacts are with the run that computed it
-            relative = Path(item["path"])
-            folder = None if str(relative.parent) == "." else str(relative.parent)
-            if path.is_dir():
-                self.client.log_artifacts(target, str(path), str(relative) if str(relative) != "." else None)
-            else:
-                self.client.log_artifact(target, str(path), folder)
+            relative = Path(parent_folder(stage) if item.get("parent") else "") / item["path"]
+            place = relative if path.is_dir() else relative.parent
+            log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+            log(target, str(path), None if str(place) == "." else str(place))
         elif item["kind"] == "dataset":
             self._dataset(child, item)
         elif item["kind"] == "model" and not cached:

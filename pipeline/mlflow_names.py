@@ -24,6 +24,11 @@ def mlflow_name(name: str) -> str:
     return "/".join(parts) or "unnamed"
 
 
+def parent_folder(stage: str) -> str:
+    """Where a stage's files for the workflow's own run stand there: those of `report` at the top, others by stage."""
+    return "" if stage == "report" else mlflow_name(stage)
+
+
 def number(value: float) -> float:
     """MLflow stores no infinity; NaN is kept."""
     return float(value) if not math.isinf(value) else math.copysign(sys.float_info.max, value)

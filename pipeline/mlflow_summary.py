@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polytrope.pipeline.journal import RunState
+from polytrope.pipeline.mlflow_names import parent_folder
 from polytrope.pipeline.progress import metric_text
 from polytrope.pipeline.spec import format_duration
 
@@ -116,8 +117,10 @@ def describe(
         if stage.state == "failed":
             sections.append(f"`{stage.name}` failed: {(stage.error or {}).get('message', '')}")
     links = [f"[graph]({address(experiment, parent, 'graph.svg')})"]
-    if "report" in state.stages and state.stages["report"].digest:
-        links.insert(0, f"[report.html]({address(experiment, parent, 'report.html')})")
+    for name, stage in state.stages.items():
+        if name.startswith("report") and stage.digest:
+            page = "/".join(part for part in (parent_folder(name), "report.html") if part)
+            links.insert(-1, f"[{page}]({address(experiment, parent, page)})")
     sections.append(" · ".join(links))
     table = result_table(state)
     if table is not None:

@@ -35,7 +35,7 @@ from polytrope.pipeline.errors import UserError
 
 BUILTIN_STAGES: dict[str, str] = {
     name: f"polytrope.pipeline.stages.{name}:{name}"
-    for name in ("shard", "shard_images", "train", "convert", "evaluate", "report")
+    for name in ("shard", "shard_images", "train", "convert", "evaluate", "measure_speed", "report")
 }
 
 InputKind = Literal["required", "optional", "many"]
@@ -157,6 +157,7 @@ class StageOptions:
 
     code: tuple[str, ...] = ()
     parallel: bool = False
+    measured: bool = False
     check: CheckFunction | None = None
     fingerprint: FingerprintFunction | None = None
 
@@ -165,6 +166,7 @@ def stage(
     *,
     code: Iterable[str] = (),
     parallel: bool = False,
+    measured: bool = False,
     check: CheckFunction | None = None,
     fingerprint: FingerprintFunction | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -173,13 +175,14 @@ def stage(
     Args:
         code: modules or packages, beside the function's own module, whose source is part of the stage key.
         parallel: the stage starts tasks or workers of its own for its `resources`; its own task reserves no CPU.
+        measured: its result holds times, which no repetition can give again; `reproduce` does not compare it.
         check: `check(parameters, upstream)` raises `UserError` before anything starts. `upstream` maps each input name
             to the validated parameters of the producing stage (a dict of them by label for a fan-in, None if absent).
         fingerprint: `fingerprint(parameters, directory)` returns what beyond the parameters decides the result (digests
             of the files they name), as strings; part of the key. `directory`: the workflow file's, for relative paths.
             Raises `UserError` if a file is missing or empty.
     """
-    options = StageOptions(tuple(code), parallel, check, fingerprint)
+    options = StageOptions(tuple(code), parallel, measured, check, fingerprint)
 
     def attach(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__polytrope_stage__ = options  # type: ignore[attr-defined]

@@ -50,11 +50,27 @@ def evaluate_models(
     for index, (label, model) in enumerate(models.items()):
         context.progress(index, len(models), label)
         reference = models.get(parameters.drift.get(label, ""))
-        results[label] = task.evaluate(label, model, reference)
+        if reference is not None and recorded_failure(reference):
+            reference = None
+        failure = recorded_failure(model)
+        results[label] = (
+            {"stage": model.stage, "digest": model.digest, "failure": failure}
+            if failure
+            else task.evaluate(label, model, reference)
+        )
+        if "failure" in results[label]:
+            context.message(f"{label}: {results[label]['failure']}")
+            continue
         figures = metrics_of(label, results[label])
         context.log_metrics(figures)
         summary.update(figures)
     context.progress(len(models), len(models), "")
+    if all("failure" in result for result in results.values()):
+        label, result = next(iter(results.items()))
+        raise UserError(
+            f"no model is left to evaluate; `{label}`: {result['failure']}",
+            f"look at the training of `{result['stage']}`",
+        )
     content = {
         "format": FORMAT,
         "kind": description.get("kind", "text"),
@@ -75,6 +91,13 @@ def evaluate_models(
     (context.output / "evaluation.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     context.log_artifact("evaluation.json")
     return summary
+
+
+def recorded_failure(model: Artifact) -> str | None:
+    """What `train` says of a training that diverged under `on_divergence: record`."""
+    path = model.path / "training.json"
+    failure = json.loads(path.read_text()).get("failure") if path.exists() else None
+    return None if failure is None else str(failure)
 
 
 def metrics_of(label: str, figures: dict[str, Any]) -> dict[str, float]:
@@ -126,16 +149,17 @@ class Task:
         for inputs, targets, mask in self._batches():
             logits, flat = self._logits(model, inputs)[mask], targets[mask]
             scores.add(logits, flat, self._logits(other, inputs)[mask] if other is not None else None)
+            if not math.isfinite(scores.loss):
+                break
             if not self.images:
                 bytes_scored += int(self.byte_lengths[flat.cpu().numpy()].sum())
         seconds = time.perf_counter() - started
         unit = "images" if self.images else "tokens"
+        if not math.isfinite(scores.loss):
+            failure = f"its validation loss is {scores.loss}"
+            return {"stage": artifact.stage, "digest": artifact.digest, "failure": failure}
         self.context.log_metrics({f"{label}/{unit}_per_second": scores.count / seconds})
         figures = scores.figures()
-        if not math.isfinite(figures["loss"]):
-            raise UserError(
-                f"the loss of `{label}` is {figures['loss']}", f"look at the training of `{artifact.stage}`"
-            )
         result: dict[str, Any] = {"stage": artifact.stage, "digest": artifact.digest, **figures}
         result[unit] = scores.count
         result["parameters"] = about["parameters"]

@@ -51,6 +51,8 @@ class Scores:
         chosen = log_probabilities.gather(1, targets[:, None])[:, 0]
         self.count += targets.numel()
         self.loss -= float(chosen.double().sum())
+        if not math.isfinite(self.loss):  # nothing else about these predictions means anything
+            return
         top = log_probabilities.topk(min(5, logits.size(1)), dim=-1)
         hits = top.indices == targets[:, None]
         self.first += int(hits[:, 0].sum())

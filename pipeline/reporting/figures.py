@@ -52,6 +52,17 @@ class Curve:
     spread: Sequence[float] | None = None  # half-width around the validation values
 
 
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # name → steps, values
+
+
+@dataclass(frozen=True)
+class Moments:
+    """One block's activation over the training: deviation of what enters it, mean square of what it gives."""
+
+    inputs: Series
+    outputs: Series
+
+
 def render(draw: Any, theme_name: str) -> bytes:
     """PNG bytes of `draw(theme) -> Figure`. No dates, no versions inside."""
     theme = THEMES[theme_name]
@@ -123,13 +134,52 @@ def draw_losses(theme: Theme, curves: Sequence[Curve], entropy: float | None, un
     axes.set_xlim(left=0)
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel(f"loss, nats per {unit}")
+    _name_above(figure, axes, theme, len(curves))
+    return figure
+
+
+def draw_gradients(theme: Theme, series: Series) -> Figure:
+    """Global gradient norm before clipping over the steps, logarithmic."""
+    figure: Figure
+    figure, axes = plt.subplots(figsize=(9.2, 3.6), layout="constrained")
+    _draw_series(axes, theme, series)
+    axes.set_yscale("log")
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("gradient norm")
+    _name_above(figure, axes, theme, len(series))
+    return figure
+
+
+def draw_moments(theme: Theme, moments: Mapping[str, Moments], blocks: Sequence[str]) -> Figure:
+    """A column per block: above, the deviation of its activation's inputs; below, the mean square of its outputs."""
+    figure: Figure
+    figure, grid = plt.subplots(
+        2, len(blocks), figsize=(9.2, 4.8), layout="constrained", squeeze=False, sharex=True, sharey="row"
+    )
+    for column, block in enumerate(blocks):
+        for row, series in enumerate((moments[block].inputs, moments[block].outputs)):
+            _draw_series(grid[row, column], theme, series)
+            grid[row, column].set_yscale("log")
+        grid[0, column].set_title(block)
+        grid[1, column].set_xlabel("optimizer steps")
+    grid[0, 0].set_ylabel("input: deviation")
+    grid[1, 0].set_ylabel("output: mean square")
+    _name_above(figure, grid[0, 0], theme, len(moments[blocks[0]].inputs))
+    return figure
+
+
+def _draw_series(axes: Axes, theme: Theme, series: Series) -> None:
+    for index, (name, (steps, values)) in enumerate(series.items()):
+        axes.plot(steps, values, color=theme.palette[index % len(theme.palette)], linewidth=1.4, label=name)
+
+
+def _name_above(figure: Figure, axes: Axes, theme: Theme, entries: int) -> None:
     figure.legend(
         *axes.get_legend_handles_labels(),
         loc="outside upper center",
-        ncols=min(5, max(1, len(curves))),
+        ncols=min(5, max(1, entries)),
         labelcolor=theme.text,
     )
-    return figure
 
 
 def draw_shapes(
@@ -165,12 +215,7 @@ def draw_shapes(
         panel.set_title(name)
     for panel in list(grid.flat)[len(layers) :]:
         panel.set_visible(False)
-    figure.legend(
-        *grid.flat[0].get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=min(5, len(models)),
-        labelcolor=theme.text,
-    )
+    _name_above(figure, grid.flat[0], theme, len(models))
     return figure
 
 
@@ -221,6 +266,7 @@ def draw_conversion(theme: Theme, layers: Sequence[Mapping[str, Any]]) -> Figure
 
 def draw_groups(theme: Theme, groups: Sequence[Mapping[str, Any]], baseline: str, metric: str, title: str) -> Figure:
     """Mean and 95 % interval of each group, its single runs, and the baseline as a line."""
+    groups = [group for group in groups if metric in group]
     figure: Figure
     figure, axes = plt.subplots(figsize=(9.2, 0.42 * len(groups) + 1.2), layout="constrained")
     for position, group in enumerate(reversed(groups)):

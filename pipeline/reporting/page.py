@@ -74,11 +74,24 @@ def build_page(
         f"<p>{headline(figures)}</p></header>",
         _tiles(figures),
         _groups(figures, pictures) if "groups" in figures else _results(figures),
+        _failures(figures),
+        _speed(figures),
         _picture_section(
             "Loss during training",
             "Thin lines: training loss, averaged between two log points. Lines with points: validation loss."
             + (" Means over the repeats; bands, if any: 95 % confidence interval." if "groups" in figures else ""),
             pictures.get("losses"),
+        ),
+        _picture_section(
+            "Gradient norms",
+            "Norm of the whole gradient before clipping, means over the repeats.",
+            pictures.get("gradients"),
+        ),
+        _picture_section(
+            "Moments of the activations during training",
+            "By block: the deviation of what enters the activation and the mean square of what it gives, in one "
+            "training batch. Weights are drawn so that the first inputs have deviation 1.",
+            pictures.get("moments"),
         ),
         _conversion(figures, pictures),
         _picture_section(
@@ -241,9 +254,16 @@ def _difference_cell(row: Mapping[str, Any], baseline: str) -> str:
 def _groups(figures: Mapping[str, Any], pictures: Pictures) -> str:
     text = figures["kind"] == "text"
     heads = ["activation", "runs", "parameters", "validation loss", "Δ to baseline, paired", "p"]
-    heads.append("bits per byte" if text else "top-1")
+    heads += ["bits per byte"] if text else ["top-1", "calibration error"]
     body = []
     for index, group in enumerate(figures["groups"]):
+        if "loss" not in group:
+            body.append(
+                f'<tr><td>{escape(group["group"])}</td><td class="bad">{_runs(group)}</td>'
+                + "<td>–</td>" * (len(heads) - 2)
+                + "</tr>"
+            )
+            continue
         difference = group.get("difference")
         if difference is None:
             cells = (
@@ -257,12 +277,12 @@ def _groups(figures: Mapping[str, Any], pictures: Pictures) -> str:
             p_value = difference["p_value"]
             cells = f'<td class="{kind}">{_plus_minus(difference, "+.4f")}</td>'
             cells += f"<td>{_p_value(p_value)}</td>"
-        other = group.get("bits_per_byte") if text else group.get("top1")
-        last = "–" if other is None else _plus_minus(other, ".4f")
+        others = [group.get(key) for key in (("bits_per_byte",) if text else ("top1", "calibration_error"))]
+        last = "".join(f"<td>{'–' if other is None else _plus_minus(other, '.4f')}</td>" for other in others)
         body.append(
             f'<tr class="{"best" if index == 0 else ""}"><td>{escape(group["group"])}'
-            f"<small>{escape(group['activation'])}</small></td><td>{group['count']}</td><td>{count(group['parameters'])}</td>"
-            f"<td>{_plus_minus(group['loss'], '.4f')}</td>{cells}<td>{last}</td></tr>"
+            f"<small>{escape(group['activation'])}</small></td><td>{_runs(group)}</td><td>{count(group['parameters'])}</td>"
+            f"<td>{_plus_minus(group['loss'], '.4f')}</td>{cells}{last}</tr>"
         )
     entropy = figures["unigram_entropy"]
     note = (
@@ -277,6 +297,60 @@ def _groups(figures: Mapping[str, Any], pictures: Pictures) -> str:
         f'<div class="scroll">{_table(heads, body)}</div><p class="note">{note}</p>'
         + _figure(pictures.get("groups"), "mean loss of each group"),
     )
+
+
+def _runs(group: Mapping[str, Any]) -> str:
+    return str(group["count"]) + (f" <small>{group['failed']} failed</small>" if group["failed"] else "")
+
+
+def _failures(figures: Mapping[str, Any]) -> str:
+    if not figures["failures"]:
+        return ""
+    body = [
+        f'<tr><td>{escape(entry["name"])}</td><td class="left bad">{escape(entry["failure"])}</td></tr>'
+        for entry in figures["failures"]
+    ]
+    return _section(
+        "Failures",
+        '<p class="note">These are in no mean above.</p>'
+        f'<div class="scroll">{_table(["model", "what happened"], body, left=(1,))}</div>',
+    )
+
+
+_SPEED = (  # figure, heading, factor, layout
+    ("step_milliseconds", "training step (ms)", 1, ".1f"),
+    ("training_throughput", "{unit} per second, training", 1, ",.0f"),
+    ("forward_throughput", "{unit} per second, forward", 1, ",.0f"),
+    ("latency_milliseconds", "latency of one sample (ms)", 1, ".2f"),
+    ("bytes_kept_for_backward", "kept for backward (MB)", 1e-6, ".1f"),
+    ("peak_memory", "peak memory (MB)", 1e-6, ".0f"),
+)
+
+
+def _speed(figures: Mapping[str, Any]) -> str:
+    if not figures["speed"]:
+        return ""
+    protocol = figures["speed"]
+    if "groups" in figures:
+        entries = [(group["group"], group.get("speed")) for group in figures["groups"]]
+    else:
+        entries = [(row["name"], row.get("speed")) for row in figures["table"]]
+    known = [(name, speed) for name, speed in entries if speed]
+    columns = [column for column in _SPEED if any(column[0] in speed for _, speed in known)]
+    body = [
+        f"<tr><td>{escape(name)}</td>"
+        + "".join(f"<td>{format(factor * speed[key], layout)}</td>" for key, _, factor, layout in columns)
+        + "</tr>"
+        for name, speed in known
+    ]
+    heads = ["activation" if "groups" in figures else "model"]
+    heads += [heading.format(unit=protocol["unit"]) for _, heading, _, _ in columns]
+    note = (
+        f"Batches of {protocol['batch_size']} samples, device {protocol['device']}, {protocol['threads']} CPU threads; "
+        f"medians of {protocol['rounds']} rounds that go over all models in turn. A training step is forward, backward "
+        "and AdamW. Kept for backward: all that autograd holds between forward and backward, weights included."
+    )
+    return _section("Speed and memory", f'<div class="scroll">{_table(heads, body)}</div><p class="note">{note}</p>')
 
 
 def _p_value(value: float | None) -> str:

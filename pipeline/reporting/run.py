@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,10 +24,13 @@ def write_report(
     parameters: ReportParameters,
     conversion: Artifact | None,
     dataset: Artifact | None,
+    speed: Artifact | None,
 ) -> dict[str, float]:
     """Write `report.json`, `plots/*.png`, `report.html`; returns the metrics of the result table."""
     content = read_json(evaluation, "evaluation.json")
-    summary = collect(content, models, conversion, parameters)
+    summary = collect(
+        content, models, conversion, parameters, None if speed is None else read_json(speed, "speed.json")
+    )
     drawings = _drawings(content, summary, models, conversion, parameters)
     pictures: dict[str, dict[str, bytes]] = {}
     (context.output / "plots").mkdir()
@@ -34,9 +38,8 @@ def write_report(
         context.progress(index, len(drawings) + 1, f"plot {name}")
         pictures[name] = {theme: plots.render(draw, theme) for theme in ("light", "dark")}
         (context.output / "plots" / f"{name}.png").write_bytes(pictures[name]["light"])
-    page = build_page(
-        summary, pictures, _configurations(models), _inputs(evaluation, models, conversion, dataset), parameters.command
-    )
+    inputs = _inputs(evaluation, models, conversion, dataset, speed)
+    page = build_page(summary, pictures, _configurations(models), inputs, parameters.command)
     (context.output / "report.html").write_text(page)
     (context.output / "report.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     context.log_artifact("report.html", parent=True)
@@ -57,6 +60,7 @@ def _drawings(
     """Plot name → what draws it, in the order of the page."""
     drawings: dict[str, Callable[[plots.Theme], Any]] = {}
     unit = "token" if summary["kind"] == "text" else "image"
+    evaluated = {label: result for label, result in content["models"].items() if "failure" not in result}
     if "groups" in summary:
         drawings["groups"] = partial(
             plots.draw_groups,
@@ -65,10 +69,25 @@ def _drawings(
             metric="loss",
             title=f"validation loss, nats per {unit} (mean, 95 % interval, single runs)",
         )
-    curves = _curves(models, summary, parameters)
+    histories = {
+        label: history
+        for label, artifact in models.items()
+        if label in evaluated
+        and (artifact.path / "training.json").exists()
+        and (history := read_json(artifact, "history.json", required=False))
+    }
+    curves = _curves(histories, summary, parameters)
     if curves:
         drawings["losses"] = partial(
             plots.draw_losses, curves=curves, entropy=summary["unigram_entropy"] if unit == "token" else None, unit=unit
+        )
+    gradients = _series(histories, "gradient_norm", summary, parameters)
+    if gradients and "groups" in summary:
+        drawings["gradients"] = partial(plots.draw_gradients, series=gradients)
+    moments = _moments(histories, summary, parameters)
+    if moments:
+        drawings["moments"] = partial(
+            plots.draw_moments, moments=moments, blocks=plots.evenly(list(moments), min(4, parameters.maximum_layers))
         )
     if conversion is not None:
         layers = read_json(conversion, "conversion.json")["layers"]
@@ -76,9 +95,9 @@ def _drawings(
             drawings["conversion"] = partial(
                 plots.draw_conversion, layers=plots.evenly(layers, min(8, parameters.maximum_layers))
             )
-    shown = _representatives(content["models"], summary, parameters)
+    shown = _representatives(evaluated, summary, parameters)
     summary["samples"] = {label: text for label, text in summary["samples"].items() if label in shown.values()}
-    records = {name: layers for name, label in shown.items() if (layers := content["models"][label].get("layers"))}
+    records = {name: layers for name, label in shown.items() if (layers := evaluated[label].get("layers"))}
     if records:
         density_of = summary["baseline"] if "groups" not in summary else shown.get(summary["baseline"])
         if density_of not in shown.values():
@@ -93,7 +112,7 @@ def _drawings(
         )
     confusion = {
         name_of(summary, label): result["confusion"]
-        for label, result in content["models"].items()
+        for label, result in evaluated.items()
         if "confusion" in result and label in shown.values()
     }
     if confusion:
@@ -111,13 +130,10 @@ def _representatives(results: Mapping[str, Any], summary: Figures, parameters: R
     return shown
 
 
-def _curves(models: Mapping[str, Artifact], summary: Figures, parameters: ReportParameters) -> list[plots.Curve]:
-    histories = {
-        label: history
-        for label, artifact in models.items()
-        if (artifact.path / "training.json").exists()
-        and (history := read_json(artifact, "history.json", required=False))
-    }
+Histories = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def _curves(histories: Histories, summary: Figures, parameters: ReportParameters) -> list[plots.Curve]:
     if parameters.group_by is None:
         return [_curve(name_of(summary, label), history) for label, history in histories.items()]
     groups: dict[str, list[plots.Curve]] = {}
@@ -152,16 +168,51 @@ def _mean_curve(curves: Sequence[plots.Curve]) -> plots.Curve:
     return plots.Curve(curves[0].name, [], [], steps, means, spread)
 
 
+def _series(
+    histories: Histories, key: str, summary: Figures, parameters: ReportParameters
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Shown name → (steps, values) of one figure of the histories; means over the repeats of a group."""
+    values: dict[str, dict[float, list[float]]] = {}
+    for label, history in histories.items():
+        grouped = parameters.group_by is not None
+        name = group_of(label, str(parameters.group_by)) if grouped else name_of(summary, label)
+        for entry in history:
+            if entry.get(key) is not None:
+                values.setdefault(name, {}).setdefault(entry["step"], []).append(entry[key])
+    return {
+        name: (list(points), [math.fsum(point) / len(point) for point in points.values()])
+        for name, points in values.items()
+    }
+
+
+def _moments(histories: Histories, summary: Figures, parameters: ReportParameters) -> dict[str, plots.Moments]:
+    """Block → its activation's input deviation and output mean square over the steps, where they were watched."""
+    names = {key for history in histories.values() for entry in history for key in entry}
+    blocks = sorted((key.partition("/")[2] for key in names if key.startswith("preactivation_std/")), key=int)
+    return {
+        f"block {int(block) + 1}": plots.Moments(
+            _series(histories, f"preactivation_std/{block}", summary, parameters),
+            _series(histories, f"activation_mean_square/{block}", summary, parameters),
+        )
+        for block in blocks
+    }
+
+
 def _configurations(models: Mapping[str, Artifact]) -> dict[str, Any]:
-    return {label: read_json(artifact, "model.json") for label, artifact in list(models.items())[:12]}
+    found = {label: read_json(artifact, "model.json", required=False) for label, artifact in list(models.items())[:12]}
+    return {label: content for label, content in found.items() if content is not None}
 
 
 def _inputs(
-    evaluation: Artifact, models: Mapping[str, Artifact], conversion: Artifact | None, dataset: Artifact | None
+    evaluation: Artifact,
+    models: Mapping[str, Artifact],
+    conversion: Artifact | None,
+    dataset: Artifact | None,
+    speed: Artifact | None,
 ) -> list[dict[str, str]]:
     entries: list[tuple[str, Artifact | None]] = [("dataset", dataset), ("evaluation", evaluation)]
     entries += [(f"model {label}", artifact) for label, artifact in models.items()]
-    entries.append(("conversion", conversion))
+    entries += [("conversion", conversion), ("speed", speed)]
     return [
         {"input": name, "stage": artifact.stage, "digest": artifact.digest} for name, artifact in entries if artifact
     ]

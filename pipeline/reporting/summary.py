@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +40,7 @@ def collect(
     models: Mapping[str, Artifact],
     conversion: Artifact | None,
     parameters: ReportParameters,
+    speed: Mapping[str, Any] | None = None,
 ) -> Figures:
     """Everything the page shows as numbers or text.
 
@@ -45,11 +48,18 @@ def collect(
         evaluation: content of `evaluation.json`.
         models: label → artifact; those with a `history.json` have curves.
         conversion: the artifact with `conversion.json`.
+        speed: content of `speed.json`.
+
+    Raises:
+        UserError: a model that was not evaluated.
     """
-    results: Mapping[str, Any] = evaluation["models"]
+    everything: Mapping[str, Any] = evaluation["models"]
     for label in models:
-        if label not in results:
-            raise UserError(f"report: the model `{label}` was not evaluated", f"evaluated were: {', '.join(results)}")
+        if label not in everything:
+            raise UserError(
+                f"report: the model `{label}` was not evaluated", f"evaluated were: {', '.join(everything)}"
+            )
+    results = {label: result for label, result in everything.items() if "failure" not in result}
     baseline = parameters.baseline or next(iter(results))
     rows = [_row(label, result, parameters) for label, result in results.items()]
     figures: Figures = {
@@ -60,6 +70,12 @@ def collect(
         "unigram_entropy": evaluation.get("unigram_entropy"),
         "baseline": baseline,
         "table": rows,
+        "failures": [
+            {"label": label, "name": parameters.labels.get(label, label), "failure": result["failure"]}
+            for label, result in everything.items()
+            if "failure" in result
+        ],
+        "speed": None if speed is None else speed["protocol"],
         "training": [entry for label in models if (entry := _training(label, models[label], parameters))],
         "conversion": [] if conversion is None else _conversion(read_json(conversion, "conversion.json")),
         "converted": None if conversion is None else _label_of(conversion, models),
@@ -67,8 +83,12 @@ def collect(
         "dataset": evaluation["dataset"],
         "protocol": evaluation["protocol"],
     }
+    if speed is not None:
+        for row in rows:
+            row["speed"] = speed["models"].get(row["label"])
     if parameters.group_by is not None:
-        figures["groups"] = compare_groups(rows, parameters.group_by, baseline, evaluation.get("kind", "text"))
+        failed = [failure["label"] for failure in figures["failures"]]
+        figures["groups"] = compare_groups(rows, parameters.group_by, baseline, evaluation.get("kind", "text"), failed)
     else:
         losses = {row["label"]: row["loss"] for row in rows}
         for row in rows:
@@ -132,22 +152,32 @@ def _conversion(content: Mapping[str, Any]) -> list[Figures]:
     return rows
 
 
-def compare_groups(rows: Sequence[Figures], axis: str, baseline: str, kind: str) -> list[Figures]:
+def compare_groups(
+    rows: Sequence[Figures], axis: str, baseline: str, kind: str, failed: Sequence[str] = ()
+) -> list[Figures]:
     """Mean and 95 % interval of each group's loss, and its paired difference to the baseline's.
 
-    Pairs are branches that agree in all other axes (the same seed). Groups are in the order of their mean loss.
+    Pairs are branches that agree in all other axes (the same seed). Groups are in the order of their mean loss; a group
+    of failures only has no `loss` and comes last.
+
+    Args:
+        rows: the table, of the models that could be evaluated.
+        failed: labels of the others.
     """
     groups: dict[str, dict[str, Figures]] = {}
+    failures = Counter(group_of(label, axis) for label in failed)
     for row in rows:
         groups.setdefault(group_of(row["label"], axis), {})[_others(row["label"], axis)] = row
-    if baseline not in groups:
+    if baseline not in groups and baseline not in failures:
         raise UserError(f"report: `baseline: {baseline}` is no value of `{axis}`", f"there are: {', '.join(groups)}")
-    metrics = ["loss", "bits_per_byte"] if kind == "text" else ["loss", "top1"]
+    metrics = ["loss", "bits_per_byte"] if kind == "text" else ["loss", "top1", "calibration_error"]
+    reference = groups.get(baseline, {})
     result: list[Figures] = []
     for name, members in groups.items():
         entry: Figures = {
             "group": name,
             "count": len(members),
+            "failed": failures[name],
             "activation": next(iter(members.values()))["activation"],
         }
         entry["parameters"] = next(iter(members.values()))["parameters"]
@@ -156,9 +186,12 @@ def compare_groups(rows: Sequence[Figures], axis: str, baseline: str, kind: str)
             if values:
                 interval = mean_interval(values)
                 entry[metric] = {"mean": interval.mean, "half_width": interval.half_width, "values": values}
-        shared = [pair for pair in members if pair in groups[baseline]]
+        speeds = [row["speed"] for row in members.values() if row.get("speed")]
+        if speeds:  # the same work whatever the seed: the median of all
+            entry["speed"] = {key: statistics.median(speed[key] for speed in speeds) for key in speeds[0]}
+        shared = [pair for pair in members if pair in reference]
         if name != baseline and shared:
-            differences = [members[pair]["loss"] - groups[baseline][pair]["loss"] for pair in shared]
+            differences = [members[pair]["loss"] - reference[pair]["loss"] for pair in shared]
             interval = mean_interval(differences)
             entry["difference"] = {
                 "mean": interval.mean,
@@ -167,7 +200,8 @@ def compare_groups(rows: Sequence[Figures], axis: str, baseline: str, kind: str)
                 "pairs": len(differences),
             }
         result.append(entry)
-    return sorted(result, key=lambda entry: entry["loss"]["mean"])
+    only_failures = [{"group": name, "count": 0, "failed": failures[name]} for name in failures if name not in groups]
+    return sorted(result, key=lambda entry: entry["loss"]["mean"]) + only_failures
 
 
 def _others(label: str, axis: str) -> str:
@@ -185,6 +219,8 @@ def summary_metrics(figures: Figures) -> dict[str, float]:
             for key in ("loss", "bits_per_byte", "top1"):
                 if key in group:
                     metrics[f"{group['group']}/{names[key]}"] = group[key]["mean"]
+            if group["failed"]:
+                metrics[f"{group['group']}/failed"] = group["failed"]
         return metrics
     for row in figures["table"]:
         for key, name in names.items():

@@ -74,8 +74,9 @@ def report(
     parameters: ReportParameters,
     conversion: Artifact | None = None,
     dataset: Artifact | None = None,
+    speed: Artifact | None = None,
 ) -> dict[str, float]:
     """Write `report.html`, `report.json` and `plots/*.png`, and show them on the workflow's MLflow run."""
     from polytrope.pipeline.reporting.run import write_report
 
-    return write_report(context, evaluation, models, parameters, conversion, dataset)
+    return write_report(context, evaluation, models, parameters, conversion, dataset, speed)

@@ -18,6 +18,22 @@ from polytrope.pipeline.stage import Artifact, StageContext, stage
 Activation = str | dict[str, Any]
 
 
+class ActivationOptions(BaseModel):
+    """Options for the learnable activations of a model; each goes to the families that have it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    init: str | None = Field(
+        None,
+        description="variance_preserving, torchortho (as published, where there is one), or a function to imitate: "
+        "gelu, relu, silu, …",
+    )
+    interval: tuple[float, float] | None = Field(
+        None, description="beyond it the function goes on along its tangents; default: its formula everywhere"
+    )
+    per_channel: bool = Field(False, description="coefficients of their own for every channel, not one set per block")
+
+
 class ModelParameters(BaseModel):
     """The model to train from scratch. Fields that belong to the other architecture are refused."""
 
@@ -28,7 +44,10 @@ class ModelParameters(BaseModel):
         None, description="published size: gpt2, gpt2-medium, gpt2-large, gpt2-xl; convnext-atto … convnext-large"
     )
     activation: Activation | list[Activation] | None = Field(
-        None, description="one activation (name or {name, degree, …}) or a list with one per block"
+        None, description="one activation (gelu, hermite3, or {name, degree, …}) or a list with one per block"
+    )
+    activation_options: ActivationOptions | None = Field(
+        None, description="init, interval, per_channel of all learnable activations that have such an option"
     )
     n_layer: int | None = Field(None, ge=1, description="gpt2: number of blocks")
     n_head: int | None = Field(None, ge=1, description="gpt2: attention heads")
@@ -95,6 +114,12 @@ class TrainParameters(BaseModel):
     validation_samples: int = Field(128, ge=1, description="validation samples per validation (the first ones)")
     checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints, 0: none")
     keep_checkpoints: int = Field(2, ge=1, description="newest valid checkpoints to keep")
+    asynchronous_checkpoints: bool = Field(
+        False, description="training goes on while a copy of its state in memory is written, hashed and committed"
+    )
+    result: Literal["last", "best"] = Field(
+        "last", description="the weights that become the model: the last, or those of the lowest validation loss"
+    )
     deepspeed: dict[str, Any] | str | None = Field(
         None,
         description="a configuration of infra/deepspeed (zero-2-offload, …), the path of a JSON file, or settings over "
@@ -107,8 +132,10 @@ class TrainParameters(BaseModel):
     )
     worker_restarts: int = Field(2, ge=0, description="restarts from the newest checkpoint when a worker is lost")
     collective_timeout: float = Field(600.0, gt=0, description="seconds a collective may take before it fails")
-    on_divergence: Literal["stop", "rollback"] = Field(
-        "stop", description="on NaN, infinity or a gradient spike: fail, or go back to a checkpoint and skip the batch"
+    on_divergence: Literal["stop", "rollback", "record"] = Field(
+        "stop",
+        description="on NaN, infinity or a gradient spike: fail, go back to a checkpoint and skip the batch, or end "
+        "with the failure as the result, which `evaluate` and `report` show (for sweeps)",
     )
     maximum_rollbacks: int = Field(3, ge=0, description="batches that `on_divergence: rollback` may skip")
     gradient_spike: float | None = Field(
@@ -121,7 +148,10 @@ class TrainParameters(BaseModel):
         None, gt=0, description="floating-point operations per second of one worker's device, to report MFU"
     )
     statistics_every: int = Field(
-        0, ge=0, description="steps between pre-activation moments and coefficient norms per layer, 0: never"
+        0,
+        ge=0,
+        description="steps between moments of the activations' inputs and outputs and coefficient norms per layer, "
+        "also at the first step; 0: never",
     )
     augmentation: AugmentationParameters | None = Field(None, description="images only")
     register_as: str | None = Field(None, description="name in MLflow's model registry")
@@ -210,6 +240,6 @@ def train(
     context.log_params(plan.facts)
     run_workers(context, plan)
     summary = json.loads((context.output / "training.json").read_text())
-    if parameters.register_as:
+    if parameters.register_as and "failure" not in summary:
         context.log_model(".", name=parameters.register_as, alias=parameters.register_alias)
     return {name: value for name, value in summary.items() if isinstance(value, int | float)}

@@ -19,7 +19,9 @@ from polytrope.models import build_model
 from polytrope.models.checkpoint import load_weights, save_model
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
+from polytrope.pipeline.training.activations import apply_activation_options
 from polytrope.pipeline.training.batches import Batch, Prefetcher, validation_batches
+from polytrope.pipeline.training.best import load_best, save_best
 from polytrope.pipeline.training.deepspeed_engine import (
     clips_itself,
     create_engine,
@@ -29,10 +31,19 @@ from polytrope.pipeline.training.deepspeed_engine import (
     unsharded_gradient_norm,
 )
 from polytrope.pipeline.training.ema import WeightAverage
-from polytrope.pipeline.training.metrics import Meter, MetricsLog, human, peak_memory, watch_preactivations
+from polytrope.pipeline.training.metrics import (
+    Meter,
+    MetricsLog,
+    Stopwatch,
+    gather,
+    human,
+    peak_memory,
+    rank_metrics,
+    watch_activations,
+)
 from polytrope.pipeline.training.optimization import learning_rate_factor, set_learning_rate
 from polytrope.pipeline.training.plan import Diverged, TrainingPlan
-from polytrope.pipeline.training.state import Progress, choose_checkpoint, restore, save_checkpoint
+from polytrope.pipeline.training.state import CheckpointWriter, Progress, choose_checkpoint, restore
 from polytrope.pipeline.training.tasks import Task, make_task
 
 SPIKE_WINDOW = 32  # steps whose median gradient norm a spike is measured against
@@ -58,13 +69,22 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     try:
         while progress.step < plan.steps:
             run.step()
+    except Diverged as error:
+        if parameters.on_divergence != "record":
+            raise
+        if rank == 0:
+            _write_failure(plan, context.output, model, progress, error)
+        dist.barrier()  # every rank sees the same gradient norm, so all are here
+        return
     finally:
         prefetcher.close()
-    with average.applied() if average else contextlib.nullcontext():
-        weights = full_weights(engine, masters=average is None)
+    weights = run.weights()
     if rank == 0:
+        if 0 < progress.best_step < plan.steps:
+            weights = load_best(run.best_directory, progress.best_step)
         _write_result(plan, context.output, model, weights, progress)
     dist.barrier()
+    run.checkpoints.finish()
 
 
 class _Run:
@@ -85,6 +105,17 @@ class _Run:
         self.plan, self.context, self.rank, self.device = plan, context, rank, device
         self.engine, self.average, self.progress, self.task = engine, average, progress, task
         self.prefetcher, self.meter, self.metrics = prefetcher, Meter(), MetricsLog(context, rank)
+        parameters = plan.parameters
+        self.checkpoints = CheckpointWriter(
+            context,
+            rank,
+            plan.workers,
+            parameters.keep_checkpoints,
+            parameters.asynchronous_checkpoints,
+            parameters.collective_timeout,
+        )
+        self.best_directory = self.checkpoints.root / "best"
+        self.stopwatch = Stopwatch(device)
 
     def step(self) -> None:
         """One optimizer step, and what is due after it: metrics, validation, checkpoint."""
@@ -94,10 +125,12 @@ class _Run:
         )
         set_learning_rate(self.engine.optimizer.param_groups, factor)
         watched: dict[str, float] = {}
-        watch = _due(parameters.statistics_every, progress.step + 1) and parameters.zero_stage < 3
-        with watch_preactivations(self.engine.module, watched) if watch else contextlib.nullcontext():
+        every = parameters.statistics_every
+        watch = (_due(every, progress.step + 1) or (every > 0 and progress.step == 0)) and plan.zero_stage < 3
+        with watch_activations(self.engine.module, watched) if watch else contextlib.nullcontext():
             clipping = parameters.gradient_clipping if clips_itself(plan) else 0.0
-            loss, norm, units = _train_step(self.engine, self.prefetcher.next_step(), self.device, clipping)
+            batches = self.prefetcher.next_step()
+            loss, norm, units = _train_step(self.engine, batches, self.device, clipping, self.stopwatch)
         stop_if_diverged(plan, progress, loss, norm)
         if self.average is not None:
             self.average.update()
@@ -108,6 +141,7 @@ class _Run:
         last = progress.step == plan.steps
         logs = last or _due(parameters.log_every, progress.step)
         if watched:
+            progress.history.append({"step": progress.step, **watched})
             self.metrics.log(watched, progress.step)
         if logs:
             self._log_training(factor, norm)
@@ -116,32 +150,37 @@ class _Run:
         if logs:
             self.metrics.finished(progress.step)
         if _due(parameters.checkpoint_every, progress.step) and not last:
-            save_checkpoint(
-                self.engine, progress, self.average, self.context, self.rank, plan.workers, parameters.keep_checkpoints
-            )
+            self.checkpoints.save(self.engine, progress, self.average)
             self.meter.restart()
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the model would be now: whole, fp32, averaged if `ema_decay` is set; a collective under ZeRO-3."""
+        with self.average.applied() if self.average else contextlib.nullcontext():
+            return full_weights(self.engine, masters=self.average is None)
 
     def _log_training(self, factor: float, norm: float) -> None:
         plan, progress = self.plan, self.progress
-        mean = torch.tensor([progress.loss_sum / progress.loss_steps], dtype=torch.float64, device=self.device)
-        dist.all_reduce(mean)
+        rate, seconds = self.meter.read()
+        wait, self.prefetcher.wait_seconds = self.prefetcher.wait_seconds, 0.0
+        forward, steps = self.stopwatch.read(), progress.loss_steps
+        own = [progress.loss_sum / steps, forward / steps, wait / steps]
+        ranks = gather(own, plan.workers, self.device)
         progress.loss_sum, progress.loss_steps = 0.0, 0
         values = {
-            "train/loss": float(mean) / plan.workers,
+            "train/loss": sum(row[0] for row in ranks) / plan.workers,
             "learning_rate": plan.parameters.learning_rate * factor,
             "gradient_norm": norm,
         }
         progress.history.append({"step": progress.step, **values})
-        rate, seconds = self.meter.read()
-        wait, self.prefetcher.wait_seconds = self.prefetcher.wait_seconds, 0.0
         observed = {
             f"{self.task.unit}_per_second": rate,
             "data_wait_fraction": min(1.0, wait / seconds),
             "peak_memory": peak_memory(self.device),
+            **rank_metrics([row[1] for row in ranks], [row[2] for row in ranks]),
         }
-        flops = getattr(self.engine.module, "flops_per_token", None)
-        if plan.parameters.peak_flops and flops is not None:
-            observed["mfu"] = rate * flops() / (plan.parameters.peak_flops * plan.workers)
+        if plan.parameters.peak_flops:
+            flops = self.task.flops_per_unit(self.engine.module)
+            observed["mfu"] = rate * flops / (plan.parameters.peak_flops * plan.workers)
         self.metrics.log({**values, **observed}, progress.step)
         if self.rank == 0:
             message = f"loss {values['train/loss']:.3f} · {human(rate)} {self.task.unit}/s"
@@ -150,8 +189,14 @@ class _Run:
     def _log_validation(self) -> None:
         with self.average.applied() if self.average else contextlib.nullcontext():
             values = validate(self.plan, self.task, self.engine.module, self.rank, self.device)
-        self.progress.history.append({"step": self.progress.step, **values})
-        self.metrics.log(values, self.progress.step)
+        progress = self.progress
+        progress.history.append({"step": progress.step, **values})
+        self.metrics.log(values, progress.step)
+        if self.plan.parameters.result == "best" and values["val/loss"] < progress.best_loss:
+            progress.best_loss, progress.best_step = values["val/loss"], progress.step
+            weights = self.weights()
+            if self.rank == 0:
+                save_best(self.best_directory, progress.step, weights)
         self.meter.restart()
 
 
@@ -217,7 +262,7 @@ def _seed(seed: int) -> None:
 
 def _create_model(plan: TrainingPlan) -> nn.Module:
     try:
-        model = build_model(plan.architecture, plan.model)
+        model = build_model(plan.architecture, apply_activation_options(plan.architecture, plan.model))
         if plan.initial is not None:
             from safetensors.torch import load_file
 
@@ -232,12 +277,13 @@ def _create_model(plan: TrainingPlan) -> nn.Module:
 
 
 def _train_step(
-    engine: Any, micro_batches: list[Batch], device: torch.device, clipping: float
+    engine: Any, micro_batches: list[Batch], device: torch.device, clipping: float, stopwatch: Stopwatch
 ) -> tuple[float, float, int]:
     """One optimizer step.
 
     Args:
         clipping: the gradient norm to clip to here, where DeepSpeed does not; 0: none.
+        stopwatch: measures the forward passes.
 
     Returns:
         This rank's mean loss, the global gradient norm before clipping, the tokens (or images) this rank saw.
@@ -246,7 +292,8 @@ def _train_step(
     units, unsharded = 0, math.nan
     for inputs, targets in micro_batches:
         inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        loss = engine(inputs, targets)
+        with stopwatch:
+            loss = engine(inputs, targets)
         engine.backward(loss)
         if engine.is_gradient_accumulation_boundary() and not engine.zero_optimization():
             unsharded = unsharded_gradient_norm(engine, clipping)
@@ -263,6 +310,8 @@ def _write_result(
     save_model(output, model, tokenizer=plan.dataset, weights=weights)
     final: dict[str, float] = {}
     for entry in progress.history:
+        if progress.best_step and entry["step"] > progress.best_step:
+            break  # `result: best`: the figures are those of the weights
         final.update({name: value for name, value in entry.items() if name.startswith(("train/", "val/"))})
     samples = plan.steps * plan.parameters.global_batch_size
     summary = {
@@ -272,6 +321,7 @@ def _write_result(
         "steps": plan.steps,
         "samples": samples,
         **final,
+        **({"result_step": progress.best_step} if progress.best_step else {}),
         "val/best_loss": min(entry["val/loss"] for entry in progress.history if "val/loss" in entry),
     }
     if plan.architecture == "gpt2":
@@ -279,6 +329,19 @@ def _write_result(
     if plan.skipped_batches:
         summary["skipped_batches"] = len(plan.skipped_batches)
     (output / "training.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
+    (output / "history.json").write_text(json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n")
+
+
+def _write_failure(plan: TrainingPlan, output: Path, model: nn.Module, progress: Progress, error: Diverged) -> None:
+    """The artifact of a training that diverged: what was logged until then and what happened, but no weights."""
+    summary = {
+        "format": 1,
+        "architecture": plan.architecture,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": progress.step,
+        "failure": f"diverged at {error}",
+    }
+    (output / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
     (output / "history.json").write_text(json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n")
 
 

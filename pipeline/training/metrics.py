@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from polytrope.pipeline.stage import StageContext
@@ -35,6 +37,64 @@ class Meter:
         rate = self.units / seconds
         self.units, self.seconds = 0, 0.0
         return rate, seconds
+
+
+class Stopwatch:
+    """Sums the time spent inside `with`: of the device if it is a GPU (by events, without waiting for it)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds, self._on_gpu = 0.0, device.type == "cuda"
+        self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._on_gpu:
+            started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            started.record()  # type: ignore[no-untyped-call]
+            self._pairs.append((started, ended))
+        else:
+            self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._on_gpu:
+            self._pairs[-1][1].record()  # type: ignore[no-untyped-call]
+        else:
+            self.seconds += time.perf_counter() - self._started
+
+    def read(self) -> float:
+        """Seconds since the last call."""
+        for started, ended in self._pairs:
+            ended.synchronize()  # type: ignore[no-untyped-call]
+            self.seconds += started.elapsed_time(ended) / 1000
+        seconds, self.seconds, self._pairs = self.seconds, 0.0, []
+        return seconds
+
+
+def gather(own: list[float], workers: int, device: torch.device) -> list[list[float]]:
+    """The values of all ranks, in their order; a collective."""
+    mine = torch.tensor(own, dtype=torch.float64, device=device)
+    rows = [torch.empty_like(mine) for _ in range(workers)]
+    dist.all_gather(rows, mine)
+    return [row.tolist() for row in rows]
+
+
+def rank_metrics(forward: list[float], wait: list[float]) -> dict[str, float]:
+    """Who holds the others up. Whole steps take all ranks equally long; what a rank does without the others does not.
+
+    Args:
+        forward, wait: seconds per step of each rank in forward passes, and waiting for data.
+
+    Returns:
+        Both by rank, for up to 16; `straggler_ratio`: the slowest rank's sum over the median one's; `slowest_rank`.
+    """
+    if len(forward) == 1:
+        return {"forward_seconds/0": forward[0], "data_wait_seconds/0": wait[0]}
+    sums = [a + b for a, b in zip(forward, wait, strict=True)]
+    slowest = max(range(len(sums)), key=lambda rank: sums[rank])
+    middle = statistics.median_low(sums)
+    values = {"straggler_ratio": sums[slowest] / max(middle, 1e-9), "slowest_rank": float(slowest)}
+    for rank in range(min(16, len(sums))):
+        values[f"forward_seconds/{rank}"], values[f"data_wait_seconds/{rank}"] = forward[rank], wait[rank]
+    return values
 
 
 class MetricsLog:
@@ -78,29 +138,30 @@ def activation_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def watch_preactivations(model: nn.Module, into: dict[str, float]) -> Iterator[None]:
-    """Collect mean and deviation of what enters each block's activation, and the norm of its coefficients.
+def watch_activations(model: nn.Module, into: dict[str, float]) -> Iterator[None]:
+    """Collect mean and deviation of each block's activation's input, mean square of its output, its coefficients' norm.
 
-    Costs two reductions per layer, in the steps where it is on; the values are of this rank's last micro-batch.
+    Costs three reductions per layer, in the steps where it is on; the values are of this rank's last micro-batch.
     """
     modules = activation_modules(model)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def hook(name: str) -> Any:
-        def record(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach().float()
-            seen[name] = (x.mean(), x.std())
+            seen[name] = (x.mean(), x.std(), output.detach().float().square().mean())
 
         return record
 
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-    for name, (mean, deviation) in seen.items():
+    for name, (mean, deviation, mean_square) in seen.items():
         into[f"preactivation_mean/{name}"], into[f"preactivation_std/{name}"] = float(mean), float(deviation)
+        into[f"activation_mean_square/{name}"] = float(mean_square)
     for name, module in modules.items():
         tensors = [parameter.detach().float().flatten() for parameter in module.parameters() if parameter.numel()]
         if tensors:

@@ -17,11 +17,13 @@ from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.evaluation.scores import Scores
+from polytrope.pipeline.evaluation.speed import bytes_kept_for_backward
 from polytrope.pipeline.evaluation.tokens import byte_lengths
 from polytrope.pipeline.evaluation.windows import block_windows, sliding_windows
 from polytrope.pipeline.reader import open_split
 from polytrope.pipeline.stage import Artifact, load_stage
 from polytrope.pipeline.stages.evaluate import EvaluateParameters, check, evaluate
+from polytrope.pipeline.stages.measure_speed import MeasureSpeedParameters, measure_speed
 from polytrope.pipeline.stages.shard import ShardParameters, shard
 from polytrope.pipeline.tokenization import BpeTokenizer, make_tokenizer
 
@@ -208,6 +210,55 @@ def test_a_model_of_another_tokenizer_is_refused(
     (stranger / "model.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match="tokenizer of `other`"):
         run(tmp_path / "run", dataset, {"other": Artifact(stranger, "digest", "train")})
+
+
+def failed_training(directory: Path) -> Artifact:
+    """What `train` leaves under `on_divergence: record`."""
+    directory.mkdir()
+    (directory / "training.json").write_text(json.dumps({"failure": "diverged at step 3: gradient norm is nan"}))
+    return Artifact(directory, "digest of the failure", "train-failed")
+
+
+def test_a_failed_training_and_a_loss_that_is_no_number_are_results_too(
+    tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
+) -> None:
+    broken = load_model(models["gelu"].path)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(math.nan)
+    save_model(tmp_path / "broken", broken, tokenizer=dataset.path)
+    failed = {"diverged": failed_training(tmp_path / "failed"), "nan": Artifact(tmp_path / "broken", "digest", "train")}
+    content = run(tmp_path / "run", dataset, {**models, **failed}, samples=8, drift={"hermite": "diverged"})
+    assert content["models"]["diverged"]["failure"] == "diverged at step 3: gradient norm is nan"
+    assert content["models"]["nan"]["failure"] == "its validation loss is nan"
+    assert content["models"]["gelu"]["loss"] > 0
+    assert not any(name.startswith(("diverged", "nan")) for name in content["returned"])
+    with pytest.raises(UserError, match="no model is left to evaluate; `diverged`: diverged at step 3"):
+        run(tmp_path / "none", dataset, failed, samples=8)
+
+
+def test_speed_is_measured_for_every_model_and_leaves_it_as_it_was(
+    tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
+) -> None:
+    parameters = MeasureSpeedParameters(batch_size=4, rounds=1, steps=1)
+    trio = {**models, "failed": failed_training(tmp_path / "failed")}
+    returned = measure_speed(make_context(tmp_path), dataset, trio, parameters)
+    content = json.loads((tmp_path / "output" / "speed.json").read_text())
+    assert content["protocol"]["units"] == 4 * SEQUENCE_LENGTH
+    assert set(content["models"]) == set(models)
+    for label, figures in content["models"].items():
+        assert returned[f"{label}/step_milliseconds"] == figures["step_milliseconds"] > 0
+        assert figures["training_throughput"] == pytest.approx(
+            4 * SEQUENCE_LENGTH * 1000 / figures["step_milliseconds"]
+        )
+        assert figures["forward_throughput"] > 0
+        assert figures["latency_milliseconds"] > 0
+
+
+def test_bytes_kept_for_backward_count_each_tensor_once() -> None:
+    weight = torch.randn(16, 16, requires_grad=True)
+    x = torch.randn(64, 16)
+    # both products keep the weight; the first keeps x, the second what comes out of the first
+    assert bytes_kept_for_backward(lambda: ((x @ weight) @ weight).sum()) == 4 * (16 * 16 + 2 * 64 * 16)
 
 
 def test_labels_are_checked_before_anything_starts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -72,6 +73,8 @@ def make_evaluation(directory: Path, losses: dict[str, float]) -> Artifact:
                 "sample": f"text of {label} <script>alert('&')</script>",
                 "layers": make_layers(loss),
             }
+            if np.isfinite(loss)
+            else {"stage": "train", "digest": "f" * 64, "failure": "diverged at step 7: gradient norm is nan"}
             for label, loss in losses.items()
         },
     }
@@ -252,6 +255,29 @@ def test_repeats_become_means_with_intervals_and_paired_differences(tmp_path: Pa
     text = read_page(tmp_path / "output" / "report.html").text
     assert "Outside the 95 % interval of the paired difference to gelu: better: hermite." in text
     assert (tmp_path / "output" / "plots" / "groups.png").exists()
+
+
+def test_failures_are_rows_of_their_own_and_in_no_mean(tmp_path: Path) -> None:
+    losses = {
+        "train[activation=gelu,seed=0]": 4.0,
+        "train[activation=gelu,seed=1]": 4.2,
+        "train[activation=hermite,seed=0]": math.nan,
+        "train[activation=hermite,seed=1]": 4.1,
+        "train[activation=fourier,seed=0]": math.nan,
+    }
+    models = {label: make_model(tmp_path / str(index), label, 4.0) for index, label in enumerate(losses)}
+    settings = ReportParameters(group_by="activation", baseline="gelu")
+    metrics = report(make_context(tmp_path), make_evaluation(tmp_path / "evaluate", losses), models, settings)
+    figures = json.loads((tmp_path / "output" / "report.json").read_text())
+    groups = {group["group"]: group for group in figures["groups"]}
+    assert list(groups) == ["gelu", "hermite", "fourier"]  # without a success: last
+    assert (groups["hermite"]["count"], groups["hermite"]["failed"]) == (1, 1)
+    assert groups["hermite"]["loss"]["mean"] == 4.1
+    assert groups["hermite"]["difference"]["pairs"] == 1
+    assert (groups["fourier"]["count"], groups["fourier"]["failed"]) == (0, 1)
+    assert metrics["fourier/failed"] == 1.0
+    text = read_page(tmp_path / "output" / "report.html").text
+    assert "train[activation=fourier,seed=0]diverged at step 7: gradient norm is nan" in text
 
 
 def test_students_t_agrees_with_scipy() -> None:

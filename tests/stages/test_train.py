@@ -9,18 +9,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from training_support import MODEL, PARAMETERS, history, make_dataset, read_events, run_training, weights_hash
 
+from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.reader import open_split
 from polytrope.pipeline.stage import Artifact, load_stage
 from polytrope.pipeline.stages.train import TrainParameters, check, fingerprint
+from polytrope.pipeline.training.activations import apply_activation_options
+from polytrope.pipeline.training.best import load_best
 from polytrope.pipeline.training.deepspeed_config import read_configuration, shipped_names, zero_stage_of
 from polytrope.pipeline.training.launch import TrainingError
+from polytrope.pipeline.training.metrics import rank_metrics
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +68,6 @@ def test_learns(trained: Path) -> None:
 
 
 def test_validation_loss_is_that_of_the_written_model_on_the_first_samples(trained: Path, dataset: Artifact) -> None:
-    import numpy as np
-
-    from polytrope.pipeline.reader import open_split
-
     blocks = torch.from_numpy(open_split(dataset.path, "validation").samples(np.arange(7)).astype(np.int64))
     with torch.no_grad():
         loss = load_model(trained / "output")(blocks[:, :-1], blocks[:, 1:]).item()
@@ -76,6 +78,7 @@ def test_reports_curves_throughput_and_progress(trained: Path) -> None:
     metrics = read_events(trained, "metrics")
     names = {name for event in metrics for name in event["values"]}
     assert {"train/loss", "val/loss", "learning_rate", "gradient_norm", "tokens_per_second"} <= names
+    assert {"straggler_ratio", "forward_seconds/1", "data_wait_seconds/1", "peak_memory", "data_wait_fraction"} <= names
     logged = [event["step"] for event in metrics if "val/loss" in event["values"]]
     assert logged == [6, 12]
     last = read_events(trained, "progress")[-1]
@@ -163,9 +166,70 @@ def test_bf16_with_averaged_weights_recomputed_blocks_and_statistics(tmp_path: P
     assert read_events(tmp_path, "model")[0]["name"] == "lines"
 
 
+def test_the_best_weights_are_the_result_if_asked_for(tmp_path: Path) -> None:
+    """Learning one text makes the model worse at another: the last validation loss is not the lowest."""
+    dataset = make_dataset(tmp_path / "dataset", ["all work and no play " * 30] * 50 + ["9876543210!" * 40] * 10)
+    changes = {"validation_every": 2, "checkpoint_every": 2, "steps": 16}
+    run_training(tmp_path, dataset, workers=1, result="best", validation_samples=30, **changes)
+    losses = {int(entry["step"]): entry["val/loss"] for entry in history(tmp_path) if "val/loss" in entry}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 12, "the test needs a training that gets worse"
+    summary = json.loads((tmp_path / "output/training.json").read_text())
+    assert (summary["result_step"], summary["val/loss"]) == (best, losses[best])
+    blocks = torch.from_numpy(open_split(dataset.path, "validation").samples(np.arange(30)).astype(np.int64))
+    with torch.no_grad():
+        loss = load_model(tmp_path / "output")(blocks[:, :-1], blocks[:, 1:]).item()
+    assert loss == pytest.approx(losses[best], rel=1e-5)
+    kept = tmp_path / "scratch/checkpoints/best"
+    assert {path.stem for path in kept.iterdir()} == {f"step-{best:08d}"}
+    with (kept / f"step-{best:08d}.pt").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(RuntimeError, match="were altered"):
+        load_best(kept, best)
+
+
+def test_the_rank_that_holds_up_the_others_is_named() -> None:
+    values = rank_metrics([0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.2, 0.0])
+    assert values["slowest_rank"] == 2
+    assert values["straggler_ratio"] == pytest.approx(3.0)
+    assert values["data_wait_seconds/2"] == 0.2
+
+
 def test_nan_stops_the_training_and_says_where(tmp_path: Path, dataset: Artifact) -> None:
     with pytest.raises(TrainingError, match=r"training diverged: step \d+ \(batch \d+\): gradient norm is (nan|inf)"):
         run_training(tmp_path, dataset, learning_rate=1e30, gradient_clipping=0.0, warmup_steps=0)
+
+
+def test_a_divergence_can_be_the_result(tmp_path: Path, dataset: Artifact) -> None:
+    broken = {"learning_rate": 1e30, "gradient_clipping": 0.0, "warmup_steps": 0}
+    summary = run_training(tmp_path, dataset, **broken, on_divergence="record", log_every=1, register_as="lines")
+    training = json.loads((tmp_path / "output" / "training.json").read_text())
+    assert re.match(r"diverged at step \d+ \(batch \d+\): gradient norm is (nan|inf)", training["failure"])
+    assert summary["steps"] == training["steps"] == len(history(tmp_path))
+    assert not (tmp_path / "output" / "model.safetensors").exists()
+    assert read_events(tmp_path, "model") == []
+
+
+def test_options_of_activations_go_to_the_families_that_have_them() -> None:
+    options = {"init": "torchortho", "interval": (-3.0, 3.0), "per_channel": True}
+    sizes = {"vocab_size": 64, "sequence_length": 8, "n_layer": 5, "n_head": 2, "n_embd": 16}
+    activations = ["gelu", "hermite3", "tropical5", "polynorm", {"name": "rational", "interval": [-5, 5]}]
+    model = apply_activation_options("gpt2", {**sizes, "activation": activations, "activation_options": options})
+    assert model["activation"] == [
+        "gelu",
+        {"name": "hermite", "degree": 3, "init": "torchortho", "interval": [-3.0, 3.0], "num_parameters": 64},
+        {"name": "tropical", "degree": 5, "init": "torchortho", "num_parameters": 64},
+        "polynorm",
+        {"name": "rational", "interval": [-5, 5], "num_parameters": 64},
+    ]
+    assert build_model("gpt2", model).blocks[1].mlp.activation.coefficients.shape == (64, 4)
+    images = {"depths": [1, 1], "dims": [8, 16], "num_classes": 2, "in_channels": 1, "activation": "hermite3"}
+    model = apply_activation_options("convnext", {**images, "activation_options": {"per_channel": True}})
+    assert [entry["num_parameters"] for entry in model["activation"]] == [32, 64]
+    assert apply_activation_options("gpt2", {**sizes, "activation": "gelu", "activation_options": options}) == {
+        **sizes,
+        "activation": "gelu",
+    }
 
 
 def test_a_damaged_shard_is_the_users_message_not_a_hang(tmp_path: Path) -> None:
