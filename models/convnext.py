@@ -184,6 +184,21 @@ class ConvNeXt(nn.Module):
         smoothing = self.label_smoothing if self.training else 0.0
         return F.cross_entropy(logits.float(), targets, reduction=reduction, label_smoothing=smoothing)
 
+    def flops_per_image(self, height: int, width: int) -> float:
+        """Floating-point operations of forward and backward per image: 6 per multiply-add of convolutions and linears.
+
+        Norms, activations and other elementwise operations do not count, as is usual for MFU.
+        """
+        config = self.config
+        height, width = height // config.patch_size, width // config.patch_size
+        total = height * width * config.patch_size**2 * config.in_channels * config.dims[0]
+        for index, (depth, channels) in enumerate(zip(config.depths, config.dims, strict=True)):
+            if index:
+                height, width = height // 2, width // 2
+                total += height * width * 4 * config.dims[index - 1] * channels
+            total += depth * height * width * (49 * channels + 8 * channels**2)
+        return 6.0 * (total + config.dims[-1] * config.num_classes)
+
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d):

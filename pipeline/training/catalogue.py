@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,32 @@ def files_below(directory: Path) -> list[str]:
     )
 
 
+def write_hashes(directory: Path, rank: int, files: dict[str, dict[str, Any]]) -> None:
+    """Tell rank 0 that this rank's files are on disk, where no collective can (a thread writes them)."""
+    temporary = directory / f"hashes-{rank}.tmp"
+    temporary.write_text(json.dumps(files))
+    temporary.rename(directory / f"hashes-{rank}.json")
+
+
+def gather_hashes(directory: Path, workers: int, timeout: float) -> list[dict[str, dict[str, Any]]]:
+    """What all ranks told by `write_hashes`, once they all have.
+
+    Raises:
+        RuntimeError: a rank did not within `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    gathered = []
+    for rank in range(workers):
+        path = directory / f"hashes-{rank}.json"
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"timed out: worker {rank} did not write its part of {directory.name}")
+            time.sleep(0.01)
+        gathered.append(json.loads(path.read_text()))
+        path.unlink()
+    return gathered
+
+
 def commit(directory: Path, step: int, files: dict[str, dict[str, Any]], details: dict[str, Any]) -> None:
     """Make the checkpoint exist: manifest to a temporary name, fsync, rename, fsync of the directory."""
     content = {"format": FORMAT, "step": step, "files": dict(sorted(files.items())), **details}
@@ -97,9 +124,13 @@ def newest_valid(root: Path, report: Callable[[str], None]) -> Checkpoint | None
             directory.rename(target)
             report(f"checkpoint {directory.name} is damaged ({error}); moved to {target}, using an older one")
             continue
-        details = {key: value for key, value in content.items() if key not in ("format", "step", "files")}
-        return Checkpoint(directory, int(content["step"]), details)
+        return _checkpoint(directory, content)
     return None
+
+
+def _checkpoint(directory: Path, content: dict[str, Any]) -> Checkpoint:
+    details = {key: value for key, value in content.items() if key not in ("format", "step", "files")}
+    return Checkpoint(directory, int(content["step"]), details)
 
 
 def _verify(directory: Path, content: dict[str, Any]) -> None:
@@ -115,12 +146,11 @@ def _verify(directory: Path, content: dict[str, Any]) -> None:
             raise ValueError(f"{name} was altered")
 
 
-def prune(root: Path, keep: int, spare: frozenset[str] = frozenset()) -> None:
-    """Delete all but the `keep` newest committed checkpoints, and those named in `spare`."""
+def prune(root: Path, keep: int) -> list[Checkpoint]:
+    """Delete all but the `keep` newest committed checkpoints; returns those."""
     committed = sorted(path for path in root.glob("step-*") if (path / MANIFEST).exists())
     for path in committed[: max(0, len(committed) - keep)]:
-        if path.name in spare:
-            continue
         # The manifest goes first: a kill in between leaves an unfinished directory, never a wrong one.
         (path / MANIFEST).unlink()
         shutil.rmtree(path, ignore_errors=True)
+    return [_checkpoint(path, json.loads((path / MANIFEST).read_text())) for path in committed[-keep:]]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import math
 import os
 import random
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ import torch.distributed as dist
 
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.training import catalogue
+from polytrope.pipeline.training.best import prune_best
 from polytrope.pipeline.training.ema import WeightAverage
 
 
@@ -29,6 +34,7 @@ class Progress:
         loss_sum, loss_steps: training loss since the last logged metrics.
         history: logged metrics so far.
         recent_norms: gradient norms of the last steps, to tell a spike.
+        best_step, best_loss: of the lowest validation loss so far; 0: none yet.
     """
 
     step: int = 0
@@ -36,6 +42,8 @@ class Progress:
     loss_steps: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     recent_norms: list[float] = field(default_factory=list)
+    best_step: int = 0
+    best_loss: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -48,36 +56,109 @@ class ChosenCheckpoint:
     universal: bool
 
 
-def save_checkpoint(
-    engine: Any,
-    progress: Progress,
-    average: WeightAverage | None,
-    context: StageContext,
-    rank: int,
-    workers: int,
-    keep: int,
-) -> None:
-    """All ranks write and hash, then rank 0 commits. See `catalogue`."""
-    root = context.scratch / "checkpoints"
-    directory = catalogue.checkpoint_directory(root, progress.step)
-    if rank == 0 and directory.exists():  # left unfinished by an earlier attempt
-        shutil.rmtree(directory)
-    dist.barrier()
-    directory.mkdir(parents=True, exist_ok=True)
-    engine.save_checkpoint(str(directory), tag="state", save_latest=False)
-    torch.save(_rank_state(progress), directory / f"rank-{rank}.pt")
-    if average is not None and rank == 0:  # it is the same on all ranks
-        torch.save(average.state(), directory / "average.pt")
-    dist.barrier()
-    names = catalogue.files_below(directory)
-    own = {name: catalogue.hash_file(directory / name) for name in names[rank::workers]}
-    gathered: list[Any] = [None] * workers
-    dist.all_gather_object(gathered, own)
-    if rank == 0:
-        files = {name: entry for part in gathered for name, entry in part.items()}
-        catalogue.commit(directory, progress.step, files, {"workers": workers})
-        catalogue.prune(root, keep)
-    dist.barrier()
+class CheckpointWriter:
+    """Writes the checkpoints of one rank; see `catalogue` for when one exists.
+
+    Args:
+        context: of the stage; checkpoints lie in its scratch directory.
+        rank, workers: this rank, and how many there are.
+        keep: newest checkpoints to keep.
+        asynchronous: training waits only for a copy in memory; a thread writes, hashes and commits it.
+        timeout: seconds that rank 0's thread waits for the files of the others.
+    """
+
+    def __init__(
+        self, context: StageContext, rank: int, workers: int, keep: int, asynchronous: bool, timeout: float
+    ) -> None:
+        self.root = context.scratch / "checkpoints"
+        self.rank, self.workers, self.keep = rank, workers, keep
+        self.asynchronous, self.timeout = asynchronous, timeout
+        self._writing: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    def save(self, engine: Any, progress: Progress, average: WeightAverage | None) -> None:
+        """All ranks write and hash, then rank 0 commits.
+
+        Raises:
+            OSError, RuntimeError: this checkpoint, or the one before if it was written meanwhile, cannot be written.
+        """
+        self.finish()
+        directory = catalogue.checkpoint_directory(self.root, progress.step)
+        if self.rank == 0 and directory.exists():  # left unfinished by an earlier attempt
+            shutil.rmtree(directory)
+        dist.barrier()
+        directory.mkdir(parents=True, exist_ok=True)
+        details = {"workers": self.workers, "best_step": progress.best_step}
+        own: dict[str, Any] = {f"rank-{self.rank}.pt": _rank_state(progress)}
+        if average is not None and self.rank == 0:  # it is the same on all ranks
+            own["average.pt"] = average.state()
+        if self.asynchronous:
+            copies = {directory / name: _serialise(state) for name, state in own.items()}
+            with _capturing(engine, copies):
+                engine.save_checkpoint(str(directory), tag="state", save_latest=False)
+            self._writing = self._thread.submit(self._write, directory, progress.step, copies, details)
+            return
+        engine.save_checkpoint(str(directory), tag="state", save_latest=False)
+        for name, state in own.items():
+            torch.save(state, directory / name)
+        dist.barrier()
+        names = catalogue.files_below(directory)
+        hashes = {name: catalogue.hash_file(directory / name) for name in names[self.rank :: self.workers]}
+        gathered: list[Any] = [None] * self.workers
+        dist.all_gather_object(gathered, hashes)
+        if self.rank == 0:
+            self._commit(directory, progress.step, gathered, details)
+        dist.barrier()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is there.
+
+        Raises:
+            OSError, RuntimeError: it could not be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, directory: Path, step: int, copies: dict[Path, bytes], details: dict[str, Any]) -> None:
+        """In the thread: no collectives here, they belong to the training. The ranks meet in the directory instead."""
+        for path, content in copies.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+        names = [str(path.relative_to(directory)) for path in copies]
+        if self.rank == 0:  # what DeepSpeed wrote at once: a script
+            names = sorted({*names, *(name for name in catalogue.files_below(directory) if name.endswith(".py"))})
+        catalogue.write_hashes(directory, self.rank, {name: catalogue.hash_file(directory / name) for name in names})
+        if self.rank == 0:
+            gathered = catalogue.gather_hashes(directory, self.workers, self.timeout)
+            self._commit(directory, step, gathered, details)
+
+    def _commit(self, directory: Path, step: int, hashes: list[dict[str, Any]], details: dict[str, Any]) -> None:
+        files = {name: entry for part in hashes for name, entry in part.items()}
+        catalogue.commit(directory, step, files, details)
+        kept = catalogue.prune(self.root, self.keep)
+        prune_best(self.root / "best", {int(checkpoint.details["best_step"]) for checkpoint in kept}, until=step)
+
+
+def _serialise(state: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _capturing(engine: Any, into: dict[Path, bytes]) -> Iterator[None]:
+    """What DeepSpeed would write goes into memory instead, as the bytes of its files."""
+
+    def capture(state_dict: Any, path: str) -> None:
+        into[Path(path)] = _serialise(state_dict)
+
+    writer = engine.checkpoint_engine
+    writer.save = capture
+    try:
+        yield
+    finally:
+        del writer.save
 
 
 def choose_checkpoint(context: StageContext, rank: int, workers: int, zero_stage: int) -> ChosenCheckpoint | None:

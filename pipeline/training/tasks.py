@@ -27,6 +27,7 @@ class Task:
         validation_samples: how many there are.
         measure: sums over a validation batch, by metric name, of the first `counted` samples.
         unit: what throughput counts: `tokens` or `images`.
+        flops_per_unit: floating-point operations of forward and backward per token or image, for MFU.
     """
 
     train_step: Callable[[int], list[Batch]]
@@ -34,6 +35,7 @@ class Task:
     validation_samples: int
     measure: Callable[[nn.Module, Batch, int], dict[str, Tensor]]
     unit: str
+    flops_per_unit: Callable[[Any], float]
 
 
 def make_task(plan: TrainingPlan, rank: int, pin: bool) -> Task:
@@ -59,6 +61,11 @@ def make_task(plan: TrainingPlan, rank: int, pin: bool) -> Task:
         validation_samples=len(validation),
         measure=_measure_text if plan.architecture == "gpt2" else _measure_images,
         unit="tokens" if plan.architecture == "gpt2" else "images",
+        flops_per_unit=(
+            (lambda model: float(model.flops_per_token()))
+            if plan.architecture == "gpt2"
+            else (lambda model: float(model.flops_per_image(*train.fields["pixels"].shape[1:])))
+        ),
     )
 
 

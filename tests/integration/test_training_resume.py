@@ -79,16 +79,22 @@ def messages(directory: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("rank", "stage"),
-    [(1, 1), pytest.param(0, 1, marks=pytest.mark.chaos), pytest.param(1, 3, marks=pytest.mark.chaos)],
+    ("rank", "stage", "asynchronous"),
+    [
+        (1, 1, True),
+        pytest.param(0, 1, False, marks=pytest.mark.chaos),
+        pytest.param(1, 3, False, marks=pytest.mark.chaos),
+        pytest.param(0, 3, True, marks=pytest.mark.chaos),
+    ],
 )
 def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
-    tmp_path: Path, dataset: Artifact, uninterrupted: Path, rank: int, stage: int
+    tmp_path: Path, dataset: Artifact, uninterrupted: Path, rank: int, stage: int, asynchronous: bool
 ) -> None:
     if stage == 3:
         dropout_training(tmp_path / "reference", dataset, zero_stage=3)
     expected = uninterrupted if stage == 1 else tmp_path / "reference"
-    training_with_signal(tmp_path / "killed", dataset, rank, 20, signal.SIGKILL, zero_stage=stage)
+    changes = {"zero_stage": stage, "asynchronous_checkpoints": asynchronous}
+    training_with_signal(tmp_path / "killed", dataset, rank, 20, signal.SIGKILL, **changes)
     assert weights_hash(tmp_path / "killed") == weights_hash(expected)
     assert history(tmp_path / "killed") == history(expected)
     assert "restarting from the newest checkpoint" in messages(tmp_path / "killed")
@@ -161,6 +167,7 @@ def test_continues_on_another_number_of_workers(
     tmp_path: Path, dataset: Artifact, before: int, after: int, stage: int
 ) -> None:
     changes = {"steps": 20, "checkpoint_every": 10, "zero_stage": stage, "ema_decay": 0.9 if stage == 1 else None}
+    changes["asynchronous_checkpoints"] = before == 2
     run_training(tmp_path, dataset, workers=before, **changes)
     expected = history(tmp_path)
     for path in (tmp_path / "output").iterdir():

@@ -101,3 +101,11 @@ def test_one_activation_per_block() -> None:
         make_model(activation=["gelu"])
     with pytest.raises(ValueError, match="equally long lists"):
         make_model(dims=[8])
+
+
+def test_operations_per_image_are_those_of_the_paper() -> None:
+    """Table 1 of Liu et al. (2022): 4.5 G multiply-adds for a forward pass of ConvNeXt-T at 224 × 224, 15.4 G for B."""
+    for name, billions in (("convnext-tiny", 4.5), ("convnext-base", 15.4)):
+        with torch.device("meta"):
+            model = ConvNeXt(ConvNeXtConfig(**PRESETS[name]))  # type: ignore[arg-type]
+        assert model.flops_per_image(224, 224) / 6e9 == pytest.approx(billions, abs=0.05)

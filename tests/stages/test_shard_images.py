@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from training_support import history, run_training
+from training_support import history, read_events, run_training
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.reader import open_split
@@ -144,7 +144,9 @@ def test_a_convnext_learns_digits_with_mixup(digits: Path, tmp_path: Path) -> No
         validation_every=0,
         checkpoint_every=0,
         augmentation={"mixup": 0.1, "label_smoothing": 0.1},
+        peak_flops=1e12,
     )
+    assert any("mfu" in event["values"] for event in read_events(tmp_path, "metrics"))
     assert history(tmp_path)[-1]["val/accuracy"] > 0.5  # by chance: 0.1
 
 
