@@ -173,7 +173,7 @@ class Progress:
         if view.state in ("succeeded", "failed") and view.duration is not None:
             text += f" after {format_duration(view.duration)}"
         if view.error and view.state in ("failed", "retrying", "skipped", "cached", "cancelled"):
-            text += f": {view.error}"
+            text += f": {view.error.strip().splitlines()[0]}"  # the whole text ends the run's output, once
         return text
 
     def _progress_text(self, view: StageView) -> str:

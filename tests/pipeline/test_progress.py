@@ -132,3 +132,10 @@ def test_figures_are_short() -> None:
     ]
     assert counts(["cached", "failed", "cached"]) == "2 cached, 1 failed"
     assert summary_rows({"a": {"loss": 2.5, "steps": 10.0}, "b": {}}) == [["a", "loss 2.5 · steps 10"]]
+
+
+def test_a_traceback_is_not_repeated_with_every_attempt() -> None:
+    stream = io.StringIO()
+    display = Progress(["train"], stream=stream)
+    display.stage_state("train", "retrying", detail="TrainingError: no\nTraceback …\n  File …")
+    assert lines(stream) == ["train: retrying: TrainingError: no"]
