@@ -1,0 +1,83 @@
+"""Every ready workflow runs, in a small form: the file as it is, with other sizes (`--set`)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL_GPT2 = "{architecture: gpt2, n_layer: 1, n_head: 2, n_embd: 32, activation: %s}"
+SMALL: dict[str, list[str]] = {
+    "convnext-digits": [
+        "params.activations=[gelu, tropical_rational]",
+        "params.dims=[8, 16]",
+        "params.epochs=1",
+    ],
+    "gpt2-openwebtext": [
+        "stages.shard.with.source={kind: python, max_bytes: 300000}",
+        "stages.shard.with.tokenizer={kind: bytes}",
+        "stages.shard.with.sequence_length=32",
+        "stages.shard.with.validation_fraction=0.1",
+        "stages.shard.resources.workers=1",
+        f"stages.baseline.with.model={SMALL_GPT2 % 'gelu_tanh'}",
+        f"stages.hermite.with.model={SMALL_GPT2 % 'hermite3'}",
+        *(
+            f"stages.{stage}.{setting}"
+            for stage in ("baseline", "hermite", "finetune")
+            for setting in ("with.warmup_steps=2", "with.validation_samples=8", "with.validation_every=0")
+        ),
+        *(f"stages.{stage}.with.compile=false" for stage in ("baseline", "hermite")),
+        *(
+            f"stages.{stage}.resources={{workers: {workers}, cpus: 1, gpus: 0}}"
+            for stage, workers in (("baseline", 2), ("hermite", 1), ("finetune", 1), ("evaluate", 1))
+        ),
+        "stages.evaluate.with.stride=16",
+        "params.steps=4",
+        "params.finetune_steps=2",
+        "params.global_batch_size=8",
+        "params.micro_batch_size=2",
+        "params.deepspeed=zero-2",
+    ],
+}
+ELSEWHERE = {
+    "quickstart": "tests/integration/test_quickstart.py",
+    "convnext-imagenet": "tests/stages/test_shard_images.py",
+}
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def run(workflow: str, settings: list[str], store: Path) -> str:
+    command = [str(Path(sys.executable).with_name("polytrope")), "run", f"workflows/{workflow}.yaml"]
+    command += ["--executor", "local", "--no-tracking", "--store", str(store)]
+    command += [f"--set={setting}" for setting in settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("workflow", SMALL)
+def test_the_small_form_runs(workflow: str, tmp_path: Path) -> None:
+    output = run(workflow, SMALL[workflow], tmp_path / "store")
+    assert "report.html" in output
+
+
+@pytest.mark.parametrize("workflow", ELSEWHERE)
+def test_the_others_are_run_elsewhere(workflow: str) -> None:
+    assert f"workflows/{workflow}.yaml" in (ROOT / ELSEWHERE[workflow]).read_text()
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_learnable_activations_reach_97_percent_on_held_out_digits(tmp_path: Path) -> None:
+    """The whole of convnext-digits.yaml; benchmarks.train measures how long it takes."""
+    import json
+
+    run("convnext-digits", [], tmp_path / "store")
+    (evaluation,) = (tmp_path / "store" / "artifacts").glob("*/evaluation.json")
+    accuracies = {label: model["accuracy"] for label, model in json.loads(evaluation.read_text())["models"].items()}
+    assert len(accuracies) == 4
+    assert all(accuracy >= 0.97 for accuracy in accuracies.values()), accuracies
