@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from polytrope.pipeline.references import suggest
 from polytrope.pipeline.spec import Workflow
 from polytrope.pipeline.store import Store, StoredArtifact
 
-Verdict = Literal["identical", "taken over", "within tolerance", "different", "not computed"]
+Verdict = Literal["identical", "taken over", "measured", "within tolerance", "different", "not computed"]
 # What a clock or another program's load decides is not a result.
 _MEASURED = re.compile(r"second|duration|(^|[/_])time|memory|throughput|latency", re.IGNORECASE)
 
@@ -35,11 +35,13 @@ class Comparison:
 
     Args:
         stage: its name.
-        verdict: `taken over`: not computed again, its stored bytes were used (`--stage`).
+        verdict: `taken over`: not computed again, its stored bytes were used (`--stage`). `measured`: it holds times
+            or shows those of a stage before it, and nothing else that decides it differs.
         before: digest then. after: digest now.
         files: those that differ.
         metrics: `name: then → now` of the summary metrics beyond the tolerance.
         causes: what differs in what decides the result: code, parameters, data, or the environment.
+        code_or_data: the causes are not only the environment's.
         excused: the environment differs and nothing else: equality of bytes cannot be asked for.
     """
 
@@ -50,11 +52,14 @@ class Comparison:
     files: list[str] = field(default_factory=list)
     metrics: list[str] = field(default_factory=list)
     causes: list[str] = field(default_factory=list)
+    code_or_data: bool = False
     excused: bool = False
 
     @property
     def accepted(self) -> bool:
-        return self.verdict in ("identical", "taken over") or (self.verdict == "within tolerance" and self.excused)
+        return self.verdict in ("identical", "taken over", "measured") or (
+            self.verdict == "within tolerance" and self.excused
+        )
 
 
 def reproduce_run(
@@ -107,11 +112,27 @@ def reproduce_run(
         graph=graph,
     )
     now = _record(Store(place).run_directory(state.run_id)).get("environment") or {}
-    return [
-        _compare(store, Store(place), name, before.stages.get(name), state, now, tolerance)
-        for name in graph
-        if name in state.stages
+    rows: dict[str, Comparison] = {}
+    for name, node in graph.items():
+        if name in state.stages:
+            row = _compare(store, Store(place), name, before.stages.get(name), state, now, tolerance)
+            rows[name] = _excuse_times(row, node, rows)
+    return list(rows.values())
+
+
+def _excuse_times(row: Comparison, node: StageNode, rows: Mapping[str, Comparison]) -> Comparison:
+    """`measured` for a stage that measures times, and for one that differs only by the results of such stages."""
+    if row.verdict not in ("different", "within tolerance"):
+        return row
+    if node.definition.options.measured:
+        return row if row.code_or_data else replace(row, verdict="measured")
+    times = [
+        f"input {key} changed"
+        for key, value in node.inputs.items()
+        if isinstance(value, str) and value in rows and rows[value].verdict == "measured"
     ]
+    only_times = bool(times) and all(cause.startswith(tuple(times)) for cause in row.causes)
+    return replace(row, verdict="measured") if only_times and not row.metrics else row
 
 
 def _record(directory: Path) -> dict[str, Any]:
@@ -195,6 +216,7 @@ def _compare(
         files=_different_files(then, now),
         metrics=metrics,
         causes=causes or outside or surroundings,
+        code_or_data=bool(causes),
         excused=bool(outside) and not causes,
     )
 

@@ -31,7 +31,7 @@ def reproduce(options: argparse.Namespace) -> int:
     print()
     table = [[row.stage, (row.before or "-")[:12], (row.after or "-")[:12], row.verdict] for row in rows]
     print_table(["stage", "digest then", "digest now", "verdict"], table)
-    different = [row for row in rows if row.verdict not in ("identical", "taken over")]
+    different = [row for row in rows if row.verdict not in ("identical", "taken over", "measured")]
     if different:
         _explain(different[0], options.tolerance)
     count = sum(row.verdict == "identical" for row in rows)

@@ -265,25 +265,38 @@ def draw_conversion(theme: Theme, layers: Sequence[Mapping[str, Any]]) -> Figure
 
 
 def draw_groups(theme: Theme, groups: Sequence[Mapping[str, Any]], baseline: str, metric: str, title: str) -> Figure:
-    """Mean and 95 % interval of each group, its single runs, and the baseline as a line."""
+    """Mean, 95 % interval and single runs of each group, with the baseline as a line; beside it paired differences."""
     groups = [group for group in groups if metric in group]
+    paired = any("difference" in group for group in groups)
     figure: Figure
-    figure, axes = plt.subplots(figsize=(9.2, 0.42 * len(groups) + 1.2), layout="constrained")
+    figure, grid = plt.subplots(
+        1, 1 + paired, figsize=(9.2, 0.34 * len(groups) + 1.2), layout="constrained", squeeze=False, sharey=True
+    )
+    axes = grid[0, 0]
     for position, group in enumerate(reversed(groups)):
-        entry = group[metric]
         colour = theme.palette[1] if group["group"] == baseline else theme.palette[0]
-        if entry["half_width"] is not None:
-            axes.errorbar(
-                entry["mean"], position, xerr=entry["half_width"], color=colour, capsize=3, linewidth=1.6, zorder=2
-            )
-        axes.scatter(entry["values"], [position] * len(entry["values"]), color=colour, alpha=0.4, s=14, zorder=3)
-        axes.scatter([entry["mean"]], [position], color=colour, s=42, zorder=4)
+        _draw_interval(axes, group[metric], position, colour)
         if group["group"] == baseline:
-            axes.axvline(entry["mean"], color=colour, linewidth=0.9, linestyle=(0, (4, 3)))
+            axes.axvline(group[metric]["mean"], color=colour, linewidth=0.9, linestyle=(0, (4, 3)))
+        if "difference" in group:
+            _draw_interval(grid[0, 1], group["difference"], position, theme.palette[0])
     axes.set_yticks(range(len(groups)), [group["group"] for group in reversed(groups)])
     axes.set_xlabel(title)
-    axes.grid(visible=False, axis="y")
+    if paired:
+        grid[0, 1].axvline(0.0, color=theme.palette[1], linewidth=0.9, linestyle=(0, (4, 3)))
+        grid[0, 1].set_xlabel(f"difference to {baseline}, paired")
+    for panel in grid.flat:
+        panel.grid(visible=False, axis="y")
     return figure
+
+
+def _draw_interval(axes: Axes, entry: Mapping[str, Any], position: int, colour: str) -> None:
+    if entry["half_width"] is not None:
+        axes.errorbar(
+            entry["mean"], position, xerr=entry["half_width"], color=colour, capsize=3, linewidth=1.6, zorder=2
+        )
+    axes.scatter(entry["values"], [position] * len(entry["values"]), color=colour, alpha=0.4, s=14, zorder=3)
+    axes.scatter([entry["mean"]], [position], color=colour, s=42, zorder=4)
 
 
 def draw_confusion(theme: Theme, matrices: Mapping[str, Sequence[Sequence[int]]]) -> Figure:

@@ -34,6 +34,7 @@ th { text-align:right; font-weight:600; color:var(--muted); font-size:.8rem; ver
   border-bottom:1px solid var(--line); }
 td { text-align:right; border-bottom:1px solid var(--line); } th,td { padding:8px 10px; } td { white-space:nowrap; }
 th:first-child,td:first-child,th.left,td.left { text-align:left; } tr:last-child td { border-bottom:0; }
+td.name { white-space:normal; min-width:9em; }
 td small { color:var(--muted); display:block; font-size:.8rem; white-space:normal; }
 tr.best td { font-weight:600; } tr.best td small { font-weight:400; } tr.reference td { color:var(--muted); }
 td.bar { background-image:linear-gradient(var(--bar),var(--bar)); background-repeat:no-repeat;
@@ -278,9 +279,9 @@ def _groups(figures: Mapping[str, Any], pictures: Pictures) -> str:
             cells = f'<td class="{kind}">{_plus_minus(difference, "+.4f")}</td>'
             cells += f"<td>{_p_value(p_value)}</td>"
         others = [group.get(key) for key in (("bits_per_byte",) if text else ("top1", "calibration_error"))]
-        last = "".join(f"<td>{'–' if other is None else _plus_minus(other, '.4f')}</td>" for other in others)
+        last = "".join(f"<td>{'–' if other is None else _plus_minus(other, '.3f')}</td>" for other in others)
         body.append(
-            f'<tr class="{"best" if index == 0 else ""}"><td>{escape(group["group"])}'
+            f'<tr class="{"best" if index == 0 else ""}"><td class="name">{escape(group["group"])}'
             f"<small>{escape(group['activation'])}</small></td><td>{_runs(group)}</td><td>{count(group['parameters'])}</td>"
             f"<td>{_plus_minus(group['loss'], '.4f')}</td>{cells}{last}</tr>"
         )
@@ -295,7 +296,9 @@ def _groups(figures: Mapping[str, Any], pictures: Pictures) -> str:
     return _section(
         "Results",
         f'<div class="scroll">{_table(heads, body)}</div><p class="note">{note}</p>'
-        + _figure(pictures.get("groups"), "mean loss of each group"),
+        + _figure(pictures.get("groups"), "mean loss of each group")
+        + '<p class="note">Points: single runs and their mean; bars: 95 % confidence interval of the mean. Left: the '
+        "loss, which varies with the seed. Right: the paired difference, in which the seed's share cancels.</p>",
     )
 
 
@@ -361,7 +364,7 @@ def _p_value(value: float | None) -> str:
 
 def _plus_minus(entry: Mapping[str, Any], layout: str) -> str:
     half = entry.get("half_width")
-    return format(entry["mean"], layout) + (f" ± {half:.4f}" if half is not None else "")
+    return format(entry["mean"], layout) + (f" ± {format(half, layout.lstrip('+'))}" if half is not None else "")
 
 
 def _conversion(figures: Mapping[str, Any], pictures: Pictures) -> str:

@@ -67,7 +67,7 @@ def _drawings(
             groups=summary["groups"],
             baseline=summary["baseline"],
             metric="loss",
-            title=f"validation loss, nats per {unit} (mean, 95 % interval, single runs)",
+            title=f"validation loss, nats per {unit}",
         )
     histories = {
         label: history

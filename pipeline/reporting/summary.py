@@ -198,6 +198,7 @@ def compare_groups(
                 "half_width": interval.half_width,
                 "p_value": paired_p_value(differences),
                 "pairs": len(differences),
+                "values": differences,
             }
         result.append(entry)
     only_failures = [{"group": name, "count": 0, "failed": failures[name]} for name in failures if name not in groups]

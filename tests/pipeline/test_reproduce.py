@@ -179,6 +179,34 @@ def test_a_stage_that_is_not_deterministic_is_named(project: Path) -> None:
     assert "the stage itself is not deterministic" in output
 
 
+def test_measured_times_are_not_compared_but_what_they_were_measured_on_is(project: Path) -> None:
+    (project / "again_stages.py").write_text(
+        STAGES
+        + """
+@stage(measured=True)
+def clock(context: StageContext, model: Artifact) -> dict[str, float]:
+    (context.output / "time").write_text(str(time.time_ns()))
+    return {"step_milliseconds": time.monotonic()}
+
+def page(context: StageContext, times: Artifact, model: Artifact) -> dict[str, float]:
+    (context.output / "page").write_text((times.path / "time").read_text())
+    return {"pages": 1}
+"""
+    )
+    times = """  clock: {uses: "again_stages:clock", inputs: {model: train}}
+  page: {uses: "again_stages:page", inputs: {times: clock, model: train}}
+"""
+    (project / "w.yaml").write_text(WORKFLOW + times)
+    assert polytrope(project, "run", "w.yaml")[0] == 0
+    code, output = polytrope(project, "reproduce")
+    assert code == 0, output
+    assert list(verdicts(output).values()) == ["identical", "identical", "identical", "measured", "measured"]
+    (project / "corpus.txt").write_text("some other text")
+    code, output = polytrope(project, "reproduce")
+    assert (code, "measured" in verdicts(output).values()) == (1, False)
+    assert "because corpus changed" in output
+
+
 def test_verify_finds_a_changed_byte_of_a_run(project: Path) -> None:
     code, output = polytrope(project, "verify")
     assert (code, "3 artifacts hashed, 0 damaged" in output) == (0, True)
