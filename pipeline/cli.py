@@ -167,6 +167,7 @@ def _run_commands(command: _AddCommand) -> None:
         polytrope resume                        # the newest run
         polytrope resume 20261123-1712-ab12 --from evaluate
         polytrope resume --all                  # every run that did not end
+        polytrope resume RUN --address http://new-head:8265 --store s3://bucket/store   # its cluster is lost
         """,
         "run",
         "store",

@@ -113,7 +113,9 @@ def newest_job(client: Any, run_id: str | None, address: str) -> Job:
     if not found:
         what = f"run `{run_id}`" if run_id else "run"
         raise UserError(
-            f"the cluster at {address} knows no {what}", "`polytrope submit WORKFLOW --address …` makes one"
+            f"the cluster at {address} knows no {what}",
+            "`polytrope submit WORKFLOW --address …` makes one; a run whose head is lost goes on here with"
+            " `polytrope resume RUN --address … --store STORE`",
         )
     if run_id is not None and len(names) > 1 and run_id not in names:
         raise UserError(f"`{run_id}` is the start of {len(names)} runs", "one of " + ", ".join(names[:5]))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline import submit as cluster
-from polytrope.pipeline.commands.common import store_address, workflow_of
+from polytrope.pipeline.commands.common import find_run, open_store, store_address, workflow_of
 from polytrope.pipeline.engine import RunElsewhereError, new_run_id
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.graph import build_graph
+from polytrope.pipeline.journal import fold, read
 
 
 def submit(options: argparse.Namespace) -> int:
@@ -124,10 +126,23 @@ def cancel(options: argparse.Namespace) -> int:
     return EXIT_SUCCESS
 
 
+def _last_attempt(options: argparse.Namespace) -> cluster.Job:
+    """The last attempt by the journal: the head that knew of it is gone. Where the store is out of reach: as named."""
+    run_id, attempt, workflow = options.run, 0, ""
+    with contextlib.suppress(UserError):
+        directory = find_run(open_store(options), options.run)
+        state = fold(read(directory))
+        run_id, attempt, workflow = directory.name, state.attempt, state.workflow
+    return cluster.Job("", run_id, attempt, "FAILED", options.store, workflow, "")
+
+
 def resume(options: argparse.Namespace) -> int:
-    """The next attempt of a run, as a new Ray job."""
+    """The next attempt of a run, as a new Ray job; on a cluster that never saw the run if `--store` has it."""
     client = cluster.connect(options.address)
-    job = cluster.newest_job(client, options.run, options.address)
+    if options.run and options.store and not cluster.jobs(client, options.run):
+        job = _last_attempt(options)
+    else:
+        job = cluster.newest_job(client, options.run, options.address)
     _refuse_running([job], job.run_id, options.address)
     store = options.store or job.store
     arguments = ["resume", job.run_id, "--store", store, "--ray-address", "auto"]

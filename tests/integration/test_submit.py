@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow_support import wait_until
+from ray_support import Ray
 
 TOKEN = secrets.token_hex(32)  # the head asks every client for it, as the documentation recommends
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
@@ -175,6 +177,46 @@ def test_a_run_is_submitted_killed_resumed_cancelled_and_finished_from_outside(
     assert "run r1 succeeded" in followed.stdout
     assert "make: running" not in followed.stdout  # its result was kept over all attempts
     assert ", succeeded, attempt 3," in polytrope(project, "status", "r1", "--store", store).stdout
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(400)
+def test_a_node_and_then_the_head_are_lost(project: Path, tmp_path: Path) -> None:
+    """A stage moves to another node by itself; on a new head, which knows nothing, the run goes on from its store."""
+    store = ["--store", str(tmp_path / "store")]
+    first = Ray(tmp_path, TOKEN)
+    second: Ray | None = None
+    try:
+        first.add_node()
+        submitted = polytrope(project, "submit", "w.yaml", "--address", first.address, *store, "--run-id", "r2")
+        assert submitted.returncode == 0, submitted.stderr
+        wait_for_log(project, first.address, "r2", "wait: running")
+        wait_until(lambda: first.nodes() == 2, "the node runs the stage")
+        first.add_node()
+        wait_until(lambda: first.nodes() == 3, "another node joins")
+        first.kill(1)
+        wait_for_log(project, first.address, "r2", "wait: retrying")
+        wait_for_log(project, first.address, "r2", "wait: running (attempt 2)")
+        first.kill(0)
+        kill_driver("r2")
+        first.kill(2)
+
+        second = Ray(tmp_path, TOKEN)
+        second.add_node()
+        unknown = polytrope(project, "resume", "r2", "--address", second.address)
+        assert unknown.returncode == 2
+        assert "--store STORE" in unknown.stderr
+        (tmp_path / "flag").write_text("")
+        resumed = polytrope(project, "resume", "r2", "--address", second.address, *store)
+        assert resumed.returncode == 0, resumed.stderr
+        assert "Ray job r2-attempt-2" in resumed.stdout
+        followed = polytrope(project, "logs", "r2", "-f", "--address", second.address)
+        assert "run r2 succeeded" in followed.stdout
+        assert "make: running" not in followed.stdout
+    finally:
+        first.end()
+        if second is not None:
+            second.end()
 
 
 def test_an_address_where_nothing_answers_is_refused_at_once(project: Path, tmp_path: Path) -> None:
