@@ -21,11 +21,13 @@ from torch import nn
 
 from polytrope.ops.fitting import fourier, placement, polynomial, quadrature, rational, tropical
 from polytrope.ops.fitting.certificate import Certificate, Curve, certify
+from polytrope.ops.fitting.refinement import Data, Ends
 from polytrope.ops.fitting.targets import Target, find_kinks, resolve_target, sample
 
 __all__ = ["FAMILIES", "Certificate", "Condition", "Fit", "fit", "fit_to_error", "parameter_count"]
 
 FAMILIES = ("hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu")
+_LINEAR = (*polynomial.FAMILIES, "polyrelu")
 Array = np.ndarray
 Condition = tuple[float, Literal["value", "slope"]]
 
@@ -127,31 +129,33 @@ def fit(
 
     if inputs is not None:
         x, weights = inputs
-        value, slope = exact(x)
-        if interval == "best":
-            ends = placement.best_interval(x, weights, value, slope, degree, derivative_weight)
-            if not is_polynomial:
-                candidates = (ends, _widened(float(x[0]), float(x[-1])))
-                points = placement.compressed(x, weights, value, slope)
-                ends = _best_of(family, degree, candidates, points, exact, derivative_weight)
-        assert ends is not None
-        low, high = ends
-        kinks = find_kinks(function, low, high, derivative)
+        low, high = ends or _widened(float(x[0]), float(x[-1]))
     else:
         low, high = ends or (-quadrature.GAUSSIAN_REACH, quadrature.GAUSSIAN_REACH)
-        kinks = find_kinks(function, low, high, derivative)
+    kinks = find_kinks(function, low, high, derivative)
+    if inputs is None:
         assert not isinstance(weight, tuple)
         x, weights = quadrature.nodes(low, high, kinks, weight)
-        value, slope = exact(x)
-    points = (x, weights, value, slope)
+    value, slope = exact(x)
+    data = Data(x, weights, value, slope, derivative_weight)
+    if interval == "best":
+        ends = (low, high)
+        if family in _LINEAR:
+            ends = placement.best_interval(data, lambda ends: _columns(family, degree, ends, tails=True))
     if inputs is not None and not is_polynomial:
-        points = placement.compressed(*points)  # Gauss-Newton steps over every bin of a histogram would take seconds
-    problem = _Problem(family, degree, ends, *points, derivative_weight, kinks, tails)
-    if is_polynomial:
-        solution = _fit_polynomial(problem, exact, _conditions(constraints, ends), method, nodes)
+        data = placement.compressed(data)  # Gauss-Newton steps over every bin of a histogram would take seconds
+    problem = _Problem(family, degree, ends, data, kinks, tails, free_ends=interval == "best")
+    if is_polynomial and method == "interpolation":
+        solution = _interpolate(problem, exact, nodes)
+    elif family in _LINEAR:
+        solution = _fit_linear(problem, exact, _conditions(constraints, ends))
     else:
-        solution = _fit_other(problem, exact, _conditions(constraints, ends))
-    config: dict[str, Any] = {"name": family, "degree": degree} | solution.options
+        solution = _fit_nonlinear(problem)
+    if solution.interval is not None:
+        ends = solution.interval
+    low, high = ends or (low, high)
+    kinks = [kink for kink in kinks if low < kink < high]
+    config: dict[str, Any] = {"name": family, "degree": degree}
     curve = solution.curve
     if tails and ends is not None and _accepts_interval(config):
         config["interval"] = [low, high]
@@ -165,7 +169,10 @@ def fit(
 
     # On the whole line the maxima are those within four standard deviations: a polynomial leaves any bound further out.
     shown = ends or (-4.0, 4.0)
-    certificate = certify(exact, curve, rounded, shown, kinks, (x, weights), derivative_weight, solution.condition)
+    reach = shown if inputs is None else (float(x[0]), float(x[-1]))
+    certificate = certify(
+        exact, curve, rounded, shown, kinks, (x, weights), reach, derivative_weight, solution.condition
+    )
     if float32_tolerance is not None:
         scale = max(1.0, float(np.abs(value[(x >= shown[0]) & (x <= shown[1])]).max()))
         if not certificate.float32_error <= float32_tolerance * scale:
@@ -216,18 +223,15 @@ def parameter_count(family: str, degree: int) -> int:
 
 @dataclass(frozen=True)
 class _Problem:
-    """A least-squares problem at quadrature points: weights sum to 1."""
+    """What to fit to. `free_ends`: the interval is one to start from."""
 
     family: str
     degree: int
-    interval: tuple[float, float] | None
-    x: Array
-    weights: Array
-    value: Array
-    slope: Array
-    derivative_weight: float
+    interval: Ends | None
+    data: Data
     kinks: list[float]
-    tails: bool = True
+    tails: bool
+    free_ends: bool
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,7 @@ class _Solution:
     curve: Curve
     parameters: dict[str, Array]
     condition: float
-    options: dict[str, Any] = field(default_factory=dict)
+    interval: Ends | None = None  # where it differs from the problem's
 
 
 def _conditions(constraints: Sequence[str | Condition], ends: tuple[float, float] | None) -> list[Condition]:
@@ -257,99 +261,102 @@ def _conditions(constraints: Sequence[str | Condition], ends: tuple[float, float
     return list(dict.fromkeys(result))
 
 
-def _fit_polynomial(
-    problem: _Problem,
-    exact: Curve,
-    conditions: list[Condition],
-    method: str,
-    nodes: Sequence[float] | None,
-) -> _Solution:
-    basis = polynomial.Basis(problem.degree, problem.interval)
-    if method == "interpolation":
-        assert problem.interval is not None
-        points = (
-            polynomial.chebyshev_nodes(*problem.interval, problem.degree // 2 + 1)
-            if nodes is None
-            else np.sort(np.asarray(nodes, dtype=np.float64))
-        )
-        _, with_slope = polynomial.interpolation_conditions(problem.degree, points)
-        value, slope = exact(points)
-        at, slope_at = basis.evaluate(points)
-        matrix, right = np.concatenate([at, slope_at[with_slope]]), np.concatenate([value, slope[with_slope]])
-        coefficients, condition = polynomial.solve(matrix, right)
-    else:
-        evaluate = basis.evaluate_with_tangents if problem.tails else basis.evaluate
-        coefficients, condition = _least_squares(evaluate, problem, exact, conditions)
-
-    def curve(x: Array) -> tuple[Array, Array]:
-        at, slope_at = basis.evaluate(x)
-        return at @ coefficients, slope_at @ coefficients
-
-    return _Solution(curve, {"coefficients": basis.to_family(coefficients, problem.family)}, condition)
-
-
-def _least_squares(columns: Curve, problem: _Problem, exact: Curve, conditions: list[Condition]) -> tuple[Array, float]:
-    """Coefficients of functions whose values and slopes `columns` gives, under the conditions; condition number."""
-    root = np.sqrt(problem.weights)
-    factor = math.sqrt(problem.derivative_weight)
-    values, slopes = columns(problem.x)
-    matrix = np.concatenate([values * root[:, None], factor * slopes * root[:, None]])
-    right = np.concatenate([problem.value * root, factor * problem.slope * root])
-    if not conditions:
-        return polynomial.solve(matrix, right)
-    points = np.array([x for x, _ in conditions])
-    (at_value, at_slope), (target_value, target_slope) = columns(points), exact(points)
-    is_slope = np.array([kind == "slope" for _, kind in conditions])
-    rows = np.where(is_slope[:, None], at_slope, at_value)
-    return polynomial.solve(matrix, right, rows, np.where(is_slope, target_slope, target_value))
-
-
-def _fit_other(problem: _Problem, exact: Curve, conditions: Sequence[Condition] = ()) -> _Solution:
-    """The families with parameters that enter nonlinearly: fitted inside the interval."""
+def _interpolate(problem: _Problem, exact: Curve, nodes: Sequence[float] | None) -> _Solution:
+    """Confluent Hermite interpolation: the polynomial with the target's values and slopes at the nodes."""
     assert problem.interval is not None
-    low, high = problem.interval
-    inside = (problem.x >= low) & (problem.x <= high)
-    x, weights, value, slope = (part[inside] for part in (problem.x, problem.weights, problem.value, problem.slope))
-    weights = weights / weights.sum()
-    degree, factor = problem.degree, problem.derivative_weight
-    if problem.family == "fourier":
-        cosines, condition = fourier.fit_cosines(x, weights, value, slope, degree, factor, problem.interval)
-        return _Solution(cosines.evaluate, cosines.parameters(), condition)
-    if problem.family == "tropical":
-        line, parameters = tropical.fit_convex(x, weights, value, slope, degree, factor)
-        return _Solution(line.evaluate, parameters, 1.0)
-    if problem.family == "tropical_rational":
-        line, parameters = tropical.fit_rational(x, weights, value, slope, degree, factor, problem.kinks)
-        return _Solution(line.evaluate, parameters, 1.0)
-    if problem.family == "rational":
-        quotient, condition = rational.fit_quotient(x, weights, value, slope, (degree, degree - 1), factor)
-        return _Solution(
-            quotient.evaluate,
-            {"numerator": quotient.numerator, "denominator": quotient.denominator},
-            condition,
-        )
-    return _fit_polyrelu(problem, exact, list(conditions))
+    points = (
+        polynomial.chebyshev_nodes(*problem.interval, problem.degree // 2 + 1)
+        if nodes is None
+        else np.sort(np.asarray(nodes, dtype=np.float64))
+    )
+    _, with_slope = polynomial.interpolation_conditions(problem.degree, points)
+    value, slope = exact(points)
+    basis = polynomial.Basis(problem.degree, problem.interval)
+    at, slope_at = basis.evaluate(points)
+    matrix, right = np.concatenate([at, slope_at[with_slope]]), np.concatenate([value, slope[with_slope]])
+    coefficients, condition = polynomial.solve(matrix, right)
+    parameters = {"coefficients": basis.to_family(coefficients, problem.family)}
+    return _Solution(_combination(basis.evaluate, coefficients), parameters, condition)
 
 
-def _fit_polyrelu(problem: _Problem, exact: Curve, conditions: list[Condition]) -> _Solution:
-    """Σ_k a_k max(0, x)^k (PolyCom, 2024): constrained linear least squares in powers of the positive part."""
-    reach = max(float(problem.x.max()), 1e-6)
-    exponents = np.arange(problem.degree + 1)
+def _fit_linear(problem: _Problem, exact: Curve, conditions: list[Condition]) -> _Solution:
+    """Polynomials and PolyReLU: linear least squares under the conditions."""
+    data, degree = problem.data, problem.degree
+    columns = _columns(problem.family, degree, problem.interval, problem.tails)
+    values, slopes = columns(data.x)
+    rows, fixed = None, None
+    if conditions:
+        points = np.array([x for x, _ in conditions])
+        (at_value, at_slope), (target_value, target_slope) = columns(points), exact(points)
+        is_slope = np.array([kind == "slope" for _, kind in conditions])
+        rows = np.where(is_slope[:, None], at_slope, at_value)
+        fixed = np.where(is_slope, target_slope, target_value)
+    coefficients, condition = polynomial.solve(data.rows(values, slopes), data.right, rows, fixed)
+    if problem.family == "polyrelu":
+        parameters = coefficients / _reach(problem.interval) ** np.arange(degree + 1)
+    else:
+        parameters = polynomial.Basis(degree, problem.interval).to_family(coefficients, problem.family)
+    inside = _columns(problem.family, degree, problem.interval, tails=False)
+    return _Solution(_combination(inside, coefficients), {"coefficients": parameters}, condition)
 
-    def columns(x: Array) -> tuple[Array, Array]:
+
+def _combination(columns: Curve, coefficients: Array) -> Curve:
+    def curve(x: Array) -> tuple[Array, Array]:
+        values, slopes = columns(x)  # no `@`: see `triangle_of`
+        return np.einsum("xk,k->x", values, coefficients), np.einsum("xk,k->x", slopes, coefficients)
+
+    return curve
+
+
+def _columns(family: str, degree: int, interval: Ends | None, tails: bool) -> Curve:
+    """Values and slopes of the functions that a linear family combines, on along their tangents with `tails`."""
+    if family != "polyrelu":
+        basis = polynomial.Basis(degree, interval)
+        return basis.evaluate_with_tangents if tails else basis.evaluate
+    assert interval is not None
+    reach, exponents = _reach(interval), np.arange(degree + 1)
+
+    def powers(x: Array) -> tuple[Array, Array]:
+        """(max(0, x) / reach)^k (PolyCom, 2024)."""
         positive = np.maximum(x, 0.0)[:, None] / reach
         values = positive**exponents
         slopes = np.zeros_like(values)
         slopes[:, 1:] = values[:, :-1] * exponents[1:] * (x > 0)[:, None] / reach
         return values, slopes
 
-    scaled, condition = _least_squares(columns, problem, exact, conditions)
+    def with_tangents(x: Array) -> tuple[Array, Array]:
+        inside = np.clip(x, *interval)
+        values, slopes = powers(inside)
+        return values + slopes * (x - inside)[:, None], slopes
 
-    def curve(x: Array) -> tuple[Array, Array]:
-        at, slope_at = columns(x)
-        return at @ scaled, slope_at @ scaled
+    return with_tangents if tails else powers
 
-    return _Solution(curve, {"coefficients": scaled / reach**exponents}, condition)
+
+def _reach(interval: Ends | None) -> float:
+    return max(interval[1], 1e-6) if interval is not None else 1.0
+
+
+def _fit_nonlinear(problem: _Problem) -> _Solution:
+    """The families with parameters that enter nonlinearly."""
+    assert problem.interval is not None
+    data, degree = problem.data, problem.degree
+    if problem.family == "tropical":
+        line, parameters = tropical.fit_convex(data, degree)
+        return _Solution(line.evaluate, parameters, 1.0)
+    if problem.family == "tropical_rational":
+        line, parameters = tropical.fit_rational(data, degree, problem.kinks)
+        return _Solution(line.evaluate, parameters, 1.0)
+    intervals = [problem.interval]
+    if problem.free_ends:
+        intervals += placement.starting_intervals(data)
+    elif not problem.tails:
+        data = data.within(problem.interval)
+    if problem.family == "fourier":
+        cosines, ends, condition = fourier.fit_cosines(data, degree, intervals, problem.free_ends)
+        return _Solution(cosines.evaluate, cosines.parameters(), condition, ends)
+    quotient, ends, condition = rational.fit_quotient(data, (degree, degree - 1), intervals, problem.free_ends)
+    parameters = {"numerator": quotient.numerator, "denominator": quotient.denominator}
+    return _Solution(quotient.evaluate, parameters, condition, ends)
 
 
 def _with_tangents(curve: Curve, low: float, high: float) -> Curve:
@@ -361,27 +368,6 @@ def _with_tangents(curve: Curve, low: float, high: float) -> Curve:
         return value, np.where(x < low, end_slopes[0], np.where(x > high, end_slopes[1], slope))
 
     return extended
-
-
-def _best_of(
-    family: str,
-    degree: int,
-    candidates: Sequence[tuple[float, float]],
-    points: tuple[Array, Array, Array, Array],
-    exact: Curve,
-    derivative_weight: float,
-) -> tuple[float, float]:
-    """The interval of the least error over all inputs, of a family whose parameters enter nonlinearly."""
-    if not _accepts_interval({"name": family, "degree": degree}):
-        return candidates[-1]
-    x, weights, value, slope = points
-
-    def cost(ends: tuple[float, float]) -> float:
-        problem = _Problem(family, degree, ends, *points, derivative_weight, [])
-        fitted, fitted_slope = _with_tangents(_fit_other(problem, exact).curve, *ends)(x)
-        return float(weights @ ((fitted - value) ** 2 + derivative_weight * (fitted_slope - slope) ** 2))
-
-    return min(candidates, key=cost)
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

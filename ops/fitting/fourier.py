@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from polytrope.ops.fitting.refinement import refine
+from polytrope.ops.fitting.refinement import Data, Ends, best_of
+from polytrope.ops.fitting.triangle import triangle_of
 
 Array = np.ndarray
+Start = tuple[float, Array, Ends, float]  # sum of squares, parameters, ends, condition number
+_REFINED = 2
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,15 @@ class Cosines:
     cosine: Array
     sine: Array
     frequencies: Array
+
+    @classmethod
+    def of(cls, flat: Array) -> Cosines:
+        """From bias, cosines, sines, frequencies in one row."""
+        degree = (len(flat) - 1) // 3
+        return cls(float(flat[0]), *np.split(flat[1:], [degree, 2 * degree]))
+
+    def flat(self) -> Array:
+        return np.concatenate([[self.bias], self.cosine, self.sine, self.frequencies])
 
     def evaluate(self, x: Array) -> tuple[Array, Array]:
         angle = np.multiply.outer(x, self.frequencies)
@@ -39,79 +52,73 @@ class Cosines:
         }
 
 
-def fit_cosines(
-    x: Array,
-    weights: Array,
-    value: Array,
-    slope: Array,
-    degree: int,
-    derivative_weight: float,
-    interval: tuple[float, float],
-    free_frequencies: bool = True,
-) -> tuple[Cosines, float]:
-    """Least squares of value and slope at the points `x`; also the condition number of the linear problem.
+def fit_cosines(data: Data, degree: int, intervals: Sequence[Ends], free_ends: bool) -> tuple[Cosines, Ends, float]:
+    """Least squares of value and slope at all points, along tangent lines outside the interval.
 
     Starts from the harmonics of several periods (a function that is not periodic wants one longer than the interval);
     the best are refined in all parameters.
+
+    Args:
+        intervals: to start from; one, or several with `free_ends`.
+        free_ends: the ends of the interval are refined as well.
+
+    Returns:
+        The cosines, the interval, and the condition number of the linear problem.
     """
-    root = np.sqrt(weights)
-    right = np.concatenate([value * root, math.sqrt(derivative_weight) * slope * root])
-    length = interval[1] - interval[0]
-
-    def linear(frequencies: Array) -> tuple[Cosines, float, float]:
-        matrix = _matrix(x, root, frequencies, derivative_weight)
-        scale = np.linalg.norm(matrix, axis=0)
-        solution, _, _, singular = np.linalg.lstsq(matrix / scale, right, rcond=1e-11)
-        solution = solution / scale
-        residual = matrix @ solution - right
-        cosines = Cosines(float(solution[0]), solution[1 : degree + 1], solution[degree + 1 :], frequencies)
-        condition = float(singular[0] / max(singular[-1], 1e-300))
-        return cosines, float(residual @ residual), condition
-
-    harmonics = np.arange(1, degree + 1)
-    starts = [linear(2 * math.pi / (length * stretch) * harmonics) for stretch in (1.1, 1.5, 2.2)]
-    starts.sort(key=lambda entry: entry[1])
-    best, best_cost, condition = starts[0]
-    if not free_frequencies:
-        return best, condition
-
-    def residuals(flat: Array) -> tuple[Array, Array]:
-        current = Cosines(
-            float(flat[0]), flat[1 : degree + 1], flat[degree + 1 : 2 * degree + 1], flat[2 * degree + 1 :]
-        )
-        fitted, fitted_slope = current.evaluate(x)
-        factor = math.sqrt(derivative_weight)
-        residual = np.concatenate([(fitted - value) * root, factor * (fitted_slope - slope) * root])
-        angle = np.multiply.outer(x, current.frequencies)
-        cos, sin = np.cos(angle), np.sin(angle)
-        along = -current.cosine * sin + current.sine * cos  # ∂F / ∂ω = x · along
-        bend = -(current.cosine * cos + current.sine * sin) * current.frequencies
-        frequency_value = x[:, None] * along
-        frequency_slope = along + x[:, None] * bend
-        jacobian = np.concatenate(
-            [
-                _matrix(x, root, current.frequencies, derivative_weight),
-                np.concatenate([frequency_value * root[:, None], factor * frequency_slope * root[:, None]]),
-            ],
-            axis=1,
-        )
-        return residual, jacobian
-
-    for start, _, _ in starts[:2]:
-        flat = np.concatenate([[start.bias], start.cosine, start.sine, start.frequencies])
-        found, cost = refine(residuals, flat, steps=40)
-        if cost < best_cost:
-            best_cost = cost
-            best = Cosines(
-                float(found[0]), found[1 : degree + 1], found[degree + 1 : 2 * degree + 1], found[2 * degree + 1 :]
-            )
-    return best, condition
+    flat, found, condition, cost = _refined(data, degree, intervals, free_ends)
+    if free_ends:  # once more from around where that ended: there are many local minima
+        low, high = found
+        step = (high - low) / 12
+        around = [(low, high), (low - step, high), (low + step, high), (low, high - step), (low, high + step)]
+        again = _refined(data, degree, around, free_ends)
+        if again[3] < cost:
+            flat, found, condition, _ = again
+    return Cosines.of(flat), found, condition
 
 
-def _matrix(x: Array, root: Array, frequencies: Array, derivative_weight: float) -> Array:
+def _refined(data: Data, degree: int, intervals: Sequence[Ends], free_ends: bool) -> tuple[Array, Ends, float, float]:
+    """Parameters, ends, condition number and sum of squares of the best of two starts on each interval."""
+    starts = []
+    for interval in intervals:
+        starts += sorted(_starts(data, degree, interval), key=lambda entry: entry[0])[:_REFINED]
+    models = [(_model, flat, ends) for _, flat, ends, _ in starts]
+    number, flat, ends, cost = best_of(models, data, free_ends=free_ends, steps=40)
+    return flat, ends, starts[number][3], cost
+
+
+def _starts(data: Data, degree: int, ends: Ends) -> list[Start]:
+    """Linear least squares for the harmonics of several periods."""
+    found = []
+    for stretch in (1.1, 1.5, 2.2, 4.0):
+        frequencies = 2 * math.pi / ((ends[1] - ends[0]) * stretch) * np.arange(1, degree + 1)
+        inside = np.clip(data.x, *ends)
+        values, slopes = _columns(inside, frequencies)
+        matrix = data.rows(values + (data.x - inside)[:, None] * slopes, slopes)
+        triangle, wanted, rest = triangle_of(matrix, data.right)
+        scale = np.linalg.norm(triangle, axis=0)
+        scale[scale == 0.0] = 1.0
+        solution, _, _, singular = np.linalg.lstsq(triangle / scale, wanted, rcond=1e-8)
+        missed = triangle @ (solution / scale) - wanted
+        flat = np.concatenate([solution / scale, frequencies])
+        found.append((rest + float(missed @ missed), flat, ends, float(singular[0] / max(singular[-1], 1e-300))))
+    return found
+
+
+def _columns(x: Array, frequencies: Array) -> tuple[Array, Array]:
+    """Values and slopes of 1, the cosines and the sines."""
     angle = np.multiply.outer(x, frequencies)
     cos, sin = np.cos(angle), np.sin(angle)
     values = np.concatenate([np.ones((len(x), 1)), cos, sin], axis=1)
-    slopes = np.concatenate([np.zeros((len(x), 1)), -sin * frequencies, cos * frequencies], axis=1)
-    factor = math.sqrt(derivative_weight)
-    return np.concatenate([values * root[:, None], factor * slopes * root[:, None]])
+    return values, np.concatenate([np.zeros((len(x), 1)), -sin * frequencies, cos * frequencies], axis=1)
+
+
+def _model(flat: Array, x: Array) -> tuple[Array, Array, Array, Array]:
+    current = Cosines.of(flat)
+    values, slopes = _columns(x, current.frequencies)
+    linear = flat[: len(flat) - len(current.frequencies)]
+    cos, sin = np.split(values[:, 1:], 2, axis=1)
+    along = -current.cosine * sin + current.sine * cos  # ∂F / ∂ω = x · along
+    bend = -(current.cosine * cos + current.sine * sin) * current.frequencies
+    by_value = np.concatenate([values, x[:, None] * along], axis=1)
+    by_slope = np.concatenate([slopes, along + x[:, None] * bend], axis=1)
+    return values @ linear, slopes @ linear, by_value, by_slope

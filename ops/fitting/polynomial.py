@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
 import numpy as np
-from numpy.polynomial import hermite_e, legendre
+
+from polytrope.ops.fitting.triangle import triangle_of
 
 Array = np.ndarray
 FAMILIES = ("hermite", "chebyshev", "legendre")
@@ -28,19 +30,24 @@ class Basis:
 
     def evaluate(self, x: Array) -> tuple[Array, Array]:
         """Values and slopes (in x) of all basis functions: two `[points, degree + 1]`."""
+        # One row per function: each step of a recurrence then runs over contiguous memory.
+        values, slopes = np.empty((self.degree + 1, len(x))), np.zeros((self.degree + 1, len(x)))
+        values[0] = 1.0
         if self.interval is None:
-            roots = np.sqrt(np.cumprod([1.0, *range(1, self.degree + 1)]))
-            values: Array = hermite_e.hermevander(x, self.degree) / roots
-            slopes = np.zeros_like(values)  # (He_k / √k!)' = √k He_{k-1} / √(k-1)!
-            slopes[:, 1:] = values[:, :-1] * np.sqrt(np.arange(1, self.degree + 1))
-            return values, slopes
+            values[1] = x
+            for k in range(1, self.degree):  # h_{k+1} = (x h_k - √k h_{k-1}) / √(k+1) for h_k = He_k / √k!
+                values[k + 1] = (x * values[k] - math.sqrt(k) * values[k - 1]) / math.sqrt(k + 1)
+            for k in range(1, self.degree + 1):
+                slopes[k] = math.sqrt(k) * values[k - 1]
+            return values.T, slopes.T
         middle, half = self._affine()
         t = (x - middle) / half
-        values = legendre.legvander(t, self.degree)
-        slopes = np.zeros_like(values)  # P'_{k+1} = P'_{k-1} + (2k + 1) P_k
-        for k in range(self.degree):
-            slopes[:, k + 1] = (slopes[:, k - 1] if k > 0 else 0.0) + (2 * k + 1) * values[:, k]
-        return values, slopes / half
+        values[1] = t
+        for k in range(1, self.degree):
+            values[k + 1] = ((2 * k + 1) * t * values[k] - k * values[k - 1]) / (k + 1)
+        for k in range(self.degree):  # P'_{k+1} = P'_{k-1} + (2k + 1) P_k
+            slopes[k + 1] = (2 * k + 1) / half * values[k] + (slopes[k - 1] if k > 0 else 0.0)
+        return values.T, slopes.T
 
     def evaluate_with_tangents(self, x: Array) -> tuple[Array, Array]:
         """As `evaluate`, but outside the interval each basis function goes on along its tangent at the end."""
@@ -119,13 +126,15 @@ def _from_powers(powers: Sequence[Fraction], rows: Sequence[Sequence[Fraction]])
 def solve(
     matrix: Array, right: Array, fixed_rows: Array | None = None, fixed: Array | None = None
 ) -> tuple[Array, float]:
-    """Least squares by SVD with columns of length 1, under optional equality constraints; and the condition number.
+    """Least squares by QR and SVD, columns of length 1, with optional equality constraints; and the condition number.
 
     Constraints are removed by the null space of their matrix (Golub and Van Loan, Matrix Computations, 6.2.3).
 
     Raises:
         ValueError: constraints that contradict or repeat each other, or are more than the unknowns.
     """
+    if len(matrix) > matrix.shape[1]:
+        matrix, right, _ = triangle_of(matrix, right)
     scale = np.linalg.norm(matrix, axis=0)
     scale[scale == 0.0] = 1.0
     scaled = matrix / scale

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from polytrope.ops.fitting.refinement import refine
+from polytrope.ops.fitting.refinement import Data, refine
+from polytrope.ops.fitting.triangle import triangle_of
 
 Array = np.ndarray
 _GRID = 120  # candidate breakpoints
+_INSERTED = 3  # breakpoints that are added at most to what the dynamic programming chose
+_SWEEPS = 4
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,15 @@ class BrokenLine:
         return slopes, intercepts
 
 
-def fit_rational(
-    x: Array, weights: Array, value: Array, slope: Array, degree: int, derivative_weight: float, kinks: list[float]
-) -> tuple[BrokenLine, dict[str, Array]]:
+def fit_rational(data: Data, degree: int, kinks: list[float]) -> tuple[BrokenLine, dict[str, Array]]:
     """The best broken line with at most `degree` convex and `degree` concave breakpoints, and its max-plus form.
 
     Returns:
         The line, and `numerator_slopes`, `numerator_intercepts`, `denominator_slopes`, `denominator_intercepts` of
         max_k (p_k x + c_k) - max_k (q_k x + d_k), each `[degree + 1]`.
     """
-    candidates = _candidates(x, weights, kinks)
-    breaks = _choose_breaks(candidates, x, weights, value, slope, degree, derivative_weight)
-    line = _refined(breaks, x, weights, value, slope, derivative_weight, degree)
+    candidates = _candidates(data, kinks)
+    line = _refined(_choose_breaks(candidates, data, degree), candidates, data, degree)
     convex, concave = line.changes > 0, line.changes < 0
     upper = BrokenLine(line.offset, line.slope, line.breaks[convex], line.changes[convex])
     lower = BrokenLine(0.0, 0.0, line.breaks[concave], -line.changes[concave])
@@ -62,64 +62,52 @@ def fit_rational(
     return line, parameters
 
 
-def fit_convex(
-    x: Array, weights: Array, value: Array, slope: Array, degree: int, derivative_weight: float
-) -> tuple[BrokenLine, dict[str, Array]]:
+def fit_convex(data: Data, degree: int) -> tuple[BrokenLine, dict[str, Array]]:
     """The best (√2 / degree) max_k (k x + c_k): slopes are fixed, breakpoints and offset are fitted.
 
     Starts where the target's slope passes the middle between two neighbouring slopes (the best choice for the slope
     alone), then Gauss-Newton steps. Breakpoints outside the interval are lines that never win.
     """
+    x = data.x
     step = math.sqrt(2.0) / degree
-    order = np.argsort(x)
-    rising = np.maximum.accumulate(slope[order])
-    levels = (np.arange(degree) + 0.5) * step
-    index = np.searchsorted(rising, levels)
-    beyond = x.max() + np.arange(1, degree + 1) * 1e-3 * (x.max() - x.min())
-    breaks = np.where(index < len(x), x[order][np.minimum(index, len(x) - 1)], beyond)
-    root, factor = np.sqrt(weights), math.sqrt(derivative_weight)
+    rising = np.maximum.accumulate(data.slope)
+    index = np.searchsorted(rising, (np.arange(degree) + 0.5) * step)
+    beyond = x[-1] + np.arange(1, degree + 1) * 1e-3 * (x[-1] - x[0])
+    breaks = np.where(index < len(x), x[np.minimum(index, len(x) - 1)], beyond)
     changes = np.full(degree, step)
 
     def residuals(flat: Array) -> tuple[Array, Array]:
         line = BrokenLine(float(flat[0]), 0.0, flat[1:], changes)
-        fitted, fitted_slope = line.evaluate(x)
-        residual = np.concatenate([(fitted - value) * root, factor * (fitted_slope - slope) * root])
         # The slope's jump at a break has no derivative there: its part of the Jacobian is that of the value only.
         passed = (np.subtract.outer(x, flat[1:]) > 0).astype(np.float64)
-        jacobian = np.concatenate([np.ones((len(x), 1)), -step * passed], axis=1) * root[:, None]
-        return residual, np.concatenate([jacobian, np.zeros_like(jacobian)])
+        jacobian = np.concatenate([np.ones((len(x), 1)), -step * passed], axis=1)
+        return data.rows(*line.evaluate(x)) - data.right, data.rows(jacobian, np.zeros_like(jacobian))
 
-    offset = float(weights @ (value - BrokenLine(0.0, 0.0, breaks, changes).evaluate(x)[0]))
+    offset = float(data.weights @ (data.value - BrokenLine(0.0, 0.0, breaks, changes).evaluate(x)[0]))
     flat, _ = refine(residuals, np.concatenate([[offset], breaks]))
     line = BrokenLine(float(flat[0]), 0.0, np.sort(flat[1:]), changes)
     _, intercepts = line.lines()
     return line, {"coefficients": intercepts / step}
 
 
-def _candidates(x: Array, weights: Array, kinks: list[float]) -> Array:
+def _candidates(data: Data, kinks: list[float]) -> Array:
     """Grid of possible breakpoints: half of it even, half following the weight, the ends and the kinks."""
-    order = np.argsort(x)
-    cumulative = np.cumsum(weights[order])
-    quantiles = np.interp(np.linspace(0.0, 1.0, _GRID // 2)[1:-1], cumulative / cumulative[-1], x[order])
-    even = np.linspace(x.min(), x.max(), _GRID // 2)
+    x, cumulative = data.x, np.cumsum(data.weights)
+    quantiles = np.interp(np.linspace(0.0, 1.0, _GRID // 2)[1:-1], cumulative / cumulative[-1], x)
+    even = np.linspace(x[0], x[-1], _GRID // 2)
     points = np.unique(np.concatenate([even, quantiles, kinks]))
     return np.asarray(points[np.concatenate([[True], np.diff(points) > 1e-7 * (points[-1] - points[0])])])
 
 
-def _choose_breaks(
-    points: Array, x: Array, weights: Array, value: Array, slope: Array, degree: int, derivative_weight: float
-) -> Array:
+def _choose_breaks(points: Array, data: Data, degree: int) -> Array:
     """Interior breakpoints of the best interpolating broken line, by dynamic programming.
 
     State: the last breakpoint, and how many convex and concave ones came before. Whether a breakpoint is convex is the
     sign of the target's second difference there.
     """
-    order = np.argsort(x)
-    x, weights, value, slope = x[order], weights[order], value[order], slope[order]
-    heights = np.interp(points, x, value)
-    cost = _segment_costs(points, heights, x, weights, value, slope, derivative_weight)
+    cost = _segment_costs(points, np.interp(points, data.x, data.value), data)
     count = len(points)
-    around = np.interp(points, x, slope)
+    around = np.interp(points, data.x, data.slope)
     bend = np.zeros(count)
     bend[1:-1] = around[2:] - around[:-2]
     convex = bend >= 0
@@ -151,10 +139,9 @@ def _choose_breaks(
     return np.array(breaks[::-1])
 
 
-def _segment_costs(
-    points: Array, heights: Array, x: Array, weights: Array, value: Array, slope: Array, derivative_weight: float
-) -> Array:
+def _segment_costs(points: Array, heights: Array, data: Data) -> Array:
     """`[a, b]`: cost of the straight piece from point a to point b, from prefix sums of moments."""
+    x, weights, value, slope = data.x, data.weights, data.value, data.slope
 
     def prefix(terms: Array) -> Array:
         sums = np.concatenate([[0.0], np.cumsum(terms)])
@@ -186,44 +173,56 @@ def _segment_costs(
         + q * q * between["1"]
     )
     slope_cost = between["ss"] - 2 * p * between["s"] + p * p * between["1"]
-    return np.asarray(np.maximum(value_cost + derivative_weight * slope_cost, 0.0))
+    return np.asarray(np.maximum(value_cost + data.derivative_weight * slope_cost, 0.0))
 
 
-def _refined(
-    breaks: Array, x: Array, weights: Array, value: Array, slope: Array, derivative_weight: float, degree: int
-) -> BrokenLine:
-    root, factor = np.sqrt(weights), math.sqrt(derivative_weight)
-    right = np.concatenate([value * root, factor * slope * root])
+def _refined(breaks: Array, candidates: Array, data: Data, degree: int) -> BrokenLine:
+    x, right = data.x, data.right
 
-    def matrix(points: Array) -> Array:
+    def solve(points: Array) -> tuple[BrokenLine, float]:
         beyond = np.subtract.outer(x, points)
         values = np.concatenate([np.ones((len(x), 1)), x[:, None], np.maximum(beyond, 0.0)], axis=1)
         slopes = np.concatenate([np.zeros((len(x), 1)), np.ones((len(x), 1)), (beyond > 0).astype(float)], axis=1)
-        return np.concatenate([values * root[:, None], factor * slopes * root[:, None]])
+        triangle, wanted, rest = triangle_of(data.rows(values, slopes), right)
+        solution = np.linalg.lstsq(triangle, wanted, rcond=None)[0]
+        missed = triangle @ solution - wanted
+        return BrokenLine(float(solution[0]), float(solution[1]), points, solution[2:]), rest + float(missed @ missed)
 
-    def solve(points: Array) -> tuple[BrokenLine, float]:
-        columns = matrix(points)
-        solution = np.linalg.lstsq(columns, right, rcond=None)[0]
-        residual = columns @ solution - right
-        return BrokenLine(float(solution[0]), float(solution[1]), points, solution[2:]), float(residual @ residual)
+    closest = 0.02 * math.sqrt(float(data.weights @ (x - data.weights @ x) ** 2))  # nearer breaks make a step
 
     def allowed(line: BrokenLine) -> bool:
+        if len(line.breaks) > 1 and np.diff(line.breaks).min() < closest:
+            return False
         return int((line.changes > 0).sum()) <= degree and int((line.changes < 0).sum()) <= degree
+
+    def moved(line: BrokenLine, cost: float) -> tuple[BrokenLine, float]:
+        """One breakpoint at a time between its neighbours: the cost is continuous but not smooth in them."""
+        for width in (0.5, 0.25, 0.12, 0.06, 0.03, 0.015):
+            for _ in range(_SWEEPS):
+                before_sweep = cost
+                for index in range(len(line.breaks)):
+                    before, here, after = np.concatenate([[x[0]], line.breaks, [x[-1]]])[index : index + 3]
+                    for target in (here - width * (here - before), here + width * (after - here)):
+                        points = line.breaks.copy()
+                        points[index] = target
+                        candidate, candidate_cost = solve(points)
+                        if candidate_cost < cost and allowed(candidate):
+                            line, cost = candidate, candidate_cost
+                if cost > before_sweep * (1 - 1e-3):
+                    break
+        return line, cost
 
     best, best_cost = solve(breaks)
     while not allowed(best):  # too many of one sign: the weakest of them goes
         sign = 1.0 if int((best.changes > 0).sum()) > degree else -1.0
         strength = np.where(best.changes * sign > 0, np.abs(best.changes), np.inf)
         best, best_cost = solve(np.delete(best.breaks, int(strength.argmin())))
-    # Move one breakpoint at a time between its neighbours: the cost is continuous but not smooth in them.
-    for width in (0.5, 0.25, 0.12, 0.06, 0.03, 0.015):
-        for index in range(len(best.breaks)):
-            around = np.concatenate([[x.min()], best.breaks, [x.max()]])
-            here, before, after = around[index + 1], around[index], around[index + 2]
-            for target in (here - width * (here - before), here + width * (after - here)):
-                points = best.breaks.copy()
-                points[index] = target
-                line, cost = solve(points)
-                if cost < best_cost and allowed(line):
-                    best, best_cost = line, cost
+    best, best_cost = moved(best, best_cost)
+    for _ in range(min(_INSERTED, 2 * degree - len(best.breaks))):  # there may be room for more of the other sign
+        tried = [solve(np.sort(np.append(best.breaks, point))) for point in candidates[1:-1]]
+        possible = [entry for entry in tried if allowed(entry[0])]
+        line, cost = min(possible, key=lambda entry: entry[1], default=(best, best_cost))
+        if cost >= best_cost * (1 - 1e-3):
+            break
+        best, best_cost = moved(line, cost)
     return best

@@ -286,10 +286,50 @@ def test_a_measured_weight_gives_the_optimum_over_polynomials_with_tangents() ->
     assert float(gradient.abs().max()) < 1e-9  # stationary in every coefficient
 
 
-@pytest.mark.parametrize("family", ["fourier", "tropical_rational"])
-def test_measured_inputs_fit_families_without_a_closed_form(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "degree", "error"),
+    [("fourier", 3, 0.004), ("rational", 4, 0.002), ("polyrelu", 6, 0.07), ("tropical_rational", 2, 0.03)],
+)
+def test_measured_inputs_fit_families_without_a_closed_form(family: str, degree: int, error: float) -> None:
     points, counts = outlier_inputs()
-    assert fit("gelu", family, 5, interval="best", weight=(points, counts)).certificate.rms < 0.05
+    result = fit("gelu", family, degree, interval="best", weight=(points, counts), derivative_weight=0.01)
+    assert result.certificate.rms < error
+    # The same function as the module, tangent lines included; the certificate reaches as far as the inputs.
+    outputs, value = evaluate(result, points), sample(resolve_target("gelu"), points)[0]
+    np.testing.assert_allclose(outputs, result.curve(points)[0], rtol=1e-5, atol=1e-6)
+    assert np.abs(outputs - value).max() <= max(result.certificate.maximum, result.certificate.maximum_outside) + 1e-6
+    if family in ("fourier", "rational"):
+        low, high = result.config["interval"]
+        assert points[0] <= low < -1.5 < 1.5 < high <= points[-1]
+
+
+@pytest.mark.parametrize("family", ["fourier", "rational"])
+def test_free_ends_are_a_minimum(family: str) -> None:
+    points, counts = outlier_inputs()
+    options = {"weight": (points, counts), "derivative_weight": 0.01}
+    best = fit("gelu", family, 3, interval="best", **options)
+    low, high = best.config["interval"]
+    for ends in ((low - 0.4, high), (low + 0.4, high), (low, high - 0.4), (low, high + 0.4)):
+        other = fit("gelu", family, 3, interval=ends, **options)
+        assert best.certificate.h1_mean_square <= other.certificate.h1_mean_square * 1.02
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    target=st.sampled_from(["gelu", "relu", "silu", "tanh", "relu6", "hardswish"]),
+    family=st.sampled_from(BUILDABLE),
+    degree=st.integers(1, 9),
+    ends=st.tuples(st.floats(-6, -0.5), st.floats(0.5, 6)),
+    seed=st.integers(0, 1000),
+)
+def test_certificates_bound_the_error_of_any_fit_at_random_points(
+    target: str, family: str, degree: int, ends: tuple[float, float], seed: int
+) -> None:
+    result = fit(target, family, degree, interval=ends, float32_tolerance=None)
+    x = np.random.default_rng(seed).uniform(*ends, 20_000)
+    (value, slope), (fitted, fitted_slope) = sample(resolve_target(target), x), result.curve(x)
+    assert np.abs(fitted - value).max() <= result.certificate.maximum + 1e-12
+    assert np.abs(fitted_slope - slope).max() <= result.certificate.maximum_derivative + 1e-12
 
 
 def test_inputs_that_are_all_equal_have_a_fit() -> None:
