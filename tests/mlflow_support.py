@@ -31,10 +31,11 @@ QUICK = {  # a client that notices sooner than by default that a server hangs
 
 
 class Server:
-    """`mlflow server` on a free port, with its artifacts below `directory`."""
+    """`mlflow server` on a free port, with its artifacts below `directory`, or at another address."""
 
-    def __init__(self, directory: Path, backend: str | None = None) -> None:
+    def __init__(self, directory: Path, backend: str | None = None, artifacts: str | None = None) -> None:
         self.directory = directory
+        self.artifacts = artifacts or str(directory / "artifacts")
         self.backend = backend or f"sqlite:///{directory}/server.db"
         self.port = free_port(0)
         self.uri = f"http://127.0.0.1:{self.port}"
@@ -42,7 +43,7 @@ class Server:
 
     def start(self) -> Server:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", self.backend, "--artifacts-destination", str(self.directory / "artifacts")]
+        command += ["--backend-store-uri", self.backend, "--artifacts-destination", self.artifacts]
         with (self.directory / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, "--workers", "1"],

@@ -22,7 +22,7 @@ from polytrope.pipeline.executors.base import Capacity
 from polytrope.pipeline.graph import StageNode, build_graph
 from polytrope.pipeline.journal import fold, read
 from polytrope.pipeline.spec import Workflow
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.store import Store, open_store
 from polytrope.pipeline.worker import Outcome, StageError, StageTask, dump_task, load_task, run_task
 
 EXIT = {"succeeded": 0, "failed": 1, "cancelled": 130}
@@ -112,9 +112,16 @@ def start_process(action: Callable[[], int]) -> int:
 
 
 def drive(
-    root: Path, *, run_id: str = "run", faults: str | None = None, inline: bool = True, ttl: float = 15.0, **fields: Any
+    root: Path,
+    *,
+    run_id: str = "run",
+    faults: str | None = None,
+    inline: bool = True,
+    ttl: float = 15.0,
+    store: str | None = None,
+    **fields: Any,
 ) -> int:
-    """One attempt at the small DAG in this process; returns an exit code."""
+    """One attempt at the small DAG in this process, with its store below `root` or at an address; an exit code."""
     if inline:
         engine.make_executor = InlineExecutor  # type: ignore[assignment]
     workflow = small_workflow(root, **fields)
@@ -122,7 +129,7 @@ def drive(
         state = run_workflow(
             workflow,
             build_graph(workflow),
-            Store(root / "store"),
+            open_store(store or root / "store"),
             run_id=run_id,
             options=RunOptions(faults=faults, retry_delay=0.01, lease_ttl=ttl),
         )

@@ -36,8 +36,11 @@ from harness import (
     small_workflow,
     start_process,
 )
+from s3_support import Door, S3Server, bucket_on
 
 from polytrope.pipeline.journal import fold, read
+from polytrope.pipeline.objects import Bucket
+from polytrope.pipeline.store import open_store
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +256,62 @@ def test_random_kills_on_ray(
     for seed in range(12):
         faults["driver or any process of its Ray cluster killed at a random moment"] += 1
         kill_something(tmp_path / str(seed), seed, undisturbed_with_sleeps, executor="ray", longest=9.0)
+
+
+@slice_and_all("seeds", 2, 40)
+def test_the_s3_server_goes_away_at_random_moments(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed_with_sleeps: dict[str, str | None],
+    faults: Counter[str],
+    seeds: int,
+) -> None:
+    """Killed in the middle of anything, or stopped, and back after a moment; the driver may have to be resumed once."""
+    server = S3Server()
+    door = Door(server)
+    try:
+        for seed in range(seeds):
+            faults["S3 server killed or stopped at a random moment"] += 1
+            root = tmp_path / str(seed)
+            root.mkdir()
+            random_, address = random.Random(seed), bucket_on(door, root, monkeypatch)
+            how: dict[str, Any] = {"inline": False, "ttl": 2.0, "seconds": 0.2, "store": address}
+            driver = start_process(lambda: drive(root, **how))  # noqa: B023
+            time.sleep(random_.uniform(0.0, 4.0))
+            killed, pause = random_.random() < 0.7, random_.uniform(0.1, 3.0)
+            if killed:
+                door.end()
+            else:
+                server.process.send_signal(signal.SIGSTOP)
+            time.sleep(pause)
+            if killed:
+                door.open()
+            else:
+                server.process.send_signal(signal.SIGCONT)
+            status = os.waitstatus_to_exitcode(os.waitpid(driver, 0)[1])
+            assert status in (0, USER_ERROR), (seed, status)
+            if status == USER_ERROR:
+                assert "→" in messages(root)[0], seed
+            before = manifests(address)
+            if status != 0:
+                assert in_a_process(lambda: drive(root, **how)) == 0, seed  # noqa: B023
+            after = manifests(address)
+            assert {key: after[key] for key in before} == before, f"seed {seed}: a stage was committed twice"
+            store = open_store(address)
+            store.pull_runs()
+            stages = fold(read(store.run_directory("run"))).stages
+            assert {name: stage.digest for name, stage in stages.items()} == undisturbed_with_sleeps, seed
+    finally:
+        door.end()
+        server.process.send_signal(signal.SIGCONT)
+        server.end()
+
+
+def manifests(address: str) -> dict[str, str]:
+    """Every committed artifact of a bucket, with a tag that another commit would change."""
+    return {
+        name: info.tag for name, info in Bucket(address).list("artifacts/").items() if name.endswith("/manifest.json")
+    }
 
 
 @slice_and_all("seeds", 2, 30)

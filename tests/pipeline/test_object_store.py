@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from engine_stages import __file__ as stages_file
+from s3_support import S3Server, bucket_on
 from test_engine import Place, diamond, workflow_of
 
 from polytrope.pipeline.archive import export_run, import_run
@@ -30,63 +29,22 @@ from polytrope.pipeline.lease import Lease, LeaseHeldError, LeaseLostError
 from polytrope.pipeline.object_store import ObjectStore
 from polytrope.pipeline.objects import Bucket
 from polytrope.pipeline.store import Store, open_store
+from polytrope.pipeline.tracking import free_port
 
 pytest.importorskip("moto")
 pytest.importorskip("boto3")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-class Server:
-    """An S3 server with a bucket of its own for every test."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.endpoint = f"http://127.0.0.1:{self.port}"
-        program = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{self.port}'])"
-        self.process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.endpoint}/moto-api/", timeout=1).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
-def shared_server() -> Iterator[Server]:
-    server = Server()
+def shared_server() -> Iterator[S3Server]:
+    server = S3Server()
     yield server
     server.end()
 
 
 @pytest.fixture
-def address(shared_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def address(shared_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return bucket_on(shared_server, tmp_path, monkeypatch)
-
-
-def bucket_on(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in {
-        "AWS_ENDPOINT_URL": server.endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "3",
-        "POLYTROPE_CACHE": str(tmp_path / "cache"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    name = f"bucket-{time.time_ns()}"
-    Bucket(f"s3://{name}").client.create_bucket(Bucket=name)
-    return f"s3://{name}/polytrope"
 
 
 @pytest.fixture
@@ -277,7 +235,7 @@ def test_gc_waits_for_a_driver_on_another_machine(place: Place, monkeypatch: pyt
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_the_server_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Stopped for a moment: nothing happens. Killed: the driver ends with a message and leaves no process."""
-    server = Server()
+    server = S3Server()
     try:
         address = bucket_on(server, tmp_path, monkeypatch)
         place = Place(tmp_path)
@@ -311,7 +269,7 @@ def test_addresses_and_servers_that_cannot_be_used_are_refused(address: str, mon
         open_store("gs://bucket/x")
     with pytest.raises(UserError, match="NoSuchBucket"):
         open_store("s3://no-such-bucket/x").create()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port(0)}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(UserError, match="cannot be used"):
         open_store(address).create()

@@ -1,0 +1,108 @@
+"""A real S3 API server process (moto's) that tests may stop and kill, and a bucket on it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from polytrope.pipeline.objects import Bucket
+from polytrope.pipeline.tracking import free_port
+
+
+class S3Server:
+    """An S3 server with a bucket of its own for every test."""
+
+    def __init__(self) -> None:
+        self.port = free_port(0)
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        program = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{self.port}'])"
+        self.process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.endpoint}/moto-api/", timeout=1).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+_DOOR = """
+import asyncio, sys
+
+async def copy(reader, writer):
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    except OSError:
+        pass
+    finally:
+        writer.close()
+
+async def serve(reader, writer):
+    try:
+        other_reader, other_writer = await asyncio.open_connection("127.0.0.1", int(sys.argv[2]))
+    except OSError:
+        writer.close()
+        return
+    await asyncio.gather(copy(reader, other_writer), copy(other_reader, writer))
+
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", int(sys.argv[1]))
+    await server.serve_forever()
+
+asyncio.run(main())
+"""
+
+
+class Door:
+    """The only way to an S3 server, a process that can be killed in its place: moto's server forgets all when it dies,
+    a real one keeps what it acknowledged. To a client both deaths look the same: connections break, nobody answers.
+    """
+
+    def __init__(self, server: S3Server) -> None:
+        self.server, self.port = server, free_port(0)
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.open()
+
+    def open(self) -> None:
+        command = [sys.executable, "-c", _DOOR, str(self.port), str(self.server.port)]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def bucket_on(server: S3Server | Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "3",
+        "POLYTROPE_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    name = f"bucket-{time.time_ns()}"
+    Bucket(f"s3://{name}").client.create_bucket(Bucket=name)
+    return f"s3://{name}/polytrope"
