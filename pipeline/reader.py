@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.tarfiles import TAR_BLOCK, member_stride, npy_header
 
 OPEN_SHARDS = 256  # memory-mapped at a time: address space only
+# A directory on a node's own disk: shards of a remote file system are copied there when they are first read.
+CACHE_VARIABLE = "POLYTROPE_SHARD_CACHE"
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,16 @@ class Field:
 
 
 class Reader:
-    """The samples of one split. See `open_split`.
+    """The samples of one split. See `open_split`. Threads may share one.
 
     Args:
         directory: the split's directory, holding `manifest.json` and the shards.
+        cache: where shards are copied before they are read; None: they are read where they are.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, cache: Path | None = None) -> None:
+        self.directory, self.cache = directory, cache
+        self._lock = threading.Lock()
         try:
             manifest = json.loads((directory / "manifest.json").read_text())
         except (OSError, json.JSONDecodeError) as error:
@@ -85,7 +91,8 @@ class Reader:
         for number in np.unique(shard_numbers):
             rows = np.nonzero(shard_numbers == number)[0]
             first = int(self._ends[number - 1]) if number else 0
-            views = self._views_of(int(number))
+            with self._lock:
+                views = self._views_of(int(number))
             for name, result in zip(names, results, strict=True):
                 result[rows] = views[name][indices[rows] - first]
         return results
@@ -95,11 +102,12 @@ class Reader:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
+        path = self._path(number) if self.cache is None else self._cached(self.cache, number)
         if not self._verified[number]:
-            self.verify_shard(number)
+            self._compare(path, number)
             self._verified[number] = True
         count = int(self._ends[number] - (self._ends[number - 1] if number else 0))
-        mapped = np.memmap(self._path(number), dtype=np.uint8, mode="r")
+        mapped = np.memmap(path, dtype=np.uint8, mode="r")
         views = {}
         for name, field in self.fields.items():
             inner = np.empty(field.shape, dtype=field.dtype).strides
@@ -115,7 +123,10 @@ class Reader:
         Raises:
             UserError: naming the shard and what differs.
         """
-        path, expected, sha256 = self._path(number), int(self._bytes[number]), bytes(self._digests[number]).hex()
+        self._compare(self._path(number), number)
+
+    def _compare(self, path: Path, number: int) -> None:
+        expected, sha256 = int(self._bytes[number]), bytes(self._digests[number]).hex()
         hint = "the artifact is damaged: `polytrope run` again verifies it and makes it anew"
         try:
             size = os.path.getsize(path)
@@ -127,6 +138,30 @@ class Reader:
             raise UserError(f"shard {path} cannot be read: {error}", hint) from error
         if digest != sha256:
             raise UserError(f"shard {path} was altered: sha256 {digest}, its manifest says {sha256}", hint)
+
+    def _cached(self, cache: Path, number: int) -> Path:
+        """The copy of a shard, made if it is not there or not whole; all readers of a node share it."""
+        path = cache / f"{bytes(self._digests[number]).hex()}.tar"
+        if self._verified[number] and path.exists():
+            return path
+        try:
+            self._compare(path, number)
+            self._verified[number] = True
+            return path
+        except UserError:  # not there yet, or damaged
+            temporary = cache / f"{path.stem}.{os.getpid()}.tmp"
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._path(number), temporary)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"shard {self._path(number)} cannot be copied to {cache} (${CACHE_VARIABLE}): {error}",
+                "free space there, name another directory, or unset the variable",
+            ) from error
+        self._verified[number] = False
+        return path
 
     def verify(self) -> None:
         """`verify_shard` for every shard."""
@@ -153,7 +188,7 @@ def _layout(sample: dict[str, Any]) -> tuple[dict[str, Field], int]:
 
 
 def open_split(dataset_directory: Path, split: str) -> Reader:
-    """The reader of `split` (`train` or `validation`) of a dataset artifact.
+    """The reader of `split` (`train` or `validation`) of a dataset artifact; $POLYTROPE_SHARD_CACHE names its cache.
 
     Raises:
         UserError: no such data set or split.
@@ -165,4 +200,5 @@ def open_split(dataset_directory: Path, split: str) -> Reader:
         raise UserError(f"{dataset_directory} is not a dataset artifact: {error}", "name a `shard` stage") from error
     if split not in splits:
         raise UserError(f"{dataset_directory} has no split `{split}`", f"it has {', '.join(splits)}")
-    return Reader(Path(dataset_directory) / str(Path(splits[split]["manifest"]).parent))
+    cache = os.environ.get(CACHE_VARIABLE)
+    return Reader(Path(dataset_directory) / str(Path(splits[split]["manifest"]).parent), Path(cache) if cache else None)

@@ -44,7 +44,9 @@ class ModelParameters(BaseModel):
         None, description="published size: gpt2, gpt2-medium, gpt2-large, gpt2-xl; convnext-atto … convnext-large"
     )
     activation: Activation | list[Activation] | None = Field(
-        None, description="one activation (gelu, hermite3, or {name, degree, …}) or a list with one per block"
+        None,
+        description="one activation (gelu, hermite3, or {name, degree, …}), a list with one per "
+        "block, or a list of {layers: 0-5, name: …}",
     )
     activation_options: ActivationOptions | None = Field(
         None, description="init, interval, per_channel of all learnable activations that have such an option"
@@ -109,6 +111,7 @@ class TrainParameters(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of forward and backward")
     seed: int = Field(0, ge=0, description="of initialisation, data order and dropout")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads per worker; part of the result's identity")
+    data_threads: int = Field(1, ge=1, description="threads per worker that read and augment batches ahead")
     log_every: int = Field(10, ge=1, description="steps between logged training metrics")
     validation_every: int = Field(100, ge=0, description="steps between validations, 0: only at the end")
     validation_samples: int = Field(128, ge=1, description="validation samples per validation (the first ones)")

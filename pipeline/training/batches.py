@@ -1,11 +1,11 @@
-"""Batches of one rank: its slice of each global batch, read ahead by a thread."""
+"""Batches of one rank: its slice of each global batch, read ahead by threads."""
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -27,45 +27,35 @@ def text_batch(blocks: np.ndarray) -> Batch:
 
 
 class Prefetcher:
-    """Runs `load(step)` for consecutive steps in a thread, `depth` steps ahead.
+    """Runs `load(step)` for consecutive steps in threads, ahead of the training; batches come in their order.
 
     An exception of `load` is raised by `next_step`. `wait_seconds` sums the time training waited for data.
     """
 
-    def __init__(self, load: Callable[[int], list[Batch]], start: int, stop: int, depth: int = 2) -> None:
+    def __init__(self, load: Callable[[int], list[Batch]], start: int, stop: int, threads: int = 1) -> None:
         self.wait_seconds = 0.0
-        self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(load, start, stop), name="prefetch", daemon=True)
-        self._thread.start()
+        self._load, self._steps = load, iter(range(start, stop))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prefetch")
+        self._ahead: deque[Future[list[Batch]]] = deque()
+        for _ in range(threads + 1):
+            self._submit()
 
-    def _run(self, load: Callable[[int], list[Batch]], start: int, stop: int) -> None:
-        for step in range(start, stop):
-            try:
-                item: list[Batch] | BaseException = load(step)
-            except BaseException as error:  # handed to the training thread, which raises it
-                item = error
-            while not self._stopped.is_set():
-                try:
-                    self._queue.put(item, timeout=0.5)
-                    break
-                except queue.Full:
-                    continue
-            if self._stopped.is_set() or isinstance(item, BaseException):
-                return
+    def _submit(self) -> None:
+        step = next(self._steps, None)
+        if step is not None:
+            self._ahead.append(self._pool.submit(self._load, step))
 
     def next_step(self) -> list[Batch]:
         """The micro-batches of the next step."""
         started = time.perf_counter()
-        item = self._queue.get()
+        batches = self._ahead.popleft().result()
         self.wait_seconds += time.perf_counter() - started
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        self._submit()
+        return batches
 
     def close(self) -> None:
-        self._stopped.set()
-        self._thread.join(timeout=10)
+        """End the threads; what is being read is not waited for."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def validation_batches(

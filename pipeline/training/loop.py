@@ -63,7 +63,10 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     progress = restore(engine, average, chosen, context, rank, plan.workers)
     task = make_task(plan, rank, pin=not on_cpu)
     prefetcher = Prefetcher(
-        lambda step: task.train_step(data_position(step, plan.skipped_batches)), progress.step, plan.steps
+        lambda step: task.train_step(data_position(step, plan.skipped_batches)),
+        progress.step,
+        plan.steps,
+        parameters.data_threads,
     )
     run = _Run(plan, context, rank, device, engine, average, progress, task, prefetcher)
     try:

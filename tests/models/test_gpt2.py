@@ -174,6 +174,15 @@ def test_one_activation_per_layer() -> None:
         make_model(activation=["gelu", "relu"])
 
 
+def test_activations_by_ranges_of_layers() -> None:
+    ranges = [{"layers": "1-", "name": "hermite", "degree": 3}, {"layers": 0, "name": "gelu"}]
+    model = make_model(activation=ranges)
+    assert [bool(list(block.mlp.activation.parameters())) for block in model.blocks] == [False, True, True]  # type: ignore[union-attr]
+    for layers, words in (("0-1", "two ranges"), ("2", "has layer 1"), ("1-3", "outside 0-2"), ("x", "is no range")):
+        with pytest.raises(ValueError, match=words):
+            make_model(activation=[{"layers": layers, "name": "relu"}, {"layers": 0, "name": "gelu"}])
+
+
 def test_presets_have_the_published_parameter_counts() -> None:
     for name, millions in (("gpt2", 124.44), ("gpt2-medium", 354.82), ("gpt2-large", 774.03), ("gpt2-xl", 1557.61)):
         with torch.device("meta"):
