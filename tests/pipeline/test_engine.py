@@ -288,6 +288,22 @@ def test_a_changed_stage_is_refused_on_resume_unless_allowed(place: Place) -> No
     assert (place.store.run_directory(state.run_id) / "workflow.1.json").exists()
 
 
+def test_a_damaged_line_of_an_input_is_no_change_of_the_stage_behind_it(place: Place) -> None:
+    state = place.run(diamond(place), run_id="mine")
+    calls = place.calls
+    journal = place.store.run_directory("mine") / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    (number,) = (n for n, line in enumerate(lines) if b'"stage_succeeded","stage":"a"' in line)
+    lines[number] = lines[number].replace(b"digest", b"digesT")
+    journal.write_bytes(b"".join(lines))
+    again = place.run(diamond(place), run_id="mine")
+    assert again.status == "succeeded"
+    assert place.calls == calls
+    assert {name: stage.digest for name, stage in again.stages.items()} == {
+        name: stage.digest for name, stage in state.stages.items()
+    }
+
+
 def test_a_damaged_artifact_is_set_aside_and_computed_again(place: Place) -> None:
     state = place.run(diamond(place))
     key = state.stages["a"].key
