@@ -25,6 +25,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.graph import StageNode, resolve_parameters
 from polytrope.pipeline.stage import Artifact, EventWriter, Resources, StageContext, StageDefinition, load_stage
 from polytrope.pipeline.store import FileEntry, Store, build_manifest, open_store, seal
+from polytrope.pipeline.system_metrics import sampled
 
 ErrorKind = Literal["user", "error", "timeout", "worker lost", "store", "cancelled"]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -183,7 +184,9 @@ def run_task(task: StageTask) -> Outcome:
             parameters = _parameters(definition, task)
             task.scratch.mkdir(parents=True, exist_ok=True)
             os.chdir(task.directory)
-            summary = definition.call(context, parameters, _inputs_here(store, task))
+            inputs = _inputs_here(store, task)
+            with sampled(context):
+                summary = definition.call(context, parameters, inputs)
             with contextlib.suppress(OSError):  # most stages leave it empty
                 task.scratch.rmdir()
             sys.stdout.flush()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from polytrope.models.checkpoint import load_model, read_description
 from polytrope.models.convnext import normalise_images
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.evaluation.drift import block_cosines
 from polytrope.pipeline.evaluation.scores import Scores, seeded_generator
 from polytrope.pipeline.evaluation.shapes import describe_activation, measure_activations
 from polytrope.pipeline.evaluation.tokens import byte_lengths
@@ -113,6 +114,8 @@ def metrics_of(label: str, figures: dict[str, Any]) -> dict[str, float]:
     metrics = {f"{label}/{name}": figures[key] for key, name in names.items() if figures.get(key) is not None}
     if "drift" in figures:
         metrics[f"{label}/kl_divergence"] = figures["drift"]["kl_divergence"]
+        if figures["drift"].get("cosine"):
+            metrics[f"{label}/lowest_block_cosine"] = min(figures["drift"]["cosine"])
     return metrics
 
 
@@ -167,6 +170,11 @@ class Task:
         if self.parameters.activation_samples:
             inputs = next(iter(self._batches(min(self.samples, self.parameters.activation_samples))))[0]
             result["layers"] = measure_activations(model, lambda: self._logits(model, inputs))
+            if other is not None:
+                cosines = block_cosines(
+                    model, other, lambda network: self._logits(network, inputs), features=1 if self.images else -1
+                )
+                result["drift"]["cosine"] = cosines
         if self.tokenizer is not None:
             result["bytes"] = bytes_scored
             result["bits_per_byte"] = scores.loss / math.log(2) / bytes_scored if bytes_scored else None

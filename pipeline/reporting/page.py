@@ -94,6 +94,7 @@ def build_page(
             "training batch. Weights are drawn so that the first inputs have deviation 1.",
             pictures.get("moments"),
         ),
+        _drift(figures),
         _conversion(figures, pictures),
         _picture_section(
             "Shapes of the activations",
@@ -384,6 +385,26 @@ def _conversion(figures: Mapping[str, Any], pictures: Pictures) -> str:
         "mark the fitted interval, outside of which the replacement goes on along its tangent.</p>"
         + _figure(pictures.get("conversion"), "")
         + f'<div class="scroll">{_table(heads, body, left=(1,))}</div>',
+    )
+
+
+def _drift(figures: Mapping[str, Any]) -> str:
+    """Block by block, how near the outputs are to those of the model it was made from."""
+    rows = [row for row in figures["table"] if row.get("drift", {}).get("cosine")]
+    if not rows:
+        return ""
+    blocks = max(len(row["drift"]["cosine"]) for row in rows)
+    body = []
+    for row in rows:
+        cosines = row["drift"]["cosine"]
+        cells = [f"{row['drift']['kl_divergence']:.2e}", f"{100 * row['drift']['agreement']:.2f} %"]
+        cells += [f"{cosine:.5f}" for cosine in cosines] + ["–"] * (blocks - len(cosines))
+        body.append(f"<tr><td>{escape(row['name'])}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    heads = ["model", "KL of the predictions", "same first choice", *(f"block {index + 1}" for index in range(blocks))]
+    return _section(
+        "Distance from the reference",
+        f'<div class="scroll">{_table(heads, body)}</div><p class="note">Right: cosine between the outputs of each '
+        "block and those of the reference's, mean over the positions of a few validation samples; 1: the same.</p>",
     )
 
 

@@ -28,7 +28,9 @@ class EvaluateParameters(BaseModel):
         "at least sequence_length - stride tokens before it; default: score each block on its own",
     )
     drift: dict[str, str] = Field(
-        {}, description="label → label of its reference: also report the KL divergence between their predictions"
+        {},
+        description="label → label of its reference: also report the KL divergence between their predictions and the "
+        "cosine between the outputs of their blocks (on `activation_samples`)",
     )
     prompt: str = Field("", description="text: what the sampled text continues; empty: the start of a document")
     sample_tokens: int = Field(120, ge=0, description="text: length of the sampled text, 0 for none")

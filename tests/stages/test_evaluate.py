@@ -118,7 +118,12 @@ def test_drift_is_zero_to_itself_and_positive_to_another_model(
 ) -> None:
     trio = {**models, "copy": models["gelu"]}
     results = run(tmp_path, dataset, trio, samples=8, drift={"hermite": "gelu", "copy": "gelu"})["models"]
-    assert results["copy"]["drift"] == {"kl_divergence": 0.0, "agreement": 1.0}
+    drift = results["copy"]["drift"]
+    assert (drift["kl_divergence"], drift["agreement"]) == (0.0, 1.0)
+    assert drift["cosine"] == pytest.approx([1.0, 1.0])
+    first, second = results["hermite"]["drift"]["cosine"]
+    assert -1 <= second < 1
+    assert first < 1
     assert results["hermite"]["drift"]["kl_divergence"] > 0
     assert "drift" not in results["gelu"]
 
