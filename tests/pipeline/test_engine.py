@@ -150,11 +150,13 @@ def test_a_failure_is_retried_with_its_scratch_kept(place: Place, how: str, kind
 
 
 def test_retries_are_spent_then_the_stage_fails_with_the_last_error(place: Place) -> None:
-    state = place.run({"s": {"uses": "fail_until", "retries": 1, "with": {"attempts": 9}}})
+    state = place.run({"s": {"uses": "fail_until", "retries": 3, "with": {"attempts": 9}}})
     assert state.status == "failed"
+    delays = [event.get("delay") for event in place.events if event.type == "stage_retrying"]
+    assert delays == [0.01, 0.02, 0.04], "doubled every time"
     error = state.stages["s"].error
     assert error is not None
-    assert error["message"] == "ValueError: try 2 of s"
+    assert error["message"] == "ValueError: try 4 of s"
     assert "in fail_until" in error["traceback"]
     assert "worker.py" not in error["traceback"]
     assert state.error == "`s` failed"
