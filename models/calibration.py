@@ -92,6 +92,10 @@ class Calibration:
         }
 
 
+class NotFiniteError(ValueError):
+    """An activation receives NaN or infinity."""
+
+
 def calibrate(
     model: nn.Module,
     activations: Sequence[Activation],
@@ -101,7 +105,7 @@ def calibrate(
     """Run `forward(model, batch)` over all batches, in evaluation mode, and collect each activation's inputs.
 
     Raises:
-        ValueError: an activation that receives NaN or infinity, or nothing at all.
+        ValueError: data of the wrong shape or range; an activation that receives NaN or infinity, or nothing at all.
     """
     found: dict[str, Calibration] = {}
 
@@ -109,7 +113,7 @@ def calibrate(
         try:
             measured = Calibration.of(x)
         except ValueError as error:
-            raise ValueError(f"activation `{name}` receives {error} from the calibration data") from None
+            raise NotFiniteError(f"activation `{name}` receives {error} from the calibration data") from None
         found[name] = found[name] + measured if name in found else measured
 
     handles = [
@@ -123,7 +127,13 @@ def calibrate(
     try:
         with torch.no_grad():
             for batch in batches:
-                forward(model, batch)
+                try:
+                    forward(model, batch)
+                except NotFiniteError:
+                    raise
+                except (RuntimeError, IndexError, TypeError, ValueError) as error:
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    raise ValueError(f"the model cannot run on the calibration data: {reason}") from error
     finally:
         model.train(training)
         for handle in handles:

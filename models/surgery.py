@@ -38,7 +38,7 @@ def find_activations(
     """Classical activations, in the order of `named_modules`; a module used at several places appears once.
 
     Args:
-        types: class names that count as activations; default: `ACTIVATION_CLASSES`.
+        types: class names that count as activations, their subclasses too; default: `ACTIVATION_CLASSES`.
         include, exclude: shell patterns of module names: `encoder.*`, `*.pooler.*`.
         layers: first and last number of a layer, counting from 0; the number is the first one in the module's name.
 
@@ -46,7 +46,11 @@ def find_activations(
         ValueError: nothing is left (an activation called as a function cannot be replaced).
     """
     classes = frozenset(types) or ACTIVATION_CLASSES
-    known = [Activation(name, module) for name, module in model.named_modules() if type(module).__name__ in classes]
+    known = [
+        Activation(name, module)
+        for name, module in model.named_modules()
+        if any(parent.__name__ in classes for parent in type(module).__mro__)
+    ]
     if not known:
         raise ValueError(
             f"{type(model).__name__} has no activation module to replace; looked for the classes "

@@ -10,6 +10,7 @@ dynamic programming.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ __all__ = ["FAMILIES", "Certificate", "Condition", "Fit", "fit", "fit_to_error",
 FAMILIES = ("hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu")
 _LINEAR = (*polynomial.FAMILIES, "polyrelu")
 Array = np.ndarray
+_WIDER = tuple(1.5**k for k in range(1, 9))
 Condition = tuple[float, Literal["value", "slope"]]
 
 
@@ -174,12 +176,30 @@ def fit(
         exact, curve, rounded, shown, kinks, (x, weights), reach, derivative_weight, solution.condition
     )
     if float32_tolerance is not None:
-        scale = max(1.0, float(np.abs(value[(x >= shown[0]) & (x <= shown[1])]).max()))
+        scale = max(1.0, float(np.abs(value[(x >= shown[0]) & (x <= shown[1])]).max(initial=0.0)))
         if not certificate.float32_error <= float32_tolerance * scale:
-            raise ValueError(
+            message = (
                 f"degree: {family} of degree {degree} on ({shown[0]:.4g}, {shown[1]:.4g}) loses "
-                f"{certificate.float32_error:.2g} to rounding in float32; take a lower degree or a narrower interval"
+                f"{certificate.float32_error:.2g} to rounding in float32; take a lower degree or another interval"
             )
+            if interval != "best":
+                raise ValueError(message)
+            # Around a kink the best interval shrinks until float32 cannot take it: the next wider one that it can.
+            middle, half = (low + high) / 2, (high - low) / 2
+            for factor in _WIDER:
+                with contextlib.suppress(ValueError):
+                    return fit(
+                        target,
+                        family,
+                        degree,
+                        interval=(middle - factor * half, middle + factor * half),
+                        weight=weight,
+                        derivative_weight=derivative_weight,
+                        constraints=constraints,
+                        derivative=derivative,
+                        float32_tolerance=float32_tolerance,
+                    )
+            raise ValueError(message)
     return Fit(config, solution.parameters, certificate, curve)
 
 

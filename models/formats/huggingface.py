@@ -16,8 +16,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from polytrope.models.formats.states import State, load_safetensors, load_tensors
+from polytrope.models.formats.states import State, load_safetensors, read_state
 from polytrope.models.surgery import restore_activations
+from polytrope.ops import is_learnable_activation
 
 ACTIVATIONS_FILE = "activations.json"
 ACTIVATION_WEIGHTS = "activations.safetensors"
@@ -39,12 +40,15 @@ def read_weights(directory: Path) -> State:
     """
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} cannot be read, it may be truncated: {error}") from error
         return {name: tensor for file in names for name, tensor in load_safetensors(directory / file).items()}
     if (directory / "model.safetensors").exists():
         return load_safetensors(directory / "model.safetensors")
     if (directory / "pytorch_model.bin").exists():
-        return dict(load_tensors(directory / "pytorch_model.bin"))
+        return read_state(directory / "pytorch_model.bin")
     raise ValueError(f"{directory}: no weights: neither model.safetensors nor pytorch_model.bin")
 
 
@@ -168,7 +172,11 @@ def save_huggingface(directory: Path, model: nn.Module, activations: Mapping[str
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     else:
-        kept = {name: tensor for name, tensor in state.items() if name not in learned}
+        # A module that is used at several places is in the state under each name, in `activations` under the first.
+        learnable = {
+            name for name, module in model.named_modules(remove_duplicate=False) if is_learnable_activation(module)
+        }
+        kept = {name: tensor for name, tensor in state.items() if _owner(name) not in learnable}
         model.save_pretrained(directory, state_dict=kept)  # type: ignore[operator]
     if activations:
         content = {"format": 1, "activations": dict(activations)}

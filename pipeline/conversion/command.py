@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
         "Face or of DeepSpeed, or a file with a state dict. It stays as it is; OUTPUT gets the converted model, "
         "conversion.json and conversion.html.",
         epilog="example:\n  polytrope convert model/ converted/ --degree 8\n"
-        "  polytrope convert model/ --dry-run --target-error 0.01\n",
+        "  polytrope convert model/ --dry-run --target-error 0.01\n"
+        "  polytrope convert trained/ serving/ --as-is --onnx --tables\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", type=Path, metavar="MODEL")
@@ -67,8 +71,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ray-address", metavar="ADDRESS", help="of a cluster, for example auto (default: this machine)"
     )
+    parser.add_argument(
+        "--format",
+        choices=("own", "huggingface"),
+        default="as_read",
+        help="of the output (default: own for GPT-2 and ConvNeXt, which the other commands read; else huggingface)",
+    )
     parser.add_argument("--onnx", action="store_true", help="write model.onnx as well, checked with onnxruntime")
     parser.add_argument("--tables", action="store_true", help="write every activation as a table, tables/NAME.json")
+    parser.add_argument(
+        "--as-is",
+        action="store_true",
+        help="replace nothing: write a model whose activations are learned already in another --format, for serving "
+        "with --onnx or --tables",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the certificates and the advice, write nothing")
     parser.add_argument("--json", action="store_true", help="print conversion.json instead of a table")
     return parser
@@ -81,69 +97,111 @@ def run(arguments: Sequence[str]) -> int:
         UserError: a wrong option, a model or data that cannot be read, a layer that cannot be fitted.
     """
     options = build_parser().parse_args(list(arguments))
-    if options.output is None and not options.dry_run:
-        raise UserError("convert: OUTPUT is missing", "polytrope convert MODEL OUTPUT, or --dry-run to write nothing")
-    if options.output is not None and options.output.exists() and any(options.output.iterdir()):
-        raise UserError(f"convert: {options.output} exists and is not empty", "name a new directory")
+    _check(options)
     try:
         return _convert(options)
     except ValueError as error:
         raise UserError(f"convert: {error}") from error
 
 
+def _check(options: argparse.Namespace) -> None:
+    """What can be told before anything is read."""
+    if options.output is None and not options.dry_run:
+        raise UserError("convert: OUTPUT is missing", "polytrope convert MODEL OUTPUT, or --dry-run to write nothing")
+    output = options.output
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"convert: {options.output} exists and is not empty", "name a new directory")
+    if options.as_is and options.dry_run:
+        raise UserError("convert: --as-is fits nothing, so there is nothing to see with --dry-run", "leave one out")
+    for name, right, wanted in (
+        ("degree", options.degree is None or 1 <= options.degree <= 16, "an integer from 1 to 16"),
+        ("target-error", options.target_error is None or options.target_error > 0, "a number above 0"),
+        ("coverage", options.coverage is None or 0.5 < options.coverage <= 1, "a share above 0.5, at most 1"),
+        ("derivative-weight", 0 <= options.derivative_weight < float("inf"), "a number of at least 0"),
+        ("samples", options.samples >= 1, "at least 1"),
+        ("batch-size", options.batch_size >= 1, "at least 1"),
+        ("ray", options.ray >= 0, "a number of tasks"),
+    ):
+        if not right:
+            value = getattr(options, name.replace("-", "_"))
+            raise UserError(f"convert: --{name}: expected {wanted}, got {value}", "polytrope convert --help")
+
+
 def _convert(options: argparse.Namespace) -> int:
     from polytrope.models.calibration import calibrate
     from polytrope.models.conversion import FitOptions
     from polytrope.models.formats import read_model
-    from polytrope.models.surgery import find_activations
-    from polytrope.pipeline.conversion import data
-    from polytrope.pipeline.conversion.work import fit_model, save
+    from polytrope.models.surgery import Activation, find_activations
+    from polytrope.pipeline.conversion import data, work
 
     config = _config(options.config)
     model = read_model(options.model, config)
-    found = find_activations(
-        model, types=options.types, include=options.include, exclude=options.exclude, layers=_layers(options.layers)
-    )
-    batches = _batches(options, model)
-    if options.ray:
-        from polytrope.pipeline.conversion.parallel import calibrate_on_ray
+    if options.as_is:
+        found = [Activation(name, module) for name, module in work.learned_activations(model).items()]
+    else:
+        found = find_activations(
+            model, types=options.types, include=options.include, exclude=options.exclude, layers=_layers(options.layers)
+        )
+    if options.as_is and not (options.onnx or options.tables):
+        batches, calibrations = [], {}
+    else:
+        batches = _batches(options, model)
+        if options.ray:
+            from polytrope.pipeline.conversion.parallel import calibrate_on_ray
 
-        names = [activation.name for activation in found]
-        calibrations = calibrate_on_ray(options.model, config, names, batches, options.ray, options.ray_address)
-    else:
-        calibrations = calibrate(model, found, batches, data.forward)
-    degree = options.degree or (16 if options.target_error else 8)
-    fitting = FitOptions(
-        options.family,
-        degree,
-        options.target_error,
-        options.coverage,
-        options.derivative_weight,
-        tuple(options.constraint),
-    )
-    rated = {name: tensor[:8] for name, tensor in batches[-1].items()}
-    result = fit_model(model, found, calibrations, fitting, rated)
-    if options.json:
-        print(json.dumps(result.content))
-    else:
-        print_result(result.content)
-    if options.dry_run:
-        return EXIT_SUCCESS
+            names = [activation.name for activation in found]
+            calibrations = calibrate_on_ray(options.model, config, names, batches, options.ray, options.ray_address)
+        else:
+            calibrations = calibrate(model, found, batches, data.forward)
+    rated = {name: tensor[:8] for name, tensor in batches[-1].items()} if batches else {}
+    result = None
+    if not options.as_is:
+        fitting = FitOptions(
+            options.family,
+            options.degree or (16 if options.target_error else 8),
+            options.target_error,
+            options.coverage,
+            options.derivative_weight,
+            tuple(options.constraint),
+        )
+        result = work.fit_model(model, found, calibrations, fitting, rated)
+        if options.json:
+            print(json.dumps(result.content))
+        else:
+            print_result(result.content)
+        if options.dry_run:
+            return EXIT_SUCCESS
+    onnx = rated if options.onnx else None
     output: Path = options.output
-    save(model, result, output, options.model)
-    if options.onnx:
-        from polytrope.models.formats.onnx import save_onnx
+    with _appearing_whole(output) as directory:
+        if result is None:
+            deviation = work.write_model(model, directory, options.model, options.format, onnx)
+        else:
+            deviation = work.save(model, result, directory, options.model, options.format, onnx)
+        if options.tables:
+            chosen = {activation.name: model.get_submodule(activation.name) for activation in found}
+            work.write_tables(directory, chosen, calibrations)
+        if result is not None:
+            from polytrope.pipeline.conversion.page import write_page
 
-        names_of_inputs = None if hasattr(model, "architecture") else list(rated)
-        deviation = save_onnx(output / "model.onnx", model, list(rated.values()), names_of_inputs)
-        _say(options, f"wrote {output / 'model.onnx'}: onnxruntime deviates by {deviation:.1e}")
-    if options.tables:
-        _tables(output, result.conversions)
-    from polytrope.pipeline.conversion.page import write_page
-
-    page = write_page(output, result.content, f"{options.model.name} → {options.family}")
-    _say(options, f"wrote {output}; the page: {page}")
+            write_page(directory, result.content, f"{options.model.name} → {options.family}")
+    if deviation is not None:
+        _say(options, f"{output / 'model.onnx'}: onnxruntime deviates by {deviation:.1e}")
+    _say(options, f"wrote {output}" + ("" if result is None else f"; the page: {output / 'conversion.html'}"))
     return EXIT_SUCCESS
+
+
+@contextmanager
+def _appearing_whole(output: Path) -> Iterator[Path]:
+    """A directory beside `output` that becomes `output` if all went well, and goes otherwise."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.replace(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _say(options: argparse.Namespace, text: str) -> None:
@@ -192,15 +250,6 @@ def _layers(text: str | None) -> tuple[int, int] | None:
         return int(first), int(last or first)
     except ValueError:
         raise UserError(f"convert: --layers {text}: expected FIRST-LAST, such as 0-5") from None
-
-
-def _tables(output: Path, conversions: Sequence[Any]) -> None:
-    from polytrope.models.formats.plain import save_table
-
-    (output / "tables").mkdir()
-    for conversion in conversions:
-        seen = conversion.calibration
-        save_table(output / "tables" / f"{conversion.name}.json", conversion.fit.build(), (seen.minimum, seen.maximum))
 
 
 def print_result(content: dict[str, Any]) -> None:

@@ -68,7 +68,10 @@ def tokenizer_of(directory: Path) -> Any:
         return None
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing more special
+        raise UserError(f"{path} cannot be read as a tokenizer: {error}", "copy it again from the model") from error
 
 
 def text_batches(tokenizer: Any, texts: Sequence[str], batch_size: int, longest: int, keywords: bool) -> list[Batch]:
@@ -120,6 +123,8 @@ def array_batches(path: Path, batch_size: int, limit: int) -> list[Batch]:
             f"--data {path}: an array of shape {list(array.shape)} and type {array.dtype}",
             "expected images [n, channels, height, width] as float, or token ids [n, length] as integers",
         )
+    if not array.size:
+        raise UserError(f"--data {path}: an array of shape {list(array.shape)} holds nothing", "give at least one row")
     rows = np.array(array[:limit], dtype=dtype)  # a copy: the file is mapped read-only
     return [{name: torch.from_numpy(part)} for part in np.array_split(rows, -(-len(rows) // batch_size))]
 

@@ -45,9 +45,23 @@ class ConvertParameters(BaseModel):
     include: list[str] = Field(default_factory=list, description="patterns of module names to convert; default: all")
     exclude: list[str] = Field(default_factory=list, description="patterns of module names to leave as they are")
     types: list[str] = Field(default_factory=list, description="class names to convert; default: all known activations")
+    layers: tuple[int, int] | None = Field(
+        None, description="first and last layer to convert, from 0: the first number in the module's name"
+    )
     calibration_samples: int = Field(256, ge=1, description="training samples that measure the layers' inputs")
     batch_size: int = Field(32, ge=1, description="samples per forward pass of the calibration")
     threads: int = Field(1, ge=1, description="CPU threads; part of the result's identity")
+    ray_tasks: int = Field(
+        0,
+        ge=0,
+        description="calibrate in that many Ray tasks, on the workflow's cluster; the same counts for any number",
+    )
+    format: Literal["own", "huggingface"] | None = Field(
+        None,
+        description="of the output; default: own for GPT-2 and ConvNeXt, which other stages read, else huggingface",
+    )
+    onnx: bool = Field(False, description="write model.onnx as well, checked with onnxruntime")
+    tables: bool = Field(False, description="write every new activation as a table, tables/NAME.json")
     page: bool = Field(False, description="write conversion.html and plots/ as well")
     register_as: str | None = Field(None, description="name in MLflow's model registry")
     register_alias: str = Field("converted", description="alias of the registered version")
@@ -89,7 +103,7 @@ def convert(
     from polytrope.models.formats import read_model
     from polytrope.models.surgery import find_activations
     from polytrope.pipeline.conversion.data import forward
-    from polytrope.pipeline.conversion.work import fit_model, save
+    from polytrope.pipeline.conversion.work import fit_model, save, write_tables
 
     torch.set_num_threads(parameters.threads)
     options = FitOptions(
@@ -105,16 +119,30 @@ def convert(
         batches = calibration_batches(network, model.path, dataset.path, parameters)
         samples = sum(len(next(iter(batch.values()))) for batch in batches)
         found = find_activations(
-            network, types=parameters.types, include=parameters.include, exclude=parameters.exclude
+            network,
+            types=parameters.types,
+            include=parameters.include,
+            exclude=parameters.exclude,
+            layers=parameters.layers,
         )
         context.progress(1, 3, f"calibrating {len(found)} activations on {samples} samples")
-        calibrations = calibrate(network, found, batches, forward)
+        if parameters.ray_tasks:
+            from polytrope.pipeline.conversion.parallel import calibrate_on_ray
+
+            names = [activation.name for activation in found]
+            calibrations = calibrate_on_ray(model.path, {}, names, batches, parameters.ray_tasks, None)
+        else:
+            calibrations = calibrate(network, found, batches, forward)
         context.progress(2, 3, f"fitting degree {parameters.degree}")
         rated = {name: tensor[:_RATED_SAMPLES] for name, tensor in batches[0].items()}
         result = fit_model(network, found, calibrations, options, rated)
+        traced = rated if parameters.onnx else None
+        save(network, result, context.output, model.path, parameters.format or "as_read", traced)
+        if parameters.tables:
+            chosen = {entry.name: network.get_submodule(entry.name) for entry in result.conversions}
+            write_tables(context.output, chosen, calibrations)
     except ValueError as error:
         raise UserError(f"convert: {error}") from error
-    save(network, result, context.output, model.path)
     context.log_artifact("conversion.json")
     if parameters.page:
         from polytrope.pipeline.conversion.page import write_page

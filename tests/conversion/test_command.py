@@ -101,6 +101,13 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
     for name, measured in here.items():
         assert (measured.counts == there[name].counts).all()
         assert (measured.minimum, measured.maximum) == (there[name].minimum, there[name].maximum)
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data" / "calibration.npy", tokens().numpy())
+    outputs = [
+        run_stage(tmp_path / f"{tasks}", tmp_path / "model", tmp_path / "data", batch_size=2, ray_tasks=tasks)
+        for tasks in (0, 2)
+    ]
+    assert digests(outputs[0]) == digests(outputs[1])
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,17 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
         (["{model}", "{out}", "--set", "n_head"], "expected FIELD=VALUE"),
         (["{model}", "{out}", "--data", "{out}.txt"], "cannot be read as text"),
         (["{model}", "{out}", "--data", "{nan}"], "an array of shape"),
-        (["{model}", "{out}", "--degree", "17"], "degree: expected an integer from 1 to 16, got 17"),
+        (["{model}", "{out}", "--degree", "17"], "--degree: expected an integer from 1 to 16, got 17"),
+        (["{model}", "{out}", "--degree", "0"], "--degree: expected an integer from 1 to 16, got 0"),
+        (["{model}", "{out}", "--samples", "0"], "--samples: expected at least 1, got 0"),
+        (["{model}", "{out}", "--target-error", "-1"], "--target-error: expected a number above 0"),
+        (["{model}", "{out}", "--coverage", "2"], "--coverage: expected a share"),
+        (["{model}", "{out}", "--as-is", "--dry-run"], "--as-is fits nothing"),
+        (["{model}", "{out}", "--format", "own"], "own is for GPT-2 and ConvNeXt"),
+        (["{model}", "{out}", "--type", "Swish"], "has no activation module to replace"),
+        (["{model}", "{out}", "--data", "{empty}"], "holds nothing"),
+        (["{model}", "{out}", "--data", "{large}"], "cannot run on the calibration data"),
+        (["{model}", "{out}", "--data", "{images}"], "cannot run on the calibration data"),
         (["{model}", "{out}", "--degree", "2", "--target-error", "1e-8"], "reaches no error"),
         (["{out}", "{out}2"], "there is no such file or directory"),
     ],
@@ -121,14 +138,60 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
 def test_mistakes_are_explained_and_nothing_is_written(
     bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    np.save(tmp_path / "nan.npy", np.ones((2, 3)))
+    arrays = {
+        "nan": np.ones((2, 3)),
+        "empty": np.zeros((0, 4), dtype=np.int64),
+        "large": np.full((2, 4), 97),
+        "images": np.zeros((2, 3, 8, 8), dtype=np.float32),
+    }
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array)
     before = digests(tmp_path)
-    names = {"model": bert, "out": tmp_path / "out", "nan": tmp_path / "nan.npy"}
+    names = {"model": bert, "out": tmp_path / "out"} | {name: tmp_path / f"{name}.npy" for name in arrays}
     filled = [argument.format(**names) for argument in arguments]
     data = [] if "--data" in arguments else ["--data", str(tmp_path / "texts.txt")]
     assert main(["convert", *filled, *data]) == 2
     assert message in capsys.readouterr().err
     assert digests(tmp_path) == before
+
+
+def test_a_tokenizer_that_is_truncated_is_named(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = (bert / "tokenizer.json").read_bytes()
+    (bert / "tokenizer.json").write_bytes(content[: len(content) // 2])
+    assert main(["convert", str(bert), str(tmp_path / "out"), "--data", str(tmp_path / "texts.txt")]) == 2
+    assert "tokenizer.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_failure_while_writing_leaves_no_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "model", own_model("gpt2"))
+    np.save(tmp_path / "tokens.npy", tokens().numpy())
+    before = digests(tmp_path)
+    monkeypatch.setattr("polytrope.models.formats.onnx.TOLERANCE", -1.0)  # a check that nothing passes
+    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), "--data", str(tmp_path / "tokens.npy"), "--onnx"]
+    assert main(["convert", *arguments]) == 2
+    assert "onnxruntime's output deviates" in capsys.readouterr().err
+    assert digests(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_learned_activations_go_to_huggingface_onnx_and_tables_as_they_are(tmp_path: Path) -> None:
+    model = own_model("gpt2", activation={"name": "hermite", "degree": 3})
+    save_model(tmp_path / "model", model)
+    np.save(tmp_path / "tokens.npy", tokens().numpy())
+    before = digests(tmp_path / "model")
+    arguments = ["--as-is", "--format", "huggingface", "--onnx", "--tables", "--data", str(tmp_path / "tokens.npy")]
+    assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), *arguments]) == 0
+    assert digests(tmp_path / "model") == before
+    assert {"config.json", "activations.json", "model.onnx"} <= set(digests(tmp_path / "out"))
+    table = read_json(tmp_path / "out" / "tables" / "transformer.h.1.mlp.activation.json")
+    x = torch.linspace(table["low"], table["high"], len(table["values"]), dtype=torch.float64)
+    activation = model.get_submodule("transformer.h.1.mlp.activation").double()
+    with torch.no_grad():
+        np.testing.assert_allclose(table["values"], activation(x).numpy(), atol=1e-9)
+        model.float()
+        torch.testing.assert_close(read_model(tmp_path / "out")(tokens()), model(tokens()), rtol=0, atol=0)
 
 
 def test_images_with_nan_are_refused_by_the_layer_that_receives_them(tmp_path: Path) -> None:
@@ -174,10 +237,14 @@ def test_the_stage_writes_the_same_bytes_every_time(tmp_path: Path, kind: str) -
         write_bert(tmp_path / "model")
         (tmp_path / "data").mkdir()
         write_texts(tmp_path / "data").rename(tmp_path / "data" / "calibration.txt")
-    first = run_stage(tmp_path / "1", tmp_path / "model", tmp_path / "data", degree=6, page=True)
-    second = run_stage(tmp_path / "2", tmp_path / "model", tmp_path / "data", degree=6, page=True)
+    options = {"degree": 6, "page": True, "onnx": True, "tables": True, "layers": (0, 0), "format": "huggingface"}
+    first = run_stage(tmp_path / "1", tmp_path / "model", tmp_path / "data", **options)
+    second = run_stage(tmp_path / "2", tmp_path / "model", tmp_path / "data", **options)
     assert digests(first) == digests(second)
-    assert {"conversion.json", "conversion.html", "model.safetensors"} <= set(digests(first))
+    assert {"conversion.json", "conversion.html", "model.safetensors", "config.json", "model.onnx"} <= set(
+        digests(first)
+    )
+    assert len(list((first / "tables").iterdir())) == len(read_json(first / "conversion.json")["layers"]) == 1
     layer = read_json(first / "conversion.json")["layers"][0]
     assert {"name", "target", "family", "degree", "interval", "certificate", "curve"} <= set(layer)
     assert len(layer["curve"]["x"]) == len(layer["curve"]["density"])

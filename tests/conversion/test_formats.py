@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conversion_support import CONVNEXT, images, own_model, randomise, tokens, write_bert
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from polytrope.models.calibration import calibrate
 from polytrope.models.checkpoint import save_model
+from polytrope.models.conversion import FitOptions, apply, fit_layers
 from polytrope.models.formats import detect_format, read_model
 from polytrope.models.formats.deepspeed import read_state
 from polytrope.models.formats.huggingface import save_huggingface
@@ -79,6 +81,92 @@ def test_a_converted_bert_comes_back_with_its_activations(tmp_path: Path) -> Non
     save_huggingface(tmp_path / "converted", model, configs, tmp_path / "bert")
     assert (tmp_path / "converted" / "tokenizer.json").exists()
     assert_same(read_model(tmp_path / "converted"), model, tokens())
+
+
+def write_transformers_model(directory: Path, name: str) -> nn.Module:
+    """A small model of another architecture, as transformers saves it."""
+    import transformers
+
+    sizes = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    kinds = {
+        # One layer whose weights and activation serve all; NewGELUActivation.
+        "albert": ("Albert", {"embedding_size": 8, "intermediate_size": 32, "hidden_act": "gelu_new"}),
+        "llama": ("Llama", {"intermediate_size": 32, "num_key_value_heads": 2}),  # a gated MLP with SiLU
+        "mobilenet": ("MobileNetV2", {"depth_multiplier": 0.35, "hidden_act": "relu6"}),
+    }
+    kind, options = kinds[name]
+    config = getattr(transformers, f"{kind}Config")(**((sizes | options) if name != "mobilenet" else options))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(config)
+    if name == "mobilenet":
+        with torch.no_grad():  # its batch norms learn the scale of their inputs
+            for _ in range(40):
+                model.train()(images() * 3)
+        model.eval()
+    else:
+        randomise(model, 0.05)
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"), [("albert", {"NewGELUActivation"}), ("llama", {"SiLUActivation"}), ("mobilenet", {"ReLU6"})]
+)
+def test_models_with_shared_gated_and_clipped_activations_are_converted_and_come_back(
+    tmp_path: Path, name: str, classes: set[str]
+) -> None:
+    model = write_transformers_model(tmp_path / "model", name)
+    batch = images() * 3 if name == "mobilenet" else tokens()
+    found = find_activations(model, exclude=["pooler*"])[:4]
+    assert {type(entry.module).__name__ for entry in found} == classes
+
+    def run(network: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            result: torch.Tensor = network(inputs)[0]
+        return result
+
+    original = run(model, batch)
+    fits = fit_layers(found, calibrate(model, found, [batch], run), FitOptions(degree=10))
+    apply(model, fits)
+    assert all(entry.relative_error < 0.05 for entry in fits)
+    moved = float((run(model, batch) - original).norm() / original.norm())
+    assert 0 < moved < (2 if name == "mobilenet" else 0.01)  # random weights with batch norms magnify everything
+    configs = {entry.name: entry.fit.config for entry in fits}
+    save_huggingface(tmp_path / "converted", model, configs, tmp_path / "model")
+    assert_same(read_model(tmp_path / "converted"), model, batch)
+
+
+def test_an_activation_module_of_several_layers_is_written_once_and_comes_back_in_all(tmp_path: Path) -> None:
+    model = write_bert(tmp_path / "bert")
+    shared = model.get_submodule("encoder.layer.0.intermediate.intermediate_act_fn")
+    replace_module(model, "encoder.layer.1.intermediate.intermediate_act_fn", shared)
+    found = find_activations(model, exclude=["pooler.*"])
+    assert [entry.name for entry in found] == ["encoder.layer.0.intermediate.intermediate_act_fn"]
+    learned = fit("gelu", "hermite", 5, interval=(-3, 3)).build()
+    replace_module(model, found[0].name, learned)
+    assert model.get_submodule("encoder.layer.1.intermediate.intermediate_act_fn") is learned
+    save_huggingface(tmp_path / "out", model, {found[0].name: learned.config()}, None)
+    assert not any("act_fn" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_sharded_weights_and_pytorch_model_bin_are_read(tmp_path: Path) -> None:
+    model = own_model("gpt2")
+    save_huggingface(tmp_path / "hf", model, {}, None)
+    whole = load_file(tmp_path / "hf" / "model.safetensors")
+    torch.save(whole, tmp_path / "hf" / "pytorch_model.bin")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    assert_same(read_model(tmp_path / "hf"), model, tokens())
+    (tmp_path / "hf" / "pytorch_model.bin").unlink()
+    names = sorted(whole)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: whole[name] for name in part}, tmp_path / "hf" / file)
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, part in parts.items() for name in part}}))
+    assert_same(read_model(tmp_path / "hf"), model, tokens())
+    index.write_text(index.read_text()[:40])
+    with pytest.raises(ValueError, match=r"index.json cannot be read"):
+        read_model(tmp_path / "hf")
 
 
 def timm_name(name: str) -> str:

@@ -332,6 +332,14 @@ def test_certificates_bound_the_error_of_any_fit_at_random_points(
     assert np.abs(fitted_slope - slope).max() <= result.certificate.maximum_derivative + 1e-12
 
 
+@pytest.mark.parametrize("degree", [4, 8, 12])
+def test_around_a_kink_the_best_interval_stays_as_wide_as_float32_needs(degree: int) -> None:
+    points, counts = outlier_inputs()
+    result = fit("relu", "hermite", degree, interval="best", weight=(points, counts), derivative_weight=0.01)
+    assert result.certificate.float32_error < 2e-3
+    assert result.certificate.rms < 0.07
+
+
 def test_inputs_that_are_all_equal_have_a_fit() -> None:
     result = fit("gelu", "hermite", 3, interval="best", weight=(np.array([0.3]), np.array([5.0])))
     assert result.certificate.rms < 1e-3
