@@ -22,9 +22,17 @@ import torch
 
 SOURCES = Path(__file__).parent / "csrc"
 CPU_SOURCES = ("cpu_float32.cpp", "cpu_float64.cpp", "cpu_polynorm.cpp")
-CUDA_SOURCES = ("cuda.cu",)
+CUDA_SOURCES = (
+    "cuda.cu",
+    "cuda_polynomial.cu",
+    "cuda_recurrence.cu",
+    "cuda_waves.cu",
+    "cuda_lines.cu",
+    "cuda_quotients.cu",
+    "cuda_polynorm.cu",
+)
 CPU_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-CUDA_FLAGS = ("-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC", "-Xptxas=-v", "--threads=2")
+CUDA_FLAGS = ("-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC", "-Xptxas=-v")
 CUDA_ARCHITECTURES = ("80", "90")
 # Widest first: the name that torch gives to a CPU's capability, and the compiler flag.
 X86_LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3", "DEFAULT": "x86-64"}
@@ -79,14 +87,15 @@ def cpu_library_path(level: str | None = None) -> Path:
     return _compiled("cpu", compiler, flags, CPU_SOURCES)
 
 
-def cuda_library_path(architectures: Sequence[str] = CUDA_ARCHITECTURES) -> Path:
-    """The CUDA library for these compute capabilities, and portable code for later ones, compiled if need be."""
+def cuda_library_path(architectures: Sequence[str] = CUDA_ARCHITECTURES, flags: Sequence[str] = ()) -> Path:
+    """The CUDA library for these compute capabilities, and portable code for later ones, compiled if need be.
+
+    All are assembled from one portable code of the lowest, which halves the time.
+    """
     compiler = _find("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
-    flags = list(CUDA_FLAGS)
-    for architecture in architectures:
-        flags.append(f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
-    flags.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
-    return _compiled("cuda", compiler, flags, CUDA_SOURCES)
+    lowest = f"compute_{min(architectures, key=int)}"
+    codes = ",".join([*(f"sm_{architecture}" for architecture in architectures), lowest])
+    return _compiled("cuda", compiler, [*CUDA_FLAGS, *flags, f"-gencode=arch={lowest},code=[{codes}]"], CUDA_SOURCES)
 
 
 def _find(variable: str, *candidates: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polytrope.ops import native, reference
+from polytrope.ops import cuda, native, reference
 from polytrope.ops.families import Formula
 
 _TAIL = "int family, int degree, int second_degree, float[] interval, int dim, bool gated"
@@ -22,12 +22,12 @@ _LIBRARY.define("polynorm(Tensor x, Tensor parameters, float epsilon) -> Tensor"
 _LIBRARY.define("polynorm_backward(Tensor gradient, Tensor x, Tensor parameters, float epsilon) -> (Tensor, Tensor)")
 
 
-def has_kernel(device_type: str) -> bool:
-    """Whether tensors of this type of device go through a compiled kernel."""
+def has_kernel(device_type: str, index: int | None, dtype: torch.dtype, formula: Formula | str) -> bool:
+    """Whether such a tensor goes through a compiled kernel; `formula` may be `cuda.POLYNORM`."""
     if device_type == "cpu":
         return native.cpu_library() is not None
     if device_type == "cuda":
-        return native.cuda_library() is not None
+        return cuda.is_usable(index, dtype, formula)
     return device_type == "meta"
 
 
@@ -35,9 +35,9 @@ def has_kernel(device_type: str) -> bool:
 has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _goes_through_kernel(x: Tensor) -> bool:
+def _goes_through_kernel(x: Tensor, formula: Formula | str) -> bool:
     """torch.func.grad and jvp take no operator with its own backward: there, the reference runs."""
-    if not has_kernel(x.device.type):
+    if not has_kernel(x.device.type, x.device.index, x.dtype, formula):
         return False
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return True
@@ -47,7 +47,7 @@ def _goes_through_kernel(x: Tensor) -> bool:
 
 def activate(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
     """F(x), differentiable in x and the packed parameters; without a kernel, the reference."""
-    if _goes_through_kernel(x):
+    if _goes_through_kernel(x, formula):
         result: Tensor = torch.ops.polytrope.activation(x, parameters, *_listed(formula))
         return result
     return reference.evaluate(x, parameters, formula)
@@ -64,7 +64,7 @@ def _formula(arguments: tuple[Any, ...]) -> Formula:
 
 def normalized_powers(x: Tensor, parameters: Tensor, epsilon: float) -> Tensor:
     """PolyNorm of x along its last dimension; `parameters`: b, a_1 … a_n."""
-    if _goes_through_kernel(x):
+    if _goes_through_kernel(x, cuda.POLYNORM):
         result: Tensor = torch.ops.polytrope.polynorm(x, parameters, epsilon)
         return result
     return reference.polynorm(x, parameters, epsilon)
@@ -78,11 +78,31 @@ def _backward(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) 
     return native.backward(gradient, x, parameters, _formula(arguments))
 
 
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("activation", _forward, _device)
-    _LIBRARY.impl("activation_backward", _backward, _device)
+def _on_gpu(function: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """An operator's form on GPUs: a function of `cuda`, whose operator has `tensors` tensors before its options."""
+
+    def run(*arguments: Any) -> Any:
+        x, options = arguments[tensors - 2], arguments[tensors:]
+        formula = _formula(options) if len(options) > 1 else cuda.POLYNORM
+        if not cuda.is_usable(x.device.index, x.dtype, formula):
+            raise RuntimeError(
+                f"polytrope has no CUDA kernel for {formula} and {x.dtype}; polytrope.ops.functional does"
+            )
+        own = options if formula == cuda.POLYNORM else (formula,)
+        with torch.cuda.device(x.device):
+            return function(cuda.library(), cuda.current_stream(x), *arguments[:tensors], *own)
+
+    return run
+
+
+_LIBRARY.impl("activation", _forward, "CPU")
+_LIBRARY.impl("activation_backward", _backward, "CPU")
 _LIBRARY.impl("polynorm", native.polynorm_forward, "CPU")
 _LIBRARY.impl("polynorm_backward", native.polynorm_backward, "CPU")
+_LIBRARY.impl("activation", _on_gpu(cuda.forward, 2), "CUDA")
+_LIBRARY.impl("activation_backward", _on_gpu(cuda.backward, 3), "CUDA")
+_LIBRARY.impl("polynorm", _on_gpu(cuda.polynorm_forward, 2), "CUDA")
+_LIBRARY.impl("polynorm_backward", _on_gpu(cuda.polynorm_backward, 3), "CUDA")
 
 
 def _evaluate(x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:

@@ -96,11 +96,6 @@ def _parallel_region() -> int | None:
         return None
 
 
-def cuda_library() -> ctypes.CDLL | None:
-    """The CUDA kernels; None where there are none."""
-    return None
-
-
 def forward(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
     """F(x), contiguous."""
     x, parameters = x.contiguous(), parameters.double().contiguous()

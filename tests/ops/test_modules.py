@@ -287,7 +287,7 @@ def test_without_kernels_the_reference_runs_after_one_warning(tmp_path: Any, mon
         with pytest.warns(RuntimeWarning, match="no compiler found .*no-such-compiler; set CXX") as caught:
             y = nn.Sequential(Hermite(3), Hermite(3))(torch.zeros(2))
         assert len(caught) == 1
-        assert not kernels.has_kernel("cpu")
+        assert not kernels.has_kernel("cpu", None, torch.float32, "")
     finally:
         monkeypatch.undo()
         native.cpu_library.cache_clear()

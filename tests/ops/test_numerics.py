@@ -59,7 +59,7 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def by_reference(module: nn.Module, x: Tensor) -> Tensor:
     """The same module through plain torch."""
     original = kernels.has_kernel
-    kernels.has_kernel = lambda _: False
+    kernels.has_kernel = lambda *_: False
     try:
         result: Tensor = module(x)
         return result

@@ -1,0 +1,134 @@
+// What all CUDA kernels share: elements in and out, sums in a fixed order, the size of a grid.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "families.h"
+#include "problem.h"
+
+namespace polytrope {
+
+#ifdef POLYTROPE_CUDA_THREADS
+constexpr int threads = POLYTROPE_CUDA_THREADS;
+#else
+constexpr int threads = 256;
+#endif
+constexpr int warps = threads / 32;
+constexpr int width = 8;      // elements that a thread takes at a time: 16 bytes of bfloat16
+constexpr int tail_sums = 4;  // sums of g and of g (x - end), on the left and on the right
+
+__device__ __forceinline__ float read(const void* base, int type, int64_t index) {
+  if (type == type_float32) return static_cast<const float*>(base)[index];
+  if (type == type_bfloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(base)[index]);
+  return __half2float(static_cast<const __half*>(base)[index]);
+}
+
+__device__ __forceinline__ void write(void* base, int type, int64_t index, float value) {
+  if (type == type_float32) static_cast<float*>(base)[index] = value;
+  else if (type == type_bfloat16) static_cast<__nv_bfloat16*>(base)[index] = __float2bfloat16_rn(value);
+  else static_cast<__half*>(base)[index] = __float2half_rn(value);
+}
+
+// Eight elements from `index` on, which is a multiple of eight; the tensors begin at multiples of 16 bytes.
+__device__ __forceinline__ void read_eight(const void* base, int type, int64_t index, float* values) {
+  if (type == type_float32) {
+    const float4* source = reinterpret_cast<const float4*>(static_cast<const float*>(base) + index);
+    const float4 a = source[0], b = source[1];
+    values[0] = a.x, values[1] = a.y, values[2] = a.z, values[3] = a.w;
+    values[4] = b.x, values[5] = b.y, values[6] = b.z, values[7] = b.w;
+    return;
+  }
+  const uint4 packed = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + index);
+  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (type == type_bfloat16) {
+      values[2 * k] = __uint_as_float(words[k] << 16);
+      values[2 * k + 1] = __uint_as_float(words[k] & 0xffff0000u);
+    } else {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[k]));
+      values[2 * k] = pair.x;
+      values[2 * k + 1] = pair.y;
+    }
+  }
+}
+
+__device__ __forceinline__ void write_eight(void* base, int type, int64_t index, const float* values) {
+  if (type == type_float32) {
+    float4* target = reinterpret_cast<float4*>(static_cast<float*>(base) + index);
+    target[0] = make_float4(values[0], values[1], values[2], values[3]);
+    target[1] = make_float4(values[4], values[5], values[6], values[7]);
+    return;
+  }
+  uint32_t words[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (type == type_bfloat16) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * k], values[2 * k + 1]);
+      words[k] = *reinterpret_cast<const uint32_t*>(&pair);
+    } else {
+      const __half2 pair = __floats2half2_rn(values[2 * k], values[2 * k + 1]);
+      words[k] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+  }
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(base) + index) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// The sum over a warp, the same order every time; valid in its first lane.
+__device__ __forceinline__ double warp_sum(double value) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+// Adds up, over the block, `values`[0 … count) of all threads; thread k then gives its sum to keep(k, sum).
+// `shared` holds warps * count numbers; count is at most `threads`. All threads of a block call it together.
+template <class Keep>
+__device__ __forceinline__ void block_sums(const float* values, int count, double* shared, Keep keep) {
+#pragma unroll
+  for (int k = 0; k < count; ++k) {
+    const double sum = warp_sum(values[k]);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32 * count + k] = sum;
+  }
+  __syncthreads();
+  for (int k = threadIdx.x; k < count; k += threads) {
+    double total = 0;
+    for (int warp = 0; warp < warps; ++warp) total += shared[warp * count + k];
+    keep(k, total);
+  }
+  __syncthreads();
+}
+
+// total[k] = sum of rows[k * blocks …][0 … blocks), a warp for each k; `total` is shared.
+__device__ __forceinline__ void add_up_blocks(const double* rows, int count, int blocks, double* total) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int k = warp; k < count; k += warps) {
+    double part = 0;
+#pragma unroll 8
+    for (int block = lane; block < blocks; block += 32) part += rows[int64_t(k) * blocks + block];
+    part = warp_sum(part);
+    if (lane == 0) total[k] = part;
+  }
+  __syncthreads();
+}
+
+// Blocks that the whole GPU can hold of a kernel with 2048 / threads of them on a multiprocessor: the most there are.
+inline int64_t most_blocks() {
+  int device = 0, processors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  return int64_t(processors) * (2048 / threads);
+}
+
+// Blocks of `kernel` that are resident at the same time: one wave, so that none is left to run alone at the end.
+template <class Kernel>
+int64_t resident_blocks(Kernel kernel) {
+  int each = 0;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0) != cudaSuccess || each < 1) each = 1;
+  return most_blocks() / (2048 / threads) * each;
+}
+
+}  // namespace polytrope

@@ -1,0 +1,12 @@
+// Sums of powers of x, which Hermite series are too on the GPU.
+#include "cuda_elementwise.cuh"
+
+namespace polytrope {
+
+int launch_polynomial(const Problem& p, const Call& c) {
+  // Hermite differs from Polynomial in what stands before and after its kernels only.
+  if (p.family == family_hermite) return launch_degree<Hermite, Polynomial, 1, 8>(p, c);
+  return launch_degree<Polynomial, Polynomial, 1, 8>(p, c);
+}
+
+}  // namespace polytrope

@@ -1,0 +1,138 @@
+"""The CUDA kernels without a GPU: they compile for both architectures, and their own source gives the right numbers.
+
+`cuda_on_cpu/emulator.h` runs the sources thread by thread on the CPU, through the C interface and the Python calls that
+tensors on a GPU take, against the float64 reference. What only a GPU can show is in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from polytrope.ops import build, cuda, native, reference
+from polytrope.ops.families import Family, Formula, parameter_count
+
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="needs the CUDA toolkit (nvcc and its headers)")
+
+
+@pytest.mark.timeout(900)
+def test_the_cuda_kernels_compile_for_both_architectures_without_spills(capsys: pytest.CaptureFixture[str]) -> None:
+    log = build.cuda_library_path(flags=["-DPOLYTROPE_FEW_DEGREES"]).with_suffix(".log").read_text()
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)' for '(sm_\d+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", log, re.S
+    )
+    assert {architecture for _, architecture, _, _ in kernels} == {"sm_80", "sm_90"}
+    unrolled = [entry for entry in kernels if re.search(r"Li[1-9]", entry[0])]
+    assert len(unrolled) >= 40
+    with capsys.disabled():
+        print("\nCUDA kernels: registers and bytes spilled")
+        for name, architecture, spilled, registers in sorted(kernels):
+            print(f"  {architecture} {readable(name)}: {registers}, {spilled}")
+    assert all(int(spilled) <= 16 for _, _, spilled, _ in unrolled)
+
+
+def readable(name: str) -> str:
+    kind = re.search(r"(forward|backward|prepare|finish)_(kernel|rows)", name)
+    families = "Polynomial|Hermite|Chebyshev|Legendre|Fourier|Harmonic|TropicalRational|Tropical|PiecewiseLinear|"
+    families += "Rational|PolyReLU"
+    family, degree = re.search(families, name), re.search(r"Li(\d+)E", name)
+    assert kind is not None, name
+    parts = [family.group() if family else "PolyNorm", kind.group(1)]
+    if degree:
+        parts.append(f"degree {degree.group(1)}" if degree.group(1) != "0" else "any degree")
+    return " ".join(parts)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA sources for the CPU, blocks of 64 threads."""
+    assert NVCC is not None
+    folder = tmp_path_factory.mktemp("emulated")
+    plan = subprocess.run([NVCC, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", plan, re.M)
+    headers = Path(top.group(1) if top else "") / "include"
+    if not (headers / "cuda_bf16.h").exists():
+        pytest.skip(f"no CUDA headers in {headers}")
+    launch = re.compile(r"(\w+(?:<[\w, ]+>)?)\s*<<<(.+?), (\w+), 0, [\w.]+>>>\(([^;]*)\);", re.S)
+    emulator = Path(__file__).parent / "cuda_on_cpu" / "emulator.h"
+    running = []
+    for path in sorted(build.SOURCES.iterdir()):
+        text = launch.sub(r"emulator::launch(\2, \3, [&] { \1(\4); });", path.read_text())
+        assert "<<<" not in text
+        target = folder / path.name
+        target.write_text(text)
+        if path.suffix == ".cu":
+            command = [
+                "g++",
+                "-std=c++17",
+                "-O0",
+                "-w",
+                "-fPIC",
+                "-DPOLYTROPE_CUDA_THREADS=64",
+                "-DPOLYTROPE_FEW_DEGREES",
+            ]
+            command += [f"-I{headers}", "-include", str(emulator), "-x", "c++", "-c", str(target), "-o", f"{target}.o"]
+            running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        error = process.communicate()[1]
+        assert process.returncode == 0, error[-3000:]
+    library = folder / "emulated.so"
+    subprocess.run(["g++", "-shared", *map(str, folder.glob("*.o")), "-o", str(library)], check=True)
+    return cuda.load(str(library))
+
+
+CASES = [
+    *(Formula(family, degree) for family in Family for degree in ((3, 6) if family != Family.RATIONAL else ())),
+    Formula(Family.RATIONAL, 5, 4),
+    Formula(Family.RATIONAL, 3, 5, (-1.0, 0.9)),
+    Formula(Family.HERMITE, 8, 0, (-0.9, 0.8)),
+    Formula(Family.HERMITE, 5, 0, (-0.9, 0.8), -1, True),
+    Formula(Family.FOURIER, 4, 0, (-0.9, 0.8)),
+    Formula(Family.LEGENDRE, 8, 0, (), -1, True),
+    Formula(Family.PIECEWISE_LINEAR, 40),
+    Formula(Family.CHEBYSHEV, 16),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_kernels_agree_with_the_reference(emulated: ctypes.CDLL, dtype: torch.dtype) -> None:
+    for formula in [*CASES, cuda.POLYNORM] if dtype == torch.float32 else [*CASES[:6:2], *CASES[-6:], cuda.POLYNORM]:
+        assert cuda.largest_error(emulated, torch.device("cpu"), dtype, formula) <= cuda._TOLERANCES[dtype], formula
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "groups"), [((2, 6, 16), -2, 3), ((3, 4, 5), -3, 3), ((7, 12), -1, 12), ((9000,), -1, 1)]
+)
+def test_groups_lie_where_they_should(emulated: ctypes.CDLL, shape: tuple[int, ...], dim: int, groups: int) -> None:
+    formula = Formula(Family.POLYNOMIAL, 2, 0, (), dim)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    seed = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    parameters = torch.randn(groups, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(
+        cuda.forward(emulated, 0, x, parameters, formula), native.forward(x, parameters, formula), rtol=1e-5, atol=1e-5
+    )
+    found = cuda.backward(emulated, 0, seed, x, parameters, formula)
+    for ours, theirs in zip(found, native.backward(seed, x, parameters, formula), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for ours, again in zip(found, cuda.backward(emulated, 0, seed, x, parameters, formula), strict=True):
+        assert torch.equal(ours, again)
+
+
+def test_tensors_that_begin_anywhere_and_long_rows(emulated: ctypes.CDLL) -> None:
+    base = torch.randn(2 * 1501 + 3, generator=torch.Generator().manual_seed(1)).bfloat16()
+    x, parameters = base[3:].view(2, 1501), torch.tensor([0.1, 0.7, -0.2, 0.3], dtype=torch.float64)
+    assert x.data_ptr() % 16
+    exact = reference.polynorm(x.double(), parameters, 1e-6)
+    found = cuda.polynorm_forward(emulated, 0, x, parameters, 1e-6)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-2)
+    formula = Formula(Family.HERMITE, 3)
+    rows = torch.ones(1, parameter_count(formula), dtype=torch.float64)
+    found = cuda.forward(emulated, 0, x, rows, formula)
+    torch.testing.assert_close(found.double(), reference.evaluate(x.double(), rows, formula), rtol=1e-2, atol=1e-2)
