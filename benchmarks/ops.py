@@ -68,7 +68,7 @@ def by_hand(config: dict[str, Any]) -> Callable[..., Tensor]:
 
     def hermite_with_tails(x: Tensor, coefficients: Tensor) -> Tensor:
         low, high = config["interval"]
-        ends = torch.tensor([low, high])
+        ends = torch.tensor([low, high], device=x.device)
         values, slopes = series(ends, coefficients), series_slope(ends, coefficients)
         inside = series(x.clamp(low, high), coefficients)
         inside = torch.where(x < low, values[0] + slopes[0] * (x - low), inside)
@@ -109,7 +109,7 @@ def by_hand(config: dict[str, Any]) -> Callable[..., Tensor]:
         return value
 
     def tropical(x: Tensor, coefficients: Tensor) -> Tensor:
-        return math.sqrt(2.0) / degree * maximum(x, torch.arange(degree + 1.0), coefficients)
+        return math.sqrt(2.0) / degree * maximum(x, torch.arange(degree + 1.0, device=x.device), coefficients)
 
     def piecewise_linear(x: Tensor, values: Tensor) -> Tensor:
         step = 8.0 / degree
