@@ -189,7 +189,10 @@ class _Raw(str):
 
 def signature(name: str, value: Any) -> str:
     """`name(argument: type = default, …) -> type`, one argument per line where it is long."""
-    own = inspect.signature(value)
+    try:
+        own = inspect.signature(value)
+    except ValueError:  # an exception without an __init__ of its own has the built-in one
+        return f"{name}(message)"
     parameters = [
         item.replace(annotation=_annotation(item.annotation)) for item in own.parameters.values() if item.name != "self"
     ]

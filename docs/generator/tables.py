@@ -103,6 +103,12 @@ def results(*names: str) -> str:
     return "\n".join(parts)
 
 
+def pictures(name: str) -> str:
+    """The plots of a benchmark, `benchmarks/results/NAME-*.png`; for pages one folder below docs/."""
+    found = sorted(RESULTS.glob(f"{name}-*.png"))
+    return "\n\n".join(f"![{path.stem}](../../benchmarks/results/{path.name})" for path in found) + "\n"
+
+
 def _about(content: dict[str, Any]) -> str:
     return "".join(f"- {plain(key)}: {plain(_text(value))}\n" for key, value in content.items())
 
@@ -131,4 +137,5 @@ TABLES: dict[str, Callable[..., str]] = {
     "activations": activations,
     "shared_options": shared_options,
     "results": results,
+    "pictures": pictures,
 }
