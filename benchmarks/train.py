@@ -3,7 +3,8 @@
 Both sides run in the same processes and take turns, ten steps each: our step (DeepSpeed engine, data, metrics; Hermite
 of degree 3) and a bare loop with the same model, batch and optimizer but GELU, which with two workers is torch's DDP
 over gloo. The time lost to checkpoints and reports is that of `_Run.step` at the default cadence against the same
-steps without any. Without a GPU its columns stay empty.
+steps without any. Memory is what a forward pass leaves resident, by `activation_checkpointing`. The digits are
+workflows/convnext-digits.yaml as it is. With a GPU: GPT-2 124M, bf16, compiled; without one its columns stay empty.
 """
 
 from __future__ import annotations
@@ -39,10 +40,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "train.json")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--forward", help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=TURNS, help=f"turns of {STEPS} steps (default {TURNS})")
+    parser.add_argument("--no-digits", action="store_true", help="leave the workflow on digits out (about 3 minutes)")
+    parser.add_argument(
+        "--peak-flops", type=float, default=989e12, help="of the GPU in bf16 (default: an H100 SXM's 989e12)"
+    )
     options = parser.parse_args()
     if options.worker:
         measure(options.worker, options.turns)
+        return
+    if options.forward:
+        print(resident_after_forward(options.forward))
         return
     with tempfile.TemporaryDirectory(prefix="polytrope-benchmark-") as name:
         dataset = make_dataset(Path(name))
@@ -50,30 +59,36 @@ def main() -> None:
             f"{workers} worker{'s' if workers > 1 else ''}": run(Path(name), dataset, workers, options.turns)
             for workers in (1, 2)
         }
+        results["memory"] = memory()
+        if not options.no_digits:
+            results["digits"] = digits(Path(name) / "digits")
+        gpu = gpu_figures(Path(name), options.peak_flops) if torch.cuda.is_available() else None
     record = {
         "command": "python -m benchmarks.train",
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__},
         "time": time.strftime("%Y-%m-%d", time.gmtime()),
         "results": results,
-        "gpu": {"mfu": None, "hermite_over_gelu": None},
+        "gpu": gpu or {"device": None, "mfu": None, "hermite_over_gelu": None},
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=2) + "\n")
-    for title, values in results.items():
+    for title, values in {**results, **({"gpu": gpu} if gpu else {})}.items():
         print(title)
         for key, value in values.items():
-            print(f"  {key:<28} {value:,.4g}")
+            print(f"  {key:<34} {value:,.4g}" if isinstance(value, int | float) else f"  {key:<34} {value}")
 
 
-def make_dataset(directory: Path) -> Path:
+def make_dataset(directory: Path, sequence_length: int = 128, max_bytes: int = 500_000) -> Path:
     """The quickstart's kind of data, smaller."""
     context = make_context(directory / "dataset", 1)
-    text = {"kind": "python", "max_bytes": 500_000}
-    shard(context, ShardParameters.model_validate({"source": text, "tokenizer": {"kind": "bpe", "vocab_size": 1024}}))
+    source = {"kind": "python", "max_bytes": max_bytes}
+    tokenizer = {"kind": "bpe", "vocab_size": 1024}
+    parameters = {"source": source, "tokenizer": tokenizer, "sequence_length": sequence_length}
+    shard(context, ShardParameters.model_validate(parameters))
     return context.output
 
 
-def make_context(directory: Path, workers: int) -> StageContext:
+def make_context(directory: Path, workers: int, gpus: float = 0.0) -> StageContext:
     for name in ("output", "scratch"):
         (directory / name).mkdir(parents=True, exist_ok=True)
     return StageContext(
@@ -84,7 +99,7 @@ def make_context(directory: Path, workers: int) -> StageContext:
         output=directory / "output",
         scratch=directory / "scratch",
         executor="local",
-        resources=Resources(workers=workers),
+        resources=Resources(workers=workers, gpus=gpus),
         events=EventWriter(directory / "events"),
     )
 
@@ -159,8 +174,10 @@ def _time(step: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def our_run(directory: Path, dataset: Path, rank: int, workers: int, **changes: Any) -> Callable[[], None]:
-    """The `train` stage's step, Hermite of degree 3, ZeRO-1 from two workers on."""
+def our_run(
+    directory: Path, dataset: Path, rank: int, workers: int, gpu: bool = False, **changes: Any
+) -> Callable[[], None]:
+    """The `train` stage's step, Hermite of degree 3 unless `model` says otherwise, ZeRO-1 from two workers on."""
     from polytrope.pipeline.training import loop
     from polytrope.pipeline.training.batches import Prefetcher
     from polytrope.pipeline.training.deepspeed_engine import create_engine
@@ -168,15 +185,16 @@ def our_run(directory: Path, dataset: Path, rank: int, workers: int, **changes: 
     from polytrope.pipeline.training.state import Progress
     from polytrope.pipeline.training.tasks import make_task
 
-    context = make_context(directory, workers)
-    model = {**MODEL, "activation": {"name": "hermite", "degree": 3}}
+    context = make_context(directory, workers, gpus=1.0 if gpu else 0.0)
+    model = changes.pop("model", None) or {**MODEL, "activation": {"name": "hermite", "degree": 3}}
     settings = {**PARAMETERS, "model": model, "zero_stage": 0 if workers == 1 else 1, **changes}
     plan = make_plan(context, Artifact(dataset, "d", "shard"), None, TrainParameters.model_validate(settings))
-    engine = create_engine(plan, loop._create_model(plan), cpu=True)
-    task = make_task(plan, rank, pin=False)
+    engine = create_engine(plan, loop._create_model(plan), cpu=not gpu)
+    task = make_task(plan, rank, pin=gpu)
     prefetcher = Prefetcher(task.train_step, 0, plan.steps)
     progress = Progress()
-    return loop._Run(plan, context, rank, torch.device("cpu"), engine, None, progress, task, prefetcher).step
+    device = torch.device("cuda" if gpu else "cpu")
+    return loop._Run(plan, context, rank, device, engine, None, progress, task, prefetcher).step
 
 
 def bare_run(dataset: Path, rank: int, workers: int) -> Callable[[], None]:
@@ -204,6 +222,93 @@ def bare_run(dataset: Path, rank: int, workers: int) -> Callable[[], None]:
         loss.item()  # a loop shows its loss
 
     return step
+
+
+def memory() -> dict[str, float]:
+    """Megabytes that a forward pass leaves resident, each in a process of its own."""
+    figures = {}
+    for mode in ("none", "mlp", "block"):
+        command = [sys.executable, "-m", "benchmarks.train", "--forward", mode]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        figures[f"{mode}_megabytes"] = float(done.stdout.split()[-1]) / 1e6
+    figures["mlp_saves"] = 1 - figures["mlp_megabytes"] / figures["none_megabytes"]
+    figures["block_saves"] = 1 - figures["block_megabytes"] / figures["none_megabytes"]
+    return figures
+
+
+def resident_after_forward(mode: str) -> int:
+    """Bytes kept for backward by the benchmark's model with Hermite activations on 64 sequences of 128 tokens."""
+    import psutil
+
+    from polytrope.models import build_model
+
+    sizes = {**MODEL, "vocab_size": 1024, "sequence_length": 128, "activation": {"name": "hermite", "degree": 3}}
+    model = build_model("gpt2", sizes)
+    model.set_activation_checkpointing(mode)  # type: ignore[operator]
+    tokens = torch.randint(1024, (64, 128))
+    model(tokens[:1], tokens[:1]).backward()
+    before = psutil.Process().memory_info().rss
+    loss = model(tokens, tokens)
+    kept = psutil.Process().memory_info().rss - before
+    loss.backward()
+    return int(kept)
+
+
+def digits(store: Path) -> dict[str, float]:
+    """workflows/convnext-digits.yaml: seconds, and the accuracy of each activation on the held-out digits."""
+    command = [sys.executable, "-m", "polytrope.pipeline.cli", "run", "workflows/convnext-digits.yaml", "--no-tracking"]
+    started = time.perf_counter()
+    subprocess.run(
+        [*command, "--executor", "local", "--store", str(store), "--quiet"],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    figures = {"seconds": time.perf_counter() - started}
+    (evaluation,) = (store / "artifacts").glob("*/evaluation.json")
+    for label, model in json.loads(evaluation.read_text())["models"].items():
+        figures[f"accuracy {label}"] = model["accuracy"]
+    return figures
+
+
+def gpu_figures(directory: Path, peak_flops: float) -> dict[str, Any]:
+    """GPT-2 124M, bf16, compiled, on one GPU: seconds per step and MFU with GELU and with Hermite of degree 3."""
+    from polytrope.models.gpt2 import GPT2, PRESETS, GPT2Config
+    from polytrope.pipeline.training.rendezvous import join
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    join(f"file://{directory}/gpu-rendezvous", 0, 1, "nccl", timedelta(seconds=600))
+    long = make_dataset(directory / "long", sequence_length=1024, max_bytes=4_000_000)
+    shared = {
+        "global_batch_size": 32,
+        "micro_batch_size": 32,
+        "precision": "bf16",
+        "compile": True,
+        "checkpoint_every": 0,
+    }
+    figures: dict[str, Any] = {"device": torch.cuda.get_device_name()}
+    runs = {}
+    for name in ("gelu_tanh", "hermite3"):
+        model = {**PRESETS["gpt2"], "vocab_size": 50304, "bias": False, "activation": name}
+        runs[name] = our_run(directory / name, long, 0, 1, gpu=True, model=model, log_every=100_000, **shared)
+        for _ in range(20):
+            runs[name]()  # compiles
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(6):
+        for name, step in runs.items():
+            seconds[name].append(_time(step) / STEPS)
+    with torch.device("meta"):
+        flops = GPT2(GPT2Config(**PRESETS["gpt2"], vocab_size=50304, bias=False)).flops_per_token()
+    for name, values in seconds.items():
+        figures[f"{name}_step_milliseconds"] = 1000 * statistics.median(values)
+        figures[f"{name}_mfu"] = 32 * 1024 * flops / statistics.median(values) / peak_flops
+    figures["mfu"] = figures["hermite3_mfu"]
+    figures["hermite_over_gelu"] = statistics.median(
+        a / b for a, b in zip(seconds["hermite3"], seconds["gelu_tanh"], strict=True)
+    )
+    return figures
 
 
 if __name__ == "__main__":

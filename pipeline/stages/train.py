@@ -45,8 +45,8 @@ class ModelParameters(BaseModel):
     )
     activation: Activation | list[Activation] | None = Field(
         None,
-        description="one activation (gelu, hermite3, or {name, degree, …}), a list with one per "
-        "block, or a list of {layers: 0-5, name: …}",
+        description="one activation (gelu, hermite3, or {name, degree, …}), a list with one per block, "
+        "or a list of {layers: 0-5, name: …}",
     )
     activation_options: ActivationOptions | None = Field(
         None, description="init, interval, per_channel of all learnable activations that have such an option"

@@ -106,9 +106,68 @@ def create_engine(plan: TrainingPlan, model: nn.Module, cpu: bool, *, universal:
         config={**complete_configuration(plan), "checkpoint": {"load_universal": universal}},
         dist_init_required=False,
     )
+    if plan.zero_stage == 1 and parameters.precision == "fp32":
+        reduce_in_one_buffer(engine.optimizer)
     if parameters.compile:
         engine.compile()
     return engine
+
+
+def reduce_in_one_buffer(optimizer: Any) -> None:
+    """Average the gradients of a ZeRO-1 optimizer in one persistent buffer laid out like its partitions.
+
+    DeepSpeed 0.19.8 copies each gradient into a new bucket, from there into its partition and from there into a flat
+    tensor, by a hook per parameter, and takes the norm tensor by tensor with a reduction per parameter group: 9 ms of
+    processor time per step of the quickstart's model, beside 50 for the rest. Here gradients are copied once, and
+    both the average and the norm are one reduction.
+    """
+    import deepspeed.comm as dist
+
+    group = optimizer.dp_process_group
+    rank, workers = dist.get_rank(group=group), dist.get_world_size(group=group)
+    flats = optimizer.bit16_groups_flat  # of each group, padded so that all partitions are equally long
+    buffer = torch.zeros(sum(flat.numel() for flat in flats), dtype=flats[0].dtype, device=flats[0].device)
+    parameters: list[nn.Parameter] = []
+    views: list[Tensor] = []
+    own: list[Tensor] = []
+    for flat, members, part in zip(
+        flats, optimizer.bit16_groups, buffer.split([flat.numel() for flat in flats]), strict=True
+    ):
+        for parameter in members:
+            offset = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+            parameters.append(parameter)
+            views.append(part.narrow(0, offset, parameter.numel()).view(parameter.shape))
+        own.append(part.chunk(workers)[rank])
+
+    def reduce_gradients(pipeline_parallel: bool = False) -> None:
+        assert not pipeline_parallel
+        gradients = [parameter.grad for parameter in parameters]
+        found = [gradient for gradient in gradients if gradient is not None]
+        if len(found) == len(views):
+            torch._foreach_copy_(views, found)
+        else:
+            buffer.zero_()
+            for view, gradient in zip(views, gradients, strict=True):
+                if gradient is not None:
+                    view.copy_(gradient)
+        buffer.div_(workers)
+        dist.all_reduce(buffer, group=group)
+        for number, partition in enumerate(own):
+            optimizer.averaged_gradients[number] = [partition]
+        for parameter in parameters:
+            parameter.grad = None
+        optimizer._epilogue_ran_this_backward = True
+
+    def scaled_global_norm(norm_type: float = 2) -> Tensor:
+        assert norm_type == 2
+        squares = torch.stack(torch._foreach_norm(own)).square().sum()
+        dist.all_reduce(squares, group=group)
+        norm = squares.sqrt()
+        return torch.where(norm.isfinite(), norm, torch.full_like(norm, torch.inf))  # as DeepSpeed's: infinity is bad
+
+    optimizer._coalesce_grad_reduction = True  # the hooks leave gradients where they are
+    optimizer.reduce_gradients = reduce_gradients
+    optimizer.scaled_global_norm = scaled_global_norm
 
 
 def clips_itself(plan: TrainingPlan) -> bool:
