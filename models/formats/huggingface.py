@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,23 +123,32 @@ def _foreign_model(config: dict[str, Any], directory: Path) -> nn.Module:
     kind = getattr(transformers, str(named), None)
     if kind is None:
         raise ValueError(f"{directory / 'config.json'}: architectures: transformers has no {named}")
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
     try:
-        model, report = kind.from_pretrained(
-            directory, local_files_only=True, weights_only=True, output_loading_info=True
-        )
+        with _without_progress_bars():
+            model, report = kind.from_pretrained(
+                directory, local_files_only=True, weights_only=True, output_loading_info=True
+            )
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f"{directory}: transformers cannot load it: {str(error).splitlines()[0]}") from error
-    finally:
-        if shown:
-            bars.enable_progress_bar()
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:8])
         raise ValueError(f"{directory}: the weights do not fit {named}: missing {missing}")
     network: nn.Module = model
     return network
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Those of transformers, which go to stderr whatever it is."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load_activations(model: nn.Module, activations: Mapping[str, Any], directory: Path) -> None:
@@ -177,7 +187,8 @@ def save_huggingface(directory: Path, model: nn.Module, activations: Mapping[str
             name for name, module in model.named_modules(remove_duplicate=False) if is_learnable_activation(module)
         }
         kept = {name: tensor for name, tensor in state.items() if _owner(name) not in learnable}
-        model.save_pretrained(directory, state_dict=kept)  # type: ignore[operator]
+        with _without_progress_bars():
+            model.save_pretrained(directory, state_dict=kept)  # type: ignore[operator]
     if activations:
         content = {"format": 1, "activations": dict(activations)}
         (directory / ACTIVATIONS_FILE).write_text(json.dumps(content, indent=1) + "\n")

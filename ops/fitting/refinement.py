@@ -20,6 +20,7 @@ Residuals = Callable[[Array], tuple[Array, Array]]  # parameters → residuals [
 # parameters, points → values, slopes, and the derivatives of both by the parameters
 Model = Callable[[Array, Array], tuple[Array, Array, Array, Array]]
 _FREED = 4
+_GAIN = 1e-6  # of a step, below which the refinement of a start ends
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def refine_ends(
             jacobian = np.concatenate([jacobian, data.rows(beyond[:, None] * outside, outside)], axis=1)
         return data.rows(value, slope) - data.right, jacobian
 
-    flat, cost = refine(residuals, np.concatenate([start, ends]) if free_ends else start, steps)
+    flat, cost = refine(residuals, np.concatenate([start, ends]) if free_ends else start, steps, _GAIN)
     if free_ends:
         return flat[:-2], (float(flat[-2]), float(flat[-1])), cost
     return flat, ends, cost

@@ -24,9 +24,10 @@ def write_page(directory: Path, content: Mapping[str, Any], title: str) -> Path:
     plots = directory / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     layers = content["layers"]
+    numbered = [{**layer, "name": f"layer {number}"} for number, layer in enumerate(layers)]
     pictures = []
     for number, start in enumerate(range(0, len(layers), _LAYERS_PER_PLOT)):
-        draw = partial(draw_conversion, layers=layers[start : start + _LAYERS_PER_PLOT])
+        draw = partial(draw_conversion, layers=numbered[start : start + _LAYERS_PER_PLOT])
         shown = {theme: render(draw, theme) for theme in THEMES}
         (plots / f"conversion-{number}.png").write_bytes(shown["light"])
         pictures.append(_picture(shown, f"layers {start} to {min(len(layers), start + _LAYERS_PER_PLOT) - 1}"))
@@ -60,10 +61,10 @@ def _advice(advice: Any) -> str:
     if not advice:
         return ""
     rows = "".join(
-        f"<tr><td>{escape(entry['name'])}</td><td>{entry['cost']:.2e}</td>"
+        f'<tr><td class="name">{_name(entry["name"])}</td><td>{entry["cost"]:.2e}</td>'
         f'<td class="bar" style="background-size:{100 * entry["share"]:.0f}% 70%">{entry["share"]:.0%}</td>'
         f"<td>{entry['relative_error']:.2e}</td><td>{entry['degree']}</td>"
-        f'<td class="left">{escape(entry.get("advice", ""))}</td></tr>'
+        f'<td class="left name">{escape(entry.get("advice", ""))}</td></tr>'
         for entry in advice
     )
     return (
@@ -76,8 +77,9 @@ def _advice(advice: Any) -> str:
 
 def _certificates(layers: list[Mapping[str, Any]]) -> str:
     heads = "".join(
-        f"<th>{head}</th>"
+        f"<th{' class=left' * (head == 'layer')}>{head}</th>"
         for head in (
+            "",
             "layer",
             "fit",
             "interval",
@@ -91,20 +93,25 @@ def _certificates(layers: list[Mapping[str, Any]]) -> str:
             "mean square",
         )
     )
-    rows = "".join(_certificate_row(layer) for layer in layers)
+    rows = "".join(_certificate_row(number, layer) for number, layer in enumerate(layers))
     return (
-        '<section><h2>Certificates</h2><p class="note">Root mean squares and moments are over the measured inputs, '
-        "those outside the interval included; largest errors are bounds on the interval, and outside it up to one more "
-        "interval on each side. Moments: before → after.</p>"
+        '<section><h2>Certificates</h2><p class="note">Root mean squares and moments are over the measured inputs, those '
+        "outside the interval included. Largest errors are bounds: on the interval, and outside it as far as inputs "
+        "were seen, or one more interval on each side. Moments: before → after.</p>"
         f'<div class="scroll"><table><tr>{heads}</tr>{rows}</table></div></section>\n'
     )
 
 
-def _certificate_row(layer: Mapping[str, Any]) -> str:
+def _name(layer: str) -> str:
+    """May be broken after every dot."""
+    return escape(layer).replace(".", ".<wbr>")
+
+
+def _certificate_row(number: int, layer: Mapping[str, Any]) -> str:
     c = layer["certificate"]
     return (
-        f"<tr><td>{escape(layer['name'])}</td>"
-        f"<td>{escape(layer['target'])} → {escape(layer['family'])} {layer['degree']}</td>"
+        f'<tr><td>{number}</td><td class="left name">{_name(layer["name"])}</td>'
+        f"<td>{escape(layer['target'])}<small>→ {escape(layer['family'])} {layer['degree']}</small></td>"
         f"<td>[{layer['interval'][0]:.2f}, {layer['interval'][1]:.2f}]</td><td>{c['rms']:.2e}</td>"
         f"<td>{c['maximum']:.2e}</td><td>{c['rms_derivative']:.2e}</td><td>{c['maximum_derivative']:.2e}</td>"
         f"<td>{c['maximum_outside']:.2e}</td><td>{c['condition']:.1e}</td>"
