@@ -244,10 +244,10 @@ def main() -> None:
     result = measure(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "conversion.json").write_text(json.dumps(result, indent=1) + "\n")
-    sentences = result["sentences"]
+    sentences, machine = result["sentences"], result["machine"]
     heading = (
         f"Calibrated on {sentences['calibration']} sentences, compared on {sentences['held_out']} others; "
-        f"{arguments.steps} steps of distillation; {result['machine']['processor']}, {result['machine']['cores']} cores."
+        f"{arguments.steps} steps of distillation; {machine['processor']}, {machine['cores']} cores."
     )
     (arguments.output / "conversion.md").write_text(f"{heading}\n\n{table(result)}\n")
     draw(result, arguments.output / "conversion.png")

@@ -95,9 +95,9 @@ def _certificates(layers: list[Mapping[str, Any]]) -> str:
     )
     rows = "".join(_certificate_row(number, layer) for number, layer in enumerate(layers))
     return (
-        '<section><h2>Certificates</h2><p class="note">Root mean squares and moments are over the measured inputs, those '
-        "outside the interval included. Largest errors are bounds: on the interval, and outside it as far as inputs "
-        "were seen, or one more interval on each side. Moments: before → after.</p>"
+        '<section><h2>Certificates</h2><p class="note">Root mean squares and moments are over the measured '
+        "inputs, those outside the interval included. Largest errors are bounds: on the interval, and outside it as "
+        "far as inputs were seen, or one more interval on each side. Moments: before → after.</p>"
         f'<div class="scroll"><table><tr>{heads}</tr>{rows}</table></div></section>\n'
     )
 
