@@ -173,10 +173,11 @@ def submit(
 def _package_source(directory: Path) -> Path:
     """A copy of this polytrope's source in the layout that Python imports."""
     root = directory / "polytrope"
-    for package in ("ops", "models", "pipeline"):
+    source = find_source("polytrope.pipeline").parent  # the repository, or the installed package: of one layout
+    for folder in ("ops", "models", "pipeline", "infra/deepspeed"):
         shutil.copytree(
-            find_source(f"polytrope.{package}"),
-            root / package,
+            source / folder,
+            root / folder,
             ignore=shutil.ignore_patterns("__pycache__", "build", "*.o"),
         )
     return root

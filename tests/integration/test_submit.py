@@ -16,6 +16,8 @@ import pytest
 from mlflow_support import wait_until
 from ray_support import Ray
 
+from polytrope.pipeline.submit import _package_source
+
 TOKEN = secrets.token_hex(32)  # the head asks every client for it, as the documentation recommends
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
 
@@ -217,6 +219,29 @@ def test_a_node_and_then_the_head_are_lost(project: Path, tmp_path: Path) -> Non
         first.end()
         if second is not None:
             second.end()
+
+
+def test_what_is_sent_of_polytrope_gives_the_same_keys(tmp_path: Path) -> None:
+    """Code and shipped configurations: what was computed on the cluster is a hit here, and the other way round."""
+    _package_source(tmp_path)
+    program = (
+        "import polytrope.pipeline.keys as keys\n"
+        "from polytrope.pipeline.graph import build_graph\n"
+        "from polytrope.pipeline.spec import load_workflow\n"
+        "assert keys.__file__.startswith({place!r}), keys.__file__\n"
+        "for name, node in build_graph(load_workflow('workflows/quickstart.yaml', [])).items():\n"
+        "    print(keys.stage_key(keys.key_components(node, dict.fromkeys(node.inputs))))\n"
+    )
+    root = Path(__file__).parents[2]
+    here, there = (
+        subprocess.run(
+            [sys.executable, "-c", program.format(place=str(place))],
+            cwd=root, env={**os.environ, **variables}, capture_output=True, text=True, check=True,
+        ).stdout
+        for place, variables in ((root, {}), (tmp_path, {"PYTHONPATH": str(tmp_path)}))
+    )  # fmt: skip
+    assert here == there
+    assert len(here.split()) == 7
 
 
 def test_an_address_where_nothing_answers_is_refused_at_once(project: Path, tmp_path: Path) -> None:
