@@ -61,6 +61,7 @@ class RayExecutor:
         self._wake = wake
         self._capacity = machine_capacity() if address is None else None
         self._ray: Any = None
+        self._functions: dict[bool, Any] = {}
         self._owned = False
         self._guard: subprocess.Popen[bytes] | None = None
         self._tasks: dict[int, StageTask] = {}
@@ -95,6 +96,9 @@ class RayExecutor:
                 ) from error
             self._owned = True
         self._ray = ray
+        # one of each for all tasks: Ray sends a function once, and keeps the workers that have it. A parallel stage has
+        # a process of its own, since it may start process groups.
+        self._functions = {False: ray.remote(execute), True: ray.remote(max_calls=1)(execute)}
         total = _cluster_resources(ray)
         capacity = Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), int(total.get("memory", 0)))
         refuse_impossible(nodes, capacity, f"the Ray cluster {self._address}" if self._address else "this machine")
@@ -102,15 +106,13 @@ class RayExecutor:
     def submit(self, task: StageTask) -> None:
         cpus, gpus = needs(task.resources)
         options: dict[str, Any] = {"max_retries": 0, "name": f"polytrope:{task.stage}"}
-        function = self._ray.remote(execute)
-        if task.parallel:  # its workers reserve what it asked for; a process of its own, since it may start groups
-            function = self._ray.remote(max_calls=1)(execute)
+        if task.parallel:  # its workers reserve what it asked for
             options.update(num_cpus=0, num_gpus=0)
         else:
             options.update(num_cpus=cpus, num_gpus=gpus)
             if task.resources.memory:
                 options["memory"] = task.resources.workers * task.resources.memory
-        reference = function.options(**options).remote(dump_task(task))
+        reference = self._functions[task.parallel].options(**options).remote(dump_task(task))
         self._references[reference] = task.identifier
         self._tasks[task.identifier] = task
 
