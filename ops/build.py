@@ -34,8 +34,14 @@ CUDA_SOURCES = (
 CPU_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 CUDA_FLAGS = ("-std=c++17", "-O3", "-cudart=static", "-Xcompiler=-fPIC", "-Xptxas=-v")
 CUDA_ARCHITECTURES = ("80", "90")
-# Widest first: the name that torch gives to a CPU's capability, and the compiler flag.
-X86_LEVELS = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3", "DEFAULT": "x86-64"}
+# Widest first: the name that torch gives to a CPU's capability (the first one: and its own test says yes), and flags.
+# Clang and GCC prefer 256 bits on some machines; the kernels use explicit vectors of 512.
+X86_LEVELS = {
+    "AVX512_BF16": ("-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"),
+    "AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "AVX2": ("-march=x86-64-v3", "-mtune=generic"),
+    "DEFAULT": ("-march=x86-64", "-mtune=generic"),
+}
 
 
 class BuildError(RuntimeError):
@@ -80,11 +86,15 @@ def cpu_library_path(level: str | None = None) -> Path:
     if "clang" not in _version(compiler):
         flags.append("-Wno-psabi")
     if platform.machine() == "x86_64":
-        capability = level or torch.backends.cpu.get_cpu_capability()
-        flags.append(f"-march={X86_LEVELS.get(capability, 'x86-64')}")
-        # Clang and GCC prefer 256 bits on some machines; the kernels use explicit vectors of 512.
-        flags.append("-mprefer-vector-width=512" if capability == "AVX512" else "-mtune=generic")
+        flags += X86_LEVELS.get(level or best_level(), X86_LEVELS["DEFAULT"])
     return _compiled("cpu", compiler, flags, CPU_SOURCES)
+
+
+def best_level() -> str:
+    """The name in `X86_LEVELS` of what this machine can run; `ATEN_CPU_CAPABILITY` lowers it as it does torch's own."""
+    capability: str = torch.backends.cpu.get_cpu_capability()
+    rounds = capability == "AVX512" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return "AVX512_BF16" if rounds else capability
 
 
 def cuda_library_path(architectures: Sequence[str] = CUDA_ARCHITECTURES, flags: Sequence[str] = ()) -> Path:

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#ifdef __F16C__
+#if defined(__F16C__) || defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
 
@@ -148,6 +148,19 @@ void write_elements(int type, void* base, int64_t index, int64_t stride, const S
     }
     case type_bfloat16: {
       uint16_t* target = static_cast<uint16_t*>(base) + index;
+#ifdef __AVX512BF16__
+      if constexpr (std::is_same_v<S, float>)
+        if (stride == 1) {
+          // Rounds to nearest even as bfloat16_of does, but takes numbers below 2^-126 for 0.
+          int i = 0;
+          for (; i + 16 <= count; i += 16) {
+            const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(source + i));
+            std::memcpy(target + i, &rounded, 32);
+          }
+          for (; i < count; ++i) target[i] = bfloat16_of(source[i]);
+          return;
+        }
+#endif
       if (stride == 1) for (int i = 0; i < count; ++i) target[i] = bfloat16_of(float(source[i]));
       else for (int i = 0; i < count; ++i) target[i * stride] = bfloat16_of(float(source[i]));
       return;

@@ -39,7 +39,14 @@ void backward_block(const S* __restrict x, const S* __restrict g, S* __restrict 
   std::copy(table, table + Family::largest_table, t);
   V a[Family::largest_sums];
   for (int k = 0; k < sums; ++k) a[k] = V{};
-  for (int i = 0; i < count; i += lanes<S>) store(dx + i, Family::backward(load<V>(x + i), load<V>(g + i), t, a, n, m));
+  if constexpr (std::is_same_v<Family, TropicalRational>) {
+    for (int i = 0; i < count; i += lanes<S>)
+      store(dx + i, Family::descend_numerator(load<V>(x + i), load<V>(g + i), t, a, n));
+    for (int i = 0; i < count; i += lanes<S>)
+      store(dx + i, Family::descend_denominator(load<V>(x + i), load<V>(g + i), load<V>(dx + i), t, a, n));
+  } else {
+    for (int i = 0; i < count; i += lanes<S>) store(dx + i, Family::backward(load<V>(x + i), load<V>(g + i), t, a, n, m));
+  }
   for (int k = 0; k < sums; ++k) total[k] += fold(a[k]);
 }
 

@@ -72,17 +72,25 @@ POLYTROPE_FUNCTION V smaller(V a, V b) {
   return a < b ? a : b;
 }
 
+// Adds v to the sum where the indices are k: one masked addition, which compilers do not find.
+template <class V, class S>
+POLYTROPE_FUNCTION void add_where(V index, S k, V v, V& sum) {
+  sum += index == k ? v : V{};
+}
+
 #if defined(__AVX__) && !defined(__CUDACC__)
 typedef float Float8 __attribute__((vector_size(32)));
 POLYTROPE_FUNCTION Float8 larger(Float8 a, Float8 b) { return Float8(_mm256_max_ps(__m256(a), __m256(b))); }
 POLYTROPE_FUNCTION Float8 smaller(Float8 a, Float8 b) { return Float8(_mm256_min_ps(__m256(a), __m256(b))); }
-POLYTROPE_FUNCTION Float8 nearest_integer(Float8 x) { return Float8(_mm256_round_ps(__m256(x), 0)); }
 #endif
 #if defined(__AVX512F__) && !defined(__CUDACC__)
 typedef float Float16 __attribute__((vector_size(64)));
 POLYTROPE_FUNCTION Float16 larger(Float16 a, Float16 b) { return Float16(_mm512_max_ps(__m512(a), __m512(b))); }
 POLYTROPE_FUNCTION Float16 smaller(Float16 a, Float16 b) { return Float16(_mm512_min_ps(__m512(a), __m512(b))); }
-POLYTROPE_FUNCTION Float16 nearest_integer(Float16 x) { return Float16(_mm512_roundscale_ps(__m512(x), 0)); }
+POLYTROPE_FUNCTION void add_where(Float16 index, float k, Float16 v, Float16& sum) {
+  const __mmask16 here = _mm512_cmp_ps_mask(__m512(index), _mm512_set1_ps(k), _CMP_EQ_OQ);
+  sum = Float16(_mm512_mask_add_ps(__m512(sum), here, __m512(sum), __m512(v)));
+}
 #endif
 
 // A number and its derivative with respect to x: gives the tangents of any family from its own `value` and `backward`.
@@ -282,18 +290,6 @@ struct PolyReLU {
   }
 };
 
-// The nearest integer to x, ties to even, below 2^22 in magnitude: adding 1.5 * 2^23 leaves no place for a fraction.
-template <class V>
-POLYTROPE_FUNCTION V nearest_integer(V x) {
-#ifdef __CUDA_ARCH__
-  return rintf(x);
-#else
-  const float shift = 12582912.0f;
-  V shifted = x + shift;
-  return shifted - shift;
-#endif
-}
-
 // Integers of the size of V's elements.
 template <class V>
 struct Integers {
@@ -310,12 +306,13 @@ struct Integers<float> {
 // (cosine) and 3.4e-9 (sine) before rounding. ±inf and NaN give NaN; any other result lies in [-1, 1].
 template <class V>
 POLYTROPE_FUNCTION void sine_cosine(V x, float high, float low, float phase, V& sine, V& cosine) {
-  V turns = nearest_integer(x * high - phase);
+  // Adding 1.5 * 2^23 leaves no place for a fraction, and the lowest bit says whether the number of half turns is odd.
+  const V shifted = (x * high - phase) + 12582912.0f;
+  V turns = shifted - 12582912.0f;
   V f = x * high - turns;
   f = x * low + (f - phase);
   f = larger(broadcast<V>(-0.5625f), smaller(broadcast<V>(0.5625f), f));
   typename Integers<V>::type sign, bits;
-  V shifted = turns + 12582912.0f;  // the lowest bit says whether the number of half turns is odd
   __builtin_memcpy(&sign, &shifted, sizeof(V));
   sign <<= 31;
   V q = f * f;
@@ -505,7 +502,7 @@ struct Tropical {
       best = larger(line, best);
     }
     POLYTROPE_UNROLL
-    for (int k = 0; k <= n; ++k) sums[k] += slope == S(k) ? g : V{};
+    for (int k = 0; k <= n; ++k) add_where(slope, S(k), g, sums[k]);
     return x == x ? g * slope * t[n + 1] : x;
   }
   POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
@@ -557,17 +554,24 @@ struct TropicalRational {
     V product = g * x;
     POLYTROPE_UNROLL
     for (int k = 0; k <= n; ++k) {
-      sums[k] += index == S(k) ? product : V{};
-      sums[n + 1 + k] += index == S(k) ? g : V{};
+      add_where(index, S(k), product, sums[k]);
+      add_where(index, S(k), g, sums[n + 1 + k]);
     }
     return slope;
   }
+  // The slope of the numerator, and from it the result of `backward`: a CPU's registers hold the sums of one of the two.
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V descend_numerator(V x, V g, const S* t, V* sums, int n) {
+    return descend(limited<V, S>(x), g, t, t + n + 1, sums, n);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V descend_denominator(V x, V g, V slope, const S* t, V* sums, int n) {
+    slope -= descend(limited<V, S>(x), g, t + 2 * (n + 1), t + 3 * (n + 1), sums + 2 * (n + 1), n);
+    return x == x ? g * slope : x;
+  }
   template <class V, class S>
   POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
-    V inside = limited<V, S>(x);
-    V slope = descend(inside, g, t, t + n + 1, sums, n);
-    slope -= descend(inside, g, t + 2 * (n + 1), t + 3 * (n + 1), sums + 2 * (n + 1), n);
-    return x == x ? g * slope : x;
+    return descend_denominator(x, g, descend_numerator(x, g, t, sums, n), t, sums, n);
   }
   POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
     for (int k = 0; k < 2 * (n + 1); ++k) {
@@ -661,8 +665,8 @@ struct PiecewiseLinear {
       index = x > t[k - 1] ? broadcast<V>(S(k)) : index;
     }
     for (int k = 0; k < n; ++k) {
-      sums[k] += index == S(k) ? g : V{};
-      sums[n + k] += index == S(k) ? product : V{};
+      add_where(index, S(k), g, sums[k]);
+      add_where(index, S(k), product, sums[n + k]);
     }
     return x == x ? g * slope : x;
   }

@@ -136,6 +136,13 @@ def test_interpolation_matches_value_and_slope_at_its_nodes(degree: int) -> None
     np.testing.assert_allclose(fitted_slope[matched], slope[matched], atol=1e-12)
 
 
+def test_interpolation_takes_chebyshev_nodes_unless_others_are_given() -> None:
+    result = fit("gelu", "legendre", 7, interval=(-3, 4), method="interpolation")
+    points = 0.5 + 3.5 * np.cos((2 * np.arange(4) + 1) * math.pi / 8)  # the zeros of T_4 on (-3, 4)
+    for fitted, exact in zip(result.curve(points), sample(resolve_target("gelu"), points), strict=True):
+        np.testing.assert_allclose(fitted, exact, atol=1e-12)
+
+
 def test_constraints_hold_exactly_and_the_tangents_continue_the_target() -> None:
     result = fit("silu", "hermite", 8, interval=(-6, 5), constraints=("ends", "origin"))
     ends = np.array([-6.0, 0.0, 5.0])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,17 +110,30 @@ def test_second_derivatives(config: dict[str, Any]) -> None:
     assert torch.autograd.gradgradcheck(function, (x, *module.parameters()), atol=1e-4)
 
 
-# Largest error in ULPs of the largest magnitude of F on the input, for each dtype: the figures of docs/ops.md.
-ULPS = {torch.float32: 16.0, torch.bfloat16: 0.51, torch.float16: 0.52}
+# Largest error in ULPs of values at least an eighth of the largest |F| on the input: the table of docs/ops.md.
+HALF_ULPS = {torch.bfloat16: 0.51, torch.float16: 0.52}
+FLOAT_ULPS = {
+    "hermite": 6.0,
+    "chebyshev": 6.0,
+    "legendre": 9.0,
+    "fourier": 16.0,
+    "tropical": 2.0,
+    "tropical_rational": 3.0,
+    "rational": 8.0,
+    "polyrelu": 2.0,
+    "polynorm": 5.0,
+    "piecewise_linear": 2.0,
+}
 
 
 def error_in_ulps(found: Tensor, exact: Tensor) -> float:
+    exact = exact.detach()
     scale = exact.abs().clamp(min=float(exact.abs().max()) * 2.0**-3)
     ulp = torch.finfo(found.dtype).eps * 2.0 ** torch.floor(torch.log2(scale))
-    return float(((found.double() - exact).abs() / ulp).max())
+    return float(((found.detach().double() - exact).abs() / ulp).max())
 
 
-@pytest.mark.parametrize("dtype", ULPS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF_ULPS], ids=str)
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c["degree"] < 9], ids=label)
 def test_the_error_in_units_of_the_last_place(config: dict[str, Any], dtype: torch.dtype) -> None:
     module = activation(config, torch.float32)
@@ -127,7 +141,7 @@ def test_the_error_in_units_of_the_last_place(config: dict[str, Any], dtype: tor
     exact = by_reference(activation(config, torch.float32).double(), x.double())
     found = module(x)
     assert found.dtype == dtype
-    assert error_in_ulps(found, exact) <= ULPS[dtype]
+    assert error_in_ulps(found, exact) <= HALF_ULPS.get(dtype, FLOAT_ULPS[config["name"]])
 
 
 @pytest.mark.parametrize("frequency", [1.0, 7.5, 300.0])
@@ -256,6 +270,17 @@ def test_any_shape_stride_dtype_degree_and_grouping(data: st.DataObject) -> None
         torch.autograd.grad(found, leaves, seed), torch.autograd.grad(expected, exact, seed), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+def test_more_elements_than_31_bits_count() -> None:
+    count = 2**31 + 2**13
+    x = torch.from_numpy(np.zeros(count, dtype=np.uint16)).view(torch.bfloat16)  # pages nobody writes take no memory
+    x[-(2**12) :] = 1.25  # in the gating half of the last row
+    x[-(2**13) : -(2**12)] = 2.0
+    rows = x.view(count // 2**13, 2**13)
+    y = functional.hermite(rows, torch.tensor([0.5, 1.0]), glu=True)
+    assert y[0].unique().tolist() == [0.0]
+    assert y[-1].unique().tolist() == [2.5 * 1.25]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=label)
