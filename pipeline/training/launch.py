@@ -55,10 +55,12 @@ def run_workers(context: StageContext, plan: TrainingPlan) -> None:
     """
     start = _start_ray if context.executor == "ray" else _start_local
     context.progress(0, plan.steps, f"starting {plan.workers} worker{'s' if plan.workers > 1 else ''}")
-    restarts, rollbacks = plan.parameters.worker_restarts, plan.parameters.maximum_rollbacks
+    restarts, allowed = plan.parameters.worker_restarts, plan.parameters.maximum_rollbacks
     while True:
         directory = _launch_directory(context.scratch)
-        plan = dataclasses.replace(plan, skipped_batches=_read_skipped(context.scratch))
+        rollbacks = _read_rollbacks(context.scratch)
+        batches, reasons = [entry["batch"] for entry in rollbacks], [entry["reason"] for entry in rollbacks]
+        plan = dataclasses.replace(plan, skipped_batches=batches, skip_reasons=reasons)
         task = {"plan": plan.to_json(), "context": context_to_json(context), "directory": str(directory)}
         try:
             start(task, plan, directory)
@@ -71,21 +73,21 @@ def run_workers(context: StageContext, plan: TrainingPlan) -> None:
         except TrainingDiverged as error:
             if plan.parameters.on_divergence == "stop":
                 raise
-            if len(plan.skipped_batches) >= rollbacks:
-                raise TrainingError(f"{error}; {rollbacks} batches were skipped already (maximum_rollbacks)") from error
-            _write_skipped(context.scratch, [*plan.skipped_batches, error.batch])
+            if len(rollbacks) >= allowed:
+                raise TrainingError(f"{error}; {allowed} batches were skipped already (maximum_rollbacks)") from error
+            _write_rollbacks(context.scratch, [*rollbacks, {"batch": error.batch, "reason": str(error)}])
             context.message(f"{error}; rolling back to the newest checkpoint and skipping this batch")
 
 
-def _read_skipped(scratch: Path) -> list[int]:
-    path = scratch / "skipped-batches.json"
+def _read_rollbacks(scratch: Path) -> list[dict[str, Any]]:
+    path = scratch / "rollbacks.json"
     return list(json.loads(path.read_text())) if path.exists() else []
 
 
-def _write_skipped(scratch: Path, batches: list[int]) -> None:
-    temporary = scratch / "skipped-batches.tmp"
-    temporary.write_text(json.dumps(batches))
-    temporary.rename(scratch / "skipped-batches.json")
+def _write_rollbacks(scratch: Path, rollbacks: list[dict[str, Any]]) -> None:
+    temporary = scratch / "rollbacks.tmp"
+    temporary.write_text(json.dumps(rollbacks))
+    temporary.rename(scratch / "rollbacks.json")
 
 
 def _launch_directory(scratch: Path) -> Path:

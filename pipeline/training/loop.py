@@ -330,7 +330,7 @@ def _write_result(
     if plan.architecture == "gpt2":
         summary["tokens"] = samples * json.loads((plan.dataset / "dataset.json").read_text())["sequence_length"]
     if plan.skipped_batches:
-        summary["skipped_batches"] = len(plan.skipped_batches)
+        summary["skipped_batches"], summary["rollbacks"] = len(plan.skipped_batches), plan.skip_reasons
     (output / "training.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
     (output / "history.json").write_text(json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n")
 

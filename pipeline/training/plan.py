@@ -36,7 +36,7 @@ class TrainingPlan:
         steps: optimizer steps.
         deepspeed: the configuration, as far as the stage does not fill it in.
         zero_stage: what is sharded over the workers.
-        skipped_batches: global batches of the stream that are left out (`on_divergence: rollback`).
+        skipped_batches, skip_reasons: global batches of the stream that are left out (`on_divergence: rollback`).
         dataset_profile, facts: for MLflow.
     """
 
@@ -54,6 +54,7 @@ class TrainingPlan:
     deepspeed: dict[str, Any]
     zero_stage: int
     skipped_batches: list[int]
+    skip_reasons: list[str]
     dataset_profile: dict[str, Any]
     facts: dict[str, Any]
 
@@ -141,6 +142,7 @@ def make_plan(
         deepspeed=deepspeed,
         zero_stage=zero_stage_of(deepspeed, parameters),
         skipped_batches=[],
+        skip_reasons=[],
         dataset_profile={"splits": description["splits"], "name": description.get("name", "")},
         facts={
             "architecture": architecture,

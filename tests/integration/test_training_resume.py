@@ -179,7 +179,6 @@ def test_continues_on_another_number_of_workers(
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
-@pytest.mark.chaos
 def test_a_gradient_spike_is_rolled_back_and_its_batch_skipped(tmp_path: Path) -> None:
     """One strange document among equal ones: the batch that holds it has a gradient far above the rest."""
     plain = "the same words again and again and again; " * 20
@@ -192,16 +191,20 @@ def test_a_gradient_spike_is_rolled_back_and_its_batch_skipped(tmp_path: Path) -
     run_training(
         tmp_path,
         dataset,
+        workers=1,
         seed=seed,
-        steps=80,
+        steps=64,
         global_batch_size=4,
-        gradient_spike=4.0,
+        gradient_spike=1.7,
         on_divergence="rollback",
         checkpoint_every=10,
         maximum_rollbacks=20,
     )
     assert "rolling back to the newest checkpoint and skipping this batch" in messages(tmp_path)
-    skipped = json.loads((tmp_path / "scratch/skipped-batches.json").read_text())
-    for batch in skipped:
-        assert strange & set(sample_indices(seed, batch * 4, 4, samples).tolist())
-    assert json.loads((tmp_path / "output/training.json").read_text())["skipped_batches"] == len(skipped)
+    rollbacks = json.loads((tmp_path / "scratch/rollbacks.json").read_text())
+    for entry in rollbacks:
+        assert strange & set(sample_indices(seed, entry["batch"] * 4, 4, samples).tolist())
+    summary = json.loads((tmp_path / "output/training.json").read_text())
+    assert summary["skipped_batches"] == len(rollbacks) > 0
+    assert summary["rollbacks"] == [entry["reason"] for entry in rollbacks]
+    assert "is more than 1.7 × the recent median" in summary["rollbacks"][0]
