@@ -266,6 +266,39 @@ def test_bytes_kept_for_backward_count_each_tensor_once() -> None:
     assert bytes_kept_for_backward(lambda: ((x @ weight) @ weight).sum()) == 4 * (16 * 16 + 2 * 64 * 16)
 
 
+def test_the_evaluation_harness_scores_like_the_model(models: dict[str, Artifact]) -> None:
+    pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
+    from lm_eval.api.registry import get_model
+
+    from polytrope.pipeline.evaluation import harness
+
+    model: Any = get_model("polytrope")(path=str(models["gelu"].path))
+    assert isinstance(model, harness.HarnessModel)
+
+    def ask(*arguments: Any) -> SimpleNamespace:
+        return SimpleNamespace(args=arguments)
+
+    text = "a text that is longer than the context of thirty-two tokens, so that windows slide"
+    tokens = torch.tensor([256, *text.encode()])
+    network = load_model(models["gelu"].path)
+    expected, start = 0.0, 0
+    with torch.no_grad():
+        while start < len(text):  # full windows, and for the rest the last full window
+            end = min(start + SEQUENCE_LENGTH, len(text))
+            window = tokens[max(0, end - SEQUENCE_LENGTH) : end + 1]
+            losses = network(window[None, :-1], window[None, 1:], reduction="none").double().flatten()
+            expected -= float(losses[-(end - start) :].sum())
+            start = end
+        first = network(torch.tensor([[*b"ab"]]))[0].log_softmax(-1)
+    assert model.loglikelihood_rolling([ask(text)]) == [pytest.approx(expected, rel=1e-6)]
+    ((value, greedy),) = model.loglikelihood([ask("a", "bc")])
+    assert value == pytest.approx(float(first[0, ord("b")] + first[1, ord("c")]), rel=1e-5)
+    assert greedy == (first.argmax(-1).tolist() == [ord("b"), ord("c")])
+    (long,) = model.generate_until([ask("ab", {"max_gen_toks": 6})])
+    (short,) = model.generate_until([ask("ab", {"max_gen_toks": 6, "until": [long[2:3]]})])
+    assert short == long[: long.index(long[2:3])]
+
+
 def test_labels_are_checked_before_anything_starts() -> None:
     load_stage("evaluate")
     upstream = {"models": {"baseline": SimpleNamespace()}, "dataset": SimpleNamespace(sequence_length=32)}
