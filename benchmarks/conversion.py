@@ -184,14 +184,14 @@ def table(result: dict[str, Any]) -> str:
     for row in result["conversion"]:
         trained = after.get(row["degree"])
         lines.append(
-            f"| {row['degree']} | {row['bar']} | {row['cosine']['mean']:.6f} | {row['cosine']['minimum']:.6f} | "
-            + (f"{trained['after']['mean']:.6f} | {trained['bar']} |" if trained else "- | - |")
+            f"| {row['degree']} | {row['bar']} | {row['cosine']['mean']:.7f} | {row['cosine']['minimum']:.7f} | "
+            + (f"{trained['after']['mean']:.7f} | {trained['bar']} |" if trained else "- | - |")
         )
     lines += ["", "| family | degree | parameters | mean cosine | smallest | fit per layer |", "|---" * 6 + "|"]
     hermite = [row for row in result["conversion"] if row["degree"] == 8]
     lines += [
-        f"| {row['family']} | {row['degree']} | {row['parameters']} | {row['cosine']['mean']:.6f} | "
-        f"{row['cosine']['minimum']:.6f} | {row['milliseconds_per_layer']:.0f} ms |"
+        f"| {row['family']} | {row['degree']} | {row['parameters']} | {row['cosine']['mean']:.7f} | "
+        f"{row['cosine']['minimum']:.7f} | {row['milliseconds_per_layer']:.0f} ms |"
         for row in hermite + result["families"]
     ]
     lines += ["", "| GELU on [-√8, √8], degree | median time | fastest | H1 mean square error |", "|---" * 4 + "|"]
