@@ -267,9 +267,9 @@ def digits(store: Path) -> dict[str, float]:
         stdout=subprocess.DEVNULL,
     )
     figures = {"seconds": time.perf_counter() - started}
-    (evaluation,) = (store / "artifacts").glob("*/evaluation.json")
+    (evaluation,) = (store / "artifacts").glob("*/files/evaluation.json")
     for label, model in json.loads(evaluation.read_text())["models"].items():
-        figures[f"accuracy {label}"] = model["accuracy"]
+        figures[f"top1 {label}"] = model["top1"]
     return figures
 
 

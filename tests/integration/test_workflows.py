@@ -77,7 +77,7 @@ def test_learnable_activations_reach_97_percent_on_held_out_digits(tmp_path: Pat
     import json
 
     run("convnext-digits", [], tmp_path / "store")
-    (evaluation,) = (tmp_path / "store" / "artifacts").glob("*/evaluation.json")
-    accuracies = {label: model["accuracy"] for label, model in json.loads(evaluation.read_text())["models"].items()}
+    (evaluation,) = (tmp_path / "store" / "artifacts").glob("*/files/evaluation.json")
+    accuracies = {label: model["top1"] for label, model in json.loads(evaluation.read_text())["models"].items()}
     assert len(accuracies) == 4
     assert all(accuracy >= 0.97 for accuracy in accuracies.values()), accuracies
