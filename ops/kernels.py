@@ -45,8 +45,39 @@ def _goes_through_kernel(x: Tensor, formula: Formula | str) -> bool:
     return all(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd looks at operators on these CPU tensors: no compiler, tracer, transform or mode."""
+    return (
+        all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+        and all(tensor.device.type == "cpu" for tensor in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+class _Direct(torch.autograd.Function):
+    """The operator `activation` without its way through the dispatcher, whose Python costs as much as a small kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
+        ctx.save_for_backward(x, parameters)
+        ctx.formula = formula
+        return native.forward(x, parameters, formula)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        tensors = (*gradients, *ctx.saved_tensors)
+        if torch.is_grad_enabled() or not _is_plain(*tensors):
+            return (*torch.ops.polytrope.activation_backward(*tensors, *_listed(ctx.formula)), None)
+        return (*native.backward(*tensors, ctx.formula), None)
+
+
 def activate(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
     """F(x), differentiable in x and the packed parameters; without a kernel, the reference."""
+    if not torch.compiler.is_compiling() and _is_plain(x, parameters) and native.cpu_library() is not None:
+        direct: Tensor = _Direct.apply(x, parameters, formula)
+        return direct
     if _goes_through_kernel(x, formula):
         result: Tensor = torch.ops.polytrope.activation(x, parameters, *_listed(formula))
         return result

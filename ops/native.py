@@ -111,8 +111,10 @@ def backward(gradient: Tensor, x: Tensor, parameters: Tensor, formula: Formula) 
     """Gradients of x and of the packed parameters, in the dtypes of these; contiguous."""
     gradient, x, wide = gradient.contiguous(), x.contiguous(), parameters.double().contiguous()
     x_gradient = torch.empty(x.shape, dtype=x.dtype)
-    parameter_gradient = torch.zeros(parameters.shape, dtype=torch.float64)
-    if gradient.numel() > 0:
+    parameter_gradient = torch.empty(parameters.shape, dtype=torch.float64)
+    if gradient.numel() == 0:
+        parameter_gradient.zero_()
+    else:
         problem = make_problem(x, len(parameters), formula)
         name = f"polytrope_backward_float{_width(x)}"
         _call(name, problem, gradient, x, wide, x_gradient, parameter_gradient)
