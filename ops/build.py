@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
+PREBUILT = Path(__file__).parent / "prebuilt"  # in a wheel that was made where a compiler was (setup.py)
 CPU_SOURCES = ("cpu_float32.cpp", "cpu_float64.cpp", "cpu_polynorm.cpp")
 CUDA_SOURCES = (
     "cuda.cu",
@@ -66,10 +67,7 @@ def build(verbose: bool = True, cuda: bool | str | Sequence[str] = False) -> lis
     Raises:
         BuildError: no compiler, or it failed.
     """
-    if platform.machine() == "x86_64":
-        built = [cpu_library_path(level) for level in X86_LEVELS]
-    else:
-        built = [cpu_library_path()]
+    built = [cpu_library_path(level) for level in _levels()]
     if cuda:
         named = cuda.split(",") if isinstance(cuda, str) else () if cuda is True else cuda
         built.append(cuda_library_path(tuple(named) or CUDA_ARCHITECTURES))
@@ -79,14 +77,36 @@ def build(verbose: bool = True, cuda: bool | str | Sequence[str] = False) -> lis
     return built
 
 
+def prebuild(directory: Path) -> None:
+    """Compile the CPU kernels for every instruction set and copy them to a new directory, as a wheel carries them."""
+    libraries = {level: cpu_library_path(level) for level in _levels()}
+    directory.mkdir(parents=True)
+    for level, library in libraries.items():
+        shutil.copy2(library, directory / _prebuilt_name(level))
+
+
+def _levels() -> tuple[str, ...]:
+    return tuple(X86_LEVELS) if platform.machine() == "x86_64" else ("DEFAULT",)
+
+
+def _prebuilt_name(level: str) -> str:
+    """Without the compiler: a machine that has none can tell whether the library is of its sources and its torch."""
+    digest = _digest((torch.__version__, sys.platform, platform.machine()))
+    return f"polytrope-cpu-{level}-{digest}.so"
+
+
 def cpu_library_path(level: str | None = None) -> Path:
     """The library for an instruction set of `X86_LEVELS` (default: the best of this machine), compiled if need be."""
+    level = level or best_level()
+    prebuilt = PREBUILT / _prebuilt_name(level if level in _levels() else "DEFAULT")
+    if prebuilt.exists():
+        return prebuilt
     compiler = _find("CXX", "g++", "c++", "clang++")
     flags = list(CPU_FLAGS)
     if "clang" not in _version(compiler):
         flags.append("-Wno-psabi")
     if platform.machine() == "x86_64":
-        flags += X86_LEVELS.get(level or best_level(), X86_LEVELS["DEFAULT"])
+        flags += X86_LEVELS.get(level, X86_LEVELS["DEFAULT"])
     return _compiled("cpu", compiler, flags, CPU_SOURCES)
 
 
@@ -126,13 +146,9 @@ def _version(compiler: str) -> str:
 
 
 def _compiled(kind: str, compiler: str, flags: Sequence[str], sources: Sequence[str]) -> Path:
-    digest = hashlib.sha256()
-    for part in (_version(compiler), *flags, torch.__version__, sys.platform, platform.machine()):
-        digest.update(part.encode() + b"\0")
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.read_bytes())
+    digest = _digest((_version(compiler), *flags, torch.__version__, sys.platform, platform.machine()))
     directory = cache_directory()
-    target = directory / f"polytrope-{kind}-{digest.hexdigest()[:20]}.so"
+    target = directory / f"polytrope-{kind}-{digest}.so"
     if target.exists():
         return target
     try:
@@ -144,6 +160,16 @@ def _compiled(kind: str, compiler: str, flags: Sequence[str], sources: Sequence[
     except OSError as error:
         raise BuildError(f"cannot write to {directory} ({error.strerror}); set POLYTROPE_CACHE") from None
     return target
+
+
+def _digest(parts: Sequence[str]) -> str:
+    """Of these words and all sources."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:20]
 
 
 def _compile(compiler: str, flags: Sequence[str], sources: Sequence[str], target: Path) -> None:

@@ -50,6 +50,7 @@ def _is_plain(*tensors: Tensor) -> bool:
     return (
         all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
         and all(tensor.device.type == "cpu" for tensor in tensors)
+        and not any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)  # is_grads_batched
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
@@ -57,7 +58,7 @@ def _is_plain(*tensors: Tensor) -> bool:
 
 
 class _Direct(torch.autograd.Function):
-    """The operator `activation` without its way through the dispatcher, whose Python costs as much as a small kernel."""
+    """The operator `activation` without its way through the dispatcher, which costs a good part of a kernel's time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:

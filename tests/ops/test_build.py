@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,16 @@ for name in ("hermite", "fourier", "tropical_rational", "polynorm"):
     module = build_activation(name)
     exact = module.double()(x.double())
     torch.testing.assert_close(module.float()(x).double(), exact, rtol=1e-5, atol=1e-5)
+print(build.cpu_library_path())
+"""
+
+USE_PREBUILT = """
+import torch
+from polytrope.ops import build, build_activation
+x = torch.linspace(-3, 3, 1001)
+module = build_activation("hermite")
+torch.testing.assert_close(module(x).double(), module.double()(x.double()), rtol=1e-5, atol=1e-5)
+print(build.__file__)
 print(build.cpu_library_path())
 """
 
@@ -69,3 +81,38 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("POLYTROPE_CACHE", str(tmp_path / "file"))
     with pytest.raises(build.BuildError, match=r"cannot write to .*; set POLYTROPE_CACHE"):
         build.cpu_library_path()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_a_wheel_carries_kernels_that_need_no_compiler(tmp_path: Path) -> None:
+    """Built from a copy of the sources, quickly; used where no compiler is and the cache is empty."""
+    root, copy = Path(__file__).parents[2], tmp_path / "source"
+    for name in ("ops", "models", "pipeline", "infra"):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy2(root / name, copy)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    compiler = tmp_path / "quick-g++"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    compiler.chmod(0o755)
+    environment = os.environ | {"CXX": str(compiler), "POLYTROPE_CACHE": str(tmp_path / "cache")}
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(copy)], check=True, timeout=280, env=environment)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-linux" in wheel.name
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    kernels = installed / "polytrope" / "ops" / "prebuilt"
+    assert len(list(kernels.iterdir())) == len(build._levels())
+    environment = os.environ | {
+        "PYTHONPATH": str(installed),
+        "POLYTROPE_CACHE": str(tmp_path / "none"),
+        "CXX": "absent",
+    }
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", USE_PREBUILT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    used, library = done.stdout.split()
+    assert Path(used).is_relative_to(installed)
+    assert Path(library).parent == kernels
+    assert not (tmp_path / "none").exists()

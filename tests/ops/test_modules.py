@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -158,6 +159,16 @@ def test_a_module_is_built_again_from_its_configuration_and_state(config: dict[s
     assert torch.equal(again(x), module(x))
     assert is_learnable_activation(again)
     assert not is_learnable_activation(nn.GELU())
+
+
+def test_batched_gradients_and_traces_see_the_operator() -> None:
+    module, x = Hermite(3), torch.randn(5, requires_grad=True)
+    value = module(x)
+    (rows,) = torch.autograd.grad(value, x, torch.eye(5), is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(rows, torch.autograd.grad(value.sum(), x)[0].diag())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert "polytrope::activation" in str(torch.jit.trace(module, x.detach()).graph)
 
 
 @pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2] | {"glu": True}, CONFIGS[15]], ids=label)
