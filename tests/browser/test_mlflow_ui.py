@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -85,7 +84,7 @@ def address(store: Store) -> Iterator[str]:
         wait_until(answers, "polytrope ui answers", 120)
         yield url
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()  # not SIGINT, which a shell's background jobs ignore
         server.communicate(timeout=30)
 
 
