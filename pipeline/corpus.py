@@ -165,7 +165,8 @@ class Documents:
         for chunk in self.chunks():
             begin, end = np.searchsorted(rows, [first, first + len(chunk)])
             if begin < end:
-                yield from chunk.take(rows[begin:end] - first).to_pylist()
+                # One by one: `take` with an array of numpy imports pandas, a fifth of a second in every worker.
+                yield from (chunk[row].as_py() for row in (rows[begin:end] - first).tolist())
             first += len(chunk)
 
 

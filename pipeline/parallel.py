@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from typing import Any, TypeVar
 
 from polytrope.pipeline.stage import StageContext
@@ -23,6 +23,14 @@ def parallel_map(context: StageContext, function: Callable[[Item], Result], item
     if context.executor == "ray":
         return _map_on_ray(context, function, items)
     return _map_in_processes(context, function, items)
+
+
+def prepare_workers(context: StageContext, *modules: str) -> None:
+    """Have `modules` imported beside what the stage does before its first `parallel_map`, so that no worker waits for
+    them. Only for speed; on Ray nothing, its workers are there already."""
+    if context.executor == "local":
+        forkserver.set_forkserver_preload(list(modules))
+        forkserver.ensure_running()
 
 
 def _map_in_processes(

@@ -54,7 +54,7 @@ class Reader:
         # Arrays, not objects: a manifest of a million shards takes tens of megabytes.
         self._paths = np.array([shard["path"] for shard in shards], dtype=np.bytes_)
         self._bytes = np.array([shard["bytes"] for shard in shards], dtype=np.int64)
-        self._digests = np.array([bytes.fromhex(shard["sha256"]) for shard in shards], dtype="V32")
+        self._digests = np.frombuffer(bytes.fromhex("".join([shard["sha256"] for shard in shards])), dtype="V32")
         self._ends = np.cumsum([shard["samples"] for shard in shards], dtype=np.int64)
         self._verified = np.zeros(len(shards), dtype=bool)
         self._open: OrderedDict[int, dict[str, np.ndarray]] = OrderedDict()

@@ -3,6 +3,7 @@ not depend on how many tasks work at it."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 
 from polytrope.pipeline.corpus import Documents
 from polytrope.pipeline.tarfiles import build_tar
-from polytrope.pipeline.tokenization import tokenizer_from_json
+from polytrope.pipeline.tokenization import Tokenizer, tokenizer_from_json
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def make_shard(task: ShardTask) -> ShardResult:
     The rest that does not fill a block is dropped: less than one block per shard.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tasks are the parallelism; threads on top would only compete
-    tokenizer = tokenizer_from_json(task.tokenizer)
+    tokenizer = _tokenizer(task.tokenizer)
     texts = list(task.documents.texts(task.rows))
     pieces = tokenizer.encode_documents(texts, np.dtype(task.dtype))
     stream = np.concatenate(pieces)
@@ -87,6 +88,12 @@ def make_shard(task: ShardTask) -> ShardResult:
         text_bytes=_covered_bytes(texts, pieces, used),
         counts=np.bincount(stream[1:used], minlength=tokenizer.vocab_size),
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(content: str) -> Tokenizer:
+    """Built once in a process, not once for each of its shards: GPT-2's takes as long as a megabyte of text."""
+    return tokenizer_from_json(content)
 
 
 def _covered_bytes(texts: list[str], pieces: list[np.ndarray], used: int) -> int:

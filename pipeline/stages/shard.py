@@ -5,6 +5,7 @@ Parameters and flow; the work is in corpus, tokenization and sharding.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -16,7 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from polytrope.pipeline.corpus import PythonSource, Source, source_fingerprint
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext, stage
-from polytrope.pipeline.tokenization import BpeTokenizer, TokenizerParameters, make_tokenizer, tokenizer_fingerprint
+from polytrope.pipeline.tokenization import (
+    BpeTokenizer,
+    Tokenizer,
+    TokenizerParameters,
+    make_tokenizer,
+    tokenizer_fingerprint,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,8 +68,10 @@ def fingerprint(parameters: ShardParameters, directory: Path) -> dict[str, str]:
 def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float]:
     """Tokenize a corpus into webdataset tar shards with a manifest, split by document into train and validation."""
     from polytrope.pipeline.corpus import read_documents, split_documents
+    from polytrope.pipeline.parallel import prepare_workers
 
     started = time.perf_counter()
+    prepare_workers(context, "polytrope.pipeline.sharding", "pyarrow", "tokenizers")
     context.progress(0, 3, "reading documents")
     directory = Path.cwd()  # the workflow file's
     documents = read_documents(parameters.source, directory, context.scratch / "huggingface")
@@ -81,10 +90,7 @@ def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float
         context.message(f"the corpus gives {tokenizer.vocab_size} tokens only, fewer than vocab_size {asked}")
     (context.output / "tokenizer.json").write_text(tokenizer.to_json())
 
-    results = {
-        name: _write_split(context, name, documents, *split, tokenizer.to_json(), tokenizer.vocab_size, parameters)
-        for name, split in splits.items()
-    }
+    results = _write_shards(context, documents, splits, tokenizer, parameters)
     description = _describe(parameters, tokenizer.vocab_size, results)
     (context.output / "dataset.json").write_text(json.dumps(description, indent=1))
     seconds = time.perf_counter() - started
@@ -102,45 +108,53 @@ def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float
     }
 
 
-def _write_split(
+def _write_shards(
     context: StageContext,
-    name: str,
     documents: Documents,
-    rows: np.ndarray,
-    sizes: np.ndarray,
-    tokenizer: str,
-    vocab_size: int,
+    splits: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    tokenizer: Tokenizer,
     parameters: ShardParameters,
-) -> list[ShardResult]:
+) -> dict[str, list[ShardResult]]:
+    """Shards and manifest of every split. One map over all of them: no worker waits where a split ends."""
     from polytrope.pipeline.parallel import parallel_map
     from polytrope.pipeline.sharding import ShardTask, group_rows, make_shard
 
-    directory = context.output / name
-    directory.mkdir()
-    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    groups = list(group_rows(rows, sizes, parameters.shard_bytes))
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    content = tokenizer.to_json()
+    groups = {name: list(group_rows(rows, sizes, parameters.shard_bytes)) for name, (rows, sizes) in splits.items()}
+    for name in splits:
+        (context.output / name).mkdir()
     tasks = (
-        ShardTask(directory / f"shard-{number:06d}.tar", documents, group, tokenizer, parameters.sequence_length, dtype)
-        for number, group in enumerate(groups)
-    )
-    results = []
-    for result in parallel_map(context, make_shard, tasks):
-        results.append(result)
-        context.progress(2 + len(results) / len(groups), 3, f"{name}: {len(results)} of {len(groups)} shards")
-    if not sum(result.samples for result in results):
-        raise UserError(
-            f"source: the {name} split has too little text for one sample of {parameters.sequence_length} tokens",
-            "give more text, a shorter sequence_length, or another validation_fraction",
+        ShardTask(
+            context.output / name / f"shard-{number:06d}.tar",
+            documents, rows, content, parameters.sequence_length, dtype,
         )
-    manifest = {
-        "format": 1,
-        "sample": {"tokens": parameters.sequence_length + 1, "dtype": dtype},
-        "shards": [
-            {"path": result.path, "bytes": result.bytes, "sha256": result.sha256, "samples": result.samples}
-            for result in results
-        ],
-    }
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for name, members in groups.items()
+        for number, rows in enumerate(members)
+    )  # fmt: skip
+    made = parallel_map(context, make_shard, tasks)
+    total, done = sum(map(len, groups.values())), 0
+    results: dict[str, list[ShardResult]] = {}
+    for name, members in groups.items():
+        results[name] = []
+        for result in itertools.islice(made, len(members)):
+            results[name].append(result)
+            done += 1
+            context.progress(2 + done / total, 3, f"{name}: {len(results[name])} of {len(members)} shards")
+        if not sum(result.samples for result in results[name]):
+            raise UserError(
+                f"source: the {name} split has too little text for one sample of {parameters.sequence_length} tokens",
+                "give more text, a shorter sequence_length, or another validation_fraction",
+            )
+        manifest = {
+            "format": 1,
+            "sample": {"tokens": parameters.sequence_length + 1, "dtype": dtype},
+            "shards": [
+                {"path": result.path, "bytes": result.bytes, "sha256": result.sha256, "samples": result.samples}
+                for result in results[name]
+            ],
+        }
+        (context.output / name / "manifest.json").write_text(json.dumps(manifest, indent=1))
     return results
 
 
