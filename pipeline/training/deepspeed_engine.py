@@ -117,9 +117,8 @@ def reduce_in_one_buffer(optimizer: Any) -> None:
     """Average the gradients of a ZeRO-1 optimizer in one persistent buffer laid out like its partitions.
 
     DeepSpeed 0.19.8 copies each gradient into a new bucket, from there into its partition and from there into a flat
-    tensor, by a hook per parameter, and takes the norm tensor by tensor with a reduction per parameter group: 9 ms of
-    processor time per step of the quickstart's model, beside 50 for the rest. Here gradients are copied once, and
-    both the average and the norm are one reduction.
+    tensor, by a hook per parameter, and takes the norm tensor by tensor with a reduction per parameter group. For small
+    models that is a good part of a step. Here gradients are copied once, and average and norm are one reduction each.
     """
     import deepspeed.comm as dist
 
