@@ -3,8 +3,9 @@
 Both sides run in the same processes and take turns, ten steps each: our step (DeepSpeed engine, data, metrics; Hermite
 of degree 3) and a bare loop with the same model, batch and optimizer but GELU, which with two workers is torch's DDP
 over gloo. The time lost to checkpoints and reports is that of `_Run.step` at the default cadence against the same
-steps without any. Memory is what a forward pass leaves resident, by `activation_checkpointing`. The digits are
-workflows/convnext-digits.yaml as it is. With a GPU: GPT-2 124M, bf16, compiled; without one its columns stay empty.
+steps without any, the median of its repeats. Memory is what a forward pass leaves resident, by
+`activation_checkpointing`. The digits are workflows/convnext-digits.yaml as it is. With a GPU: GPT-2 124M, bf16,
+compiled; without one its columns stay empty.
 """
 
 from __future__ import annotations
@@ -41,14 +42,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "train.json")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--forward", help=argparse.SUPPRESS)
-    parser.add_argument("--turns", type=int, default=TURNS, help=f"turns of {STEPS} steps (default {TURNS})")
+    parser.add_argument("--turns", type=int, default=TURNS, help=f"turns of {STEPS} steps, from 2 (default {TURNS})")
+    parser.add_argument("--repeats", type=int, default=3, help="of 100 steps with checkpoints and reports (default 3)")
     parser.add_argument("--no-digits", action="store_true", help="leave the workflow on digits out (about 3 minutes)")
     parser.add_argument(
         "--peak-flops", type=float, default=989e12, help="of the GPU in bf16 (default: an H100 SXM's 989e12)"
     )
     options = parser.parse_args()
+    if options.turns < 2 or options.repeats < 1:
+        parser.error("--turns needs 2 or more (the first is not counted), --repeats 1 or more")
     if options.worker:
-        measure(options.worker, options.turns)
+        measure(options.worker, options.turns, options.repeats)
         return
     if options.forward:
         print(resident_after_forward(options.forward))
@@ -56,7 +60,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="polytrope-benchmark-") as name:
         dataset = make_dataset(Path(name))
         results = {
-            f"{workers} worker{'s' if workers > 1 else ''}": run(Path(name), dataset, workers, options.turns)
+            f"{workers} worker{'s' if workers > 1 else ''}": run(
+                Path(name), dataset, workers, options.turns, options.repeats
+            )
             for workers in (1, 2)
         }
         results["memory"] = memory()
@@ -104,13 +110,14 @@ def make_context(directory: Path, workers: int, gpus: float = 0.0) -> StageConte
     )
 
 
-def run(directory: Path, dataset: Path, workers: int, turns: int) -> dict[str, float]:
+def run(directory: Path, dataset: Path, workers: int, turns: int, repeats: int) -> dict[str, float]:
     """Measure in `workers` processes of one thread each; what rank 0 found."""
     task = directory / f"task-{workers}.json"
     task.write_text(json.dumps({"dataset": str(dataset), "directory": str(directory / f"run-{workers}")}))
+    command = [sys.executable, "-m", "benchmarks.train"]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train", "--worker", str(task), "--turns", str(turns)],
+            [*command, "--worker", str(task), "--turns", str(turns), "--repeats", str(repeats)],
             env={
                 "GLOO_SOCKET_IFNAME": "lo",
                 **os.environ,
@@ -131,7 +138,7 @@ def run(directory: Path, dataset: Path, workers: int, turns: int) -> dict[str, f
     return dict(json.loads(output.splitlines()[-1]))
 
 
-def measure(task: Path, turns: int) -> None:
+def measure(task: Path, turns: int, repeats: int) -> None:
     """One rank of both sides; rank 0 prints the figures as its last line."""
     content = json.loads(task.read_text())
     rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -150,7 +157,7 @@ def measure(task: Path, turns: int) -> None:
         seconds["peer"].append(_time(peer))
     ratio = statistics.median(a / b for a, b in zip(seconds["ours"][1:], seconds["peer"][1:], strict=True))
     lost = []
-    for _ in range(max(1, turns // 6)):  # 100 steps: one checkpoint, ten reports
+    for _ in range(repeats):  # 100 steps each: one checkpoint, ten reports
         bare, full = 0.0, 0.0
         for _ in range(10):
             bare += _time(plain)
@@ -161,7 +168,7 @@ def measure(task: Path, turns: int) -> None:
             "step_milliseconds": 1000 * statistics.median(seconds["ours"]) / STEPS,
             "peer_step_milliseconds": 1000 * statistics.median(seconds["peer"]) / STEPS,
             "ratio": ratio,
-            "lost_to_checkpoints": min(lost),
+            "lost_to_checkpoints": statistics.median(lost),
         }
         print(json.dumps(figures), flush=True)
     os._exit(0)
