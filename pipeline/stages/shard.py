@@ -71,7 +71,7 @@ def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float
     from polytrope.pipeline.parallel import prepare_workers
 
     started = time.perf_counter()
-    prepare_workers(context, "polytrope.pipeline.sharding", "pyarrow", "tokenizers")
+    prepare_workers(context, "polytrope.pipeline.worker", "polytrope.pipeline.sharding", "pyarrow", "tokenizers")
     context.progress(0, 3, "reading documents")
     directory = Path.cwd()  # the workflow file's
     documents = read_documents(parameters.source, directory, context.scratch / "huggingface")
