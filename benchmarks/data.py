@@ -1,7 +1,11 @@
 """What reading and sharding cost: `python -m benchmarks.data` prints a table and writes benchmarks/results/data.json.
 
-Peers run in the same process or command, one after the other: a memory-mapped token file read as nanoGPT does, and
-Hugging Face `datasets` (map with two processes, save_to_disk) on the same documents with the same tokenizer.
+Sharding: the shard stage with two workers beside Hugging Face `datasets` (`map` with two processes, `save_to_disk`),
+in turns, on the same documents. Both read the documents into Arrow, train the tokenizer, tokenize, cut into blocks and
+write them; the stage also deals out the splits, counts tokens and hashes its shards. Reader: batches of the quickstart
+beside a token file memory-mapped as nanoGPT does, in turns, and beside what the quickstart's training consumes: its
+stages `shard` and `baseline` as they are, only with fewer steps. Seek: the first sample of a run that starts anywhere
+in a manifest of a million shards, the check of its shard's hash included.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,34 +23,34 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from polytrope.pipeline.corpus import PythonSource, read_documents
-from polytrope.pipeline.order import sample_indices
-from polytrope.pipeline.reader import Reader, open_split
 from polytrope.pipeline.stage import EventWriter, Resources, StageContext
 from polytrope.pipeline.stages.shard import ShardParameters, shard
-from polytrope.pipeline.tokenization import BpeTokenizer, make_tokenizer, tokenizer_from_json
-from polytrope.pipeline.training.batches import text_batch
+
+# Imports stay small here: processes that the shard stage starts import the main module again, which is a tiny one where
+# the engine runs it.
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_BYTES = 8_000_000  # of text
 LENGTH, BATCH = 128, 8  # the quickstart's
+VOCABULARY = 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "data.json")
+    parser.add_argument("--megabytes", type=float, default=8, help="of text to shard (default 8)")
+    parser.add_argument("--turns", type=int, default=3, help="of sharding (default 3)")
+    parser.add_argument("--shards", type=int, default=1_000_000, help="in the manifest to seek in (default 1000000)")
+    parser.add_argument("--steps", type=int, default=100, help="of the quickstart's training (default 100)")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="polytrope-benchmark-") as directory:
-        run_shard(Path(directory) / "warm", max_bytes=200_000)  # imports count for neither
-        dataset, ours = run_shard(Path(directory) / "ours")
-        theirs = run_datasets(Path(directory) / "theirs", dataset)
+    with tempfile.TemporaryDirectory(prefix="polytrope-benchmark-") as name:
+        directory = Path(name)
+        consumed = quickstart_consumes(directory / "quickstart", options.steps)
+        dataset, results = sharding(directory, int(options.megabytes * 1e6), options.turns)
         results = {
-            "sharding": {"seconds": ours, "datasets_seconds": theirs, "ratio": theirs / ours},
-            "reader": reading(Path(directory), dataset),
-            "seek": seeking(Path(directory) / "large"),
+            "sharding": results,
+            "reader": reading(directory, dataset, consumed),
+            "seek": seeking(directory / "large", options.shards),
         }
     record = {
         "command": "python -m benchmarks.data",
@@ -55,14 +60,50 @@ def main() -> None:
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=2) + "\n")
-    for name, values in results.items():
-        print(name)
+    for title, values in results.items():
+        print(title)
         for key, value in values.items():
-            print(f"  {key:<34} {value:,.4g}")
+            print(f"  {key:<36} {value:,.4g}")
 
 
-def run_shard(directory: Path, max_bytes: int = MAX_BYTES) -> tuple[Path, float]:
-    """The shard stage with two tasks, its tokenizer included: the data set, seconds."""
+def quickstart_consumes(store: Path, steps: int) -> float:
+    """Tokens per second of the quickstart's first training: two workers, the median of its reports after the first."""
+    from polytrope.pipeline import load_workflow, run
+
+    workflow = load_workflow(ROOT / "workflows" / "quickstart.yaml", [f"params.steps={steps}"])
+    stages = {name: workflow.stages[name] for name in ("shard", "baseline")}
+    state = run(workflow.model_copy(update={"stages": stages}), executor="local", store=store, tracking=False)
+    if state.status != "succeeded":
+        raise SystemExit(f"the quickstart's training {state.status}")
+    rates = []
+    for path in store.rglob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            event = json.loads(line)
+            if event.get("kind") == "metrics" and "tokens_per_second" in event["values"]:
+                rates.append(event["values"]["tokens_per_second"])
+    return statistics.median(rates[1:])
+
+
+def sharding(directory: Path, max_bytes: int, turns: int) -> tuple[Path, dict[str, float]]:
+    """Seconds of both sides in turns. Returns the data set, too."""
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    run_shard(directory / "warm", 200_000)  # imports count for neither
+    run_datasets(directory / "warm-datasets", 200_000)
+    for turn in range(turns):
+        seconds["ours"].append(run_shard(directory / f"ours-{turn}", max_bytes))
+        seconds["theirs"].append(run_datasets(directory / f"theirs-{turn}", max_bytes))
+    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True)]
+    return directory / "ours-0" / "output", {
+        "megabytes": max_bytes / 1e6,
+        "seconds": statistics.median(seconds["ours"]),
+        "datasets_seconds": statistics.median(seconds["theirs"]),
+        "ratio": statistics.median(ratios),
+        "least_ratio": min(ratios),
+    }
+
+
+def run_shard(directory: Path, max_bytes: int) -> float:
+    """The shard stage with two workers, its tokenizer included, in seconds; the data set is in `output`."""
     (directory / "output").mkdir(parents=True)
     (directory / "scratch").mkdir()
     context = StageContext(
@@ -79,43 +120,51 @@ def run_shard(directory: Path, max_bytes: int = MAX_BYTES) -> tuple[Path, float]
     parameters = ShardParameters.model_validate(
         {
             "source": {"kind": "python", "max_bytes": max_bytes},
-            "tokenizer": {"kind": "bpe", "vocab_size": 1024},
+            "tokenizer": {"kind": "bpe", "vocab_size": VOCABULARY},
             "sequence_length": LENGTH,
             "shard_bytes": 1_000_000,
         }
     )
     started = time.perf_counter()
     shard(context, parameters)
-    return directory / "output", time.perf_counter() - started
+    return time.perf_counter() - started
 
 
-def run_datasets(directory: Path, dataset: Path) -> float:
-    """The same documents and tokenizer through `datasets`; the training of the tokenizer counts for both."""
+def run_datasets(directory: Path, max_bytes: int) -> float:
+    """The same documents, tokenizer and blocks through `datasets` in seconds."""
     from datasets import Dataset, disable_progress_bars
+
+    from polytrope.pipeline.corpus import PythonSource, read_documents
+    from polytrope.pipeline.tokenization import BpeTokenizer, make_tokenizer, tokenizer_from_json
 
     disable_progress_bars()
     started = time.perf_counter()
-    documents = read_documents(PythonSource(max_bytes=MAX_BYTES), directory, directory / "cache")
-    texts = list(documents.texts(np.arange(sum(len(chunk) for chunk in documents.chunks()))))
-    make_tokenizer(BpeTokenizer(vocab_size=1024), texts, directory)
-    content = (dataset / "tokenizer.json").read_text()
+    documents = read_documents(PythonSource(max_bytes=max_bytes), directory, directory / "cache")
+    (file,) = documents.files
+    table = Dataset.from_file(file)
+    content = make_tokenizer(BpeTokenizer(vocab_size=VOCABULARY), table["text"], directory).to_json()
 
-    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        tokenizer = tokenizer_from_json(content)
-        tokens: list[int] = []
-        for piece in tokenizer.encode_documents(batch["text"], np.dtype("uint16")):
-            tokens += piece.tolist()
+    def tokenize(batch: dict[str, list[str]]) -> dict[str, np.ndarray]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as in the stage's workers
+        tokens = np.concatenate(tokenizer_from_json(content).encode_documents(batch["text"], np.dtype("uint16")))
         count = (len(tokens) - 1) // LENGTH
-        return {"tokens": [tokens[i * LENGTH : (i + 1) * LENGTH + 1] for i in range(count)]}
+        windows = np.lib.stride_tricks.sliding_window_view(tokens[: count * LENGTH + 1], LENGTH + 1)
+        return {"tokens": np.ascontiguousarray(windows[::LENGTH])}
 
-    table = Dataset.from_dict({"text": texts})
-    blocks = table.map(tokenize, batched=True, num_proc=2, remove_columns=["text"], keep_in_memory=False)
+    blocks = table.map(tokenize, batched=True, num_proc=2, remove_columns=["text"])
     blocks.save_to_disk(str(directory / "saved"))
     return time.perf_counter() - started
 
 
-def reading(directory: Path, dataset: Path) -> dict[str, float]:
+def reading(directory: Path, dataset: Path, consumed: float) -> dict[str, float]:
     """Tokens per second of shuffled batches, inputs and targets as int64 tensors, beside a memory-mapped file."""
+    import torch
+
+    from polytrope.pipeline.order import sample_indices
+    from polytrope.pipeline.reader import open_split
+    from polytrope.pipeline.training.batches import text_batch
+
+    torch.set_num_threads(1)
     reader = open_split(dataset, "train")
     total = len(reader)
     blocks = reader.samples(np.arange(total))
@@ -135,11 +184,13 @@ def reading(directory: Path, dataset: Path) -> dict[str, float]:
     for _ in range(5):  # taking turns, so that a busy moment of the machine meets both
         rates["ours"].append(_rate(ours))
         rates["memmap"].append(_rate(theirs))
-    best = {name: max(values) for name, values in rates.items()}
+    rate = statistics.median(rates["ours"])
     return {
-        "tokens_per_second": best["ours"],
-        "memmap_tokens_per_second": best["memmap"],
-        "ratio": best["ours"] / best["memmap"],
+        "tokens_per_second": rate,
+        "memmap_tokens_per_second": statistics.median(rates["memmap"]),
+        "ratio": statistics.median(a / b for a, b in zip(rates["ours"], rates["memmap"], strict=True)),
+        "quickstart_tokens_per_second": consumed,
+        "ratio_to_quickstart": rate / consumed,
     }
 
 
@@ -150,12 +201,14 @@ def _rate(load: Callable[[int], None], steps: int = 1000) -> float:
     return steps * BATCH * LENGTH / (time.perf_counter() - started)
 
 
-def seeking(directory: Path) -> dict[str, float]:
-    """A manifest of a million shards (all one file) with 2 · 10^9 samples: time of a seek, memory while reading."""
+def seeking(directory: Path, shards: int) -> dict[str, float]:
+    """A manifest of `shards` (all one file) of 2000 samples: time of a first sample, memory while reading."""
+    from polytrope.pipeline.order import sample_indices
+    from polytrope.pipeline.reader import Reader
     from polytrope.pipeline.tarfiles import build_tar
 
     directory.mkdir()
-    samples, tokens, shards = 2000, 17, 1_000_000
+    samples, tokens = 2000, 17
     payload = np.zeros((samples, 2 * tokens), dtype=np.uint8)
     content = build_tar("shard", {"tokens": payload}).tobytes()
     (directory / "shard.tar").write_bytes(content)
@@ -173,18 +226,21 @@ def seeking(directory: Path) -> dict[str, float]:
     reader = Reader(directory)
     opened = time.perf_counter() - started
     seeks = []
-    for position in (10**9, 10**9 + 12345, 1, 1_999_999_999):
+    middle = len(reader) // 2  # sample 10^9 of the usual manifest
+    for position in (middle, 1, len(reader) - 1, *range(middle + 12_345, middle + 12_353)):
         started = time.perf_counter()
-        reader.samples(sample_indices(7, position, 1, len(reader)))
-        seeks.append(time.perf_counter() - started)
+        reader.samples(sample_indices(7, position, 1, len(reader)))  # of a shard not seen before: its hash is checked
+        seeks.append(1000 * (time.perf_counter() - started))
     before = _own_memory()
     for step in range(500):
-        reader.samples(sample_indices(7, 10**9 + step * BATCH, BATCH, len(reader)))
+        reader.samples(sample_indices(7, middle + step * BATCH, BATCH, len(reader)))
     after = _own_memory()
     return {
         "shards": shards,
         "open_seconds": opened,
-        "seek_milliseconds": 1000 * max(seeks),
+        "seek_milliseconds": seeks[0],
+        "median_seek_milliseconds": statistics.median(seeks),
+        "greatest_seek_milliseconds": max(seeks),
         "growth_megabytes_over_4000_shards": (after - before) / 1e6,
     }
 
