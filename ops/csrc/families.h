@@ -78,6 +78,15 @@ POLYTROPE_FUNCTION void add_where(V index, S k, V v, V& sum) {
   sum += index == k ? v : V{};
 }
 
+// The entry of a table of n + 1 at the index, which is a whole number: one permutation for 16 entries.
+template <class V, class S>
+POLYTROPE_FUNCTION V entry(V index, const S* table, int n) {
+  V found = broadcast<V>(table[0]);
+  POLYTROPE_UNROLL
+  for (int k = 1; k <= n; ++k) found = index == S(k) ? broadcast<V>(table[k]) : found;
+  return found;
+}
+
 #if defined(__AVX__) && !defined(__CUDACC__)
 typedef float Float8 __attribute__((vector_size(32)));
 POLYTROPE_FUNCTION Float8 larger(Float8 a, Float8 b) { return Float8(_mm256_max_ps(__m256(a), __m256(b))); }
@@ -90,6 +99,13 @@ POLYTROPE_FUNCTION Float16 smaller(Float16 a, Float16 b) { return Float16(_mm512
 POLYTROPE_FUNCTION void add_where(Float16 index, float k, Float16 v, Float16& sum) {
   const __mmask16 here = _mm512_cmp_ps_mask(__m512(index), _mm512_set1_ps(k), _CMP_EQ_OQ);
   sum = Float16(_mm512_mask_add_ps(__m512(sum), here, __m512(sum), __m512(v)));
+}
+POLYTROPE_FUNCTION Float16 entry(Float16 index, const float* table, int n) {
+  const __m512i places = _mm512_cvtps_epi32(__m512(index));
+  const __m512 low = _mm512_maskz_loadu_ps(__mmask16((2u << (n < 15 ? n : 15)) - 1), table);
+  const __m512 found = _mm512_permutexvar_ps(places, low);
+  if (n < 16) return Float16(found);
+  return Float16(_mm512_mask_mov_ps(found, _mm512_cmp_ps_mask(__m512(index), _mm512_set1_ps(16), _CMP_EQ_OQ), _mm512_set1_ps(table[16])));
 }
 #endif
 
@@ -195,19 +211,27 @@ struct Hermite {
   }
 };
 
-// p_{k+1} = a_k x p_k - c_k p_{k-1}; the series is summed by Clenshaw's rule, its derivative as a series in the same basis.
+// p_k = scale(k) q_k with q_{k+1} = a_k x q_k - c_k q_{k-1}; the series in q is summed by Clenshaw's rule, its derivative
+// as a series in the same basis. Scales that make a_k 1, or 2, leave two operations for each term.
 struct ChebyshevBasis {
   POLYTROPE_FUNCTION static constexpr double a(int k) { return k == 0 ? 1.0 : 2.0; }
   POLYTROPE_FUNCTION static constexpr double c(int) { return 1.0; }
+  POLYTROPE_FUNCTION static constexpr double scale(int) { return 1.0; }
   // T'_k = 2k (T_{k-1} + T_{k-3} + …), the T_0 term halved.
   POLYTROPE_FUNCTION static constexpr double derivative(int row, int column) {
     return (row > column && (row - column) % 2 == 1) ? (column == 0 ? 1.0 : 2.0) * row : 0.0;
   }
 };
 
+// P_k over its leading coefficient.
 struct LegendreBasis {
-  POLYTROPE_FUNCTION static constexpr double a(int k) { return (2.0 * k + 1.0) / (k + 1.0); }
-  POLYTROPE_FUNCTION static constexpr double c(int k) { return k / (k + 1.0); }
+  POLYTROPE_FUNCTION static constexpr double a(int) { return 1.0; }
+  POLYTROPE_FUNCTION static constexpr double c(int k) { return k * k / (4.0 * k * k - 1.0); }
+  POLYTROPE_FUNCTION static constexpr double scale(int k) {
+    double leading = 1;
+    for (int j = 2; j <= k; ++j) leading *= (2.0 * j - 1.0) / j;
+    return leading;
+  }
   // P'_k = (2k-1) P_{k-1} + (2k-5) P_{k-3} + …
   POLYTROPE_FUNCTION static constexpr double derivative(int row, int column) {
     return (row > column && (row - column) % 2 == 1) ? 2.0 * column + 1.0 : 0.0;
@@ -221,11 +245,11 @@ struct Recurrence {
   POLYTROPE_FUNCTION static int sums(int n, int) { return n + 1; }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
-    for (int k = 0; k <= n; ++k) t[k] = S(raw[k]);
+    for (int k = 0; k <= n; ++k) t[k] = S(raw[k] * Basis::scale(k));
     for (int column = 0; column < n; ++column) {
       double slope = 0;
       for (int row = column + 1; row <= n; ++row) slope += Basis::derivative(row, column) * raw[row];
-      t[n + 1 + column] = S(slope);
+      t[n + 1 + column] = S(slope * Basis::scale(column));
     }
   }
   template <class V, class S>
@@ -261,7 +285,7 @@ struct Recurrence {
     return g * clenshaw(x, t + n + 1, n - 1);
   }
   POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
-    for (int k = 0; k <= n; ++k) gradient[k] = sums[k];
+    for (int k = 0; k <= n; ++k) gradient[k] = sums[k] * Basis::scale(k);
   }
 };
 using Chebyshev = Recurrence<ChebyshevBasis>;
@@ -543,11 +567,10 @@ struct TropicalRational {
   }
   template <class V, class S>
   POLYTROPE_FUNCTION static V descend(V x, V g, const S* slopes, const S* intercepts, V* sums, int n) {
-    V best = x * slopes[0] + intercepts[0], slope = broadcast<V>(slopes[0]), index = V{};
+    V best = x * slopes[0] + intercepts[0], index = V{};
     POLYTROPE_UNROLL
     for (int k = 1; k <= n; ++k) {
       V line = x * slopes[k] + intercepts[k];
-      slope = line > best ? broadcast<V>(slopes[k]) : slope;
       index = line > best ? broadcast<V>(S(k)) : index;
       best = larger(line, best);
     }
@@ -557,7 +580,7 @@ struct TropicalRational {
       add_where(index, S(k), product, sums[k]);
       add_where(index, S(k), g, sums[n + 1 + k]);
     }
-    return slope;
+    return entry(index, slopes, n);
   }
   // The slope of the numerator, and from it the result of `backward`: a CPU's registers hold the sums of one of the two.
   template <class V, class S>
