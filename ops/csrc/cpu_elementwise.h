@@ -97,7 +97,10 @@ Kernel<S> find_kernel(const Problem& problem) {
     case family_chebyshev: return kernel_of_degree<Chebyshev, S>(n, m);
     case family_legendre: return kernel_of_degree<Legendre, S>(n, m);
     case family_fourier: return kernel_of_degree<Fourier, S>(n, m);
-    case family_harmonic: return kernel_of_degree<Harmonic, S>(n, m);
+    case family_harmonic:
+      if constexpr (std::is_same_v<S, float>)
+        if (n <= HarmonicPowers::highest) return kernel_of_degree<HarmonicPowers, S>(n, m);
+      return kernel_of<Harmonic, S>(n, m);
     case family_tropical: return kernel_of_degree<Tropical, S>(n, m);
     case family_tropical_rational: return kernel_of_degree<TropicalRational, S>(n, m);
     case family_polyrelu: return kernel_of_degree<PolyReLU, S>(n, m);

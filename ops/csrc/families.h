@@ -495,6 +495,93 @@ struct Harmonic {
   }
 };
 
+// Harmonic for degrees up to 8, in fewer operations: with w = cos 2θ, each cos kθ and sin kθ is a polynomial in w, times
+// 1, cos θ, sin θ or sin θ cos θ. Up to degree 8 these polynomials have coefficients of at most 8, so powers lose little.
+struct HarmonicPowers {
+  static constexpr int highest = 8, largest_table = 4 * highest + 5, largest_sums = 2 * highest + 2;
+  POLYTROPE_FUNCTION static int parameters(int n, int) { return 2 * n + 2; }
+  POLYTROPE_FUNCTION static int sums(int n, int) { return 2 * n + 2; }
+  // visit(packed index of cos kθ, of its slope's coefficient, k or -k, power's place, coefficient) for every term.
+  template <class Visit>
+  POLYTROPE_FUNCTION static void terms(int n, Visit visit) {
+    // p_0 and the two coefficients of p_{-1} of p_{j+1} = 2 w p_j - p_{j-1}.
+    constexpr double starts[4][3] = {{1, 0, 1}, {1, 1, 0}, {1, -1, 0}, {2, 0, 0}};
+    int place = 0;
+    for (int kind = 0; kind < 4; ++kind) {
+      const int first = kind == 0 ? 0 : (kind == 3 ? 2 : 1), shift = kind < 2 ? 1 : n + 1;
+      double now[highest] = {starts[kind][0]}, before[highest] = {starts[kind][1], starts[kind][2]};
+      int count = 0;
+      for (int k = first; k <= n; k += 2, ++count) {
+        for (int j = 0; j <= count; ++j) visit(k == 0 ? 0 : shift + k, k, place + j, now[j]);
+        for (int j = count + 1; j >= 0; --j) {
+          const double next = (j > 0 ? 2 * now[j - 1] : 0.0) - before[j];
+          before[j] = now[j];
+          now[j] = next;
+        }
+      }
+      place += count;
+    }
+  }
+  template <class S>
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
+    double powers[4 * highest + 2] = {};
+    terms(n, [&](int index, int k, int place, double coefficient) {
+      powers[place] += coefficient * raw[index];
+      if (k > 0) powers[2 * n + 1 + place] += coefficient * (index > n + 1 ? -k * raw[index - n] : k * raw[index + n]);
+    });
+    for (int k = 0; k < 4 * n + 2; ++k) t[k] = S(powers[k]);
+    t[4 * n + 2] = S(raw[1]);
+    set_frequency(raw[1], t[4 * n + 3], t[4 * n + 4]);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V series(V w, const S* t, int count) {
+    if (count == 0) return V{};
+    V y = broadcast<V>(t[count - 1]);
+    POLYTROPE_UNROLL
+    for (int j = count - 2; j >= 0; --j) y = y * w + t[j];
+    return y;
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V combine(V w, V s, V c, const S* t, int n) {
+    const int half = n / 2, odd = (n + 1) / 2;
+    V even = series(w, t, half + 1) + c * series(w, t + half + 1, odd);
+    return even + s * (series(w, t + half + 1 + odd, odd) + c * series(w, t + half + 1 + 2 * odd, half));
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+    V s, c;
+    sine_cosine(x, t[4 * n + 3], t[4 * n + 4], S(0), s, c);
+    return combine((c + c) * c - S(1), s, c, t, n);
+  }
+  template <class V, class S>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+    const int half = n / 2, odd = (n + 1) / 2;
+    V s, c;
+    sine_cosine(x, t[4 * n + 3], t[4 * n + 4], S(0), s, c);
+    V w = (c + c) * c - S(1), slope = g * combine(w, s, c, t + 2 * n + 1, n), gc = g * c, gs = g * s, gsc = gs * c;
+    sums[2 * n + 1] += slope * x;
+    V power = w;
+    sums[0] += g;
+    sums[half + 1] += gc;
+    sums[half + 1 + odd] += gs;
+    if (half > 0) sums[half + 1 + 2 * odd] += gsc;
+    POLYTROPE_UNROLL
+    for (int j = 1; j <= half; ++j) {
+      sums[j] += g * power;
+      if (j < odd) sums[half + 1 + j] += gc * power;
+      if (j < odd) sums[half + 1 + odd + j] += gs * power;
+      if (j < half) sums[half + 1 + 2 * odd + j] += gsc * power;
+      if (j < half) power *= w;
+    }
+    return slope * t[4 * n + 2];
+  }
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
+    for (int k = 0; k < 2 * n + 2; ++k) gradient[k] = 0;
+    terms(n, [&](int index, int, int place, double coefficient) { gradient[index] += coefficient * sums[place]; });
+    gradient[1] = sums[2 * n + 1];
+  }
+};
+
 // (√2 / n) max_k (k x + c_k), k = 0…n. The lowest k wins a tie; F(-∞) = √2 c_0 / n.
 struct Tropical {
   static constexpr int largest_table = max_degree + 2, largest_sums = max_degree + 1;
