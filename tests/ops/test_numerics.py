@@ -153,6 +153,27 @@ def test_the_sine_of_large_arguments_is_as_exact_as_that_of_small_ones(frequency
     assert float((found.double() - exact).abs().max()) < 4e-7
 
 
+@pytest.mark.parametrize("interval", [None, (-1.0, 1.5)])
+@pytest.mark.parametrize("degree", [1, 2, 3, 4, 5, 6, 7, 8, 9])
+def test_harmonics_of_equal_weight_stay_exact(degree: int, interval: tuple[float, float] | None) -> None:
+    """float32 takes powers of cos 2θ up to degree 8, the float64 kernel a recurrence."""
+    generator = torch.Generator().manual_seed(degree)
+    factorials = torch.tensor([math.factorial(k) for k in range(1, degree + 1)])
+    weights = [torch.randn(degree, generator=generator) * factorials for _ in range(2)]
+    x, seed = torch.randn(2, 20_000, generator=generator)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        tensors = [x, torch.tensor(0.3), torch.tensor(1.7), *weights]
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        value = functional.harmonic(*tensors, interval=interval)
+        found.append([value.detach(), *torch.autograd.grad(value, tensors, seed.to(dtype))])
+    value_error, *gradient_errors = (
+        float((single.double() - exact).abs().max() / exact.abs().max()) for single, exact in zip(*found, strict=True)
+    )
+    assert value_error < (12 if degree <= 8 else 24) * 2**-24
+    assert max(gradient_errors) < 1e-5
+
+
 def test_the_tropical_maximum_takes_the_lowest_line_of_a_tie() -> None:
     coefficients = torch.zeros(4, requires_grad=True)
     x = torch.zeros(3, requires_grad=True)
