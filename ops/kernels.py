@@ -68,16 +68,16 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        tensors = (*gradients, *ctx.saved_tensors)
-        if torch.is_grad_enabled() or not _is_plain(*tensors):
-            return (*torch.ops.polytrope.activation_backward(*tensors, *_listed(ctx.formula)), None)
-        return (*native.backward(*tensors, ctx.formula), None)
+        (gradient,), (x, parameters) = gradients, ctx.saved_tensors
+        if torch.is_grad_enabled() or not _is_plain(gradient, x, parameters):
+            return (*torch.ops.polytrope.activation_backward(gradient, x, parameters, *_listed(ctx.formula)), None)
+        return (*native.backward(gradient, x, parameters, ctx.formula), None)
 
 
 def activate(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
     """F(x), differentiable in x and the packed parameters; without a kernel, the reference."""
     if not torch.compiler.is_compiling() and _is_plain(x, parameters) and native.cpu_library() is not None:
-        direct: Tensor = _Direct.apply(x, parameters, formula)
+        direct: Tensor = _Direct.apply(x, parameters, formula)  # type: ignore[no-untyped-call]
         return direct
     if _goes_through_kernel(x, formula):
         result: Tensor = torch.ops.polytrope.activation(x, parameters, *_listed(formula))
