@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import psutil
@@ -20,6 +21,9 @@ os.environ.update(
         "TOKENIZERS_PARALLELISM": "false",
     }
 )
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background job: the tests' processes inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
