@@ -21,6 +21,7 @@ from polytrope.models.activations import (
     project_activated,
     standardize_inputs,
 )
+from polytrope.models.weights import load_renamed
 
 
 @dataclass
@@ -214,18 +215,7 @@ def load_convnext_state_dict(model: ConvNeXt, state: Mapping[str, Tensor]) -> No
         ValueError: names or shapes that do not belong to a ConvNeXt of this size, listed.
     """
     tensors = {_original_name(name): tensor for name, tensor in state.items()}
-    own = model.state_dict()
-    optional = {name for name in own if ".act." in name}
-    problems = [f"missing {name}" for name in own if name not in tensors and name not in optional]
-    problems += [f"unexpected {name}" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, the model's is {list(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    if problems:
-        raise ValueError("not the weights of this ConvNeXt: " + "; ".join(problems[:8]))
-    model.load_state_dict(tensors, strict=False)
+    load_renamed(model, tensors, optional=".act.", tied=(), what="ConvNeXt")
 
 
 def _original_name(name: str) -> str:

@@ -25,6 +25,7 @@ from polytrope.models.activations import (
     project_activated,
     standardize_inputs,
 )
+from polytrope.models.weights import load_renamed
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values [batch, heads, positions, head size]
 
@@ -316,18 +317,7 @@ def load_gpt2_state_dict(model: GPT2, state: Mapping[str, Tensor]) -> None:
         for name in list(tensors):
             if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                 tensors[name] = tensors[name].t()
-    own = {name: tensor for name, tensor in model.state_dict().items() if name not in model.tied_weights}
-    optional = {name for name in own if ".activation." in name}
-    problems = [f"missing {name}" for name in own if name not in tensors and name not in optional]
-    problems += [f"unexpected {name}" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, the model's is {list(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    if problems:
-        raise ValueError("not the weights of this GPT-2: " + "; ".join(problems[:8]))
-    model.load_state_dict(tensors, strict=False)
+    load_renamed(model, tensors, optional=".activation.", tied=model.tied_weights, what="GPT-2")
 
 
 def gpt2_config_from_huggingface(config: Mapping[str, Any]) -> GPT2Config:
