@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from polytrope.pipeline.stage import EventWriter, Resources, StageContext
+from polytrope.pipeline.stage import Resources, stage_context
 from polytrope.pipeline.stages.shard import ShardParameters, shard
 
 # Imports stay small here: processes that the shard stage starts import the main module again, which is a tiny one where
@@ -104,19 +104,7 @@ def sharding(directory: Path, max_bytes: int, turns: int) -> tuple[Path, dict[st
 
 def run_shard(directory: Path, max_bytes: int) -> float:
     """The shard stage with two workers, its tokenizer included, in seconds; the data set is in `output`."""
-    (directory / "output").mkdir(parents=True)
-    (directory / "scratch").mkdir()
-    context = StageContext(
-        stage="shard",
-        run_id="benchmark",
-        key="k",
-        attempt=1,
-        output=directory / "output",
-        scratch=directory / "scratch",
-        executor="local",
-        resources=Resources(workers=2),
-        events=EventWriter(directory / "events"),
-    )
+    context = stage_context(directory, stage="shard", resources=Resources(workers=2))
     parameters = ShardParameters.model_validate(
         {
             "source": {"kind": "python", "max_bytes": max_bytes},

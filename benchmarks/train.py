@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from polytrope.pipeline.reader import open_split
-from polytrope.pipeline.stage import Artifact, EventWriter, Resources, StageContext
+from polytrope.pipeline.stage import Artifact, Resources, stage_context
 from polytrope.pipeline.stages.shard import ShardParameters, shard
 from polytrope.pipeline.stages.train import TrainParameters
 
@@ -86,28 +86,12 @@ def main() -> None:
 
 def make_dataset(directory: Path, sequence_length: int = 128, max_bytes: int = 500_000) -> Path:
     """The quickstart's kind of data, smaller."""
-    context = make_context(directory / "dataset", 1)
+    context = stage_context(directory / "dataset", stage="shard")
     source = {"kind": "python", "max_bytes": max_bytes}
     tokenizer = {"kind": "bpe", "vocab_size": 1024}
     parameters = {"source": source, "tokenizer": tokenizer, "sequence_length": sequence_length}
     shard(context, ShardParameters.model_validate(parameters))
     return context.output
-
-
-def make_context(directory: Path, workers: int, gpus: float = 0.0) -> StageContext:
-    for name in ("output", "scratch"):
-        (directory / name).mkdir(parents=True, exist_ok=True)
-    return StageContext(
-        stage="train",
-        run_id="benchmark",
-        key="k",
-        attempt=1,
-        output=directory / "output",
-        scratch=directory / "scratch",
-        executor="local",
-        resources=Resources(workers=workers, gpus=gpus),
-        events=EventWriter(directory / "events"),
-    )
 
 
 def run(directory: Path, dataset: Path, workers: int, turns: int, repeats: int) -> dict[str, float]:
@@ -192,7 +176,8 @@ def our_run(
     from polytrope.pipeline.training.state import Progress
     from polytrope.pipeline.training.tasks import make_task
 
-    context = make_context(directory, workers, gpus=1.0 if gpu else 0.0)
+    resources = Resources(workers=workers, gpus=1.0 if gpu else 0.0)
+    context = stage_context(directory, stage="train", resources=resources)
     model = changes.pop("model", None) or {**MODEL, "activation": {"name": "hermite", "degree": 3}}
     settings = {**PARAMETERS, "model": model, "zero_stage": 0 if workers == 1 else 1, **changes}
     plan = make_plan(context, Artifact(dataset, "d", "shard"), None, TrainParameters.model_validate(settings))

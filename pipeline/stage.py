@@ -69,9 +69,9 @@ class Resources:
 class EventWriter:
     """Appends a stage's events (metrics, progress, artifacts) to a file of this process in `directory`.
 
-    One line of JSON per event, one `write` call per line (`python -m benchmarks.outbox` times it), no network. The driver tails the files for the
-    progress display and projects them to MLflow; an outage there never reaches the stage. Picklable: a copy in another
-    process opens a file of its own.
+    One line of JSON per event, one `write` call per line, no network (`python -m benchmarks.outbox` times it). The driver
+    tails the files for the progress display and projects them to MLflow; an outage there never reaches the stage.
+    Picklable: a copy in another process opens a file of its own.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -145,6 +145,36 @@ class StageContext:
     def message(self, text: str) -> None:
         """One line for the log and the terminal."""
         self.events.append("message", text=text)
+
+
+def stage_context(
+    directory: Path,
+    *,
+    stage: str = "stage",
+    executor: Literal["local", "ray"] = "local",
+    resources: Resources = Resources(),
+) -> StageContext:
+    """A context to call a stage function by hand, without an engine: in its test, or to measure it.
+
+    Args:
+        directory: gets `output`, `scratch` and `events`; the same directory again continues from its `scratch`.
+        stage: the name that the stage sees.
+        executor: `ray` needs a connection to a cluster.
+        resources: what is granted.
+    """
+    for name in ("output", "scratch"):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    return StageContext(
+        stage=stage,
+        run_id="run",
+        key="key",
+        attempt=1,
+        output=directory / "output",
+        scratch=directory / "scratch",
+        executor=executor,
+        resources=resources,
+        events=EventWriter(directory / "events"),
+    )
 
 
 CheckFunction = Callable[[Any, Mapping[str, Any]], None]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from polytrope.pipeline.stage import Artifact, EventWriter, Resources, StageContext
+from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage_context
 from polytrope.pipeline.stages.train import TrainParameters, train
 
 SEQUENCE_LENGTH = 32
@@ -76,19 +76,7 @@ def make_context(
     directory: Path, workers: int = 2, executor: Literal["local", "ray"] = "local", cpus: float = 1.0
 ) -> StageContext:
     """A stage context with its directories below `directory`; the same directory continues the same training."""
-    for name in ("output", "scratch"):
-        (directory / name).mkdir(parents=True, exist_ok=True)
-    return StageContext(
-        stage="train",
-        run_id="run",
-        key="key",
-        attempt=1,
-        output=directory / "output",
-        scratch=directory / "scratch",
-        executor=executor,
-        resources=Resources(workers=workers, cpus=cpus),
-        events=EventWriter(directory / "events"),
-    )
+    return stage_context(directory, stage="train", executor=executor, resources=Resources(workers=workers, cpus=cpus))
 
 
 def run_training(

@@ -29,7 +29,7 @@ from polytrope.pipeline.conversion.data import array_batches, forward, text_batc
 from polytrope.pipeline.conversion.distillation import coefficients, distill, sentence_embeddings
 from polytrope.pipeline.conversion.parallel import calibrate_on_ray
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, EventWriter, Resources, StageContext
+from polytrope.pipeline.stage import Artifact, stage_context
 from polytrope.pipeline.stages.convert import ConvertParameters, convert
 
 
@@ -209,17 +209,8 @@ def test_images_with_nan_are_refused_by_the_layer_that_receives_them(tmp_path: P
     assert sum(len(batch["pixel_values"]) for batch in array_batches(tmp_path / "images.npy", 3, 4)) == 4
 
 
-def stage_context(directory: Path) -> StageContext:
-    for name in ("output", "scratch"):
-        (directory / name).mkdir(parents=True)
-    events = EventWriter(directory / "events")
-    return StageContext(
-        "convert", "run", "key", 1, directory / "output", directory / "scratch", "local", Resources(), events
-    )
-
-
 def run_stage(directory: Path, model: Path, dataset: Path, **parameters: Any) -> Path:
-    context = stage_context(directory)
+    context = stage_context(directory, stage="convert")
     metrics = convert(
         context, Artifact(model, "m", "model"), Artifact(dataset, "d", "data"), ConvertParameters(**parameters)
     )

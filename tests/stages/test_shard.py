@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,32 +14,21 @@ from pydantic import ValidationError
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.reader import open_split
-from polytrope.pipeline.stage import EventWriter, Resources, StageContext
+from polytrope.pipeline.stage import Resources, stage_context
 from polytrope.pipeline.stages.shard import ShardParameters, fingerprint, shard
 from polytrope.pipeline.tokenization import tokenizer_from_json
 
 
-def run_shard(directory: Path, parameters: Mapping[str, Any], workers: int = 1, executor: str = "local") -> Path:
+def run_shard(
+    directory: Path, parameters: Mapping[str, Any], workers: int = 1, executor: Literal["local", "ray"] = "local"
+) -> Path:
     """Run the stage as the engine does; returns its output."""
-    output, scratch = directory / "output", directory / "scratch"
-    output.mkdir(parents=True)
-    scratch.mkdir()
-    context = StageContext(
-        stage="shard",
-        run_id="test",
-        key="k",
-        attempt=1,
-        output=output,
-        scratch=scratch,
-        executor=executor,  # type: ignore[arg-type]
-        resources=Resources(workers=workers),
-        events=EventWriter(directory / "events"),
-    )
+    context = stage_context(directory, stage="shard", executor=executor, resources=Resources(workers=workers))
     validated = ShardParameters.model_validate(parameters)
     fingerprint(validated, Path.cwd())
     summary = shard(context, validated)
     assert summary["train/tokens"] > 0
-    return output
+    return context.output
 
 
 def digests(directory: Path) -> dict[str, str]:

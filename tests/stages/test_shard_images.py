@@ -19,28 +19,15 @@ from training_support import history, read_events, run_training
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.reader import open_split
-from polytrope.pipeline.stage import Artifact, EventWriter, Resources, StageContext
+from polytrope.pipeline.stage import Artifact, Resources, stage_context
 from polytrope.pipeline.stages.shard_images import ShardImagesParameters, fingerprint, shard_images
 
 
 def run_stage(directory: Path, parameters: Mapping[str, Any], workers: int = 1) -> Path:
     """Run the stage as the engine does; returns its output."""
-    output, scratch = directory / "output", directory / "scratch"
-    output.mkdir(parents=True)
-    scratch.mkdir()
-    context = StageContext(
-        stage="digits",
-        run_id="test",
-        key="k",
-        attempt=1,
-        output=output,
-        scratch=scratch,
-        executor="local",
-        resources=Resources(workers=workers),
-        events=EventWriter(directory / "events"),
-    )
+    context = stage_context(directory, stage="digits", resources=Resources(workers=workers))
     shard_images(context, ShardImagesParameters.model_validate(parameters))
-    return output
+    return context.output
 
 
 @pytest.fixture(scope="module")

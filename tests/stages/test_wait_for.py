@@ -5,16 +5,12 @@ import threading
 import time
 from pathlib import Path
 
-from polytrope.pipeline.stage import EventWriter, Resources, StageContext, load_stage
+from polytrope.pipeline.stage import load_stage, stage_context
 
 
 def test_it_waits_for_the_file_and_commits_its_content(tmp_path: Path) -> None:
     definition = load_stage("polytrope.pipeline.stages.wait_for:wait_for")
-    output = tmp_path / "output"
-    output.mkdir()
-    context = StageContext(
-        "approval", "r", "k", 1, output, tmp_path / "scratch", "local", Resources(), EventWriter(tmp_path / "spool")
-    )
+    context = stage_context(tmp_path, stage="approval")
     awaited = tmp_path / "approved.json"
 
     def write_slowly() -> None:
@@ -29,6 +25,6 @@ def test_it_waits_for_the_file_and_commits_its_content(tmp_path: Path) -> None:
     parameters = definition.parameters_model.model_validate({"path": str(awaited), "interval": 0.2})
     summary = definition.call(context, parameters, {})
     writer.join()
-    assert json.loads((output / "content" / "approved.json").read_text()) == {"approved": True}
+    assert json.loads((context.output / "content" / "approved.json").read_text()) == {"approved": True}
     assert summary == {"files": 1.0, "bytes": 18.0}
-    assert json.loads((output / "event.json").read_text())["files"][0]["path"] == "approved.json"
+    assert json.loads((context.output / "event.json").read_text())["files"][0]["path"] == "approved.json"
