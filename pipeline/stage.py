@@ -69,9 +69,9 @@ class Resources:
 class EventWriter:
     """Appends a stage's events (metrics, progress, artifacts) to a file of this process in `directory`.
 
-    One line of JSON per event, one `write` call per line, no network (`python -m benchmarks.outbox` times it). The driver
-    tails the files for the progress display and projects them to MLflow; an outage there never reaches the stage.
-    Picklable: a copy in another process opens a file of its own.
+    One line of JSON per event, one `write` call per line, no network (`python -m benchmarks.outbox` times it). The
+    driver tails the files for the progress display and projects them to MLflow; an outage there never reaches the
+    stage. Picklable: a copy in another process opens a file of its own.
     """
 
     def __init__(self, directory: Path) -> None:
