@@ -43,7 +43,7 @@ def read_configuration(parameters: TrainParameters, directory: Path = Path()) ->
         if stage == AUTO:
             stage = DEFAULT_ZERO_STAGE if parameters.zero_stage is None else parameters.zero_stage
         path = SHIPPED / f"zero-{stage}.json"
-        configuration = merge(_read_file(path, path.stem) if path.is_file() else {}, given or {})
+        configuration = merge(_read_file(path, path.stem), given or {})
     refuse_contradictions(configuration, parameters)
     return configuration
 
