@@ -39,6 +39,7 @@ def read_configuration(parameters: TrainParameters, directory: Path = Path()) ->
     if isinstance(given, str):
         configuration = _read_file(_path_of(given, directory), given)
     else:
+        refuse_contradictions(given or {}, parameters)  # first: a wrong stage has no file
         stage = _lookup(given or {}, "zero_optimization.stage")
         if stage == AUTO:
             stage = DEFAULT_ZERO_STAGE if parameters.zero_stage is None else parameters.zero_stage

@@ -275,6 +275,14 @@ def test_what_cannot_work_is_refused_before_anything_starts() -> None:
     check(parameters(), {"dataset": shard, "initial": None})
 
 
+def test_a_shipped_deepspeed_configuration_that_is_missing_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("polytrope.pipeline.training.deepspeed_config.SHIPPED", tmp_path)
+    with pytest.raises(UserError, match=r"zero-1.*cannot be read"):
+        read_configuration(TrainParameters(steps=1))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
