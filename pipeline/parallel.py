@@ -63,9 +63,9 @@ def _map_on_ray(context: StageContext, function: Callable[[Item], Result], items
                 result = ray.get(running[0])
             except ray.exceptions.RayTaskError as error:
                 raise getattr(error, "cause", None) or error from None
-            yield result
             running.pop(0)
+            yield result
             running.extend(task.remote(item) for item in itertools.islice(iterator, 1))
     finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+        for reference in running:  # not by force: that ends this process if the task is completed at this moment
+            ray.cancel(reference)
