@@ -226,7 +226,7 @@ class Copy:
                 "polytrope.run_id": run_id,
                 "polytrope.workflow": str(workflow["name"]),
                 "polytrope.store": str(self.store.root),
-                "mlflow.source.name": str(record.get("source") or workflow["name"]),
+                "mlflow.source.name": mlflow_summary.source_name(record),
                 "mlflow.source.type": "JOB",
                 "mlflow.user": os.environ.get("USER", "") or "polytrope",
                 "mlflow.note.content": str(workflow.get("description") or ""),
@@ -336,6 +336,8 @@ class Copy:
     def _copy_result(self, stage: str, event: Event) -> None:
         cached = event.type == "stage_cached"
         source = str(event.get("hit_from"))
+        artifact = self.store.load(event.get("key"))
+        origin = stage if artifact is None else artifact.stage  # a stage can have another name there
         tags = {
             "polytrope.key": event.get("key"),
             "polytrope.digest": event.get("digest"),
@@ -343,17 +345,17 @@ class Copy:
             "polytrope.duration": f"{event.get('duration') or 0:.3f}",
         }
         if cached:
-            tags |= {"polytrope.source_run": source, "mlflow.note.content": self._origin(stage, source)}
+            tags |= {"polytrope.source_run": source, "mlflow.note.content": self._origin(origin, source)}
         child = self._child(stage, event.time, tags)
         if stage in self.cursor["failed"]:
             self.cursor["failed"] = [name for name in self.cursor["failed"] if name != stage]
             self._attempt(f"tags of {stage}", self.client.delete_tag, child, "polytrope.error")
-        artifact = self.store.load(event.get("key"))
         if artifact is not None:
             self._params(child, artifact.components.get("parameters", {}))
+        if cached:
+            self._repeat(stage, child, origin, source)
         self._summary(child, event.get("summary") or {}, event.time)
-        said = self._said_elsewhere(stage, source) if cached else self.cursor["pending"].pop(stage, [])
-        for item in said:
+        for item in self.cursor["pending"].pop(stage, []):
             if artifact is not None:
                 self._attempt(
                     f"{item['kind']} {item.get('path') or item.get('name')} of {stage}",
@@ -369,21 +371,23 @@ class Copy:
     def _origin(self, stage: str, source: str) -> str:
         """Markdown that leads to the run that computed a cached stage."""
         text = f"Taken from the store: computed by run `{source}`."
-        for run in self._search(source):
-            if run.data.tags.get("polytrope.stage") == stage:
-                address = mlflow_summary.address(self.cursor["experiment"], run.info.run_id)
-                return f"{text} Its curves: [{stage}]({address})"
-        return text
+        there = read_cursor(self.store.runs / source, self.uri)
+        if stage not in there.get("children", {}):
+            return text
+        return f"{text} See [{stage}]({mlflow_summary.address(there['experiment'], there['children'][stage])}) there."
 
-    def _said_elsewhere(self, stage: str, source: str) -> list[dict[str, Any]]:
-        """What the stage asked to show when another run computed it: the workflow's own artifacts belong here too."""
-        spool = self.store.runs / source / "spool"
-        items: list[dict[str, Any]] = []
-        for name, attempt, said in SpoolReader(spool).read_new() if spool.is_dir() else ():
-            if name == stage and said["kind"] in ("artifact", "dataset"):
-                items.append({**said, "attempt": attempt})
-        last = max((item["attempt"] for item in items), default=0)
-        return [item for item in items if item["attempt"] == last]
+    def _repeat(self, stage: str, child: str, origin: str, source: str) -> None:
+        """What a cached stage said when another run computed it: its curves can be seen and compared here, too."""
+        self.cursor["pending"].pop(stage, None)
+        metrics: list[Metric] = []
+        for said in SpoolReader(self.store.runs / source / "spool", stage=origin).read_new():
+            if said.event["kind"] == "metrics":
+                metrics += self._new_points(child, said)
+            elif said.event["kind"] == "params":
+                self._params(child, said.event["values"])
+            else:
+                self._keep_for_later(said._replace(stage=stage))
+        self._send(child, metrics)
 
     def _show(self, stage: str, child: str, item: Mapping[str, Any], files: Path, cached: bool) -> None:
         if item["kind"] == "artifact":
@@ -451,7 +455,7 @@ class Copy:
                     self._send(child, waiting.pop(child))
             elif said.event["kind"] == "params":
                 self._params(child, said.event["values"])
-            elif said.event["kind"] in ("artifact", "dataset", "model"):
+            else:
                 self._keep_for_later(said)
         for child, metrics in waiting.items():
             self._send(child, metrics)
@@ -461,6 +465,8 @@ class Copy:
 
     def _keep_for_later(self, said: SpoolEvent) -> None:
         """Files can be shown when the stage has committed them; an earlier attempt's wishes are void."""
+        if said.event["kind"] not in ("artifact", "dataset", "model"):
+            return
         item = {**said.event, "attempt": said.attempt}
         kept = [old for old in self.cursor["pending"].get(said.stage, []) if old["attempt"] == said.attempt]
         if item not in kept:

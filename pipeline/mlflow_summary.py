@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.journal import RunState
@@ -84,6 +85,15 @@ def draw(comparison: Comparison) -> bytes:
 def address(experiment: str, run_id: str, artifact: str = "") -> str:
     """Of an MLflow run, or of a file that belongs to it, within MLflow's web page."""
     return f"#/experiments/{experiment}/runs/{run_id}" + (f"/artifacts/{artifact}" if artifact else "")
+
+
+def source_name(record: Mapping[str, Any]) -> str:
+    """The workflow's file from the top of its git repository, else its bare name: no path of one machine."""
+    if not record.get("source"):
+        return str(record["workflow"]["name"])
+    source = Path(record["source"])
+    top = next((directory for directory in source.parents if (directory / ".git").exists()), source.parent)
+    return source.relative_to(top).as_posix()
 
 
 def describe(

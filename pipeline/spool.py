@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,16 +27,18 @@ class SpoolReader:
         directory: the run's `spool` directory; it need not exist yet.
         offsets: bytes already read of each file, by path relative to `directory` (a cursor saved earlier). Changed in
             place by `read_new`.
+        stage: only what this one said; None: all.
     """
 
-    def __init__(self, directory: Path, offsets: dict[str, int] | None = None) -> None:
+    def __init__(self, directory: Path, offsets: dict[str, int] | None = None, stage: str | None = None) -> None:
         self.directory = Path(directory)
+        self._pattern = f"{'*' if stage is None else glob.escape(safe_name(stage))}/*/*.jsonl"
         self.offsets = {} if offsets is None else offsets
         self._names: dict[str, str] = {}
 
     def read_new(self) -> Iterator[SpoolEvent]:
         """Every whole line that is new, each file in its own order, attempts in ascending order."""
-        paths = [path for path in self.directory.glob("*/*/*.jsonl") if path.parent.name.isdigit()]
+        paths = [path for path in self.directory.glob(self._pattern) if path.parent.name.isdigit()]
         for path in sorted(paths, key=lambda path: (path.parts[-3], int(path.parts[-2]), path.name)):
             name = str(path.relative_to(self.directory))
             offset = self.offsets.get(name, 0)

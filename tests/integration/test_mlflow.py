@@ -24,6 +24,7 @@ from mlflow_support import POLYTROPE, QUICK, Postgres, Server, polytrope, start,
 from polytrope.pipeline.tracking import free_port
 
 STEPS = 40
+NOTE = "mlflow.note.content"  # MLflow's tag of the description
 EXPECTED = [(step, mlflow_stages.loss(step)) for step in range(STEPS)]
 
 pytestmark = pytest.mark.timeout(240)
@@ -133,13 +134,14 @@ def test_a_run_is_in_mlflow_with_all_that_its_stages_said(project: Path, server:
         {
             "train": {"uses": "mlflow_stages:train", "with": training, "matrix": {"rate": [1.0, 2.0]}},
             "report": {"uses": "mlflow_stages:report", "inputs": {"models": "train"}},
+            "report_slow": {"uses": "mlflow_stages:report", "inputs": {"models": {"slow": "train[rate=1.0]"}}},
         },
     )
     code, output = polytrope(project, "run", "w.yaml")
     assert code == 0, output
     assert "MLflow has not received everything" not in output
     runs = server.runs(project.name)
-    assert set(runs) == {"parent", "train[rate=1.0]", "train[rate=2.0]", "report"}
+    assert set(runs) == {"parent", "train[rate=1.0]", "train[rate=2.0]", "report", "report_slow"}
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
     parent, child = runs["parent"], runs["train[rate=2.0]"]
     assert {run.data.tags.get("mlflow.parentRunId") for run in runs.values()} == {None, parent.info.run_id}
@@ -164,10 +166,15 @@ def test_a_run_is_in_mlflow_with_all_that_its_stages_said(project: Path, server:
     plot = Path(client.download_artifacts(parent.info.run_id, "comparison/train.png", str(project)))
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "<svg" in Path(client.download_artifacts(parent.info.run_id, "graph.svg", str(project))).read_text()
-    note = parent.data.tags["mlflow.note.content"]
+    note = parent.data.tags[NOTE]
     assert "a small training" in note
-    assert f"runs/{parent.info.run_id}/artifacts/report.html" in note
+    for page in ("report.html", "report_slow/report.html"):  # each in a folder of its own
+        assert f"runs/{parent.info.run_id}/artifacts/{page}" in note
+        assert "<h1>" in Path(client.download_artifacts(parent.info.run_id, page, str(project))).read_text()
     assert "| 2.0 | 0.05 | 0.05 |" in note
+    assert parent.data.tags["mlflow.source.name"] == "w.yaml"
+    shown_texts = [text for run in runs.values() for text in (*run.data.params.values(), run.data.tags.get(NOTE, ""))]
+    assert not [text for text in shown_texts if str(project) in text]
 
     code, output = polytrope(project, "run", "w.yaml", "--set", "tracking.experiment=again")
     assert code == 0, output
@@ -176,6 +183,10 @@ def test_a_run_is_in_mlflow_with_all_that_its_stages_said(project: Path, server:
     assert cached.data.tags["polytrope.cache_hit"] == "true"
     assert cached.data.tags["polytrope.source_run"] == parent.info.run_name
     assert cached.data.metrics["final_loss"] == 2.0 / STEPS
+    assert child.info.run_id in cached.data.tags[NOTE]
+    for name in ("train/loss", "lr"):  # its curves are here as well, so that runs can be compared
+        assert server.curve(cached, name) == server.curve(child, name)
+    assert cached.data.params == child.data.params
     shown = {item.path for item in client.list_artifacts(server.runs("again")["parent"].info.run_id)}
     assert "report.html" in shown  # the workflow's own page, although another run made it
 
@@ -307,7 +318,7 @@ def test_failed_stage_says_why_until_it_is_repaired(project: Path, server: Serve
     runs = server.runs(project.name)
     assert (runs["train"].info.status, runs["parent"].info.status) == ("FAILED", "FAILED")
     assert runs["train"].data.tags["polytrope.error"] == "the corpus is gone"
-    assert "`train` failed: the corpus is gone" in runs["parent"].data.tags["mlflow.note.content"]
+    assert "`train` failed: the corpus is gone" in runs["parent"].data.tags[NOTE]
     (project / "gates" / "fail").unlink()
     code, output = polytrope(project, "resume")
     assert code == 0, output
