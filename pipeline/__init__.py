@@ -18,19 +18,20 @@ if TYPE_CHECKING:
     from polytrope.pipeline.errors import UserError
     from polytrope.pipeline.launch import run
     from polytrope.pipeline.spec import StageSpec, Workflow, load_workflow
-    from polytrope.pipeline.stage import Artifact, StageContext
+    from polytrope.pipeline.stage import Artifact, StageContext, Stages
 
 _PLACES = {
     "Artifact": "polytrope.pipeline.stage",
     "StageContext": "polytrope.pipeline.stage",
     "StageSpec": "polytrope.pipeline.spec",
+    "Stages": "polytrope.pipeline.stage",
     "UserError": "polytrope.pipeline.errors",
     "Workflow": "polytrope.pipeline.spec",
     "load_workflow": "polytrope.pipeline.spec",
     "run": "polytrope.pipeline.launch",
 }
 
-__all__ = ["Artifact", "StageContext", "StageSpec", "UserError", "Workflow", "load_workflow", "run"]
+__all__ = ["Artifact", "StageContext", "StageSpec", "Stages", "UserError", "Workflow", "load_workflow", "run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,16 +28,18 @@ from polytrope.pipeline.executors import check_resources, make_executor
 from polytrope.pipeline.executors.base import Executor, needs
 from polytrope.pipeline.faults import ENVIRONMENT_VARIABLE, start_faults
 from polytrope.pipeline.files import replace_file, safe_name
-from polytrope.pipeline.graph import StageNode, condition_holds
+from polytrope.pipeline.graph import StageNode, condition_holds, parent_stage
 from polytrope.pipeline.journal import DONE_STATES, Event, Journal, RunState, fold, read
 from polytrope.pipeline.keys import explain, key_components, stage_key
 from polytrope.pipeline.lease import DEFAULT_TTL, HolderWatch, Lease, LeaseHeldError, LeaseLostError
+from polytrope.pipeline.returned import returned_stages, with_returned, with_stored
 from polytrope.pipeline.spec import Workflow
 from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.store import OutputChangedError, Store, StoredArtifact, artifact_digest, store_error
 from polytrope.pipeline.worker import Outcome, StageError, StageTask, make_task
 
 Observer = Callable[[Event], None]
+Expansion = tuple[Workflow, Mapping[str, StageNode]]
 CANCEL_FILE = "cancel.json"
 RECORD_FILE = "workflow.json"
 _LONGEST_WAIT = 1.0  # seconds between two looks at the lease and at requests to cancel
@@ -136,8 +138,8 @@ def run_workflow(
         with contextlib.closing(journal), _Signals() as signals:
             driver = Driver(workflow, graph, store, run_id, lease, journal, observer, options, place, signals)
             driver.replay(earlier)
-            if earlier and not options.allow_code_change:
-                driver.refuse_changes()
+            if earlier:
+                driver.check_finished()
             if exists and earlier:
                 _record(directory, run_id, workflow, place, options)
             store.drop_cancel_request(run_id, CANCEL_FILE)
@@ -154,7 +156,7 @@ def run_workflow(
 def _check_names(graph: Mapping[str, StageNode], options: RunOptions) -> None:
     known = {name for node in graph.values() for name in (node.name, node.spec_name)}
     for name in (*options.force, *([options.start_from] if options.start_from else [])):
-        if name not in known:
+        if name not in known and name.partition("/")[0] not in known:  # `split/part` may be known later
             raise UserError(f"there is no stage `{name}`", f"stages are {', '.join(sorted(known)[:20])}")
 
 
@@ -293,16 +295,11 @@ class Driver:
         self.executor: Executor = make_executor(place, workflow.ray_address, signals.wake.fileno())
         self.prepared = False
         self.state = RunState(run_id=run_id)
-        self.position = {name: index for index, name in enumerate(graph)}
-        self.names = list(graph)
-        self.followers: dict[str, list[str]] = {name: [] for name in graph}
-        self.missing = {name: len(node.dependencies) for name, node in graph.items()}
-        for name, node in graph.items():
-            for dependency in node.dependencies:
-                self.followers[dependency].append(name)
+        self.listed = list(graph)  # with what stages returned in earlier attempts
         self.artifacts: dict[str, StoredArtifact] = {}
         self.digests: dict[str, str] = {}
         self.ended: dict[str, str] = {}  # node name → state, in this attempt
+        self.names: list[str] = []
         self.fresh: list[int] = []  # heap of positions: dependencies have ended, the store was not asked yet
         self.queue: list[int] = []  # heap of positions: must run
         self.keys: dict[str, tuple[str, dict[str, Any]]] = {}
@@ -315,9 +312,24 @@ class Driver:
         self.identifiers = 0
         self.used = (0.0, 0.0)
         self.stopping: tuple[str, str] | None = None  # (status of the run, reason)
-        self.forced = _forced(graph, options)
-        self.safe_names = {name: safe_name(name) for name in graph}
         self._last_check = 0.0
+        self._set_graph(graph)
+
+    def _set_graph(self, graph: Mapping[str, StageNode]) -> None:
+        """At the start, and whenever a stage returned further ones."""
+        fresh, queue = ([self.names[position] for position in heap] for heap in (self.fresh, self.queue))
+        self.graph = graph
+        self.names = list(graph)
+        self.position = {name: index for index, name in enumerate(graph)}
+        self.fresh, self.queue = (sorted(self.position[name] for name in names) for names in (fresh, queue))
+        self.followers: dict[str, list[str]] = {name: [] for name in graph}
+        self.missing: dict[str, int] = {}
+        for name, node in graph.items():
+            self.missing[name] = sum(self.ended.get(source) not in DONE_STATES for source in node.dependencies)
+            for dependency in node.dependencies:
+                self.followers[dependency].append(name)
+        self.forced = _forced(graph, self.options)
+        self.safe_names = {name: safe_name(name) for name in graph}
 
     # -- journal -----------------------------------------------------------------------------------------------
 
@@ -362,10 +374,23 @@ class Driver:
             fold([event], self.state)
             self._observe(event)
 
-    def refuse_changes(self) -> None:
-        """Refuse to resume with other code, parameters or inputs than a finished stage was computed with."""
+    def check_finished(self) -> None:
+        """Bring back what finished stages returned, and refuse to resume if one of all these has changed since."""
+        done = {name: stage.key for name, stage in self.state.stages.items() if stage.state in ("succeeded", "cached")}
+        try:
+            _, graph = with_stored(self.workflow, self.graph, self.store, done)
+        except UserError:
+            if not self.options.allow_code_change:
+                raise
+            return
+        self.listed = list(graph)
+        if not self.options.allow_code_change:
+            self._refuse_changes(graph)
+
+    def _refuse_changes(self, graph: Mapping[str, StageNode]) -> None:
+        """Refuse other code, parameters or inputs than a finished stage was computed with."""
         digests: dict[str, str] = {}
-        for name, node in self.graph.items():
+        for name, node in graph.items():
             before = self.state.stages.get(name)
             if before is None or before.state not in ("succeeded", "cached") or before.key is None:
                 continue
@@ -390,10 +415,9 @@ class Driver:
 
     def run(self, on_start: Callable[[Path], None] | None) -> RunState:
         """Everything from the first event of this attempt to the last."""
-        stages = list(self.graph)
         try:
             try:
-                common = {"run_id": self.run_id, "workflow": self.workflow.name, "stages": stages}
+                common = {"run_id": self.run_id, "workflow": self.workflow.name, "stages": self.listed}
                 if self.state.started is None:
                     self.emit("run_started", **common)
                 self.emit(
@@ -589,8 +613,47 @@ class Driver:
             return None
         return f"`when: {node.when}` does not hold"
 
+    def _expansion(self, node: StageNode, stages: Mapping[str, Any] | None) -> Expansion | None:
+        """The workflow and its graph with the stages that `node` returned.
+
+        Raises:
+            UserError: something is wrong with them.
+        """
+        if stages is None:
+            return None
+        try:
+            workflow, graph = with_returned(self.workflow, self.graph, node, stages)
+            further = {name: item for name, item in graph.items() if name not in self.graph}
+            check_resources(further, self.place, workflow.ray_address)
+            if self.prepared:
+                self.executor.prepare(further.values())
+        except UserError as error:
+            raise UserError(f"the stages it returned: {error.message}", error.hint) from None
+        return workflow, graph
+
+    def _expand(self, node: StageNode, expansion: Expansion | None) -> None:
+        """`node` has ended, and its further stages are now part of the run."""
+        if expansion is None:
+            return
+        self.workflow, graph = expansion
+        further = [name for name in graph if name not in self.graph]
+        self.emit("stages_returned", stage=node.name, stages=further)
+        self._set_graph(graph)
+        for name in further:  # of a stage that failed while others go on
+            failed = [
+                source for source in graph[name].dependencies if self.ended.get(source) in ("failed", "cancelled")
+            ]
+            if failed:
+                self.emit("stage_cancelled", stage=name, reason=f"it needs `{failed[0]}`, which failed")
+                self.ended[name] = "cancelled"
+
     def _take(self, node: StageNode, artifact: StoredArtifact) -> None:
         """The result is in the store."""
+        try:
+            expansion = self._expansion(node, returned_stages(self.store, artifact))
+        except UserError as error:
+            self._fail(node, StageError("user", error.message, error.hint, "UserError"), 0)
+            return
         before = self.state.stages.get(node.name)
         known = before is not None and before.state in ("succeeded", "cached") and before.digest == artifact.digest
         if not (known and before is not None and before.key == artifact.key):
@@ -610,6 +673,7 @@ class Driver:
                     "stage_cached", stage=node.name, **result, hit_from=artifact.run_id, duration=artifact.duration
                 )
         self._clean_up(artifact.key)
+        self._expand(node, expansion)
         self._end(node, "cached", artifact)
 
     def _clean_up(self, key: str) -> None:
@@ -719,7 +783,12 @@ class Driver:
         error = outcome.error
         if error is None and not attempt.timed_out:
             try:
-                self._commit(attempt, outcome)
+                expansion = self._expansion(node, outcome.stages)
+            except UserError as refused:
+                error = StageError("user", refused.message, refused.hint, "UserError")
+        if error is None and not attempt.timed_out:
+            try:
+                self._commit(attempt, outcome, expansion)
                 return
             except OutputChangedError as changed:
                 error = StageError("error", str(changed), "does the stage leave a process behind that still writes?")
@@ -752,7 +821,7 @@ class Driver:
         attempt.lease.release(remove=True)
         self._fail(node, error, attempt.number)
 
-    def _commit(self, attempt: Attempt, outcome: Outcome) -> None:
+    def _commit(self, attempt: Attempt, outcome: Outcome, expansion: Expansion | None) -> None:
         node, staging = attempt.node, attempt.staging
         assert staging is not None
 
@@ -784,6 +853,7 @@ class Driver:
             duration=outcome.duration,
         )
         self.committed.append(attempt)
+        self._expand(node, expansion)
         self._end(node, "succeeded", artifact)
 
     def _make_way(self, attempt: Attempt, outcome: Outcome) -> None:
@@ -841,6 +911,9 @@ class Driver:
                     self.emit("stage_cancelled", stage=name, reason=reason)
         else:
             status, reason = ("failed", "") if failed else ("succeeded", "")
+        for name, stage in self.state.stages.items():
+            if name not in self.graph and stage.state not in DONE_STATES:
+                self.emit("stage_skipped", stage=name, reason=f"`{parent_stage(name)}` returned other stages this time")
         if status == "succeeded":
             unfinished = [name for name, stage in self.state.stages.items() if stage.state not in DONE_STATES]
             assert not unfinished, f"stages without an end: {unfinished}"

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from typing import Any
@@ -51,6 +51,7 @@ class StageNode:
         after: nodes that must end first, without being an input (`after:`, and stages read by `when:`).
         secrets: names of the environment variables that the worker needs for `${env.NAME}`.
         matrix: axis → value of this branch, for `when:`.
+        open: it refers to further stages of a stage that has not returned them yet; that one stands in their place.
     """
 
     name: str
@@ -68,6 +69,7 @@ class StageNode:
     after: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
     matrix: dict[str, Any] = field(default_factory=dict)
+    open: bool = False
 
     @property
     def input_nodes(self) -> tuple[str, ...]:
@@ -107,12 +109,15 @@ def resolve_parameters(parameters: BaseModel, environment: Mapping[str, str] | N
         raise UserError(f"the value of an environment variable is not accepted for: {fields}") from None
 
 
-def build_graph(workflow: Workflow, *, environment: bool = True) -> dict[str, StageNode]:
+def build_graph(
+    workflow: Workflow, *, environment: bool = True, known: Mapping[str, StageNode] | None = None
+) -> dict[str, StageNode]:
     """All nodes in a stable topological order (that of the file where it is free).
 
     Args:
         workflow: from `load_workflow`.
         environment: False where the variables named by the file need not be set: it will run elsewhere.
+        known: nodes of this workflow before a stage returned further ones; they stay as they are.
 
     Raises:
         UserError: unknown stage, input or parameter, cycle (with its path), missing environment variable, or
@@ -120,21 +125,76 @@ def build_graph(workflow: Workflow, *, environment: bool = True) -> dict[str, St
     """
     if str(workflow.directory) not in sys.path:  # stages of one's own may stand beside the workflow file
         sys.path.append(str(workflow.directory))
-    branches = {name: _branches(workflow, name, spec) for name, spec in workflow.stages.items()}
+    names = _Names({name: _branches(workflow, name, spec) for name, spec in workflow.stages.items()}, workflow.returned)
     drafts: dict[str, StageNode] = {}
     for spec_name, spec in workflow.stages.items():
         definition = _definition(workflow, spec_name, spec)
-        for branch, matrix in branches[spec_name]:
-            node = _draft(workflow, spec_name, spec, definition, branch, matrix, branches, environment)
+        for branch, matrix in names.branches[spec_name]:
+            node = _draft(workflow, spec_name, spec, definition, branch, matrix, names.seen_by(spec_name), environment)
             drafts[node.name] = node
     ordered = _order(workflow, drafts)
     finished: dict[str, StageNode] = {}
     for name in ordered:
-        finished[name] = _checked(workflow, drafts[name], finished)
+        before = (known or {}).get(name)
+        finished[name] = before if before and not before.open else _checked(workflow, drafts[name], finished)
     return finished
 
 
 Branch = tuple[dict[str, str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What the references of a stage may mean.
+
+    Args:
+        branches: of every stage.
+        returned: stages whose further stages are among them.
+        scope: the stage that returned the one that refers, or "": its siblings are found first.
+    """
+
+    branches: Mapping[str, list[Branch]]
+    returned: frozenset[str]
+    scope: str = ""
+
+    def seen_by(self, spec_name: str) -> _Names:
+        return replace(self, scope=parent_stage(spec_name))
+
+    def find(self, reference: str) -> str | None:
+        """The full name of a stage, or of what it returned or may return (`STAGE/NAME`, `STAGE/*`); None: unknown."""
+        first, slash, rest = reference.partition("[")[0].partition("/")
+        for name in scoped_names(self.scope, first):
+            if name in self.branches:
+                return name + slash + rest
+        return None
+
+    def returning(self, name: str) -> str:
+        """The stage that would have to return this one."""
+        while name not in self.branches:
+            name = parent_stage(name)
+        return name
+
+    def is_open(self, reference: str) -> bool:
+        name = self.find(reference)
+        return name is not None and name not in self.branches and self.returning(name) not in self.returned
+
+    def members(self, parent: str) -> list[str]:
+        """The stages that `parent` returned."""
+        return [name for name in self.branches if name.startswith(f"{parent}/") and parent_stage(name) == parent]
+
+
+def parent_stage(spec_name: str) -> str:
+    """Of `split/part`, `split`; "" for a stage of the file."""
+    return spec_name.rpartition("/")[0]
+
+
+def scoped_names(scope: str, name: str) -> list[str]:
+    """What a name may mean in a stage that `scope` returned, the nearest first: `split/part`, `part`."""
+    names = [name]
+    while scope:
+        names.insert(-1, f"{scope}/{name}")
+        scope = parent_stage(scope)
+    return names
 
 
 def _branches(workflow: Workflow, name: str, spec: StageSpec) -> list[Branch]:
@@ -211,12 +271,14 @@ def _draft(
     definition: StageDefinition,
     branch: dict[str, str],
     matrix: dict[str, Any],
-    branches: Mapping[str, list[Branch]],
+    names: _Names,
     environment: bool,
 ) -> StageNode:
     values = _expanded(workflow, spec_name, spec, matrix)
-    inputs, after = _inputs(workflow, spec_name, spec, values, definition, branch, branches)
+    inputs, after = _inputs(workflow, spec_name, spec, values, definition, branch, names)
     secrets = environment_names(values["with"])
+    if parent := parent_stage(spec_name):
+        after = tuple(dict.fromkeys((parent, *after)))
     return StageNode(
         name=node_name(spec_name, branch),
         spec_name=spec_name,
@@ -232,7 +294,16 @@ def _draft(
         after=after,
         secrets=tuple(sorted(secrets)),
         matrix=matrix,
+        open=any(map(names.is_open, _references(spec, values))),
     )
+
+
+def _references(spec: StageSpec, values: Mapping[str, Any]) -> Iterator[str]:
+    """Everything in a stage that names another one."""
+    for value in values["inputs"].values():
+        yield from [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value or ()
+    yield from spec.after
+    yield from condition_stages(values["when"]) if values["when"] else ()
 
 
 def _expanded(workflow: Workflow, name: str, spec: StageSpec, matrix: dict[str, Any]) -> dict[str, Any]:
@@ -293,7 +364,7 @@ def _inputs(
     values: Mapping[str, Any],
     definition: StageDefinition,
     branch: dict[str, str],
-    branches: Mapping[str, list[Branch]],
+    names: _Names,
 ) -> tuple[dict[str, NodeInput], tuple[str, ...]]:
     given, when = values["inputs"], values["when"]
     for key in given:
@@ -314,14 +385,14 @@ def _inputs(
                 )
             inputs[key] = {} if kind == "many" else None
         elif kind == "many":
-            inputs[key] = _many(place, reference, branch, branches)
+            inputs[key] = _many(place, reference, branch, names)
         elif isinstance(reference, str):
-            found = _resolve(place, reference, branch, branches)
+            found = _resolve(place, reference, branch, names)
             if len(found) != 1:
-                names = ", ".join(f"`{item}`" for item, _ in found[:5])
+                shown = ", ".join(f"`{item}`" for item, _ in found[:5])
                 raise UserError(
                     f"{place}: `{reference}` has {len(found)} branches, but this input takes one",
-                    f"name one of {names}, or give this stage the same `matrix:`",
+                    f"name one of {shown}, or give this stage the same `matrix:`",
                 )
             inputs[key] = found[0][0]
         else:
@@ -329,39 +400,40 @@ def _inputs(
     after = [
         item
         for reference in spec.after
-        for item, _ in _resolve(workflow.where("stages", name, "after"), reference, branch, branches)
+        for item, _ in _resolve(workflow.where("stages", name, "after"), reference, branch, names)
     ]
-    after += _condition_nodes(workflow, name, when, branch, branches)
+    after += _condition_nodes(workflow, name, when, branch, names)
     return inputs, tuple(dict.fromkeys(after))
 
 
 def _condition_nodes(
-    workflow: Workflow, name: str, when: str | None, branch: dict[str, str], branches: Mapping[str, list[Branch]]
+    workflow: Workflow, name: str, when: str | None, branch: dict[str, str], names: _Names
 ) -> list[str]:
     """The nodes whose metrics `when:` reads: each reference must mean exactly one."""
     if when is None:
         return []
     place = workflow.where("stages", name, "when")
-    names: list[str] = []
+    nodes: list[str] = []
     try:
         references = condition_stages(when)
     except UserError as error:
         raise UserError(f"{place}: {error.message}", error.hint) from None
     for reference in references:
-        found = [item for item, _ in _resolve(place, reference, branch, branches)]
+        found = [item for item, _ in _resolve(place, reference, branch, names)]
         if len(found) != 1:
             raise UserError(
                 f"{place}: `{reference}` has {len(found)} branches, but a condition reads one",
                 f'for example `stages["{found[0]}"].METRIC`',
             )
-        names += found
-    return names
+        nodes += found
+    return nodes
 
 
-def _many(
-    place: str, reference: Any, branch: Mapping[str, str], branches: Mapping[str, list[Branch]]
-) -> dict[str, str]:
-    """Label → node name. A bare stage: its name, or the branch's value(s); a list: node names; a mapping: its keys."""
+def _many(place: str, reference: Any, branch: Mapping[str, str], names: _Names) -> dict[str, str]:
+    """Label → node name. A bare stage: its name, or the branch's value(s); a list: node names; a mapping: its keys.
+
+    Those of `split/*` are the names that `split` gave them.
+    """
     result: dict[str, str] = {}
     if isinstance(reference, str):
         entries: list[tuple[str | None, str]] = [(None, reference)]
@@ -370,9 +442,14 @@ def _many(
     else:
         entries = list(reference.items())
     for label, item in entries:
-        found = _resolve(place, item, branch, branches)
+        found = _resolve(place, item, branch, names)
         for name, found_branch in found:
-            if label is None:
+            if names.is_open(item):
+                text = item
+            elif item.endswith("/*"):
+                own = name.removeprefix(f"{parent_stage(name.partition('[')[0])}/")
+                text = f"{label}/{own}" if label else own
+            elif label is None:
                 text = next(iter(found_branch.values())) if len(found_branch) == 1 else name
             elif label == "":
                 text = name
@@ -384,16 +461,17 @@ def _many(
     return result
 
 
-def _resolve(
-    place: str, reference: str, branch: Mapping[str, str], branches: Mapping[str, list[Branch]]
-) -> list[tuple[str, dict[str, str]]]:
+def _resolve(place: str, reference: str, branch: Mapping[str, str], names: _Names) -> list[tuple[str, dict[str, str]]]:
     """(node name, branch) of every node that `reference` means for a stage in `branch`."""
-    spec_name, bracket, _ = reference.partition("[")
-    if spec_name not in branches:
-        raise UserError(f"{place}: there is no stage `{reference}`", suggest(spec_name, branches))
-    candidates = [(node_name(spec_name, labels), labels) for labels, _ in branches[spec_name]]
+    written, bracket, labelled = reference.partition("[")
+    spec_name = names.find(written)
+    if spec_name is None:
+        raise UserError(f"{place}: there is no stage `{reference}`", suggest(written, names.branches))
+    if spec_name not in names.branches:
+        return _returned(place, spec_name, branch, names)
+    candidates = [(node_name(spec_name, labels), labels) for labels, _ in names.branches[spec_name]]
     if bracket:
-        found = [item for item in candidates if item[0] == reference]
+        found = [item for item in candidates if item[0] == f"{spec_name}[{labelled}"]
         if not found:
             raise UserError(f"{place}: there is no stage `{reference}`", suggest(reference, [n for n, _ in candidates]))
         return found
@@ -405,6 +483,20 @@ def _resolve(
         wanted = ", ".join(f"{axis}={branch[axis]}" for axis in shared)
         raise UserError(f"{place}: `{reference}` has no branch with {wanted}", "give both stages the same values")
     return matching
+
+
+def _returned(place: str, name: str, branch: Mapping[str, str], names: _Names) -> list[tuple[str, dict[str, str]]]:
+    """The nodes behind `STAGE/*`, or STAGE itself as long as it has not returned any stages."""
+    parent = names.returning(name)
+    if names.branches[parent] != [({}, {})]:
+        raise UserError(f"{place}: `{parent}` has a matrix, so it cannot return stages", "give it no `matrix:`")
+    if parent not in names.returned:
+        return [(parent, {})]
+    members = names.members(parent)
+    if name != f"{parent}/*":
+        known = suggest(name, members) or "it returned none"
+        raise UserError(f"{place}: `{parent}` returned no stage `{name.removeprefix(f'{parent}/')}`", known)
+    return [found for member in members for found in _resolve(place, member, branch, replace(names, scope=""))]
 
 
 def _order(workflow: Workflow, nodes: Mapping[str, StageNode]) -> list[str]:
@@ -455,7 +547,7 @@ def _checked(workflow: Workflow, node: StageNode, finished: Mapping[str, StageNo
     if options.check is None and options.fingerprint is None:
         return node
     try:
-        if options.check is not None:
+        if options.check is not None and not node.open:  # else it is asked when all its inputs are known
             upstream: dict[str, Any] = {}
             for key, value in node.inputs.items():
                 if isinstance(value, dict):
@@ -490,7 +582,10 @@ def condition_holds(node: StageNode, params: Mapping[str, Any], summaries: Mappi
         return True
     stages = dict(summaries)
     for reference in condition_stages(node.when):
-        for name in node.after:
-            if reference not in stages and name.startswith(f"{reference}[") and name in summaries:
-                stages[reference] = summaries[name]
+        for candidate in scoped_names(parent_stage(node.spec_name), reference):
+            found = [name for name in node.after if name == candidate or name.startswith(f"{candidate}[")]
+            if found and found[0] in summaries:
+                stages[reference] = summaries[found[0]]
+            if found:
+                break
     return evaluate_condition(node.when, params=params, matrix=node.matrix, stages=stages)

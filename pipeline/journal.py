@@ -345,6 +345,9 @@ def _apply(state: RunState, event: Event) -> None:
             for stage in state.stages.values():
                 if stage.state not in ("succeeded", "cached"):
                     stage.state, stage.reason, stage.error, stage.ended = "pending", None, None, None
+        case "stages_returned":  # by a stage, while the run goes on
+            for name in data.get("stages", []):
+                state.stages.setdefault(name, StageState(name))
         case "run_finished":
             state.status, state.ended, state.error = data.get("status", "failed"), event.time, data.get("error")
         case _:

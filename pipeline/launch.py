@@ -200,6 +200,9 @@ class _Session:
 def show_event(progress: Progress, event: Event, state: RunState) -> None:
     """One journal event on the display."""
     name = event.stage
+    if event.type == "stages_returned":
+        for further in event.get("stages", []):
+            progress.stage_state(further, "pending")
     if name is None or not event.type.startswith("stage_"):
         return
     stage = state.stages[name]

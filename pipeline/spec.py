@@ -156,6 +156,7 @@ class Workflow(BaseModel):
     _source: Path | None = PrivateAttr(default=None)
     _directory: Path = PrivateAttr(default_factory=Path.cwd)
     _locations: dict[KeyPath, str] = PrivateAttr(default_factory=dict)
+    _returned: frozenset[str] = PrivateAttr(default=frozenset())
 
     @field_validator("name")
     @classmethod
@@ -184,6 +185,33 @@ class Workflow(BaseModel):
     @property
     def directory(self) -> Path:
         return self._directory
+
+    @property
+    def returned(self) -> frozenset[str]:
+        """The stages whose further stages (`stage.Stages`) are part of this workflow."""
+        return self._returned
+
+    def with_stages(self, parent: str, stages: Mapping[str, Any]) -> Workflow:
+        """This workflow and the stages that its stage `parent` returned, as `parent/NAME`.
+
+        Raises:
+            UserError: whatever is wrong with them, naming stage and field.
+        """
+        further = {}
+        for name, stage in stages.items():
+            path = ("stages", f"{parent}/{name}")
+            if not _NAME.fullmatch(name):
+                raise UserError(f"{'.'.join(path)}: the stage name may hold letters, digits, `_` and `-`")
+            if not isinstance(stage, dict):
+                raise UserError(f"{'.'.join(path)}: expected `uses:`, `with:`, `inputs:`, …, got {_show(stage)}")
+            data = _substitute_stage(Source({}, {}), path[1], stage, self.params)
+            try:
+                further[path[1]] = StageSpec.model_validate(data)
+            except ValidationError as error:
+                raise validation_error(error, StageSpec, path, lambda _: "") from None
+        grown = self.model_copy(update={"stages": {**self.stages, **further}})
+        grown._returned = self._returned | {parent}
+        return grown
 
     def where(self, *path: str | int) -> str:
         """`workflows/x.yaml:12: stages.train.with.steps`, the start of an error message."""

@@ -8,8 +8,9 @@ A stage is a function whose parameters are told apart by their annotations:
 - a pydantic `BaseModel` subclass: its fields are the stage's `with:` parameters;
 - anything else: one `with:` parameter, validated by pydantic.
 
-It writes files below `context.output` and may return a dict of summary metrics. The engine commits the directory
-atomically after the function returns; nothing is visible to other stages before that.
+It writes files below `context.output` and may return a dict of summary metrics, or `Stages`: further stages that follow
+it. The engine commits the directory atomically after the function returns; nothing is visible to other stages before
+that.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ BUILTIN_STAGES: dict[str, str] = {
 }
 
 InputKind = Literal["required", "optional", "many"]
+RETURNED_STAGES = "returned-stages.json"  # in the artifact of a stage that returned stages
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,44 @@ class Artifact:
     path: Path
     digest: str
     stage: str
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Further stages, decided at run time: what a stage function returns so that they follow it.
+
+    They are committed with the artifact, as `returned-stages.json`, so a resume or a stored result brings them back
+    without running the function again. `split` returning `{"part0": …}` makes the stage `split/part0`; the stages name
+    each other, and those of the file, as in the file. Later stages of the file read `split/part0`, or all: `split/*`.
+
+    Args:
+        stages: name → what stands under the name in a workflow file (`uses`, `with`, `inputs`, …), or a `StageSpec`.
+        summary: metrics of the stage itself.
+    """
+
+    stages: Mapping[str, Any]
+    summary: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """As it is committed.
+
+        Raises:
+            UserError: something that is no plain data.
+        """
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, BaseModel):
+                return value.model_dump(mode="json", by_alias=True, exclude_unset=True)
+            if callable(value) and hasattr(value, "__qualname__"):
+                return f"{value.__module__}:{value.__qualname__}"
+            raise TypeError(f"`{value!r}` is no plain data")
+
+        try:
+            return json.dumps(dict(self.stages), default=plain, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the returned stages cannot be kept: {error}", "use texts, numbers, lists and mappings, as in a file"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -240,7 +280,10 @@ class StageDefinition:
     def call(
         self, context: StageContext, parameters: BaseModel, inputs: Mapping[str, Artifact | dict[str, Artifact] | None]
     ) -> dict[str, float]:
-        """Run the function; returns its summary metrics (empty if it returned None)."""
+        """Run the function; returns its summary metrics (empty if it returned None).
+
+        `Stages` that it returned are written below `context.output`.
+        """
         arguments: dict[str, Any] = dict(inputs)
         if self.context_argument:
             arguments[self.context_argument] = context
@@ -251,10 +294,13 @@ class StageDefinition:
         result = self.function(**arguments)
         if result is None:
             return {}
+        if isinstance(result, Stages):
+            (context.output / RETURNED_STAGES).write_text(result.to_json(), encoding="utf-8")
+            result = result.summary
         if not isinstance(result, Mapping):
             raise UserError(
                 f"stage `{self.uses}` returned {type(result).__name__}",
-                "return None or a dict of metric name → number; write files below context.output",
+                "return None, a dict of metric name → number, or `Stages`; write files below context.output",
             )
         return {str(name): float(value) for name, value in result.items()}
 

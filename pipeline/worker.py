@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import pickle
 import sys
@@ -23,7 +24,15 @@ from pydantic import BaseModel
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.graph import StageNode, resolve_parameters
-from polytrope.pipeline.stage import Artifact, EventWriter, Resources, StageContext, StageDefinition, load_stage
+from polytrope.pipeline.stage import (
+    RETURNED_STAGES,
+    Artifact,
+    EventWriter,
+    Resources,
+    StageContext,
+    StageDefinition,
+    load_stage,
+)
 from polytrope.pipeline.store import FileEntry, Store, build_manifest, open_store, seal
 from polytrope.pipeline.system_metrics import sampled
 
@@ -50,12 +59,16 @@ class StageError:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an attempt: an error, or summary metrics and the sealed files. `duration` in seconds."""
+    """What became of an attempt: an error, or summary metrics and the sealed files. `duration` in seconds.
+
+    `stages`: those that the stage returned, by name.
+    """
 
     error: StageError | None = None
     summary: dict[str, float] = field(default_factory=dict)
     entries: list[FileEntry] = field(default_factory=list)
     duration: float = 0.0
+    stages: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +200,7 @@ def run_task(task: StageTask) -> Outcome:
             inputs = _inputs_here(store, task)
             with sampled(context):
                 summary = definition.call(context, parameters, inputs)
+            stages = _returned_stages(task)
             with contextlib.suppress(OSError):  # most stages leave it empty
                 task.scratch.rmdir()
             sys.stdout.flush()
@@ -198,11 +212,37 @@ def run_task(task: StageTask) -> Outcome:
                 duration=duration,
             )  # fmt: skip
             store.deliver(task.output, entries, manifest)
-            return Outcome(None, summary, entries, duration)
+            return Outcome(None, summary, entries, duration, stages)
     except BaseException as error:  # KeyboardInterrupt and SystemExit too: the driver decides what follows
         described = describe_error(error, task.secrets)
         print(described.traceback or described.message, file=sys.stderr, flush=True)
         return Outcome(error=described, duration=time.monotonic() - started)
+
+
+def _returned_stages(task: StageTask) -> dict[str, Any] | None:
+    """What the stage returned, with `${env.NAME}` where it wrote a secret."""
+    path = task.output / RETURNED_STAGES
+    if not path.exists():
+        return None
+    hide_secrets_in_file(path, task.secrets)
+    return read_returned_stages(path)
+
+
+def read_returned_stages(path: Path) -> dict[str, Any]:
+    """Name → stage, from the file in an artifact.
+
+    Raises:
+        UserError: a stage wrote something else there.
+    """
+    try:
+        stages = json.loads(path.read_bytes())
+    except ValueError:
+        stages = None
+    if not isinstance(stages, dict):
+        raise UserError(
+            f"{RETURNED_STAGES} is no JSON object", "return `Stages({name: {uses: …}})` instead of writing it"
+        )
+    return stages
 
 
 def _inputs_here(store: Store, task: StageTask) -> dict[str, Artifact | dict[str, Artifact] | None]:

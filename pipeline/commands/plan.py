@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from polytrope.pipeline.commands.common import open_store, print_json, print_table, workflow_of
 from polytrope.pipeline.errors import EXIT_SUCCESS, UserError
 from polytrope.pipeline.graph import StageNode, build_graph
 from polytrope.pipeline.history import stage_history
-from polytrope.pipeline.plan import Plan, PlannedStage, make_plan
+from polytrope.pipeline.plan import Past, Plan, PlannedStage, make_plan
 from polytrope.pipeline.references import suggest
-from polytrope.pipeline.spec import format_duration
+from polytrope.pipeline.returned import with_stored
+from polytrope.pipeline.spec import Workflow, format_duration
+from polytrope.pipeline.store import Store
 
 _WORDS = {"hit": "stored", "run": "will run", "skip": "skipped", "unknown": "may run"}
 
@@ -19,11 +21,9 @@ _WORDS = {"hit": "stored", "run": "will run", "skip": "skipped", "unknown": "may
 def plan(options: argparse.Namespace) -> int:
     """A line per stage: stored, will run, may run or skipped, and why."""
     workflow = workflow_of(options)
-    graph = build_graph(workflow)
     store = open_store(options, workflow)
+    graph, result, _ = _plan(workflow, store, options.force)
     check_stages(options.force, graph)
-    history = stage_history(store.runs, workflow.name, graph)
-    result = make_plan(graph, store, params=workflow.params, history=history, force=options.force)
     predicted = result.predicted(graph)
     if options.json:
         stages = [
@@ -43,11 +43,9 @@ def plan(options: argparse.Namespace) -> int:
 def explain(options: argparse.Namespace) -> int:
     """Everything that changed for one stage."""
     workflow = workflow_of(options)
-    graph = build_graph(workflow)
     store = open_store(options, workflow)
+    graph, result, history = _plan(workflow, store)
     check_stages([options.stage], graph)
-    history = stage_history(store.runs, workflow.name, graph)
-    result = make_plan(graph, store, params=workflow.params, history=history)
     for stage in result.stages.values():
         if options.stage in (stage.name, graph[stage.name].spec_name):
             print(f"{stage.name}: {_WORDS[stage.action]}")
@@ -59,6 +57,21 @@ def explain(options: argparse.Namespace) -> int:
             if stage.key:
                 print(f"  key {stage.key}")
     return EXIT_SUCCESS
+
+
+def _plan(
+    workflow: Workflow, store: Store, force: Collection[str] = ()
+) -> tuple[dict[str, StageNode], Plan, dict[str, list[Past]]]:
+    """The graph with what stored stages returned, its plan, and the past of its stages."""
+    graph = build_graph(workflow)
+    while True:
+        history = stage_history(store.runs, workflow.name, graph)
+        result = make_plan(graph, store, params=workflow.params, history=history, force=force)
+        stored = {stage.name: stage.key for stage in result.stages.values() if stage.action == "hit"}
+        before = len(workflow.returned)
+        workflow, graph = with_stored(workflow, graph, store, stored)
+        if len(workflow.returned) == before:
+            return graph, result, history
 
 
 def check_stages(names: Iterable[str], graph: Mapping[str, StageNode]) -> None:

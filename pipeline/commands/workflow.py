@@ -12,6 +12,7 @@ from polytrope.pipeline.draw import layout, mermaid, save
 from polytrope.pipeline.errors import EXIT_SUCCESS
 from polytrope.pipeline.graph import build_graph
 from polytrope.pipeline.journal import fold, read
+from polytrope.pipeline.returned import with_stored
 from polytrope.pipeline.stage import BUILTIN_STAGES, StageDefinition, load_stage
 
 
@@ -21,8 +22,11 @@ def graph(options: argparse.Namespace) -> int:
     nodes = build_graph(workflow)
     states: dict[str, str] = {}
     if options.run:
-        directory = find_run(open_store(options, workflow), options.run)
-        states = {name: stage.state for name, stage in fold(read(directory)).stages.items()}
+        store = open_store(options, workflow)
+        stages = fold(read(find_run(store, options.run))).stages
+        states = {name: stage.state for name, stage in stages.items()}
+        done = {name: stage.key for name, stage in stages.items() if stage.digest}
+        _, nodes = with_stored(workflow, nodes, store, done)
     if options.output:
         save(layout(nodes, states), Path(options.output))
         print(f"wrote {options.output}: {len(nodes)} stages")

@@ -23,7 +23,7 @@ class Executor(Protocol):
         """What all running stages may use together; None: the cluster queues by itself."""
 
     def prepare(self, nodes: Iterable[StageNode]) -> None:
-        """Connect, and refuse what can never run; called once, before the first `submit`."""
+        """Connect, and refuse what can never run; called before the first `submit`, and for stages that come later."""
 
     def has_started(self, identifier: int) -> bool:
         """Whether the task runs (True) or still queues for resources."""

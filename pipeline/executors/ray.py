@@ -78,8 +78,13 @@ class RayExecutor:
         Raises:
             UserError: no cluster at the address, or one too small for a stage.
         """
-        if self._ray is not None:
-            return
+        if self._ray is None:
+            self._connect()
+        total = _cluster_resources(self._ray)
+        capacity = Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), int(total.get("memory", 0)))
+        refuse_impossible(nodes, capacity, f"the Ray cluster {self._address}" if self._address else "this machine")
+
+    def _connect(self) -> None:
         check_address(self._address)
         ray = _import_ray()
         if not ray.is_initialized():
@@ -99,9 +104,6 @@ class RayExecutor:
         # one of each for all tasks: Ray sends a function once, and keeps the workers that have it. A parallel stage has
         # a process of its own, since it may start process groups.
         self._functions = {False: ray.remote(execute), True: ray.remote(max_calls=1)(execute)}
-        total = _cluster_resources(ray)
-        capacity = Capacity(total.get("CPU", 0.0), total.get("GPU", 0.0), int(total.get("memory", 0)))
-        refuse_impossible(nodes, capacity, f"the Ray cluster {self._address}" if self._address else "this machine")
 
     def submit(self, task: StageTask) -> None:
         cpus, gpus = needs(task.resources)

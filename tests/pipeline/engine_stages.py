@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, StageContext, stage
+from polytrope.pipeline.stage import Artifact, StageContext, Stages, stage
 
 
 def trace(directory: str, text: str) -> None:
@@ -42,6 +42,28 @@ def copy(context: StageContext, source: Artifact, extra: Artifact | None = None,
     text = (source.path / "text").read_text() + ((extra.path / "text").read_text() if extra else "")
     (context.output / "text").write_text(text)
     return {"length": float(len(text))}
+
+
+def split(
+    context: StageContext, texts: list[str], traces: str = "", joined: bool = False, deeper: bool = False
+) -> Stages:
+    """Returns a stage per text, one that joins them, or one that returns the stages itself."""
+    trace(traces, context.stage)
+    (context.output / "text").write_text("".join(texts))
+    stages: dict[str, object] = {
+        f"part{i}": {"uses": make, "with": {"text": text, "traces": traces}} for i, text in enumerate(texts)
+    }
+    if joined:
+        when = 'stages.part0["length"] > 0'
+        inputs = {"parts": list(stages)}
+        stages["sum"] = {"uses": join, "inputs": inputs, "with": {"traces": traces}, "when": when}
+    if deeper:
+        stages = {"inner": {"uses": split, "with": {"texts": texts, "traces": traces}}}
+    return Stages(stages, {"parts": len(texts)})
+
+
+def return_anything(value: dict[str, object]) -> Stages:
+    return Stages(value)
 
 
 def fail_until(context: StageContext, attempts: int, traces: str = "", how: str = "error") -> None:

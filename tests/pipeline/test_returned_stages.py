@@ -1,0 +1,181 @@
+"""A stage may return further stages: they are checked, kept, planned, resumed and read like those of the file."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_engine import FAST, Place, workflow_of
+
+from polytrope.pipeline.cli import main
+from polytrope.pipeline.engine import RunOptions
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.graph import build_graph
+from polytrope.pipeline.journal import fold, read
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.chdir(tmp_path)
+    return Place(tmp_path)
+
+
+def stages_of(place: Place, texts: list[str], **more: Any) -> dict[str, Any]:
+    traces = str(place.directory)
+    return {
+        "split": {"uses": "split", "with": {"texts": texts, "traces": traces, **more}},
+        "all": {"uses": "join", "inputs": {"parts": "split/*"}, "with": {"traces": traces}},
+        "first": {"uses": "copy", "inputs": {"source": "split/part0", "extra": "split"}, "with": {"traces": traces}},
+    }
+
+
+def text_of(place: Place, key: str | None) -> str:
+    return (place.store.materialize(key or "") / "text").read_text()
+
+
+def test_what_a_stage_returns_runs_before_those_that_read_it(place: Place) -> None:
+    state = place.run(stages_of(place, ["a", "bc"], joined=True))
+    assert state.status == "succeeded"
+    assert set(state.stages) == {"split", "split/part0", "split/part1", "split/sum", "all", "first"}
+    assert {stage.state for stage in state.stages.values()} == {"succeeded"}
+    assert state.stages["split"].summary == {"parts": 2.0}
+    assert text_of(place, state.stages["split/sum"].key) == "a+bc"
+    assert text_of(place, state.stages["all"].key) == "a+bc+a+bc"  # labels part0, part1, sum
+    assert text_of(place, state.stages["first"].key) == "aabc"
+    assert fold(read(place.store.run_directory(state.run_id))).stages.keys() == state.stages.keys()
+
+
+def test_stored_stages_come_back_and_only_what_is_new_is_computed(place: Place) -> None:
+    place.run(stages_of(place, ["a", "b"]))
+    again = place.run(stages_of(place, ["a", "b"]))
+    assert {stage.state for stage in again.stages.values()} == {"cached"}
+    assert len(again.stages) == 5
+    other = place.run(stages_of(place, ["a", "b", "c"]))
+    computed = {name for name, stage in other.stages.items() if stage.state == "succeeded"}
+    assert computed == {"split", "split/part2", "all", "first"}
+    assert place.calls["split/part0"] == 1
+
+
+def test_a_resume_goes_on_in_the_middle_of_them(place: Place) -> None:
+    stages = stages_of(place, ["a", "b"])
+    stages["all"] = {"uses": "fail_until", "after": ["split/*"], "with": {"attempts": 1}, "retries": 0}
+    first = place.run(json.loads(json.dumps(stages)), run_id="run")
+    assert first.status == "failed"
+    assert first.stages["split/part1"].state == "succeeded"
+    calls = place.calls
+    state = place.run(stages, run_id="run", resume=True)
+    assert state.status == "succeeded"
+    assert place.calls["split"] == calls["split"] == 1
+    assert [event.type for event in place.events if event.stage == "split/part1"].count("stage_succeeded") == 1
+    forced = place.run(stages, RunOptions(force=frozenset(["split/part1"])), run_id="run", resume=True)
+    assert forced.status == "succeeded"
+    assert place.calls["split/part1"] == 2
+    assert place.calls["split/part0"] == 1
+
+
+def test_other_stages_than_in_the_attempt_before_leave_nothing_unfinished(place: Place) -> None:
+    broken = {"uses": "engine_stages:fail_until", "with": {"attempts": 9}, "retries": 0}
+    stages = {"split": {"uses": "return_anything", "with": {"value": {"gone": broken}}}}
+    assert place.run(stages, run_id="run").status == "failed"
+    stages["split"]["with"] = {"value": {"here": {"uses": "engine_stages:make"}}}
+    with pytest.raises(UserError, match="`split` is finished, but since then"):
+        place.run(stages, run_id="run", resume=True)
+    state = place.run(stages, RunOptions(retry_delay=0.01, allow_code_change=True), run_id="run", resume=True)
+    assert state.status == "succeeded"
+    assert state.stages["split/here"].state == "succeeded"
+    assert state.stages["split/gone"].state == "skipped"
+
+
+def test_returned_stages_may_return_stages(place: Place) -> None:
+    stages = stages_of(place, ["a", "b"], deeper=True)
+    stages["all"]["inputs"] = {"parts": ["split/inner/*", "split/inner/part1"]}
+    del stages["first"]
+    state = place.run(stages)
+    assert text_of(place, state.stages["all"].key) == "a+b+b"
+    assert state.stages["split/inner/part1"].state == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"x": {"uses": "engine_stages:make", "with": {"txt": "a"}}}, "stages.split/x.with.txt: stage .* no parameter"),
+        ({"x": {"uses": "engine_stages:make", "rtries": 1}}, "stages.split/x: unknown key `rtries`"),
+        ({"x": {"uses": "engine_stages:gone"}}, "stages.split/x.uses: .* no function `gone`"),
+        ({"x y": {"uses": "engine_stages:make"}}, "stages.split/x y: the stage name"),
+        ({"x": 3}, "stages.split/x: expected `uses:`"),
+        ({"x": {"uses": "engine_stages:copy", "inputs": {"source": "y"}}}, "split/x.inputs.source: there is no stage"),
+        ({"x": {"uses": "engine_stages:join", "inputs": {"parts": ["last"]}}}, "in a circle: "),
+        ({"x": {"uses": "engine_stages:make", "resources": {"gpus": 99}}}, "asks for 99 GPUs"),
+        ({}, "stages.last.inputs.source: `split` returned no stage `x`"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_returned_stages_is_said_and_nothing_of_them_kept(
+    place: Place, value: dict[str, Any], message: str
+) -> None:
+    stages = {
+        "split": {"uses": "return_anything", "with": {"value": value}},
+        "last": {"uses": "copy", "inputs": {"source": "split/x"}},
+    }
+    state = place.run(stages)
+    assert state.status == "failed"
+    error = state.stages["split"].error or {}
+    assert error["kind"] == "user"
+    assert error["message"].startswith("the stages it returned: ")
+    assert re.search(message, error["message"]), error["message"]
+    assert place.store.keys() == []
+
+
+def test_references_to_what_can_never_be_returned_are_refused_at_once(place: Place) -> None:
+    for inputs, message in (
+        ({"parts": "gone/*"}, "there is no stage `gone/"),
+        ({"parts": "split/*"}, "`split` has a matrix, so it cannot return stages"),
+    ):
+        stages = {
+            "split": {"uses": "make", "matrix": {"text": ["a", "b"]}, "with": {"text": "${matrix.text}"}},
+            "all": {"uses": "join", "inputs": inputs},
+        }
+        with pytest.raises(UserError, match=message):
+            build_graph(workflow_of(place.directory, stages))
+
+
+def test_while_others_go_on_a_returned_stage_behind_a_failed_one_is_cancelled(place: Place) -> None:
+    value = {"x": {"uses": "engine_stages:copy", "inputs": {"source": "bad"}}, "y": {"uses": "engine_stages:make"}}
+    stages = {
+        "bad": {"uses": "fail_until", "with": {"attempts": 1, "how": "user"}},
+        "wait": {"uses": "make", "with": {"seconds": 0.5}},
+        "split": {"uses": "return_anything", "after": ["wait"], "with": {"value": value}},
+    }
+    state = place.run(stages, FAST, fields={"fail_fast": False})
+    assert state.status == "failed"
+    assert {name: stage.state for name, stage in state.stages.items()} == {
+        "bad": "failed", "wait": "succeeded", "split": "succeeded", "split/x": "cancelled", "split/y": "succeeded",
+    }  # fmt: skip
+
+
+def test_plan_explain_status_and_graph_show_them(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = stages_of(place, ["a", "b"])
+    file = place.directory / "w.yaml"
+    workflow = workflow_of(place.directory, stages, name="w", tracking={"enabled": False})
+    file.write_text(yaml.safe_dump(workflow.to_dict()))
+
+    def command(*words: str) -> str:
+        assert main([*words, "--store", str(place.store.root)]) == 0
+        return capsys.readouterr().out
+
+    before = command("plan", str(file))
+    assert "split/part0" not in before
+    assert "input parts will be computed" in before
+    assert "split/part1: running" in command("run", str(file))
+    assert "all 5 stages are stored" in command("plan", str(file))
+    assert "split/part1  succeeded" in command("status")
+    assert "split/part1" in command("graph", str(file), "--run", fold(read(next(place.store.runs.iterdir()))).run_id)
+    key = next(stage for stage in command("explain", str(file), "split/part1").split() if len(stage) == 64)
+    artifact = place.store.load(key)
+    assert artifact is not None
+    place.store.remove(f"artifacts/{key}")
+    after = command("explain", str(file), "split/part1")
+    assert "its artifact is missing or damaged" in after
