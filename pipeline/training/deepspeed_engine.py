@@ -106,60 +106,67 @@ def create_engine(plan: TrainingPlan, model: nn.Module, cpu: bool, *, universal:
         config={**complete_configuration(plan), "checkpoint": {"load_universal": universal}},
         dist_init_required=False,
     )
-    if plan.zero_stage == 1 and parameters.precision == "fp32":
-        reduce_in_one_buffer(engine.optimizer)
+    if cpu and plan.zero_stage == 1 and parameters.precision == "fp32" and not engine.optimizer.cpu_offload:
+        exchange_gradients_and_weights(engine.optimizer)
     if parameters.compile:
         engine.compile()
     return engine
 
 
-def reduce_in_one_buffer(optimizer: Any) -> None:
-    """Average the gradients of a ZeRO-1 optimizer in one persistent buffer laid out like its partitions.
+def exchange_gradients_and_weights(optimizer: Any) -> None:
+    """Let a ZeRO-1 optimizer on CPUs send each gradient and each weight once, in few messages.
 
     DeepSpeed 0.19.8 copies each gradient into a new bucket, from there into its partition and from there into a flat
-    tensor, by a hook per parameter, and takes the norm tensor by tensor with a reduction per parameter group. For small
-    models that is a good part of a step. Here gradients are copied once, and average and norm are one reduction each.
+    tensor, by a hook per parameter; over gloo it reduces all gradients on all ranks, and takes the norm tensor by
+    tensor with a reduction per parameter group. For small models that is a good part of a step. Here gradients are
+    copied once, into one buffer of a row per rank; each rank gets its row from all others and averages it (always in
+    the order of ranks: bit for bit the same); and the norm is one reduction. The new weights go straight into place.
     """
     import deepspeed.comm as dist
+    from deepspeed.runtime.zero import stage_1_and_2
 
     group = optimizer.dp_process_group
-    rank, workers = dist.get_rank(group=group), dist.get_world_size(group=group)
+    workers = dist.get_world_size(group=group)
     flats = optimizer.bit16_groups_flat  # of each group, padded so that all partitions are equally long
-    buffer = torch.zeros(sum(flat.numel() for flat in flats), dtype=flats[0].dtype, device=flats[0].device)
+    sizes = [flat.numel() // workers for flat in flats]
+    sent = torch.zeros(workers, sum(sizes), dtype=flats[0].dtype, device=flats[0].device)
+    received = torch.empty_like(sent) if workers > 1 else sent
+    own = received[0].split(sizes)
+    rows = [row.split(sizes) for row in sent]
     parameters: list[nn.Parameter] = []
-    views: list[Tensor] = []
-    own: list[Tensor] = []
-    for flat, members, part in zip(
-        flats, optimizer.bit16_groups, buffer.split([flat.numel() for flat in flats]), strict=True
-    ):
+    pieces: list[list[tuple[int, Tensor]]] = []  # of each parameter: where they begin, where they go
+    for number, (flat, members) in enumerate(zip(flats, optimizer.bit16_groups, strict=True)):
         for parameter in members:
             offset = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
             parameters.append(parameter)
-            views.append(part.narrow(0, offset, parameter.numel()).view(parameter.shape))
-        own.append(part.chunk(workers)[rank])
+            pieces.append(_pieces(offset, parameter.numel(), sizes[number], [row[number] for row in rows]))
 
     def reduce_gradients(pipeline_parallel: bool = False) -> None:
         assert not pipeline_parallel
-        gradients = [parameter.grad for parameter in parameters]
-        found = [gradient for gradient in gradients if gradient is not None]
-        if len(found) == len(views):
-            torch._foreach_copy_(views, found)
-        else:
-            buffer.zero_()
-            for view, gradient in zip(views, gradients, strict=True):
-                if gradient is not None:
-                    view.copy_(gradient)
-        buffer.div_(workers)
-        dist.all_reduce(buffer, group=group)
-        for number, partition in enumerate(own):
-            optimizer.averaged_gradients[number] = [partition]
-        for parameter in parameters:
+        gradients: list[Tensor] = []
+        targets: list[Tensor] = []
+        for parameter, parts in zip(parameters, pieces, strict=True):
+            flattened = None if parameter.grad is None else parameter.grad.reshape(-1)
+            for start, target in parts:
+                if flattened is None:
+                    target.zero_()
+                else:
+                    gradients.append(flattened.narrow(0, start, target.numel()) if len(parts) > 1 else flattened)
+                    targets.append(target)
             parameter.grad = None
+        torch._foreach_copy_(targets, gradients)
+        if workers > 1:
+            dist.all_to_all_single(received, sent, group=group)
+            for row in received[1:]:
+                received[0].add_(row)
+            received[0].div_(workers)
+        for number, partition in enumerate(own):
+            optimizer.averaged_gradients[number] = _Partition([partition])
         optimizer._epilogue_ran_this_backward = True
 
     def scaled_global_norm(norm_type: float = 2) -> Tensor:
         assert norm_type == 2
-        squares = torch.stack(torch._foreach_norm(own)).square().sum()
+        squares = torch.linalg.vector_norm(received[0]).square()
         dist.all_reduce(squares, group=group)
         norm = squares.sqrt()
         return torch.where(norm.isfinite(), norm, torch.full_like(norm, torch.inf))  # as DeepSpeed's: infinity is bad
@@ -167,6 +174,41 @@ def reduce_in_one_buffer(optimizer: Any) -> None:
     optimizer._coalesce_grad_reduction = True  # the hooks leave gradients where they are
     optimizer.reduce_gradients = reduce_gradients
     optimizer.scaled_global_norm = scaled_global_norm
+    stage_1_and_2.all_gather_dp_groups = _gather_partitions
+
+
+class _Partition(list[Tensor]):
+    """A rank's averaged gradients of a group, in the way DeepSpeed says that they are flat already."""
+
+    @property
+    def flat_partition(self) -> Tensor:
+        return self[0]
+
+
+def _pieces(offset: int, length: int, size: int, targets: list[Tensor]) -> list[tuple[int, Tensor]]:
+    """What of a parameter `[offset, offset + length)` lies in each partition of `size`: its start there, its place."""
+    parts = []
+    for number, target in enumerate(targets):
+        start, end = max(offset, number * size), min(offset + length, (number + 1) * size)
+        if start < end:
+            parts.append((start - offset, target.narrow(0, start - number * size, end - start)))
+    return parts
+
+
+def _gather_partitions(*, partitioned_param_groups: list[list[Tensor]], dp_process_group: list[Any], **_: Any) -> None:
+    """Every rank sends its partitions to all others, all at once; they arrive where they belong."""
+    import torch.distributed as dist
+
+    waiting: list[Any] = []
+    for number, (partitions, group) in enumerate(zip(partitioned_param_groups, dp_process_group, strict=True)):
+        rank = dist.get_rank(group)
+        others = [other for other in range(len(partitions)) if other != rank]
+        for other in others:
+            waiting.append(dist.irecv(partitions[other], group=group, group_src=other, tag=number))
+        for other in others:
+            waiting.append(dist.isend(partitions[rank], group=group, group_dst=other, tag=number))
+    for work in waiting:
+        work.wait()
 
 
 def clips_itself(plan: TrainingPlan) -> bool:

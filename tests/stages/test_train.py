@@ -110,10 +110,11 @@ def test_all_zero_stages_train_the_same_model(
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.parametrize("workers", [1, 4])
 def test_the_number_of_workers_and_accumulation_do_not_change_the_training(
-    tmp_path: Path, dataset: Artifact, trained: Path
+    tmp_path: Path, dataset: Artifact, trained: Path, workers: int
 ) -> None:
-    run_training(tmp_path, dataset, workers=1, micro_batch_size=2)
+    run_training(tmp_path, dataset, workers=workers, micro_batch_size=1)
     for ours, theirs in zip(history(tmp_path), history(trained), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
