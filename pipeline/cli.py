@@ -345,12 +345,28 @@ def _store_commands(command: _AddCommand) -> None:
     gc = command(
         "gc",
         "storage:gc",
-        "remove artifacts that no run refers to",
+        "remove artifacts that no run and no alias refers to",
         "polytrope gc --dry-run\npolytrope gc --keep-runs 10",
         "store",
     )
     gc.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     gc.add_argument("--keep-runs", type=int, metavar="N", help="forget all but the newest N ended runs first")
+    alias = command(
+        "alias",
+        "storage:alias",
+        "name a result, so that gc keeps it",
+        """
+        polytrope alias best 20261123-1712-ab12 train
+        polytrope convert "$(polytrope alias best)/model" converted/
+        """,
+        "store",
+        description="With NAME alone it prints the directory of the result's files; without NAME it lists all.",
+    )
+    alias.add_argument("name", metavar="NAME", nargs="?", help="letters, digits, - and _")
+    alias.add_argument("run", metavar="RUN", nargs="?", help="run id or its start")
+    alias.add_argument("stage", metavar="STAGE", nargs="?", help="a stage with a result: train, or train[degree=3]")
+    alias.add_argument("--list", action="store_true", help="list all (so does no NAME)")
+    alias.add_argument("--remove", metavar="NAME", help="remove one; gc may then remove what it stood for")
     export = command(
         "export",
         "storage:export",

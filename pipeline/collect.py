@@ -1,4 +1,4 @@
-"""Garbage collection of a store: remove what no run refers to, and the runs that are no longer wanted."""
+"""Garbage collection of a store: remove what no run and no alias refers to, and runs that are no longer wanted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from polytrope.pipeline.aliases import read_aliases
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.journal import fold, read
 from polytrope.pipeline.lease import is_alive
@@ -27,7 +28,7 @@ class Collected:
 
 
 def collect_garbage(store: Store, *, keep_runs: int | None = None, dry_run: bool = False) -> Collected:
-    """Remove artifacts that no run's journal names, scratch of finished stages, staging of dead ones, old quarantine.
+    """Remove artifacts that no run and no alias names, scratch of finished stages, staging of dead ones, old quarantine.
 
     Args:
         store: the store; of one on S3 the runs must have been pulled.
@@ -67,6 +68,7 @@ def _collect(store: Store, keep_runs: int | None, dry_run: bool) -> Collected:
         for event in read(directory)
         if event.get("key")
     }
+    needed.update(alias.key for alias in read_aliases(store).values())
     result.runs = [directory.name for directory in forgotten]
     result.artifacts = [key for key in store.keys() if key not in needed]  # noqa: SIM118  (a store is not a mapping)
     result.leftovers = [] if live else _leftovers(store, needed, set(result.artifacts))

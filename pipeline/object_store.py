@@ -323,6 +323,15 @@ class ObjectStore(Store):
         remove_tree(self.artifacts / key)
         return Path(name)
 
+    def put_alias(self, name: str, data: bytes) -> None:
+        self.bucket.put(f"aliases/{name}.json", data)
+
+    def get_alias(self, name: str) -> bytes | None:
+        return self.bucket.get(f"aliases/{name}.json")
+
+    def drop_alias(self, name: str) -> None:
+        self.bucket.delete([f"aliases/{name}.json"])
+
     # -- import and garbage collection -------------------------------------------------------------------------
 
     def adopt(self, key: str, directory: Path) -> bool:

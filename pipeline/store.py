@@ -8,6 +8,7 @@
     STORE/quarantine/                   artifacts that no longer were what their manifest says
     STORE/digests/KEY.json              (path, size, mtime, inode) → sha256, so that nothing is hashed twice
     STORE/runs/RUN/                     journal, resolved workflow, logs, events
+    STORE/aliases/NAME.json             a name for an artifact, which is kept as long as the name is there
 
 An artifact exists when `artifacts/KEY` exists: everything in it was flushed to the disk before the rename.
 """
@@ -280,10 +281,25 @@ class Store:
         """Take in the directory of a run that is not here."""
         rename(directory, self.run_directory(run_id))
 
+    def put_alias(self, name: str, data: bytes) -> None:
+        """Keep what an alias stands for, see `polytrope.pipeline.aliases`."""
+        (self.root / "aliases").mkdir(exist_ok=True)
+        replace_file(self.root / "aliases" / f"{name}.json", data)
+
+    def get_alias(self, name: str) -> bytes | None:
+        """What was kept; None if there is no such alias."""
+        try:
+            return (self.root / "aliases" / f"{name}.json").read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def drop_alias(self, name: str) -> None:
+        (self.root / "aliases" / f"{name}.json").unlink(missing_ok=True)
+
     # -- for the garbage collection: `artifacts/KEY`, `staging/NAME` and so on by their names ----------------------
 
     def names(self, kind: str) -> list[str]:
-        """What is directly below `artifacts`, `runs`, `staging`, `scratch`, `quarantine` or `trash`."""
+        """What is directly below `artifacts`, `runs`, `staging`, `scratch`, `quarantine`, `aliases` or `trash`."""
         try:
             return sorted(os.listdir(self.root / kind))
         except FileNotFoundError:

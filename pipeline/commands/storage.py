@@ -1,20 +1,22 @@
-"""`polytrope gc`, `export`, `import` and `verify`: care of the store."""
+"""`polytrope gc`, `alias`, `export`, `import` and `verify`: care of the store."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from polytrope.pipeline.aliases import find_alias, read_aliases, set_alias
 from polytrope.pipeline.archive import export_run
 from polytrope.pipeline.archive import import_run as unpack
 from polytrope.pipeline.collect import collect_garbage
-from polytrope.pipeline.commands.common import find_run, open_store
-from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS
+from polytrope.pipeline.commands.common import find_run, open_store, print_table
+from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
+from polytrope.pipeline.files import safe_name
 from polytrope.pipeline.journal import fold, read
 
 
 def gc(options: argparse.Namespace) -> int:
-    """Remove what no run refers to."""
+    """Remove what no run and no alias refers to."""
     result = collect_garbage(open_store(options), keep_runs=options.keep_runs, dry_run=options.dry_run)
     verb = "would remove" if options.dry_run else "removed"
     for title, names in (("run", result.runs), ("artifact", result.artifacts), ("left-over", result.leftovers)):
@@ -24,6 +26,37 @@ def gc(options: argparse.Namespace) -> int:
         f"{verb} {len(result.runs)} runs, {len(result.artifacts)} artifacts, {len(result.leftovers)} left-overs: "
         f"{result.bytes / 2**20:.1f} MiB"
     )
+    return EXIT_SUCCESS
+
+
+def alias(options: argparse.Namespace) -> int:
+    """Set, show, list or remove names of artifacts."""
+    store = open_store(options)
+    if options.remove is not None:
+        if safe_name(options.remove) != options.remove or store.get_alias(options.remove) is None:
+            find_alias(store, options.remove)  # says which there are
+        store.drop_alias(options.remove)
+        print(f"removed alias {options.remove}; `polytrope gc` may remove what it stood for")
+    elif options.name is None:
+        rows = [
+            [item.name, item.run, item.stage, item.key[:12], "" if store.exists(item.key) else "its artifact is gone"]
+            for item in read_aliases(store).values()
+        ]
+        if rows:
+            print_table(["alias", "run", "stage", "key", ""], rows)
+        else:
+            print(f"there are no aliases in {store.address}")
+    elif options.run is None:
+        key = find_alias(store, options.name).key
+        problems = store.verify(key, full=False)
+        if problems:
+            raise UserError(f"alias {options.name}: artifact {key[:12]}: {problems[0]}", "set it to another result")
+        print(store.materialize(key))
+    elif options.stage is None:
+        raise UserError("alias: the stage is missing", f"`polytrope alias {options.name} {options.run} STAGE`")
+    else:
+        made = set_alias(store, options.name, find_run(store, options.run), options.stage)
+        print(f"{made.name} is {made.stage} of run {made.run}: artifact {made.key}")
     return EXIT_SUCCESS
 
 

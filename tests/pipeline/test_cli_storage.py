@@ -66,6 +66,46 @@ def test_gc_removes_what_no_run_names_and_keeps_the_rest(store: Store) -> None:
     assert collect_garbage(store).bytes == 0
 
 
+def test_an_alias_keeps_an_artifact_when_its_run_is_forgotten(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, lost = artifact(store, "a"), artifact(store, "b")
+    finished_run(store, "one", kept, lost)
+
+    def command(*words: str, code: int = 0) -> str:
+        assert main([*words, "--store", str(store.root)]) == code
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    assert "there are no aliases" in command("alias")
+    assert "best is stage0 of run one" in command("alias", "best", "one", "stage0")
+    assert "best   one  stage0" in command("alias", "--list")
+    command("gc", "--keep-runs", "0")
+    assert store.keys() == [kept]
+    assert (Path(command("alias", "best").strip()) / "data.txt").read_text() == "content of a"
+    assert "did you mean `best`" in command("alias", "bst", code=2)
+    assert "did you mean `best`" in command("alias", "--remove", "bst", code=2)
+    store.put_alias("broken", b"{")
+    assert "aliases/broken.json is damaged" in command("gc", code=2)
+    assert store.keys() == [kept], "nobody knows what the damaged one keeps"
+    for name in ("broken", "best"):
+        assert f"removed alias {name}" in command("alias", "--remove", name)
+    command("gc")
+    assert store.keys() == []
+
+
+def test_an_alias_needs_a_result(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    finished_run(store, "one", artifact(store, "a"), artifact(store, "b"))
+    store.remove(f"artifacts/{'b' * 64}")
+    for words, message in (
+        (["a/b", "one", "stage0"], "`a/b` cannot be the name"),
+        (["x", "one", "stag0"], "did you mean `stage0`"),
+        (["x", "one", "stage1"], "has no intact result"),
+        (["x", "one"], "the stage is missing"),
+        (["x", "two", "stage0"], "there is no run `two`"),
+    ):
+        assert main(["alias", *words, "--store", str(store.root)]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_gc_can_forget_old_runs_first(store: Store) -> None:
     old, new = artifact(store, "a"), artifact(store, "b")
     finished_run(store, "old", old, age=100)

@@ -19,6 +19,7 @@ from engine_stages import __file__ as stages_file
 from s3_support import S3Server, bucket_on
 from test_engine import Place, diamond, workflow_of
 
+from polytrope.pipeline.aliases import find_alias, set_alias
 from polytrope.pipeline.archive import export_run, import_run
 from polytrope.pipeline.collect import collect_garbage
 from polytrope.pipeline.engine import RunElsewhereError, run_workflow
@@ -178,6 +179,22 @@ def test_damage_in_the_bucket_is_found_and_computed_again(place: Place, address:
     assert again.stages["a"].state == "succeeded"
     assert again.stages["a"].digest == first.stages["a"].digest
     assert bucket.list("quarantine/")
+
+
+def test_an_alias_is_known_everywhere_and_keeps_its_artifact(
+    place: Place, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = workflow_of(place.directory, diamond(place))
+    run_workflow(workflow, build_graph(workflow), place.store, run_id="first")
+    alias = set_alias(place.store, "best", place.store.run_directory("first"), "a")
+    other = elsewhere(monkeypatch, tmp_path, address)
+    other.pull_runs()
+    assert find_alias(other, "best") == alias
+    assert len(collect_garbage(other, keep_runs=0).artifacts) == 3
+    assert place.store.keys() == [alias.key]
+    assert (other.materialize(alias.key) / "text").exists()
+    other.drop_alias("best")
+    assert collect_garbage(other).artifacts == [alias.key]
 
 
 def test_a_run_is_exported_collected_and_imported_again(
