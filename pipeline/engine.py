@@ -34,9 +34,10 @@ from polytrope.pipeline.keys import explain, key_components, stage_key
 from polytrope.pipeline.lease import DEFAULT_TTL, HolderWatch, Lease, LeaseHeldError, LeaseLostError
 from polytrope.pipeline.returned import returned_stages, with_returned, with_stored
 from polytrope.pipeline.spec import Workflow
+from polytrope.pipeline.spool import read_notes
 from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.store import OutputChangedError, Store, StoredArtifact, artifact_digest, store_error
-from polytrope.pipeline.worker import Outcome, StageError, StageTask, make_task
+from polytrope.pipeline.worker import Outcome, StageError, StageTask, hider, make_task
 
 Observer = Callable[[Event], None]
 Expansion = tuple[Workflow, Mapping[str, StageNode]]
@@ -497,6 +498,8 @@ class Driver:
         self._last_check = now
         self.lease.check()
         self.store.refresh_run(self.run_id)
+        for attempt in self.active.values():
+            self._take_notes(attempt.node)
         if self.stopping is None and (self.directory / CANCEL_FILE).exists():
             by = "polytrope cancel"
             with contextlib.suppress(OSError, ValueError):
@@ -772,12 +775,20 @@ class Driver:
                 attempt.timed_out = True
                 self.executor.cancel(identifier)
 
+    def _take_notes(self, node: StageNode) -> None:
+        """Journal what the stage noted since the last look, in earlier attempts too if their driver was killed."""
+        notes = read_notes(self.directory / "spool", node.name)
+        hide = hider({variable: os.environ.get(variable, "") for variable in node.secrets})
+        for text in notes[len(self.state.stages[node.name].notes) :]:
+            self.emit("stage_noted", stage=node.name, text=hide(text))
+
     def _collect(self, identifier: int, outcome: Outcome) -> None:
         """An attempt has ended: commit, retry, or fail."""
         attempt = self.active.pop(identifier, None)
         if attempt is None or attempt.staging is None:
             return
         node = attempt.node
+        self._take_notes(node)
         cpus, gpus = needs(node.resources)
         self.used = (self.used[0] - cpus, self.used[1] - gpus)
         error = outcome.error

@@ -10,6 +10,22 @@ from typing import Any, NamedTuple
 
 from polytrope.pipeline.files import safe_name
 from polytrope.pipeline.journal import fold, read
+from polytrope.pipeline.stage import NOTES
+
+
+def read_notes(directory: Path, stage: str) -> list[str]:
+    """What all attempts at `stage` noted for the journal so far (`StageContext.note`), in order.
+
+    Args:
+        directory: the run's `spool` directory.
+    """
+    paths = [path for path in (directory / safe_name(stage)).glob(f"*/{NOTES}") if path.parent.name.isdigit()]
+    lines = [
+        line
+        for path in sorted(paths, key=lambda path: int(path.parent.name))
+        for line in path.read_text().splitlines(keepends=True)
+    ]
+    return [str(json.loads(line)) for line in lines if line.endswith("\n")]  # one that is being written waits
 
 
 class SpoolEvent(NamedTuple):

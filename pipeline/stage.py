@@ -41,6 +41,7 @@ BUILTIN_STAGES: dict[str, str] = {
 
 InputKind = Literal["required", "optional", "many"]
 RETURNED_STAGES = "returned-stages.json"  # in the artifact of a stage that returned stages
+NOTES = "notes"  # file beside the events of an attempt
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,13 @@ class StageContext:
     def message(self, text: str) -> None:
         """One line for the log and the terminal."""
         self.events.append("message", text=text)
+
+    def note(self, text: str) -> None:
+        """A message that the run's journal keeps, within seconds: why the stage did something out of the ordinary."""
+        self.message(text)
+        self.events.directory.mkdir(parents=True, exist_ok=True)
+        with (self.events.directory / NOTES).open("a") as file:
+            file.write(json.dumps(text) + "\n")
 
 
 def stage_context(

@@ -69,14 +69,14 @@ def run_workers(context: StageContext, plan: TrainingPlan) -> None:
             if restarts == 0:
                 raise
             restarts -= 1
-            context.message(f"{error}; restarting from the newest checkpoint ({restarts} restarts left)")
+            context.note(f"{error}; restarting from the newest checkpoint ({restarts} restarts left)")
         except TrainingDiverged as error:
             if plan.parameters.on_divergence == "stop":
                 raise
             if len(rollbacks) >= allowed:
                 raise TrainingError(f"{error}; {allowed} batches were skipped already (maximum_rollbacks)") from error
             _write_rollbacks(context.scratch, [*rollbacks, {"batch": error.batch, "reason": str(error)}])
-            context.message(f"{error}; rolling back to the newest checkpoint and skipping this batch")
+            context.note(f"{error}; rolling back to the newest checkpoint and skipping this batch")
 
 
 def _read_rollbacks(scratch: Path) -> list[dict[str, Any]]:

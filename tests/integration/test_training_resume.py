@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,13 @@ import numpy as np
 import pytest
 from training_support import PARAMETERS, history, make_dataset, read_events, run_training, weights_hash
 
+from polytrope.pipeline.engine import run_workflow
+from polytrope.pipeline.graph import build_graph
+from polytrope.pipeline.journal import fold, read
 from polytrope.pipeline.order import sample_indices
+from polytrope.pipeline.spec import Workflow
 from polytrope.pipeline.stage import Artifact
+from polytrope.pipeline.store import Store
 from polytrope.pipeline.training.launch import TrainingError
 
 LONG: dict[str, Any] = {"steps": 60, "checkpoint_every": 10, "log_every": 10, "validation_every": 30}
@@ -208,3 +214,21 @@ def test_a_gradient_spike_is_rolled_back_and_its_batch_skipped(tmp_path: Path) -
     assert summary["skipped_batches"] == len(rollbacks) > 0
     assert summary["rollbacks"] == [entry["reason"] for entry in rollbacks]
     assert "is more than 1.7 × the recent median" in summary["rollbacks"][0]
+
+
+def test_the_reason_of_a_rollback_is_in_the_journal(tmp_path: Path) -> None:
+    """Every batch diverges: the first is skipped, the second is one too many."""
+    shard = {"source": {"kind": "python", "max_bytes": 100_000}, "tokenizer": {"kind": "bytes"}, "sequence_length": 32}
+    broken = {"learning_rate": 1e30, "gradient_clipping": 0.0, "warmup_steps": 0}
+    training = {**PARAMETERS, **broken, "on_divergence": "rollback", "maximum_rollbacks": 1}
+    stages = {
+        "shard": {"uses": "shard", "with": shard},
+        "train": {"uses": "train", "inputs": {"dataset": "shard"}, "with": training, "resources": {"workers": 1}},
+    }
+    workflow = Workflow.from_dict({"name": "diverging", "executor": "local", "stages": stages}, directory=tmp_path)
+    store = Store(tmp_path / "store")
+    state = run_workflow(workflow, build_graph(workflow), store)
+    assert state.status == "failed"
+    (note,) = fold(read(store.run_directory(state.run_id))).stages["train"].notes
+    assert re.match(r"training diverged: step \d+ \(batch \d+\): gradient norm is (nan|inf)", note)
+    assert note.endswith("rolling back to the newest checkpoint and skipping this batch")

@@ -86,6 +86,20 @@ def fail_until(context: StageContext, attempts: int, traces: str = "", how: str 
     (context.output / "text").write_text("at last")
 
 
+def note_until_journaled(context: StageContext) -> None:
+    """Its first try waits until the journal holds what it noted, and fails; its second ends at once."""
+    again = (context.scratch / "again").exists()
+    context.note("second try" if again else "first try")
+    if not again:
+        (context.scratch / "again").touch()
+        deadline = time.monotonic() + 20
+        while "first try" not in (context.events.directory.parents[2] / "journal.jsonl").read_text():
+            assert time.monotonic() < deadline, "the note did not come into the journal"
+            time.sleep(0.02)
+        raise ValueError("not yet")
+    (context.output / "text").write_text("at last")
+
+
 def spawn_and_hang(context: StageContext, pid_file: str, own_session: bool = False) -> None:
     """Starts a process that outlives its parent unless somebody ends it."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=own_session)

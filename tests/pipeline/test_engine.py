@@ -17,6 +17,7 @@ import psutil
 import pytest
 from test_lease import forge
 
+from polytrope.pipeline.cli import main
 from polytrope.pipeline.engine import CANCEL_FILE, RunElsewhereError, RunOptions, run_workflow
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.graph import build_graph
@@ -147,6 +148,22 @@ def test_a_failure_is_retried_with_its_scratch_kept(place: Place, how: str, kind
     assert message in retrying.get("error")["message"]
     assert "this is try 2" in (place.store.run_directory(state.run_id) / "logs" / "s" / "2.log").read_text()
     assert not any((place.store.root / "scratch").iterdir())
+
+
+def test_what_a_stage_notes_is_in_the_journal_while_it_runs_and_once(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = {"s": {"uses": "note_until_journaled", "retries": 0}}
+    state = place.run(stages, run_id="noted", resume=False)
+    assert place.types("s") == ["stage_started", "stage_noted", "stage_failed"]
+    error = state.stages["s"].error
+    assert error is not None
+    assert error["message"] == "ValueError: not yet"
+    place.run(stages, run_id="noted", resume=True)
+    assert place.types("s")[-3:] == ["stage_started", "stage_noted", "stage_succeeded"]
+    assert fold(read(place.store.run_directory("noted"))).stages["s"].notes == ["first try", "second try"]
+    assert main(["status", "noted", "--store", str(place.store.root)]) == 0
+    assert "s: first try\n\ns: second try\n" in capsys.readouterr().out
 
 
 def test_retries_are_spent_then_the_stage_fails_with_the_last_error(place: Place) -> None:
