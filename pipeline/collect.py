@@ -28,7 +28,7 @@ class Collected:
 
 
 def collect_garbage(store: Store, *, keep_runs: int | None = None, dry_run: bool = False) -> Collected:
-    """Remove artifacts that no run and no alias names, scratch of finished stages, staging of dead ones, old quarantine.
+    """Remove artifacts that no run or alias names, scratch of finished stages, staging of dead ones, old quarantine.
 
     Args:
         store: the store; of one on S3 the runs must have been pulled.

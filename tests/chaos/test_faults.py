@@ -36,6 +36,7 @@ from harness import (
     small_workflow,
     start_process,
 )
+from mlflow_support import Server, polytrope, start
 from s3_support import Door, S3Server, bucket_on
 
 from polytrope.pipeline.journal import fold, read
@@ -305,6 +306,80 @@ def test_the_s3_server_goes_away_at_random_moments(
         door.end()
         server.process.send_signal(signal.SIGCONT)
         server.end()
+
+
+@slice_and_all("seeds", 1, 15)
+def test_the_mlflow_server_goes_away_at_random_moments(tmp_path: Path, faults: Counter[str], seeds: int) -> None:
+    """Killed or stopped while a run goes on, in every third seed the driver as well: MLflow has everything in the end,
+    once, no run in it is left RUNNING, and the artifacts are those of a run without any tracking.
+    """
+    steps = 40
+    for folder in ("server", "undisturbed"):
+        (tmp_path / folder).mkdir()
+    server = Server(tmp_path / "server").start()
+    stages = {
+        "curve": {"uses": "chaos_stages:curve", "matrix": {"seconds": [2.0, 3.0]},
+                  "with": {"steps": steps, "seconds": "${matrix.seconds}"}},
+        "join": {"uses": "chaos_stages:join", "inputs": {"parts": "curve"}, "with": {"calls": os.devnull}},
+    }  # fmt: skip
+    try:
+        write_tracked(tmp_path / "undisturbed", stages, server)
+        code, output = polytrope(tmp_path / "undisturbed", "run", "w.yaml", "--run-id", "run", "--no-tracking")
+        assert code == 0, output
+        expected = run_digests(tmp_path / "undisturbed" / ".polytrope")
+        for seed in range(seeds):
+            random_, root = random.Random(seed), tmp_path / f"seed{seed}"
+            root.mkdir()
+            write_tracked(root, stages, server)
+            driver = start(root, "run", "w.yaml", "--run-id", "run")
+            time.sleep(random_.uniform(0.0, 6.0))
+            if random_.random() < 0.7:
+                faults["MLflow server killed at a random moment"] += 1
+                server.kill()
+                time.sleep(random_.uniform(0.0, 2.0))
+            else:
+                faults["MLflow server stopped at a random moment"] += 1
+                server.signal(signal.SIGSTOP)
+                time.sleep(random_.uniform(0.5, 4.0))
+            if seed % 3 == 2:
+                faults["driver killed while MLflow is away"] += 1
+                driver.kill()
+            if server.process is not None and server.process.poll() is None:
+                server.signal(signal.SIGCONT)
+            else:
+                server.start()
+            output, _ = driver.communicate(timeout=100)
+            if driver.returncode != 0:
+                assert driver.returncode == -signal.SIGKILL, (seed, output)
+                begun = (root / ".polytrope" / "runs" / "run" / "workflow.json").exists()
+                code, output = polytrope(root, *(("resume", "run") if begun else ("run", "w.yaml", "--run-id", "run")))
+                assert code == 0, (seed, output)
+            code, output = polytrope(root, "sync", "run")
+            assert code == 0, (seed, output)
+            assert run_digests(root / ".polytrope") == expected, seed
+            runs = server.runs(root.name)
+            assert set(runs) == {"parent", *expected}, seed
+            assert {run.info.status for run in runs.values()} == {"FINISHED"}, seed
+            points = [(step, 1 / (step + 1)) for step in range(steps)]
+            for name in ("curve[seconds=2.0]", "curve[seconds=3.0]"):
+                assert server.curve(runs[name], "loss") == points, (seed, name)
+    finally:
+        if server.process is not None and server.process.poll() is None:
+            server.signal(signal.SIGCONT)
+        server.kill()
+
+
+def write_tracked(directory: Path, stages: dict[str, Any], server: Server) -> None:
+    """A workflow that sends all to the server, and the module of its stages."""
+    shutil.copy(Path(__file__).with_name("chaos_stages.py"), directory)
+    tracking = {"uri": server.uri, "required": False}
+    workflow = {"name": directory.name, "executor": "local", "tracking": tracking, "stages": stages}
+    (directory / "w.yaml").write_text(yaml.safe_dump(workflow))
+
+
+def run_digests(store: Path) -> dict[str, str | None]:
+    stages = fold(read(store / "runs" / "run")).stages.values()
+    return {stage.name: stage.digest for stage in stages}
 
 
 def manifests(address: str) -> dict[str, str]:
