@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+from quickstart_support import Run, run_quickstart
 
 os.environ.update(
     {
@@ -47,3 +48,9 @@ def no_process_is_left_behind() -> Iterator[None]:
     left = [p for p in left if not any("multiprocessing" in part for part in p.cmdline())]
     _, alive = psutil.wait_procs(left, timeout=10)
     assert not alive, "processes left behind: " + ", ".join(" ".join(process.cmdline())[:120] for process in alive)
+
+
+@pytest.fixture(scope="session")
+def local_quickstart(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The small quickstart, run once on this machine by processes for all tests that look at it."""
+    return run_quickstart(tmp_path_factory.mktemp("quickstart") / "store", "local")

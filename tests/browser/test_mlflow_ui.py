@@ -1,8 +1,9 @@
-"""MLflow's pages in a real browser, on the store of a run: parent, children, a chart, the report.
+"""MLflow's pages in a real browser, on the store of the quickstart: parent, children, charts, the report.
 
     POLYTROPE_SCREENSHOTS=docs/images POLYTROPE_BROWSER_STORE=.polytrope pytest tests/browser
 
-takes the pictures of the documentation from the newest run of a store of one's own (by default: a small run).
+takes the pictures of the documentation from the newest run of a store of one's own (by default: a smaller quickstart,
+run twice, so that the newest run found everything in the store).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from mlflow_support import POLYTROPE, QUICK, polytrope, wait_until
+from quickstart_support import run_quickstart
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
 from selenium.webdriver.chrome.service import Service
@@ -28,34 +30,19 @@ from polytrope.pipeline.commands.common import find_run
 from polytrope.pipeline.store import Store
 from polytrope.pipeline.tracking import free_port
 
-REPOSITORY = Path(__file__).parents[2]
-WORKFLOW = """\
-name: browsed
-description: a small training
-executor: local
-stages:
-  train:
-    uses: mlflow_stages:train
-    matrix: {rate: [1.0, 2.0]}
-    with: {steps: 40, rate: "${matrix.rate}"}
-  report: {uses: "mlflow_stages:report", inputs: {models: train}}
-"""
-
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(request: pytest.FixtureRequest) -> Store:
     given = os.environ.get("POLYTROPE_BROWSER_STORE")
     if given:
         return Store(given)
-    directory = tmp_path_factory.mktemp("browsed")
-    shutil.copy(REPOSITORY / "tests" / "integration" / "mlflow_stages.py", directory)
-    (directory / "w.yaml").write_text(WORKFLOW)
-    for command in (("run", "w.yaml"), ("sync",)):
-        code, output = polytrope(directory, *command)
-        assert code == 0, output
-    return Store(directory / ".polytrope")
+    store: Store = request.getfixturevalue("local_quickstart").store
+    run_quickstart(store.root, "local")
+    code, output = polytrope(store.root, "sync", "--all", "--store", str(store.root))
+    assert code == 0, output
+    return store
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +75,7 @@ def address(store: Store) -> Iterator[str]:
         server.communicate(timeout=30)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def browser() -> Iterator[webdriver.Chrome]:
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or driver is None:
@@ -103,14 +90,18 @@ def browser() -> Iterator[webdriver.Chrome]:
     browser.quit()
 
 
-@pytest.fixture(scope="module")
-def runs(store: Store) -> dict[str, Run]:
-    """Stage (`parent` for the workflow's) → MLflow run of the newest run of the store."""
+def runs_of(store: Store, run_id: str) -> dict[str, Run]:
+    """Stage (`parent` for the workflow's) → MLflow run of a run."""
     client = MlflowClient(tracking_uri=f"sqlite:///{store.root}/mlflow.db")
-    run_id = find_run(store, None).name
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     found = client.search_runs(experiments, f"tags.`polytrope.run_id` = '{run_id}'")
     return {run.data.tags.get("polytrope.stage", "parent"): run for run in found}
+
+
+@pytest.fixture(scope="module")
+def runs(store: Store) -> dict[str, Run]:
+    """Of the newest run of the store."""
+    return runs_of(store, find_run(store, None).name)
 
 
 def page(browser: webdriver.Chrome, url: str, *texts: str) -> None:
@@ -184,12 +175,44 @@ def test_the_parent_shows_what_was_run_and_leads_to_children_and_report(
     screenshot(browser, "mlflow-report")
 
 
-def test_a_training_shows_its_loss_curve(browser: webdriver.Chrome, address: str, runs: dict[str, Run]) -> None:
-    training = next(run for run in runs.values() if "train/loss" in run.data.metrics)
-    page(browser, f"{run_url(address, training)}/model-metrics", "loss", "Step")
-    curve = ".plot-container .scatterlayer path.js-line"
-    wait_until(lambda: browser.find_elements(By.CSS_SELECTOR, curve), "a curve")
-    browser.execute_script(
-        "arguments[0].scrollIntoView({block: 'center'})", browser.find_element(By.CSS_SELECTOR, curve)
-    )
+def test_a_training_shows_its_loss_curves(
+    browser: webdriver.Chrome, address: str, store: Store, runs: dict[str, Run]
+) -> None:
+    name, training = next((name, run) for name, run in sorted(runs.items()) if "train/loss" in run.data.metrics)
+    page(browser, f"{run_url(address, training)}/model-metrics", "Model metrics", "train")
+    client = MlflowClient(tracking_uri=f"sqlite:///{store.root}/mlflow.db")
+    for metric in ("val/loss", "train/loss"):
+        section = browser.find_element(
+            By.XPATH, f"//*[@aria-expanded='true'][starts-with(normalize-space(), '{metric.partition('/')[0]}')]"
+        )
+        browser.execute_script("arguments[0].scrollIntoView()", section)  # only what is in sight is drawn
+        history = client.get_metric_history(training.info.run_id, metric)
+        points = [[point.step, point.value] for point in sorted(history, key=lambda point: point.step)]
+        assert len(points) > 2
+        wait_until(lambda: points in drawn(browser, metric), f"the curve of {metric}")  # noqa: B023 (called at once)
+        assert shows(browser, f"{name} ({metric})")
     screenshot(browser, "mlflow-curves")
+
+
+def drawn(browser: webdriver.Chrome, metric: str) -> list[list[list[float]]]:
+    """The points of every line that the page draws for a metric."""
+    lines = browser.execute_script(
+        """return [...document.querySelectorAll('.js-plotly-plot')].filter(plot => plot.querySelector('path.js-line'))
+        .flatMap(plot => plot.data.filter(line => line.metricKey === arguments[0]))
+        .map(line => Array.from(line.x).map((x, i) => [x, line.y[i]]))""",
+        metric,
+    )
+    return list(lines)
+
+
+def test_a_stage_from_the_store_leads_to_the_run_that_computed_it(
+    browser: webdriver.Chrome, address: str, store: Store, runs: dict[str, Run]
+) -> None:
+    stage, cached = next(
+        ((name, run) for name, run in runs.items() if "polytrope.source_run" in run.data.tags), (None, None)
+    )
+    if stage is None or cached is None:
+        pytest.skip("the newest run of this store computed everything")
+    origin = runs_of(store, cached.data.tags["polytrope.source_run"])[stage]
+    page(browser, run_url(address, cached), "Finished", "Taken from the store")
+    assert origin.info.run_id in browser.find_element(By.LINK_TEXT, stage).get_attribute("href")

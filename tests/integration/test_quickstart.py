@@ -3,70 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
+from quickstart_support import Run, run_quickstart
 
-from polytrope.pipeline.journal import RunState, fold, read
-from polytrope.pipeline.store import Store
-
-REPOSITORY = Path(__file__).parents[2]
-SETTINGS = {
-    "vocab_size": 512,
-    "sequence_length": 64,
-    "corpus_bytes": 600_000,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 32,
-    "steps": 200,
-    "finetune_steps": 20,
-}
 LABELS = ("baseline", "hermite", "converted", "finetuned")
 
 pytestmark = pytest.mark.timeout(600)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished `polytrope run`."""
-
-    store: Store
-    state: RunState
-    output: str
-
-    def artifact(self, stage: str) -> Path:
-        key = self.state.stages[stage].key
-        assert key is not None
-        found = self.store.find(key)
-        assert found is not None
-        return found.path
-
-    def read(self, stage: str, name: str) -> Any:
-        return json.loads((self.artifact(stage) / name).read_text())
-
-
-def run_quickstart(root: Path, executor: str) -> Run:
-    """`polytrope run workflows/quickstart.yaml` in the repository, with its store at `root`."""
-    command = [str(Path(sys.executable).parent / "polytrope"), "run", "workflows/quickstart.yaml"]
-    command += ["--executor", executor, "--set", f"store={root}"]
-    for name, value in SETTINGS.items():
-        command += ["--set", f"params.{name}={value}"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_TRACKING")}
-    before = set((root / "runs").glob("*")) if root.exists() else set()
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    (directory,) = set((root / "runs").glob("*")) - before
-    return Run(Store(root), fold(read(directory)), done.stdout + done.stderr)
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_quickstart(tmp_path_factory.mktemp("local") / "store", "local")
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +18,8 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_quickstart(tmp_path_factory.mktemp("ray") / "store", "ray")
 
 
-def test_every_trained_model_beats_the_unigram_entropy_and_fine_tuning_does_not_hurt(local: Run) -> None:
-    evaluation = local.read("evaluate", "evaluation.json")
+def test_every_trained_model_beats_the_unigram_entropy_and_fine_tuning_does_not_hurt(local_quickstart: Run) -> None:
+    evaluation = local_quickstart.read("evaluate", "evaluation.json")
     losses = {label: result["loss"] for label, result in evaluation["models"].items()}
     assert tuple(losses) == LABELS
     for label in LABELS:
@@ -84,11 +28,11 @@ def test_every_trained_model_beats_the_unigram_entropy_and_fine_tuning_does_not_
     assert evaluation["models"]["converted"]["drift"]["kl_divergence"] < 0.05
 
 
-def test_both_executors_commit_the_same_bytes(local: Run, ray: Run) -> None:
+def test_both_executors_commit_the_same_bytes(local_quickstart: Run, ray: Run) -> None:
     assert ray.state.executor == "ray"
-    assert local.state.executor == "local"
+    assert local_quickstart.state.executor == "local"
     for stage in ("shard", "baseline", "hermite", "convert", "finetune", "evaluate", "report"):
-        assert local.state.stages[stage].digest == ray.state.stages[stage].digest, stage
+        assert local_quickstart.state.stages[stage].digest == ray.state.stages[stage].digest, stage
 
 
 def test_mlflow_holds_the_parent_and_all_children_with_the_figures_of_the_report(ray: Run, tmp_path: Path) -> None:
@@ -118,15 +62,15 @@ def test_mlflow_holds_the_parent_and_all_children_with_the_figures_of_the_report
     assert history[-1]["val/loss"] in {point.value for point in curve}
 
 
-def test_the_page_shows_what_the_evaluation_measured(local: Run) -> None:
-    page = (local.artifact("report") / "report.html").read_text()
-    for result in local.read("evaluate", "evaluation.json")["models"].values():
+def test_the_page_shows_what_the_evaluation_measured(local_quickstart: Run) -> None:
+    page = (local_quickstart.artifact("report") / "report.html").read_text()
+    for result in local_quickstart.read("evaluate", "evaluation.json")["models"].values():
         assert f"{result['loss']:.4f}" in page
-    assert (local.artifact("report") / "plots" / "conversion.png").stat().st_size > 10_000
+    assert (local_quickstart.artifact("report") / "plots" / "conversion.png").stat().st_size > 10_000
 
 
-def test_a_second_run_finds_everything_done(local: Run) -> None:
-    again = run_quickstart(local.store.root, "local")
+def test_a_second_run_finds_everything_done(local_quickstart: Run) -> None:
+    again = run_quickstart(local_quickstart.store.root, "local")
     assert {stage.state for stage in again.state.stages.values()} == {"cached"}
     for name, stage in again.state.stages.items():
-        assert stage.digest == local.state.stages[name].digest
+        assert stage.digest == local_quickstart.state.stages[name].digest
