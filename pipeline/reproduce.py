@@ -43,6 +43,7 @@ class Comparison:
         causes: what differs in what decides the result: code, parameters, data, or the environment.
         code_or_data: the causes are not only the environment's.
         excused: the environment differs and nothing else: equality of bytes cannot be asked for.
+        harmless: what differs although the result is the same.
     """
 
     stage: str
@@ -54,6 +55,7 @@ class Comparison:
     causes: list[str] = field(default_factory=list)
     code_or_data: bool = False
     excused: bool = False
+    harmless: list[str] = field(default_factory=list)
 
     @property
     def accepted(self) -> bool:
@@ -193,20 +195,22 @@ def _compare(
 ) -> Comparison:
     new = state.stages[name]
     before, after = old.digest if old else None, new.digest
+    then = store.load(old.key) if old and old.key else None
+    recorded = _environment_of(store, then) or {}
+    surroundings = compare_environments(recorded, environment) if recorded else []
+    outside = [line for line in surroundings if not line.startswith("git")]
+    now = place.load(new.key) if new.key else None
     if before is not None and before == after:
-        return Comparison(name, "taken over" if new.state == "cached" else "identical", before, after)
+        if new.state == "cached":
+            return Comparison(name, "taken over", before, after)
+        return Comparison(name, "identical", before, after, harmless=_code_and_data(then, old, now) + outside)
     if old is None or before is None or after is None:
         reason = (new.error or {}).get("message") or new.reason or ""
         cause = "the run did not finish it" if before is None else f"it {new.state} this time"
         if before is None and after is None:
             return Comparison(name, "identical", None, None)  # skipped or unfinished both times
         return Comparison(name, "not computed", before, after, causes=[f"{cause}: {reason}" if reason else cause])
-    then = store.load(old.key) if old.key else None
-    now = place.load(new.key) if new.key else None
     causes = _code_and_data(then, old, now)
-    recorded = _environment_of(store, then) or {}
-    surroundings = compare_environments(recorded, environment) if recorded else []
-    outside = [line for line in surroundings if not line.startswith("git")]
     metrics = compare_metrics(old.summary, new.summary, tolerance)
     return Comparison(
         name,
@@ -221,9 +225,9 @@ def _compare(
     )
 
 
-def _code_and_data(then: StoredArtifact | None, old: StageState, now: StoredArtifact | None) -> list[str]:
+def _code_and_data(then: StoredArtifact | None, old: StageState | None, now: StoredArtifact | None) -> list[str]:
     """What differs in what the stage's key is made of."""
-    before = then.components if then is not None else old.components
+    before = then.components if then is not None else old.components if old is not None else None
     return explain(before, now.components) if before and now is not None else []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from polytrope.pipeline.commands.common import find_run, open_store, print_table, store_address, workflow_of
@@ -34,6 +35,8 @@ def reproduce(options: argparse.Namespace) -> int:
     different = [row for row in rows if row.verdict not in ("identical", "taken over", "measured")]
     if different:
         _explain(different[0], options.tolerance)
+    else:
+        _print_harmless(rows)
     count = sum(row.verdict == "identical" for row in rows)
     computed = sum(row.verdict != "taken over" for row in rows)
     print(f"\n{count} of {computed} results are bit-equal to run {directory.name}")
@@ -42,6 +45,17 @@ def reproduce(options: argparse.Namespace) -> int:
     else:
         shutil.rmtree(place)  # the same bytes are in the run's own store
     return EXIT_SUCCESS if all(row.accepted for row in rows) else EXIT_RUN_FAILED
+
+
+def _print_harmless(rows: Sequence[Comparison]) -> None:
+    """What is other than recorded and changed nothing."""
+    lines = list(dict.fromkeys(line for row in rows for line in row.harmless))
+    if lines:
+        print("\nother than recorded, without an effect on these results:")
+    for line in lines[:_SHOWN]:
+        print(f"  {line}")
+    if len(lines) > _SHOWN:
+        print(f"  and {len(lines) - _SHOWN} more")
 
 
 def _explain(row: Comparison, tolerance: float) -> None:

@@ -148,6 +148,14 @@ def test_a_package_that_changes_little_is_within_the_tolerance(project: Path) ->
     assert verdicts(output)["train"] == "different"
 
 
+def test_what_is_other_than_recorded_without_an_effect_is_named(project: Path) -> None:
+    package(project, "1.1", 1.0)
+    code, output = polytrope(project, "reproduce")
+    assert code == 0, output
+    assert "3 of 3 results are bit-equal" in output
+    assert "other than recorded, without an effect on these results:\n  package culprit: 1.0 → 1.1\n" in output
+
+
 def test_the_number_of_threads_is_named(project: Path) -> None:
     _, output = polytrope(project, "reproduce", threads=2)
     assert "first difference: train" in output
