@@ -108,7 +108,9 @@ class TrainParameters(BaseModel):
     zero_stage: Literal[0, 1, 2, 3] | None = Field(
         None, description="DeepSpeed ZeRO stage: what is sharded over the workers; default: that of `deepspeed`, or 1"
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="arithmetic of forward and backward")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="arithmetic of forward and backward; fp16 scales the loss and needs zero_stage 1 or more"
+    )
     seed: int = Field(0, ge=0, description="of initialisation, data order and dropout")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads per worker; part of the result's identity")
     data_threads: int = Field(1, ge=1, description="threads per worker that read and augment batches ahead")

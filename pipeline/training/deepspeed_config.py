@@ -97,6 +97,11 @@ def refuse_contradictions(configuration: Mapping[str, Any], parameters: TrainPar
     stage = _lookup(configuration, "zero_optimization.stage")
     if stage != AUTO and stage not in (0, 1, 2, 3):
         raise UserError(f"train: `deepspeed` says zero_optimization.stage = {json.dumps(stage)}", "it is 0, 1, 2 or 3")
+    if parameters.precision == "fp16" and zero_stage_of(configuration, parameters) == 0:
+        raise UserError(
+            "train: precision: fp16 with zero_stage: 0: DeepSpeed scales the loss of its ZeRO optimizers only",
+            "use zero_stage: 1 (with one worker it shards nothing), or precision: bf16",
+        )
     if parameters.ema_decay is not None and zero_stage_of(configuration, parameters) == 3:
         raise UserError("train: ema_decay needs whole weights on each worker", "use zero_stage 0, 1 or 2")
 

@@ -106,11 +106,25 @@ def create_engine(plan: TrainingPlan, model: nn.Module, cpu: bool, *, universal:
         config={**complete_configuration(plan), "checkpoint": {"load_universal": universal}},
         dist_init_required=False,
     )
+    if plan.zero_stage == 0 and parameters.precision == "bf16":
+        _undo_empty_step(engine.optimizer)
     if cpu and plan.zero_stage == 1 and parameters.precision == "fp32" and not engine.optimizer.cpu_offload:
         exchange_gradients_and_weights(engine.optimizer)
     if parameters.compile:
         engine.compile()
     return engine
+
+
+def _undo_empty_step(optimizer: Any) -> None:
+    """Start from the weights and an empty state.
+
+    DeepSpeed 0.19.8's optimizer for bf16 without sharding allocates its state by a step on gradients of zero, which
+    decays the fp32 masters once and leaves Adam's bias correction one step ahead.
+    """
+    optimizer.optimizer.state.clear()
+    for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+        for master, weight in zip(masters, weights, strict=True):
+            master.data.copy_(weight.data)
 
 
 def exchange_gradients_and_weights(optimizer: Any) -> None:
@@ -246,9 +260,15 @@ def full_weights(engine: Any, *, masters: bool = True) -> dict[str, Tensor]:
     module = engine.module
     whole_in_module = engine.zero_optimization_stage() < 3 and not (engine.bfloat16_enabled() or engine.fp16_enabled())
     gather = masters and not whole_in_module
+    unsharded: dict[int, Tensor] = {}
+    if gather and engine.zero_optimization_stage() == 0:
+        groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+        unsharded = {id(weight): master for pair in groups for weight, master in zip(*pair, strict=True)}
     weights: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
-        whole = safe_get_full_fp32_param(parameter) if gather else None
+        whole = unsharded.get(id(parameter))
+        if whole is None and gather:
+            whole = safe_get_full_fp32_param(parameter)
         weights[name] = (parameter.detach() if whole is None else whole.detach()).float().cpu()
     for name, tensor in module.state_dict().items():
         if name not in weights and name not in getattr(module, "tied_weights", {}):

@@ -109,6 +109,23 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
     assert steps == [10, 20, 30, 40, 50, 60]  # none twice, none missing
 
 
+def test_fp16_skips_overflows_and_its_loss_scale_survives_a_restart(tmp_path: Path, dataset: Artifact) -> None:
+    """A loss scale that begins far too high, and is tried higher every 4 steps: steps overflow until the last."""
+    scaler = {"initial_scale_power": 24, "loss_scale_window": 4, "hysteresis": 1}
+    changes = {"precision": "fp16", "deepspeed": {"fp16": scaler}, "log_every": 1}
+    dropout_training(tmp_path / "whole", dataset, **changes)
+    norms = {entry["step"]: entry["gradient_norm"] for entry in history(tmp_path / "whole") if "train/loss" in entry}
+    overflows = [step for step, norm in norms.items() if norm is None]
+    assert overflows[0] == 1
+    assert overflows[-1] > 20
+    assert len(overflows) < 40
+    losses = [entry["train/loss"] for entry in history(tmp_path / "whole") if "train/loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
+    training_with_signal(tmp_path / "killed", dataset, 1, 20, signal.SIGKILL, **changes)
+    assert weights_hash(tmp_path / "killed") == weights_hash(tmp_path / "whole")
+    assert history(tmp_path / "killed") == history(tmp_path / "whole")
+
+
 def test_a_killed_driver_takes_its_workers_along_and_the_next_one_continues(
     tmp_path: Path, dataset: Artifact, uninterrupted: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,6 +147,26 @@ def test_fine_tuning_refuses_another_tokenizer(tmp_path: Path, dataset: Artifact
     (other / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="tokenizer of `train` is not the one of `shard`"):
         run_training(tmp_path, dataset, initial=Artifact(other, "digest", "train"), model=None)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"precision": "bf16", "zero_stage": 0}, {"precision": "fp16"}, {"compile": True}], ids=str
+)
+def test_other_arithmetic_trains_alike(
+    tmp_path: Path, dataset: Artifact, trained: Path, changes: dict[str, Any]
+) -> None:
+    """Half precision with and without sharding, and a compiled model, follow the fp32 eager training closely."""
+    if "compile" in changes and shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    run_training(tmp_path, dataset, workers=1, **changes)
+    tolerance = 1e-5 if "compile" in changes else 2e-3  # a step more or less of Adam is 2e-2
+    for ours, theirs in zip(history(tmp_path), history(trained), strict=True):
+        for name in ours.keys() & {"train/loss", "val/loss"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance)
+    weights = load_file(tmp_path / "output" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    exact = all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
+    assert not exact, "the result is the fp32 masters, not the rounded weights"
 
 
 def test_bf16_with_averaged_weights_recomputed_blocks_and_statistics(tmp_path: Path, dataset: Artifact) -> None:
@@ -291,6 +312,7 @@ def test_a_shipped_deepspeed_configuration_that_is_missing_is_refused(
             {"zero_stage": 1, "deepspeed": {"zero_optimization": {"stage": 3}}},
             r"stage = 3, the stage's `zero_stage` says 1",
         ),
+        ({"zero_stage": 0, "precision": "fp16"}, "use zero_stage: 1"),
         ({"zero_stage": 3, "deepspeed": "zero-2-offload"}, r"stage = 2, the stage's `zero_stage` says 3"),
         ({"deepspeed": {"bf16": {"enabled": True}}}, r"bf16\.enabled = true, the stage's `precision` says fp32"),
         ({"deepspeed": {"optimizer": {"type": "Adam"}}}, "sets `optimizer`"),
