@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import select
 import socket
@@ -34,6 +35,7 @@ from polytrope.pipeline.worker import (
 
 _WORKER_PATIENCE = 30.0  # seconds that a cluster may have no CPU at all
 _SLICE = 0.2  # seconds between two looks for a signal while waiting
+_PATIENCE = 3.0  # seconds that a cancelled task gets to end before it is ended by force
 
 
 def _cluster_resources(ray: Any) -> dict[str, float]:
@@ -48,7 +50,10 @@ def execute(data: bytes) -> Outcome:
     """The body of the Ray task."""
     task = load_task(data)
     with output_to(task.log):
-        return run_task(task)
+        outcome = run_task(task)
+    if not task.parallel and outcome.error is not None and outcome.error.type == "KeyboardInterrupt":
+        raise SystemExit(0)  # cancelled: Ray ends this worker, and with it what the stage has started
+    return outcome
 
 
 class RayExecutor:
@@ -66,7 +71,7 @@ class RayExecutor:
         self._guard: subprocess.Popen[bytes] | None = None
         self._tasks: dict[int, StageTask] = {}
         self._references: dict[Any, int] = {}
-        self._cancelled: set[int] = set()
+        self._cancelled: dict[int, float] = {}  # identifier → when it is ended by force (monotonic clock)
 
     @property
     def capacity(self) -> Capacity | None:
@@ -128,6 +133,7 @@ class RayExecutor:
             if not self._references:
                 select.select([] if self._wake is None else [self._wake], [], [], rest)
                 return []
+            self._end_by_force()
             references = list(self._references)
             ready, _ = self._ray.wait(references, num_returns=1, timeout=min(_SLICE, rest))
             if ready:
@@ -138,18 +144,33 @@ class RayExecutor:
                 return []
 
     def cancel(self, identifier: int) -> None:
-        self._cancelled.add(identifier)
         for reference, found in self._references.items():
-            if found == identifier:
-                self._ray.cancel(reference, force=True, recursive=True)
+            if found == identifier and identifier not in self._cancelled:
+                self._cancelled[identifier] = time.monotonic() + _PATIENCE
+                self._ray.cancel(reference)
+
+    def _end_by_force(self) -> None:
+        """What did not end when it was cancelled: code that is deep in a library, or ignores it.
+
+        Not at once: Ray 2.60 ends this very process if a task is completed at the moment it is cancelled by force.
+        """
+        now = time.monotonic()
+        for reference, identifier in self._references.items():
+            if now >= self._cancelled.get(identifier, math.inf):
+                self._cancelled[identifier] = math.inf
+                if not self._ray.wait([reference], timeout=0)[0]:
+                    self._ray.cancel(reference, force=True)
 
     def close(self) -> None:
         if self._ray is None:
             return
-        for reference in list(self._references):
-            self._ray.cancel(reference, force=True, recursive=True)
+        for identifier in list(self._references.values()):
+            self.cancel(identifier)
         if self._references:
-            self._ray.wait(list(self._references), num_returns=len(self._references), timeout=5)
+            self._ray.wait(list(self._references), num_returns=len(self._references), timeout=_PATIENCE)
+            self._cancelled = {identifier: min(due, 0.0) for identifier, due in self._cancelled.items()}
+            self._end_by_force()
+            self._ray.wait(list(self._references), num_returns=len(self._references), timeout=_PATIENCE)
         self._references.clear()
         if self._owned:
             self._ray.shutdown()
@@ -179,7 +200,7 @@ class RayExecutor:
         except Exception as error:
             outcome = Outcome(error=self._lost(error))
         if identifier in self._cancelled:
-            self._cancelled.discard(identifier)
+            del self._cancelled[identifier]
             outcome = Outcome(error=StageError("cancelled", "cancelled"))
         hide_secrets_in_file(task.log, task.secrets)
         return identifier, outcome

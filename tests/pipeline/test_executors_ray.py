@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -84,6 +85,46 @@ def test_cancelling_ends_the_tasks_and_the_cluster(place: Place) -> None:
     assert state.status == "cancelled"
     assert gone([int(pid) for pid in pid_file.read_text().split()])
     assert gone(list(ray_processes()))
+
+
+CANCELLED_AT_ITS_END = """
+import sys, time
+from pathlib import Path
+from polytrope.pipeline.executors.ray import RayExecutor
+from polytrope.pipeline.graph import build_graph
+from polytrope.pipeline.spec import Workflow
+from polytrope.pipeline.worker import make_task
+
+place = Path(sys.argv[1])
+stages = {"s": {"uses": "engine_stages:make", "with": {"seconds": 0.01}}}
+node = build_graph(Workflow.from_dict({"name": "test", "stages": stages}, directory=place))["s"]
+executor = RayExecutor()
+executor.prepare([node])
+for number in range(1, 101):
+    task = make_task(
+        node, identifier=number, run_id="run", key="0" * 64, components={}, attempt=number, inputs={},
+        output=place / str(number) / "files", scratch=place / "scratch", run_directory=place, name="s",
+        executor="ray", directory=place, store=str(place / "store"),
+    )
+    executor.submit(task)
+    while not (place / str(number) / "manifest.json").exists():  # the last that a stage's process does
+        time.sleep(0.001)
+    time.sleep(number % 10 / 1000)
+    executor.cancel(number)
+    while not executor.wait(0.1):
+        pass
+executor.close()
+print("done")
+"""
+
+
+def test_a_stage_cancelled_at_the_moment_it_ends_harms_nobody(place: Place) -> None:
+    # In a process of its own: Ray ended the one that cancelled by force a task which was just completed.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", CANCELLED_AT_ITS_END, str(place.directory)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.endswith("done\n")
 
 
 def test_a_killed_driver_takes_the_cluster_with_it(place: Place) -> None:
