@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
+from polytrope.models.checkpoint import load_model
+from polytrope.pipeline.reader import open_split
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage_context
 from polytrope.pipeline.stages.train import TrainParameters, train
 
@@ -96,6 +99,13 @@ def run_training(
 def weights_hash(directory: Path) -> str:
     """Identity of the trained weights."""
     return hashlib.sha256((directory / "output" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def validation_loss(directory: Path, dataset: Artifact, samples: int) -> float:
+    """Of the model that the training in `directory` wrote, on the first validation samples."""
+    blocks = torch.from_numpy(open_split(dataset.path, "validation").samples(np.arange(samples)).astype(np.int64))
+    with torch.no_grad():
+        return float(load_model(directory / "output")(blocks[:, :-1], blocks[:, 1:]))
 
 
 def read_events(directory: Path, kind: str) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from training_support import PARAMETERS, history, make_dataset, read_events, run_training, weights_hash
+from training_support import PARAMETERS, history, make_dataset, read_events, run_training, validation_loss, weights_hash
 
 from polytrope.pipeline.engine import run_workflow
 from polytrope.pipeline.graph import build_graph
@@ -202,11 +202,26 @@ def test_continues_on_another_number_of_workers(
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_the_best_weights_outlast_a_lost_worker(tmp_path: Path) -> None:
+    """The validation loss is lowest early, long before the checkpoint that the restart continues from."""
+    dataset = make_dataset(tmp_path / "dataset", ["all work and no play " * 30] * 50 + ["9876543210!" * 40] * 10)
+    changes = {"result": "best", "validation_every": 2}
+    dropout_training(tmp_path / "whole", dataset, **changes)
+    summary = json.loads((tmp_path / "whole/output/training.json").read_text())
+    assert summary["result_step"] < 20, "the test needs a training that gets worse"
+    training_with_signal(tmp_path / "killed", dataset, 0, 20, signal.SIGKILL, **changes)
+    assert weights_hash(tmp_path / "killed") == weights_hash(tmp_path / "whole")
+    assert json.loads((tmp_path / "killed/output/training.json").read_text()) == summary
+
+
 def test_a_gradient_spike_is_rolled_back_and_its_batch_skipped(tmp_path: Path) -> None:
-    """One strange document among equal ones: the batch that holds it has a gradient far above the rest."""
+    """One strange document among equal ones: the batch that holds it has a gradient far above the rest.
+
+    The result is the best weights of the validation, whose text is another one: those of an early step.
+    """
     plain = "the same words again and again and again; " * 20
     noise = "".join(chr(33 + int(i)) for i in np.random.default_rng(0).integers(0, 90, size=800))
-    dataset = make_dataset(tmp_path / "dataset", [plain] * 49 + [noise] + [plain] * 10)
+    dataset = make_dataset(tmp_path / "dataset", [plain] * 49 + [noise] + ["9876543210!" * 80] * 10)
     samples = json.loads((dataset.path / "dataset.json").read_text())["splits"]["train"]["samples"]
     strange = set(range(samples - 24, samples))
     # a seed whose first 45 batches hold no strange sample, so that there is a median to measure against
@@ -222,6 +237,8 @@ def test_a_gradient_spike_is_rolled_back_and_its_batch_skipped(tmp_path: Path) -
         on_divergence="rollback",
         checkpoint_every=10,
         maximum_rollbacks=20,
+        validation_every=4,
+        result="best",
     )
     assert "rolling back to the newest checkpoint and skipping this batch" in messages(tmp_path)
     rollbacks = json.loads((tmp_path / "scratch/rollbacks.json").read_text())
@@ -231,6 +248,11 @@ def test_a_gradient_spike_is_rolled_back_and_its_batch_skipped(tmp_path: Path) -
     assert summary["skipped_batches"] == len(rollbacks) > 0
     assert summary["rollbacks"] == [entry["reason"] for entry in rollbacks]
     assert "is more than 1.7 × the recent median" in summary["rollbacks"][0]
+    losses = {int(entry["step"]): entry["val/loss"] for entry in history(tmp_path) if "val/loss" in entry}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 40, "the test needs a training that gets worse"
+    assert (summary["result_step"], summary["val/loss"]) == (best, losses[best])
+    assert validation_loss(tmp_path, dataset, 7) == pytest.approx(losses[best], rel=1e-5)
 
 
 def test_the_reason_of_a_rollback_is_in_the_journal(tmp_path: Path) -> None:

@@ -10,17 +10,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from training_support import MODEL, PARAMETERS, history, make_dataset, read_events, run_training, weights_hash
+from training_support import (
+    MODEL,
+    PARAMETERS,
+    history,
+    make_dataset,
+    read_events,
+    run_training,
+    validation_loss,
+    weights_hash,
+)
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.reader import open_split
 from polytrope.pipeline.stage import Artifact, load_stage
 from polytrope.pipeline.stages.train import TrainParameters, check, fingerprint
 from polytrope.pipeline.training.activations import apply_activation_options
@@ -69,9 +76,7 @@ def test_learns(trained: Path) -> None:
 
 
 def test_validation_loss_is_that_of_the_written_model_on_the_first_samples(trained: Path, dataset: Artifact) -> None:
-    blocks = torch.from_numpy(open_split(dataset.path, "validation").samples(np.arange(7)).astype(np.int64))
-    with torch.no_grad():
-        loss = load_model(trained / "output")(blocks[:, :-1], blocks[:, 1:]).item()
+    loss = validation_loss(trained, dataset, 7)
     assert history(trained)[-1]["val/loss"] == pytest.approx(loss, rel=1e-5)
 
 
@@ -198,10 +203,7 @@ def test_the_best_weights_are_the_result_if_asked_for(tmp_path: Path) -> None:
     assert best < 12, "the test needs a training that gets worse"
     summary = json.loads((tmp_path / "output/training.json").read_text())
     assert (summary["result_step"], summary["val/loss"]) == (best, losses[best])
-    blocks = torch.from_numpy(open_split(dataset.path, "validation").samples(np.arange(30)).astype(np.int64))
-    with torch.no_grad():
-        loss = load_model(tmp_path / "output")(blocks[:, :-1], blocks[:, 1:]).item()
-    assert loss == pytest.approx(losses[best], rel=1e-5)
+    assert validation_loss(tmp_path, dataset, 30) == pytest.approx(losses[best], rel=1e-5)
     kept = tmp_path / "scratch/checkpoints/best"
     assert {path.stem for path in kept.iterdir()} == {f"step-{best:08d}"}
     with (kept / f"step-{best:08d}.pt").open("ab") as file:
