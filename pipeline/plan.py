@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Any, Literal, Protocol
 
 from polytrope.pipeline.conditions import condition_stages
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.executors.base import Capacity, needs
 from polytrope.pipeline.graph import StageNode, condition_holds
 from polytrope.pipeline.keys import explain, key_components, stage_key
 
 Action = Literal["hit", "run", "unknown", "skip"]
 _DONE = ("succeeded", "cached")
+_LOOK_AHEAD = 64  # stages that the driver tries when the first does not fit
 
 
 class Artifact(Protocol):
@@ -86,18 +89,64 @@ class Plan:
         """Stages that will or may run."""
         return [stage for stage in self.stages.values() if stage.action in ("run", "unknown")]
 
-    def predicted(self, graph: Mapping[str, StageNode]) -> float | None:
-        """Seconds along the longest path through the stages that run; None if a duration is not known."""
-        finish: dict[str, float] = {}
+    def predicted(
+        self, graph: Mapping[str, StageNode], capacity: Capacity | None = None, concurrency: int | None = None
+    ) -> float | None:
+        """Seconds until all stages have ended, started in order as soon as inputs and resources allow.
+
+        Args:
+            graph: the nodes.
+            capacity: what running stages share; None: unlimited, which gives the longest path.
+            concurrency: how many run at a time, at most.
+
+        Returns:
+            None if the duration of a stage that will run is not known.
+        """
+        seconds = {stage.name: 0.0 for stage in self.stages.values()}
+        for stage in self.to_run:
+            if stage.predicted is None:
+                return None
+            seconds[stage.name] = stage.predicted
+        names = list(graph)
+        position = {name: index for index, name in enumerate(names)}
+        missing = {name: len(node.dependencies) for name, node in graph.items()}
+        followers: dict[str, list[str]] = {name: [] for name in graph}
         for name, node in graph.items():
-            stage = self.stages[name]
-            needed = 0.0
-            if stage.action in ("run", "unknown"):
-                if stage.predicted is None:
-                    return None
-                needed = stage.predicted
-            finish[name] = needed + max((finish[source] for source in node.dependencies), default=0.0)
-        return max(finish.values(), default=0.0)
+            for source in node.dependencies:
+                followers[source].append(name)
+        ready = [position[name] for name in names if missing[name] == 0]  # heaps, both
+        running: list[tuple[float, int]] = []
+        used, now = (0.0, 0.0), 0.0
+
+        def end(index: int) -> None:
+            for follower in followers[names[index]]:
+                missing[follower] -= 1
+                if missing[follower] == 0:
+                    heappush(ready, position[follower])
+
+        while ready or running:
+            waiting: list[int] = []
+            while ready and len(waiting) < _LOOK_AHEAD:
+                index = heappop(ready)
+                name, resources = names[index], graph[names[index]].resources
+                if seconds[name] == 0.0:  # stored or skipped
+                    end(index)
+                elif running and (
+                    len(running) == concurrency or (capacity is not None and not capacity.holds(used, resources))
+                ):
+                    waiting.append(index)
+                else:
+                    cpus, gpus = needs(resources)
+                    used = (used[0] + cpus, used[1] + gpus)
+                    heappush(running, (now + seconds[name], index))
+            for index in waiting:
+                heappush(ready, index)
+            if running:
+                now, index = heappop(running)
+                cpus, gpus = needs(graph[names[index]].resources)
+                used = (used[0] - cpus, used[1] - gpus)
+                end(index)
+        return now
 
 
 def make_plan(

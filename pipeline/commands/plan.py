@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from polytrope.pipeline.commands.common import open_store, print_json, print_table, workflow_of
 from polytrope.pipeline.errors import EXIT_SUCCESS, UserError
+from polytrope.pipeline.executors.base import machine_capacity
 from polytrope.pipeline.graph import StageNode, build_graph
 from polytrope.pipeline.history import stage_history
 from polytrope.pipeline.plan import Past, Plan, PlannedStage, make_plan
@@ -24,7 +25,8 @@ def plan(options: argparse.Namespace) -> int:
     store = open_store(options, workflow)
     graph, result, _ = _plan(workflow, store, options.force)
     check_stages(options.force, graph)
-    predicted = result.predicted(graph)
+    here = workflow.executor == "local" or workflow.ray_address in (None, "local")
+    predicted = result.predicted(graph, machine_capacity() if here else None, workflow.concurrency)
     if options.json:
         stages = [
             {"stage": stage.name, "action": stage.action, "reasons": stage.reasons, "key": stage.key,

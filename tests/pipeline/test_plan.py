@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from polytrope.pipeline.executors.base import Capacity
 from polytrope.pipeline.graph import StageNode
 from polytrope.pipeline.keys import key_components, stage_key
 from polytrope.pipeline.plan import Past, make_plan
@@ -101,6 +102,18 @@ def test_a_changed_parameter_is_named_and_what_follows_is_recomputed() -> None:
     assert plan.stages["a"].reasons == ["parameters.degree: 3 → 5"]
     assert plan.stages["b"].reasons == ["input source will be computed"]
     assert plan.predicted(chain()) == 30.0  # the longest path: a, b, c
+
+
+def test_the_predicted_time_counts_cores_and_the_limit_of_concurrent_stages() -> None:
+    graph = {name: node(name, make) for name in ("a", "b", "c", "d")}
+    graph["wide"] = dataclasses.replace(node("wide", make), resources=Resources(workers=2))
+    store = Memory({})
+    history = {name: [Past("r1", None, None, 10.0, "succeeded")] for name in graph}
+    plan = make_plan(graph, store, history=history)
+    assert plan.predicted(graph) == 10.0
+    assert plan.predicted(graph, Capacity(2.0, 0.0)) == 30.0  # two and two, then the wide one
+    assert plan.predicted(graph, Capacity(1.0, 0.0)) == 50.0  # the wide one can only run alone
+    assert plan.predicted(graph, Capacity(8.0, 0.0), concurrency=3) == 20.0
 
 
 def test_the_change_of_a_stage_that_was_cached_last_time_is_explained_by_its_artifact() -> None:
