@@ -208,16 +208,22 @@ def _branches(workflow: Workflow, name: str, spec: StageSpec) -> list[Branch]:
         if twice:
             raise UserError(
                 f"{workflow.where('stages', name, 'matrix', axis)}: two values have the label `{twice[0]}`",
-                "make the values different, or give each mapping its own `name:`",
+                "make the values different, or give each mapping its own `label:`",
             )
-        labelled.append([(axis, label, value) for label, value in zip(labels, values, strict=True)])
+        labelled.append([(axis, label, _unlabelled(value)) for label, value in zip(labels, values, strict=True)])
     return [
         ({axis: label for axis, label, _ in combination}, {axis: value for axis, _, value in combination})
         for combination in itertools.product(*labelled)
     ]
 
 
+def _unlabelled(value: Any) -> Any:
+    """The value without the name of its branch."""
+    return {key: item for key, item in value.items() if key != "label"} if isinstance(value, dict) else value
+
+
 def _label(value: Any, index: int) -> str:
+    """What the branch is called: the value, or of a mapping its `label`, else its `name`, else its place."""
     if isinstance(value, dict):
         text = str(value.get("label", value.get("name", index)))
     elif isinstance(value, bool) or value is None:

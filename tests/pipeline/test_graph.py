@@ -96,6 +96,15 @@ def test_a_matrix_becomes_one_node_per_combination_with_its_values() -> None:
     assert graph["make[letter=b,steps=2]"].branch == {"letter": "b", "steps": "2"}
 
 
+def test_a_label_names_the_branch_of_a_mapping_and_is_no_part_of_its_value() -> None:
+    values = "[{label: few, name: x, steps: 1}, {name: y, steps: 2}]"
+    text = f'make: {{uses: "graph_test_stages:make", matrix: {{v: {values}}}, with: {{text: "is ${{matrix.v}}"}}}}'
+    values = {name: node.parameters.model_dump()["text"] for name, node in graph_from(text).items()}
+    assert list(values) == ["make[v=few]", "make[v=y]"]
+    assert "label" not in values["make[v=few]"]
+    assert "steps" in values["make[v=few]"]
+
+
 def test_the_same_axes_connect_matching_branches_and_shared_axes_select_some() -> None:
     graph = graph_from(MATRIX)
     assert graph["use[letter=b,steps=1]"].inputs == {"source": "make[letter=b,steps=1]", "extra": None}
