@@ -7,8 +7,9 @@ import os
 import time
 import zlib
 from pathlib import Path
+from typing import Any
 
-from polytrope.pipeline.stage import Artifact, StageContext
+from polytrope.pipeline.stage import Artifact, StageContext, Stages
 
 
 def write(context: StageContext, text: str, calls: str, seconds: float = 0.0) -> dict[str, float]:
@@ -60,6 +61,11 @@ def newest_step(path: Path) -> int:
 def join(context: StageContext, parts: dict[str, Artifact], calls: str) -> None:
     called(calls, context)
     (context.output / "text").write_text("+".join((parts[name].path / "text").read_text() for name in sorted(parts)))
+
+
+def return_stages(context: StageContext, stages: dict[str, Any], calls: str) -> Stages:
+    called(calls, context)
+    return Stages(stages)
 
 
 def called(calls: str, context: StageContext) -> None:

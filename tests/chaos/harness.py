@@ -30,7 +30,8 @@ USER_ERROR, ELSEWHERE, BUG = 2, 3, 99
 LONGEST = 100  # seconds of one attempt
 
 
-def small_workflow(root: Path, *, seconds: float = 0.0, executor: str = "local") -> Workflow:
+def small_workflow(root: Path, *, seconds: float = 0.0, executor: str = "local", returned: bool = False) -> Workflow:
+    """`returned`: the stages are not in the file, a first stage returns them."""
     calls = {"calls": str(root / "calls")}
     module = "chaos_stages"
     stages: dict[str, Any] = {
@@ -39,12 +40,16 @@ def small_workflow(root: Path, *, seconds: float = 0.0, executor: str = "local")
             "uses": f"{module}:count",
             "inputs": {"source": "text"},
             "matrix": {"steps": [2, 3]},
-            "with": {"steps": "${matrix.steps}", "seconds": seconds, **calls},
+            "with": {"steps": "$" * returned + "${matrix.steps}", "seconds": seconds, **calls},
         },
         "join": {"uses": f"{module}:join", "inputs": {"parts": ["text", "count"]}, "with": calls},
     }
     for stage in stages.values():
         stage["resources"] = {"cpus": 0.5}
+    if returned:
+        first = {"uses": f"{module}:return_stages", "with": {"stages": stages, **calls}}
+        last = {"uses": f"{module}:join", "inputs": {"parts": "first/*"}, "with": calls}
+        stages = {"first": first, "last": last}
     return Workflow.from_dict({"name": "chaos", "executor": executor, "stages": stages}, directory=root)
 
 

@@ -84,6 +84,30 @@ def test_a_crash_at_every_write_flush_and_rename(
         shutil.rmtree(root)
 
 
+@slice_and_all("step", 12, 1)
+def test_a_crash_anywhere_among_stages_that_a_stage_returned(tmp_path: Path, faults: Counter[str], step: int) -> None:
+    """They come back with the artifact of the stage that returned them, which is not called again."""
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    assert in_a_process(lambda: drive(undisturbed, faults=f"count:{undisturbed}/points", returned=True)) == 0
+    expected = digests(undisturbed)
+    assert set(expected) > {"first/text", "first/count[steps=2]", "first/join", "last"}
+    for point in range(1, int((undisturbed / "points").read_text()) + 1, step):
+        faults["driver killed among stages that a stage returned"] += 1
+        root = tmp_path / str(point)
+        root.mkdir()
+        assert in_a_process(lambda: drive(root, faults=f"at:{point}", returned=True)) == -signal.SIGKILL, point  # noqa: B023
+        before, called = committed(root), calls(root)
+        assert in_a_process(lambda: drive(root, returned=True)) == 0, point  # noqa: B023
+        # the artifact of `first` holds a path of this test
+        assert {**digests(root), "first": None} == {**expected, "first": None}, point
+        after = committed(root)
+        assert {key: after[key] for key in before} == before, f"point {point}: a stage was committed twice"
+        assert sum((calls(root) - called).values()) == len(expected) - len(before), point
+        assert leftovers(root) == [], point
+        shutil.rmtree(root)
+
+
 @slice_and_all("step", 8, 1)
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
 def test_a_failing_write_flush_or_rename_anywhere(
