@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__F16C__) || defined(__AVX512BF16__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -43,12 +43,22 @@ POLYTROPE_FUNCTION void store(S* target, V v) {
   std::memcpy(target, &v, sizeof(V));
 }
 
+// Adds the lanes to float64 sums of their own.
+template <class V>
+POLYTROPE_FUNCTION void accumulate(V v, double* sums) {
+  constexpr int count = sizeof(V) / sizeof(v[0]);
+  typedef double Wide __attribute__((vector_size(count * sizeof(double))));
+  Wide wide;
+  std::memcpy(&wide, sums, sizeof(Wide));
+  wide += __builtin_convertvector(v, Wide);
+  std::memcpy(sums, &wide, sizeof(Wide));
+}
+
 // The sum of the lanes in float64, always in the same order.
 template <class V>
 POLYTROPE_FUNCTION double fold(V v) {
-  using S = std::remove_reference_t<decltype(v[0])>;
   double sum = 0;
-  for (int lane = 0; lane < lanes<std::remove_cv_t<S>>; ++lane) sum += double(v[lane]);
+  for (size_t lane = 0; lane < sizeof(V) / sizeof(v[0]); ++lane) sum += double(v[lane]);
   return sum;
 }
 
@@ -97,6 +107,47 @@ inline uint16_t half_of(float value) {
   }
   return uint16_t(half | (bits >> 16 & 0x8000));
 }
+
+// ---- pairs of vectors of bfloat16 ----
+
+typedef uint32_t WordVector __attribute__((vector_size(vector_bytes)));
+
+// The even and the odd elements of two vectors' worth of bfloat16: which lane an element is in makes no difference.
+POLYTROPE_FUNCTION void widen_pair(const uint16_t* source, float* target) {
+  WordVector both, even, odd;
+  std::memcpy(&both, source, sizeof(both));
+  even = both << 16;
+  odd = both & 0xffff0000u;
+  std::memcpy(target, &even, sizeof(even));
+  std::memcpy(target + lanes<float>, &odd, sizeof(odd));
+}
+
+// bfloat16_of in each lane, in its upper half; the lower half is left as it comes.
+POLYTROPE_FUNCTION WordVector rounded_lanes(FloatVector v) {
+  WordVector bits;
+  std::memcpy(&bits, &v, sizeof(v));
+  return v == v ? bits + ((bits >> 16 & 1) + 0x7fff) : bits | 0x400000;
+}
+
+// Rounds what widen_pair has made; the same numbers as bfloat16_of gives.
+POLYTROPE_FUNCTION void round_pair(const float* source, uint16_t* target) {
+  const FloatVector even = load<FloatVector>(source), odd = load<FloatVector>(source + lanes<float>);
+#ifdef __AVX512BF16__
+  // One instruction rounds, but takes numbers below 2^-126 for 0.
+  const __mmask16 small = _mm512_fpclass_ps_mask(__m512(even), 0x20) | _mm512_fpclass_ps_mask(__m512(odd), 0x20);
+  if (__builtin_expect(small == 0, 1)) {
+    const __m512i halves = __m512i(_mm512_cvtne2ps_pbh(__m512(odd), __m512(even)));
+    alignas(64) static constexpr uint16_t interleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                             8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    _mm512_storeu_si512(target, _mm512_permutexvar_epi16(_mm512_load_si512(interleaved), halves));
+    return;
+  }
+#endif
+  const WordVector both = (rounded_lanes(even) >> 16) | (rounded_lanes(odd) & 0xffff0000u);
+  std::memcpy(target, &both, sizeof(both));
+}
+
+// ---- runs of elements ----
 
 template <class S>
 void read_elements(int type, const void* base, int64_t index, int64_t stride, S* target, int count) {
@@ -148,19 +199,6 @@ void write_elements(int type, void* base, int64_t index, int64_t stride, const S
     }
     case type_bfloat16: {
       uint16_t* target = static_cast<uint16_t*>(base) + index;
-#ifdef __AVX512BF16__
-      if constexpr (std::is_same_v<S, float>)
-        if (stride == 1) {
-          // Rounds to nearest even as bfloat16_of does, but takes numbers below 2^-126 for 0.
-          int i = 0;
-          for (; i + 16 <= count; i += 16) {
-            const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(source + i));
-            std::memcpy(target + i, &rounded, 32);
-          }
-          for (; i < count; ++i) target[i] = bfloat16_of(source[i]);
-          return;
-        }
-#endif
       if (stride == 1) for (int i = 0; i < count; ++i) target[i] = bfloat16_of(float(source[i]));
       else for (int i = 0; i < count; ++i) target[i * stride] = bfloat16_of(float(source[i]));
       return;

@@ -1,11 +1,13 @@
-// The CPU kernels of all elementwise families, for cpu_float32.cpp and cpu_float64.cpp: blocks that fit the first-level cache are converted to
-// float, pass through a family of families.h, and are converted back. Sums over elements are added in an order that
+// The CPU kernels of all elementwise families, for cpu_float32.cpp and cpu_float64.cpp: blocks that fit the first-level
+// cache are converted to float, pass through a family of families.h, and are converted back; whole blocks of bfloat16
+// that lie side by side are converted on the way through registers. Sums over elements are added in an order that
 // depends on the shape only, never on the number of threads, so gradients are bitwise reproducible.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <type_traits>
 
 #include "cpu_elements.h"
@@ -18,21 +20,47 @@ namespace {
 
 constexpr int unrolled_degree = 8;  // kernels for higher degrees read the degree at run time
 
-// ---- kernels over one block; count is a multiple of the lanes ----
+// ---- kernels over one block ----
+
+// Calls body(x, g, y, k) for each vector: where to read, where to write, and the number of its first element. `narrow`:
+// x, g and y hold bfloat16, not S, and are converted two vectors at a time, through memory that stays in the first-level
+// cache. g and y may be null. count is a multiple of the lanes, if narrow of twice the lanes.
+template <class S, class Body>
+POLYTROPE_FUNCTION void each_vector(const void* x, const void* g, void* y, int count, bool narrow, const Body& body) {
+  constexpr int pair = 2 * lanes<S>;
+  alignas(64) S xs[pair], gs[pair], ys[pair];
+  for (int i = 0; i < count; i += pair) {
+    const S *from = static_cast<const S*>(x) + i, *seed = static_cast<const S*>(g) + i;
+    S* to = static_cast<S*>(y) + i;
+    if constexpr (std::is_same_v<S, float>)
+      if (narrow) {
+        widen_pair(static_cast<const uint16_t*>(x) + i, xs);
+        if (g) widen_pair(static_cast<const uint16_t*>(g) + i, gs);
+        from = xs, seed = gs, to = ys;
+      }
+    const int end = std::min(pair, count - i);
+    for (int j = 0; j < end; j += lanes<S>) body(from + j, seed + j, to + j, i + j);
+    if constexpr (std::is_same_v<S, float>)
+      if (narrow && y) round_pair(ys, static_cast<uint16_t*>(y) + i);
+  }
+}
 
 // D, E: degree and second degree; 0: read at run time.
 template <class Family, class S, int D, int E>
-void forward_block(const S* __restrict x, S* __restrict y, int count, const S* table, int degree, int second) {
+void forward_block(const void* __restrict x, void* __restrict y, int count, bool narrow, const S* table, int degree,
+                   int second) {
   using V = Vector<S>;
   const int n = D ? D : degree, m = D ? E : second;
   S t[Family::largest_table];
   std::copy(table, table + Family::largest_table, t);
-  for (int i = 0; i < count; i += lanes<S>) store(y + i, Family::value(load<V>(x + i), t, n, m));
+  each_vector<S>(x, nullptr, y, count, narrow,
+                 [&](const S* from, const S*, S* to, int) { store(to, Family::value(load<V>(from), t, n, m)); });
 }
 
+// Adds to total[k * lanes …] the sums over lanes.
 template <class Family, class S, int D, int E>
-void backward_block(const S* __restrict x, const S* __restrict g, S* __restrict dx, int count, const S* table,
-                    double* __restrict total, int degree, int second) {
+void backward_block(const void* __restrict x, const void* __restrict g, void* __restrict dx, int count, bool narrow,
+                    const S* table, double* __restrict total, int degree, int second) {
   using V = Vector<S>;
   const int n = D ? D : degree, m = D ? E : second, sums = Family::sums(n, m);
   S t[Family::largest_table];
@@ -40,20 +68,25 @@ void backward_block(const S* __restrict x, const S* __restrict g, S* __restrict 
   V a[Family::largest_sums];
   for (int k = 0; k < sums; ++k) a[k] = V{};
   if constexpr (std::is_same_v<Family, TropicalRational>) {
-    for (int i = 0; i < count; i += lanes<S>)
-      store(dx + i, Family::descend_numerator(load<V>(x + i), load<V>(g + i), t, a, n));
-    for (int i = 0; i < count; i += lanes<S>)
-      store(dx + i, Family::descend_denominator(load<V>(x + i), load<V>(g + i), load<V>(dx + i), t, a, n));
+    alignas(64) S slopes[block];
+    each_vector<S>(x, g, nullptr, count, narrow, [&](const S* from, const S* seed, S*, int k) {
+      store(slopes + k, Family::descend_numerator(load<V>(from), load<V>(seed), t, a, n));
+    });
+    each_vector<S>(x, g, dx, count, narrow, [&](const S* from, const S* seed, S* to, int k) {
+      store(to, Family::descend_denominator(load<V>(from), load<V>(seed), load<V>(slopes + k), t, a, n));
+    });
   } else {
-    for (int i = 0; i < count; i += lanes<S>) store(dx + i, Family::backward(load<V>(x + i), load<V>(g + i), t, a, n, m));
+    each_vector<S>(x, g, dx, count, narrow, [&](const S* from, const S* seed, S* to, int) {
+      store(to, Family::backward(load<V>(from), load<V>(seed), t, a, n, m));
+    });
   }
-  for (int k = 0; k < sums; ++k) total[k] += fold(a[k]);
+  for (int k = 0; k < sums; ++k) accumulate(a[k], total + k * lanes<S>);
 }
 
 template <class S>
 struct Kernel {
-  void (*forward)(const S*, S*, int, const S*, int, int);
-  void (*backward)(const S*, const S*, S*, int, const S*, double*, int, int);
+  void (*forward)(const void*, void*, int, bool, const S*, int, int);
+  void (*backward)(const void*, const void*, void*, int, bool, const S*, double*, int, int);
   void (*prepare)(const double*, S*, int, int);
   void (*finish)(const double*, const double*, double*, int, int);
   Tangent (*tangent)(const double*, double, int, int);
@@ -154,6 +187,7 @@ void write_block(const Layout& layout, int type, void* base, int64_t start, int6
 }
 
 constexpr int largest_table = 4 * max_pieces;
+constexpr int tail_sums = 4;
 
 // What one group's elements pass through.
 template <class S>
@@ -171,14 +205,17 @@ struct Pass {
     right = kernel.tangent(parameters, problem.high, problem.degree, problem.second_degree);
   }
 
-  void value(const S* x, S* y, int count) const {
+  // `narrow`, which no problem with tails is: the elements are bfloat16.
+  void value(const void* from, void* to, int count, bool narrow = false) const {
     if (!problem.tails) {
-      kernel.forward(x, y, count, table, problem.degree, problem.second_degree);
+      kernel.forward(from, to, count, narrow, table, problem.degree, problem.second_degree);
       return;
     }
+    const S* x = static_cast<const S*>(from);
+    S* y = static_cast<S*>(to);
     alignas(64) S inside[block];
     enter(x, inside, count);
-    kernel.forward(inside, y, count, table, problem.degree, problem.second_degree);
+    kernel.forward(inside, y, count, false, table, problem.degree, problem.second_degree);
     const S low = S(left.at), high = S(right.at);
     for (int i = 0; i < count; i += lanes<S>) {
       const V v = load<V>(x + i);
@@ -189,12 +226,14 @@ struct Pass {
     }
   }
 
-  // Sums hold the family's own, then sum g and sum g (x - low) below the interval, and the same above it.
-  void gradient(const S* x, const S* g, S* dx, int count, double* sums) const {
+  // Sums over each lane: the family's own, then of g and of g (x - low) below the interval, and the same above it.
+  void gradient(const void* from, const void* seed, void* to, int count, double* sums, bool narrow = false) const {
     if (!problem.tails) {
-      kernel.backward(x, g, dx, count, table, sums, problem.degree, problem.second_degree);
+      kernel.backward(from, seed, to, count, narrow, table, sums, problem.degree, problem.second_degree);
       return;
     }
+    const S *x = static_cast<const S*>(from), *g = static_cast<const S*>(seed);
+    S* dx = static_cast<S*>(to);
     alignas(64) S inside[block], inner_g[block];
     enter(x, inside, count);
     const S low = S(left.at), high = S(right.at);
@@ -207,7 +246,7 @@ struct Pass {
       high_slopes += v > high ? gv * (v - high) : V{};
       store(inner_g + i, v < low ? V{} : (v > high ? V{} : gv));
     }
-    kernel.backward(inside, inner_g, dx, count, table, sums, problem.degree, problem.second_degree);
+    kernel.backward(inside, inner_g, dx, count, false, table, sums, problem.degree, problem.second_degree);
     for (int i = 0; i < count; i += lanes<S>) {
       const V v = load<V>(x + i), gv = load<V>(g + i);
       V slope = load<V>(dx + i);
@@ -215,11 +254,8 @@ struct Pass {
       slope = v > high ? gv * S(right.slope) : slope;
       store(dx + i, slope);
     }
-    double* tail_sums = sums + kernel.sums;
-    tail_sums[0] += fold(low_values);
-    tail_sums[1] += fold(low_slopes);
-    tail_sums[2] += fold(high_values);
-    tail_sums[3] += fold(high_slopes);
+    const V tails[tail_sums] = {low_values, low_slopes, high_values, high_slopes};
+    for (int k = 0; k < tail_sums; ++k) accumulate(tails[k], sums + (kernel.sums + k) * lanes<S>);
   }
 
  private:
@@ -233,8 +269,6 @@ struct Pass {
   }
 };
 
-constexpr int tail_sums = 4;
-
 struct Tasks {
   int64_t sequence, chunks, batch;  // elements of one group, tasks per group, tasks taken at once
   explicit Tasks(const Problem& problem)
@@ -242,10 +276,23 @@ struct Tasks {
         batch(problem.groups == 1 ? 1 : std::max<int64_t>(1, std::min<int64_t>(64, chunk / std::max<int64_t>(1, sequence)))) {}
 };
 
-// Whether elements are what the kernels compute with, so that they need no conversion.
+// Whether the kernels take elements as they lie in memory: what they compute with, or bfloat16 that they convert.
 template <class S>
 bool is_direct(const Problem& problem) {
-  return !problem.gated && problem.data_type == (sizeof(S) == 4 ? type_float32 : type_float64);
+  if (problem.gated) return false;
+  if constexpr (std::is_same_v<S, float>)
+    return problem.data_type == type_float32 || (problem.data_type == type_bfloat16 && !problem.tails);
+  else return problem.data_type == type_float64;
+}
+
+// The address of an element.
+template <class S>
+const void* address(const void* base, int64_t index, bool narrow) {
+  return static_cast<const char*>(base) + index * int64_t(narrow ? sizeof(uint16_t) : sizeof(S));
+}
+template <class S>
+void* address(void* base, int64_t index, bool narrow) {
+  return static_cast<char*>(base) + index * int64_t(narrow ? sizeof(uint16_t) : sizeof(S));
 }
 
 template <class S>
@@ -256,7 +303,7 @@ int forward(const Problem& problem, const void* x, const double* parameters, voi
   const int64_t half = problem.groups * problem.inner;
   const Layout in{problem.inner, problem.gated ? 2 * half : half}, out{problem.inner, half};
   const int type = problem.data_type;
-  const bool direct = is_direct<S>(problem);
+  const bool direct = is_direct<S>(problem), narrow = type == type_bfloat16;
   run_tasks(tasks.chunks * problem.groups, tasks.batch, threads, region, [&](int64_t task) {
     const int64_t group = task % problem.groups, first = task / problem.groups * chunk;
     const int64_t last = std::min(first + chunk, tasks.sequence), start = group * problem.inner;
@@ -264,8 +311,8 @@ int forward(const Problem& problem, const void* x, const double* parameters, voi
     const Pass<S> pass(problem, kernel, parameters + group * kernel.parameters);
     for (int64_t at = first; at < last; at += block) {
       const int count = int(std::min<int64_t>(block, last - at)), width = padded(count, lanes<S>);
-      if (direct && count == width && in.contiguous(at, count)) {
-        pass.value(static_cast<const S*>(x) + in.index(start, at), static_cast<S*>(y) + out.index(start, at), count);
+      if (direct && count % (narrow ? 2 * lanes<S> : lanes<S>) == 0 && in.contiguous(at, count)) {
+        pass.value(address<S>(x, in.index(start, at), narrow), address<S>(y, out.index(start, at), narrow), count, narrow);
         continue;
       }
       read_block(in, type, x, start, at, count, xs);
@@ -290,22 +337,22 @@ int backward(const Problem& problem, const void* g, const void* x, const double*
   const int64_t half = problem.groups * problem.inner;
   const Layout in{problem.inner, problem.gated ? 2 * half : half}, out{problem.inner, half};
   const int sums = kernel.sums + (problem.tails ? tail_sums : 0), type = problem.data_type;
-  const bool direct = is_direct<S>(problem);
+  const bool direct = is_direct<S>(problem), narrow = type == type_bfloat16;
   std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(tasks.chunks * problem.groups * sums) + 1]);
   if (!partial) return 2;
   run_tasks(tasks.chunks * problem.groups, tasks.batch, threads, region, [&](int64_t task) {
     const int64_t group = task % problem.groups, first = task / problem.groups * chunk;
     const int64_t last = std::min(first + chunk, tasks.sequence), start = group * problem.inner;
     alignas(64) S xs[block], gs[block], dxs[block], gates[block], values[block];
-    double* total = partial.get() + task * sums;
-    std::fill(total, total + sums, 0.0);
+    alignas(64) double total[(largest_table + tail_sums) * lanes<S>];
+    std::fill(total, total + sums * lanes<S>, 0.0);
     const Pass<S> pass(problem, kernel, parameters + group * kernel.parameters);
     for (int64_t at = first; at < last; at += block) {
       const int count = int(std::min<int64_t>(block, last - at)), width = padded(count, lanes<S>);
-      if (direct && count == width && in.contiguous(at, count)) {
+      if (direct && count % (narrow ? 2 * lanes<S> : lanes<S>) == 0 && in.contiguous(at, count)) {
         const int64_t index = in.index(start, at);
-        pass.gradient(static_cast<const S*>(x) + index, static_cast<const S*>(g) + index, static_cast<S*>(dx) + index,
-                      count, total);
+        pass.gradient(address<S>(x, index, narrow), address<S>(g, index, narrow), address<S>(dx, index, narrow), count,
+                      total, narrow);
         continue;
       }
       read_block(in, type, x, start, at, count, xs);
@@ -324,6 +371,8 @@ int backward(const Problem& problem, const void* g, const void* x, const double*
       pass.gradient(xs, gs, dxs, width, total);
       write_block(in, type, dx, start, at, count, dxs);
     }
+    for (int k = 0; k < sums; ++k)
+      partial[task * sums + k] = std::accumulate(total + k * lanes<S>, total + (k + 1) * lanes<S>, 0.0);
   });
   for (int64_t group = 0; group < problem.groups; ++group) {
     double total[largest_table + tail_sums] = {};

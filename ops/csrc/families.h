@@ -13,10 +13,6 @@
 #include <math.h>
 
 #include <cstdint>
-#ifdef __AVX__
-#include <immintrin.h>
-#endif
-
 #ifdef __CUDACC__
 #define POLYTROPE_HOST_DEVICE __host__ __device__
 #define POLYTROPE_FUNCTION __host__ __device__ __forceinline__
@@ -78,7 +74,7 @@ POLYTROPE_FUNCTION void add_where(V index, S k, V v, V& sum) {
   sum += index == k ? v : V{};
 }
 
-// The entry of a table of n + 1 at the index, which is a whole number: one permutation for 16 entries.
+// The entry of a table of n + 1, with room for 16, at the index, which is a whole number: one permutation for 16 entries.
 template <class V, class S>
 POLYTROPE_FUNCTION V entry(V index, const S* table, int n) {
   V found = broadcast<V>(table[0]);
@@ -87,25 +83,37 @@ POLYTROPE_FUNCTION V entry(V index, const S* table, int n) {
   return found;
 }
 
+// These are written in assembly because GCC takes the intrinsics of some of them for accesses to memory, and then keeps no
+// sum in a register.
 #if defined(__AVX__) && !defined(__CUDACC__)
+#define POLYTROPE_LARGER_AND_SMALLER(V)                            \
+  POLYTROPE_FUNCTION V larger(V a, V b) {                          \
+    __asm__("vmaxps %1, %2, %0" : "=v"(a) : "vm"(b), "v"(a));      \
+    return a;                                                      \
+  }                                                                \
+  POLYTROPE_FUNCTION V smaller(V a, V b) {                         \
+    __asm__("vminps %1, %2, %0" : "=v"(a) : "vm"(b), "v"(a));      \
+    return a;                                                      \
+  }
 typedef float Float8 __attribute__((vector_size(32)));
-POLYTROPE_FUNCTION Float8 larger(Float8 a, Float8 b) { return Float8(_mm256_max_ps(__m256(a), __m256(b))); }
-POLYTROPE_FUNCTION Float8 smaller(Float8 a, Float8 b) { return Float8(_mm256_min_ps(__m256(a), __m256(b))); }
+POLYTROPE_LARGER_AND_SMALLER(Float8)
 #endif
 #if defined(__AVX512F__) && !defined(__CUDACC__)
 typedef float Float16 __attribute__((vector_size(64)));
-POLYTROPE_FUNCTION Float16 larger(Float16 a, Float16 b) { return Float16(_mm512_max_ps(__m512(a), __m512(b))); }
-POLYTROPE_FUNCTION Float16 smaller(Float16 a, Float16 b) { return Float16(_mm512_min_ps(__m512(a), __m512(b))); }
+typedef int32_t Int16 __attribute__((vector_size(64)));
+POLYTROPE_LARGER_AND_SMALLER(Float16)
 POLYTROPE_FUNCTION void add_where(Float16 index, float k, Float16 v, Float16& sum) {
-  const __mmask16 here = _mm512_cmp_ps_mask(__m512(index), _mm512_set1_ps(k), _CMP_EQ_OQ);
-  sum = Float16(_mm512_mask_add_ps(__m512(sum), here, __m512(sum), __m512(v)));
+  uint16_t here;
+  Float16 total = sum;
+  __asm__("vcmpeqps %2, %1, %0" : "=Yk"(here) : "v"(index), "v"(broadcast<Float16>(k)));
+  __asm__("vaddps %2, %0, %0 %{%1%}" : "+v"(total) : "Yk"(here), "v"(v));
+  sum = total;
 }
 POLYTROPE_FUNCTION Float16 entry(Float16 index, const float* table, int n) {
-  const __m512i places = _mm512_cvtps_epi32(__m512(index));
-  const __m512 low = _mm512_maskz_loadu_ps(__mmask16((2u << (n < 15 ? n : 15)) - 1), table);
-  const __m512 found = _mm512_permutexvar_ps(places, low);
-  if (n < 16) return Float16(found);
-  return Float16(_mm512_mask_mov_ps(found, _mm512_cmp_ps_mask(__m512(index), _mm512_set1_ps(16), _CMP_EQ_OQ), _mm512_set1_ps(table[16])));
+  Float16 found, low;
+  __builtin_memcpy(&low, table, sizeof(low));
+  __asm__("vpermps %2, %1, %0" : "=v"(found) : "v"(__builtin_convertvector(index, Int16)), "v"(low));
+  return n < 16 ? found : (index == 16.0f ? broadcast<Float16>(table[16]) : found);
 }
 #endif
 

@@ -293,6 +293,17 @@ def test_any_shape_stride_dtype_degree_and_grouping(data: st.DataObject) -> None
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.1, 2.0**-30, -3e38])
+def test_every_bfloat16_is_rounded_to_nearest_even(factor: float) -> None:
+    """All 65,536 of them, subnormal numbers, infinities and NaN too, times a number that makes more of these."""
+    x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).requires_grad_()
+    y = functional.polynomial(x, torch.tensor([0.0, factor]))
+    y.backward(x.detach())
+    expected = (x.detach().float() * torch.tensor(factor)).bfloat16()
+    for found in (y.detach(), x.grad):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_more_elements_than_31_bits_count() -> None:
     count = 2**31 + 2**13
     x = torch.from_numpy(np.zeros(count, dtype=np.uint16)).view(torch.bfloat16)  # pages nobody writes take no memory
