@@ -21,6 +21,7 @@ from polytrope.pipeline.keys import explain
 from polytrope.pipeline.launch import Display
 from polytrope.pipeline.launch import run as launch
 from polytrope.pipeline.references import suggest
+from polytrope.pipeline.returned import with_stored
 from polytrope.pipeline.spec import Workflow
 from polytrope.pipeline.store import Store, StoredArtifact
 
@@ -96,12 +97,14 @@ def reproduce_run(
         raise UserError(f"--into {place}: exists already", "name a new directory: the results must be computed anew")
     workflow = _workflow(record)
     graph = build_graph(workflow)
-    computed = set(graph)
+    done = {name: item.key for name, item in before.stages.items() if item.digest}
+    grown, compared = with_stored(workflow, graph, store, done)
     if stage is not None:
+        workflow, graph = grown, compared
         computed = {name for name, node in graph.items() if stage in (name, node.spec_name)}
         if not computed:
             raise UserError(f"--stage {stage}: run {directory.name} has no such stage", suggest(stage, list(graph)))
-        graph = _needed(graph, computed)
+        graph = compared = _needed(graph, computed)
         _take_over(store, Store(place), before, [name for name in graph if name not in computed])
     state = launch(
         workflow,
@@ -115,7 +118,7 @@ def reproduce_run(
     )
     now = _record(Store(place).run_directory(state.run_id)).get("environment") or {}
     rows: dict[str, Comparison] = {}
-    for name, node in graph.items():
+    for name, node in compared.items():
         if name in state.stages:
             row = _compare(store, Store(place), name, before.stages.get(name), state, now, tolerance)
             rows[name] = _excuse_times(row, node, rows)

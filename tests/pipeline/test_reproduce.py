@@ -127,6 +127,30 @@ def test_one_stage_alone_is_computed_on_the_stored_results_before_it(project: Pa
     assert "train" in output
 
 
+def test_stages_that_a_stage_returned_are_compared_too(tmp_path: Path) -> None:
+    (tmp_path / "further_stages.py").write_text(
+        "from pathlib import Path\n"
+        "from polytrope.pipeline import StageContext, Stages\n"
+        "def split(context: StageContext) -> Stages:\n"
+        "    return Stages({'part': {'uses': 'further_stages:part'}})\n"
+        "def part(context: StageContext) -> None:\n"
+        "    (context.output / 'text').write_text(str((Path(__file__).parent / 'other').exists()))\n"
+    )
+    (tmp_path / "w.yaml").write_text(
+        "name: further\nexecutor: local\ntracking: {enabled: false}\nstages: {split: {uses: 'further_stages:split'}}\n"
+    )
+    code, output = polytrope(tmp_path, "run", "w.yaml")
+    assert code == 0, output
+    code, output = polytrope(tmp_path, "reproduce", "--stage", "split/part")
+    assert code == 0, output
+    assert verdicts(output) == {"split": "taken over", "split/part": "identical"}
+    (tmp_path / "other").touch()
+    code, output = polytrope(tmp_path, "reproduce")
+    assert code == 1, output
+    assert verdicts(output)["split"] == "identical"
+    assert verdicts(output)["split/part"].lower().startswith("different")
+
+
 def test_a_package_version_is_named(project: Path) -> None:
     package(project, "1.1", 1.5)
     code, output = polytrope(project, "reproduce")
