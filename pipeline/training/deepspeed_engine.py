@@ -185,7 +185,9 @@ def exchange_gradients_and_weights(optimizer: Any) -> None:
         norm = squares.sqrt()
         return torch.where(norm.isfinite(), norm, torch.full_like(norm, torch.inf))  # as DeepSpeed's: infinity is bad
 
-    optimizer._coalesce_grad_reduction = True  # the hooks leave gradients where they are
+    for hook in optimizer._grad_acc_hooks:  # `engine.backward` reduces when backward is done
+        hook.remove()
+    optimizer._coalesce_grad_reduction = True
     optimizer.reduce_gradients = reduce_gradients
     optimizer.scaled_global_norm = scaled_global_norm
     stage_1_and_2.all_gather_dp_groups = _gather_partitions
