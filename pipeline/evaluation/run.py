@@ -35,8 +35,10 @@ def evaluate_models(
     """Write `evaluation.json`; returns `LABEL/val_loss`, `LABEL/perplexity`, `LABEL/bits_per_byte`, … of all models.
 
     Raises:
-        UserError: a model that does not fit the dataset.
+        UserError: no model is left, or one does not fit the dataset.
     """
+    if not models:
+        raise UserError("the stages of all `models` were skipped", f"give `{context.stage}` the same `when:`")
     torch.set_num_threads(parameters.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     description = json.loads((dataset.path / "dataset.json").read_text())

@@ -241,6 +241,11 @@ def test_a_failed_training_and_a_loss_that_is_no_number_are_results_too(
         run(tmp_path / "none", dataset, failed, samples=8)
 
 
+def test_no_models_at_all_are_refused(tmp_path: Path, dataset: Artifact) -> None:
+    with pytest.raises(UserError, match="the stages of all `models` were skipped"):
+        run(tmp_path, dataset, {})
+
+
 def test_speed_is_measured_for_every_model_and_leaves_it_as_it_was(
     tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
 ) -> None:
