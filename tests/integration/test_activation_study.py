@@ -78,3 +78,44 @@ def test_a_tiny_study_ends_with_both_reports_and_its_failures(tmp_path: Path) ->
         plots = {path.stem for path in (artifact.path / "plots").iterdir()}
         assert {"groups", "losses", "gradients", "moments", "shapes"} <= plots
         assert "diverged at step" in (artifact.path / "report.html").read_text()
+
+
+@pytest.mark.chaos
+def test_every_ablation_trains_and_changes_what_it_should(tmp_path: Path) -> None:
+    """Four steps on the digits: the losses of the learnable activations differ from those without the flag."""
+    settings = {**TINY, "activations": "[gelu,hermite3,fourier5,rational,chebyshev]", "seeds": "[0]", "dims": "[4]"}
+    settings |= {"depths": "[1]", "image_steps": "4", "coefficient_learning_rate": "null"}
+    without_text = [f"stages.{name}gpt.when=false" for name in ("", "evaluate_", "speed_", "report_")]
+    store = Store(tmp_path / "store")
+
+    def losses(name: str, *flags: str) -> dict[str, float]:
+        command = [POLYTROPE, "run", str(WORKFLOW), "--store", str(store.root), "--no-tracking", "--quiet"]
+        overrides = [*(f"params.{key}={value}" for key, value in settings.items()), *without_text, *flags]
+        command += [f"--set={override}" for override in overrides]
+        done = subprocess.run(
+            [*command, f"--run-id={name}"], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
+        )
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        found = {}
+        for label, stage in fold(read(store.run_directory(name))).stages.items():
+            if label.startswith("convnext"):
+                artifact = store.load(stage.key or "")
+                assert artifact is not None
+                history = json.loads((artifact.path / "history.json").read_text())
+                found[label.split("=")[1].split(",")[0]] = history[-1]["val/loss"]
+        return found
+
+    plain = losses("plain")
+    learnable = {"hermite3", "fourier5", "rational", "chebyshev"}
+    for number, (flag, changed) in enumerate(
+        {
+            "init=torchortho": {"hermite3", "fourier5"},  # the published ones
+            "init=gelu": learnable,
+            "interval=[-0.5,0.5]": learnable,
+            "per_channel=true": learnable,
+            "coefficient_learning_rate=3e-1": learnable,
+        }.items()
+    ):
+        other = losses(f"ablation-{number}", f"params.{flag}")
+        assert {name for name in plain if plain[name] != other[name]} >= changed, flag
+        assert plain["gelu"] == other["gelu"], flag
