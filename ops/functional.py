@@ -130,7 +130,8 @@ def fourier(
     degree = amplitudes.shape[-1]
     packed = _packed(
         {"frequencies": (frequencies, degree), "phases": (phases, degree)},
-        [bias.reshape(-1, 1), amplitudes / _factorials(amplitudes), frequencies, phases],
+        [bias.reshape(-1, 1), amplitudes, frequencies, phases],
+        _shares(amplitudes, before=1, repeats=1, after=2 * degree),
     )
     return _apply(Formula(Family.FOURIER, degree), x, packed, dim, interval, glu)
 
@@ -153,10 +154,10 @@ def harmonic(
     bias and frequency `[]` or `[groups]`; cosines and sines `[(groups,) degree]`.
     """
     degree = cosines.shape[-1]
-    factorials = _factorials(cosines)
     packed = _packed(
         {"sines": (sines, degree)},
-        [bias.reshape(-1, 1), frequency.reshape(-1, 1), cosines / factorials, sines / factorials],
+        [bias.reshape(-1, 1), frequency.reshape(-1, 1), cosines, sines],
+        _shares(cosines, before=2, repeats=2, after=0),
     )
     return _apply(Formula(Family.HARMONIC, degree), x, packed, dim, interval, glu)
 
@@ -247,20 +248,22 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.unsqueeze(0)
 
 
-def _packed(expected: dict[str, tuple[Tensor, int]], parts: list[Tensor]) -> Tensor:
-    """The parts of each group side by side, `[groups, count]` float64."""
+def _packed(expected: dict[str, tuple[Tensor, int]], parts: list[Tensor], factors: Tensor | None = None) -> Tensor:
+    """The parts of each group side by side, times the factors, `[groups, count]` float64."""
     for name, (tensor, count) in expected.items():
         if tensor.shape[-1:] != (count,):
             raise ValueError(f"{name}: expected {count} per group, got {list(tensor.shape)}")
     rows = [_rows(part) for part in parts]
     if len({len(row) for row in rows}) != 1:
         raise ValueError(f"coefficients: expected as many groups in each, got {[len(row) for row in rows]}")
-    return torch.cat([row.double() for row in rows], dim=-1)
+    packed = torch.cat(rows, dim=-1).double()
+    return packed if factors is None else packed * factors
 
 
-def _factorials(like: Tensor) -> Tensor:
-    count = like.shape[-1]
-    return torch.tensor([math.factorial(k) for k in range(1, count + 1)], dtype=torch.float64, device=like.device)
+def _shares(like: Tensor, before: int, repeats: int, after: int) -> Tensor:
+    """1 for the first packed parameters, 1 / k! for those of term k, `repeats` times, and 1 for the last."""
+    shares = [1 / math.factorial(k) for k in range(1, like.shape[-1] + 1)]
+    return torch.tensor([1.0] * before + shares * repeats + [1.0] * after, dtype=torch.float64, device=like.device)
 
 
 def _check_degree(name: str, degree: int) -> None:
