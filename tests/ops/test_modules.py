@@ -208,9 +208,7 @@ def test_vmap_and_per_sample_gradients(config: dict[str, Any]) -> None:
         torch.testing.assert_close(per_sample[name].sum(0), parameter.grad)
 
 
-@pytest.mark.parametrize(
-    "config", [c for c in CONFIGS if c["name"] in ("hermite", "polynorm", "fourier", "piecewise_linear")], ids=label
-)
+@pytest.mark.parametrize("config", CONFIGS, ids=label)
 def test_compile_makes_one_graph_and_takes_dynamic_shapes(config: dict[str, Any]) -> None:
     torch._dynamo.reset()
     module = activation(config, torch.float32)
