@@ -126,6 +126,10 @@ def run_workflow(
     run_id, directory, exists = _run_directory(store, run_id, resume)
     lease = _acquire_run(store, run_id, options.lease_ttl)
     try:
+        try:
+            store.settle_journal(run_id)
+        except OSError as error:
+            raise store_error(store.address, error) from error
         earlier = read(directory)
         if not exists or not earlier:
             _record(directory, run_id, workflow, place, options)

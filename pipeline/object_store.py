@@ -92,6 +92,9 @@ class ObjectStore(Store):
     def has_key_lease(self, key: str) -> bool:
         return bool(self.key_lease_directory(key).names())
 
+    def settle_journal(self, run_id: str) -> None:
+        self._pull_journal(run_id, exactly=True)
+
     def open_journal(self, run_id: str, *, fence: int, guard: Callable[[], None]) -> Journal:
         """The journal of a run for writing; every flush is an object that only one driver can put."""
         numbers = self._pull_journal(run_id, exactly=True)
@@ -110,15 +113,15 @@ class ObjectStore(Store):
 
         Args:
             run_id: the run.
-            exactly: drop what only the copy has: a driver died, or is writing, before it was flushed.
+            exactly: drop what only the copy has: a driver died before it was flushed.
         """
         names = list(self.bucket.list(f"runs/{run_id}/journal/"))
         path = self.run_directory(run_id) / FILE_NAME
         parts = self.run_directory(run_id) / ".journal"
         self.bucket.download([(name, target) for name in names if not (target := parts / Path(name).name).exists()])
         data = b"".join((parts / Path(name).name).read_bytes() for name in names)
-        local = path.read_bytes() if path.exists() else None
-        if names and (local is None or not local.startswith(data) or (exactly and local != data)):
+        local = path.read_bytes() if path.exists() else b""
+        if local != data if exactly else not local.startswith(data):
             replace_file(path, data)
         return [int(Path(name).name) for name in names]
 

@@ -234,6 +234,9 @@ class Store:
 
     # -- what a store elsewhere does, and one on a disk need not -------------------------------------------------
 
+    def settle_journal(self, run_id: str) -> None:
+        """Drop from a run's journal what a dead driver wrote and did not flush; for the holder of its lease."""
+
     def open_journal(self, run_id: str, *, fence: int, guard: Callable[[], None]) -> Journal:
         """The journal of a run for writing."""
         return Journal.open(self.run_directory(run_id), fence=fence, guard=guard)

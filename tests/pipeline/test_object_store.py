@@ -131,6 +131,26 @@ def test_a_run_goes_on_on_another_machine(
     assert fold(read(other.run_directory("mine"))).status == "succeeded"
 
 
+@pytest.mark.parametrize("flushes_left", [0, 1, 4])
+def test_what_a_dead_driver_did_not_flush_is_written_again(place: Place, address: str, flushes_left: int) -> None:
+    """It had committed everything, but its last journal entries are in this machine's copy only."""
+    done = place.run(diamond(place), run_id="mine")
+    calls = place.calls
+    bucket = Bucket(address)
+    bucket.delete(sorted(bucket.list("runs/mine/journal/"))[flushes_left:])
+    state = place.run(diamond(place), run_id="mine")
+    assert state.status == "succeeded"
+    assert place.calls == calls
+    written = fold(read(place.store.run_directory("mine")))
+    assert written.status == "succeeded"
+    assert written.workflow == "test"
+    assert {name: stage.digest for name, stage in written.stages.items()} == {
+        name: stage.digest for name, stage in done.stages.items()
+    }
+    segments = b"".join(bucket.get(name) or b"" for name in sorted(bucket.list("runs/mine/journal/")))
+    assert segments == (place.store.run_directory("mine") / "journal.jsonl").read_bytes()
+
+
 def start_driver(place: Place, address: str, stages: dict[str, Any], *options: str) -> subprocess.Popen[bytes]:
     workflow_of(place.directory, stages)
     file = place.directory / "workflow.yaml"
