@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <numeric>
 
 #include "cpu_elements.h"
 #include "cpu_threads.h"
@@ -14,95 +15,127 @@
 namespace polytrope {
 namespace {
 
-// Row r of a matrix, `block` columns at a time, padded with zeros to whole vectors: visit(values, first column, width).
+// Rows of a matrix, `block` columns at a time.
 template <class S>
 struct Rows {
   int type;
   int64_t columns;
 
-  int read(const void* base, int64_t row, int64_t at, S* target) const {
-    const int count = int(std::min<int64_t>(block, columns - at)), width = padded(count, lanes<S>);
-    read_elements(type, base, row * columns + at, 1, target, count);
-    std::fill(target + count, target + width, S(0));
-    return width;
+  int count(int64_t at) const { return int(std::min<int64_t>(block, columns - at)); }
+  // Whether elements are used where they lie: they are of S, and fill whole vectors.
+  bool direct(int64_t at) const {
+    return type == (sizeof(S) == 4 ? type_float32 : type_float64) && count(at) % lanes<S> == 0;
   }
-  void write(void* base, int64_t row, int64_t at, const S* source) const {
-    write_elements(type, base, row * columns + at, 1, source, int(std::min<int64_t>(block, columns - at)));
+  // The elements from column `at` on; where they need a conversion or padding with zeros, in the buffer.
+  const S* read(const void* base, int64_t row, int64_t at, S* buffer) const {
+    if (direct(at)) return static_cast<const S*>(base) + row * columns + at;
+    read_elements(type, base, row * columns + at, 1, buffer, count(at));
+    std::fill(buffer + count(at), buffer + padded(count(at), lanes<S>), S(0));
+    return buffer;
+  }
+  // Where to put results, which `write` then brings to their place if it is the buffer.
+  S* place(void* base, int64_t row, int64_t at, S* buffer) const {
+    return direct(at) ? static_cast<S*>(base) + row * columns + at : buffer;
+  }
+  void write(void* base, int64_t row, int64_t at, const S* buffer) const {
+    if (!direct(at)) write_elements(type, base, row * columns + at, 1, buffer, count(at));
   }
 };
 
-// Adds sum x^2k to squares[k] and, with g, sum g x^k to products[k] (k = 0: sum g).
-template <class S>
+constexpr int moments = max_degree + 1;
+
+// Adds sum x^2k to squares[k * lanes …] and, with g, sum g x^k to products[k * lanes …] (k = 0: sum g), each lane by itself.
+// D: the degree; 0: n.
+template <class S, int D>
 void add_moments(const S* x, const S* g, int width, int n, double* squares, double* products) {
   using V = Vector<S>;
-  V square_sums[max_degree + 1] = {}, product_sums[max_degree + 1] = {};
+  if (D) n = D;
+  V square_sums[moments] = {}, product_sums[moments] = {};
   for (int i = 0; i < width; i += lanes<S>) {
     const V v = load<V>(x + i), squared = v * v;
     V power = squared;
+    POLYTROPE_UNROLL
     for (int k = 1; k <= n; ++k) {
       square_sums[k] += power;
       power *= squared;
     }
     if (!g) continue;
     power = load<V>(g + i);
+    POLYTROPE_UNROLL
     for (int k = 0; k <= n; ++k) {
       product_sums[k] += power;
       power *= v;
     }
   }
   for (int k = 0; k <= n; ++k) {
-    squares[k] += fold(square_sums[k]);
-    if (g) products[k] += fold(product_sums[k]);
+    accumulate(square_sums[k], squares + k * lanes<S>);
+    if (g) accumulate(product_sums[k], products + k * lanes<S>);
   }
 }
 
+// The sums over lanes.
+template <class S>
+void fold_moments(const double* by_lane, int n, double* sums) {
+  for (int k = 0; k <= n; ++k) sums[k] = std::accumulate(by_lane + k * lanes<S>, by_lane + (k + 1) * lanes<S>, 0.0);
+}
 
 inline int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, chunk / columns); }
 
-template <class S>
-int polynorm_forward(int type, int64_t rows, int64_t columns, int n, double epsilon, const void* x, const double* parameters,
+template <class S, int D>
+int polynorm_forward(int type, int64_t rows, int64_t columns, int degree, double epsilon, const void* x, const double* parameters,
                      void* y, int threads, ParallelRegion region) {
   using V = Vector<S>;
   const Rows<S> layout{type, columns};
   const int64_t step = rows_per_task(columns);
   run_tasks((rows + step - 1) / step, 1, threads, region, [&](int64_t task) {
-    alignas(64) S xs[block];
+    const int n = D ? D : degree;
+    alignas(64) S xs[block], ys[block];
     for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row) {
-      double squares[max_degree + 1] = {};
-      for (int64_t at = 0; at < columns; at += block)
-        add_moments<S>(xs, nullptr, layout.read(x, row, at, xs), n, squares, nullptr);
-      S t[max_degree + 1];
+      alignas(64) double by_lane[moments * lanes<S>] = {};
+      double squares[moments] = {};
+      for (int64_t at = 0; at < columns; at += block) {
+        const int width = padded(layout.count(at), lanes<S>);
+        add_moments<S, D>(layout.read(x, row, at, xs), nullptr, width, n, by_lane, nullptr);
+      }
+      fold_moments<S>(by_lane, n, squares);
+      S t[moments];
       t[0] = S(parameters[0]);
       for (int k = 1; k <= n; ++k) t[k] = S(parameters[k] / std::sqrt(squares[k] / double(columns) + epsilon));
       for (int64_t at = 0; at < columns; at += block) {
-        const int width = layout.read(x, row, at, xs);
-        for (int i = 0; i < width; i += lanes<S>) store(xs + i, Polynomial::value(load<V>(xs + i), t, n, 0));
-        layout.write(y, row, at, xs);
+        const int width = padded(layout.count(at), lanes<S>);
+        const S* from = layout.read(x, row, at, xs);
+        S* to = layout.place(y, row, at, ys);
+        for (int i = 0; i < width; i += lanes<S>) store(to + i, Polynomial::value(load<V>(from + i), t, n, 0));
+        layout.write(y, row, at, ys);
       }
     }
   });
   return 0;
 }
 
-template <class S>
-int polynorm_backward(int type, int64_t rows, int64_t columns, int n, double epsilon, const void* g, const void* x,
+template <class S, int D>
+int polynorm_backward(int type, int64_t rows, int64_t columns, int degree, double epsilon, const void* g, const void* x,
                       const double* parameters, void* dx, double* gradient, int threads, ParallelRegion region) {
   using V = Vector<S>;
   const Rows<S> layout{type, columns};
   const int64_t step = rows_per_task(columns), tasks = (rows + step - 1) / step;
-  std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(tasks * (n + 1))]());
+  std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(tasks * (degree + 1))]());
   if (!partial) return 2;
   run_tasks(tasks, 1, threads, region, [&](int64_t task) {
-    alignas(64) S xs[block], gs[block];
+    const int n = D ? D : degree;
+    alignas(64) S xs[block], gs[block], dxs[block];
     double* total = partial.get() + task * (n + 1);
     for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row) {
-      double squares[max_degree + 1] = {}, products[max_degree + 1] = {};
+      alignas(64) double squares_by_lane[moments * lanes<S>] = {}, products_by_lane[moments * lanes<S>] = {};
+      double squares[moments] = {}, products[moments] = {};
       for (int64_t at = 0; at < columns; at += block) {
-        const int width = layout.read(x, row, at, xs);
-        layout.read(g, row, at, gs);
-        add_moments(xs, gs, width, n, squares, products);
+        const int width = padded(layout.count(at), lanes<S>);
+        const S *from = layout.read(x, row, at, xs), *seed = layout.read(g, row, at, gs);
+        add_moments<S, D>(from, seed, width, n, squares_by_lane, products_by_lane);
       }
-      S direct[max_degree + 1], through[max_degree + 1];  // of x^(k-1), and of x^(2k-1)
+      fold_moments<S>(squares_by_lane, n, squares);
+      fold_moments<S>(products_by_lane, n, products);
+      S direct[moments], through[moments];  // of x^(k-1), and of x^(2k-1)
       total[0] += products[0];
       for (int k = 1; k <= n; ++k) {
         const double r = 1 / std::sqrt(squares[k] / double(columns) + epsilon);
@@ -111,19 +144,20 @@ int polynorm_backward(int type, int64_t rows, int64_t columns, int n, double eps
         through[k - 1] = S(-k / double(columns) * parameters[k] * r * r * r * products[k]);
       }
       for (int64_t at = 0; at < columns; at += block) {
-        const int width = layout.read(x, row, at, xs);
-        layout.read(g, row, at, gs);
+        const int width = padded(layout.count(at), lanes<S>);
+        const S *from = layout.read(x, row, at, xs), *seed = layout.read(g, row, at, gs);
+        S* to = layout.place(dx, row, at, dxs);
         for (int i = 0; i < width; i += lanes<S>) {
-          const V v = load<V>(xs + i);
-          const V own = load<V>(gs + i) * Polynomial::value(v, static_cast<const S*>(direct), n - 1, 0);
-          store(xs + i, own + v * Polynomial::value(v * v, static_cast<const S*>(through), n - 1, 0));
+          const V v = load<V>(from + i);
+          const V own = load<V>(seed + i) * Polynomial::value(v, static_cast<const S*>(direct), n - 1, 0);
+          store(to + i, own + v * Polynomial::value(v * v, static_cast<const S*>(through), n - 1, 0));
         }
-        layout.write(dx, row, at, xs);
+        layout.write(dx, row, at, dxs);
       }
     }
   });
   for (int64_t task = 0; task < tasks; ++task)
-    for (int k = 0; k <= n; ++k) gradient[k] += partial[task * (n + 1) + k];
+    for (int k = 0; k <= degree; ++k) gradient[k] += partial[task * (degree + 1) + k];
   return 0;
 }
 
@@ -136,7 +170,8 @@ extern "C" {
 int polytrope_polynorm_forward(int type, int64_t rows, int64_t columns, int degree, double epsilon, const void* x,
                                const double* parameters, void* y, int threads, void* parallel_region) {
   const auto region = reinterpret_cast<polytrope::ParallelRegion>(parallel_region);
-  const auto run = type == polytrope::type_float64 ? polytrope::polynorm_forward<double> : polytrope::polynorm_forward<float>;
+  const auto narrow = degree == 3 ? polytrope::polynorm_forward<float, 3> : polytrope::polynorm_forward<float, 0>;
+  const auto run = type == polytrope::type_float64 ? polytrope::polynorm_forward<double, 0> : narrow;
   return run(type, rows, columns, degree, epsilon, x, parameters, y, threads, region);
 }
 
@@ -144,8 +179,8 @@ int polytrope_polynorm_backward(int type, int64_t rows, int64_t columns, int deg
                                 const void* x, const double* parameters, void* x_gradient, double* parameter_gradient,
                                 int threads, void* parallel_region) {
   const auto region = reinterpret_cast<polytrope::ParallelRegion>(parallel_region);
-  const auto run =
-      type == polytrope::type_float64 ? polytrope::polynorm_backward<double> : polytrope::polynorm_backward<float>;
+  const auto narrow = degree == 3 ? polytrope::polynorm_backward<float, 3> : polytrope::polynorm_backward<float, 0>;
+  const auto run = type == polytrope::type_float64 ? polytrope::polynorm_backward<double, 0> : narrow;
   return run(type, rows, columns, degree, epsilon, gradient, x, parameters, x_gradient, parameter_gradient, threads, region);
 }
 
