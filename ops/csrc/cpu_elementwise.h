@@ -18,6 +18,8 @@
 namespace polytrope {
 namespace {
 
+constexpr int cache_line = 64;            // bytes
+constexpr int64_t prefetch_distance = 512;  // elements; the processor itself does not look past a page of memory
 constexpr int unrolled_degree = 8;  // kernels for higher degrees read the degree at run time
 
 // ---- kernels over one block ----
@@ -28,10 +30,17 @@ constexpr int unrolled_degree = 8;  // kernels for higher degrees read the degre
 template <class S, class Body>
 POLYTROPE_FUNCTION void each_vector(const void* x, const void* g, void* y, int count, bool narrow, const Body& body) {
   constexpr int pair = 2 * lanes<S>;
+  const int size = narrow ? sizeof(uint16_t) : sizeof(S);
   alignas(64) S xs[pair], gs[pair], ys[pair];
   for (int i = 0; i < count; i += pair) {
     const S *from = static_cast<const S*>(x) + i, *seed = static_cast<const S*>(g) + i;
     S* to = static_cast<S*>(y) + i;
+    for (int byte = 0; byte < pair * size; byte += cache_line) {
+      const int64_t at = (i + prefetch_distance) * size + byte;
+      __builtin_prefetch(static_cast<const char*>(x) + at, 0);
+      if (g) __builtin_prefetch(static_cast<const char*>(g) + at, 0);
+      if (y) __builtin_prefetch(static_cast<const char*>(y) + at, 1);
+    }
     if constexpr (std::is_same_v<S, float>)
       if (narrow) {
         widen_pair(static_cast<const uint16_t*>(x) + i, xs);
