@@ -87,13 +87,13 @@ def rank_metrics(forward: list[float], wait: list[float]) -> dict[str, float]:
         Both by rank, for up to 16; `straggler_ratio`: the slowest rank's sum over the median one's; `slowest_rank`.
     """
     if len(forward) == 1:
-        return {"forward_seconds/0": forward[0], "data_wait_seconds/0": wait[0]}
+        return {"worker_0/forward_seconds": forward[0], "worker_0/data_wait_seconds": wait[0]}
     sums = [a + b for a, b in zip(forward, wait, strict=True)]
     slowest = max(range(len(sums)), key=lambda rank: sums[rank])
     middle = statistics.median_low(sums)
     values = {"straggler_ratio": sums[slowest] / max(middle, 1e-9), "slowest_rank": float(slowest)}
     for rank in range(min(16, len(sums))):
-        values[f"forward_seconds/{rank}"], values[f"data_wait_seconds/{rank}"] = forward[rank], wait[rank]
+        values[f"worker_{rank}/forward_seconds"], values[f"worker_{rank}/data_wait_seconds"] = forward[rank], wait[rank]
     return values
 
 

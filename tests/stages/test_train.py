@@ -84,7 +84,13 @@ def test_reports_curves_throughput_and_progress(trained: Path) -> None:
     metrics = read_events(trained, "metrics")
     names = {name for event in metrics for name in event["values"]}
     assert {"train/loss", "val/loss", "learning_rate", "gradient_norm", "tokens_per_second"} <= names
-    assert {"straggler_ratio", "forward_seconds/1", "data_wait_seconds/1", "peak_memory", "data_wait_fraction"} <= names
+    assert {
+        "straggler_ratio",
+        "worker_1/forward_seconds",
+        "worker_1/data_wait_seconds",
+        "peak_memory",
+        "data_wait_fraction",
+    } <= names
     logged = [event["step"] for event in metrics if "val/loss" in event["values"]]
     assert logged == [6, 12]
     last = read_events(trained, "progress")[-1]
@@ -216,7 +222,7 @@ def test_the_rank_that_holds_up_the_others_is_named() -> None:
     values = rank_metrics([0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.2, 0.0])
     assert values["slowest_rank"] == 2
     assert values["straggler_ratio"] == pytest.approx(3.0)
-    assert values["data_wait_seconds/2"] == 0.2
+    assert values["worker_2/data_wait_seconds"] == 0.2
 
 
 def test_nan_stops_the_training_and_says_where(tmp_path: Path, dataset: Artifact) -> None:
