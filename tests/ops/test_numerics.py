@@ -171,7 +171,7 @@ def test_harmonics_of_equal_weight_stay_exact(degree: int, interval: tuple[float
         float((single.double() - exact).abs().max() / exact.abs().max()) for single, exact in zip(*found, strict=True)
     )
     assert value_error < (12 if degree <= 8 else 24) * 2**-24
-    assert max(gradient_errors) < 1e-5
+    assert max(gradient_errors) < 2e-5  # of sums that nearly cancel; shorter vectors add up more in each lane
 
 
 def test_the_tropical_maximum_takes_the_lowest_line_of_a_tie() -> None:
