@@ -332,8 +332,22 @@ struct Integers<float> {
   using type = int32_t;
 };
 
+// x y - turns for turns near x y, as one fused operation gives it. Where there is none (x86 before AVX2): Dekker's product
+// (T. J. Dekker, 1971), whose halves of 12 bits multiply exactly.
+template <class V>
+POLYTROPE_FUNCTION V fraction(V x, float y, V turns) {
+#if defined(__x86_64__) && !defined(__FMA__) && !defined(__CUDA_ARCH__)
+  const V product = x * y, spread = x * 4097.0f, x_high = spread - (spread - x), x_low = x - x_high;
+  const float y_spread = y * 4097.0f, y_high = y_spread - (y_spread - y), y_low = y - y_high;
+  const V error = ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low;
+  return (product - turns) + error;
+#else
+  return x * y - turns;
+#endif
+}
+
 // sin πu and cos πu of the turns u = x w - φ, in units of half a circle. w comes as high + low: for |x w| below 2^19 the
-// fraction u - n is then exact to an ulp of itself (with fma), so the error does not grow with x. Rounding x w may choose
+// fraction u - n is then exact to an ulp of itself, so the error does not grow with x. Rounding x w may choose
 // an n beside the nearest, so u - n may be a little beyond 1/2. Polynomials on [-1/2, 1/2]: absolute error 2.2e-10
 // (cosine) and 3.4e-9 (sine) before rounding. ±inf and NaN give NaN; any other result lies in [-1, 1].
 template <class V>
@@ -341,7 +355,7 @@ POLYTROPE_FUNCTION void sine_cosine(V x, float high, float low, float phase, V& 
   // Adding 1.5 * 2^23 leaves no place for a fraction, and the lowest bit says whether the number of half turns is odd.
   const V shifted = (x * high - phase) + 12582912.0f;
   V turns = shifted - 12582912.0f;
-  V f = x * high - turns;
+  V f = fraction(x, high, turns);
   f = x * low + (f - phase);
   f = larger(broadcast<V>(-0.5625f), smaller(broadcast<V>(0.5625f), f));
   typename Integers<V>::type sign, bits;

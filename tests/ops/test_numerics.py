@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from polytrope.ops import build_activation, functional, kernels, native, reference
+from polytrope.ops.build import best_level
 from polytrope.ops.families import Family, Formula, parameter_count
 
 CONFIGS: list[dict[str, Any]] = [
@@ -124,6 +126,8 @@ FLOAT_ULPS = {
     "polynorm": 5.0,
     "piecewise_linear": 2.0,
 }
+# x86 before AVX2 rounds a product before it is added to something: docs/ops.md.
+WITHOUT_FUSED = 1.25 if platform.machine() == "x86_64" and best_level() == "DEFAULT" else 1.0
 
 
 def error_in_ulps(found: Tensor, exact: Tensor) -> float:
@@ -141,7 +145,7 @@ def test_the_error_in_units_of_the_last_place(config: dict[str, Any], dtype: tor
     exact = by_reference(activation(config, torch.float32).double(), x.double())
     found = module(x)
     assert found.dtype == dtype
-    assert error_in_ulps(found, exact) <= HALF_ULPS.get(dtype, FLOAT_ULPS[config["name"]])
+    assert error_in_ulps(found, exact) <= HALF_ULPS.get(dtype, WITHOUT_FUSED * FLOAT_ULPS[config["name"]])
 
 
 @pytest.mark.parametrize("frequency", [1.0, 7.5, 300.0])
@@ -170,7 +174,7 @@ def test_harmonics_of_equal_weight_stay_exact(degree: int, interval: tuple[float
     value_error, *gradient_errors = (
         float((single.double() - exact).abs().max() / exact.abs().max()) for single, exact in zip(*found, strict=True)
     )
-    assert value_error < (12 if degree <= 8 else 24) * 2**-24
+    assert value_error < WITHOUT_FUSED * (12 if degree <= 8 else 24) * 2**-24
     assert max(gradient_errors) < 2e-5  # of sums that nearly cancel; shorter vectors add up more in each lane
 
 
