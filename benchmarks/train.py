@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--forward", help=argparse.SUPPRESS)
     parser.add_argument("--turns", type=int, default=TURNS, help=f"turns of {STEPS} steps, from 2 (default {TURNS})")
-    parser.add_argument("--repeats", type=int, default=3, help="of 100 steps with checkpoints and reports (default 3)")
+    parser.add_argument("--repeats", type=int, default=9, help="of 100 steps with checkpoints and reports (default 9)")
     parser.add_argument("--no-digits", action="store_true", help="leave the workflow on digits out (about 3 minutes)")
     parser.add_argument(
         "--peak-flops", type=float, default=989e12, help="of the GPU in bf16 (default: an H100 SXM's 989e12)"
