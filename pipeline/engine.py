@@ -28,7 +28,7 @@ from polytrope.pipeline.executors import check_resources, make_executor
 from polytrope.pipeline.executors.base import Executor, needs
 from polytrope.pipeline.faults import ENVIRONMENT_VARIABLE, start_faults
 from polytrope.pipeline.files import replace_file, safe_name
-from polytrope.pipeline.graph import StageNode, condition_holds, parent_stage
+from polytrope.pipeline.graph import StageNode, condition_holds, parent_stage, readers_of_returned
 from polytrope.pipeline.journal import DONE_STATES, Event, Journal, RunState, fold, read
 from polytrope.pipeline.keys import explain, key_components, stage_key
 from polytrope.pipeline.lease import DEFAULT_TTL, HolderWatch, Lease, LeaseHeldError, LeaseLostError
@@ -324,6 +324,7 @@ class Driver:
         """At the start, and whenever a stage returned further ones."""
         fresh, queue = ([self.names[position] for position in heap] for heap in (self.fresh, self.queue))
         self.graph = graph
+        self.open = [node for node in graph.values() if node.open]
         self.names = list(graph)
         self.position = {name: index for index, name in enumerate(graph)}
         self.fresh, self.queue = (sorted(self.position[name] for name in names) for names in (fresh, queue))
@@ -387,6 +388,7 @@ class Driver:
         except UserError:
             if not self.options.allow_code_change:
                 raise
+            self.listed = list(dict.fromkeys([*self.graph, *self.state.stages]))
             return
         self.listed = list(graph)
         if not self.options.allow_code_change:
@@ -624,9 +626,15 @@ class Driver:
         """The workflow and its graph with the stages that `node` returned.
 
         Raises:
-            UserError: something is wrong with them.
+            UserError: something is wrong with them, or there are none and others read them.
         """
+        if node.name in self.workflow.returned:  # it came with them
+            return None
         if stages is None:
+            readers = readers_of_returned(self.workflow, self.open, node.name)
+            if readers:
+                hint = f"return `Stages({{name: {{uses: …}}}})`, or let `{readers[0]}` read `{node.name}` itself"
+                raise UserError(f"it returned no stages, but `{readers[0]}` reads some", hint)
             return None
         try:
             workflow, graph = with_returned(self.workflow, self.graph, node, stages)
@@ -646,7 +654,9 @@ class Driver:
         further = [name for name in graph if name not in self.graph]
         self.emit("stages_returned", stage=node.name, stages=further)
         self._set_graph(graph)
-        for name in further:  # of a stage that failed while others go on
+        for name in graph:  # another one may have failed while this one went on
+            if name in self.ended:
+                continue
             failed = [
                 source for source in graph[name].dependencies if self.ended.get(source) in ("failed", "cancelled")
             ]
@@ -781,10 +791,11 @@ class Driver:
 
     def _take_notes(self, node: StageNode) -> None:
         """Journal what the stage noted since the last look, in earlier attempts too if their driver was killed."""
-        notes = read_notes(self.directory / "spool", node.name)
         hide = hider({variable: os.environ.get(variable, "") for variable in node.secrets})
-        for text in notes[len(self.state.stages[node.name].notes) :]:
-            self.emit("stage_noted", stage=node.name, text=hide(text))
+        journaled = set(self.state.stages[node.name].note_sources)
+        for source, text in read_notes(self.directory / "spool", node.name):
+            if source not in journaled:
+                self.emit("stage_noted", stage=node.name, source=source, text=hide(text))
 
     def _collect(self, identifier: int, outcome: Outcome) -> None:
         """An attempt has ended: commit, retry, or fail."""
@@ -927,8 +938,13 @@ class Driver:
         else:
             status, reason = ("failed", "") if failed else ("succeeded", "")
         for name, stage in self.state.stages.items():
-            if name not in self.graph and stage.state not in DONE_STATES:
-                self.emit("stage_skipped", stage=name, reason=f"`{parent_stage(name)}` returned other stages this time")
+            if name in self.graph or stage.state in DONE_STATES:
+                continue
+            parent = parent_stage(name)
+            if self.ended.get(parent) in DONE_STATES:
+                self.emit("stage_skipped", stage=name, reason=f"`{parent}` returned other stages this time")
+            elif stage.state != "cancelled":
+                self.emit("stage_cancelled", stage=name, reason=f"it is returned by `{parent}`, which has no result")
         if status == "succeeded":
             unfinished = [name for name, stage in self.state.stages.items() if stage.state not in DONE_STATES]
             assert not unfinished, f"stages without an end: {unfinished}"

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from typing import Any
@@ -310,6 +310,19 @@ def _references(spec: StageSpec, values: Mapping[str, Any]) -> Iterator[str]:
         yield from [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value or ()
     yield from spec.after
     yield from condition_stages(values["when"]) if values["when"] else ()
+
+
+def readers_of_returned(workflow: Workflow, nodes: Iterable[StageNode], name: str) -> list[str]:
+    """Of open nodes, the names of those that refer to stages which `name` has yet to return."""
+    beginnings = f"{name}/", f"{name.rpartition('/')[2]}/"
+    found = []
+    for node in nodes:
+        if name in node.dependencies:
+            spec = workflow.stages[node.spec_name]
+            references = _references(spec, {"inputs": spec.inputs, "when": spec.when})
+            if any(reference.startswith(beginnings) for reference in references):
+                found.append(node.name)
+    return found
 
 
 def _expanded(workflow: Workflow, name: str, spec: StageSpec, matrix: dict[str, Any]) -> dict[str, Any]:

@@ -224,8 +224,20 @@ def _returned_stages(task: StageTask) -> dict[str, Any] | None:
     path = task.output / RETURNED_STAGES
     if not path.exists():
         return None
-    hide_secrets_in_file(path, task.secrets)
-    return read_returned_stages(path)
+    stages = read_returned_stages(path)
+    hidden: dict[str, Any] = _hide_in_stages(stages, hider(task.secrets))
+    if hidden != stages:
+        path.write_text(json.dumps(hidden, indent=1))
+    return hidden
+
+
+def _hide_in_stages(value: Any, hide: Callable[[str], str], depth: int = 0) -> Any:
+    """Names of stages, fields and parameters stay as they are; keys below them are values."""
+    if isinstance(value, dict):
+        return {hide(key) if depth > 2 else key: _hide_in_stages(item, hide, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_hide_in_stages(item, hide, depth + 1) for item in value]
+    return hide(value) if isinstance(value, str) else value
 
 
 def read_returned_stages(path: Path) -> dict[str, Any]:

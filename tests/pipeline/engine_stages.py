@@ -62,6 +62,10 @@ def split(
     return Stages(stages, {"parts": len(texts)})
 
 
+def measure(text: str) -> dict[str, float]:
+    return {"length": len(text)}
+
+
 def return_anything(value: dict[str, object]) -> Stages:
     return Stages(value)
 

@@ -132,18 +132,22 @@ def test_stages_that_a_stage_returned_are_compared_too(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "from polytrope.pipeline import StageContext, Stages\n"
         "def split(context: StageContext) -> Stages:\n"
-        "    return Stages({'part': {'uses': 'further_stages:part'}})\n"
+        "    return Stages({name: {'uses': 'further_stages:part'} for name in ('part', 'unwanted')})\n"
         "def part(context: StageContext) -> None:\n"
         "    (context.output / 'text').write_text(str((Path(__file__).parent / 'other').exists()))\n"
     )
     (tmp_path / "w.yaml").write_text(
-        "name: further\nexecutor: local\ntracking: {enabled: false}\nstages: {split: {uses: 'further_stages:split'}}\n"
+        "name: further\nexecutor: local\ntracking: {enabled: false}\nstages:\n"
+        "  split: {uses: 'further_stages:split'}\n  alone: {uses: 'further_stages:part'}\n"
     )
     code, output = polytrope(tmp_path, "run", "w.yaml")
     assert code == 0, output
     code, output = polytrope(tmp_path, "reproduce", "--stage", "split/part")
     assert code == 0, output
     assert verdicts(output) == {"split": "taken over", "split/part": "identical"}
+    code, output = polytrope(tmp_path, "reproduce", "--stage", "split")
+    assert code == 0, output
+    assert verdicts(output) == {"split": "identical"}
     (tmp_path / "other").touch()
     code, output = polytrope(tmp_path, "reproduce")
     assert code == 1, output

@@ -142,17 +142,61 @@ def test_references_to_what_can_never_be_returned_are_refused_at_once(place: Pla
             build_graph(workflow_of(place.directory, stages))
 
 
+@pytest.mark.parametrize(
+    "reader", [{"uses": "copy", "inputs": {"source": "split/x"}}, {"uses": "join", "inputs": {"parts": "split/*"}}]
+)
+def test_a_stage_that_returns_none_is_no_substitute_for_those_that_others_read(
+    place: Place, reader: dict[str, Any]
+) -> None:
+    stages = {"split": {"uses": "make"}, "last": reader}
+    for _ in range(2):
+        state = place.run(stages)
+        assert {name: stage.state for name, stage in state.stages.items()} == {"split": "failed", "last": "cancelled"}
+        assert (state.stages["split"].error or {})["message"] == "it returned no stages, but `last` reads some"
+    assert place.run({"split": {"uses": "make"}}).status == "succeeded"  # it is stored now
+    assert place.run(stages).status == "failed"
+
+
+@pytest.mark.parametrize("secret", ['pa"ss\\wo\nrd', "uses", "plain-word"])
+def test_a_secret_that_a_stage_returns_stays_the_name_of_its_variable(
+    place: Place, monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    monkeypatch.setenv("TOKEN", secret)
+    value = {"x": {"uses": "engine_stages:measure", "with": {"text": "${env.TOKEN}"}}}
+    state = place.run({"split": {"uses": "return_anything", "with": {"value": value}}})
+    assert state.status == "succeeded"
+    assert state.stages["split/x"].summary == {"length": float(len(secret))}
+    kept = json.loads((place.store.materialize(state.stages["split"].key or "") / "returned-stages.json").read_text())
+    assert kept == value
+    if secret != "uses":
+        files = [path for path in place.store.root.rglob("*") if path.is_file()]
+        written = json.dumps(secret)[1:-1].encode()
+        assert not [path for path in files if secret.encode() in path.read_bytes() or written in path.read_bytes()]
+
+
+def test_stages_of_an_earlier_attempt_end_with_the_one_that_returned_them(place: Place) -> None:
+    broken = {"uses": "engine_stages:fail_until", "with": {"attempts": 9}, "retries": 0}
+    stages = {"split": {"uses": "return_anything", "with": {"value": {"gone": broken}}}}
+    assert place.run(stages, run_id="run").status == "failed"
+    stages["split"]["with"] = {"value": {"x": 3}}
+    state = place.run(stages, RunOptions(retry_delay=0.01, allow_code_change=True), run_id="run", resume=True)
+    assert {name: stage.state for name, stage in state.stages.items()} == {"split": "failed", "split/gone": "cancelled"}
+    assert state.stages["split/gone"].reason == "it is returned by `split`, which has no result"
+
+
 def test_while_others_go_on_a_returned_stage_behind_a_failed_one_is_cancelled(place: Place) -> None:
     value = {"x": {"uses": "engine_stages:copy", "inputs": {"source": "bad"}}, "y": {"uses": "engine_stages:make"}}
     stages = {
         "bad": {"uses": "fail_until", "with": {"attempts": 1, "how": "user"}},
         "wait": {"uses": "make", "with": {"seconds": 0.5}},
         "split": {"uses": "return_anything", "after": ["wait"], "with": {"value": value}},
+        "reader": {"uses": "join", "inputs": {"parts": "split/*"}},
     }
     state = place.run(stages, FAST, fields={"fail_fast": False})
     assert state.status == "failed"
     assert {name: stage.state for name, stage in state.stages.items()} == {
         "bad": "failed", "wait": "succeeded", "split": "succeeded", "split/x": "cancelled", "split/y": "succeeded",
+        "reader": "cancelled",
     }  # fmt: skip
 
 
