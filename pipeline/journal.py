@@ -12,7 +12,8 @@ Types and their fields beside `stage`:
 
 - `run_started` workflow, stages (names in order) · `attempt_started` attempt, executor, host, pid
 - `stage_started` attempt, key, components, resources, log · `stage_waiting` key, holder
-- `stage_noted` text (what the stage did out of the ordinary, and why: a training that was rolled back)
+- `stages_returned` stages (names of those that it returned)
+- `stage_noted` source (attempt and line), text (out of the ordinary, and why: a training that was rolled back)
 - `stage_retrying` attempt, error, delay · `stage_succeeded` attempt, key, digest, summary, duration
 - `stage_cached` key, digest, hit_from (run id), summary, duration (of the original)
 - `stage_failed` attempt, error, log · `stage_skipped` reason · `stage_cancelled` reason
@@ -287,6 +288,7 @@ class StageState:
     components: dict[str, Any] | None = None  # of the key, where the stage was started
     log: str | None = None  # relative to the run's directory
     notes: list[str] = field(default_factory=list)  # of all attempts
+    note_sources: list[str] = field(default_factory=list)  # attempt and line of each
 
 
 @dataclass
@@ -371,6 +373,7 @@ def _apply_stage(stage: StageState, event: Event) -> None:
             stage.reason = f"waits for run {data.get('holder')}, which computes the same"
         case "stage_noted":
             stage.notes.append(str(data.get("text")))
+            stage.note_sources.append(str(data.get("source")))
         case "stage_retrying":
             stage.state, stage.error = "retrying", data.get("error")
         case "stage_succeeded" | "stage_cached":

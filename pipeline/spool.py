@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 from collections.abc import Iterator
@@ -13,19 +14,19 @@ from polytrope.pipeline.journal import fold, read
 from polytrope.pipeline.stage import NOTES
 
 
-def read_notes(directory: Path, stage: str) -> list[str]:
-    """What all attempts at `stage` noted for the journal so far (`StageContext.note`), in order.
+def read_notes(directory: Path, stage: str) -> list[tuple[str, str]]:
+    """(attempt and line, text) of what all attempts at `stage` noted so far (`StageContext.note`), in order.
 
     Args:
         directory: the run's `spool` directory.
     """
     paths = [path for path in (directory / safe_name(stage)).glob(f"*/{NOTES}") if path.parent.name.isdigit()]
-    lines = [
-        line
-        for path in sorted(paths, key=lambda path: int(path.parent.name))
-        for line in path.read_text().splitlines(keepends=True)
-    ]
-    return [str(json.loads(line)) for line in lines if line.endswith("\n")]  # one that is being written waits
+    notes = []
+    for path in sorted(paths, key=lambda path: int(path.parent.name)):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):  # one that is being written waits
+            with contextlib.suppress(ValueError):  # torn by a crash or a full disk
+                notes.append((f"{path.parent.name}.{number}", str(json.loads(line))))
+    return notes
 
 
 class SpoolEvent(NamedTuple):

@@ -191,8 +191,8 @@ class StageContext:
         """A message that the run's journal keeps, within seconds: why the stage did something out of the ordinary."""
         self.message(text)
         self.events.directory.mkdir(parents=True, exist_ok=True)
-        with (self.events.directory / NOTES).open("a") as file:
-            file.write(json.dumps(text) + "\n")
+        with (self.events.directory / NOTES).open("ab", buffering=0) as file:
+            file.write(json.dumps(text).encode() + b"\n")
 
 
 def stage_context(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from polytrope.pipeline.journal import Journal
-from polytrope.pipeline.spool import SpoolReader
-from polytrope.pipeline.stage import EventWriter
+from polytrope.pipeline.spool import SpoolReader, read_notes
+from polytrope.pipeline.stage import NOTES, EventWriter, stage_context
 
 
 def write_steps(directory: Path, start: int, end: int) -> None:
@@ -92,3 +93,17 @@ def test_the_stage_is_named_as_in_the_journal(tmp_path: Path, name: str) -> None
     EventWriter(tmp_path / "spool" / safe_name(name) / "1").append("message", text="x")
     (said,) = SpoolReader(tmp_path / "spool").read_new()
     assert said.stage == name
+
+
+def test_a_note_torn_by_a_crash_costs_that_note_only(tmp_path: Path) -> None:
+    context = stage_context(tmp_path / "run" / "spool" / "train" / "1")
+    place = tmp_path / "spool" / "train"
+    for attempt, texts in ((2, ["third"]), (1, ["first", 'sec"ond'])):
+        (place / str(attempt)).mkdir(parents=True)
+        context = replace(context, events=EventWriter(place / str(attempt)))
+        for text in texts:
+            context.note(text)
+    assert read_notes(tmp_path / "spool", "train") == [("1.0", "first"), ("1.1", 'sec"ond'), ("2.0", "third")]
+    file = place / "1" / NOTES
+    file.write_bytes(b'"fir"first"\n"whole"\n"being writt')
+    assert read_notes(tmp_path / "spool", "train") == [("1.1", "whole"), ("2.0", "third")]
