@@ -68,10 +68,11 @@ def _collect(store: Store, keep_runs: int | None, dry_run: bool) -> Collected:
         for event in read(directory)
         if event.get("key")
     }
-    needed.update(alias.key for alias in read_aliases(store).values())
+    named = {alias.key for alias in read_aliases(store).values()}
+    needed.update(named)
     result.runs = [directory.name for directory in forgotten]
     result.artifacts = [key for key in store.keys() if key not in needed]  # noqa: SIM118  (a store is not a mapping)
-    result.leftovers = [] if live else _leftovers(store, needed, set(result.artifacts))
+    result.leftovers = [] if live else _leftovers(store, needed, named, set(result.artifacts))
     names = [f"runs/{name}" for name in result.runs] + [f"artifacts/{key}" for key in result.artifacts]
     for name in (*names, *result.leftovers):
         result.bytes += store.size_of(name)
@@ -85,12 +86,13 @@ def _is_live(store: Store, directory: Path) -> bool:
     return not fold(read(directory)).done and is_alive(store.run_lease_directory(directory.name))
 
 
-def _leftovers(store: Store, needed: set[str], unused: set[str]) -> list[str]:
+def _leftovers(store: Store, needed: set[str], named: set[str], unused: set[str]) -> list[str]:
     """Names beside artifacts and runs that nobody will look at again."""
     found = [f"staging/{name}" for name in store.names("staging")]
     found += [name for name in store.uncommitted() if name.split("/")[1] not in unused]
     found += [f"scratch/{key}" for key in store.names("scratch") if key not in needed or store.exists(key)]
-    found += [f"quarantine/{name}" for name in store.names("quarantine") if _is_old(name)]
+    old = [name for name in store.names("quarantine") if _is_old(name)]  # what an alias named may be among them
+    found += [f"quarantine/{name}" for name in old if name.partition(".")[0] not in named]
     return found + [f"trash/{name}" for name in store.names("trash")]
 
 

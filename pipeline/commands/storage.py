@@ -37,7 +37,7 @@ def alias(options: argparse.Namespace) -> int:
             find_alias(store, options.remove)  # says which there are
         store.drop_alias(options.remove)
         print(f"removed alias {options.remove}; `polytrope gc` may remove what it stood for")
-    elif options.name is None:
+    elif options.list or options.name is None:
         rows = [
             [item.name, item.run, item.stage, item.key[:12], "" if store.exists(item.key) else "its artifact is gone"]
             for item in read_aliases(store).values()
@@ -47,8 +47,12 @@ def alias(options: argparse.Namespace) -> int:
         else:
             print(f"there are no aliases in {store.address}")
     elif options.run is None:
-        key = find_alias(store, options.name).key
+        named = find_alias(store, options.name)
+        key = named.key
         problems = store.verify(key, full=False)
+        artifact = store.load(key)
+        if artifact is not None and artifact.digest != named.digest:
+            problems = ["a forced run replaced it by another result; what it was lies in the store's quarantine"]
         if problems:
             raise UserError(f"alias {options.name}: artifact {key[:12]}: {problems[0]}", "set it to another result")
         print(store.materialize(key))

@@ -3,6 +3,7 @@
 import json
 import os
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,23 @@ def test_an_alias_keeps_an_artifact_when_its_run_is_forgotten(store: Store, caps
         assert f"removed alias {name}" in command("alias", "--remove", name)
     command("gc")
     assert store.keys() == []
+
+
+def test_an_alias_does_not_pass_another_result_off_as_its_own(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    finished_run(store, "one", artifact(store, "a"))
+    assert main(["alias", "best", "one", "stage0", "--store", str(store.root)]) == 0
+    moved = store.quarantine("a" * 64, ["replaced"])
+    assert moved is not None
+    old = moved.with_name(moved.name.replace(time.strftime("%Y"), "2001"))
+    moved.rename(old)
+    staging = store.staging("a" * 64)
+    staging.mkdir(parents=True, exist_ok=True)
+    (staging / "data.txt").write_text("another result")
+    store.commit("a" * 64, staging, components={}, summary={}, stage="stage0", run_id="one", duration=0.0)
+    assert main(["alias", "best", "--store", str(store.root)]) == 2
+    assert "a forced run replaced it by another result" in capsys.readouterr().err
+    collect_garbage(store)
+    assert old.exists(), "what the alias named"
 
 
 def test_an_alias_needs_a_result(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
