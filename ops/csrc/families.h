@@ -337,7 +337,8 @@ struct Integers<float> {
 template <class V>
 POLYTROPE_FUNCTION V fraction(V x, float y, V turns) {
 #if defined(__x86_64__) && !defined(__FMA__) && !defined(__CUDA_ARCH__)
-  const V product = x * y, spread = x * 4097.0f, x_high = spread - (spread - x), x_low = x - x_high;
+  const V limited = larger(broadcast<V>(-1e30f), smaller(broadcast<V>(1e30f), x));  // the spread must be finite
+  const V product = x * y, spread = limited * 4097.0f, x_high = spread - (spread - limited), x_low = limited - x_high;
   const float y_spread = y * 4097.0f, y_high = y_spread - (y_spread - y), y_low = y - y_high;
   const V error = ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low;
   return (product - turns) + error;
