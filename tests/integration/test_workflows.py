@@ -43,7 +43,7 @@ SMALL: dict[str, list[str]] = {
     ],
 }
 ELSEWHERE = {
-    "quickstart": "tests/integration/test_quickstart.py",
+    "quickstart": "tests/quickstart_support.py",
     "convnext-imagenet": "tests/stages/test_shard_images.py",
 }
 
