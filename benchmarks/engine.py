@@ -157,10 +157,9 @@ def peers(directory: Path, _stages: int) -> dict[str, float]:
         polytrope(place, "run", str(fan_out(place, count)), "--executor", "local")
 
     result["polytrope_ms_per_stage"] = marginal(ours)
-    cases = {"metaflow": ("metaflow", {}), "prefect_threads": ("prefect", {"RUNNER": "threads"})}
-    cases["prefect_processes"] = "prefect", {"RUNNER": "processes"}
-    for case, (name, environment) in cases.items():
-        result[f"{case}_ms_per_task"] = marginal(peer(directory / case, name, environment))
+    for case in ("metaflow", "prefect_threads", "prefect_processes"):
+        name, _, runner = case.partition("_")
+        result[f"{case}_ms_per_task"] = marginal(peer(directory / case, name, {"RUNNER": runner}))
         result[f"{case}_times_slower"] = result[f"{case}_ms_per_task"] / result["polytrope_ms_per_stage"]
     return result
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+SHOWN = ("loss", "perplexity", "bits_per_byte", "top1")
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
         first, memory = measured([*command, "--store", store])
         again, _ = measured([*command, "--store", store])
         (report,) = Path(store).glob("artifacts/*/files/report.json")
-        table = json.loads(report.read_text())["table"]
+        figures = json.loads(report.read_text())
     results = {
         "command": "python -m benchmarks.quickstart",
         "executor": options.executor,
@@ -40,12 +41,14 @@ def main() -> None:
         "seconds": first,
         "peak_memory_gibibytes": memory,
         "second_run_seconds": again,
-        "models": {row["name"]: {name: row[name] for name in ("loss", "perplexity", "bits_per_byte")} for row in table},
+        "models": {row["name"]: {name: row[name] for name in SHOWN} for row in figures["table"]},
+        "unigram_entropy": figures["unigram_entropy"],
     }
     options.output.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(f"first run {first:.1f} s, {memory:.2f} GiB; second run {again:.1f} s")
     for name, row in results["models"].items():
         print(f"{name:<28} " + "  ".join(f"{figure} {value:.4f}" for figure, value in row.items()))
+    print(f"unigram entropy {results['unigram_entropy']:.4f}")
 
 
 def measured(command: list[str]) -> tuple[float, float]:

@@ -365,7 +365,6 @@ def _store_commands(command: _AddCommand) -> None:
     alias.add_argument("name", metavar="NAME", nargs="?", help="letters, digits, - and _")
     alias.add_argument("run", metavar="RUN", nargs="?", help="run id or its start")
     alias.add_argument("stage", metavar="STAGE", nargs="?", help="a stage with a result: train, or train[degree=3]")
-    alias.add_argument("--list", action="store_true", help="list all (so does no NAME)")
     alias.add_argument("--remove", metavar="NAME", help="remove one; gc may then remove what it stood for")
     export = command(
         "export",

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors import check_resources, make_executor
-from polytrope.pipeline.executors.base import Executor, needs
+from polytrope.pipeline.executors.base import LOOK_AHEAD, Executor, needs
 from polytrope.pipeline.faults import ENVIRONMENT_VARIABLE, start_faults
 from polytrope.pipeline.files import replace_file, safe_name
 from polytrope.pipeline.graph import StageNode, condition_holds, parent_stage, readers_of_returned
@@ -37,7 +37,7 @@ from polytrope.pipeline.spec import Workflow
 from polytrope.pipeline.spool import read_notes
 from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.store import OutputChangedError, Store, StoredArtifact, artifact_digest, store_error
-from polytrope.pipeline.worker import Outcome, StageError, StageTask, hider, make_task
+from polytrope.pipeline.worker import Outcome, StageError, StageTask, make_task
 
 Observer = Callable[[Event], None]
 Expansion = tuple[Workflow, Mapping[str, StageNode]]
@@ -541,7 +541,7 @@ class Driver:
         while self.fresh and self.stopping is None:
             self._look_up(self.graph[self.names[heappop(self.fresh)]])
         postponed: list[int] = []
-        while self.queue and self.stopping is None and self._has_room() and len(postponed) < 64:
+        while self.queue and self.stopping is None and self._has_room() and len(postponed) < LOOK_AHEAD:
             position = heappop(self.queue)
             node = self.graph[self.names[position]]
             if self._fits(node):
@@ -791,11 +791,9 @@ class Driver:
 
     def _take_notes(self, node: StageNode) -> None:
         """Journal what the stage noted since the last look, in earlier attempts too if their driver was killed."""
-        hide = hider({variable: os.environ.get(variable, "") for variable in node.secrets})
-        journaled = set(self.state.stages[node.name].note_sources)
         for source, text in read_notes(self.directory / "spool", node.name):
-            if source not in journaled:
-                self.emit("stage_noted", stage=node.name, source=source, text=hide(text))
+            if source not in self.state.stages[node.name].notes:
+                self.emit("stage_noted", stage=node.name, source=source, text=text)
 
     def _collect(self, identifier: int, outcome: Outcome) -> None:
         """An attempt has ended: commit, retry, or fail."""

@@ -287,8 +287,7 @@ class StageState:
     reason: str | None = None  # why skipped or cancelled, what it waits for
     components: dict[str, Any] | None = None  # of the key, where the stage was started
     log: str | None = None  # relative to the run's directory
-    notes: list[str] = field(default_factory=list)  # of all attempts
-    note_sources: list[str] = field(default_factory=list)  # attempt and line of each
+    notes: dict[str, str] = field(default_factory=dict)  # attempt and line → text
 
 
 @dataclass
@@ -372,8 +371,7 @@ def _apply_stage(stage: StageState, event: Event) -> None:
         case "stage_waiting":
             stage.reason = f"waits for run {data.get('holder')}, which computes the same"
         case "stage_noted":
-            stage.notes.append(str(data.get("text")))
-            stage.note_sources.append(str(data.get("source")))
+            stage.notes[str(data.get("source"))] = str(data.get("text"))
         case "stage_retrying":
             stage.state, stage.error = "retrying", data.get("error")
         case "stage_succeeded" | "stage_cached":

@@ -9,13 +9,12 @@ from typing import Any, Literal, Protocol
 
 from polytrope.pipeline.conditions import condition_stages
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.executors.base import Capacity, needs
+from polytrope.pipeline.executors.base import LOOK_AHEAD, Capacity, needs
 from polytrope.pipeline.graph import StageNode, condition_holds
 from polytrope.pipeline.keys import explain, key_components, stage_key
 
 Action = Literal["hit", "run", "unknown", "skip"]
 _DONE = ("succeeded", "cached")
-_LOOK_AHEAD = 64  # stages that the driver tries when the first does not fit
 
 
 class Artifact(Protocol):
@@ -126,7 +125,7 @@ class Plan:
 
         while ready or running:
             waiting: list[int] = []
-            while ready and len(waiting) < _LOOK_AHEAD:
+            while ready and len(waiting) < LOOK_AHEAD:
                 index = heappop(ready)
                 name, resources = names[index], graph[names[index]].resources
                 if seconds[name] == 0.0:  # stored or skipped

@@ -198,14 +198,14 @@ def _compare(
 ) -> Comparison:
     new = state.stages[name]
     before, after = old.digest if old else None, new.digest
+    if before is not None and before == after and new.state == "cached":
+        return Comparison(name, "taken over", before, after)
     then = store.load(old.key) if old and old.key else None
     recorded = _environment_of(store, then) or {}
     surroundings = compare_environments(recorded, environment) if recorded else []
     outside = [line for line in surroundings if not line.startswith("git")]
     now = place.load(new.key) if new.key else None
     if before is not None and before == after:
-        if new.state == "cached":
-            return Comparison(name, "taken over", before, after)
         return Comparison(name, "identical", before, after, harmless=_code_and_data(then, old, now) + outside)
     if old is None or before is None or after is None:
         reason = (new.error or {}).get("message") or new.reason or ""

@@ -33,6 +33,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, create_model
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.secret_values import hide_in, hider
 
 BUILTIN_STAGES: dict[str, str] = {
     name: f"polytrope.pipeline.stages.{name}:{name}"
@@ -112,16 +113,16 @@ class EventWriter:
 
     One line of JSON per event, one `write` call per line, no network (`python -m benchmarks.outbox` times it). The
     driver tails the files for the progress display and projects them to MLflow; an outage there never reaches the
-    stage. Picklable: a copy in another process opens a file of its own.
+    stage. Picklable: a copy in another process opens a file of its own. `secrets`: variable → value, never written.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = Path(directory)
+    def __init__(self, directory: Path, secrets: Mapping[str, str] | None = None) -> None:
+        self.directory, self._secrets = Path(directory), dict(secrets or {})
         self._descriptor: int | None = None
         self._owner: int | None = None
 
-    def __reduce__(self) -> tuple[type[EventWriter], tuple[Path]]:
-        return type(self), (self.directory,)
+    def __reduce__(self) -> tuple[type[EventWriter], tuple[Path, dict[str, str]]]:
+        return type(self), (self.directory, self._secrets)
 
     def append(self, kind: str, **payload: Any) -> None:
         if self._descriptor is None or self._owner != os.getpid():
@@ -129,8 +130,17 @@ class EventWriter:
             name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}.jsonl"
             self._descriptor = os.open(self.directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             self._owner = os.getpid()
-        line = json.dumps({"kind": kind, "time": time.time(), **payload}, separators=(",", ":"))
+        line = json.dumps({"kind": kind, "time": time.time(), **self._hidden(payload)}, separators=(",", ":"))
         os.write(self._descriptor, line.encode() + b"\n")
+
+    def note(self, text: str) -> None:
+        """Beside the events, for the journal."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / NOTES).open("ab", buffering=0) as file:
+            file.write(json.dumps(self._hidden(text)).encode() + b"\n")
+
+    def _hidden(self, payload: Any) -> Any:
+        return hide_in(payload, hider(self._secrets), plain_keys=1) if self._secrets else payload
 
 
 @dataclass
@@ -190,9 +200,7 @@ class StageContext:
     def note(self, text: str) -> None:
         """A message that the run's journal keeps, within seconds: why the stage did something out of the ordinary."""
         self.message(text)
-        self.events.directory.mkdir(parents=True, exist_ok=True)
-        with (self.events.directory / NOTES).open("ab", buffering=0) as file:
-            file.write(json.dumps(text).encode() + b"\n")
+        self.events.note(text)
 
 
 def stage_context(

@@ -297,6 +297,7 @@ class Store:
             return None
 
     def drop_alias(self, name: str) -> None:
+        """Forget it; nothing happens if there is none."""
         (self.root / "aliases" / f"{name}.json").unlink(missing_ok=True)
 
     # -- for the garbage collection: `artifacts/KEY`, `staging/NAME` and so on by their names ----------------------

@@ -14,7 +14,7 @@ import pickle
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.graph import StageNode, resolve_parameters
+from polytrope.pipeline.secret_values import hide_in, hider
 from polytrope.pipeline.stage import (
     RETURNED_STAGES,
     Artifact,
@@ -192,7 +193,7 @@ def run_task(task: StageTask) -> Outcome:
                 scratch=task.scratch,
                 executor=task.executor,
                 resources=task.resources,
-                events=EventWriter(task.spool),
+                events=EventWriter(task.spool, task.secrets),
             )
             parameters = _parameters(definition, task)
             task.scratch.mkdir(parents=True, exist_ok=True)
@@ -225,19 +226,10 @@ def _returned_stages(task: StageTask) -> dict[str, Any] | None:
     if not path.exists():
         return None
     stages = read_returned_stages(path)
-    hidden: dict[str, Any] = _hide_in_stages(stages, hider(task.secrets))
+    hidden: dict[str, Any] = hide_in(stages, hider(task.secrets), plain_keys=3)  # stages, fields, parameters
     if hidden != stages:
         path.write_text(json.dumps(hidden, indent=1))
     return hidden
-
-
-def _hide_in_stages(value: Any, hide: Callable[[str], str], depth: int = 0) -> Any:
-    """Names of stages, fields and parameters stay as they are; keys below them are values."""
-    if isinstance(value, dict):
-        return {hide(key) if depth > 2 else key: _hide_in_stages(item, hide, depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_hide_in_stages(item, hide, depth + 1) for item in value]
-    return hide(value) if isinstance(value, str) else value
 
 
 def read_returned_stages(path: Path) -> dict[str, Any]:
@@ -310,18 +302,6 @@ def describe_error(error: BaseException, secrets: Mapping[str, str]) -> StageErr
         return StageError("store", hide(str(error)), "free some space, then resume the run", name, hide(_frames(error)))
     message = str(error).strip() or name
     return StageError("error", hide(f"{name}: {message}" if message != name else name), "", name, hide(_frames(error)))
-
-
-def hider(secrets: Mapping[str, str]) -> Callable[[str], str]:
-    """A function that replaces every secret value in a text by `${env.NAME}`."""
-    values = sorted(((value, name) for name, value in secrets.items() if value), key=lambda item: -len(item[0]))
-
-    def hide(text: str) -> str:
-        for value, name in values:
-            text = text.replace(value, f"${{env.{name}}}")
-        return text
-
-    return hide
 
 
 def _frames(error: BaseException) -> str:

@@ -69,7 +69,7 @@ def _print_status(directory: Path, state: RunState, current: str) -> None:
     print()
     print_table(["stage", "state", "time", "result"], [_stage_row(stage) for stage in state.stages.values()])
     for stage in state.stages.values():
-        for note in stage.notes:
+        for note in stage.notes.values():
             print(f"\n{stage.name}: {note}")
     failed = [stage for stage in state.stages.values() if stage.state == "failed"]
     for stage in failed:

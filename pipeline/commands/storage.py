@@ -37,7 +37,7 @@ def alias(options: argparse.Namespace) -> int:
             find_alias(store, options.remove)  # says which there are
         store.drop_alias(options.remove)
         print(f"removed alias {options.remove}; `polytrope gc` may remove what it stood for")
-    elif options.list or options.name is None:
+    elif options.name is None:
         rows = [
             [item.name, item.run, item.stage, item.key[:12], "" if store.exists(item.key) else "its artifact is gone"]
             for item in read_aliases(store).values()

@@ -12,6 +12,8 @@ from polytrope.pipeline.graph import StageNode
 from polytrope.pipeline.stage import Resources
 from polytrope.pipeline.worker import Outcome, StageTask
 
+LOOK_AHEAD = 64  # ready stages that are tried when the first ones do not fit
+
 
 class Executor(Protocol):
     """Runs stage tasks somewhere. Used by one thread only."""

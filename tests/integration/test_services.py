@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from mlflow_support import Postgres, Server, wait_until
+from quickstart_support import REPOSITORY, SETTINGS
 from ray_support import PROGRAMS, Ray
 from s3_support import S3Server, bucket_on
 
@@ -23,18 +24,7 @@ from polytrope.pipeline.object_store import ObjectStore
 from polytrope.pipeline.objects import Bucket
 from polytrope.pipeline.store import open_store
 
-REPOSITORY = Path(__file__).parents[2]
-
-SETTINGS = {
-    "vocab_size": 512,
-    "sequence_length": 32,
-    "corpus_bytes": 300_000,
-    "n_layer": 1,
-    "n_head": 2,
-    "n_embd": 32,
-    "steps": 30,
-    "finetune_steps": 12,
-}
+SHORTER = {"sequence_length": 32, "corpus_bytes": 300_000, "n_layer": 1, "steps": 30, "finetune_steps": 12}
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -94,7 +84,7 @@ def services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Servic
 
 
 def test_the_quickstart_on_all_services_together(services: Services) -> None:
-    settings = [word for name, value in SETTINGS.items() for word in ("--set", f"params.{name}={value}")]
+    settings = [word for name, value in {**SETTINGS, **SHORTER}.items() for word in ("--set", f"params.{name}={value}")]
     place = ["--address", services.ray.address]
     submitted = services.polytrope(
         "submit", "workflows/quickstart.yaml", *place, "--store", services.store, "--run-id", "all", "--wait", *settings

@@ -268,6 +268,6 @@ def test_the_reason_of_a_rollback_is_in_the_journal(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     state = run_workflow(workflow, build_graph(workflow), store)
     assert state.status == "failed"
-    (note,) = fold(read(store.run_directory(state.run_id))).stages["train"].notes
+    (note,) = fold(read(store.run_directory(state.run_id))).stages["train"].notes.values()
     assert re.match(r"training diverged: step \d+ \(batch \d+\): gradient norm is (nan|inf)", note)
     assert note.endswith("rolling back to the newest checkpoint and skipping this batch")

@@ -78,7 +78,7 @@ def test_an_alias_keeps_an_artifact_when_its_run_is_forgotten(store: Store, caps
 
     assert "there are no aliases" in command("alias")
     assert "best is stage0 of run one" in command("alias", "best", "one", "stage0")
-    assert "best   one  stage0" in command("alias", "--list")
+    assert "best   one  stage0" in command("alias")
     command("gc", "--keep-runs", "0")
     assert store.keys() == [kept]
     assert (Path(command("alias", "best").strip()) / "data.txt").read_text() == "content of a"

@@ -161,7 +161,7 @@ def test_what_a_stage_notes_is_in_the_journal_while_it_runs_and_once(
     assert error["message"] == "ValueError: not yet"
     place.run(stages, run_id="noted", resume=True)
     assert place.types("s")[-3:] == ["stage_started", "stage_noted", "stage_succeeded"]
-    assert fold(read(place.store.run_directory("noted"))).stages["s"].notes == ["first try", "second try"]
+    assert fold(read(place.store.run_directory("noted"))).stages["s"].notes == {"1.0": "first try", "2.0": "second try"}
     assert main(["status", "noted", "--store", str(place.store.root)]) == 0
     assert "s: first try\n\ns: second try\n" in capsys.readouterr().out
 

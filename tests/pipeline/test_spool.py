@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,3 +108,14 @@ def test_a_note_torn_by_a_crash_costs_that_note_only(tmp_path: Path) -> None:
     file = place / "1" / NOTES
     file.write_bytes(b'"fir"first"\n"whole"\n"being writt')
     assert read_notes(tmp_path / "spool", "train") == [("1.1", "whole"), ("2.0", "third")]
+
+
+def test_secrets_are_not_written(tmp_path: Path) -> None:
+    secret = 'pa"ss\\word'
+    context = replace(stage_context(tmp_path / "stage"), events=EventWriter(tmp_path / "spool", {"TOKEN": secret}))
+    context = pickle.loads(pickle.dumps(context))
+    context.message(f"with {secret}")
+    context.note(f"because of {secret}")
+    written = b"".join(path.read_bytes() for path in (tmp_path / "spool").iterdir())
+    assert b"ss\\" not in written
+    assert written.count(b"${env.TOKEN}") == 3, "the note is a message too"
