@@ -9,7 +9,7 @@ benchmarks/results/ops-cpu.json and .png. Columns without a contestant stay empt
 Two things are there to make a row readable. "copy" is a contestant that only moves the bytes that any activation has to
 move: x.clone() forward and torch.add(x, gradient) backward; nothing can be much faster. And the allocator keeps freed
 memory, for all contestants alike: else glibc returns it to the system at moments that depend on the sizes of earlier
-rows, and the page faults of new memory (2.5 ms for two tensors of 12 MB) fall on whoever allocates next. --trim leaves
+rows, and the page faults of new memory fall on whoever allocates next. --trim leaves
 the allocator as it is. The page faults of a turn are in the JSON.
 """
 
