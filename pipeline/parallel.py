@@ -57,15 +57,12 @@ def _map_on_ray(context: StageContext, function: Callable[[Item], Result], items
     task = ray.remote(**options)(function)
     iterator = iter(items)
     running = [task.remote(item) for item in itertools.islice(iterator, 2 * resources.workers)]
-    try:
-        while running:
-            try:
-                result = ray.get(running[0])
-            except ray.exceptions.RayTaskError as error:
-                raise getattr(error, "cause", None) or error from None
-            running.pop(0)
-            yield result
-            running.extend(task.remote(item) for item in itertools.islice(iterator, 1))
-    finally:
-        for reference in running:  # not by force: that ends this process if the task is completed at this moment
-            ray.cancel(reference)
+    # whoever takes no more results leaves these to end with this process, or by themselves: `ray.cancel` may end it
+    while running:
+        try:
+            result = ray.get(running[0])
+        except ray.exceptions.RayTaskError as error:
+            raise getattr(error, "cause", None) or error from None
+        running.pop(0)
+        yield result
+        running.extend(task.remote(item) for item in itertools.islice(iterator, 1))

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Iterable
 from typing import Any
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors.base import Capacity, machine_capacity, needs, refuse_impossible
 from polytrope.pipeline.executors.guard import GOODBYE
+from polytrope.pipeline.executors.nursery import GRACE
 from polytrope.pipeline.graph import StageNode
 from polytrope.pipeline.worker import (
     Outcome,
@@ -35,7 +38,9 @@ from polytrope.pipeline.worker import (
 
 _WORKER_PATIENCE = 30.0  # seconds that a cluster may have no CPU at all
 _SLICE = 0.2  # seconds between two looks for a signal while waiting
-_PATIENCE = 3.0  # seconds that a cancelled task gets to end before it is ended by force
+_POLL = 0.25  # seconds between two looks of a stage for its cancellation
+_PATIENCE = 1.0  # seconds after which a cancelled task that has not started is taken for one that queues
+_NAMESPACE = b"polytrope"  # in Ray's key-value store
 
 
 def _cluster_resources(ray: Any) -> dict[str, float]:
@@ -46,14 +51,55 @@ def _cluster_resources(ray: Any) -> dict[str, float]:
     return dict(total)
 
 
-def execute(data: bytes) -> Outcome:
-    """The body of the Ray task."""
+def execute(data: bytes, mark: bytes) -> Outcome:
+    """The body of the Ray task. `mark`: the key in Ray's key-value store by which the driver cancels it."""
+    if _is_marked(mark):  # while it queued
+        return Outcome(error=StageError("cancelled", "cancelled"))
     task = load_task(data)
-    with output_to(task.log):
-        outcome = run_task(task)
-    if not task.parallel and outcome.error is not None and outcome.error.type == "KeyboardInterrupt":
-        raise SystemExit(0)  # cancelled: Ray ends this worker, and with it what the stage has started
-    return outcome
+    claim, ended = threading.Lock(), threading.Event()
+    threading.Thread(target=_watch, args=(mark, claim, ended), name="polytrope-cancel", daemon=True).start()
+    try:
+        with output_to(task.log):
+            return run_task(task)
+    finally:
+        while True:
+            with contextlib.suppress(KeyboardInterrupt):
+                if claim.acquire(blocking=False):
+                    break
+                ended.set()
+                time.sleep(GRACE)  # cancelled: no reply any more, this process is about to be killed
+        ended.set()
+
+
+def _watch(mark: bytes, claim: threading.Lock, ended: threading.Event) -> None:
+    """Interrupt the stage when its mark is set, then end this process with all that it started.
+
+    `ray.cancel` is not used: Ray 2.60 ends the driver's process if a task is completed while it is being cancelled
+    ("Tried to complete task that was not pending"). Whoever gets `claim` first, this thread or the end of the stage,
+    decides whether there is a reply.
+    """
+    while not ended.wait(_POLL) and not _is_marked(mark):
+        pass
+    if not claim.acquire(blocking=False):
+        return
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGINT)
+    with contextlib.suppress(Exception):  # whatever happens here, the process must end
+        import psutil
+
+        ended.wait(GRACE)
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_marked(mark: bytes) -> bool:
+    with contextlib.suppress(Exception):  # Ray's control service is away: asked again
+        from ray.experimental import internal_kv
+
+        return bool(internal_kv._internal_kv_exists(mark, namespace=_NAMESPACE))
+    return False
 
 
 class RayExecutor:
@@ -71,7 +117,8 @@ class RayExecutor:
         self._guard: subprocess.Popen[bytes] | None = None
         self._tasks: dict[int, StageTask] = {}
         self._references: dict[Any, int] = {}
-        self._cancelled: dict[int, float] = {}  # identifier → when it is ended by force (monotonic clock)
+        self._cancelled: dict[int, float] = {}  # identifier → when (monotonic clock)
+        self._name = uuid.uuid4().hex
 
     @property
     def capacity(self) -> Capacity | None:
@@ -119,7 +166,9 @@ class RayExecutor:
             options.update(num_cpus=cpus, num_gpus=gpus)
             if task.resources.memory:
                 options["memory"] = task.resources.workers * task.resources.memory
-        reference = self._functions[task.parallel].options(**options).remote(dump_task(task))
+        reference = (
+            self._functions[task.parallel].options(**options).remote(dump_task(task), self._mark(task.identifier))
+        )
         self._references[reference] = task.identifier
         self._tasks[task.identifier] = task
 
@@ -133,7 +182,8 @@ class RayExecutor:
             if not self._references:
                 select.select([] if self._wake is None else [self._wake], [], [], rest)
                 return []
-            self._end_by_force()
+            if dropped := self._drop_waiting():
+                return dropped
             references = list(self._references)
             ready, _ = self._ray.wait(references, num_returns=1, timeout=min(_SLICE, rest))
             if ready:
@@ -144,33 +194,32 @@ class RayExecutor:
                 return []
 
     def cancel(self, identifier: int) -> None:
-        for reference, found in self._references.items():
-            if found == identifier and identifier not in self._cancelled:
-                self._cancelled[identifier] = time.monotonic() + _PATIENCE
-                self._ray.cancel(reference)
+        if identifier in self._tasks and identifier not in self._cancelled:
+            from ray.experimental import internal_kv
 
-    def _end_by_force(self) -> None:
-        """What did not end when it was cancelled: code that is deep in a library, or ignores it.
+            self._cancelled[identifier] = time.monotonic()
+            internal_kv._internal_kv_put(self._mark(identifier), b"", namespace=_NAMESPACE)
 
-        Not at once: Ray 2.60 ends this very process if a task is completed at the moment it is cancelled by force.
-        """
-        now = time.monotonic()
-        for reference, identifier in self._references.items():
-            if now >= self._cancelled.get(identifier, math.inf):
-                self._cancelled[identifier] = math.inf
-                if not self._ray.wait([reference], timeout=0)[0]:
-                    self._ray.cancel(reference, force=True)
+    def _mark(self, identifier: int) -> bytes:
+        return f"cancel/{self._name}/{identifier}".encode()
+
+    def _drop_waiting(self) -> list[tuple[int, Outcome]]:
+        """Cancelled tasks that still queue for resources: whenever they start, they find their mark and end."""
+        latest = time.monotonic() - _PATIENCE
+        found = [item for item, when in self._cancelled.items() if when < latest and not self.has_started(item)]
+        for identifier in found:
+            del self._cancelled[identifier], self._tasks[identifier]
+        self._references = {key: item for key, item in self._references.items() if item not in found}
+        return [(identifier, Outcome(error=StageError("cancelled", "cancelled"))) for identifier in found]
 
     def close(self) -> None:
         if self._ray is None:
             return
         for identifier in list(self._references.values()):
             self.cancel(identifier)
-        if self._references:
-            self._ray.wait(list(self._references), num_returns=len(self._references), timeout=_PATIENCE)
-            self._cancelled = {identifier: min(due, 0.0) for identifier, due in self._cancelled.items()}
-            self._end_by_force()
-            self._ray.wait(list(self._references), num_returns=len(self._references), timeout=_PATIENCE)
+        deadline = time.monotonic() + GRACE + 2 * _PATIENCE
+        while self._references and time.monotonic() < deadline:
+            self.wait(_SLICE)
         self._references.clear()
         if self._owned:
             self._ray.shutdown()
@@ -199,8 +248,10 @@ class RayExecutor:
             outcome: Outcome = self._ray.get(reference)
         except Exception as error:
             outcome = Outcome(error=self._lost(error))
-        if identifier in self._cancelled:
-            del self._cancelled[identifier]
+        if self._cancelled.pop(identifier, None) is not None:
+            from ray.experimental import internal_kv
+
+            internal_kv._internal_kv_del(self._mark(identifier), namespace=_NAMESPACE)
             outcome = Outcome(error=StageError("cancelled", "cancelled"))
         hide_secrets_in_file(task.log, task.secrets)
         return identifier, outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -142,3 +143,12 @@ def working_directory(context: StageContext, file: str) -> dict[str, float]:
 def parallel(context: StageContext) -> dict[str, float]:
     (context.output / "text").write_text("parallel")
     return {"workers": float(context.resources.workers)}
+
+
+def will_not_end(context: StageContext) -> None:
+    """Goes on when it is interrupted; so does the process that it starts."""
+    child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    (context.scratch / "pids").write_text(f"{os.getpid()} {child.pid}")
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(1000)

@@ -18,7 +18,9 @@ from test_engine import Place, gone, start_driver, wait_for, workflow_of
 from polytrope.pipeline.engine import CANCEL_FILE
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors import check_resources
+from polytrope.pipeline.executors.ray import RayExecutor
 from polytrope.pipeline.graph import build_graph
+from polytrope.pipeline.worker import make_task
 
 
 @pytest.fixture
@@ -119,12 +121,56 @@ print("done")
 
 
 def test_a_stage_cancelled_at_the_moment_it_ends_harms_nobody(place: Place) -> None:
-    # In a process of its own: Ray ended the one that cancelled by force a task which was just completed.
+    # In a process of its own: Ray ends the one that calls `ray.cancel` on a task which was just completed.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, "-c", CANCELLED_AT_ITS_END, str(place.directory)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.endswith("done\n")
+
+
+def test_a_cancelled_stage_that_will_not_end_is_ended_and_one_that_queues_is_forgotten(place: Place) -> None:
+    stages = {
+        "long": {"uses": "will_not_end", "resources": {"cpus": len(os.sched_getaffinity(0))}},
+        "queued": {"uses": "make", "resources": {"cpus": 1}, "with": {"traces": str(place.directory)}},
+    }
+    nodes = build_graph(workflow_of(place.directory, stages))
+    executor = RayExecutor()
+    try:
+        executor.prepare(nodes.values())
+        for number, (name, node) in enumerate(nodes.items(), 1):
+            executor.submit(
+                make_task(
+                    node,
+                    identifier=number,
+                    run_id="run",
+                    key="0" * 64,
+                    components={},
+                    attempt=1,
+                    inputs={},
+                    output=place.directory / name / "files",
+                    scratch=place.directory / name,
+                    name=name,
+                    run_directory=place.directory,
+                    executor="ray",
+                    directory=place.directory,
+                    store=str(place.directory / "store"),
+                )
+            )
+        pids = [int(pid) for pid in wait_for(place.directory / "long" / "pids").split()]
+        for number in (2, 1):
+            executor.cancel(number)
+            ended = []
+            while not ended:
+                ended = executor.wait(1.0)
+            ((identifier, outcome),) = ended
+            assert identifier == number
+            assert outcome.error is not None
+            assert outcome.error.kind == "cancelled"
+        assert gone(pids)
+        assert place.calls["queued"] == 0
+    finally:
+        executor.close()
 
 
 def test_a_killed_driver_takes_the_cluster_with_it(place: Place) -> None:
