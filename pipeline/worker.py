@@ -1,7 +1,7 @@
 """What happens inside the process that runs a stage, the same for every executor: call the function, seal its output.
 
 The driver sends a `StageTask` and gets an `Outcome`; nothing else passes between them. Imports stay small: with the
-local executor every stage is a fork of a process that has imported this module.
+local executor most stages start as a fork of a process that has imported this module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The local executor: every stage is a process of its own on this machine. No Ray, no torch in the driver."""
+"""The local executor: every stage runs in a process forked for it, or one that a stage left clean. No Ray in the driver."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class LocalExecutor:
 
     def submit(self, task: StageTask) -> None:
         self._tasks[task.identifier] = task
-        message = dump(("run", (task.identifier, dump_task(task))))
+        message = dump(("run", (task.identifier, task.uses, dump_task(task))))
         try:
             self._start().send_bytes(message)
         except (BrokenPipeError, ConnectionResetError):  # it died meanwhile; this task is not lost by it

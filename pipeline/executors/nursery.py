@@ -2,7 +2,9 @@
 
 It is the parent of all stage processes: it learns their exit status, sees the end of the driver (its socket closes) and
 then kills every stage with everything that stage started. Orphans of a stage come back to it (subreaper) and are killed
-with the stage's session. Started as `python -m polytrope.pipeline.executors.nursery SOCKET`.
+with the stage's session. A process whose stage left no trace in it (see `traces`) waits for the next stage of that
+kind, since a fork is most of the price of a small stage; every other ends with its stage.
+Started as `python -m polytrope.pipeline.executors.nursery SOCKET`.
 """
 
 from __future__ import annotations
@@ -14,29 +16,53 @@ import os
 import pickle
 import select
 import signal
+import socket
+import struct
 import sys
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from polytrope.pipeline.executors.traces import GROWTH, process_state, resident_memory
 from polytrope.pipeline.worker import Outcome, StageTask, dump, is_light, load_task, output_to, preload, run_task
 
-_LIGHT, _HEAVY = b"l", b"h"  # first byte of what a stage's process sends: whether its imports may precede a fork
+# First byte of what a stage's process sends. It waits for another stage; it ends, but what it imported may be imported
+# before a fork; or not even that.
+_CLEAN, _LIGHT, _HEAVY = b"c", b"l", b"h"
+_LENGTH = struct.Struct("<Q")  # of what follows
+_SMALL = 1 << 16  # bytes of a task that surely fit into a channel; a larger one goes with a fork
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36
 
 
 @dataclass
 class Child:
-    """A stage process and what arrived through its pipe so far."""
+    """A stage process and what arrived from it so far. `identifier`: of its stage, None while it waits for one."""
 
-    identifier: int
+    identifier: int | None
     pid: int
-    pipe: int
+    channel: socket.socket
+    uses: str
     task: bytes
     data: bytearray = field(default_factory=bytearray)
     kill_at: float | None = None
+
+
+@dataclass
+class Known:
+    """What this process knows of modules and stage functions.
+
+    Args:
+        modules: its own.
+        loaded: stage functions loaded here, so that a fork need not.
+        clean: stage functions that left no trace in their process.
+    """
+
+    modules: frozenset[str]
+    loaded: set[str] = field(default_factory=set)
+    clean: set[str] = field(default_factory=set)
 
 
 def prctl(option: int, value: int) -> None:
@@ -57,25 +83,26 @@ def main() -> None:
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     gc.freeze()
     children: dict[int, Child] = {}
-    loaded: set[str] = set()
+    known = Known(frozenset(sys.modules))
     try:
         while True:
-            pipes = {child.pipe: child for child in children.values()}
+            channels = {child.channel.fileno(): child for child in children.values()}
             deadlines = [child.kill_at for child in children.values() if child.kill_at is not None]
             timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-            ready, _, _ = select.select([driver.fileno(), read_end, *pipes], [], [], timeout)
+            ready, _, _ = select.select([driver.fileno(), read_end, *channels], [], [], timeout)
             for descriptor in ready:
-                if descriptor in pipes:
-                    _receive(pipes[descriptor])
+                if descriptor in channels:
+                    _receive(channels[descriptor])
+                    _continue(driver, channels[descriptor], children, known)
             if read_end in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(read_end, 4096)
-            _reap(driver, children, loaded)
+                _reap(driver, children, known)
             for child in children.values():
                 if child.kill_at is not None and time.monotonic() >= child.kill_at:
                     child.kill_at = None
                     kill_tree(child.pid, signal.SIGKILL)
-            if driver.fileno() in ready and not _command(driver, children, (read_end, write_end)):
+            if driver.fileno() in ready and not _command(driver, children, (read_end, write_end), known):
                 return
     except (BrokenPipeError, ConnectionResetError):
         return  # the driver is gone
@@ -87,16 +114,18 @@ def main() -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _command(driver: Connection, children: dict[int, Child], private: tuple[int, int]) -> bool:
+def _command(driver: Connection, children: dict[int, Child], private: tuple[int, int], known: Known) -> bool:
     """Follow one command of the driver; False: it is gone."""
     try:
         kind, value = pickle.loads(driver.recv_bytes())
     except (EOFError, ConnectionResetError):
         return False
     if kind == "run":
-        identifier, data = value
-        child = _fork(identifier, data, driver, children, private)
-        children[child.pid] = child
+        identifier, uses, data = value
+        child = _give(identifier, uses, data, children) if uses in known.clean and len(data) < _SMALL else None
+        if child is None:
+            child = _fork(identifier, uses, data, driver, children, private, known)
+            children[child.pid] = child
         driver.send_bytes(dump(("started", identifier, child.pid, None)))
     elif kind == "cancel":
         for child in children.values():
@@ -106,15 +135,34 @@ def _command(driver: Connection, children: dict[int, Child], private: tuple[int,
     return True
 
 
+def _give(identifier: int, uses: str, data: bytes, children: dict[int, Child]) -> Child | None:
+    """Hand a task to a process that waits, if there is one."""
+    for child in children.values():
+        if child.identifier is None:
+            try:
+                child.channel.sendall(_LENGTH.pack(len(data)) + data)
+            except OSError:  # it was killed: `_reap` will find it
+                continue
+            child.identifier, child.uses, child.task = identifier, uses, data
+            return child
+    return None
+
+
 def _fork(
-    identifier: int, data: bytes, driver: Connection, children: dict[int, Child], private: tuple[int, int]
+    identifier: int,
+    uses: str,
+    data: bytes,
+    driver: Connection,
+    children: dict[int, Child],
+    private: tuple[int, int],
+    known: Known,
 ) -> Child:
-    read_end, write_end = os.pipe()
+    ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid:
-        os.close(write_end)
-        os.set_blocking(read_end, False)
-        return Child(identifier, pid, read_end, data)
+        theirs.close()
+        ours.setblocking(False)
+        return Child(identifier, pid, ours, uses, data)
     status = 1
     try:
         os.setsid()
@@ -123,16 +171,45 @@ def _fork(
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         driver.close()
-        for descriptor in (*private, read_end, *(child.pipe for child in children.values())):
+        for channel in (ours, *(child.channel for child in children.values())):
+            channel.close()
+        for descriptor in private:
             os.close(descriptor)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.close(null)
-        outcome = dump(_run(data))
-        _send(write_end, (_LIGHT if is_light() else _HEAVY) + outcome)
+        _serve(theirs, data, known.modules)
         status = 0
     finally:
         os._exit(status)
+
+
+def _serve(channel: socket.socket, data: bytes, modules: Container[str]) -> None:
+    """Run the task; then others, as long as each leaves this process as it was."""
+    try:
+        before, memory = process_state(modules), resident_memory()
+    except OSError:  # no /proc
+        before, memory = {}, 0
+    while data:
+        outcome = _run(data)
+        kind = _LIGHT if is_light() else _HEAVY
+        if before and kind == _LIGHT and outcome.error is None and resident_memory() < memory + GROWTH:
+            kind = _CLEAN if process_state(modules) == before else kind
+        channel.sendall(kind + _LENGTH.pack(len(body := dump(outcome))) + body)
+        data = _next_task(channel) if kind == _CLEAN else b""
+
+
+def _next_task(channel: socket.socket) -> bytes:
+    """Empty: there is none, the nursery has ended."""
+    data, length = b"", _LENGTH.size
+    while len(data) < length:
+        block = channel.recv(length - len(data))
+        if not block:
+            return b""
+        data += block
+        if len(data) == _LENGTH.size == length:
+            length += _LENGTH.unpack(data)[0]
+    return data[_LENGTH.size :]
 
 
 def _run(data: bytes) -> Outcome:
@@ -141,25 +218,36 @@ def _run(data: bytes) -> Outcome:
         return run_task(task)
 
 
-def _send(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
+def _receive(child: Child) -> None:
+    """Read what is there."""
+    with contextlib.suppress(BlockingIOError, ConnectionResetError):
+        while block := child.channel.recv(1 << 16):
+            child.data += block
 
 
-def _receive(child: Child) -> bool:
-    """Read what is there; False at the end of the pipe."""
-    while True:
-        try:
-            block = os.read(child.pipe, 1 << 16)
-        except BlockingIOError:
-            return True
-        if not block:
-            return False
-        child.data += block
+def _outcome(child: Child) -> bytes:
+    """What the process sent of its stage; empty until that is complete."""
+    start = 1 + _LENGTH.size
+    if len(child.data) < start or len(child.data) < start + _LENGTH.unpack_from(child.data, 1)[0]:
+        return b""
+    return bytes(child.data[start:])
 
 
-def _reap(driver: Connection, children: dict[int, Child], loaded: set[str]) -> None:
+def _continue(driver: Connection, child: Child, children: dict[int, Child], known: Known) -> None:
+    """If the stage is complete and its process waits for another, report the one and keep the other."""
+    if child.data[:1] != _CLEAN or not (outcome := _outcome(child)):
+        return
+    if child.kill_at is not None:  # cancelled meanwhile: `_reap` reports it
+        kill_tree(child.pid, signal.SIGKILL)
+        return
+    _kill_orphans(child.pid, children)
+    driver.send_bytes(dump(("ended", child.identifier, 0, outcome)))
+    known.clean.add(child.uses)
+    child.identifier = None
+    child.data.clear()
+
+
+def _reap(driver: Connection, children: dict[int, Child], known: Known) -> None:
     """Collect ended children; report those that are stages; end what a stage left running."""
     while True:
         try:
@@ -172,11 +260,14 @@ def _reap(driver: Connection, children: dict[int, Child], loaded: set[str]) -> N
         if child is None:
             continue  # an orphan of a stage
         _receive(child)
-        os.close(child.pipe)
-        kill_session(pid)
-        driver.send_bytes(dump(("ended", child.identifier, status, bytes(child.data[1:]))))
+        child.channel.close()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+        _kill_orphans(pid, children)
+        if child.identifier is not None:
+            driver.send_bytes(dump(("ended", child.identifier, status, _outcome(child))))
         if child.data[:1] == _LIGHT:
-            _preload(child.task, loaded)
+            _preload(child.task, known.loaded)
 
 
 def _preload(data: bytes, loaded: set[str]) -> None:
@@ -220,22 +311,17 @@ def kill_tree(pid: int, number: int) -> None:
             os.kill(member, number)
 
 
-def kill_session(session: int) -> None:
-    """Kill what is left of an ended stage: everything in the session it led."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(session, signal.SIGKILL)
-    if _has_children():  # processes that left the group came back to the nursery as orphans
-        for pid in [pid for pid, _, found in _table() if found == session]:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def _has_children() -> bool:
-    """Whether this process has any child; one read where the kernel lists them."""
+def _kill_orphans(session: int, children: Container[int]) -> None:
+    """Kill what a stage left in the session of its process: it came back to the nursery, which did not fork it."""
     try:
-        return bool(Path(f"/proc/self/task/{os.getpid()}/children").read_text())
-    except OSError:
-        return True
+        found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        if all(int(pid) in children for pid in found):
+            return
+    except OSError:  # a kernel that does not list children
+        pass
+    for pid in [pid for pid, _, found in _table() if found == session and pid != session]:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

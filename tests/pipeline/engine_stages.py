@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -152,3 +155,64 @@ def will_not_end(context: StageContext) -> None:
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(1000)
+
+
+COUNT = 0
+LIST: list[int] = []
+TABLE = {"count": 0}
+
+
+class Held:
+    """Where nobody looks."""
+
+    memory = b""
+
+
+def leave(context: StageContext, what: str, source: Artifact | None = None) -> dict[str, float]:
+    """Leaves something behind in its process; returns what it found there of others."""
+    global COUNT
+    found = COUNT + len(LIST) + TABLE["count"] + len(Held.memory) + ("LEFT_BEHIND" in os.environ)
+    if what == "binding":
+        COUNT = 1
+    elif what == "list":
+        LIST.append(1)
+    elif what == "dictionary":
+        TABLE["count"] = 1
+    elif what == "memory":
+        Held.memory = b"x" * (100 * 2**20)
+    elif what == "environment":
+        os.environ["LEFT_BEHIND"] = "1"
+    elif what == "module":
+        import colorsys  # noqa: F401
+    elif what == "file":
+        os.dup(0)
+    elif what == "thread":
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    elif what == "child":
+        subprocess.Popen(["sleep", "600"])
+    elif what == "orphan":
+        orphan = subprocess.run(
+            "sleep 600 >/dev/null 2>&1 & echo $!", shell=True, capture_output=True, text=True, check=True
+        )
+        (context.output / "orphan").write_text(orphan.stdout)
+    elif what == "handler":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif what == "umask":
+        os.umask(0)
+    elif what == "limit":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    elif what == "stream":
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    elif what == "error" and context.attempt == 1:
+        raise ValueError("the first try")
+    (context.output / "text").write_text(f"{what} {source and source.digest}")
+    return {"process": float(os.getpid()), "found": float(found)}
+
+
+def report_process(context: StageContext, source: Artifact, pid_file: str) -> None:
+    """Tells which process ran its input, and goes on when that was killed."""
+    process = int(json.loads((source.path.parent / "manifest.json").read_text())["summary"]["process"])
+    Path(pid_file).write_text(str(process))
+    while not (Path(pid_file).parent / "killed").exists():
+        time.sleep(0.01)
+    (context.output / "text").write_text("")
