@@ -1,4 +1,4 @@
-"""The local executor: every stage runs in a process forked for it, or one that a stage left clean. No Ray in the driver."""
+"""The local executor: every stage has a process of its own, or one that a stage left clean. No Ray in the driver."""
 
 from __future__ import annotations
 
