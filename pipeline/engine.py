@@ -160,9 +160,16 @@ def run_workflow(
 
 def _check_names(graph: Mapping[str, StageNode], options: RunOptions) -> None:
     known = {name for node in graph.values() for name in (node.name, node.spec_name)}
-    for name in (*options.force, *([options.start_from] if options.start_from else [])):
-        if name not in known and name.partition("/")[0] not in known:  # `split/part` may be known later
+    for name in _unknown(graph, options):
+        if name.partition("/")[0] not in known:  # `split/part` may be known later
             raise UserError(f"there is no stage `{name}`", f"stages are {', '.join(sorted(known)[:20])}")
+
+
+def _unknown(graph: Mapping[str, StageNode], options: RunOptions) -> list[str]:
+    """Stages that the options name and the graph does not have."""
+    known = {name for node in graph.values() for name in (node.name, node.spec_name)}
+    start = [options.start_from] if options.start_from else []
+    return [name for name in (*sorted(options.force), *start) if name not in known]
 
 
 def _run_directory(store: Store, run_id: str | None, resume: bool | None) -> tuple[str, Path, bool]:
@@ -943,6 +950,11 @@ class Driver:
                 self.emit("stage_skipped", stage=name, reason=f"`{parent}` returned other stages this time")
             elif stage.state != "cancelled":
                 self.emit("stage_cancelled", stage=name, reason=f"it is returned by `{parent}`, which has no result")
+        for name in _unknown(self.graph, self.options):
+            parent = name.partition("/")[0]
+            if self.ended.get(parent) in DONE_STATES:
+                text = f"`{name}` was to be computed in any case, but no such stage was returned"
+                self.emit("stage_noted", stage=parent, source=f"option {name}", text=text)
         if status == "succeeded":
             unfinished = [name for name, stage in self.state.stages.items() if stage.state not in DONE_STATES]
             assert not unfinished, f"stages without an end: {unfinished}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -58,6 +59,16 @@ def test_stored_stages_come_back_and_only_what_is_new_is_computed(place: Place) 
     computed = {name for name, stage in other.stages.items() if stage.state == "succeeded"}
     assert computed == {"split", "split/part2", "all", "first"}
     assert place.calls["split/part0"] == 1
+
+
+def test_a_forced_stage_that_is_not_returned_is_told(place: Place) -> None:
+    stages = stages_of(place, ["a", "b"])
+    place.run(stages)
+    state = place.run(stages, options=dataclasses.replace(FAST, force=frozenset({"split/part1", "split/part7"})))
+    assert state.status == "succeeded"
+    assert place.calls["split/part1"] == 2
+    expected = "`split/part7` was to be computed in any case, but no such stage was returned"
+    assert list(state.stages["split"].notes.values()) == [expected]
 
 
 def test_a_resume_goes_on_in_the_middle_of_them(place: Place) -> None:
