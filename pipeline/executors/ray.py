@@ -51,9 +51,14 @@ def _cluster_resources(ray: Any) -> dict[str, float]:
     return dict(total)
 
 
-def execute(data: bytes, mark: bytes) -> Outcome:
-    """The body of the Ray task. `mark`: the key in Ray's key-value store by which the driver cancels it."""
-    if _is_marked(mark):  # while it queued
+def execute(data: bytes, mark: bytes, submitted: float) -> Outcome:
+    """The body of the Ray task.
+
+    Args:
+        mark: the key in Ray's key-value store by which the driver cancels it.
+        submitted: when (Unix time), since only a task that has queued can have been cancelled.
+    """
+    if abs(time.time() - submitted) > _PATIENCE / 2 and _is_marked(mark):
         return Outcome(error=StageError("cancelled", "cancelled"))
     task = load_task(data)
     claim, ended = threading.Lock(), threading.Event()
@@ -166,9 +171,8 @@ class RayExecutor:
             options.update(num_cpus=cpus, num_gpus=gpus)
             if task.resources.memory:
                 options["memory"] = task.resources.workers * task.resources.memory
-        reference = (
-            self._functions[task.parallel].options(**options).remote(dump_task(task), self._mark(task.identifier))
-        )
+        function = self._functions[task.parallel].options(**options)
+        reference = function.remote(dump_task(task), self._mark(task.identifier), time.time())
         self._references[reference] = task.identifier
         self._tasks[task.identifier] = task
 
