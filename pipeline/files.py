@@ -127,5 +127,6 @@ def remove_tree(path: Path) -> None:
             else:
                 function(name)
 
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path, onerror=make_writable)
+    if os.path.lexists(path):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path, onerror=make_writable)

@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -132,7 +132,7 @@ def _parse(data: bytes | None) -> LeaseRecord | None:
 
 
 def _encode(record: LeaseRecord) -> bytes:
-    data = asdict(record)
+    data = vars(record)
     return json.dumps({**data, "checksum": _checksum(data)}).encode()
 
 
@@ -235,10 +235,10 @@ class HolderWatch:
 class Lease:
     """A lease that this process holds. Make one with `Lease.acquire`."""
 
-    def __init__(self, directory: LeasePlace, record: LeaseRecord) -> None:
+    def __init__(self, directory: LeasePlace, record: LeaseRecord, written: bytes) -> None:
         self.directory = directory
         self.record = record
-        self._written = _encode(record)
+        self._written = written
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._lost = False
@@ -309,8 +309,9 @@ class Lease:
             seen = current(directory) if numbers else None
             if (seen and seen.token) != (holder and holder.token):
                 continue  # somebody moved meanwhile
-            if _create(directory, record) and _numbers(directory)[-1:] == [record.number]:
-                lease = cls(directory, record)
+            written = _encode(record)
+            if _create(directory, record.number, written) and _numbers(directory)[-1:] == [record.number]:
+                lease = cls(directory, record, written)
                 for number in numbers[: 1 - _KEPT]:
                     _remove(directory, number)
                 if heartbeat and via is None:
@@ -368,9 +369,7 @@ class Lease:
 
     def _renew(self, *, released: bool = False) -> None:
         with self._lock:
-            fields = asdict(self.record)
-            fields.update(beat=self.record.beat + 1, renewed=time.time(), released=released)
-            record = LeaseRecord(**fields)
+            record = replace(self.record, beat=self.record.beat + 1, renewed=time.time(), released=released)
             data = _encode(record)  # the file of this number is written by this process only
             if isinstance(self.directory, Path):
                 temporary = self.directory / f".{_name(self.number)}.{unique_name()}"
@@ -392,13 +391,13 @@ class Lease:
                 self._renew()
 
 
-def _create(directory: LeasePlace, record: LeaseRecord) -> bool:
+def _create(directory: LeasePlace, number: int, data: bytes) -> bool:
     if not isinstance(directory, Path):
-        return directory.create(_name(record.number), _encode(record))
-    path = directory / _name(record.number)
+        return directory.create(_name(number), data)
+    path = directory / _name(number)
     temporary = directory / f".{path.name}.{unique_name()}"
     try:
-        temporary.write_bytes(_encode(record))
+        temporary.write_bytes(data)
     except FileNotFoundError:  # the directory was removed by a holder that released it
         return False
     try:

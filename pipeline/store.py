@@ -208,9 +208,10 @@ class Store:
 
     def staging(self, key: str) -> Path:
         """A new, empty directory for the files of an attempt at `key`; hand it to `commit` or `discard`."""
-        files = self.root / "staging" / f"{key}.{unique_name()}" / "files"
-        files.mkdir(parents=True)
-        return files
+        place = self.root / "staging" / f"{key}.{unique_name()}"
+        place.mkdir(parents=True)
+        (place / "files").mkdir()
+        return place / "files"
 
     def scratch(self, key: str) -> Path:
         """The directory that survives attempts at `key` until it is committed. Created by whoever writes into it."""
@@ -261,13 +262,14 @@ class Store:
         """The directory of an artifact's files, on this machine."""
         return self.artifacts / key / "files"
 
-    def deliver(self, output: Path, entries: list[FileEntry], manifest: bytes) -> None:  # noqa: ARG002
+    def deliver(self, output: Path, entries: list[FileEntry], manifest: bytes) -> None:
         """Called where the stage ran, before the commit: put the manifest beside its files, flushed to the disk.
 
         So the driver, which commits for all stages, need not wait for these flushes.
         """
         write_bytes(output.parent / MANIFEST, manifest)
         sync_directory(output.parent)
+        self._cache_digests(output.parent.name.partition(".")[0], entries)
 
     def scratch_mirrored(self, _key: str) -> contextlib.AbstractContextManager[None]:
         """While a stage runs: keep its scratch directory where another machine finds it."""
@@ -403,7 +405,9 @@ class Store:
         except (OSError, ValueError, TypeError):
             return {}
 
-    def _cache_digests(self, key: str, entries: Iterable[FileEntry]) -> None:
+    def _cache_digests(self, key: str, entries: list[FileEntry]) -> None:
+        if not entries:
+            return
         rows = [(entry.path, entry.size, entry.mtime_ns, entry.inode, entry.sha256) for entry in entries]
         with contextlib.suppress(OSError):  # a cache; a read-only store is hashed every time
             replace_file(self.root / "digests" / f"{key}.json", json.dumps(rows).encode(), durable=False)
@@ -461,7 +465,6 @@ class Store:
             else:
                 self.discard(staging)
                 return committed
-        self._cache_digests(key, entries)
         return artifact
 
     def _delivered(self, key: str, staging: Path, entries: list[FileEntry]) -> StoredArtifact:
