@@ -62,7 +62,7 @@ POLYTROPE_FUNCTION double fold(V v) {
   return sum;
 }
 
-inline int padded(int count, int width) { return (count + width - 1) / width * width; }
+constexpr int padded(int count, int width) { return (count + width - 1) / width * width; }
 
 // ---- element types ----
 

@@ -8,9 +8,11 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 
 #include "cpu_elements.h"
+#include "cpu_harmonic.h"
 #include "cpu_threads.h"
 #include "families.h"
 #include "problem.h"
@@ -54,14 +56,20 @@ POLYTROPE_FUNCTION void each_vector(const void* x, const void* g, void* y, int c
   }
 }
 
+// A copy that the compiler knows nobody else writes to; vector by vector, which is faster than what it makes of std::copy.
+template <class Family, class S>
+POLYTROPE_FUNCTION void copy_table(const S* table, S* t) {
+  for (int k = 0; k < Family::largest_table; k += lanes<S>) store(t + k, load<Vector<S>>(table + k));
+}
+
 // D, E: degree and second degree; 0: read at run time.
 template <class Family, class S, int D, int E>
 void forward_block(const void* __restrict x, void* __restrict y, int count, bool narrow, const S* table, int degree,
                    int second) {
   using V = Vector<S>;
   const int n = D ? D : degree, m = D ? E : second;
-  S t[Family::largest_table];
-  std::copy(table, table + Family::largest_table, t);
+  alignas(64) S t[padded(Family::largest_table, lanes<S>)];
+  copy_table<Family>(table, t);
   each_vector<S>(x, nullptr, y, count, narrow,
                  [&](const S* from, const S*, S* to, int) { store(to, Family::value(load<V>(from), t, n, m)); });
 }
@@ -72,8 +80,8 @@ void backward_block(const void* __restrict x, const void* __restrict g, void* __
                     const S* table, double* __restrict total, int degree, int second) {
   using V = Vector<S>;
   const int n = D ? D : degree, m = D ? E : second, sums = Family::sums(n, m);
-  S t[Family::largest_table];
-  std::copy(table, table + Family::largest_table, t);
+  alignas(64) S t[padded(Family::largest_table, lanes<S>)];
+  copy_table<Family>(table, t);
   V a[Family::largest_sums];
   for (int k = 0; k < sums; ++k) a[k] = V{};
   if constexpr (std::is_same_v<Family, TropicalRational>) {
@@ -83,6 +91,17 @@ void backward_block(const void* __restrict x, const void* __restrict g, void* __
     });
     each_vector<S>(x, g, dx, count, narrow, [&](const S* from, const S* seed, S* to, int k) {
       store(to, Family::descend_denominator(load<V>(from), load<V>(seed), load<V>(slopes + k), t, a, n));
+    });
+  } else if constexpr (std::is_same_v<Family, HarmonicPieces>) {
+    alignas(64) S sines[block], cosines[block];
+    each_vector<S>(x, g, dx, count, narrow, [&](const S* from, const S* seed, S* to, int k) {
+      V sine, cosine;
+      store(to, Family::find_slope(load<V>(from), load<V>(seed), t, a, sine, cosine, n));
+      store(sines + k, sine);
+      store(cosines + k, cosine);
+    });
+    each_vector<S>(g, nullptr, nullptr, count, narrow, [&](const S* seed, const S*, S*, int k) {
+      Family::add(load<V>(seed), load<V>(sines + k), load<V>(cosines + k), a, n);
     });
   } else {
     each_vector<S>(x, g, dx, count, narrow, [&](const S* from, const S* seed, S* to, int) {
@@ -141,7 +160,8 @@ Kernel<S> find_kernel(const Problem& problem) {
     case family_fourier: return kernel_of_degree<Fourier, S>(n, m);
     case family_harmonic:
       if constexpr (std::is_same_v<S, float>)
-        if (n <= HarmonicPowers::highest) return kernel_of_degree<HarmonicPowers, S>(n, m);
+        if (n <= HarmonicPowers::highest)
+          return kernel_of_degree<std::conditional_t<vector_bytes == 64, HarmonicPieces, HarmonicPowers>, S>(n, m);
       return kernel_of<Harmonic, S>(n, m);
     case family_tropical: return kernel_of_degree<Tropical, S>(n, m);
     case family_tropical_rational: return kernel_of_degree<TropicalRational, S>(n, m);
@@ -195,7 +215,7 @@ void write_block(const Layout& layout, int type, void* base, int64_t start, int6
   });
 }
 
-constexpr int largest_table = 4 * max_pieces;
+constexpr int largest_table = 384, largest_sums = 2 * max_pieces;  // of HarmonicPieces and of PiecewiseLinear
 constexpr int tail_sums = 4;
 
 // What one group's elements pass through.
@@ -313,11 +333,13 @@ int forward(const Problem& problem, const void* x, const double* parameters, voi
   const Layout in{problem.inner, problem.gated ? 2 * half : half}, out{problem.inner, half};
   const int type = problem.data_type;
   const bool direct = is_direct<S>(problem), narrow = type == type_bfloat16;
+  const Pass<S> first_pass(problem, kernel, parameters);  // of the first group, often the only one
   run_tasks(tasks.chunks * problem.groups, tasks.batch, threads, region, [&](int64_t task) {
     const int64_t group = task % problem.groups, first = task / problem.groups * chunk;
     const int64_t last = std::min(first + chunk, tasks.sequence), start = group * problem.inner;
     alignas(64) S xs[block], ys[block], gates[block];
-    const Pass<S> pass(problem, kernel, parameters + group * kernel.parameters);
+    std::optional<Pass<S>> own;
+    const Pass<S>& pass = group == 0 ? first_pass : own.emplace(problem, kernel, parameters + group * kernel.parameters);
     for (int64_t at = first; at < last; at += block) {
       const int count = int(std::min<int64_t>(block, last - at)), width = padded(count, lanes<S>);
       if (direct && count % (narrow ? 2 * lanes<S> : lanes<S>) == 0 && in.contiguous(at, count)) {
@@ -349,13 +371,15 @@ int backward(const Problem& problem, const void* g, const void* x, const double*
   const bool direct = is_direct<S>(problem), narrow = type == type_bfloat16;
   std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(tasks.chunks * problem.groups * sums) + 1]);
   if (!partial) return 2;
+  const Pass<S> first_pass(problem, kernel, parameters);  // of the first group, often the only one
   run_tasks(tasks.chunks * problem.groups, tasks.batch, threads, region, [&](int64_t task) {
     const int64_t group = task % problem.groups, first = task / problem.groups * chunk;
     const int64_t last = std::min(first + chunk, tasks.sequence), start = group * problem.inner;
     alignas(64) S xs[block], gs[block], dxs[block], gates[block], values[block];
-    alignas(64) double total[(largest_table + tail_sums) * lanes<S>];
+    alignas(64) double total[(largest_sums + tail_sums) * lanes<S>];
     std::fill(total, total + sums * lanes<S>, 0.0);
-    const Pass<S> pass(problem, kernel, parameters + group * kernel.parameters);
+    std::optional<Pass<S>> own;
+    const Pass<S>& pass = group == 0 ? first_pass : own.emplace(problem, kernel, parameters + group * kernel.parameters);
     for (int64_t at = first; at < last; at += block) {
       const int count = int(std::min<int64_t>(block, last - at)), width = padded(count, lanes<S>);
       if (direct && count % (narrow ? 2 * lanes<S> : lanes<S>) == 0 && in.contiguous(at, count)) {
@@ -384,7 +408,7 @@ int backward(const Problem& problem, const void* g, const void* x, const double*
       partial[task * sums + k] = std::accumulate(total + k * lanes<S>, total + (k + 1) * lanes<S>, 0.0);
   });
   for (int64_t group = 0; group < problem.groups; ++group) {
-    double total[largest_table + tail_sums] = {};
+    double total[largest_sums + tail_sums] = {};
     for (int64_t at = 0; at < tasks.chunks; ++at) {
       const double* part = partial.get() + (at * problem.groups + group) * sums;
       for (int k = 0; k < sums; ++k) total[k] += part[k];

@@ -578,11 +578,18 @@ struct HarmonicPowers {
   }
   template <class V, class S>
   POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
-    const int half = n / 2, odd = (n + 1) / 2;
     V s, c;
     sine_cosine(x, t[4 * n + 3], t[4 * n + 4], S(0), s, c);
-    V w = (c + c) * c - S(1), slope = g * combine(w, s, c, t + 2 * n + 1, n), gc = g * c, gs = g * s, gsc = gs * c;
+    const V slope = g * combine((c + c) * c - S(1), s, c, t + 2 * n + 1, n);
     sums[2 * n + 1] += slope * x;
+    add(g, s, c, sums, n);
+    return slope * t[4 * n + 2];
+  }
+  // Adds to all sums but the last, of g x dF/dθ.
+  template <class V>
+  POLYTROPE_FUNCTION static void add(V g, V s, V c, V* sums, int n) {
+    const int half = n / 2, odd = (n + 1) / 2;
+    const V w = (c + c) * c - 1.0f, gc = g * c, gs = g * s, gsc = gs * c;
     V power = w;
     sums[0] += g;
     sums[half + 1] += gc;
@@ -596,7 +603,6 @@ struct HarmonicPowers {
       if (j < half) sums[half + 1 + 2 * odd + j] += gsc * power;
       if (j < half) power *= w;
     }
-    return slope * t[4 * n + 2];
   }
   POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
     for (int k = 0; k < 2 * n + 2; ++k) gradient[k] = 0;
