@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.training.deepspeed_config import merge
 from polytrope.pipeline.training.optimization import parameter_groups
 from polytrope.pipeline.training.plan import TrainingPlan
@@ -90,9 +91,16 @@ def create_engine(plan: TrainingPlan, model: nn.Module, cpu: bool, *, universal:
 
     Args:
         universal: it will load a universal checkpoint.
+
+    Raises:
+        UserError: this device has not the arithmetic that the plan asks for.
     """
     deepspeed = import_deepspeed(cpu)
     parameters = plan.parameters
+    if parameters.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"precision: DeepSpeed cannot train in fp16 on this {'CPU' if cpu else 'device'}", "use bf16 or fp32"
+        )
     optimizer = torch.optim.AdamW(
         parameter_groups(model, parameters),
         lr=parameters.learning_rate,
