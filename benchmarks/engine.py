@@ -3,7 +3,8 @@
 Every figure is of a whole `polytrope` command in a process of its own, durable commits included, unless said otherwise.
 The peers (Metaflow, Prefect) run the same fan-out in their local modes, in an environment made for them in a temporary
 directory. Start-up does not count: after a run of one task, which makes a database, all run 100 and 600 tasks, and the
-difference is divided by 500. (With a few tasks only, Prefect ends before its server has recorded them.)
+difference is divided by 500. (With a few tasks only, Prefect ends before its server has recorded them.) What is printed
+are medians of three rounds, in each of which all take their turn.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -48,11 +50,13 @@ def main() -> None:
     results: dict[str, Any] = {}
     if options.only and options.output.exists():
         results = json.loads(options.output.read_text())["results"]
-    for name in options.only or CASES:
-        with tempfile.TemporaryDirectory(prefix="polytrope-benchmark-") as directory:
-            results[name] = CASES[name](Path(directory), options.stages)
-        print(f"{name}: {json.dumps(results[name])}", flush=True)
-        save(results, options.output)  # one by one: the next case may be cut short
+    # removed at the end only: removing thousands of files is no part of the next case
+    with tempfile.TemporaryDirectory(prefix="polytrope-benchmark-") as directory:
+        for name in options.only or CASES:
+            (place := Path(directory, name)).mkdir()
+            results[name] = CASES[name](place, options.stages)
+            print(f"{name}: {json.dumps(results[name])}", flush=True)
+            save(results, options.output)  # one by one: the next case may be cut short
     print_table(results)
 
 
@@ -148,19 +152,22 @@ def hashing(directory: Path, _stages: int) -> dict[str, float]:
 
 def peers(directory: Path, _stages: int) -> dict[str, float]:
     """Milliseconds per task of a fan-out: polytrope, Metaflow, Prefect in threads and in processes."""
-    result: dict[str, float] = {}
 
     def ours(count: int) -> None:
         count = max(count, 3)  # start, nothing, gather
-        place = directory / f"polytrope{count}"
-        place.mkdir()
+        place = Path(tempfile.mkdtemp(dir=directory))
         polytrope(place, "run", str(fan_out(place, count)), "--executor", "local")
 
-    result["polytrope_ms_per_stage"] = marginal(ours)
+    contestants = {"polytrope": ours}
     for case in ("metaflow", "prefect_threads", "prefect_processes"):
         name, _, runner = case.partition("_")
-        result[f"{case}_ms_per_task"] = marginal(peer(directory / case, name, {"RUNNER": runner}))
-        result[f"{case}_times_slower"] = result[f"{case}_ms_per_task"] / result["polytrope_ms_per_stage"]
+        contestants[case] = peer(directory / case, name, {"RUNNER": runner})
+    rounds = [{case: marginal(fan_out_of) for case, fan_out_of in contestants.items()} for _ in range(3)]
+    result: dict[str, float] = {}
+    for case in contestants:
+        result[f"{case}_ms_per_{'stage' if case == 'polytrope' else 'task'}"] = median(each[case] for each in rounds)
+        if case != "polytrope":
+            result[f"{case}_times_slower"] = median(each[case] / each["polytrope"] for each in rounds)
     return result
 
 

@@ -153,7 +153,7 @@ class StageContext:
         key: the stage key (sha256), stable over retries and resumes.
         attempt: 1 for the first try.
         output: the staging directory; its content becomes the artifact.
-        scratch: a directory that survives retries and resumes of the same key (checkpoints); removed after commit.
+        scratch_directory: of `scratch`.
         executor: `local` or `ray`; a stage that is parallel inside follows it.
         resources: what the workflow file granted.
         events: the writer behind the `log_*` methods; hand it to worker processes.
@@ -164,10 +164,16 @@ class StageContext:
     key: str
     attempt: int
     output: Path
-    scratch: Path
+    scratch_directory: Path
     executor: Literal["local", "ray"]
     resources: Resources
     events: EventWriter
+
+    @property
+    def scratch(self) -> Path:
+        """A directory that survives retries and resumes of the same key (checkpoints); removed after commit."""
+        self.scratch_directory.mkdir(parents=True, exist_ok=True)
+        return self.scratch_directory
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Metrics of one step (a curve), or without `step` of the stage as a whole."""
@@ -218,15 +224,14 @@ def stage_context(
         executor: `ray` needs a connection to a cluster.
         resources: what is granted.
     """
-    for name in ("output", "scratch"):
-        (directory / name).mkdir(parents=True, exist_ok=True)
+    (directory / "output").mkdir(parents=True, exist_ok=True)
     return StageContext(
         stage=stage,
         run_id="run",
         key="key",
         attempt=1,
         output=directory / "output",
-        scratch=directory / "scratch",
+        scratch_directory=directory / "scratch",
         executor=executor,
         resources=resources,
         events=EventWriter(directory / "events"),

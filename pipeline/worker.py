@@ -190,19 +190,18 @@ def run_task(task: StageTask) -> Outcome:
                 key=task.key,
                 attempt=task.attempt,
                 output=task.output,
-                scratch=task.scratch,
+                scratch_directory=task.scratch,
                 executor=task.executor,
                 resources=task.resources,
                 events=EventWriter(task.spool, task.secrets),
             )
             parameters = _parameters(definition, task)
-            task.scratch.mkdir(parents=True, exist_ok=True)
             os.chdir(task.directory)
             inputs = _inputs_here(store, task)
             with sampled(context):
                 summary = definition.call(context, parameters, inputs)
             stages = _returned_stages(task)
-            with contextlib.suppress(OSError):  # most stages leave it empty
+            with contextlib.suppress(OSError):  # most stages leave it empty, or have none
                 task.scratch.rmdir()
             sys.stdout.flush()
             sys.stderr.flush()

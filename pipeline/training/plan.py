@@ -85,7 +85,7 @@ def context_to_json(context: StageContext) -> dict[str, Any]:
         "key": context.key,
         "attempt": context.attempt,
         "output": str(context.output),
-        "scratch": str(context.scratch),
+        "scratch_directory": str(context.scratch_directory),
         "executor": context.executor,
         "resources": dataclasses.asdict(context.resources),
         "events": str(context.events.directory),
@@ -98,7 +98,7 @@ def context_from_json(content: dict[str, Any]) -> StageContext:
         **{
             **content,
             "output": Path(content["output"]),
-            "scratch": Path(content["scratch"]),
+            "scratch_directory": Path(content["scratch_directory"]),
             "resources": Resources(**content["resources"]),
             "events": EventWriter(Path(content["events"])),
         }
