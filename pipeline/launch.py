@@ -20,6 +20,7 @@ from polytrope.pipeline.graph import StageNode, build_graph
 from polytrope.pipeline.journal import Event, RunState, fold
 from polytrope.pipeline.progress import Progress, counts, summary_rows
 from polytrope.pipeline.references import resolve_environment
+from polytrope.pipeline.returned import with_stored
 from polytrope.pipeline.spec import Workflow, format_duration
 from polytrope.pipeline.spool import SpoolReader
 from polytrope.pipeline.store import Store, open_store
@@ -142,6 +143,8 @@ class _Session:
     def observe(self, event: Event) -> None:
         """Every journal event; those of earlier attempts come before `start`."""
         fold([event], self.state)
+        if event.type == "stages_returned" and self.sync is not None:
+            self._draw()
         if self.progress is not None:
             show_event(self.progress, event, self.state)
         if self.observer is not None:
@@ -151,8 +154,7 @@ class _Session:
         """Lease and journal are held: start tracking and the display."""
         self.directory = directory
         if self.tracked:
-            with contextlib.suppress(OSError):
-                (directory / "graph.svg").write_text(svg(layout(self.graph)), encoding="utf-8")  # MLflow shows it
+            self._draw()
             self.sync = start_sync(directory, self.workflow.tracking)
         if self.display == "none":
             return
@@ -166,6 +168,14 @@ class _Session:
                 view = self.progress.stages[name]
                 view.state, view.duration, view.error = stage.state, stage.duration, "in an earlier attempt"
         self.progress.__enter__()
+
+    def _draw(self) -> None:
+        """The graph, with the stages that were returned so far: MLflow shows it."""
+        assert self.directory is not None
+        keys = {name: stage.key for name, stage in self.state.stages.items() if stage.digest}
+        with contextlib.suppress(OSError, UserError):
+            _, graph = with_stored(self.workflow, self.graph, self.store, keys)
+            (self.directory / "graph.svg").write_text(svg(layout(graph)), encoding="utf-8")
 
     def _headline(self) -> str:
         attempt = "" if self.state.attempt <= 1 else f", attempt {self.state.attempt}"

@@ -411,6 +411,9 @@ class Copy:
         for stage, child in self.cursor["children"].items():
             if stage not in self.cursor["ended"]:
                 self._terminate(stage, child, "KILLED", event.time)
+        graph = self.directory / GRAPH_FILE
+        if graph.exists() and any(earlier.type == "stages_returned" for earlier in self.events):
+            self._attempt(GRAPH_FILE, self.client.log_text, parent, graph.read_text(encoding="utf-8"), GRAPH_FILE)
         state = fold(self.events, RunState())
         for name, stage in state.stages.items():
             self._summary(parent, {f"{name}/{key}": value for key, value in stage.summary.items()}, event.time)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, StageContext
+from polytrope.pipeline.stage import Artifact, StageContext, Stages
 
 
 def loss(step: int, rate: float = 1.0) -> float:
@@ -38,6 +38,11 @@ def train(
     (context.output / "model.json").write_text(json.dumps({"steps": steps}))
     context.log_artifact("plots")
     return {"final_loss": loss(steps - 1, rate), "train/loss": loss(steps - 1, rate)}
+
+
+def more(steps: int) -> Stages:
+    """Returns two trainings."""
+    return Stages({f"train{rate}": {"uses": train, "with": {"steps": steps, "rate": float(rate)}} for rate in (1, 2)})
 
 
 def report(context: StageContext, models: dict[str, Artifact]) -> dict[str, float]:

@@ -126,6 +126,17 @@ def copier(driver: int) -> psutil.Process:
     raise AssertionError("no copying process")
 
 
+def test_returned_stages_are_runs_and_in_the_picture(project: Path, server: Server) -> None:
+    report = {"uses": "mlflow_stages:report", "inputs": {"models": "more/*"}}
+    write(project, server, {"more": {"uses": "mlflow_stages:more", "with": {"steps": 2}}, "report": report})
+    code, output = polytrope(project, "run", "w.yaml")
+    assert code == 0, output
+    runs = server.runs(project.name)
+    assert set(runs) == {"parent", "more", "more/train1", "more/train2", "report"}
+    place = server.client.download_artifacts(runs["parent"].info.run_id, "graph.svg", str(project))
+    assert "more/train2" in Path(place).read_text()
+
+
 def test_a_run_is_in_mlflow_with_all_that_its_stages_said(project: Path, server: Server) -> None:
     training = {"steps": STEPS, "rate": "${matrix.rate}"}
     write(
