@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from polytrope.ops.families import MAX_DEGREE, MAX_PIECES, Family, Formula
-from polytrope.ops.kernels import activate, normalized_powers
+from polytrope.ops.kernels import activate_parts, normalized_powers
+from polytrope.ops.packing import PLAIN, Packing
 
 Interval = tuple[float, float]
+_SHARES = tuple(1 / math.factorial(k) for k in range(1, MAX_DEGREE + 1))  # of term k
 
 
 def check_interval(interval: Any) -> Interval | None:
@@ -128,12 +130,10 @@ def fourier(
     bias `[]` or `[groups]`; amplitudes, frequencies and phases `[(groups,) degree]`.
     """
     degree = amplitudes.shape[-1]
-    packed = _packed(
-        {"frequencies": (frequencies, degree), "phases": (phases, degree)},
-        [bias.reshape(-1, 1), amplitudes, frequencies, phases],
-        _shares(amplitudes, before=1, repeats=1, after=2 * degree),
-    )
-    return _apply(Formula(Family.FOURIER, degree), x, packed, dim, interval, glu)
+    _check_counts(degree, frequencies=frequencies, phases=phases)
+    packing = Packing(1, (1.0, *_SHARES[:degree], *[1.0] * (2 * degree)))
+    parts = (bias, amplitudes, frequencies, phases)
+    return _apply(Formula(Family.FOURIER, degree), x, parts, packing, dim, interval, glu)
 
 
 def harmonic(
@@ -154,12 +154,10 @@ def harmonic(
     bias and frequency `[]` or `[groups]`; cosines and sines `[(groups,) degree]`.
     """
     degree = cosines.shape[-1]
-    packed = _packed(
-        {"sines": (sines, degree)},
-        [bias.reshape(-1, 1), frequency.reshape(-1, 1), cosines, sines],
-        _shares(cosines, before=2, repeats=2, after=0),
-    )
-    return _apply(Formula(Family.HARMONIC, degree), x, packed, dim, interval, glu)
+    _check_counts(degree, sines=sines)
+    packing = Packing(2, (1.0, 1.0, *_SHARES[:degree] * 2))
+    parts = (bias, frequency, cosines, sines)
+    return _apply(Formula(Family.HARMONIC, degree), x, parts, packing, dim, interval, glu)
 
 
 def tropical_rational(
@@ -174,15 +172,14 @@ def tropical_rational(
 ) -> Tensor:
     """max_k (p_k x + c_k) - max_k (q_k x + d_k); the lowest k wins a tie. All parameters `[(groups,) degree + 1]`."""
     count = numerator_slopes.shape[-1]
-    packed = _packed(
-        {
-            "numerator_intercepts": (numerator_intercepts, count),
-            "denominator_slopes": (denominator_slopes, count),
-            "denominator_intercepts": (denominator_intercepts, count),
-        },
-        [numerator_slopes, numerator_intercepts, denominator_slopes, denominator_intercepts],
+    _check_counts(
+        count,
+        numerator_intercepts=numerator_intercepts,
+        denominator_slopes=denominator_slopes,
+        denominator_intercepts=denominator_intercepts,
     )
-    return _apply(Formula(Family.TROPICAL_RATIONAL, count - 1), x, packed, dim, None, glu)
+    parts = (numerator_slopes, numerator_intercepts, denominator_slopes, denominator_intercepts)
+    return _apply(Formula(Family.TROPICAL_RATIONAL, count - 1), x, parts, PLAIN, dim, None, glu)
 
 
 def rational(
@@ -202,7 +199,7 @@ def rational(
         return polynomial(x, numerator, dim=dim, interval=interval, glu=glu)
     formula = Formula(Family.RATIONAL, numerator.shape[-1] - 1, denominator.shape[-1])
     _check_degree("denominator", formula.second_degree)
-    return _apply(formula, x, _packed({}, [numerator, denominator]), dim, interval, glu)
+    return _apply(formula, x, (numerator, denominator), PLAIN, dim, interval, glu)
 
 
 def piecewise_linear(x: Tensor, knots: Tensor, values: Tensor, *, dim: int = -1, glu: bool = False) -> Tensor:
@@ -220,7 +217,7 @@ def piecewise_linear(x: Tensor, knots: Tensor, values: Tensor, *, dim: int = -1,
     slopes = heights.diff(dim=-1) / places.diff()
     intercepts = heights[:, :-1] - slopes * places[:-1]
     packed = torch.cat([places[1:-1].expand(len(heights), -1), intercepts, slopes], dim=-1)
-    return _apply(Formula(Family.PIECEWISE_LINEAR, pieces), x, packed, dim, None, glu)
+    return _apply(Formula(Family.PIECEWISE_LINEAR, pieces), x, (packed,), PLAIN, dim, None, glu)
 
 
 def polynorm(x: Tensor, coefficients: Tensor, bias: Tensor, *, epsilon: float = 1e-6) -> Tensor:
@@ -238,8 +235,8 @@ def polynorm(x: Tensor, coefficients: Tensor, bias: Tensor, *, epsilon: float = 
 
 
 def _series(family: Family, x: Tensor, rows: Tensor, dim: int, interval: Interval | None, glu: bool) -> Tensor:
-    rows = _rows(rows)
-    return _apply(Formula(family, rows.shape[-1] - 1), x, rows, dim, interval, glu)
+    degree = rows.shape[-1] - 1 if rows.dim() else 0
+    return _apply(Formula(family, degree), x, (rows,), PLAIN, dim, interval, glu)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -248,22 +245,10 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.unsqueeze(0)
 
 
-def _packed(expected: dict[str, tuple[Tensor, int]], parts: list[Tensor], factors: Tensor | None = None) -> Tensor:
-    """The parts of each group side by side, times the factors, `[groups, count]` float64."""
-    for name, (tensor, count) in expected.items():
+def _check_counts(count: int, **parts: Tensor) -> None:
+    for name, tensor in parts.items():
         if tensor.shape[-1:] != (count,):
             raise ValueError(f"{name}: expected {count} per group, got {list(tensor.shape)}")
-    rows = [_rows(part) for part in parts]
-    if len({len(row) for row in rows}) != 1:
-        raise ValueError(f"coefficients: expected as many groups in each, got {[len(row) for row in rows]}")
-    packed = torch.cat(rows, dim=-1).double()
-    return packed if factors is None else packed * factors
-
-
-def _shares(like: Tensor, before: int, repeats: int, after: int) -> Tensor:
-    """1 for the first packed parameters, 1 / k! for those of term k, `repeats` times, and 1 for the last."""
-    shares = [1 / math.factorial(k) for k in range(1, like.shape[-1] + 1)]
-    return torch.tensor([1.0] * before + shares * repeats + [1.0] * after, dtype=torch.float64, device=like.device)
 
 
 def _check_degree(name: str, degree: int) -> None:
@@ -276,11 +261,19 @@ def _check_float(x: Tensor) -> None:
         raise TypeError(f"activations take float tensors (bfloat16, float16, float32, float64), got {x.dtype}")
 
 
-def _apply(formula: Formula, x: Tensor, packed: Tensor, dim: int, interval: Interval | None, glu: bool) -> Tensor:
+def _apply(
+    formula: Formula,
+    x: Tensor,
+    parts: tuple[Tensor, ...],
+    packing: Packing,
+    dim: int,
+    interval: Interval | None,
+    glu: bool,
+) -> Tensor:
     _check_float(x)
+    groups = packing.groups(parts)
     if formula.family != Family.PIECEWISE_LINEAR:
         _check_degree("coefficients", formula.degree)
-    groups = packed.shape[0]
     if glu:
         if x.dim() == 0 or x.shape[-1] % 2:
             raise ValueError(f"x: with glu the last dimension holds two halves, got shape {list(x.shape)}")
@@ -294,4 +287,5 @@ def _apply(formula: Formula, x: Tensor, packed: Tensor, dim: int, interval: Inte
         if channels % groups:
             raise ValueError(f"coefficients: {groups} groups do not divide the {channels} channels of dimension {dim}")
     ends = check_interval(interval) or ()
-    return activate(x, packed, formula._replace(interval=ends, dim=dim if groups > 1 else -1, gated=glu))
+    chosen = formula._replace(interval=ends, dim=dim if groups > 1 else -1, gated=glu)
+    return activate_parts(x, parts, packing, chosen)

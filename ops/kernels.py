@@ -5,7 +5,8 @@ Only x (and the few packed parameters) is saved for backward. A second derivativ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from polytrope.ops import cuda, native, reference
 from polytrope.ops.families import Formula
+from polytrope.ops.packing import PLAIN, Packing
 
 _TAIL = "int family, int degree, int second_degree, float[] interval, int dim, bool gated"
 _LIBRARY = torch.library.Library("polytrope", "DEF")
@@ -47,38 +49,59 @@ def _goes_through_kernel(x: Tensor, formula: Formula | str) -> bool:
 
 def _is_plain(*tensors: Tensor) -> bool:
     """Whether nothing but autograd looks at operators on these CPU tensors: no compiler, tracer, transform or mode."""
+    batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched
     return (
-        all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
-        and all(tensor.device.type == "cpu" for tensor in tensors)
-        and not any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors)  # is_grads_batched
+        all(
+            type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_cpu and not batched(tensor) for tensor in tensors
+        )
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
     )
 
 
+@functools.cache
+def _constant(packing: Packing) -> Tensor | None:
+    with torch.inference_mode(False):
+        return packing.constant(torch.device("cpu"))
+
+
 class _Direct(torch.autograd.Function):
-    """The operator `activation` without its way through the dispatcher, which costs a good part of a kernel's time."""
+    """The operator `activation` and the packing of its parameters in one node of the graph, without the dispatcher.
+
+    Both cost a good part of a kernel's time.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
-        ctx.save_for_backward(x, parameters)
-        ctx.formula = formula
-        return native.forward(x, parameters, formula)
+    def forward(ctx: Any, x: Tensor, formula: Formula, packing: Packing, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *parts)
+        ctx.formula, ctx.packing = formula, packing
+        ctx.packed = packing.pack(parts, _constant(packing))
+        return native.forward(x, ctx.packed, formula)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (gradient,), (x, parameters) = gradients, ctx.saved_tensors
-        if torch.is_grad_enabled() or not _is_plain(gradient, x, parameters):
-            return (*torch.ops.polytrope.activation_backward(gradient, x, parameters, *_listed(ctx.formula)), None)
-        return (*native.backward(gradient, x, parameters, ctx.formula), None)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (x, *parts) = gradients, ctx.saved_tensors
+        factors = _constant(ctx.packing)
+        if torch.is_grad_enabled() or not _is_plain(gradient, x, *parts):
+            backward, packed = torch.ops.polytrope.activation_backward, ctx.packing.pack(parts, factors)
+            x_gradient, packed_gradient = backward(gradient, x, packed, *_listed(ctx.formula))
+        else:
+            x_gradient, packed_gradient = native.backward(gradient, x, ctx.packed, ctx.formula)
+        return (x_gradient, None, None, *ctx.packing.unpack(packed_gradient, parts, factors))
 
 
 def activate(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
     """F(x), differentiable in x and the packed parameters; without a kernel, the reference."""
-    if not torch.compiler.is_compiling() and _is_plain(x, parameters) and native.cpu_library() is not None:
-        direct: Tensor = _Direct.apply(x, parameters, formula)  # type: ignore[no-untyped-call]
+    return activate_parts(x, (parameters,), PLAIN, formula)
+
+
+def activate_parts(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Formula) -> Tensor:
+    """`activate` with parameters that are still to be packed."""
+    if not torch.compiler.is_compiling() and _is_plain(x, *parts) and has_kernel("cpu", None, x.dtype, formula):
+        direct: Tensor = _Direct.apply(x, formula, packing, *parts)  # type: ignore[no-untyped-call]
         return direct
+    parameters = packing.pack(parts, packing.constant(parts[0].device))
     if _goes_through_kernel(x, formula):
         result: Tensor = torch.ops.polytrope.activation(x, parameters, *_listed(formula))
         return result

@@ -220,10 +220,18 @@ class Fourier(LearnableActivation):
         if harmonic and options.get("init", self.init) != self.init:
             raise ValueError("init: the harmonic mode imitates no other function; use harmonic=False")
 
+    bias: nn.Parameter
+    frequency: nn.Parameter
+    cosines: nn.Parameter
+    sines: nn.Parameter
+    amplitudes: nn.Parameter
+    frequencies: nn.Parameter
+    phases: nn.Parameter
+
     def forward(self, x: Tensor) -> Tensor:
-        own: dict[str, Any] = dict(self.named_parameters())
-        function: Callable[..., Tensor] = functional.harmonic if self.harmonic else functional.fourier
-        return function(x, **own, **self._options())
+        if self.harmonic:
+            return functional.harmonic(x, self.bias, self.frequency, self.cosines, self.sines, **self._options())
+        return functional.fourier(x, self.bias, self.amplitudes, self.frequencies, self.phases, **self._options())
 
     def config(self) -> dict[str, Any]:
         return super().config() | ({"harmonic": True} if self.harmonic else {})
@@ -273,8 +281,15 @@ class TropicalRational(LearnableActivation):
         own = {f"{side}_slopes": f"powers_{short}" for side, short in sides}
         return own | {f"{side}_intercepts": f"coefficients_{short}" for side, short in sides}
 
+    numerator_slopes: nn.Parameter
+    numerator_intercepts: nn.Parameter
+    denominator_slopes: nn.Parameter
+    denominator_intercepts: nn.Parameter
+
     def forward(self, x: Tensor) -> Tensor:
-        return functional.tropical_rational(x, **dict(self.named_parameters()), dim=self.dim, glu=self.glu)
+        numerator = self.numerator_slopes, self.numerator_intercepts
+        denominator = self.denominator_slopes, self.denominator_intercepts
+        return functional.tropical_rational(x, *numerator, *denominator, dim=self.dim, glu=self.glu)
 
 
 class Rational(LearnableActivation):

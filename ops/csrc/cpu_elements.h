@@ -113,13 +113,13 @@ inline uint16_t half_of(float value) {
 typedef uint32_t WordVector __attribute__((vector_size(vector_bytes)));
 
 // The even and the odd elements of two vectors' worth of bfloat16: which lane an element is in makes no difference.
-POLYTROPE_FUNCTION void widen_pair(const uint16_t* source, float* target) {
-  WordVector both, even, odd;
+POLYTROPE_FUNCTION void widen_pair(const uint16_t* source, FloatVector& even, FloatVector& odd) {
+  WordVector both, low, high;
   std::memcpy(&both, source, sizeof(both));
-  even = both << 16;
-  odd = both & 0xffff0000u;
-  std::memcpy(target, &even, sizeof(even));
-  std::memcpy(target + lanes<float>, &odd, sizeof(odd));
+  low = both << 16;
+  high = both & 0xffff0000u;
+  std::memcpy(&even, &low, sizeof(even));
+  std::memcpy(&odd, &high, sizeof(odd));
 }
 
 // bfloat16_of in each lane, in its upper half; the lower half is left as it comes.
@@ -130,8 +130,7 @@ POLYTROPE_FUNCTION WordVector rounded_lanes(FloatVector v) {
 }
 
 // Rounds what widen_pair has made; the same numbers as bfloat16_of gives.
-POLYTROPE_FUNCTION void round_pair(const float* source, uint16_t* target) {
-  const FloatVector even = load<FloatVector>(source), odd = load<FloatVector>(source + lanes<float>);
+POLYTROPE_FUNCTION void round_pair(FloatVector even, FloatVector odd, uint16_t* target) {
 #ifdef __AVX512BF16__
   // One instruction rounds, but takes numbers below 2^-126 for 0.
   const __mmask16 small = _mm512_fpclass_ps_mask(__m512(even), 0x20) | _mm512_fpclass_ps_mask(__m512(odd), 0x20);

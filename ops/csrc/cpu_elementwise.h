@@ -20,39 +20,45 @@
 namespace polytrope {
 namespace {
 
-constexpr int cache_line = 64;            // bytes
-constexpr int64_t prefetch_distance = 512;  // elements; the processor itself does not look past a page of memory
+constexpr int cache_line = 64;              // bytes
+constexpr int64_t prefetch_distance = 512;  // elements
 constexpr int unrolled_degree = 8;  // kernels for higher degrees read the degree at run time
 
 // ---- kernels over one block ----
 
-// Calls body(x, g, y, k) for each vector: where to read, where to write, and the number of its first element. `narrow`:
-// x, g and y hold bfloat16, not S, and are converted two vectors at a time, through memory that stays in the first-level
-// cache. g and y may be null. count is a multiple of the lanes, if narrow of twice the lanes.
+// Asks for the cache lines that the processor itself does not: it looks no further than a page of memory.
+POLYTROPE_FUNCTION void prefetch(const void* x, const void* g, const void* y, int64_t byte) {
+  __builtin_prefetch(static_cast<const char*>(x) + byte, 0);
+  if (g) __builtin_prefetch(static_cast<const char*>(g) + byte, 0);
+  if (y) __builtin_prefetch(static_cast<const char*>(y) + byte, 1);
+}
+
+// y = body(x, g, k) for each vector, k the number of its first element; g and y may be null, and body then gets and gives
+// anything. `narrow`: x, g and y hold bfloat16, not S, and are converted two vectors at a time. count is a multiple of the
+// lanes, if narrow of twice the lanes.
 template <class S, class Body>
-POLYTROPE_FUNCTION void each_vector(const void* x, const void* g, void* y, int count, bool narrow, const Body& body) {
-  constexpr int pair = 2 * lanes<S>;
-  const int size = narrow ? sizeof(uint16_t) : sizeof(S);
-  alignas(64) S xs[pair], gs[pair], ys[pair];
-  for (int i = 0; i < count; i += pair) {
-    const S *from = static_cast<const S*>(x) + i, *seed = static_cast<const S*>(g) + i;
-    S* to = static_cast<S*>(y) + i;
-    for (int byte = 0; byte < pair * size; byte += cache_line) {
-      const int64_t at = (i + prefetch_distance) * size + byte;
-      __builtin_prefetch(static_cast<const char*>(x) + at, 0);
-      if (g) __builtin_prefetch(static_cast<const char*>(g) + at, 0);
-      if (y) __builtin_prefetch(static_cast<const char*>(y) + at, 1);
-    }
-    if constexpr (std::is_same_v<S, float>)
-      if (narrow) {
-        widen_pair(static_cast<const uint16_t*>(x) + i, xs);
-        if (g) widen_pair(static_cast<const uint16_t*>(g) + i, gs);
-        from = xs, seed = gs, to = ys;
+POLYTROPE_FUNCTION void each_vector(const void* __restrict x, const void* __restrict g, void* __restrict y, int count,
+                                    bool narrow, const Body& body) {
+  using V = Vector<S>;
+  const S *xs = static_cast<const S*>(x), *gs = static_cast<const S*>(g);
+  S* ys = static_cast<S*>(y);
+  if constexpr (std::is_same_v<S, float>)
+    if (narrow) {
+      const uint16_t *x16 = static_cast<const uint16_t*>(x), *g16 = static_cast<const uint16_t*>(g);
+      for (int i = 0; i < count; i += 2 * lanes<S>) {
+        prefetch(x, g, y, (i + prefetch_distance) * int64_t(sizeof(uint16_t)));
+        V x_even, x_odd, g_even{}, g_odd{};
+        widen_pair(x16 + i, x_even, x_odd);
+        if (g) widen_pair(g16 + i, g_even, g_odd);
+        const V even = body(x_even, g_even, i), odd = body(x_odd, g_odd, i + lanes<S>);
+        if (y) round_pair(even, odd, static_cast<uint16_t*>(y) + i);
       }
-    const int end = std::min(pair, count - i);
-    for (int j = 0; j < end; j += lanes<S>) body(from + j, seed + j, to + j, i + j);
-    if constexpr (std::is_same_v<S, float>)
-      if (narrow && y) round_pair(ys, static_cast<uint16_t*>(y) + i);
+      return;
+    }
+  for (int i = 0; i < count; i += lanes<S>) {
+    if (i * sizeof(S) % cache_line == 0) prefetch(x, g, y, (i + prefetch_distance) * int64_t(sizeof(S)));
+    const V value = body(load<V>(xs + i), g ? load<V>(gs + i) : V{}, i);
+    if (y) store(ys + i, value);
   }
 }
 
@@ -70,8 +76,7 @@ void forward_block(const void* __restrict x, void* __restrict y, int count, bool
   const int n = D ? D : degree, m = D ? E : second;
   alignas(64) S t[padded(Family::largest_table, lanes<S>)];
   copy_table<Family>(table, t);
-  each_vector<S>(x, nullptr, y, count, narrow,
-                 [&](const S* from, const S*, S* to, int) { store(to, Family::value(load<V>(from), t, n, m)); });
+  each_vector<S>(x, nullptr, y, count, narrow, [&](V v, V, int) { return Family::value(v, t, n, m); });
 }
 
 // Adds to total[k * lanes …] the sums over lanes.
@@ -86,27 +91,28 @@ void backward_block(const void* __restrict x, const void* __restrict g, void* __
   for (int k = 0; k < sums; ++k) a[k] = V{};
   if constexpr (std::is_same_v<Family, TropicalRational>) {
     alignas(64) S slopes[block];
-    each_vector<S>(x, g, nullptr, count, narrow, [&](const S* from, const S* seed, S*, int k) {
-      store(slopes + k, Family::descend_numerator(load<V>(from), load<V>(seed), t, a, n));
+    each_vector<S>(x, g, nullptr, count, narrow, [&](V v, V seed, int k) {
+      store(slopes + k, Family::descend_numerator(v, seed, t, a, n));
+      return V{};
     });
-    each_vector<S>(x, g, dx, count, narrow, [&](const S* from, const S* seed, S* to, int k) {
-      store(to, Family::descend_denominator(load<V>(from), load<V>(seed), load<V>(slopes + k), t, a, n));
+    each_vector<S>(x, g, dx, count, narrow, [&](V v, V seed, int k) {
+      return Family::descend_denominator(v, seed, load<V>(slopes + k), t, a, n);
     });
   } else if constexpr (std::is_same_v<Family, HarmonicPieces>) {
     alignas(64) S sines[block], cosines[block];
-    each_vector<S>(x, g, dx, count, narrow, [&](const S* from, const S* seed, S* to, int k) {
+    each_vector<S>(x, g, dx, count, narrow, [&](V v, V seed, int k) {
       V sine, cosine;
-      store(to, Family::find_slope(load<V>(from), load<V>(seed), t, a, sine, cosine, n));
+      const V slope = Family::find_slope(v, seed, t, a, sine, cosine, n);
       store(sines + k, sine);
       store(cosines + k, cosine);
+      return slope;
     });
-    each_vector<S>(g, nullptr, nullptr, count, narrow, [&](const S* seed, const S*, S*, int k) {
-      Family::add(load<V>(seed), load<V>(sines + k), load<V>(cosines + k), a, n);
+    each_vector<S>(g, nullptr, nullptr, count, narrow, [&](V seed, V, int k) {
+      Family::add(seed, load<V>(sines + k), load<V>(cosines + k), a, n);
+      return V{};
     });
   } else {
-    each_vector<S>(x, g, dx, count, narrow, [&](const S* from, const S* seed, S* to, int) {
-      store(to, Family::backward(load<V>(from), load<V>(seed), t, a, n, m));
-    });
+    each_vector<S>(x, g, dx, count, narrow, [&](V v, V seed, int) { return Family::backward(v, seed, t, a, n, m); });
   }
   for (int k = 0; k < sums; ++k) accumulate(a[k], total + k * lanes<S>);
 }

@@ -1,0 +1,60 @@
+"""How the parameters of an activation stand side by side in the one tensor that a kernel takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """Parts `[count]` or `[groups, count]` <-> packed parameters `[groups, sum of counts]`.
+
+    Args:
+        columns: the first so many parts are `[]` or `[groups]` instead: one number per group.
+        factors: of the packed parameters; empty: all 1.
+    """
+
+    columns: int = 0
+    factors: tuple[float, ...] = ()
+
+    def groups(self, parts: Sequence[Tensor]) -> int:
+        """The number of groups.
+
+        Raises:
+            ValueError: a part of another shape, or not as many groups in each.
+        """
+        counts = []
+        for index, part in enumerate(parts):
+            if index >= self.columns and part.dim() not in (1, 2):
+                raise ValueError(f"coefficients: expected [count] or [groups, count], got {list(part.shape)}")
+            counts.append(part.numel() if index < self.columns else 1 if part.dim() == 1 else part.shape[0])
+        if len(set(counts)) != 1:
+            raise ValueError(f"coefficients: expected as many groups in each, got {counts}")
+        return counts[0]
+
+    def pack(self, parts: Sequence[Tensor], factors: Tensor | None) -> Tensor:
+        """The packed parameters, float64; `factors`: what `constant` made of them."""
+        rows = [
+            part.reshape(-1, 1) if index < self.columns else part if part.dim() == 2 else part.unsqueeze(0)
+            for index, part in enumerate(parts)
+        ]
+        packed = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
+        return packed.double() if factors is None else packed * factors
+
+    def unpack(self, gradient: Tensor, parts: Sequence[Tensor], factors: Tensor | None) -> list[Tensor]:
+        """The gradient of the packed parameters -> those of the parts, in their shapes and dtypes."""
+        scaled = gradient if factors is None else gradient * factors
+        scaled = scaled.to(parts[0].dtype)
+        counts = [1 if index < self.columns else part.shape[-1] for index, part in enumerate(parts)]
+        found = [piece.view_as(part) for piece, part in zip(scaled.split(counts, dim=-1), parts, strict=True)]
+        return [own if own.dtype == part.dtype else own.to(part.dtype) for own, part in zip(found, parts, strict=True)]
+
+    def constant(self, device: torch.device) -> Tensor | None:
+        """The factors as a new tensor; None where all are 1."""
+        return torch.tensor(self.factors, dtype=torch.float64, device=device) if self.factors else None
+
+
+PLAIN = Packing()
