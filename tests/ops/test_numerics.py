@@ -155,6 +155,24 @@ def test_the_sine_of_large_arguments_is_as_exact_as_that_of_small_ones(frequency
     found = functional.fourier(x, torch.tensor(0.0), one, frequency * one, 0.3 * one)
     exact = torch.cos(x.double() * float(torch.tensor(frequency)) - float(torch.tensor(0.3)))
     assert float((found.double() - exact).abs().max()) < 4e-7
+    found = functional.harmonic(x, torch.tensor(0.0), torch.tensor(frequency), 0.6 * one, 0.8 * one)
+    angle = x.double() * float(torch.tensor(frequency))
+    exact = float(0.6 * one) * torch.cos(angle) + float(0.8 * one) * torch.sin(angle)
+    assert float((found.double() - exact).abs().max()) < 4e-7
+
+
+@pytest.mark.parametrize("degree", [1, 6, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_harmonics_stay_bounded_and_nan_stays_nan(degree: int, dtype: torch.dtype) -> None:
+    ones = torch.full((degree,), 1.0)
+    x = torch.tensor([math.nan, math.inf, -math.inf, 1e6, -1e12, 3e38] * 32).to(dtype).requires_grad_()
+    y = functional.harmonic(x, torch.tensor(0.5), torch.tensor(3.0), ones, ones)
+    y.backward(torch.ones_like(y))
+    assert x.grad is not None
+    for result in (y.detach(), x.grad):
+        special, finite = result.view(32, 6)[:, :3], result.view(32, 6)[:, 3:]
+        assert special.isnan().all()
+        assert finite.abs().max() <= 0.5 + 3.0 * 2.0 * math.e
 
 
 @pytest.mark.parametrize("interval", [None, (-1.0, 1.5)])
