@@ -133,6 +133,12 @@ class EventWriter:
         line = json.dumps({"kind": kind, "time": time.time(), **self._hidden(payload)}, separators=(",", ":"))
         os.write(self._descriptor, line.encode() + b"\n")
 
+    def close(self) -> None:
+        """Let go of the file; a later event opens another one."""
+        if self._descriptor is not None and self._owner == os.getpid():
+            os.close(self._descriptor)
+        self._descriptor = None
+
     def note(self, text: str) -> None:
         """Beside the events, for the journal."""
         self.directory.mkdir(parents=True, exist_ok=True)

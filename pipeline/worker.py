@@ -7,10 +7,12 @@ local executor most stages start as a fork of a process that has imported this m
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import errno
 import json
 import os
 import pickle
+import random
 import sys
 import time
 import traceback
@@ -180,6 +182,8 @@ def run_task(task: StageTask) -> Outcome:
     """Run the stage in this process. Every exception becomes an `Outcome`; prints go to where this process prints."""
     started = time.monotonic()
     task.output.mkdir(parents=True, exist_ok=True)
+    events = EventWriter(task.spool, task.secrets)
+    random.seed()  # this process may have run other stages, and with a seed
     try:
         store = open_store(task.store)
         with _surroundings(task), store.scratch_mirrored(task.key):
@@ -193,13 +197,13 @@ def run_task(task: StageTask) -> Outcome:
                 scratch_directory=task.scratch,
                 executor=task.executor,
                 resources=task.resources,
-                events=EventWriter(task.spool, task.secrets),
+                events=events,
             )
             parameters = _parameters(definition, task)
             os.chdir(task.directory)
             inputs = _inputs_here(store, task)
             with sampled(context):
-                summary = definition.call(context, parameters, inputs)
+                summary = contextvars.copy_context().run(definition.call, context, parameters, inputs)
             stages = _returned_stages(task)
             with contextlib.suppress(OSError):  # most stages leave it empty, or have none
                 task.scratch.rmdir()
@@ -217,6 +221,8 @@ def run_task(task: StageTask) -> Outcome:
         described = describe_error(error, task.secrets)
         print(described.traceback or described.message, file=sys.stderr, flush=True)
         return Outcome(error=described, duration=time.monotonic() - started)
+    finally:
+        events.close()
 
 
 def _returned_stages(task: StageTask) -> dict[str, Any] | None:

@@ -2,8 +2,8 @@
 
 It is the parent of all stage processes: it learns their exit status, sees the end of the driver (its socket closes) and
 then kills every stage with everything that stage started. Orphans of a stage come back to it (subreaper) and are killed
-with the stage's session. A process whose stage left no trace in it (see `traces`) waits for the next stage of that
-kind, since a fork is most of the price of a small stage; every other ends with its stage.
+with the stage's session. A process whose stage left no trace in it (see `traces`) waits for the next stage whose
+function was seen to leave none, since a fork is most of the price of a small stage; every other ends with its stage.
 Started as `python -m polytrope.pipeline.executors.nursery SOCKET`.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import pickle
 import select
@@ -20,18 +21,19 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Container
+from collections.abc import Collection, Container
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from polytrope.pipeline.executors.traces import GROWTH, process_state, resident_memory
+from polytrope.pipeline.executors.traces import differences, process_state, resident_memory
 from polytrope.pipeline.worker import Outcome, StageTask, dump, is_light, load_task, output_to, preload, run_task
 
 # First byte of what a stage's process sends. It waits for another stage; it ends, but what it imported may be imported
 # before a fork; or not even that.
 _CLEAN, _LIGHT, _HEAVY = b"c", b"l", b"h"
 _LENGTH = struct.Struct("<Q")  # of what follows
+_FRAME = struct.Struct("!i")  # the same in the protocol of `multiprocessing.connection`
 _SMALL = 1 << 16  # bytes of a task that surely fit into a channel; a larger one goes with a fork
 GRACE = 3.0  # seconds between SIGTERM and SIGKILL
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36
@@ -47,7 +49,7 @@ class Child:
     uses: str
     task: bytes
     data: bytearray = field(default_factory=bytearray)
-    kill_at: float | None = None
+    kill_at: float | None = None  # a cancelled one's end by force; infinite when that was done
 
 
 @dataclass
@@ -83,27 +85,32 @@ def main() -> None:
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     gc.freeze()
     children: dict[int, Child] = {}
+    outbox = bytearray()  # to the driver, which may be writing itself: neither waits for the other to read
     known = Known(frozenset(sys.modules))
     try:
         while True:
             channels = {child.channel.fileno(): child for child in children.values()}
-            deadlines = [child.kill_at for child in children.values() if child.kill_at is not None]
-            timeout = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
-            ready, _, _ = select.select([driver.fileno(), read_end, *channels], [], [], timeout)
+            deadline = min(
+                (child.kill_at for child in children.values() if child.kill_at is not None), default=math.inf
+            )
+            timeout = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+            full = [driver.fileno()] if outbox else []
+            ready, _, _ = select.select([driver.fileno(), read_end, *channels], full, [], timeout)
             for descriptor in ready:
                 if descriptor in channels:
                     _receive(channels[descriptor])
-                    _continue(driver, channels[descriptor], children, known)
+                    _continue(outbox, channels[descriptor], children, known)
             if read_end in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(read_end, 4096)
-                _reap(driver, children, known)
+                _reap(outbox, children, known)
             for child in children.values():
                 if child.kill_at is not None and time.monotonic() >= child.kill_at:
-                    child.kill_at = None
+                    child.kill_at = math.inf
                     kill_tree(child.pid, signal.SIGKILL)
-            if driver.fileno() in ready and not _command(driver, children, (read_end, write_end), known):
+            if driver.fileno() in ready and not _command(driver, outbox, children, (read_end, write_end), known):
                 return
+            _post(driver, outbox)
     except (BrokenPipeError, ConnectionResetError):
         return  # the driver is gone
     finally:
@@ -114,7 +121,21 @@ def main() -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _command(driver: Connection, children: dict[int, Child], private: tuple[int, int], known: Known) -> bool:
+def _report(outbox: bytearray, kind: str, identifier: int, value: int, data: bytes | None) -> None:
+    message = dump((kind, identifier, value, data))
+    outbox += _FRAME.pack(len(message)) + message
+
+
+def _post(driver: Connection, outbox: bytearray) -> None:
+    """Send as much as the driver's end takes at once."""
+    with socket.socket(fileno=os.dup(driver.fileno())) as channel, contextlib.suppress(BlockingIOError):
+        while outbox:
+            del outbox[: channel.send(outbox, socket.MSG_DONTWAIT)]
+
+
+def _command(
+    driver: Connection, outbox: bytearray, children: dict[int, Child], private: tuple[int, int], known: Known
+) -> bool:
     """Follow one command of the driver; False: it is gone."""
     try:
         kind, value = pickle.loads(driver.recv_bytes())
@@ -122,11 +143,15 @@ def _command(driver: Connection, children: dict[int, Child], private: tuple[int,
         return False
     if kind == "run":
         identifier, uses, data = value
-        child = _give(identifier, uses, data, children) if uses in known.clean and len(data) < _SMALL else None
+        child = None
+        if uses not in known.clean:
+            _dismiss(children)
+        elif len(data) < _SMALL:
+            child = _give(identifier, uses, data, children)
         if child is None:
             child = _fork(identifier, uses, data, driver, children, private, known)
             children[child.pid] = child
-        driver.send_bytes(dump(("started", identifier, child.pid, None)))
+        _report(outbox, "started", identifier, child.pid, None)
     elif kind == "cancel":
         for child in children.values():
             if child.identifier == value and child.kill_at is None:
@@ -141,11 +166,20 @@ def _give(identifier: int, uses: str, data: bytes, children: dict[int, Child]) -
         if child.identifier is None:
             try:
                 child.channel.sendall(_LENGTH.pack(len(data)) + data)
-            except OSError:  # it was killed: `_reap` will find it
+            except OSError:  # it was killed, or its channel is full: `_reap` will find it
+                kill_tree(child.pid, signal.SIGKILL)
                 continue
             child.identifier, child.uses, child.task = identifier, uses, data
             return child
     return None
+
+
+def _dismiss(children: dict[int, Child]) -> None:
+    """End the processes that wait, lest they hold memory beside a stage that may need it."""
+    for child in children.values():
+        if child.identifier is None:
+            with contextlib.suppress(OSError):
+                child.channel.shutdown(socket.SHUT_WR)
 
 
 def _fork(
@@ -184,17 +218,14 @@ def _fork(
         os._exit(status)
 
 
-def _serve(channel: socket.socket, data: bytes, modules: Container[str]) -> None:
+def _serve(channel: socket.socket, data: bytes, modules: Collection[str]) -> None:
     """Run the task; then others, as long as each leaves this process as it was."""
-    try:
-        before, memory = process_state(modules), resident_memory()
-    except OSError:  # no /proc
-        before, memory = {}, 0
+    before, memory = process_state(modules), resident_memory()
     while data:
         outcome = _run(data)
         kind = _LIGHT if is_light() else _HEAVY
-        if before and kind == _LIGHT and outcome.error is None and resident_memory() < memory + GROWTH:
-            kind = _CLEAN if process_state(modules) == before else kind
+        if kind == _LIGHT and outcome.error is None and not differences(before, process_state(modules), memory):
+            kind = _CLEAN
         channel.sendall(kind + _LENGTH.pack(len(body := dump(outcome))) + body)
         data = _next_task(channel) if kind == _CLEAN else b""
 
@@ -233,7 +264,7 @@ def _outcome(child: Child) -> bytes:
     return bytes(child.data[start:])
 
 
-def _continue(driver: Connection, child: Child, children: dict[int, Child], known: Known) -> None:
+def _continue(outbox: bytearray, child: Child, children: dict[int, Child], known: Known) -> None:
     """If the stage is complete and its process waits for another, report the one and keep the other."""
     if child.data[:1] != _CLEAN or not (outcome := _outcome(child)):
         return
@@ -241,13 +272,14 @@ def _continue(driver: Connection, child: Child, children: dict[int, Child], know
         kill_tree(child.pid, signal.SIGKILL)
         return
     _kill_orphans(child.pid, children)
-    driver.send_bytes(dump(("ended", child.identifier, 0, outcome)))
+    assert child.identifier is not None
+    _report(outbox, "ended", child.identifier, 0, outcome)
     known.clean.add(child.uses)
     child.identifier = None
     child.data.clear()
 
 
-def _reap(driver: Connection, children: dict[int, Child], known: Known) -> None:
+def _reap(outbox: bytearray, children: dict[int, Child], known: Known) -> None:
     """Collect ended children; report those that are stages; end what a stage left running."""
     while True:
         try:
@@ -265,7 +297,7 @@ def _reap(driver: Connection, children: dict[int, Child], known: Known) -> None:
             os.killpg(pid, signal.SIGKILL)
         _kill_orphans(pid, children)
         if child.identifier is not None:
-            driver.send_bytes(dump(("ended", child.identifier, status, _outcome(child))))
+            _report(outbox, "ended", child.identifier, status, _outcome(child))
         if child.data[:1] == _LIGHT:
             _preload(child.task, known.loaded)
 

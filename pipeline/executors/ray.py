@@ -56,7 +56,7 @@ def execute(data: bytes, mark: bytes, submitted: float) -> Outcome:
 
     Args:
         mark: the key in Ray's key-value store by which the driver cancels it.
-        submitted: when (Unix time), since only a task that has queued can have been cancelled.
+        submitted: when, by this machine's clock: only a task that has queued can have been cancelled; 0: not known.
     """
     if abs(time.time() - submitted) > _PATIENCE / 2 and _is_marked(mark):
         return Outcome(error=StageError("cancelled", "cancelled"))
@@ -171,8 +171,9 @@ class RayExecutor:
             options.update(num_cpus=cpus, num_gpus=gpus)
             if task.resources.memory:
                 options["memory"] = task.resources.workers * task.resources.memory
+        submitted = time.time() if self._address is None else 0.0  # other hosts have other clocks
         function = self._functions[task.parallel].options(**options)
-        reference = function.remote(dump_task(task), self._mark(task.identifier), time.time())
+        reference = function.remote(dump_task(task), self._mark(task.identifier), submitted)
         self._references[reference] = task.identifier
         self._tasks[task.identifier] = task
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import decimal
+import functools
+import gc
 import json
+import logging
 import os
+import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 from polytrope.pipeline.errors import UserError
@@ -162,24 +170,79 @@ LIST: list[int] = []
 TABLE = {"count": 0}
 
 
+TEXT = "0"
+
+
 class Held:
-    """Where nobody looks."""
+    """A class with state."""
+
+    count = 0
+
+
+class Box:
+    """An object with state, which nobody looks into."""
 
     memory = b""
 
 
+BOX = Box()
+
+
+@functools.cache
+def cached(number: int) -> int:
+    return number
+
+
 def leave(context: StageContext, what: str, source: Artifact | None = None) -> dict[str, float]:
     """Leaves something behind in its process; returns what it found there of others."""
-    global COUNT
-    found = COUNT + len(LIST) + TABLE["count"] + len(Held.memory) + ("LEFT_BEHIND" in os.environ)
+    global COUNT, TEXT
+    found = COUNT + len(LIST) + TABLE["count"] + Held.count + len(BOX.memory) + ("LEFT_BEHIND" in os.environ)
+    found += len(TEXT) - 1 + cached.cache_info().currsize
+    drawn, digits = random.random(), decimal.getcontext().prec
+    context.message("here")  # opens the file of its events
     if what == "binding":
         COUNT = 1
+    elif what == "binding, again and again":
+        for number in range(6):
+            TEXT = f"{TEXT}{number}"
+    elif what == "class":
+        Held.count = 1
+    elif what == "cache":
+        cached(1)
+    elif what == "patch":
+        json.dumps = functools.partial(json.dumps)
+    elif what == "forbidden import":
+        sys.modules["surely_absent"] = None  # type: ignore[assignment]
+    elif what == "timer":
+        signal.setitimer(signal.ITIMER_REAL, 3.0)
+    elif what == "blocked signal":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    elif what == "directory of temporary files":
+        tempfile.tempdir = str(context.scratch)
+    elif what == "warnings":
+        warnings.simplefilter("error")
+    elif what == "log handler":
+        logging.getLogger("left behind").addHandler(logging.StreamHandler())
+    elif what == "socket":
+        socket.setdefaulttimeout(1.0)
+    elif what == "priority":
+        os.nice(1)
+    elif what == "collector":
+        gc.disable()
+    elif what == "standard input":
+        descriptor = os.open(__file__, os.O_RDONLY)
+        os.dup2(descriptor, 0)
+        os.close(descriptor)
+    elif what == "seed":
+        random.seed(0)
+    elif what == "decimal":
+        decimal.getcontext().prec = 3
     elif what == "list":
         LIST.append(1)
     elif what == "dictionary":
         TABLE["count"] = 1
     elif what == "memory":
-        Held.memory = b"x" * (100 * 2**20)
+        BOX.memory = b"x" * (100 * 2**20)
     elif what == "environment":
         os.environ["LEFT_BEHIND"] = "1"
     elif what == "module":
@@ -206,13 +269,16 @@ def leave(context: StageContext, what: str, source: Artifact | None = None) -> d
     elif what == "error" and context.attempt == 1:
         raise ValueError("the first try")
     (context.output / "text").write_text(f"{what} {source and source.digest}")
-    return {"process": float(os.getpid()), "found": float(found)}
+    return {"process": float(os.getpid()), "found": float(found), "drawn": drawn, "digits": float(digits)}
 
 
-def report_process(context: StageContext, source: Artifact, pid_file: str) -> None:
-    """Tells which process ran its input, and goes on when that was killed."""
-    process = int(json.loads((source.path.parent / "manifest.json").read_text())["summary"]["process"])
-    Path(pid_file).write_text(str(process))
-    while not (Path(pid_file).parent / "killed").exists():
-        time.sleep(0.01)
-    (context.output / "text").write_text("")
+def say_much(text: str) -> dict[str, float]:
+    """Takes a long text and returns many metrics."""
+    return {f"metric {number}": float(len(text)) for number in range(5000)}
+
+
+def count_calls(context: StageContext, file: str) -> None:
+    """Gives another result each time, from the same key."""
+    path = Path(file)
+    path.write_text(path.read_text() + "x" if path.exists() else "x")
+    (context.output / "text").write_text(path.read_text())

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import decimal
 import os
+import random
 import signal
-import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_engine import Place, gone, wait_for
+from test_engine import Place, gone, workflow_of
+
+from polytrope.pipeline.executors.local import LocalExecutor
+from polytrope.pipeline.graph import build_graph
+from polytrope.pipeline.worker import Outcome, make_task
 
 TRACES = (
-    "binding", "list", "dictionary", "memory", "environment", "module", "file", "thread", "child", "handler", "umask",
-    "limit", "stream",
+    "binding", "binding, again and again", "list", "dictionary", "class", "cache", "patch", "memory", "environment",
+    "module", "forbidden import", "file", "standard input", "thread", "child", "handler", "blocked signal", "timer",
+    "umask", "limit", "priority", "stream", "directory of temporary files", "warnings", "log handler", "socket",
+    "collector",
 )  # fmt: skip
 
 
@@ -71,31 +79,96 @@ def test_a_failed_stage_ends_its_process(place: Place) -> None:
     assert before["process"] != after["process"]
 
 
-def test_a_timeout_ends_a_process_that_has_run_other_stages(place: Place) -> None:
-    quick = {f"q{number}": {"uses": "make", "with": {"text": str(number)}} for number in range(6)}
-    slow = {"uses": "make", "inputs": {}, "timeout": 1, "retries": 0, "with": {"seconds": 600}}
-    state = place.run({**quick, "slow": slow}, executor="local", fields={"fail_fast": False, "concurrency": 1})
-    states = [stage.state for stage in state.stages.values()]
-    assert states == ["succeeded"] * 6 + ["failed"]
-    assert (state.stages["slow"].error or {}).get("kind") == "timeout"
+def test_random_numbers_and_contexts_start_anew_in_every_stage(place: Place) -> None:
+    found = summaries(place, chain("", "", "", "seed", "decimal", ""))
+    assert len({summary["process"] for summary in found[2:]}) == 1
+    assert found[4]["drawn"] != random.Random(0).random()
+    assert found[5]["digits"] == decimal.getcontext().prec
 
 
-def test_a_process_killed_while_it_waits_harms_no_stage(place: Place) -> None:
-    pid_file = place.directory / "pid"
+class Executor:
+    """A local executor and tasks for it, one at a time."""
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.number = place, 0
+        self.executor = LocalExecutor()
+
+    def submit(self, **parameters: Any) -> int:
+        """Start the stage `make`."""
+        self.number += 1
+        node = build_graph(workflow_of(self.place.directory, {"s": {"uses": "make", "with": parameters}}))["s"]
+        directory = self.place.directory / str(self.number)
+        task = make_task(
+            node, identifier=self.number, run_id="run", key="0" * 64, components={}, attempt=1, inputs={},
+            output=directory / "files", scratch=directory / "scratch", run_directory=directory, name="s",
+            executor="local", directory=self.place.directory, store=str(self.place.store.root),
+        )  # fmt: skip
+        self.executor.submit(task)
+        while not self.executor.has_started(self.number):
+            assert not self.executor.wait(0.1)
+        return self.executor._pids[self.number]
+
+    def outcome(self) -> Outcome:
+        while not (ended := self.executor.wait(10)):
+            pass
+        ((identifier, outcome),) = ended
+        assert identifier == self.number
+        return outcome
+
+    def warm(self) -> int:
+        """The process that waits after three stages."""
+        for _ in range(3):
+            pid = self.submit()
+            assert self.outcome().error is None
+        return pid
+
+
+@pytest.fixture
+def executor(place: Place) -> Iterator[Executor]:
+    found = Executor(place)
+    yield found
+    found.executor.close()
+
+
+def test_cancelling_a_stage_ends_the_process_that_it_shares(executor: Executor) -> None:
+    process = executor.warm()
+    assert executor.submit(seconds=600) == process
+    executor.executor.cancel(executor.number)
+    error = executor.outcome().error
+    assert error is not None
+    assert error.kind == "cancelled"
+    assert gone([process])
+    assert executor.submit() != process
+    assert executor.outcome().error is None
+
+
+def test_a_process_killed_while_it_waits_harms_no_stage(executor: Executor) -> None:
+    process = executor.warm()
+    os.kill(process, signal.SIGKILL)
+    assert gone([process])
+    assert executor.submit() != process
+    assert executor.outcome().error is None
+
+
+def test_a_process_killed_with_a_later_stage_is_a_lost_worker(executor: Executor) -> None:
+    process = executor.warm()
+    assert executor.submit(seconds=600) == process
+    os.kill(process, signal.SIGKILL)
+    error = executor.outcome().error
+    assert error is not None
+    assert error.kind == "worker lost"
+
+
+def test_waiting_processes_end_with_the_executor(executor: Executor) -> None:
+    process = executor.warm()
+    executor.executor.close()
+    assert gone([process])
+
+
+def test_many_long_messages_in_both_directions_do_not_meet_head_on(place: Place) -> None:
     stages = {
-        **chain("", "", ""),
-        "report": {"uses": "report_process", "inputs": {"source": "s2"}, "with": {"pid_file": str(pid_file)}},
-        "next": {"uses": "leave", "inputs": {"source": "report"}, "with": {"what": ""}},
+        f"s{number}": {"uses": "say_much", "with": {"text": "x" * 300_000 + str(number)}, "resources": {"cpus": 0.01}}
+        for number in range(60)
     }
-
-    def kill() -> None:
-        os.kill(int(wait_for(pid_file)), signal.SIGKILL)
-        (place.directory / "killed").touch()
-
-    thread = threading.Thread(target=kill)
-    thread.start()
     state = place.run(stages, executor="local")
-    thread.join()
-    assert state.status == "succeeded"
-    assert state.stages["next"].attempt == 1
-    assert state.stages["next"].summary["process"] != state.stages["s2"].summary["process"]
+    assert {stage.state for stage in state.stages.values()} == {"succeeded"}
