@@ -861,8 +861,7 @@ class Driver:
             attempt.lease.check()
 
         if node.name in self.forced:
-            fence()
-            self._make_way(attempt, outcome)
+            self._make_way(attempt, outcome, fence)
         artifact = self.store.commit(
             attempt.key,
             staging,
@@ -887,11 +886,12 @@ class Driver:
         self._expand(node, expansion)
         self._end(node, "succeeded", artifact)
 
-    def _make_way(self, attempt: Attempt, outcome: Outcome) -> None:
+    def _make_way(self, attempt: Attempt, outcome: Outcome, fence: Callable[[], None]) -> None:
         """A forced stage replaces its stored result, unless the new one is the same."""
         stored = self.store.find(attempt.key)
         files = [{"path": item.path, "size": item.size, "sha256": item.sha256} for item in outcome.entries]
         if self.store.exists(attempt.key) and (stored is None or stored.digest != artifact_digest(files)):
+            fence()
             problems = ["replaced: the stage was forced, and gave another result from the same key"]
             moved = self.store.quarantine(attempt.key, problems)
             self.emit(

@@ -309,7 +309,7 @@ class ObjectStore(Store):
             remove_tree(self.artifacts / key)
             with contextlib.suppress(OSError):
                 os.rename(staging.parent, self.artifacts / key)
-                self._cache_digests(key, entries)
+                self._cache_digests(self._digests_file(key), entries)
         self.discard(staging)
         stored = parse_manifest(data, key, self.artifacts / key / "files")
         assert stored is not None

@@ -46,6 +46,7 @@ from polytrope.pipeline.lease import LeasePlace
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_DIGESTS = "digests.json"  # beside a delivered manifest: what the cache will say of its files
 _KEY = re.compile(r"[0-9a-f]{16,64}")
 
 
@@ -269,7 +270,7 @@ class Store:
         """
         write_bytes(output.parent / MANIFEST, manifest)
         sync_directory(output.parent)
-        self._cache_digests(output.parent.name.partition(".")[0], entries)
+        self._cache_digests(output.parent / _DIGESTS, entries)
 
     def scratch_mirrored(self, _key: str) -> contextlib.AbstractContextManager[None]:
         """While a stage runs: keep its scratch directory where another machine finds it."""
@@ -390,7 +391,7 @@ class Store:
                     problems.append(f"{name}: its bytes have changed")
         if changed and not problems:
             self._cache_digests(
-                artifact.key,
+                self._digests_file(artifact.key),
                 [
                     FileEntry(name, status.st_size, expected[name]["sha256"], status.st_mtime_ns, status.st_ino)
                     for name, status in found.items()
@@ -398,19 +399,22 @@ class Store:
             )
         return problems
 
+    def _digests_file(self, key: str) -> Path:
+        return self.root / "digests" / f"{key}.json"
+
     def _cached_digests(self, key: str) -> dict[str, tuple[int, int, int, str]]:
         try:
-            data = json.loads((self.root / "digests" / f"{key}.json").read_bytes())
+            data = json.loads(self._digests_file(key).read_bytes())
             return {name: (size, mtime_ns, inode, digest) for name, size, mtime_ns, inode, digest in data}
         except (OSError, ValueError, TypeError):
             return {}
 
-    def _cache_digests(self, key: str, entries: list[FileEntry]) -> None:
+    def _cache_digests(self, path: Path, entries: list[FileEntry]) -> None:
         if not entries:
             return
         rows = [(entry.path, entry.size, entry.mtime_ns, entry.inode, entry.sha256) for entry in entries]
         with contextlib.suppress(OSError):  # a cache; a read-only store is hashed every time
-            replace_file(self.root / "digests" / f"{key}.json", json.dumps(rows).encode(), durable=False)
+            replace_file(path, json.dumps(rows).encode(), durable=False)
 
     # -- writing -----------------------------------------------------------------------------------------------
 
@@ -451,6 +455,9 @@ class Store:
             self.deliver(staging, entries, manifest)
         self._check_sealed(staging, entries)
         artifact = self._delivered(key, staging, entries)
+        if entries:
+            with contextlib.suppress(OSError):
+                os.rename(staging.parent / _DIGESTS, self._digests_file(key))
         if fence is not None:
             fence()
         try:
@@ -496,7 +503,7 @@ class Store:
             return None
         replace_json(target / "problems.json", {"key": key, "problems": problems, "time": time.time()}, durable=False)
         with contextlib.suppress(FileNotFoundError):
-            (self.root / "digests" / f"{key}.json").unlink()
+            self._digests_file(key).unlink()
         return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -118,6 +119,19 @@ def test_an_unchanged_result_stops_the_recomputation(place: Place) -> None:
     assert [state.stages[name].state for name in "abcd"] == ["succeeded", "cached", "cached", "cached"]
     state = place.run(diamond(place), RunOptions(start_from="b"))
     assert [state.stages[name].state for name in "abcd"] == ["cached", "succeeded", "cached", "succeeded"]
+
+
+def test_what_was_hashed_is_not_hashed_again_by_a_driver(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither for a forced stage that replaces its result nor for the runs after it."""
+    stages = {"s": {"uses": "count_calls", "with": {"file": str(place.directory / "count")}}}
+    place.run(stages)
+    hashed: list[Path] = []
+    monkeypatch.setattr("polytrope.pipeline.store.hash_file", hashed.append)
+    forced = place.run(stages, options=dataclasses.replace(FAST, force=frozenset({"s"})))
+    assert {stage.state for stage in place.run(stages).stages.values()} == {"cached"}
+    assert hashed == []
+    monkeypatch.undo()
+    assert place.text(forced, "s") == "xx"
 
 
 def test_the_journal_alone_tells_the_state_and_the_record_what_was_run(place: Place) -> None:
