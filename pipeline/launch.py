@@ -16,6 +16,7 @@ from polytrope.pipeline.engine import Observer, RunOptions, run_workflow
 from polytrope.pipeline.environment import record_environment
 from polytrope.pipeline.errors import EXIT_CANCELLED, EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.executors import check_resources
+from polytrope.pipeline.files import replace_file
 from polytrope.pipeline.graph import StageNode, build_graph
 from polytrope.pipeline.journal import Event, RunState, fold
 from polytrope.pipeline.progress import Progress, counts, summary_rows
@@ -27,6 +28,7 @@ from polytrope.pipeline.store import Store, open_store
 from polytrope.pipeline.tracking import check_tracking, start_sync, tracking_uri, wait_for_sync
 
 Display = Literal["auto", "quiet", "none"]
+_ENDED = ("succeeded", "cached", "failed", "skipped", "cancelled")
 _SYNC_PATIENCE = 20.0  # seconds without progress that a finished run waits for MLflow
 _CACHED_PATIENCE = 1.5  # the same for a run that computed nothing
 
@@ -139,11 +141,15 @@ class _Session:
         self.directory: Path | None = None
         self.progress: Progress | None = None
         self.sync: Any = None
+        self.grown = False  # since the graph was drawn
 
     def observe(self, event: Event) -> None:
         """Every journal event; those of earlier attempts come before `start`."""
         fold([event], self.state)
-        if event.type == "stages_returned" and self.sync is not None:
+        if event.type == "stages_returned":
+            self.grown = True
+        if self.grown and self.sync is not None and all(stage.state in _ENDED for stage in self.state.stages.values()):
+            self.grown = False
             self._draw()
         if self.progress is not None:
             show_event(self.progress, event, self.state)
@@ -173,9 +179,9 @@ class _Session:
         """The graph, with the stages that were returned so far: MLflow shows it."""
         assert self.directory is not None
         keys = {name: stage.key for name, stage in self.state.stages.items() if stage.digest}
-        with contextlib.suppress(OSError, UserError):
+        with contextlib.suppress(Exception):  # a picture
             _, graph = with_stored(self.workflow, self.graph, self.store, keys)
-            (self.directory / "graph.svg").write_text(svg(layout(graph)), encoding="utf-8")
+            replace_file(self.directory / "graph.svg", svg(layout(graph)).encode(), durable=False)
 
     def _headline(self) -> str:
         attempt = "" if self.state.attempt <= 1 else f", attempt {self.state.attempt}"
