@@ -175,7 +175,13 @@ def preload(task: StageTask) -> None:
 def is_light() -> bool:
     """Whether what this process imported may be imported before a fork: no threads, no large libraries."""
     heavy = {"torch", "ray", "mlflow", "datasets", "numpy"} & sys.modules.keys()
-    return not heavy and os.path.isdir("/proc/self/task") and len(os.listdir("/proc/self/task")) == 1
+    if heavy or not os.path.isdir("/proc/self/task"):
+        return False
+    for _ in range(20):  # a thread that was joined is there for a moment yet
+        if len(os.listdir("/proc/self/task")) == 1:
+            return True
+        time.sleep(0.001)
+    return False
 
 
 def run_task(task: StageTask) -> Outcome:

@@ -17,6 +17,11 @@ from polytrope.pipeline.executors.local import LocalExecutor
 from polytrope.pipeline.graph import build_graph
 from polytrope.pipeline.worker import Outcome, make_task
 
+pytestmark = pytest.mark.skipif(
+    not Path(f"/proc/self/task/{os.getpid()}/children").exists(),
+    reason="this kernel does not list a process's children",
+)
+
 TRACES = (
     "binding", "binding, again and again", "list", "dictionary", "class", "cache", "patch", "memory", "environment",
     "module", "forbidden import", "file", "standard input", "thread", "child", "handler", "blocked signal", "timer",
