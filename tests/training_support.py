@@ -18,6 +18,7 @@ from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage_co
 from polytrope.pipeline.stages.train import TrainParameters, train
 
 SEQUENCE_LENGTH = 32
+TRAINS_IN_FP16 = bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())  # what DeepSpeed asks on a CPU
 MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 32, "activation": {"name": "hermite", "degree": 3}}
 PARAMETERS: dict[str, Any] = {
     "model": MODEL,
