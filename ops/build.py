@@ -23,7 +23,7 @@ import torch
 SOURCES = Path(__file__).parent / "csrc"
 PREBUILT = Path(__file__).parent / "prebuilt"  # in a wheel that was made where a compiler was (setup.py)
 CPU_SOURCES = ("cpu_float32.cpp", "cpu_float64.cpp", "cpu_polynorm.cpp")
-LESS_OPTIMIZED = ("cpu_float64.cpp",)  # with -O2: it serves checks, and takes a third less time to compile
+LESS_OPTIMIZED = ("cpu_float64.cpp",)  # with -O2: it serves checks, and compiles sooner
 CUDA_SOURCES = (
     "cuda.cu",
     "cuda_polynomial.cu",

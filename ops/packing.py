@@ -47,10 +47,9 @@ class Packing(NamedTuple):
     def unpack(self, gradient: Tensor, parts: Sequence[Tensor], factors: Tensor | None) -> list[Tensor]:
         """The gradient of the packed parameters -> those of the parts, in their shapes and dtypes."""
         scaled = gradient if factors is None else gradient * factors
-        scaled = scaled.to(parts[0].dtype)
         counts = [1 if index < self.columns else part.shape[-1] for index, part in enumerate(parts)]
-        found = [piece.view_as(part) for piece, part in zip(scaled.split(counts, dim=-1), parts, strict=True)]
-        return [own if own.dtype == part.dtype else own.to(part.dtype) for own, part in zip(found, parts, strict=True)]
+        pieces = scaled.split(counts, dim=-1)
+        return [piece.to(part.dtype).reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
     def constant(self, device: torch.device) -> Tensor | None:
         """The factors as a new tensor; None where all are 1."""

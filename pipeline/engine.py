@@ -159,7 +159,7 @@ def run_workflow(
 
 
 def _check_names(graph: Mapping[str, StageNode], options: RunOptions) -> None:
-    known = {name for node in graph.values() for name in (node.name, node.spec_name)}
+    known = _stage_names(graph)
     for name in _unknown(graph, options):
         if name.partition("/")[0] not in known:  # `split/part` may be known later
             raise UserError(f"there is no stage `{name}`", f"stages are {', '.join(sorted(known)[:20])}")
@@ -167,9 +167,12 @@ def _check_names(graph: Mapping[str, StageNode], options: RunOptions) -> None:
 
 def _unknown(graph: Mapping[str, StageNode], options: RunOptions) -> list[str]:
     """Stages that the options name and the graph does not have."""
-    known = {name for node in graph.values() for name in (node.name, node.spec_name)}
-    start = [options.start_from] if options.start_from else []
-    return [name for name in (*sorted(options.force), *start) if name not in known]
+    start = {options.start_from} if options.start_from else set()
+    return sorted((options.force | start) - _stage_names(graph))
+
+
+def _stage_names(graph: Mapping[str, StageNode]) -> set[str]:
+    return {name for node in graph.values() for name in (node.name, node.spec_name)}
 
 
 def _run_directory(store: Store, run_id: str | None, resume: bool | None) -> tuple[str, Path, bool]:

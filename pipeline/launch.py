@@ -18,7 +18,7 @@ from polytrope.pipeline.errors import EXIT_CANCELLED, EXIT_RUN_FAILED, EXIT_SUCC
 from polytrope.pipeline.executors import check_resources
 from polytrope.pipeline.files import replace_file
 from polytrope.pipeline.graph import StageNode, build_graph
-from polytrope.pipeline.journal import Event, RunState, fold
+from polytrope.pipeline.journal import ENDED_STATES, Event, RunState, fold
 from polytrope.pipeline.progress import Progress, counts, summary_rows
 from polytrope.pipeline.references import resolve_environment
 from polytrope.pipeline.returned import with_stored
@@ -28,7 +28,6 @@ from polytrope.pipeline.store import Store, open_store
 from polytrope.pipeline.tracking import check_tracking, start_sync, tracking_uri, wait_for_sync
 
 Display = Literal["auto", "quiet", "none"]
-_ENDED = ("succeeded", "cached", "failed", "skipped", "cancelled")
 _SYNC_PATIENCE = 20.0  # seconds without progress that a finished run waits for MLflow
 _CACHED_PATIENCE = 1.5  # the same for a run that computed nothing
 
@@ -148,7 +147,8 @@ class _Session:
         fold([event], self.state)
         if event.type == "stages_returned":
             self.grown = True
-        if self.grown and self.sync is not None and all(stage.state in _ENDED for stage in self.state.stages.values()):
+        states = {stage.state for stage in self.state.stages.values()} if self.grown else set()
+        if self.grown and self.sync is not None and states <= ENDED_STATES:
             self.grown = False
             self._draw()
         if self.progress is not None:
@@ -179,7 +179,7 @@ class _Session:
         """The graph, with the stages that were returned so far: MLflow shows it."""
         assert self.directory is not None
         keys = {name: stage.key for name, stage in self.state.stages.items() if stage.digest}
-        with contextlib.suppress(Exception):  # a picture
+        with contextlib.suppress(OSError, UserError):  # no run fails for want of a picture
             _, graph = with_stored(self.workflow, self.graph, self.store, keys)
             replace_file(self.directory / "graph.svg", svg(layout(graph)).encode(), durable=False)
 

@@ -235,10 +235,10 @@ class HolderWatch:
 class Lease:
     """A lease that this process holds. Make one with `Lease.acquire`."""
 
-    def __init__(self, directory: LeasePlace, record: LeaseRecord, written: bytes) -> None:
+    def __init__(self, directory: LeasePlace, record: LeaseRecord) -> None:
         self.directory = directory
         self.record = record
-        self._written = written
+        self._written = _encode(record)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._lost = False
@@ -309,9 +309,8 @@ class Lease:
             seen = current(directory) if numbers else None
             if (seen and seen.token) != (holder and holder.token):
                 continue  # somebody moved meanwhile
-            written = _encode(record)
-            if _create(directory, record.number, written) and _numbers(directory)[-1:] == [record.number]:
-                lease = cls(directory, record, written)
+            if _create(directory, record) and _numbers(directory)[-1:] == [record.number]:
+                lease = cls(directory, record)
                 for number in numbers[: 1 - _KEPT]:
                     _remove(directory, number)
                 if heartbeat and via is None:
@@ -391,13 +390,13 @@ class Lease:
                 self._renew()
 
 
-def _create(directory: LeasePlace, number: int, data: bytes) -> bool:
+def _create(directory: LeasePlace, record: LeaseRecord) -> bool:
     if not isinstance(directory, Path):
-        return directory.create(_name(number), data)
-    path = directory / _name(number)
+        return directory.create(_name(record.number), _encode(record))
+    path = directory / _name(record.number)
     temporary = directory / f".{path.name}.{unique_name()}"
     try:
-        temporary.write_bytes(data)
+        temporary.write_bytes(_encode(record))
     except FileNotFoundError:  # the directory was removed by a holder that released it
         return False
     try:

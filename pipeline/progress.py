@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
+from polytrope.pipeline.journal import ENDED_STATES
 from polytrope.pipeline.spec import format_duration
 
 LINE_INTERVAL = 15.0  # seconds between two progress lines of one stage where there is no terminal
 _REFRESH = 0.25  # seconds between two looks at the events of running stages
-_ENDED = ("succeeded", "cached", "failed", "skipped", "cancelled")
 _MARKS = {
     "pending": ("·", "dim"),
     "running": ("▶", "bold cyan"),
@@ -131,7 +131,7 @@ class Progress:
             view.state, view.attempt = state, attempt
             if state == "running":
                 view.started, view.duration, view.done, view.total, view.message = self._clock(), None, 0.0, 0.0, ""
-            if state in _ENDED:
+            if state in ENDED_STATES:
                 own = None if view.started is None else self._clock() - view.started
                 view.duration = duration if duration is not None else own
             if state in ("failed", "retrying", "skipped", "cached", "cancelled"):
@@ -143,7 +143,7 @@ class Progress:
         """An event of `EventWriter`: progress and messages are shown, the rest is for MLflow."""
         with self._lock:
             view = self.stages.setdefault(name, StageView(name))
-            if attempt < view.attempt or view.state in _ENDED:
+            if attempt < view.attempt or view.state in ENDED_STATES:
                 return
             kind = event.get("kind")
             if kind == "progress":

@@ -455,9 +455,8 @@ class Store:
             self.deliver(staging, entries, manifest)
         self._check_sealed(staging, entries)
         artifact = self._delivered(key, staging, entries)
-        if entries:
-            with contextlib.suppress(OSError):
-                os.rename(staging.parent / _DIGESTS, self._digests_file(key))
+        with contextlib.suppress(OSError):  # a cache, and there is none for no files
+            os.rename(staging.parent / _DIGESTS, self._digests_file(key))
         if fence is not None:
             fence()
         try:

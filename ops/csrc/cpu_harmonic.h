@@ -1,4 +1,4 @@
-// The harmonic series in float32 with AVX-512, degrees up to 8: about half the operations of HarmonicPowers. A turn falls
+// The harmonic series in float32 with AVX-512, degrees up to 8: fewer operations than HarmonicPowers takes. A turn falls
 // into 16 pieces, and in each of them F and dF/dθ are polynomials of the distance from its middle. One register holds a
 // coefficient of all pieces; a permutation gives each element that of its piece.
 #pragma once

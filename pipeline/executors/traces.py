@@ -33,7 +33,7 @@ State = dict[str, Any]
 
 
 def process_state(own: Collection[str]) -> State | None:
-    """This process at a moment; None where that cannot be told (no /proc).
+    """This process at a moment, but for its threads (`worker.is_light`); None where that cannot be told (no /proc).
 
     It holds the objects themselves: comparing lists of them asks for identity first, and none of them is freed, so that
     no later one can take its place.
@@ -54,7 +54,6 @@ def process_state(own: Collection[str]) -> State | None:
             "search path": list(sys.path),
             "descriptors": os.listdir("/proc/self/fd"),
             "standard descriptors": [(status.st_dev, status.st_ino) for status in map(os.fstat, range(3))],
-            "threads": len(os.listdir("/proc/self/task")),
             "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
             "signal handlers": [signal.getsignal(number) for number in _SIGNALS],
             "blocked signals": signal.pthread_sigmask(signal.SIG_BLOCK, []),
@@ -68,7 +67,7 @@ def process_state(own: Collection[str]) -> State | None:
             "hooks": (sys.gettrace(), sys.getprofile(), threading.gettrace(), threading.getprofile()),
             "defaults": (socket.getdefaulttimeout(), tempfile.tempdir, locale.setlocale(locale.LC_ALL), time.tzname),
         }
-    except Exception:
+    except Exception:  # a module may hold anything, also what cannot be looked at: the process then ends with its stage
         return None
 
 

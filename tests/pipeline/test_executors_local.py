@@ -98,10 +98,10 @@ class Executor:
         self.place, self.number = place, 0
         self.executor = LocalExecutor()
 
-    def submit(self, **parameters: Any) -> int:
-        """Start the stage `make`."""
+    def submit(self, uses: str = "make", **parameters: Any) -> int:
+        """Start a stage; returns its process."""
         self.number += 1
-        node = build_graph(workflow_of(self.place.directory, {"s": {"uses": "make", "with": parameters}}))["s"]
+        node = build_graph(workflow_of(self.place.directory, {"s": {"uses": uses, "with": parameters}}))["s"]
         directory = self.place.directory / str(self.number)
         task = make_task(
             node, identifier=self.number, run_id="run", key="0" * 64, components={}, attempt=1, inputs={},
@@ -162,6 +162,13 @@ def test_a_process_killed_with_a_later_stage_is_a_lost_worker(executor: Executor
     error = executor.outcome().error
     assert error is not None
     assert error.kind == "worker lost"
+
+
+def test_waiting_processes_end_when_another_kind_of_stage_starts(executor: Executor) -> None:
+    process = executor.warm()
+    assert executor.submit("say_much", text="") != process
+    assert executor.outcome().error is None
+    assert gone([process])
 
 
 def test_waiting_processes_end_with_the_executor(executor: Executor) -> None:
