@@ -20,7 +20,6 @@ from torch import Tensor
 from polytrope.ops import native, reference
 from polytrope.ops.families import Family, Formula, parameter_count
 
-POLYNORM = "polynorm"  # stands for a formula in `is_verified`
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -42,23 +41,20 @@ def library() -> ctypes.CDLL | None:
 def load(path: str) -> ctypes.CDLL:
     """A library of the interface in csrc/cuda.cu."""
     loaded = ctypes.CDLL(path)
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    pointer = ctypes.c_void_p
     problem = ctypes.POINTER(native.Problem)
     loaded.polytrope_cuda_activation.argtypes = [problem, *[pointer] * 7]
     loaded.polytrope_cuda_workspace.argtypes = [problem, ctypes.c_int]
-    loaded.polytrope_cuda_polynorm.argtypes = [ctypes.c_int, size, size, ctypes.c_int, ctypes.c_double, *[pointer] * 7]
-    loaded.polytrope_cuda_polynorm_workspace.argtypes = [size, ctypes.c_int]
-    loaded.polytrope_cuda_workspace.restype = loaded.polytrope_cuda_polynorm_workspace.restype = size
+    loaded.polytrope_cuda_workspace.restype = ctypes.c_int64
     return loaded
 
 
-def is_usable(index: int | None, dtype: torch.dtype, formula: Formula | str) -> bool:
+def is_usable(index: int | None, dtype: torch.dtype, formula: Formula) -> bool:
     """Whether tensors of this dtype on this GPU go through a kernel; float64 never does."""
     if dtype not in _TOLERANCES or library() is None:
         return False
     device = torch.cuda.current_device() if index is None else index
-    if isinstance(formula, Formula):
-        formula = formula._replace(interval=(-0.9, 0.8) if formula.interval else (), dim=-1)
+    formula = formula._replace(interval=(-0.9, 0.8) if formula.interval else (), dim=-1)
     if (device, dtype, formula) not in _verified and torch.cuda.is_current_stream_capturing():
         return False  # a check waits for the GPU, which a capture does not allow
     if (device, dtype, formula) not in _verified:
@@ -68,10 +64,10 @@ def is_usable(index: int | None, dtype: torch.dtype, formula: Formula | str) -> 
     return _verified[device, dtype, formula]
 
 
-_verified: dict[tuple[int, torch.dtype, Formula | str], bool] = {}
+_verified: dict[tuple[int, torch.dtype, Formula], bool] = {}
 
 
-def _verify(device: int, dtype: torch.dtype, formula: Formula | str) -> bool:
+def _verify(device: int, dtype: torch.dtype, formula: Formula) -> bool:
     loaded = library()
     assert loaded is not None
     with torch.cuda.device(device):
@@ -83,7 +79,7 @@ def _verify(device: int, dtype: torch.dtype, formula: Formula | str) -> bool:
             if worst <= _TOLERANCES[dtype]:
                 return True
             failure = f"it differs from the reference by {worst:.2g} of the largest value"
-    kind = formula if isinstance(formula, str) else f"{Family(formula.family).name.lower()} {formula.degree}"
+    kind = f"{Family(formula.family).name.lower()} {formula.degree}"
     name = torch.cuda.get_device_name(device)
     warnings.warn(
         f"polytrope: no CUDA kernel for {kind} in {dtype} on {name}, the reference runs: {failure}",
@@ -93,43 +89,31 @@ def _verify(device: int, dtype: torch.dtype, formula: Formula | str) -> bool:
     return False
 
 
-def largest_error(loaded: ctypes.CDLL, device: torch.device, dtype: torch.dtype, formula: Formula | str) -> float:
+def largest_error(loaded: ctypes.CDLL, device: torch.device, dtype: torch.dtype, formula: Formula) -> float:
     """Largest difference between kernel and float64 reference in values and gradients, over the largest of each.
 
     One group of a length that vectors divide, and two groups of a length that they do not.
     """
     worst = 0.0
     for groups, shape in ((1, (3, 1024)), (2, (5, 74))):
-        if isinstance(formula, Formula):
-            width = shape[1] * (2 if formula.gated else 1)
-            count = parameter_count(formula)
-        else:
-            groups, width, count = 1, shape[1], 4
+        groups = 1 if formula.family == Family.POLYNORM else groups
+        width, count = shape[1] * (2 if formula.gated else 1), parameter_count(formula)
         rows = torch.arange(groups, device=device, dtype=torch.float64)[:, None]
         parameters = 0.4 * torch.cos(1.7 * torch.arange(count, device=device, dtype=torch.float64) + rows) + 0.05
-        if isinstance(formula, Formula) and formula.family == Family.PIECEWISE_LINEAR:
+        if formula.family == Family.PIECEWISE_LINEAR:
             parameters[:, : formula.degree - 1] = parameters[:, : formula.degree - 1].sort(dim=-1).values
-        if formula == POLYNORM:
-            parameters = parameters[0]
         place = torch.arange(shape[0] * width, device=device, dtype=torch.float64).view(shape[0], width)
         x = (1.05 * torch.sin(0.7318 * place)).to(dtype)
         leaves = (x.double().requires_grad_(), parameters.requires_grad_())
-        if isinstance(formula, Formula):
-            exact = reference.evaluate(*leaves, formula)
-            found = forward(loaded, 0, x, parameters.detach(), formula)
-        else:
-            exact = reference.polynorm(*leaves, 1e-6)
-            found = polynorm_forward(loaded, 0, x, parameters.detach(), 1e-6)
+        exact = reference.evaluate(*leaves, formula)
+        found = forward(loaded, 0, x, parameters.detach(), formula)
         seed = (
             torch.cos(0.31 * torch.arange(exact.numel(), device=device, dtype=torch.float64))
             .view(exact.shape)
             .to(dtype)
         )
         expected = (exact, *torch.autograd.grad(exact, leaves, seed.double()))
-        if isinstance(formula, Formula):
-            gradients = backward(loaded, 0, seed, x, parameters.detach(), formula)
-        else:
-            gradients = polynorm_backward(loaded, 0, seed, x, parameters.detach(), 1e-6)
+        gradients = backward(loaded, 0, seed, x, parameters.detach(), formula)
         for ours, theirs in zip((found, *gradients), expected, strict=True):
             difference = (ours.double() - theirs.detach()).abs().max() / theirs.detach().abs().max().clamp(min=1e-30)
             worst = max(worst, float(difference) if bool(difference.isfinite()) else float("inf"))
@@ -172,52 +156,12 @@ def _activation(
     result: Tensor,
     parameter_gradient: Tensor | None,
 ) -> None:
-    problem = native.make_problem(x, len(parameters), formula)
+    problem = native.make_problem(x.dtype, x.shape, len(parameters), formula)
     wide = parameters.double().contiguous()
     size = loaded.polytrope_cuda_workspace(problem, gradient is not None)
     workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
     tensors = (gradient, x, wide, result, workspace, parameter_gradient)
     _check(loaded.polytrope_cuda_activation(problem, *map(_address, tensors), stream))
-
-
-def polynorm_forward(loaded: ctypes.CDLL, stream: int, x: Tensor, parameters: Tensor, epsilon: float) -> Tensor:
-    """PolyNorm of x along its last dimension; enqueued on the stream."""
-    x = _aligned(x)
-    result = torch.empty_like(x)
-    if x.numel() > 0:
-        _polynorm(loaded, stream, None, x, parameters, epsilon, result, None)
-    return result
-
-
-def polynorm_backward(
-    loaded: ctypes.CDLL, stream: int, gradient: Tensor, x: Tensor, parameters: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the parameters; enqueued on the stream."""
-    gradient, x = _aligned(gradient), _aligned(x)
-    x_gradient = torch.empty_like(x)
-    parameter_gradient = torch.zeros_like(parameters, dtype=torch.float64, memory_format=torch.contiguous_format)
-    if x.numel() > 0:
-        _polynorm(loaded, stream, gradient, x, parameters, epsilon, x_gradient, parameter_gradient)
-    return x_gradient, parameter_gradient.to(parameters.dtype)
-
-
-def _polynorm(
-    loaded: ctypes.CDLL,
-    stream: int,
-    gradient: Tensor | None,
-    x: Tensor,
-    parameters: Tensor,
-    epsilon: float,
-    result: Tensor,
-    parameter_gradient: Tensor | None,
-) -> None:
-    wide, degree, columns = parameters.double().contiguous(), parameters.numel() - 1, x.shape[-1]
-    rows = x.numel() // columns
-    size = loaded.polytrope_cuda_polynorm_workspace(rows, degree)
-    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    tensors = (gradient, x, wide, result, workspace, parameter_gradient)
-    kind = native.DATA_TYPES[x.dtype]
-    _check(loaded.polytrope_cuda_polynorm(kind, rows, columns, degree, epsilon, *map(_address, tensors), stream))
 
 
 def _aligned(x: Tensor) -> Tensor:

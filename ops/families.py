@@ -23,6 +23,7 @@ class Family(IntEnum):
     RATIONAL = 8
     POLYRELU = 9
     PIECEWISE_LINEAR = 10
+    POLYNORM = 11
 
 
 class Formula(NamedTuple):
@@ -35,6 +36,7 @@ class Formula(NamedTuple):
         interval: `()`, or `(lo, hi)`: outside it F goes on along its tangents.
         dim: negative; the dimension of x along which groups of channels have parameters of their own.
         gated: x holds [a, b] along its last dimension, the result is F(a) · b; `dim` is then -1.
+        epsilon: what PolyNorm adds to mean squares; no other family has one, and PolyNorm nothing of the above.
     """
 
     family: int
@@ -43,6 +45,7 @@ class Formula(NamedTuple):
     interval: tuple[float, ...] = ()
     dim: int = -1
     gated: bool = False
+    epsilon: float = 0.0
 
 
 def parameter_count(formula: Formula) -> int:

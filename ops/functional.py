@@ -8,18 +8,28 @@ function along its tangents outside. With `glu=True` the last dimension holds [a
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from polytrope.ops import kernels, native
 from polytrope.ops.families import MAX_DEGREE, MAX_PIECES, Family, Formula
-from polytrope.ops.kernels import activate_parts, normalized_powers
 from polytrope.ops.packing import PLAIN, Packing
 
 Interval = tuple[float, float]
 _SHARES = tuple(1 / math.factorial(k) for k in range(1, MAX_DEGREE + 1))  # of term k
+# Parts that must be equally long: the number of the first one, and their names.
+_EQUALLY_LONG: dict[Family, tuple[int, tuple[str, ...]]] = {
+    Family.FOURIER: (1, ("amplitudes", "frequencies", "phases")),
+    Family.HARMONIC: (2, ("cosines", "sines")),
+    Family.TROPICAL_RATIONAL: (
+        0,
+        ("numerator_slopes", "numerator_intercepts", "denominator_slopes", "denominator_intercepts"),
+    ),
+}
 
 
 def check_interval(interval: Any) -> Interval | None:
@@ -43,40 +53,40 @@ def hermite(
     x: Tensor, coefficients: Tensor, *, dim: int = -1, interval: Interval | None = None, glu: bool = False
 ) -> Tensor:
     """sum_k coefficients[k] He_k(x) / k!, probabilists' Hermite polynomials; coefficients `[(groups,) degree + 1]`."""
-    return _series(Family.HERMITE, x, coefficients, dim, interval, glu)
+    return _apply(Family.HERMITE, x, (coefficients,), dim, interval, glu)
 
 
 def chebyshev(
     x: Tensor, coefficients: Tensor, *, dim: int = -1, interval: Interval | None = None, glu: bool = False
 ) -> Tensor:
     """sum_k coefficients[k] T_k(x), Chebyshev polynomials of the first kind; coefficients `[(groups,) degree + 1]`."""
-    return _series(Family.CHEBYSHEV, x, coefficients, dim, interval, glu)
+    return _apply(Family.CHEBYSHEV, x, (coefficients,), dim, interval, glu)
 
 
 def legendre(
     x: Tensor, coefficients: Tensor, *, dim: int = -1, interval: Interval | None = None, glu: bool = False
 ) -> Tensor:
     """sum_k coefficients[k] P_k(x), Legendre polynomials; coefficients `[(groups,) degree + 1]`."""
-    return _series(Family.LEGENDRE, x, coefficients, dim, interval, glu)
+    return _apply(Family.LEGENDRE, x, (coefficients,), dim, interval, glu)
 
 
 def polynomial(
     x: Tensor, coefficients: Tensor, *, dim: int = -1, interval: Interval | None = None, glu: bool = False
 ) -> Tensor:
     """sum_k coefficients[k] x^k; coefficients `[(groups,) degree + 1]`."""
-    return _series(Family.POLYNOMIAL, x, coefficients, dim, interval, glu)
+    return _apply(Family.POLYNOMIAL, x, (coefficients,), dim, interval, glu)
 
 
 def polyrelu(
     x: Tensor, coefficients: Tensor, *, dim: int = -1, interval: Interval | None = None, glu: bool = False
 ) -> Tensor:
     """sum_k coefficients[k] max(x, 0)^k; coefficients `[(groups,) degree + 1]`."""
-    return _series(Family.POLYRELU, x, coefficients, dim, interval, glu)
+    return _apply(Family.POLYRELU, x, (coefficients,), dim, interval, glu)
 
 
 def tropical(x: Tensor, coefficients: Tensor, *, dim: int = -1, glu: bool = False) -> Tensor:
     """(√2 / degree) max_k (k x + coefficients[k]); the lowest k wins a tie. coefficients `[(groups,) degree + 1]`."""
-    return _series(Family.TROPICAL, x, coefficients, dim, None, glu)
+    return _apply(Family.TROPICAL, x, (coefficients,), dim, None, glu)
 
 
 def favard(
@@ -111,7 +121,7 @@ def favard(
         times_x = torch.nn.functional.pad(now[:, :-1], (1, 0))
         now, before = scale[:, k : k + 1] * times_x + shift[:, k : k + 1] * now - coupling[:, k : k + 1] * before, now
         powers = powers + weights[:, k + 1 : k + 2] * now
-    return _series(Family.POLYNOMIAL, x, powers, dim, interval, glu)
+    return _apply(Family.POLYNOMIAL, x, (powers,), dim, interval, glu)
 
 
 def fourier(
@@ -129,11 +139,7 @@ def fourier(
 
     bias `[]` or `[groups]`; amplitudes, frequencies and phases `[(groups,) degree]`.
     """
-    degree = amplitudes.shape[-1]
-    _check_counts(degree, frequencies=frequencies, phases=phases)
-    packing = Packing(1, (1.0, *_SHARES[:degree], *[1.0] * (2 * degree)))
-    parts = (bias, amplitudes, frequencies, phases)
-    return _apply(Formula(Family.FOURIER, degree), x, parts, packing, dim, interval, glu)
+    return _apply(Family.FOURIER, x, (bias, amplitudes, frequencies, phases), dim, interval, glu)
 
 
 def harmonic(
@@ -153,11 +159,7 @@ def harmonic(
 
     bias and frequency `[]` or `[groups]`; cosines and sines `[(groups,) degree]`.
     """
-    degree = cosines.shape[-1]
-    _check_counts(degree, sines=sines)
-    packing = Packing(2, (1.0, 1.0, *_SHARES[:degree] * 2))
-    parts = (bias, frequency, cosines, sines)
-    return _apply(Formula(Family.HARMONIC, degree), x, parts, packing, dim, interval, glu)
+    return _apply(Family.HARMONIC, x, (bias, frequency, cosines, sines), dim, interval, glu)
 
 
 def tropical_rational(
@@ -171,15 +173,8 @@ def tropical_rational(
     glu: bool = False,
 ) -> Tensor:
     """max_k (p_k x + c_k) - max_k (q_k x + d_k); the lowest k wins a tie. All parameters `[(groups,) degree + 1]`."""
-    count = numerator_slopes.shape[-1]
-    _check_counts(
-        count,
-        numerator_intercepts=numerator_intercepts,
-        denominator_slopes=denominator_slopes,
-        denominator_intercepts=denominator_intercepts,
-    )
     parts = (numerator_slopes, numerator_intercepts, denominator_slopes, denominator_intercepts)
-    return _apply(Formula(Family.TROPICAL_RATIONAL, count - 1), x, parts, PLAIN, dim, None, glu)
+    return _apply(Family.TROPICAL_RATIONAL, x, parts, dim, None, glu)
 
 
 def rational(
@@ -197,9 +192,7 @@ def rational(
     """
     if denominator.shape[-1] == 0:
         return polynomial(x, numerator, dim=dim, interval=interval, glu=glu)
-    formula = Formula(Family.RATIONAL, numerator.shape[-1] - 1, denominator.shape[-1])
-    _check_degree("denominator", formula.second_degree)
-    return _apply(formula, x, (numerator, denominator), PLAIN, dim, interval, glu)
+    return _apply(Family.RATIONAL, x, (numerator, denominator), dim, interval, glu)
 
 
 def piecewise_linear(x: Tensor, knots: Tensor, values: Tensor, *, dim: int = -1, glu: bool = False) -> Tensor:
@@ -217,7 +210,7 @@ def piecewise_linear(x: Tensor, knots: Tensor, values: Tensor, *, dim: int = -1,
     slopes = heights.diff(dim=-1) / places.diff()
     intercepts = heights[:, :-1] - slopes * places[:-1]
     packed = torch.cat([places[1:-1].expand(len(heights), -1), intercepts, slopes], dim=-1)
-    return _apply(Formula(Family.PIECEWISE_LINEAR, pieces), x, (packed,), PLAIN, dim, None, glu)
+    return _apply(Family.PIECEWISE_LINEAR, x, (packed,), dim, None, glu)
 
 
 def polynorm(x: Tensor, coefficients: Tensor, bias: Tensor, *, epsilon: float = 1e-6) -> Tensor:
@@ -225,18 +218,9 @@ def polynorm(x: Tensor, coefficients: Tensor, bias: Tensor, *, epsilon: float = 
 
     coefficients `[degree]`, bias `[]`; epsilon is added to the mean squares (Zhuo et al., 2024).
     """
-    _check_float(x)
     if coefficients.dim() != 1:
         raise ValueError(f"coefficients: expected [degree], got {list(coefficients.shape)}")
-    _check_degree("coefficients", len(coefficients))
-    if x.dim() == 0:
-        raise ValueError("x: polynorm needs at least one dimension, got a scalar")
-    return normalized_powers(x, torch.cat([bias.reshape(1), coefficients]).double(), epsilon)
-
-
-def _series(family: Family, x: Tensor, rows: Tensor, dim: int, interval: Interval | None, glu: bool) -> Tensor:
-    degree = rows.shape[-1] - 1 if rows.dim() else 0
-    return _apply(Formula(family, degree), x, (rows,), PLAIN, dim, interval, glu)
+    return _apply(Family.POLYNORM, x, (bias, coefficients), -1, None, False, epsilon)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -245,47 +229,101 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.unsqueeze(0)
 
 
-def _check_counts(count: int, **parts: Tensor) -> None:
-    for name, tensor in parts.items():
-        if tensor.shape[-1:] != (count,):
-            raise ValueError(f"{name}: expected {count} per group, got {list(tensor.shape)}")
+def _apply(
+    family: Family,
+    x: Tensor,
+    parts: tuple[Tensor, ...],
+    dim: int,
+    interval: Interval | None,
+    glu: bool,
+    epsilon: float = 0.0,
+) -> Tensor:
+    interval = check_interval(interval)
+    shapes = tuple([part.shape for part in parts])
+    if kernels.is_plain(x, *parts) and kernels.has_kernel("cpu", None, x.dtype):
+        dtypes = tuple([part.dtype for part in parts])
+        call = _prepare(family, x.dtype, x.shape, dtypes, shapes, dim, interval, glu, epsilon)
+        return kernels.call_directly(call, x, parts)
+    formula, packing = _describe(family, x.dtype, x.shape, shapes, dim, interval, glu, epsilon)
+    return kernels.activate_parts(x, parts, packing, formula)
+
+
+@functools.lru_cache(maxsize=1024)
+def _prepare(
+    family: Family,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    part_dtypes: tuple[torch.dtype, ...],
+    part_shapes: tuple[torch.Size, ...],
+    dim: int,
+    interval: Interval | None,
+    glu: bool,
+    epsilon: float,
+) -> native.Call:
+    formula, packing = _describe(family, dtype, shape, part_shapes, dim, interval, glu, epsilon)
+    return native.prepare(formula, packing, dtype, shape, part_dtypes, part_shapes)
+
+
+def _describe(
+    family: Family,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    part_shapes: tuple[torch.Size, ...],
+    dim: int,
+    interval: Interval | None,
+    glu: bool,
+    epsilon: float,
+) -> tuple[Formula, Packing]:
+    """The formula and the packing for an x and parts of these shapes, which are checked."""
+    if dtype not in native.DATA_TYPES:
+        raise TypeError(f"activations take float tensors (bfloat16, float16, float32, float64), got {dtype}")
+    degree, second_degree, packing = _count(family, part_shapes)
+    groups, dims = packing.groups(part_shapes), len(shape)
+    if family == Family.POLYNORM and dims == 0:
+        raise ValueError("x: polynorm needs at least one dimension, got a scalar")
+    if glu:
+        if dims == 0 or shape[-1] % 2:
+            raise ValueError(f"x: with glu the last dimension holds two halves, got shape {list(shape)}")
+        if groups > 1 and dim not in (-1, dims - 1):
+            raise ValueError(f"dim: with glu the groups lie along the last dimension, got {dim}")
+    if groups > 1:
+        if not -dims <= dim < dims:
+            raise ValueError(f"dim: expected {-dims}…{dims - 1} for x of shape {list(shape)}, got {dim}")
+        dim = dim if dim < 0 else dim - dims
+        channels = shape[dim] // (2 if glu else 1)
+        if channels % groups:
+            raise ValueError(f"coefficients: {groups} groups do not divide the {channels} channels of dimension {dim}")
+    where = dim if groups > 1 else -1
+    return Formula(family, degree, second_degree, interval or (), where, glu, epsilon), packing
+
+
+def _count(family: Family, shapes: tuple[torch.Size, ...]) -> tuple[int, int, Packing]:
+    """Degree, second degree and packing of a family whose parts have these shapes."""
+    first, names = _EQUALLY_LONG.get(family, (0, ()))
+    counts = [shape[-1] if len(shape) > 0 else 1 for shape in shapes]
+    for name, shape in zip(names, shapes[first:], strict=False):
+        if shape[-1:] != shapes[first][-1:]:
+            raise ValueError(f"{name}: expected {counts[first]} per group, got {list(shape)}")
+    degree, second_degree, packing = counts[0] - 1, 0, PLAIN
+    if family == Family.FOURIER:
+        degree = counts[1]
+        packing = Packing(1, (1.0, *_SHARES[:degree], *[1.0] * (2 * degree)))
+    elif family == Family.HARMONIC:
+        degree = counts[2]
+        packing = Packing(2, (1.0, 1.0, *_SHARES[:degree] * 2))
+    elif family == Family.RATIONAL:
+        second_degree = counts[1]
+    elif family == Family.PIECEWISE_LINEAR:
+        return (counts[0] + 1) // 3, 0, PLAIN
+    elif family == Family.POLYNORM:
+        degree, packing = counts[1], Packing(1)
+    packing.groups(shapes)
+    _check_degree("coefficients", degree)
+    if family == Family.RATIONAL:
+        _check_degree("denominator", second_degree)
+    return degree, second_degree, packing
 
 
 def _check_degree(name: str, degree: int) -> None:
     if not 1 <= degree <= MAX_DEGREE:
         raise ValueError(f"{name}: expected a degree from 1 to {MAX_DEGREE}, got {degree}")
-
-
-def _check_float(x: Tensor) -> None:
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"activations take float tensors (bfloat16, float16, float32, float64), got {x.dtype}")
-
-
-def _apply(
-    formula: Formula,
-    x: Tensor,
-    parts: tuple[Tensor, ...],
-    packing: Packing,
-    dim: int,
-    interval: Interval | None,
-    glu: bool,
-) -> Tensor:
-    _check_float(x)
-    groups = packing.groups(parts)
-    if formula.family != Family.PIECEWISE_LINEAR:
-        _check_degree("coefficients", formula.degree)
-    if glu:
-        if x.dim() == 0 or x.shape[-1] % 2:
-            raise ValueError(f"x: with glu the last dimension holds two halves, got shape {list(x.shape)}")
-        if groups > 1 and dim not in (-1, x.dim() - 1):
-            raise ValueError(f"dim: with glu the groups lie along the last dimension, got {dim}")
-    if groups > 1:
-        if not -x.dim() <= dim < x.dim():
-            raise ValueError(f"dim: expected {-x.dim()}…{x.dim() - 1} for x of shape {list(x.shape)}, got {dim}")
-        dim = dim if dim < 0 else dim - x.dim()
-        channels = x.shape[dim] // (2 if glu else 1)
-        if channels % groups:
-            raise ValueError(f"coefficients: {groups} groups do not divide the {channels} channels of dimension {dim}")
-    ends = check_interval(interval) or ()
-    chosen = formula._replace(interval=ends, dim=dim if groups > 1 else -1, gated=glu)
-    return activate_parts(x, parts, packing, chosen)

@@ -7,15 +7,18 @@ import functools
 import math
 import os
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from polytrope.ops.families import Formula
+from polytrope.ops.families import Family, Formula
+from polytrope.ops.packing import Packing
 
 DATA_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+MOST_PARTS = 4
 _FAILURES = {1: "no kernel for this family and degree", 2: "out of memory"}
 
 
@@ -34,32 +37,54 @@ class Problem(ctypes.Structure):
         ("inner", ctypes.c_int64),
         ("low", ctypes.c_double),
         ("high", ctypes.c_double),
+        ("epsilon", ctypes.c_double),
     )
 
 
-def make_problem(x: Tensor, groups: int, formula: Formula) -> Problem:
+class _Parts(ctypes.Structure):
+    """`Parts` of csrc/cpu_call.h."""
+
+    _fields_ = (
+        ("count", ctypes.c_int32),
+        ("types", ctypes.c_int32 * MOST_PARTS),
+        ("sizes", ctypes.c_int64 * MOST_PARTS),
+        ("factors", ctypes.POINTER(ctypes.c_double)),
+    )
+
+
+class _Call(ctypes.Structure):
+    """`Call` of csrc/cpu_call.h."""
+
+    _fields_ = (
+        ("problem", Problem),
+        ("parts", _Parts),
+        ("cache_size", ctypes.c_int64),
+        ("parallel_region", ctypes.c_void_p),
+    )
+
+
+_Addresses = ctypes.c_void_p * MOST_PARTS
+
+
+def make_problem(dtype: torch.dtype, shape: torch.Size, groups: int, formula: Formula) -> Problem:
     """The problem of a contiguous x; sizes as csrc/problem.h says."""
-    elements = x.numel() // (2 if formula.gated else 1)
+    outer, inner = 1, shape.numel()
     if groups > 1:
-        inner = math.prod(x.shape[formula.dim :]) // (2 if formula.gated else 1) // groups
-        outer = math.prod(x.shape[: formula.dim])
-    elif formula.gated:
-        outer, inner = math.prod(x.shape[:-1]), x.shape[-1] // 2
-    else:
-        outer, inner = 1, elements
-    low, high = formula.interval or (0.0, 0.0)
+        outer, inner = math.prod(shape[: formula.dim]), math.prod(shape[formula.dim :]) // groups
+    elif formula.gated or formula.family == Family.POLYNORM:
+        outer, inner = math.prod(shape[:-1]), shape[-1]
     return Problem(
         formula.family,
         formula.degree,
         formula.second_degree,
-        DATA_TYPES[x.dtype],
+        DATA_TYPES[dtype],
         bool(formula.interval),
         formula.gated,
         outer,
         groups,
-        inner,
-        low,
-        high,
+        inner // 2 if formula.gated else inner,
+        *(formula.interval or (0.0, 0.0)),
+        formula.epsilon,
     )
 
 
@@ -75,15 +100,21 @@ def cpu_library() -> ctypes.CDLL | None:
     except (build.BuildError, OSError) as error:
         warnings.warn(f"polytrope runs its slow reference activations: {error}", RuntimeWarning, stacklevel=2)
         return None
-    pointer = ctypes.c_void_p
-    problem = ctypes.POINTER(Problem)
-    for width in (32, 64):
-        getattr(library, f"polytrope_forward_float{width}").argtypes = [problem, *[pointer] * 3, ctypes.c_int, pointer]
-        getattr(library, f"polytrope_backward_float{width}").argtypes = [problem, *[pointer] * 5, ctypes.c_int, pointer]
-    rows = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_double)
-    library.polytrope_polynorm_forward.argtypes = [*rows, *[pointer] * 3, ctypes.c_int, pointer]
-    library.polytrope_polynorm_backward.argtypes = [*rows, *[pointer] * 5, ctypes.c_int, pointer]
+    call, pointer = ctypes.POINTER(_Call), ctypes.c_void_p
+    for kind in ("float32", "float64", "polynorm"):
+        getattr(library, f"polytrope_forward_{kind}").argtypes = [call, *[pointer] * 3, ctypes.c_int]
+        getattr(library, f"polytrope_backward_{kind}").argtypes = [call, *[pointer] * 5, ctypes.c_int]
     return library
+
+
+@functools.cache
+def last_level_cache() -> int:
+    """Bytes of this machine's largest cache; 32 MiB where the system does not say."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    try:
+        return max((int(size.read_text().strip().removesuffix("K")) * 1024 for size in sizes), default=32 * 2**20)
+    except (OSError, ValueError):
+        return 32 * 2**20
 
 
 @functools.cache
@@ -96,64 +127,94 @@ def _parallel_region() -> int | None:
         return None
 
 
-def forward(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
-    """F(x), contiguous."""
-    x, parameters = x.contiguous(), parameters.double().contiguous()
-    shape = (*x.shape[:-1], x.shape[-1] // 2) if formula.gated else x.shape
-    result = torch.empty(shape, dtype=x.dtype)
-    if result.numel() > 0:
-        problem = make_problem(x, len(parameters), formula)
-        _call(f"polytrope_forward_float{_width(x)}", problem, x, parameters, result)
-    return result
+class Call(NamedTuple):
+    """What is the same at every call with such tensors."""
+
+    formula: Formula
+    packing: Packing
+    shape: torch.Size  # of the result
+    structure: ctypes.Structure
+    forward: Callable[..., int]
+    backward: Callable[..., int]
 
 
-def backward(gradient: Tensor, x: Tensor, parameters: Tensor, formula: Formula) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the packed parameters, in the dtypes of these; contiguous."""
-    gradient, x, wide = gradient.contiguous(), x.contiguous(), parameters.double().contiguous()
-    x_gradient = torch.empty(x.shape, dtype=x.dtype)
-    parameter_gradient = torch.empty(parameters.shape, dtype=torch.float64)
-    if gradient.numel() == 0:
-        parameter_gradient.zero_()
-    else:
-        problem = make_problem(x, len(parameters), formula)
-        name = f"polytrope_backward_float{_width(x)}"
-        _call(name, problem, gradient, x, wide, x_gradient, parameter_gradient)
-    return x_gradient, parameter_gradient.to(parameters.dtype)
-
-
-def polynorm_forward(x: Tensor, parameters: Tensor, epsilon: float) -> Tensor:
-    """b + sum_k a_k x^k / rms(x^k) over the last dimension; `parameters`: b, a_1 … a_n, float64."""
-    x, parameters = x.contiguous(), parameters.double().contiguous()
-    result = torch.empty(x.shape, dtype=x.dtype)
-    if x.numel() > 0:
-        _call("polytrope_polynorm_forward", *_matrix(x, parameters, epsilon), x, parameters, result)
-    return result
-
-
-def polynorm_backward(gradient: Tensor, x: Tensor, parameters: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the parameters, in the dtypes of these."""
-    gradient, x, wide = gradient.contiguous(), x.contiguous(), parameters.double().contiguous()
-    x_gradient = torch.empty(x.shape, dtype=x.dtype)
-    parameter_gradient = torch.zeros(parameters.shape, dtype=torch.float64)
-    if x.numel() > 0:
-        sizes = _matrix(x, parameters, epsilon)
-        _call("polytrope_polynorm_backward", *sizes, gradient, x, wide, x_gradient, parameter_gradient)
-    return x_gradient, parameter_gradient.to(parameters.dtype)
-
-
-def _matrix(x: Tensor, parameters: Tensor, epsilon: float) -> tuple[int | float, ...]:
-    columns = x.shape[-1]
-    return DATA_TYPES[x.dtype], x.numel() // columns, columns, len(parameters) - 1, epsilon
-
-
-def _width(x: Tensor) -> int:
-    return 64 if x.dtype == torch.float64 else 32
-
-
-def _call(name: str, *arguments: Any) -> None:
+@functools.lru_cache(maxsize=1024)
+def prepare(
+    formula: Formula,
+    packing: Packing,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    part_dtypes: tuple[torch.dtype, ...],
+    part_shapes: tuple[torch.Size, ...],
+) -> Call:
+    """A call for an x and parts of these dtypes and shapes, which fit the formula."""
     library = cpu_library()
     assert library is not None
-    numbers = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    status = getattr(library, name)(*numbers, torch.get_num_threads(), _parallel_region())
+    groups = packing.groups(part_shapes)
+    factors = (ctypes.c_double * len(packing.factors))(*packing.factors) if packing.factors else None
+    structure = _Call(
+        make_problem(dtype, shape, groups, formula),
+        _Parts(
+            len(part_shapes),
+            (ctypes.c_int32 * MOST_PARTS)(*(DATA_TYPES[part] for part in part_dtypes)),
+            (ctypes.c_int64 * MOST_PARTS)(*(part.numel() // groups for part in part_shapes)),
+            factors,
+        ),
+        last_level_cache(),
+        _parallel_region(),
+    )
+    width = "float64" if dtype == torch.float64 else "float32"
+    kind = "polynorm" if formula.family == Family.POLYNORM else width
+    functions = (getattr(library, f"polytrope_{direction}_{kind}") for direction in ("forward", "backward"))
+    return Call(formula, packing, result_shape(shape, formula), structure, *functions)
+
+
+def prepare_for(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Formula) -> Call:
+    """The call for these tensors."""
+    dtypes, shapes = tuple(part.dtype for part in parts), tuple(part.shape for part in parts)
+    return prepare(formula, packing, x.dtype, x.shape, dtypes, shapes)
+
+
+def result_shape(shape: torch.Size, formula: Formula) -> torch.Size:
+    return torch.Size((*shape[:-1], shape[-1] // 2)) if formula.gated else shape
+
+
+def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """F(x), contiguous."""
+    x, parts = x.contiguous(), [part.contiguous() for part in parts]
+    result = torch.empty(call.shape, dtype=x.dtype)
+    if result.numel() > 0:
+        status = call.forward(
+            call.structure, x.data_ptr(), _addresses(parts), result.data_ptr(), torch.get_num_threads()
+        )
+        _check(status, call)
+    return result
+
+
+def backward(call: Call, gradient: Tensor, x: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of x and of the parts, in the dtypes of these; contiguous."""
+    gradient, x, parts = gradient.contiguous(), x.contiguous(), [part.contiguous() for part in parts]
+    x_gradient = torch.empty_like(x)
+    if gradient.numel() == 0:
+        return x_gradient, [torch.zeros_like(part) for part in parts]
+    part_gradients = [torch.empty_like(part) for part in parts]
+    status = call.backward(
+        call.structure,
+        gradient.data_ptr(),
+        x.data_ptr(),
+        _addresses(parts),
+        x_gradient.data_ptr(),
+        _addresses(part_gradients),
+        torch.get_num_threads(),
+    )
+    _check(status, call)
+    return x_gradient, part_gradients
+
+
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return _Addresses(*[tensor.data_ptr() for tensor in tensors])
+
+
+def _check(status: int, call: Call) -> None:
     if status:
-        raise RuntimeError(f"polytrope kernel {name}: {_FAILURES.get(status, status)}")
+        raise RuntimeError(f"polytrope kernel of {call.formula}: {_FAILURES.get(status, status)}")

@@ -20,17 +20,17 @@ class Packing(NamedTuple):
     columns: int = 0
     factors: tuple[float, ...] = ()
 
-    def groups(self, parts: Sequence[Tensor]) -> int:
-        """The number of groups.
+    def groups(self, shapes: Sequence[torch.Size]) -> int:
+        """The number of groups of parts of these shapes.
 
         Raises:
             ValueError: a part of another shape, or not as many groups in each.
         """
         counts = []
-        for index, part in enumerate(parts):
-            if index >= self.columns and part.dim() not in (1, 2):
-                raise ValueError(f"coefficients: expected [count] or [groups, count], got {list(part.shape)}")
-            counts.append(part.numel() if index < self.columns else 1 if part.dim() == 1 else part.shape[0])
+        for index, shape in enumerate(shapes):
+            if index >= self.columns and len(shape) not in (1, 2):
+                raise ValueError(f"coefficients: expected [count] or [groups, count], got {list(shape)}")
+            counts.append(shape.numel() if index < self.columns else 1 if len(shape) == 1 else shape[0])
         if len(set(counts)) != 1:
             raise ValueError(f"coefficients: expected as many groups in each, got {counts}")
         return counts[0]

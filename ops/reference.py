@@ -257,6 +257,8 @@ def evaluate(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
         x: any shape; with `gated`, the last dimension holds the activated half and the factor.
         parameters: `[groups, parameter_count(formula)]`; groups divide the size of `formula.dim`.
     """
+    if formula.family == Family.POLYNORM:
+        return polynorm(x, parameters[0], formula.epsilon)
     compute = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     argument, factor = x.chunk(2, dim=-1) if formula.gated else (x, None)
     wide = argument.to(compute)

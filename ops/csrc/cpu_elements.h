@@ -43,6 +43,37 @@ POLYTROPE_FUNCTION void store(S* target, V v) {
   std::memcpy(target, &v, sizeof(V));
 }
 
+// Whether `store_past_cache` can write here.
+inline bool can_pass_cache(const void* target) {
+#if defined(__AVX__)
+  return reinterpret_cast<uintptr_t>(target) % vector_bytes == 0;
+#else
+  return false;
+#endif
+}
+
+// To memory without reading the cache line before; `finish_stores` must follow before another thread reads it.
+template <class V>
+POLYTROPE_FUNCTION void store_past_cache(void* target, V v) {
+#if defined(__AVX512F__)
+  __m512i bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  _mm512_stream_si512(static_cast<__m512i*>(target), bits);
+#elif defined(__AVX__)
+  __m256i bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  _mm256_stream_si256(static_cast<__m256i*>(target), bits);
+#else
+  std::memcpy(target, &v, sizeof(V));
+#endif
+}
+
+inline void finish_stores() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
+}
+
 // Adds the lanes to float64 sums of their own.
 template <class V>
 POLYTROPE_FUNCTION void accumulate(V v, double* sums) {
@@ -130,7 +161,7 @@ POLYTROPE_FUNCTION WordVector rounded_lanes(FloatVector v) {
 }
 
 // Rounds what widen_pair has made; the same numbers as bfloat16_of gives.
-POLYTROPE_FUNCTION void round_pair(FloatVector even, FloatVector odd, uint16_t* target) {
+POLYTROPE_FUNCTION WordVector round_pair(FloatVector even, FloatVector odd) {
 #ifdef __AVX512BF16__
   // One instruction rounds, but takes numbers below 2^-126 for 0.
   const __mmask16 small = _mm512_fpclass_ps_mask(__m512(even), 0x20) | _mm512_fpclass_ps_mask(__m512(odd), 0x20);
@@ -138,12 +169,10 @@ POLYTROPE_FUNCTION void round_pair(FloatVector even, FloatVector odd, uint16_t* 
     const __m512i halves = __m512i(_mm512_cvtne2ps_pbh(__m512(odd), __m512(even)));
     alignas(64) static constexpr uint16_t interleaved[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                              8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    _mm512_storeu_si512(target, _mm512_permutexvar_epi16(_mm512_load_si512(interleaved), halves));
-    return;
+    return WordVector(_mm512_permutexvar_epi16(_mm512_load_si512(interleaved), halves));
   }
 #endif
-  const WordVector both = (rounded_lanes(even) >> 16) | (rounded_lanes(odd) & 0xffff0000u);
-  std::memcpy(target, &both, sizeof(both));
+  return (rounded_lanes(even) >> 16) | (rounded_lanes(odd) & 0xffff0000u);
 }
 
 // ---- runs of elements ----

@@ -2,6 +2,8 @@
 // cache are converted to float, pass through a family of families.h, and are converted back; whole blocks of bfloat16
 // that lie side by side are converted on the way through registers. Sums over elements are added in an order that
 // depends on the shape only, never on the number of threads, so gradients are bitwise reproducible.
+// Where the tensors of a call are larger than the cache, whole blocks are written past it: a line that is written in the
+// cache is read from memory before, and will have left the cache when somebody wants it.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,6 +13,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "cpu_call.h"
 #include "cpu_elements.h"
 #include "cpu_harmonic.h"
 #include "cpu_threads.h"
@@ -20,45 +23,50 @@
 namespace polytrope {
 namespace {
 
-constexpr int cache_line = 64;              // bytes
-constexpr int64_t prefetch_distance = 512;  // elements
+constexpr int prefetch_distance = 512;  // elements
 constexpr int unrolled_degree = 8;  // kernels for higher degrees read the degree at run time
 
 // ---- kernels over one block ----
 
-// Asks for the cache lines that the processor itself does not: it looks no further than a page of memory.
-POLYTROPE_FUNCTION void prefetch(const void* x, const void* g, const void* y, int64_t byte) {
-  __builtin_prefetch(static_cast<const char*>(x) + byte, 0);
-  if (g) __builtin_prefetch(static_cast<const char*>(g) + byte, 0);
-  if (y) __builtin_prefetch(static_cast<const char*>(y) + byte, 1);
-}
+// How a kernel reads and writes: `narrow`: bfloat16, not S; `past_cache`: results go to memory at once.
+struct Access {
+  bool narrow, past_cache;
+};
 
 // y = body(x, g, k) for each vector, k the number of its first element; g and y may be null, and body then gets and gives
-// anything. `narrow`: x, g and y hold bfloat16, not S, and are converted two vectors at a time. count is a multiple of the
-// lanes, if narrow of twice the lanes.
+// anything. Narrow elements are converted two vectors at a time. count is a multiple of the lanes, if narrow of twice the
+// lanes.
 template <class S, class Body>
 POLYTROPE_FUNCTION void each_vector(const void* __restrict x, const void* __restrict g, void* __restrict y, int count,
-                                    bool narrow, const Body& body) {
+                                    Access access, const Body& body) {
   using V = Vector<S>;
+  const bool past_cache = access.past_cache && can_pass_cache(y);
   const S *xs = static_cast<const S*>(x), *gs = static_cast<const S*>(g);
   S* ys = static_cast<S*>(y);
   if constexpr (std::is_same_v<S, float>)
-    if (narrow) {
+    if (access.narrow) {
       const uint16_t *x16 = static_cast<const uint16_t*>(x), *g16 = static_cast<const uint16_t*>(g);
       for (int i = 0; i < count; i += 2 * lanes<S>) {
-        prefetch(x, g, y, (i + prefetch_distance) * int64_t(sizeof(uint16_t)));
+        // Processors look no further ahead than a page of memory, which with bfloat16 costs more.
+        __builtin_prefetch(x16 + i + prefetch_distance, 0);
+        if (g) __builtin_prefetch(g16 + i + prefetch_distance, 0);
+        if (y && !past_cache) __builtin_prefetch(static_cast<uint16_t*>(y) + i + prefetch_distance, 1);
         V x_even, x_odd, g_even{}, g_odd{};
         widen_pair(x16 + i, x_even, x_odd);
         if (g) widen_pair(g16 + i, g_even, g_odd);
         const V even = body(x_even, g_even, i), odd = body(x_odd, g_odd, i + lanes<S>);
-        if (y) round_pair(even, odd, static_cast<uint16_t*>(y) + i);
+        if (!y) continue;
+        const WordVector both = round_pair(even, odd);
+        uint16_t* const target = static_cast<uint16_t*>(y) + i;
+        if (past_cache) store_past_cache(target, both);
+        else store(target, both);
       }
       return;
     }
   for (int i = 0; i < count; i += lanes<S>) {
-    if (i * sizeof(S) % cache_line == 0) prefetch(x, g, y, (i + prefetch_distance) * int64_t(sizeof(S)));
     const V value = body(load<V>(xs + i), g ? load<V>(gs + i) : V{}, i);
-    if (y) store(ys + i, value);
+    if (y && past_cache) store_past_cache(ys + i, value);
+    else if (y) store(ys + i, value);
   }
 }
 
@@ -70,18 +78,18 @@ POLYTROPE_FUNCTION void copy_table(const S* table, S* t) {
 
 // D, E: degree and second degree; 0: read at run time.
 template <class Family, class S, int D, int E>
-void forward_block(const void* __restrict x, void* __restrict y, int count, bool narrow, const S* table, int degree,
+void forward_block(const void* __restrict x, void* __restrict y, int count, Access access, const S* table, int degree,
                    int second) {
   using V = Vector<S>;
   const int n = D ? D : degree, m = D ? E : second;
   alignas(64) S t[padded(Family::largest_table, lanes<S>)];
   copy_table<Family>(table, t);
-  each_vector<S>(x, nullptr, y, count, narrow, [&](V v, V, int) { return Family::value(v, t, n, m); });
+  each_vector<S>(x, nullptr, y, count, access, [&](V v, V, int) { return Family::value(v, t, n, m); });
 }
 
 // Adds to total[k * lanes …] the sums over lanes.
 template <class Family, class S, int D, int E>
-void backward_block(const void* __restrict x, const void* __restrict g, void* __restrict dx, int count, bool narrow,
+void backward_block(const void* __restrict x, const void* __restrict g, void* __restrict dx, int count, Access access,
                     const S* table, double* __restrict total, int degree, int second) {
   using V = Vector<S>;
   const int n = D ? D : degree, m = D ? E : second, sums = Family::sums(n, m);
@@ -91,36 +99,36 @@ void backward_block(const void* __restrict x, const void* __restrict g, void* __
   for (int k = 0; k < sums; ++k) a[k] = V{};
   if constexpr (std::is_same_v<Family, TropicalRational>) {
     alignas(64) S slopes[block];
-    each_vector<S>(x, g, nullptr, count, narrow, [&](V v, V seed, int k) {
+    each_vector<S>(x, g, nullptr, count, access, [&](V v, V seed, int k) {
       store(slopes + k, Family::descend_numerator(v, seed, t, a, n));
       return V{};
     });
-    each_vector<S>(x, g, dx, count, narrow, [&](V v, V seed, int k) {
+    each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int k) {
       return Family::descend_denominator(v, seed, load<V>(slopes + k), t, a, n);
     });
   } else if constexpr (std::is_same_v<Family, HarmonicPieces>) {
     alignas(64) S sines[block], cosines[block];
-    each_vector<S>(x, g, dx, count, narrow, [&](V v, V seed, int k) {
+    each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int k) {
       V sine, cosine;
       const V slope = Family::find_slope(v, seed, t, a, sine, cosine, n);
       store(sines + k, sine);
       store(cosines + k, cosine);
       return slope;
     });
-    each_vector<S>(g, nullptr, nullptr, count, narrow, [&](V seed, V, int k) {
+    each_vector<S>(g, nullptr, nullptr, count, access, [&](V seed, V, int k) {
       Family::add(seed, load<V>(sines + k), load<V>(cosines + k), a, n);
       return V{};
     });
   } else {
-    each_vector<S>(x, g, dx, count, narrow, [&](V v, V seed, int) { return Family::backward(v, seed, t, a, n, m); });
+    each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int) { return Family::backward(v, seed, t, a, n, m); });
   }
   for (int k = 0; k < sums; ++k) accumulate(a[k], total + k * lanes<S>);
 }
 
 template <class S>
 struct Kernel {
-  void (*forward)(const void*, void*, int, bool, const S*, int, int);
-  void (*backward)(const void*, const void*, void*, int, bool, const S*, double*, int, int);
+  void (*forward)(const void*, void*, int, Access, const S*, int, int);
+  void (*backward)(const void*, const void*, void*, int, Access, const S*, double*, int, int);
   void (*prepare)(const double*, S*, int, int);
   void (*finish)(const double*, const double*, double*, int, int);
   Tangent (*tangent)(const double*, double, int, int);
@@ -240,17 +248,17 @@ struct Pass {
     right = kernel.tangent(parameters, problem.high, problem.degree, problem.second_degree);
   }
 
-  // `narrow`, which no problem with tails is: the elements are bfloat16.
-  void value(const void* from, void* to, int count, bool narrow = false) const {
+  // Where a problem has tails, the elements are of S and results stay in the cache, whatever `access` says.
+  void value(const void* from, void* to, int count, Access access = {}) const {
     if (!problem.tails) {
-      kernel.forward(from, to, count, narrow, table, problem.degree, problem.second_degree);
+      kernel.forward(from, to, count, access, table, problem.degree, problem.second_degree);
       return;
     }
     const S* x = static_cast<const S*>(from);
     S* y = static_cast<S*>(to);
     alignas(64) S inside[block];
     enter(x, inside, count);
-    kernel.forward(inside, y, count, false, table, problem.degree, problem.second_degree);
+    kernel.forward(inside, y, count, {}, table, problem.degree, problem.second_degree);
     const S low = S(left.at), high = S(right.at);
     for (int i = 0; i < count; i += lanes<S>) {
       const V v = load<V>(x + i);
@@ -262,9 +270,9 @@ struct Pass {
   }
 
   // Sums over each lane: the family's own, then of g and of g (x - low) below the interval, and the same above it.
-  void gradient(const void* from, const void* seed, void* to, int count, double* sums, bool narrow = false) const {
+  void gradient(const void* from, const void* seed, void* to, int count, double* sums, Access access = {}) const {
     if (!problem.tails) {
-      kernel.backward(from, seed, to, count, narrow, table, sums, problem.degree, problem.second_degree);
+      kernel.backward(from, seed, to, count, access, table, sums, problem.degree, problem.second_degree);
       return;
     }
     const S *x = static_cast<const S*>(from), *g = static_cast<const S*>(seed);
@@ -281,7 +289,7 @@ struct Pass {
       high_slopes += v > high ? gv * (v - high) : V{};
       store(inner_g + i, v < low ? V{} : (v > high ? V{} : gv));
     }
-    kernel.backward(inside, inner_g, dx, count, false, table, sums, problem.degree, problem.second_degree);
+    kernel.backward(inside, inner_g, dx, count, {}, table, sums, problem.degree, problem.second_degree);
     for (int i = 0; i < count; i += lanes<S>) {
       const V v = load<V>(x + i), gv = load<V>(g + i);
       V slope = load<V>(dx + i);
@@ -330,17 +338,31 @@ void* address(void* base, int64_t index, bool narrow) {
   return static_cast<char*>(base) + index * int64_t(narrow ? sizeof(uint16_t) : sizeof(S));
 }
 
+// Of kernels that read and write `tensors` tensors.
 template <class S>
-int forward(const Problem& problem, const void* x, const double* parameters, void* y, int threads, ParallelRegion region) {
+Access find_access(const Call& call, int tensors) {
+  const Problem& problem = call.problem;
+  const bool narrow = problem.data_type == type_bfloat16;
+  const int64_t bytes = problem.outer * problem.groups * problem.inner * int64_t(narrow ? sizeof(uint16_t) : sizeof(S));
+  return {narrow, tensors * bytes > call.cache_size};
+}
+
+template <class S>
+int forward(const Call& call, const void* x, const void* const* parts, void* y, int threads) {
+  const Problem& problem = call.problem;
   const Kernel<S> kernel = find_kernel<S>(problem);
-  if (!kernel.forward) return 1;
+  if (!kernel.forward || kernel.parameters != call.parts.width()) return 1;
+  const std::unique_ptr<double[]> packed = call.parts.pack(problem.groups, parts);
+  const double* const parameters = packed.get();
+  if (!parameters) return 2;
   const Tasks tasks(problem);
   const int64_t half = problem.groups * problem.inner;
   const Layout in{problem.inner, problem.gated ? 2 * half : half}, out{problem.inner, half};
   const int type = problem.data_type;
-  const bool direct = is_direct<S>(problem), narrow = type == type_bfloat16;
+  const Access access = find_access<S>(call, 2);
+  const bool direct = is_direct<S>(problem), narrow = access.narrow;
   const Pass<S> first_pass(problem, kernel, parameters);  // of the first group, often the only one
-  run_tasks(tasks.chunks * problem.groups, tasks.batch, threads, region, [&](int64_t task) {
+  run_tasks(tasks.chunks * problem.groups, tasks.batch, threads, call.parallel_region, [&](int64_t task) {
     const int64_t group = task % problem.groups, first = task / problem.groups * chunk;
     const int64_t last = std::min(first + chunk, tasks.sequence), start = group * problem.inner;
     alignas(64) S xs[block], ys[block], gates[block];
@@ -349,7 +371,7 @@ int forward(const Problem& problem, const void* x, const double* parameters, voi
     for (int64_t at = first; at < last; at += block) {
       const int count = int(std::min<int64_t>(block, last - at)), width = padded(count, lanes<S>);
       if (direct && count % (narrow ? 2 * lanes<S> : lanes<S>) == 0 && in.contiguous(at, count)) {
-        pass.value(address<S>(x, in.index(start, at), narrow), address<S>(y, out.index(start, at), narrow), count, narrow);
+        pass.value(address<S>(x, in.index(start, at), narrow), address<S>(y, out.index(start, at), narrow), count, access);
         continue;
       }
       read_block(in, type, x, start, at, count, xs);
@@ -361,24 +383,30 @@ int forward(const Problem& problem, const void* x, const double* parameters, voi
       }
       write_block(out, type, y, start, at, count, ys);
     }
+    if (access.past_cache) finish_stores();
   });
   return 0;
 }
 
 template <class S>
-int backward(const Problem& problem, const void* g, const void* x, const double* parameters, void* dx, double* gradient,
-             int threads, ParallelRegion region) {
+int backward(const Call& call, const void* g, const void* x, const void* const* parts, void* dx, void* const* part_gradients,
+             int threads) {
+  const Problem& problem = call.problem;
   const Kernel<S> kernel = find_kernel<S>(problem);
-  if (!kernel.backward) return 1;
+  if (!kernel.backward || kernel.parameters != call.parts.width()) return 1;
   const Tasks tasks(problem);
   const int64_t half = problem.groups * problem.inner;
   const Layout in{problem.inner, problem.gated ? 2 * half : half}, out{problem.inner, half};
   const int sums = kernel.sums + (problem.tails ? tail_sums : 0), type = problem.data_type;
-  const bool direct = is_direct<S>(problem), narrow = type == type_bfloat16;
-  std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(tasks.chunks * problem.groups * sums) + 1]);
-  if (!partial) return 2;
+  const Access access = find_access<S>(call, 3);
+  const bool direct = is_direct<S>(problem), narrow = access.narrow;
+  const std::unique_ptr<double[]> packed = call.parts.pack(problem.groups, parts);
+  const double* const parameters = packed.get();
+  const std::unique_ptr<double[]> gradient(new (std::nothrow) double[size_t(problem.groups * kernel.parameters) + 1]);
+  const std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(tasks.chunks * problem.groups * sums) + 1]);
+  if (!packed || !gradient || !partial) return 2;
   const Pass<S> first_pass(problem, kernel, parameters);  // of the first group, often the only one
-  run_tasks(tasks.chunks * problem.groups, tasks.batch, threads, region, [&](int64_t task) {
+  run_tasks(tasks.chunks * problem.groups, tasks.batch, threads, call.parallel_region, [&](int64_t task) {
     const int64_t group = task % problem.groups, first = task / problem.groups * chunk;
     const int64_t last = std::min(first + chunk, tasks.sequence), start = group * problem.inner;
     alignas(64) S xs[block], gs[block], dxs[block], gates[block], values[block];
@@ -391,7 +419,7 @@ int backward(const Problem& problem, const void* g, const void* x, const double*
       if (direct && count % (narrow ? 2 * lanes<S> : lanes<S>) == 0 && in.contiguous(at, count)) {
         const int64_t index = in.index(start, at);
         pass.gradient(address<S>(x, index, narrow), address<S>(g, index, narrow), address<S>(dx, index, narrow), count,
-                      total, narrow);
+                      total, access);
         continue;
       }
       read_block(in, type, x, start, at, count, xs);
@@ -410,6 +438,7 @@ int backward(const Problem& problem, const void* g, const void* x, const double*
       pass.gradient(xs, gs, dxs, width, total);
       write_block(in, type, dx, start, at, count, dxs);
     }
+    if (access.past_cache) finish_stores();
     for (int k = 0; k < sums; ++k)
       partial[task * sums + k] = std::accumulate(total + k * lanes<S>, total + (k + 1) * lanes<S>, 0.0);
   });
@@ -426,8 +455,9 @@ int backward(const Problem& problem, const void* g, const void* x, const double*
       kernel.add_tail(own, problem.low, values[0], values[1], total, problem.degree, problem.second_degree);
       kernel.add_tail(own, problem.high, values[2], values[3], total, problem.degree, problem.second_degree);
     }
-    kernel.finish(total, own, gradient + group * kernel.parameters, problem.degree, problem.second_degree);
+    kernel.finish(total, own, gradient.get() + group * kernel.parameters, problem.degree, problem.second_degree);
   }
+  call.parts.unpack(problem.groups, gradient.get(), part_gradients);
   return 0;
 }
 

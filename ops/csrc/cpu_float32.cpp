@@ -3,18 +3,14 @@
 
 extern "C" {
 
-// `parallel_region` is GOMP_parallel or null.
-int polytrope_forward_float32(const polytrope::Problem* problem, const void* x, const double* parameters, void* y,
-                              int threads, void* parallel_region) {
-  const auto region = reinterpret_cast<polytrope::ParallelRegion>(parallel_region);
-  return polytrope::forward<float>(*problem, x, parameters, y, threads, region);
+// `parts`: addresses of the parts of the parameters; `part_gradients` likewise.
+int polytrope_forward_float32(const polytrope::Call* call, const void* x, const void* const* parts, void* y, int threads) {
+  return polytrope::forward<float>(*call, x, parts, y, threads);
 }
 
-int polytrope_backward_float32(const polytrope::Problem* problem, const void* gradient, const void* x,
-                               const double* parameters, void* x_gradient, double* parameter_gradient, int threads,
-                               void* parallel_region) {
-  const auto region = reinterpret_cast<polytrope::ParallelRegion>(parallel_region);
-  return polytrope::backward<float>(*problem, gradient, x, parameters, x_gradient, parameter_gradient, threads, region);
+int polytrope_backward_float32(const polytrope::Call* call, const void* gradient, const void* x, const void* const* parts,
+                               void* x_gradient, void* const* part_gradients, int threads) {
+  return polytrope::backward<float>(*call, gradient, x, parts, x_gradient, part_gradients, threads);
 }
 
 }  // extern "C"

@@ -9,6 +9,7 @@
 #include <new>
 #include <numeric>
 
+#include "cpu_call.h"
 #include "cpu_elements.h"
 #include "cpu_threads.h"
 
@@ -81,14 +82,16 @@ void fold_moments(const double* by_lane, int n, double* sums) {
 
 inline int64_t rows_per_task(int64_t columns) { return std::max<int64_t>(1, chunk / columns); }
 
+// D: the degree; 0: read at run time.
 template <class S, int D>
-int polynorm_forward(int type, int64_t rows, int64_t columns, int degree, double epsilon, const void* x, const double* parameters,
-                     void* y, int threads, ParallelRegion region) {
+int polynorm_forward(const Call& call, const void* x, const void* const* parts, void* y, int threads) {
   using V = Vector<S>;
-  const Rows<S> layout{type, columns};
-  const int64_t step = rows_per_task(columns);
-  run_tasks((rows + step - 1) / step, 1, threads, region, [&](int64_t task) {
-    const int n = D ? D : degree;
+  const int64_t rows = call.problem.outer, columns = call.problem.inner, step = rows_per_task(columns);
+  const Rows<S> layout{call.problem.data_type, columns};
+  const std::unique_ptr<double[]> parameters = call.parts.pack(1, parts);
+  if (!parameters) return 2;
+  run_tasks((rows + step - 1) / step, 1, threads, call.parallel_region, [&](int64_t task) {
+    const int n = D ? D : call.problem.degree;
     alignas(64) S xs[block], ys[block];
     for (int64_t row = task * step; row < std::min(rows, (task + 1) * step); ++row) {
       alignas(64) double by_lane[moments * lanes<S>] = {};
@@ -100,7 +103,8 @@ int polynorm_forward(int type, int64_t rows, int64_t columns, int degree, double
       fold_moments<S>(by_lane, n, squares);
       S t[moments];
       t[0] = S(parameters[0]);
-      for (int k = 1; k <= n; ++k) t[k] = S(parameters[k] / std::sqrt(squares[k] / double(columns) + epsilon));
+      for (int k = 1; k <= n; ++k)
+        t[k] = S(parameters[k] / std::sqrt(squares[k] / double(columns) + call.problem.epsilon));
       for (int64_t at = 0; at < columns; at += block) {
         const int width = padded(layout.count(at), lanes<S>);
         const S* from = layout.read(x, row, at, xs);
@@ -114,14 +118,17 @@ int polynorm_forward(int type, int64_t rows, int64_t columns, int degree, double
 }
 
 template <class S, int D>
-int polynorm_backward(int type, int64_t rows, int64_t columns, int degree, double epsilon, const void* g, const void* x,
-                      const double* parameters, void* dx, double* gradient, int threads, ParallelRegion region) {
+int polynorm_backward(const Call& call, const void* g, const void* x, const void* const* parts, void* dx,
+                      void* const* part_gradients, int threads) {
   using V = Vector<S>;
-  const Rows<S> layout{type, columns};
-  const int64_t step = rows_per_task(columns), tasks = (rows + step - 1) / step;
-  std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(tasks * (degree + 1))]());
-  if (!partial) return 2;
-  run_tasks(tasks, 1, threads, region, [&](int64_t task) {
+  const int degree = call.problem.degree;
+  const int64_t rows = call.problem.outer, columns = call.problem.inner, step = rows_per_task(columns);
+  const int64_t tasks = (rows + step - 1) / step;
+  const Rows<S> layout{call.problem.data_type, columns};
+  const std::unique_ptr<double[]> parameters = call.parts.pack(1, parts);
+  const std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(tasks * (degree + 1))]());
+  if (!parameters || !partial) return 2;
+  run_tasks(tasks, 1, threads, call.parallel_region, [&](int64_t task) {
     const int n = D ? D : degree;
     alignas(64) S xs[block], gs[block], dxs[block];
     double* total = partial.get() + task * (n + 1);
@@ -138,7 +145,7 @@ int polynorm_backward(int type, int64_t rows, int64_t columns, int degree, doubl
       S direct[moments], through[moments];  // of x^(k-1), and of x^(2k-1)
       total[0] += products[0];
       for (int k = 1; k <= n; ++k) {
-        const double r = 1 / std::sqrt(squares[k] / double(columns) + epsilon);
+        const double r = 1 / std::sqrt(squares[k] / double(columns) + call.problem.epsilon);
         total[k] += r * products[k];
         direct[k - 1] = S(k * parameters[k] * r);
         through[k - 1] = S(-k / double(columns) * parameters[k] * r * r * r * products[k]);
@@ -156,8 +163,10 @@ int polynorm_backward(int type, int64_t rows, int64_t columns, int degree, doubl
       }
     }
   });
+  double gradient[moments] = {};
   for (int64_t task = 0; task < tasks; ++task)
     for (int k = 0; k <= degree; ++k) gradient[k] += partial[task * (degree + 1) + k];
+  call.parts.unpack(1, gradient, part_gradients);
   return 0;
 }
 
@@ -166,22 +175,24 @@ int polynorm_backward(int type, int64_t rows, int64_t columns, int degree, doubl
 
 extern "C" {
 
-// `parameters`: b, a_1 … a_n; `parameter_gradient` comes in as zeros. Status as for polytrope_forward.
-int polytrope_polynorm_forward(int type, int64_t rows, int64_t columns, int degree, double epsilon, const void* x,
-                               const double* parameters, void* y, int threads, void* parallel_region) {
-  const auto region = reinterpret_cast<polytrope::ParallelRegion>(parallel_region);
-  const auto narrow = degree == 3 ? polytrope::polynorm_forward<float, 3> : polytrope::polynorm_forward<float, 0>;
-  const auto run = type == polytrope::type_float64 ? polytrope::polynorm_forward<double, 0> : narrow;
-  return run(type, rows, columns, degree, epsilon, x, parameters, y, threads, region);
+// The same interface as that of cpu_float32.cpp.
+int polytrope_forward_polynorm(const polytrope::Call* call, const void* x, const void* const* parts, void* y, int threads) {
+  using namespace polytrope;
+  const int degree = call->problem.degree;
+  if (degree < 1 || degree > max_degree || call->parts.width() != degree + 1) return 1;
+  const auto narrow = degree == 3 ? polynorm_forward<float, 3> : polynorm_forward<float, 0>;
+  const auto run = call->problem.data_type == type_float64 ? polynorm_forward<double, 0> : narrow;
+  return run(*call, x, parts, y, threads);
 }
 
-int polytrope_polynorm_backward(int type, int64_t rows, int64_t columns, int degree, double epsilon, const void* gradient,
-                                const void* x, const double* parameters, void* x_gradient, double* parameter_gradient,
-                                int threads, void* parallel_region) {
-  const auto region = reinterpret_cast<polytrope::ParallelRegion>(parallel_region);
-  const auto narrow = degree == 3 ? polytrope::polynorm_backward<float, 3> : polytrope::polynorm_backward<float, 0>;
-  const auto run = type == polytrope::type_float64 ? polytrope::polynorm_backward<double, 0> : narrow;
-  return run(type, rows, columns, degree, epsilon, gradient, x, parameters, x_gradient, parameter_gradient, threads, region);
+int polytrope_backward_polynorm(const polytrope::Call* call, const void* gradient, const void* x, const void* const* parts,
+                                void* x_gradient, void* const* part_gradients, int threads) {
+  using namespace polytrope;
+  const int degree = call->problem.degree;
+  if (degree < 1 || degree > max_degree || call->parts.width() != degree + 1) return 1;
+  const auto narrow = degree == 3 ? polynorm_backward<float, 3> : polynorm_backward<float, 0>;
+  const auto run = call->problem.data_type == type_float64 ? polynorm_backward<double, 0> : narrow;
+  return run(*call, gradient, x, parts, x_gradient, part_gradients, threads);
 }
 
 }  // extern "C"

@@ -18,6 +18,7 @@ int dispatch(const Problem& p, const Call& c) {
     case family_piecewise_linear: return launch_lines(p, c);
     case family_rational:
     case family_polyrelu: return launch_quotients(p, c);
+    case family_polynorm: return launch_polynorm(p, c);
     default: return 1;
   }
 }
@@ -29,6 +30,11 @@ static_assert(Fourier::largest_table <= PiecewiseLinear::largest_table && Fourie
 
 int64_t function_bytes(const Problem& p) { return p.groups * largest_function * 4; }
 
+int64_t partial_bytes(const Problem& p) {
+  if (p.family == family_polynorm) return polynorm_partial_bytes(p);
+  return p.groups * columns_of(p, most_blocks()) * most_sums * 8;
+}
+
 }  // namespace
 }  // namespace polytrope
 
@@ -37,8 +43,7 @@ extern "C" {
 // Bytes that a call needs beside its tensors: tables, and with `backward` partial sums.
 int64_t polytrope_cuda_workspace(const polytrope::Problem* problem, int backward) {
   using namespace polytrope;
-  const int64_t partial = problem->groups * columns_of(*problem, most_blocks()) * most_sums * 8;
-  return function_bytes(*problem) + (backward ? partial : 0);
+  return function_bytes(*problem) + (backward ? partial_bytes(*problem) : 0);
 }
 
 // `gradient` null: forward, and `result` is y; else it is the gradient of x. All pointers are device pointers at multiples

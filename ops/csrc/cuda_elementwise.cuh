@@ -278,5 +278,7 @@ int launch_recurrence(const Problem& p, const Call& c);
 int launch_waves(const Problem& p, const Call& c);
 int launch_lines(const Problem& p, const Call& c);
 int launch_quotients(const Problem& p, const Call& c);
+int launch_polynorm(const Problem& p, const Call& c);
+int64_t polynorm_partial_bytes(const Problem& p);
 
 }  // namespace polytrope

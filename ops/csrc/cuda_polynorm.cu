@@ -1,7 +1,7 @@
 // PolyNorm on the GPU: the formulas of cpu_polynorm.cpp, a block for each row at a time.
 //
 // A row is read twice, so its length is not limited by registers or shared memory.
-#include "cuda_elements.cuh"
+#include "cuda_elementwise.cuh"
 
 namespace polytrope {
 namespace {
@@ -119,38 +119,25 @@ __global__ void __launch_bounds__(threads) finish_rows(const double* partial, in
 unsigned blocks_of(int64_t rows) { return unsigned(rows < most_blocks() ? rows : most_blocks()); }
 
 template <int D>
-void launch_rows(const Rows& r, const void* g, const void* x, const double* parameters, void* result, double* partial,
-                 double* gradient, cudaStream_t stream) {
+void launch_rows(const Rows& r, const Call& c) {
   const unsigned blocks = blocks_of(r.rows);
-  if (!g) {
-    forward_rows<D><<<blocks, threads, 0, stream>>>(r, x, parameters, result);
+  if (!c.gradient) {
+    forward_rows<D><<<blocks, threads, 0, c.stream>>>(r, c.x, c.parameters, c.result);
     return;
   }
-  backward_rows<D><<<blocks, threads, 0, stream>>>(r, g, x, parameters, result, partial);
-  finish_rows<<<1, threads, 0, stream>>>(partial, r.n + 1, int(blocks), gradient);
+  backward_rows<D><<<blocks, threads, 0, c.stream>>>(r, c.gradient, c.x, c.parameters, c.result, c.partial);
+  finish_rows<<<1, threads, 0, c.stream>>>(c.partial, r.n + 1, int(blocks), c.parameter_gradient);
 }
 
 }  // namespace
-}  // namespace polytrope
 
-extern "C" {
+int64_t polynorm_partial_bytes(const Problem& p) { return int64_t(blocks_of(p.outer)) * (p.degree + 1) * 8; }
 
-// Bytes that backward needs beside its tensors.
-int64_t polytrope_cuda_polynorm_workspace(int64_t rows, int degree) {
-  return int64_t(polytrope::blocks_of(rows)) * (degree + 1) * 8;
-}
-
-// `gradient` null: forward, and `result` is y; else it is the gradient of x. Type, pointers and status as in cuda.cu.
-int polytrope_cuda_polynorm(int type, int64_t rows, int64_t columns, int degree, double epsilon, const void* gradient,
-                            const void* x, const double* parameters, void* result, void* workspace,
-                            double* parameter_gradient, void* stream) {
-  using namespace polytrope;
-  if (type == type_float64) return 1;
-  const Rows r{type, rows, columns, degree, float(epsilon)};
-  const auto run = degree == 3 ? launch_rows<3> : launch_rows<0>;
-  run(r, gradient, x, parameters, result, static_cast<double*>(workspace), parameter_gradient,
-      static_cast<cudaStream_t>(stream));
+int launch_polynorm(const Problem& p, const Call& c) {
+  const Rows r{p.data_type, p.outer, p.inner, p.degree, float(p.epsilon)};
+  const auto run = p.degree == 3 ? launch_rows<3> : launch_rows<0>;
+  run(r, c);
   return cudaGetLastError() == cudaSuccess ? 0 : 3;
 }
 
-}  // extern "C"
+}  // namespace polytrope

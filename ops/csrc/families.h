@@ -46,6 +46,7 @@ enum FamilyNumber {
   family_rational = 8,
   family_polyrelu = 9,
   family_piecewise_linear = 10,
+  family_polynorm = 11,
 };
 
 template <class V, class S>

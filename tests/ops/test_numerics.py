@@ -273,6 +273,33 @@ def test_gradients_are_bitwise_the_same_every_time_and_for_every_number_of_threa
             assert torch.equal(found, expected)
 
 
+@pytest.fixture
+def without_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every tensor is larger than the cache."""
+
+    def forget() -> None:
+        native.prepare.cache_clear()
+        functional._prepare.cache_clear()
+
+    monkeypatch.setattr(native, "last_level_cache", lambda: 0)
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=label)
+def test_tensors_larger_than_the_cache_give_the_same_bits(
+    config: dict[str, Any], dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    module = activation(config, torch.float32)
+    x, seed = inputs(5, 3090, dtype=dtype), inputs(3090, 5, dtype=dtype).t()
+    expected = gradients(module, x, seed)
+    request.getfixturevalue("without_cache")
+    for found, exact in zip(gradients(module, x, seed), expected, strict=True):
+        assert torch.equal(found, exact)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_shape_stride_dtype_degree_and_grouping(data: st.DataObject) -> None:
@@ -280,17 +307,18 @@ def test_any_shape_stride_dtype_degree_and_grouping(data: st.DataObject) -> None
     degree = data.draw(st.integers(1, 16))
     second = data.draw(st.integers(1, 6)) if family == Family.RATIONAL else 0
     shape = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=4))
-    gated = data.draw(st.booleans())
-    groups = data.draw(st.sampled_from([1, 2, 3]))
+    by_rows = family == Family.POLYNORM
+    gated = not by_rows and data.draw(st.booleans())
+    groups = 1 if by_rows else data.draw(st.sampled_from([1, 2, 3]))
     dim = -1 if gated else -data.draw(st.integers(1, len(shape)))
     if groups > 1:
         shape[dim] = groups * shape[dim]
     if gated:
         shape[-1] *= 2
-    tails = family not in (Family.TROPICAL, Family.TROPICAL_RATIONAL, Family.PIECEWISE_LINEAR) and data.draw(
-        st.booleans()
-    )
-    formula = Formula(family, degree, second, (-0.7, 1.1) if tails else (), dim if groups > 1 else -1, gated)
+    endless = (Family.TROPICAL, Family.TROPICAL_RATIONAL, Family.PIECEWISE_LINEAR, Family.POLYNORM)
+    interval = (-0.7, 1.1) if family not in endless and data.draw(st.booleans()) else ()
+    where, epsilon = dim if groups > 1 else -1, 0.01 if by_rows else 0.0
+    formula = Formula(family, degree, second, interval, where, gated, epsilon)
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
     order = data.draw(st.permutations(range(len(shape))))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
