@@ -53,6 +53,7 @@ ROWS: list[tuple[dict[str, Any], str | None, float | None, float | None]] = [
     ({"name": "polynorm", "degree": 3}, None, None, None),
     ({"name": "piecewise_linear", "degree": 8}, None, None, None),
     ({"name": "hermite", "degree": 8, "interval": [-3.0, 3.0]}, None, None, None),
+    ({"name": "hermite", "degree": 3, "num_parameters": SHAPE[-1]}, None, None, None),
 ]
 
 
@@ -62,7 +63,8 @@ def by_hand(config: dict[str, Any]) -> Callable[..., Tensor]:
 
     def series(x: Tensor, coefficients: Tensor) -> Tensor:
         before, now = torch.ones_like(x), x
-        value = coefficients[0] + coefficients[1] * x
+        weights = coefficients.unbind(-1)  # numbers, or with coefficients for each channel a row
+        value = weights[0] + weights[1] * x
         for k in range(1, degree):
             if name == "hermite":
                 following = (x * now - before) / (k + 1)
@@ -71,7 +73,7 @@ def by_hand(config: dict[str, Any]) -> Callable[..., Tensor]:
             else:
                 following = ((2 * k + 1) * x * now - k * before) / (k + 1)
             before, now = now, following
-            value = value + coefficients[k + 1] * now
+            value = value + weights[k + 1] * now
         return value
 
     def hermite_with_tails(x: Tensor, coefficients: Tensor) -> Tensor:
@@ -290,7 +292,8 @@ def torchortho_module(name: str, degree: int) -> nn.Module | None:
 
 
 def label(config: dict[str, Any]) -> str:
-    extras = [name for name in ("harmonic", "interval") if config.get(name)]
+    names = {"harmonic": "harmonic", "interval": "interval", "num_parameters": "per channel"}
+    extras = [extra for name, extra in names.items() if config.get(name)]
     return f"{config['name']} {config['degree']}" + "".join(f", {extra}" for extra in extras)
 
 

@@ -1,7 +1,7 @@
 // The mathematics of every activation family, written once: the CPU and the CUDA kernels include this header.
 //
-// Every function is generic in V, which is one float (CUDA), a vector of floats (CPU, a GCC vector type) or a Dual, and
-// in S, its element. A family offers
+// Every function is generic in V, which is one float (CUDA), a vector of floats (CPU, a GCC vector type) or a Dual; in S,
+// its element; and in T, an entry of a table: S, or V where each element has a function of its own. A family offers
 //   parameters(n, m)   how many packed parameters a group has (what Python passes, float64)
 //   sums(n, m)         how many sums over all elements `backward` accumulates
 //   prepare(raw, t)    packed parameters -> table, in float64 before the last rounding
@@ -13,6 +13,7 @@
 #include <math.h>
 
 #include <cstdint>
+#include <type_traits>
 #ifdef __CUDACC__
 #define POLYTROPE_HOST_DEVICE __host__ __device__
 #define POLYTROPE_FUNCTION __host__ __device__ __forceinline__
@@ -49,6 +50,18 @@ enum FamilyNumber {
   family_polynorm = 11,
 };
 
+// An element of a vector; of a number, itself.
+template <class T, class = void>
+struct ElementOf {
+  using type = T;
+};
+template <class T>
+struct ElementOf<T, decltype(void(T{}[0]))> {
+  using type = std::remove_reference_t<decltype(T{}[0])>;
+};
+template <class T>
+using Number = typename ElementOf<T>::type;
+
 template <class V, class S>
 POLYTROPE_FUNCTION V broadcast(S scalar) {
   return V{} + scalar;
@@ -76,8 +89,9 @@ POLYTROPE_FUNCTION void add_where(V index, S k, V v, V& sum) {
 }
 
 // The entry of a table of n + 1, with room for 16, at the index, which is a whole number: one permutation for 16 entries.
-template <class V, class S>
-POLYTROPE_FUNCTION V entry(V index, const S* table, int n) {
+template <class V, class T>
+POLYTROPE_FUNCTION V entry(V index, const T* table, int n) {
+  using S = Number<T>;
   V found = broadcast<V>(table[0]);
   POLYTROPE_UNROLL
   for (int k = 1; k <= n; ++k) found = index == S(k) ? broadcast<V>(table[k]) : found;
@@ -157,15 +171,15 @@ struct Polynomial {
     for (int k = 0; k <= n; ++k) t[k] = S(raw[k]);
     for (int k = 1; k <= n; ++k) t[n + k] = S(k * raw[k]);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
     V y = broadcast<V>(t[n]);
     POLYTROPE_UNROLL
     for (int k = n - 1; k >= 0; --k) y = y * x + t[k];
     return y;
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
     V slope = broadcast<V>(t[n + n]), power = g;
     POLYTROPE_UNROLL
     for (int k = n - 1; k >= 1; --k) slope = slope * x + t[n + k];
@@ -206,12 +220,12 @@ struct Hermite {
     terms(n, [&](int k, int power, double term) { powers[power] += term * raw[k]; });
     Polynomial::prepare(powers, t, n, m);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int m) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int m) {
     return Polynomial::value(x, t, n, m);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int m) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int m) {
     return Polynomial::backward(x, g, t, sums, n, m);
   }
   POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
@@ -261,8 +275,9 @@ struct Recurrence {
       t[n + 1 + column] = S(slope * Basis::scale(column));
     }
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V clenshaw(V x, const S* t, int n) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V clenshaw(V x, const T* t, int n) {
+    using S = Number<T>;
     if (n == 0) return broadcast<V>(t[0]);
     V next = broadcast<V>(t[n]), after = V{};
     POLYTROPE_UNROLL
@@ -275,12 +290,13 @@ struct Recurrence {
     V leading = t[n] * (n % 2 ? x : absolute(x));
     return next == next ? next : leading * S(INFINITY);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
     return clenshaw(x, t, n);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+    using S = Number<T>;
     V before = g, now = g * x;
     sums[0] += before;
     sums[1] += now;
@@ -309,12 +325,12 @@ struct PolyReLU {
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m) {
     Polynomial::prepare(raw, t, n, m);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int m) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int m) {
     return Polynomial::value(larger(V{}, x), t, n, m);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int m) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int m) {
     V slope = Polynomial::backward(larger(V{}, x), g, t, sums, n, m);
     return x <= 0 ? V{} : slope;
   }
@@ -335,12 +351,12 @@ struct Integers<float> {
 
 // x y - turns for turns near x y, as one fused operation gives it. Where there is none (x86 before AVX2): Dekker's product
 // (T. J. Dekker, 1971), whose halves of 12 bits multiply exactly.
-template <class V>
-POLYTROPE_FUNCTION V fraction(V x, float y, V turns) {
+template <class V, class T>
+POLYTROPE_FUNCTION V fraction(V x, T y, V turns) {
 #if defined(__x86_64__) && !defined(__FMA__) && !defined(__CUDA_ARCH__)
   const V limited = larger(broadcast<V>(-1e30f), smaller(broadcast<V>(1e30f), x));  // the spread must be finite
   const V product = x * y, spread = limited * 4097.0f, x_high = spread - (spread - limited), x_low = limited - x_high;
-  const float y_spread = y * 4097.0f, y_high = y_spread - (y_spread - y), y_low = y - y_high;
+  const T y_spread = y * 4097.0f, y_high = y_spread - (y_spread - y), y_low = y - y_high;
   const V error = ((x_high * y_high - product) + x_high * y_low + x_low * y_high) + x_low * y_low;
   return (product - turns) + error;
 #else
@@ -352,8 +368,9 @@ POLYTROPE_FUNCTION V fraction(V x, float y, V turns) {
 // fraction u - n is then exact to an ulp of itself, so the error does not grow with x. Rounding x w may choose
 // an n beside the nearest, so u - n may be a little beyond 1/2. Polynomials on [-1/2, 1/2]: absolute error 2.2e-10
 // (cosine) and 3.4e-9 (sine) before rounding. ±inf and NaN give NaN; any other result lies in [-1, 1].
-template <class V>
-POLYTROPE_FUNCTION void sine_cosine(V x, float high, float low, float phase, V& sine, V& cosine) {
+template <class V, class T>
+POLYTROPE_FUNCTION std::enable_if_t<std::is_same_v<Number<T>, float>> sine_cosine(V x, T high, T low, T phase, V& sine,
+                                                                                  V& cosine) {
   // Adding 1.5 * 2^23 leaves no place for a fraction, and the lowest bit says whether the number of half turns is odd.
   const V shifted = (x * high - phase) + 12582912.0f;
   V turns = shifted - 12582912.0f;
@@ -391,8 +408,9 @@ POLYTROPE_FUNCTION void set_frequency(double w, float& high, float& low) {
 POLYTROPE_FUNCTION void set_phase(double phase, float& t) { t = float(remainder(phase * 0.31830988618379067, 2.0)); }
 
 // In float64 the C library's sine and cosine of x high - phase, lane by lane.
-template <class V>
-POLYTROPE_FUNCTION void sine_cosine(V x, double high, double, double phase, V& sine, V& cosine) {
+template <class V, class T>
+POLYTROPE_FUNCTION std::enable_if_t<std::is_same_v<Number<T>, double>> sine_cosine(V x, T high, T, T phase, V& sine,
+                                                                                   V& cosine) {
   constexpr int lanes = sizeof(V) / sizeof(double);
   V angle = x * high - phase;
   double buffer[lanes], sines[lanes], cosines[lanes];
@@ -428,8 +446,8 @@ struct Fourier {
       t[4 * n + k] = S(raw[k] * raw[n + k]);
     }
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
     V y = broadcast<V>(t[0]), sine, cosine;
     POLYTROPE_UNROLL
     for (int k = 0; k < n; ++k) {
@@ -438,8 +456,8 @@ struct Fourier {
     }
     return y;
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
     V slope = V{}, sine, cosine;
     sums[0] += g;
     POLYTROPE_UNROLL
@@ -476,10 +494,11 @@ struct Harmonic {
     set_frequency(raw[1], t[2], t[3]);
     for (int k = 2; k < 2 * n + 2; ++k) t[2 + k] = S(raw[k]);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
+    using S = Number<T>;
     V s, c, s_before = V{}, c_before = broadcast<V>(S(1)), y = broadcast<V>(t[0]);
-    sine_cosine(x, t[2], t[3], S(0), s, c);
+    sine_cosine(x, t[2], t[3], T{}, s, c);
     V twice = c + c;
     POLYTROPE_UNROLL
     for (int k = 0; k < n; ++k) {
@@ -492,10 +511,11 @@ struct Harmonic {
     }
     return y;
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+    using S = Number<T>;
     V s, c, s_before = V{}, c_before = g, slope = V{};
-    sine_cosine(x, t[2], t[3], S(0), s, c);
+    sine_cosine(x, t[2], t[3], T{}, s, c);
     V twice = c + c;
     c *= g;
     s *= g;
@@ -557,30 +577,32 @@ struct HarmonicPowers {
     t[4 * n + 2] = S(raw[1]);
     set_frequency(raw[1], t[4 * n + 3], t[4 * n + 4]);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V series(V w, const S* t, int count) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V series(V w, const T* t, int count) {
     if (count == 0) return V{};
     V y = broadcast<V>(t[count - 1]);
     POLYTROPE_UNROLL
     for (int j = count - 2; j >= 0; --j) y = y * w + t[j];
     return y;
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V combine(V w, V s, V c, const S* t, int n) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V combine(V w, V s, V c, const T* t, int n) {
     const int half = n / 2, odd = (n + 1) / 2;
     V even = series(w, t, half + 1) + c * series(w, t + half + 1, odd);
     return even + s * (series(w, t + half + 1 + odd, odd) + c * series(w, t + half + 1 + 2 * odd, half));
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
+    using S = Number<T>;
     V s, c;
-    sine_cosine(x, t[4 * n + 3], t[4 * n + 4], S(0), s, c);
+    sine_cosine(x, t[4 * n + 3], t[4 * n + 4], T{}, s, c);
     return combine((c + c) * c - S(1), s, c, t, n);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+    using S = Number<T>;
     V s, c;
-    sine_cosine(x, t[4 * n + 3], t[4 * n + 4], S(0), s, c);
+    sine_cosine(x, t[4 * n + 3], t[4 * n + 4], T{}, s, c);
     const V slope = g * combine((c + c) * c - S(1), s, c, t + 2 * n + 1, n);
     sums[2 * n + 1] += slope * x;
     add(g, s, c, sums, n);
@@ -623,8 +645,9 @@ struct Tropical {
     for (int k = 0; k <= n; ++k) t[k] = S(raw[k]);
     t[n + 1] = S(scale(n));
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
+    using S = Number<T>;
     V best = broadcast<V>(t[0]);
     POLYTROPE_UNROLL
     for (int k = 1; k <= n; ++k) {
@@ -633,8 +656,9 @@ struct Tropical {
     }
     return x == x ? best * t[n + 1] : x;
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+    using S = Number<T>;
     V best = broadcast<V>(t[0]), slope = V{};
     POLYTROPE_UNROLL
     for (int k = 1; k <= n; ++k) {
@@ -665,8 +689,8 @@ struct TropicalRational {
   POLYTROPE_FUNCTION static V limited(V x) {
     return larger(broadcast<V>(S(-1e30)), smaller(broadcast<V>(S(1e30)), x));
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V maximum(V x, const S* slopes, const S* intercepts, int n) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V maximum(V x, const T* slopes, const T* intercepts, int n) {
     V best = x * slopes[0] + intercepts[0];
     POLYTROPE_UNROLL
     for (int k = 1; k <= n; ++k) {
@@ -675,15 +699,17 @@ struct TropicalRational {
     }
     return best;
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
+    using S = Number<T>;
     V inside = limited<V, S>(x);
     V y = maximum(inside, t, t + n + 1, n) - maximum(inside, t + 2 * (n + 1), t + 3 * (n + 1), n);
     V far = absolute(y) > S(1e20) ? y * (absolute(x) * S(1e-30)) : y;
     return x == inside ? y : far;
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V descend(V x, V g, const S* slopes, const S* intercepts, V* sums, int n) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V descend(V x, V g, const T* slopes, const T* intercepts, V* sums, int n) {
+    using S = Number<T>;
     V best = x * slopes[0] + intercepts[0], index = V{};
     POLYTROPE_UNROLL
     for (int k = 1; k <= n; ++k) {
@@ -700,17 +726,19 @@ struct TropicalRational {
     return entry(index, slopes, n);
   }
   // The slope of the numerator, and from it the result of `backward`: a CPU's registers hold the sums of one of the two.
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V descend_numerator(V x, V g, const S* t, V* sums, int n) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V descend_numerator(V x, V g, const T* t, V* sums, int n) {
+    using S = Number<T>;
     return descend(limited<V, S>(x), g, t, t + n + 1, sums, n);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V descend_denominator(V x, V g, V slope, const S* t, V* sums, int n) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V descend_denominator(V x, V g, V slope, const T* t, V* sums, int n) {
+    using S = Number<T>;
     slope -= descend(limited<V, S>(x), g, t + 2 * (n + 1), t + 3 * (n + 1), sums + 2 * (n + 1), n);
     return x == x ? g * slope : x;
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
     return descend_denominator(x, g, descend_numerator(x, g, t, sums, n), t, sums, n);
   }
   POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
@@ -730,8 +758,9 @@ struct Rational {
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m) {
     for (int k = 0; k < n + 1 + m; ++k) t[k] = S(raw[k]);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int m) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int m) {
+    using S = Number<T>;
     V top = broadcast<V>(t[n]), below = broadcast<V>(t[n + m]);
     POLYTROPE_UNROLL
     for (int k = n - 1; k >= 0; --k) top = top * x + t[k];
@@ -739,8 +768,9 @@ struct Rational {
     for (int j = m - 1; j >= 1; --j) below = below * x + t[n + j];
     return top / (absolute(below * x) + S(1));
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int m) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int m) {
+    using S = Number<T>;
     V top = broadcast<V>(t[n]), top_slope = V{}, below = broadcast<V>(t[n + m]), below_slope = V{};
     POLYTROPE_UNROLL
     for (int k = n - 1; k >= 0; --k) {
@@ -787,8 +817,8 @@ struct PiecewiseLinear {
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
     for (int k = 0; k < 3 * n - 1; ++k) t[k] = S(raw[k]);
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V value(V x, const S* t, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
     V intercept = broadcast<V>(t[n - 1]), slope = broadcast<V>(t[2 * n - 1]);
     for (int k = 1; k < n; ++k) {
       intercept = x > t[k - 1] ? broadcast<V>(t[n - 1 + k]) : intercept;
@@ -797,8 +827,9 @@ struct PiecewiseLinear {
     V y = slope * x + intercept;
     return slope == 0 ? (x == x ? intercept : x) : y;
   }
-  template <class V, class S>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const S* t, V* sums, int n, int) {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+    using S = Number<T>;
     V slope = broadcast<V>(t[2 * n - 1]), index = V{}, product = g * x;
     for (int k = 1; k < n; ++k) {
       slope = x > t[k - 1] ? broadcast<V>(t[2 * n - 1 + k]) : slope;

@@ -273,6 +273,39 @@ def test_gradients_are_bitwise_the_same_every_time_and_for_every_number_of_threa
             assert torch.equal(found, expected)
 
 
+# In rows of 200 channels, each with coefficients of its own or each 5 together; kernels see 200 channels either way.
+GROUPED: list[dict[str, Any]] = [
+    *(config for config in CONFIGS if config["name"] != "polynorm"),
+    {"name": "fourier", "degree": 12, "harmonic": True},
+    {"name": "hermite", "degree": 4, "glu": True},
+    {"name": "fourier", "degree": 3, "glu": True, "interval": [-1.0, 1.5]},
+]
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("config", GROUPED, ids=label)
+def test_coefficients_of_channels(config: dict[str, Any], channels: int) -> None:
+    grouped = config | {"num_parameters": 200 // channels}
+    width = 400 if config.get("glu") else 200
+    module, x, seed = activation(grouped), inputs(517, width), inputs(517, 200).flip(0)
+    torch.testing.assert_close(module(x), by_reference(module, x), rtol=1e-12, atol=1e-12)
+    expected = gradients(module, x, seed, by_reference)
+    for found, exact in zip(gradients(module, x, seed), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(module(x[:1]), by_reference(module, x[:1]), rtol=1e-12, atol=1e-12)
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 1e-2)):
+        narrow = activation(grouped, torch.float32)
+        first = gradients(narrow, x.to(dtype), seed.to(dtype))
+        expected = gradients(module, x.to(dtype).double(), seed.to(dtype).double(), by_reference)
+        for found, exact in zip(first, expected, strict=True):
+            assert (found.double() - exact).norm() <= tolerance * exact.norm()
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for found, again in zip(gradients(narrow, x.to(dtype), seed.to(dtype)), first, strict=True):
+                assert torch.equal(found, again)
+
+
 @pytest.fixture
 def without_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor is larger than the cache."""

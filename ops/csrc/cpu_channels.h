@@ -1,0 +1,303 @@
+// The elementwise families on the CPU where groups are of few channels, which lie side by side: a vector holds elements of
+// as many channels, and each entry of its table their numbers. The degree is read at run time.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#include "cpu_call.h"
+#include "cpu_elements.h"
+#include "cpu_kernels.h"
+#include "cpu_threads.h"
+#include "families.h"
+#include "problem.h"
+
+namespace polytrope {
+namespace {
+
+constexpr int strip_channels = 128;  // of which a task computes rows
+constexpr int64_t strip_rows = 256;  // per task and per partial sum: their pages of memory serve the next task as well
+constexpr int patch_rows = 16;       // at a time
+
+// Whether x is computed so: [outer, channels], where channels are [groups, inner]. Each channel needs a table of its own,
+// which must serve a number of rows.
+inline bool is_by_channel(const Problem& problem) {
+  return problem.groups > 1 && (problem.inner == 1 || (problem.inner < 1024 && problem.outer >= strip_rows));
+}
+
+// ---- kernels over a patch of rows and whole vectors of channels; strides from row to row ----
+
+template <class Family, class S>
+void forward_patch(const S* x, int64_t x_stride, S* y, int64_t y_stride, int rows, int channels, const Vector<S>* tables,
+                   int n, int m) {
+  for (int c = 0; c < channels; c += lanes<S>, tables += Family::largest_table)
+    for (int i = 0; i < rows; ++i)
+      store(y + i * y_stride + c, Family::value(load<Vector<S>>(x + i * x_stride + c), tables, n, m));
+}
+
+// Adds to totals[sum, channel].
+template <class Family, class S>
+void backward_patch(const S* x, int64_t x_stride, const S* g, int64_t g_stride, S* dx, int64_t dx_stride, int rows,
+                    int channels, const Vector<S>* tables, double* totals, int n, int m) {
+  using V = Vector<S>;
+  const int sums = Family::sums(n, m);
+  for (int c = 0; c < channels; c += lanes<S>, tables += Family::largest_table) {
+    V a[Family::largest_sums];
+    for (int k = 0; k < sums; ++k) a[k] = V{};
+    for (int i = 0; i < rows; ++i)
+      store(dx + i * dx_stride + c,
+            Family::backward(load<V>(x + i * x_stride + c), load<V>(g + i * g_stride + c), tables, a, n, m));
+    for (int k = 0; k < sums; ++k) accumulate(a[k], totals + k * strip_channels + c);
+  }
+}
+
+template <class S>
+struct ChannelKernel {
+  void (*forward)(const S*, int64_t, S*, int64_t, int, int, const Vector<S>*, int, int);
+  void (*backward)(const S*, int64_t, const S*, int64_t, S*, int64_t, int, int, const Vector<S>*, double*, int, int);
+  void (*prepare)(const double*, S*, int, int);
+  int table;  // entries
+};
+
+template <class Family, class S>
+ChannelKernel<S> channel_kernel_of() {
+  return {forward_patch<Family, S>, backward_patch<Family, S>, Family::template prepare<S>, Family::largest_table};
+}
+
+// Of the same sums as the kernel that find_kernel finds.
+template <class S>
+ChannelKernel<S> find_channel_kernel(const Problem& problem) {
+  switch (problem.family) {
+    case family_polynomial: return channel_kernel_of<Polynomial, S>();
+    case family_hermite: {
+      ChannelKernel<S> kernel = channel_kernel_of<Polynomial, S>();
+      kernel.prepare = Hermite::prepare<S>;
+      return kernel;
+    }
+    case family_chebyshev: return channel_kernel_of<Chebyshev, S>();
+    case family_legendre: return channel_kernel_of<Legendre, S>();
+    case family_fourier: return channel_kernel_of<Fourier, S>();
+    case family_harmonic:
+      if constexpr (std::is_same_v<S, float>)
+        if (problem.degree <= HarmonicPowers::highest) return channel_kernel_of<HarmonicPowers, S>();
+      return channel_kernel_of<Harmonic, S>();
+    case family_tropical: return channel_kernel_of<Tropical, S>();
+    case family_tropical_rational: return channel_kernel_of<TropicalRational, S>();
+    case family_polyrelu: return channel_kernel_of<PolyReLU, S>();
+    case family_rational: return channel_kernel_of<Rational, S>();
+    default: return channel_kernel_of<PiecewiseLinear, S>();
+  }
+}
+
+// ---- strips ----
+
+// Some channels of [rows, `stride` elements], from the element `first` on. Those that kernels do not take as they lie, of
+// another type than S or too few for whole vectors, pass through a buffer.
+template <class S>
+struct Strip {
+  int type, channels;
+  int64_t first, stride;
+
+  bool direct() const { return type == (sizeof(S) == 4 ? type_float32 : type_float64) && channels % lanes<S> == 0; }
+  int64_t kernel_stride() const { return direct() ? stride : strip_channels; }
+  const S* read(const void* base, int64_t row, int rows, S* buffer) const {
+    if (direct()) return static_cast<const S*>(base) + first + row * stride;
+    for (int i = 0; i < rows; ++i) {
+      read_elements(type, base, first + (row + i) * stride, 1, buffer + i * strip_channels, channels);
+      std::fill(buffer + i * strip_channels + channels, buffer + i * strip_channels + padded(channels, lanes<S>), S(0));
+    }
+    return buffer;
+  }
+  // Where to put results, which `write` then brings to their place if it is the buffer.
+  S* place(void* base, int64_t row, S* buffer) const {
+    return direct() ? static_cast<S*>(base) + first + row * stride : buffer;
+  }
+  void write(void* base, int64_t row, int rows, const S* buffer) const {
+    for (int i = 0; !direct() && i < rows; ++i)
+      write_elements(type, base, first + (row + i) * stride, 1, buffer + i * strip_channels, channels);
+  }
+};
+
+template <class S>
+using Patch = S[patch_rows * strip_channels];
+
+// What the channels of a strip pass through: their tables and tangents.
+template <class S>
+struct StripPass {
+  using V = Vector<S>;
+  Problem problem;
+  ChannelKernel<S> kernel;
+  int sums, width;  // sums: the family's; width: channels in whole vectors
+  alignas(64) V tables[strip_channels / lanes<S> * largest_channel_table];
+  alignas(64) S low_values[strip_channels], low_slopes[strip_channels];
+  alignas(64) S high_values[strip_channels], high_slopes[strip_channels];
+
+  // Of so many channels from the first one on; `parameters`: of all groups.
+  void prepare(const Problem& whole, const Kernel<S>& groups, const double* parameters, int64_t first, int channels) {
+    problem = whole;
+    kernel = find_channel_kernel<S>(problem);
+    sums = groups.sums;
+    width = padded(channels, lanes<S>);
+    const int n = problem.degree, m = problem.second_degree;
+    S table[largest_channel_table] = {};
+    for (int c = 0; c < width; ++c) {
+      // What pads the last vector computes as the last channel does.
+      const double* const own = parameters + (first + std::min(c, channels - 1)) / problem.inner * groups.parameters;
+      kernel.prepare(own, table, n, m);
+      S* const entries = reinterpret_cast<S*>(tables + c / lanes<S> * kernel.table) + c % lanes<S>;
+      for (int k = 0; k < kernel.table; ++k) entries[k * lanes<S>] = table[k];
+      if (!problem.tails) continue;
+      const Tangent low = groups.tangent(own, problem.low, n, m), high = groups.tangent(own, problem.high, n, m);
+      low_values[c] = S(low.value);
+      low_slopes[c] = S(low.slope);
+      high_values[c] = S(high.value);
+      high_slopes[c] = S(high.slope);
+    }
+  }
+
+  void value(const S* x, int64_t x_stride, S* y, int64_t y_stride, int rows) const {
+    const int n = problem.degree, m = problem.second_degree;
+    if (!problem.tails) return kernel.forward(x, x_stride, y, y_stride, rows, width, tables, n, m);
+    alignas(64) Patch<S> inside;
+    const S low = S(problem.low), high = S(problem.high);
+    each(rows, [&](int i, int c) {
+      store(inside + i * strip_channels + c, limited(load<V>(x + i * x_stride + c)));
+    });
+    kernel.forward(inside, strip_channels, y, y_stride, rows, width, tables, n, m);
+    each(rows, [&](int i, int c) {
+      const V v = load<V>(x + i * x_stride + c);
+      V value = load<V>(y + i * y_stride + c);
+      value = v < low ? (v - low) * load<V>(low_slopes + c) + load<V>(low_values + c) : value;
+      value = v > high ? (v - high) * load<V>(high_slopes + c) + load<V>(high_values + c) : value;
+      store(y + i * y_stride + c, value);
+    });
+  }
+
+  // Adds to totals[sum, channel], those of the tails (as Pass has them) after the family's.
+  void gradient(const S* x, int64_t x_stride, const S* g, int64_t g_stride, S* dx, int64_t dx_stride, int rows,
+                double* totals) const {
+    const int n = problem.degree, m = problem.second_degree;
+    if (!problem.tails)
+      return kernel.backward(x, x_stride, g, g_stride, dx, dx_stride, rows, width, tables, totals, n, m);
+    alignas(64) Patch<S> inside, inner_g;
+    const S low = S(problem.low), high = S(problem.high);
+    double* const tails = totals + sums * strip_channels;
+    each(rows, [&](int i, int c) {
+      const V v = load<V>(x + i * x_stride + c), gv = load<V>(g + i * g_stride + c);
+      accumulate(v < low ? gv : V{}, tails + c);
+      accumulate(v < low ? gv * (v - low) : V{}, tails + strip_channels + c);
+      accumulate(v > high ? gv : V{}, tails + 2 * strip_channels + c);
+      accumulate(v > high ? gv * (v - high) : V{}, tails + 3 * strip_channels + c);
+      store(inside + i * strip_channels + c, limited(v));
+      store(inner_g + i * strip_channels + c, v < low ? V{} : (v > high ? V{} : gv));
+    });
+    kernel.backward(inside, strip_channels, inner_g, strip_channels, dx, dx_stride, rows, width, tables, totals, n, m);
+    each(rows, [&](int i, int c) {
+      const V v = load<V>(x + i * x_stride + c), gv = load<V>(g + i * g_stride + c);
+      V slope = load<V>(dx + i * dx_stride + c);
+      slope = v < low ? gv * load<V>(low_slopes + c) : slope;
+      slope = v > high ? gv * load<V>(high_slopes + c) : slope;
+      store(dx + i * dx_stride + c, slope);
+    });
+  }
+
+ private:
+  V limited(V x) const {
+    return smaller(broadcast<V>(S(problem.high)), larger(broadcast<V>(S(problem.low)), x));
+  }
+  template <class Visit>
+  void each(int rows, const Visit& visit) const {
+    for (int i = 0; i < rows; ++i)
+      for (int c = 0; c < width; c += lanes<S>) visit(i, c);
+  }
+};
+
+// visit(pass, first channel, channels, first row, last row, number of these rows' part) for every task. 0: done; 2: out of
+// memory.
+template <class S, class Visit>
+int each_strip(const Call& call, const Kernel<S>& kernel, const double* parameters, int threads, const Visit& visit) {
+  const int64_t all = call.problem.groups * call.problem.inner, strips = (all + strip_channels - 1) / strip_channels;
+  const int64_t rows = call.problem.outer, parts = (rows + strip_rows - 1) / strip_rows;
+  const std::unique_ptr<StripPass<S>[]> passes(new (std::nothrow) StripPass<S>[size_t(strips)]);
+  if (!passes) return 2;
+  const auto channels = [&](int64_t strip) { return int(std::min<int64_t>(strip_channels, all - strip * strip_channels)); };
+  run_tasks(strips, 1, threads, call.parallel_region, [&](int64_t strip) {
+    passes[size_t(strip)].prepare(call.problem, kernel, parameters, strip * strip_channels, channels(strip));
+  });
+  run_tasks(parts * strips, 1, threads, call.parallel_region, [&](int64_t task) {
+    const int64_t strip = task % strips, part = task / strips;
+    visit(passes[size_t(strip)], strip * strip_channels, channels(strip), part * strip_rows,
+          std::min(rows, (part + 1) * strip_rows), part);
+  });
+  return 0;
+}
+
+template <class S>
+int forward_channels(const Call& call, const Kernel<S>& kernel, const double* parameters, const void* x, void* y,
+                     int threads) {
+  const Problem& problem = call.problem;
+  const int64_t all = problem.groups * problem.inner, stride = problem.gated ? 2 * all : all;
+  return each_strip(call, kernel, parameters, threads,
+                    [&](const StripPass<S>& pass, int64_t channel, int channels, int64_t first, int64_t last, int64_t) {
+    const Strip<S> in{problem.data_type, channels, channel, stride}, out{problem.data_type, channels, channel, all};
+    const Strip<S> factor{problem.data_type, channels, all + channel, stride};
+    alignas(64) Patch<S> x_buffer, y_buffer, gate_buffer;
+    for (int64_t row = first; row < last; row += patch_rows) {
+      const int rows = int(std::min<int64_t>(patch_rows, last - row));
+      const S* const xs = in.read(x, row, rows, x_buffer);
+      S* const ys = out.place(y, row, y_buffer);
+      pass.value(xs, in.kernel_stride(), ys, out.kernel_stride(), rows);
+      if (problem.gated) {
+        const S* const gates = factor.read(x, row, rows, gate_buffer);
+        for (int i = 0; i < rows; ++i)
+          for (int c = 0; c < channels; ++c) ys[i * out.kernel_stride() + c] *= gates[i * factor.kernel_stride() + c];
+      }
+      out.write(y, row, rows, ys);
+    }
+  });
+}
+
+// Gives partial[part of the rows, channel, sum].
+template <class S>
+int backward_channels(const Call& call, const Kernel<S>& kernel, const double* parameters, int sums, const void* g,
+                      const void* x, void* dx, double* partial, int threads) {
+  const Problem& problem = call.problem;
+  const int64_t all = problem.groups * problem.inner, stride = problem.gated ? 2 * all : all;
+  return each_strip(call, kernel, parameters, threads,
+                    [&](const StripPass<S>& pass, int64_t channel, int channels, int64_t first, int64_t last, int64_t part) {
+    const Strip<S> in{problem.data_type, channels, channel, stride}, out{problem.data_type, channels, channel, all};
+    const Strip<S> factor{problem.data_type, channels, all + channel, stride};
+    alignas(64) Patch<S> x_buffer, g_buffer, dx_buffer, gate_buffer, values, seeds;
+    alignas(64) double totals[(largest_sums + tail_sums) * strip_channels];
+    std::fill(totals, totals + sums * strip_channels, 0.0);
+    for (int64_t row = first; row < last; row += patch_rows) {
+      const int rows = int(std::min<int64_t>(patch_rows, last - row));
+      const S *const xs = in.read(x, row, rows, x_buffer), *gs = out.read(g, row, rows, g_buffer);
+      int64_t g_stride = out.kernel_stride();
+      if (problem.gated) {
+        const S* const gates = factor.read(x, row, rows, gate_buffer);
+        S* const gate_gradients = factor.place(dx, row, dx_buffer);
+        pass.value(xs, in.kernel_stride(), values, strip_channels, rows);
+        for (int i = 0; i < rows; ++i)
+          for (int c = 0; c < pass.width; ++c) {
+            const S seed = gs[i * g_stride + c];
+            gate_gradients[i * factor.kernel_stride() + c] = values[i * strip_channels + c] * seed;
+            seeds[i * strip_channels + c] = seed * gates[i * factor.kernel_stride() + c];
+          }
+        factor.write(dx, row, rows, gate_gradients);
+        gs = seeds;
+        g_stride = strip_channels;
+      }
+      S* const dxs = in.place(dx, row, dx_buffer);
+      pass.gradient(xs, in.kernel_stride(), gs, g_stride, dxs, in.kernel_stride(), rows, totals);
+      in.write(dx, row, rows, dxs);
+    }
+    for (int c = 0; c < channels; ++c)
+      for (int k = 0; k < sums; ++k) partial[(part * all + channel + c) * sums + k] = totals[k * strip_channels + c];
+  });
+}
+
+}  // namespace
+}  // namespace polytrope

@@ -1,0 +1,270 @@
+// The CPU kernels over one block of elements that lie side by side, for every elementwise family and degree, and `Pass`:
+// what one group's elements go through, tails included.
+//
+// Whole blocks of bfloat16 are converted on the way through registers. Results may be written past the cache: a line that
+// is written in the cache is read from memory before, and where the tensors of a call are larger than the cache, it will
+// have left it when somebody wants it.
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu_elements.h"
+#include "cpu_harmonic.h"
+#include "families.h"
+#include "problem.h"
+
+namespace polytrope {
+namespace {
+
+constexpr int prefetch_distance = 512;  // elements
+constexpr int unrolled_degree = 8;  // kernels for higher degrees read the degree at run time
+
+// How a kernel reads and writes: `narrow`: bfloat16, not S; `past_cache`: results go to memory at once.
+struct Access {
+  bool narrow, past_cache;
+};
+
+// y = body(x, g, k) for each vector, k the number of its first element; g and y may be null, and body then gets and gives
+// anything. Narrow elements are converted two vectors at a time. count is a multiple of the lanes, if narrow of twice the
+// lanes.
+template <class S, class Body>
+POLYTROPE_FUNCTION void each_vector(const void* __restrict x, const void* __restrict g, void* __restrict y, int count,
+                                    Access access, const Body& body) {
+  using V = Vector<S>;
+  const bool past_cache = access.past_cache && can_pass_cache(y);
+  const S *xs = static_cast<const S*>(x), *gs = static_cast<const S*>(g);
+  S* ys = static_cast<S*>(y);
+  if constexpr (std::is_same_v<S, float>)
+    if (access.narrow) {
+      const uint16_t *x16 = static_cast<const uint16_t*>(x), *g16 = static_cast<const uint16_t*>(g);
+      for (int i = 0; i < count; i += 2 * lanes<S>) {
+        // Processors look no further ahead than a page of memory, which with bfloat16 costs more.
+        __builtin_prefetch(x16 + i + prefetch_distance, 0);
+        if (g) __builtin_prefetch(g16 + i + prefetch_distance, 0);
+        if (y && !past_cache) __builtin_prefetch(static_cast<uint16_t*>(y) + i + prefetch_distance, 1);
+        V x_even, x_odd, g_even{}, g_odd{};
+        widen_pair(x16 + i, x_even, x_odd);
+        if (g) widen_pair(g16 + i, g_even, g_odd);
+        const V even = body(x_even, g_even, i), odd = body(x_odd, g_odd, i + lanes<S>);
+        if (!y) continue;
+        const WordVector both = round_pair(even, odd);
+        uint16_t* const target = static_cast<uint16_t*>(y) + i;
+        if (past_cache) store_past_cache(target, both);
+        else store(target, both);
+      }
+      return;
+    }
+  for (int i = 0; i < count; i += lanes<S>) {
+    const V value = body(load<V>(xs + i), g ? load<V>(gs + i) : V{}, i);
+    if (y && past_cache) store_past_cache(ys + i, value);
+    else if (y) store(ys + i, value);
+  }
+}
+
+// A copy that the compiler knows nobody else writes to; vector by vector, which is faster than what it makes of std::copy.
+template <class Family, class S>
+POLYTROPE_FUNCTION void copy_table(const S* table, S* t) {
+  for (int k = 0; k < Family::largest_table; k += lanes<S>) store(t + k, load<Vector<S>>(table + k));
+}
+
+// D, E: degree and second degree; 0: read at run time.
+template <class Family, class S, int D, int E>
+void forward_block(const void* __restrict x, void* __restrict y, int count, Access access, const S* table, int degree,
+                   int second) {
+  using V = Vector<S>;
+  const int n = D ? D : degree, m = D ? E : second;
+  alignas(64) S t[padded(Family::largest_table, lanes<S>)];
+  copy_table<Family>(table, t);
+  each_vector<S>(x, nullptr, y, count, access, [&](V v, V, int) { return Family::value(v, t, n, m); });
+}
+
+// Adds to total[k * lanes …] the sums over lanes.
+template <class Family, class S, int D, int E>
+void backward_block(const void* __restrict x, const void* __restrict g, void* __restrict dx, int count, Access access,
+                    const S* table, double* __restrict total, int degree, int second) {
+  using V = Vector<S>;
+  const int n = D ? D : degree, m = D ? E : second, sums = Family::sums(n, m);
+  alignas(64) S t[padded(Family::largest_table, lanes<S>)];
+  copy_table<Family>(table, t);
+  V a[Family::largest_sums];
+  for (int k = 0; k < sums; ++k) a[k] = V{};
+  if constexpr (std::is_same_v<Family, TropicalRational>) {
+    alignas(64) S slopes[block];
+    each_vector<S>(x, g, nullptr, count, access, [&](V v, V seed, int k) {
+      store(slopes + k, Family::descend_numerator(v, seed, t, a, n));
+      return V{};
+    });
+    each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int k) {
+      return Family::descend_denominator(v, seed, load<V>(slopes + k), t, a, n);
+    });
+  } else if constexpr (std::is_same_v<Family, HarmonicPieces>) {
+    alignas(64) S sines[block], cosines[block];
+    each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int k) {
+      V sine, cosine;
+      const V slope = Family::find_slope(v, seed, t, a, sine, cosine, n);
+      store(sines + k, sine);
+      store(cosines + k, cosine);
+      return slope;
+    });
+    each_vector<S>(g, nullptr, nullptr, count, access, [&](V seed, V, int k) {
+      Family::add(seed, load<V>(sines + k), load<V>(cosines + k), a, n);
+      return V{};
+    });
+  } else {
+    each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int) { return Family::backward(v, seed, t, a, n, m); });
+  }
+  for (int k = 0; k < sums; ++k) accumulate(a[k], total + k * lanes<S>);
+}
+
+template <class S>
+struct Kernel {
+  void (*forward)(const void*, void*, int, Access, const S*, int, int);
+  void (*backward)(const void*, const void*, void*, int, Access, const S*, double*, int, int);
+  void (*prepare)(const double*, S*, int, int);
+  void (*finish)(const double*, const double*, double*, int, int);
+  Tangent (*tangent)(const double*, double, int, int);
+  void (*add_tail)(const double*, double, double, double, double*, int, int);
+  int parameters, sums;
+};
+
+template <class Family, class S, int D = 0, int E = 0>
+Kernel<S> kernel_of(int n, int m) {
+  return {forward_block<Family, S, D, E>, backward_block<Family, S, D, E>, Family::template prepare<S>, Family::finish,
+          tangent<Family>, add_tail<Family>, Family::parameters(n, m), Family::sums(n, m)};
+}
+
+// Float64 kernels serve checks; they read the degree at run time.
+template <class Family, class S, int D = 1>
+Kernel<S> kernel_of_degree(int n, int m) {
+  if constexpr (std::is_same_v<S, double> || D > unrolled_degree) {
+    return kernel_of<Family, S>(n, m);
+  } else {
+    return n == D ? kernel_of<Family, S, D>(n, m) : kernel_of_degree<Family, S, D + 1>(n, m);
+  }
+}
+
+// Hermite differs from Polynomial in what stands before and after its kernels only.
+template <class S>
+Kernel<S> hermite_kernel(int n, int m) {
+  Kernel<S> kernel = kernel_of_degree<Polynomial, S>(n, m);
+  kernel.prepare = Hermite::prepare<S>;
+  kernel.finish = Hermite::finish;
+  kernel.tangent = tangent<Hermite>;
+  kernel.add_tail = add_tail<Hermite>;
+  return kernel;
+}
+
+template <class S>
+Kernel<S> find_kernel(const Problem& problem) {
+  const int n = problem.degree, m = problem.second_degree;
+  switch (problem.family) {
+    case family_polynomial: return kernel_of_degree<Polynomial, S>(n, m);
+    case family_hermite: return hermite_kernel<S>(n, m);
+    case family_chebyshev: return kernel_of_degree<Chebyshev, S>(n, m);
+    case family_legendre: return kernel_of_degree<Legendre, S>(n, m);
+    case family_fourier: return kernel_of_degree<Fourier, S>(n, m);
+    case family_harmonic:
+      if constexpr (std::is_same_v<S, float>)
+        if (n <= HarmonicPowers::highest)
+          return kernel_of_degree<std::conditional_t<vector_bytes == 64, HarmonicPieces, HarmonicPowers>, S>(n, m);
+      return kernel_of<Harmonic, S>(n, m);
+    case family_tropical: return kernel_of_degree<Tropical, S>(n, m);
+    case family_tropical_rational: return kernel_of_degree<TropicalRational, S>(n, m);
+    case family_polyrelu: return kernel_of_degree<PolyReLU, S>(n, m);
+    case family_rational:
+      if (n == 5 && m == 4) return kernel_of<Rational, S, 5, 4>(n, m);
+      if (n == 3 && m == 2) return kernel_of<Rational, S, 3, 2>(n, m);
+      return kernel_of<Rational, S>(n, m);
+    case family_piecewise_linear: return kernel_of<PiecewiseLinear, S>(n, m);
+    default: return {};
+  }
+}
+
+// ---- passes ----
+
+constexpr int largest_table = 384, largest_sums = 2 * max_pieces;  // of HarmonicPieces and of PiecewiseLinear
+constexpr int largest_channel_table = PiecewiseLinear::largest_table;
+constexpr int tail_sums = 4;
+
+// What one group's elements pass through.
+template <class S>
+struct Pass {
+  using V = Vector<S>;
+  const Problem& problem;
+  const Kernel<S>& kernel;
+  alignas(64) S table[largest_table] = {};
+  Tangent left{}, right{};
+
+  Pass(const Problem& problem, const Kernel<S>& kernel, const double* parameters) : problem(problem), kernel(kernel) {
+    kernel.prepare(parameters, table, problem.degree, problem.second_degree);
+    if (!problem.tails) return;
+    left = kernel.tangent(parameters, problem.low, problem.degree, problem.second_degree);
+    right = kernel.tangent(parameters, problem.high, problem.degree, problem.second_degree);
+  }
+
+  // Where a problem has tails, the elements are of S and results stay in the cache, whatever `access` says.
+  void value(const void* from, void* to, int count, Access access = {}) const {
+    if (!problem.tails) {
+      kernel.forward(from, to, count, access, table, problem.degree, problem.second_degree);
+      return;
+    }
+    const S* x = static_cast<const S*>(from);
+    S* y = static_cast<S*>(to);
+    alignas(64) S inside[block];
+    enter(x, inside, count);
+    kernel.forward(inside, y, count, {}, table, problem.degree, problem.second_degree);
+    const S low = S(left.at), high = S(right.at);
+    for (int i = 0; i < count; i += lanes<S>) {
+      const V v = load<V>(x + i);
+      V value = load<V>(y + i);
+      value = v < low ? (v - low) * S(left.slope) + S(left.value) : value;
+      value = v > high ? (v - high) * S(right.slope) + S(right.value) : value;
+      store(y + i, value);
+    }
+  }
+
+  // Sums over each lane: the family's own, then of g and of g (x - low) below the interval, and the same above it.
+  void gradient(const void* from, const void* seed, void* to, int count, double* sums, Access access = {}) const {
+    if (!problem.tails) {
+      kernel.backward(from, seed, to, count, access, table, sums, problem.degree, problem.second_degree);
+      return;
+    }
+    const S *x = static_cast<const S*>(from), *g = static_cast<const S*>(seed);
+    S* dx = static_cast<S*>(to);
+    alignas(64) S inside[block], inner_g[block];
+    enter(x, inside, count);
+    const S low = S(left.at), high = S(right.at);
+    V low_values = V{}, low_slopes = V{}, high_values = V{}, high_slopes = V{};
+    for (int i = 0; i < count; i += lanes<S>) {
+      const V v = load<V>(x + i), gv = load<V>(g + i);
+      low_values += v < low ? gv : V{};
+      high_values += v > high ? gv : V{};
+      low_slopes += v < low ? gv * (v - low) : V{};
+      high_slopes += v > high ? gv * (v - high) : V{};
+      store(inner_g + i, v < low ? V{} : (v > high ? V{} : gv));
+    }
+    kernel.backward(inside, inner_g, dx, count, {}, table, sums, problem.degree, problem.second_degree);
+    for (int i = 0; i < count; i += lanes<S>) {
+      const V v = load<V>(x + i), gv = load<V>(g + i);
+      V slope = load<V>(dx + i);
+      slope = v < low ? gv * S(left.slope) : slope;
+      slope = v > high ? gv * S(right.slope) : slope;
+      store(dx + i, slope);
+    }
+    const V tails[tail_sums] = {low_values, low_slopes, high_values, high_slopes};
+    for (int k = 0; k < tail_sums; ++k) accumulate(tails[k], sums + (kernel.sums + k) * lanes<S>);
+  }
+
+ private:
+  // x limited to the interval.
+  void enter(const S* x, S* inside, int count) const {
+    const S low = S(left.at), high = S(right.at);
+    for (int i = 0; i < count; i += lanes<S>) {
+      const V v = load<V>(x + i);
+      store(inside + i, smaller(broadcast<V>(high), larger(broadcast<V>(low), v)));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace polytrope
