@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.ops import ByHand, label
-from polytrope.ops import build, build_activation, cuda
+from polytrope.ops import build_activation, cuda
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ((12, 1024, 3072), (48, 1024, 3072))
@@ -49,7 +49,7 @@ BARS = {"forward_share": 0.85, "backward_share": 0.80, "times_gelu": 1.1}
 def check(console: Console) -> dict[str, Any]:
     """Compiles, runs tests/gpu, and runs a part of it again under compute-sanitizer."""
     start = time.perf_counter()
-    library = build.cuda_library_path()
+    library = cuda.library_path()
     done: dict[str, Any] = {
         "build_seconds": round(time.perf_counter() - start, 1),
         "library_bytes": library.stat().st_size,

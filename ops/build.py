@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -132,10 +132,29 @@ def cuda_library_path(architectures: Sequence[str] = CUDA_ARCHITECTURES, flags: 
 
     All are assembled from one portable code of the lowest, which halves the time.
     """
-    compiler = _find("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
+    return _compiled("cuda", _nvcc(), [*_cuda_flags(architectures), *flags], CUDA_SOURCES)
+
+
+def cuda_library_path_for(capabilities: Collection[str]) -> Path:
+    """The CUDA library for GPUs of these compute capabilities.
+
+    That of `build(cuda=True)`, if it is there; else one for no other GPUs, compiled in two thirds of the time.
+    """
+    whole = _target("cuda", _nvcc(), _cuda_flags(CUDA_ARCHITECTURES))
+    present = tuple(architecture for architecture in CUDA_ARCHITECTURES if architecture in capabilities)
+    if whole.exists() or len(present) < len(capabilities):
+        return cuda_library_path()
+    return cuda_library_path(present)
+
+
+def _nvcc() -> str:
+    return _find("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
+
+
+def _cuda_flags(architectures: Sequence[str]) -> list[str]:
     lowest = f"compute_{min(architectures, key=int)}"
     codes = ",".join([*(f"sm_{architecture}" for architecture in architectures), lowest])
-    return _compiled("cuda", compiler, [*CUDA_FLAGS, *flags, f"-gencode=arch={lowest},code=[{codes}]"], CUDA_SOURCES)
+    return [*CUDA_FLAGS, f"-gencode=arch={lowest},code=[{codes}]"]
 
 
 def _find(variable: str, *candidates: str) -> str:
@@ -155,10 +174,14 @@ def _version(compiler: str) -> str:
         raise BuildError(f"{compiler} does not run: {error}") from None
 
 
-def _compiled(kind: str, compiler: str, flags: Sequence[str], sources: Sequence[str]) -> Path:
+def _target(kind: str, compiler: str, flags: Sequence[str]) -> Path:
     digest = _digest((_version(compiler), *flags, torch.__version__, sys.platform, platform.machine()))
-    directory = cache_directory()
-    target = directory / f"polytrope-{kind}-{digest}.so"
+    return cache_directory() / f"polytrope-{kind}-{digest}.so"
+
+
+def _compiled(kind: str, compiler: str, flags: Sequence[str], sources: Sequence[str]) -> Path:
+    target = _target(kind, compiler, flags)
+    directory = target.parent
     if target.exists():
         return target
     try:

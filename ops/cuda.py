@@ -13,11 +13,12 @@ import os
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from polytrope.ops import native, reference
+from polytrope.ops import build, native, reference
 from polytrope.ops.families import Family, Formula, parameter_count
 
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -26,16 +27,20 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The CUDA kernels, compiled now if they are not yet; None, after a line of warning, where that cannot be done."""
-    from polytrope.ops import build
-
     if os.environ.get("POLYTROPE_KERNELS", "1") == "0" or not torch.cuda.is_available():
         return None
     print("polytrope: loading the CUDA kernels; compiling them the first time takes a minute", file=sys.stderr)
     try:
-        return load(str(build.cuda_library_path()))
+        return load(str(library_path()))
     except (build.BuildError, OSError) as error:
         warnings.warn(f"polytrope runs its slow reference activations on GPUs: {error}", RuntimeWarning, stacklevel=2)
         return None
+
+
+def library_path() -> Path:
+    """Of the kernels for this machine's GPUs, compiled if need be."""
+    devices = range(torch.cuda.device_count())
+    return build.cuda_library_path_for({"{}{}".format(*torch.cuda.get_device_capability(index)) for index in devices})
 
 
 def load(path: str) -> ctypes.CDLL:

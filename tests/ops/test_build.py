@@ -76,6 +76,24 @@ def test_a_failed_compilation_names_its_log(tmp_path: Path, monkeypatch: pytest.
     assert "error" in next(tmp_path.glob("*.log")).read_text()
 
 
+def test_kernels_for_the_gpus_at_hand_are_compiled_unless_those_for_all_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = tmp_path / "nvcc"
+    recorder.write_text('#!/bin/sh\nfor last; do :; done\n[ "$1" = --version ] || echo "$@" > "$last"\n')
+    recorder.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(recorder))
+    monkeypatch.setenv("POLYTROPE_CACHE", str(tmp_path / "cache"))
+
+    def codes(library: Path) -> str:
+        return library.read_text().partition(",code=")[2].split()[0]
+
+    assert codes(build.cuda_library_path_for({"90"})) == "[sm_90,compute_90]"
+    assert codes(build.cuda_library_path_for({"80"})) == "[sm_80,compute_80]"
+    assert codes(build.cuda_library_path_for({"89", "90"})) == "[sm_80,sm_90,compute_80]"
+    assert codes(build.cuda_library_path_for({"90"})) == "[sm_80,sm_90,compute_80]"
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("POLYTROPE_CACHE", str(tmp_path / "file"))
