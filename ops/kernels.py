@@ -46,14 +46,22 @@ def _goes_through_kernel(x: Tensor, formula: Formula) -> bool:
     return all(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
+# Looked up here, once: what is_plain and call_directly do is done in every call of an activation.
+_PLAIN = (Tensor, torch.nn.Parameter)
+_is_compiling = torch.compiler.is_compiling
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
+_get_tracing_state = torch._C._get_tracing_state
+
+
 def is_plain(*tensors: Tensor) -> bool:
     """Whether nothing but autograd looks at operators on these CPU tensors: no compiler, tracer, transform or mode."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if _is_compiling() or _transforms_are_active():
         return False
     for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or not tensor.is_cpu:
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
             return False
-    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._get_tracing_state() is None
+    return _count_dispatch_modes() == 0 and _get_tracing_state() is None
 
 
 @functools.cache
@@ -88,10 +96,13 @@ class _Direct(torch.autograd.Function):
         return (x_gradient, None, *part_gradients)
 
 
+# Without Function.apply in Python, which looks for transforms; `is_plain` has done that.
+_apply_directly = super(torch.autograd.Function, _Direct).apply
+
+
 def call_directly(call: native.Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """F(x) for tensors that `is_plain` says yes to, where there is a kernel."""
-    # Without Function.apply in Python, which looks for transforms; `is_plain` has done that.
-    result: Tensor = super(torch.autograd.Function, _Direct).apply(x, call, *parts)  # type: ignore[no-untyped-call]
+    result: Tensor = _apply_directly(x, call, *parts)  # type: ignore[no-untyped-call]
     return result
 
 
