@@ -142,7 +142,7 @@ def cuda_library_path_for(capabilities: Collection[str]) -> Path:
     """
     whole = _target("cuda", _nvcc(), _cuda_flags(CUDA_ARCHITECTURES))
     present = tuple(architecture for architecture in CUDA_ARCHITECTURES if architecture in capabilities)
-    if whole.exists() or len(present) < len(capabilities):
+    if whole.exists() or not present or len(present) < len(capabilities):
         return cuda_library_path()
     return cuda_library_path(present)
 

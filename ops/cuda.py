@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from polytrope.ops import build, native, reference
-from polytrope.ops.families import Family, Formula, parameter_count
+from polytrope.ops.families import Family, Formula, parameter_count, result_shape
 
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -59,7 +59,9 @@ def is_usable(index: int | None, dtype: torch.dtype, formula: Formula) -> bool:
     if dtype not in _TOLERANCES or library() is None:
         return False
     device = torch.cuda.current_device() if index is None else index
-    formula = formula._replace(interval=(-0.9, 0.8) if formula.interval else (), dim=-1)
+    # Numbers that make a difference, whatever those of the caller are.
+    interval, epsilon = (-0.9, 0.8) if formula.interval else (), 0.1 if formula.family == Family.POLYNORM else 0.0
+    formula = formula._replace(interval=interval, dim=-1, epsilon=epsilon)
     if (device, dtype, formula) not in _verified and torch.cuda.is_current_stream_capturing():
         return False  # a check waits for the GPU, which a capture does not allow
     if (device, dtype, formula) not in _verified:
@@ -133,7 +135,7 @@ def current_stream(x: Tensor) -> int:
 def forward(loaded: ctypes.CDLL, stream: int, x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
     """F(x), contiguous; enqueued on the stream."""
     x = _aligned(x)
-    result = x.new_empty((*x.shape[:-1], x.shape[-1] // 2) if formula.gated else x.shape)
+    result = x.new_empty(result_shape(x.shape, formula))
     if result.numel() > 0:
         _activation(loaded, stream, None, x, parameters, formula, result, None)
     return result

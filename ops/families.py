@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import NamedTuple
 
+import torch
+
 MAX_DEGREE = 16
 MAX_PIECES = 64
 
@@ -58,3 +60,8 @@ def parameter_count(formula: Formula) -> int:
         Family.RATIONAL: n + 1 + m,
         Family.PIECEWISE_LINEAR: 3 * n - 1,
     }.get(Family(formula.family), n + 1)
+
+
+def result_shape(shape: torch.Size, formula: Formula) -> torch.Size:
+    """Of F(x), for an x of this shape."""
+    return torch.Size((*shape[:-1], shape[-1] // 2)) if formula.gated else shape

@@ -242,10 +242,13 @@ def _apply(
     shapes = tuple([part.shape for part in parts])
     if kernels.is_plain(x, *parts) and kernels.has_kernel("cpu", None, x.dtype):
         dtypes = tuple([part.dtype for part in parts])
-        call = _prepare(family, x.dtype, x.shape, dtypes, shapes, dim, interval, glu, epsilon)
-        return kernels.call_directly(call, x, parts)
+        call = _prepare(family, x.dtype, x.shape, dtypes, shapes, dim, interval, glu, float(epsilon))
+        if call is not None:
+            return kernels.call_directly(call, x, parts)
+    if any(part.is_complex() for part in parts):
+        raise TypeError(f"coefficients: expected real numbers, got {', '.join(str(part.dtype) for part in parts)}")
     formula, packing = _describe(family, x.dtype, x.shape, shapes, dim, interval, glu, epsilon)
-    return kernels.activate_parts(x, parts, packing, formula)
+    return kernels.activate(x, parts, packing, formula)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -259,7 +262,10 @@ def _prepare(
     interval: Interval | None,
     glu: bool,
     epsilon: float,
-) -> native.Call:
+) -> native.Call | None:
+    """None where the parameters are not of a dtype that kernels read, such as integers."""
+    if any(part not in native.DATA_TYPES for part in part_dtypes):
+        return None
     formula, packing = _describe(family, dtype, shape, part_shapes, dim, interval, glu, epsilon)
     return native.prepare(formula, packing, dtype, shape, part_dtypes, part_shapes)
 

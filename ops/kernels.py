@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polytrope.ops import cuda, native, reference
-from polytrope.ops.families import Formula
+from polytrope.ops.families import Formula, result_shape
 from polytrope.ops.packing import PLAIN, Packing
 
 _TAIL = "int family, int degree, int second_degree, float[] interval, int dim, bool gated, float epsilon"
@@ -46,8 +46,19 @@ def _goes_through_kernel(x: Tensor, formula: Formula) -> bool:
     return all(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
+def _keys_of_plain_tensors() -> set[int]:
+    """Dispatch keys of a dense CPU tensor that is no view by negation or conjugation, and that no transform wraps."""
+    with torch._C._DisableTorchDispatch():
+        made = []
+        for inference in (False, True):
+            with torch.inference_mode(inference):
+                made.append(torch.empty(0, device="cpu"))
+    return {torch._C._dispatch_keys(tensor).raw_repr() for tensor in made}
+
+
 # Looked up here, once: what is_plain and call_directly do is done in every call of an activation.
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES, _PLAIN_KEYS = (Tensor, torch.nn.Parameter), _keys_of_plain_tensors()
+_dispatch_keys = torch._C._dispatch_keys
 _is_compiling = torch.compiler.is_compiling
 _transforms_are_active = torch._C._are_functorch_transforms_active
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -59,7 +70,7 @@ def is_plain(*tensors: Tensor) -> bool:
     if _is_compiling() or _transforms_are_active():
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+        if type(tensor) not in _PLAIN_TYPES or _dispatch_keys(tensor).raw_repr() not in _PLAIN_KEYS:
             return False
     return _count_dispatch_modes() == 0 and _get_tracing_state() is None
 
@@ -86,8 +97,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (x, *parts), call = gradients, ctx.saved_tensors, ctx.call
-        batched = torch._C._functorch.is_legacy_batchedtensor(gradient)  # by is_grads_batched
-        if torch.is_grad_enabled() or batched or not is_plain(gradient):
+        if torch.is_grad_enabled() or not is_plain(gradient, x, *parts):
             factors = _constant(call.packing)
             backward, packed = torch.ops.polytrope.activation_backward, call.packing.pack(parts, factors)
             x_gradient, packed_gradient = backward(gradient, x, packed, *_listed(call.formula))
@@ -96,7 +106,7 @@ class _Direct(torch.autograd.Function):
         return (x_gradient, None, *part_gradients)
 
 
-# Without Function.apply in Python, which looks for transforms; `is_plain` has done that.
+# Without Function.apply in Python, which looks for transforms and for what they leave behind; so does `is_plain`.
 _apply_directly = super(torch.autograd.Function, _Direct).apply
 
 
@@ -106,15 +116,8 @@ def call_directly(call: native.Call, x: Tensor, parts: Sequence[Tensor]) -> Tens
     return result
 
 
-def activate(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
-    """F(x), differentiable in x and the packed parameters; without a kernel, the reference."""
-    return activate_parts(x, (parameters,), PLAIN, formula)
-
-
-def activate_parts(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Formula) -> Tensor:
-    """`activate` with parameters that are still to be packed."""
-    if is_plain(x, *parts) and has_kernel("cpu", None, x.dtype):
-        return call_directly(native.prepare_for(x, parts, packing, formula), x, parts)
+def activate(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Formula) -> Tensor:
+    """F(x), differentiable in x and the parts of its parameters: the operator, or without a kernel the reference."""
     parameters = packing.pack(parts, packing.constant(parts[0].device))
     if _goes_through_kernel(x, formula):
         result: Tensor = torch.ops.polytrope.activation(x, parameters, *_listed(formula))
@@ -164,8 +167,7 @@ _LIBRARY.impl("activation_backward", _on_gpu(cuda.backward, 3), "CUDA")
 
 
 def _forward_fake(x: Tensor, _parameters: Tensor, *arguments: Any) -> Tensor:
-    gated = _formula(arguments).gated
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2) if gated else x.shape)
+    return x.new_empty(result_shape(x.shape, _formula(arguments)))
 
 
 def _backward_fake(_gradient: Tensor, x: Tensor, parameters: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polytrope.ops.families import Family, Formula
+from polytrope.ops.families import Family, Formula, result_shape
 from polytrope.ops.packing import Packing
 
 DATA_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -149,7 +149,8 @@ def prepare(
 ) -> Call:
     """A call for an x and parts of these dtypes and shapes, which fit the formula."""
     library = cpu_library()
-    assert library is not None
+    if library is None:
+        raise RuntimeError("polytrope has no compiled kernels here; polytrope.ops.functional does without")
     groups = packing.groups(part_shapes)
     factors = (ctypes.c_double * len(packing.factors))(*packing.factors) if packing.factors else None
     structure = _Call(
@@ -175,14 +176,10 @@ def prepare_for(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: F
     return prepare(formula, packing, x.dtype, x.shape, dtypes, shapes)
 
 
-def result_shape(shape: torch.Size, formula: Formula) -> torch.Size:
-    return torch.Size((*shape[:-1], shape[-1] // 2)) if formula.gated else shape
-
-
 def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """F(x), contiguous."""
     x, parts = x.contiguous(), [part.contiguous() for part in parts]
-    result = torch.empty(call.shape, dtype=x.dtype)
+    result = x.new_empty(call.shape)
     if result.numel() > 0:
         status = call.forward(
             call.structure, x.data_ptr(), _addresses(parts), result.data_ptr(), torch.get_num_threads()

@@ -31,8 +31,8 @@ class Packing(NamedTuple):
             if index >= self.columns and len(shape) not in (1, 2):
                 raise ValueError(f"coefficients: expected [count] or [groups, count], got {list(shape)}")
             counts.append(shape.numel() if index < self.columns else 1 if len(shape) == 1 else shape[0])
-        if len(set(counts)) != 1:
-            raise ValueError(f"coefficients: expected as many groups in each, got {counts}")
+        if any(count != counts[0] for count in counts) or counts[0] == 0:
+            raise ValueError(f"coefficients: expected as many groups in each, at least one, got {counts}")
         return counts[0]
 
     def pack(self, parts: Sequence[Tensor], factors: Tensor | None) -> Tensor:

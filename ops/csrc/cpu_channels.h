@@ -18,13 +18,17 @@ namespace polytrope {
 namespace {
 
 constexpr int strip_channels = 128;  // of which a task computes rows
-constexpr int64_t strip_rows = 256;  // per task and per partial sum: their pages of memory serve the next task as well
 constexpr int patch_rows = 16;       // at a time
+
+// Rows of a task, and of a partial sum. Few, so that their pages of memory serve the task of the next strip as well, but not
+// so few that partial sums take more memory than the tensors.
+inline int64_t strip_rows(const Problem& problem) { return std::max<int64_t>(256, (problem.outer + 15) / 16); }
+inline int64_t strip_parts(const Problem& problem) { return (problem.outer + strip_rows(problem) - 1) / strip_rows(problem); }
 
 // Whether x is computed so: [outer, channels], where channels are [groups, inner]. Each channel needs a table of its own,
 // which must serve a number of rows.
 inline bool is_by_channel(const Problem& problem) {
-  return problem.groups > 1 && (problem.inner == 1 || (problem.inner < 1024 && problem.outer >= strip_rows));
+  return problem.groups > 1 && (problem.inner == 1 || (problem.inner < 1024 && problem.outer >= 256));
 }
 
 // ---- kernels over a patch of rows and whole vectors of channels; strides from row to row ----
@@ -87,38 +91,12 @@ ChannelKernel<S> find_channel_kernel(const Problem& problem) {
     case family_tropical_rational: return channel_kernel_of<TropicalRational, S>();
     case family_polyrelu: return channel_kernel_of<PolyReLU, S>();
     case family_rational: return channel_kernel_of<Rational, S>();
-    default: return channel_kernel_of<PiecewiseLinear, S>();
+    case family_piecewise_linear: return channel_kernel_of<PiecewiseLinear, S>();
+    default: return {};
   }
 }
 
 // ---- strips ----
-
-// Some channels of [rows, `stride` elements], from the element `first` on. Those that kernels do not take as they lie, of
-// another type than S or too few for whole vectors, pass through a buffer.
-template <class S>
-struct Strip {
-  int type, channels;
-  int64_t first, stride;
-
-  bool direct() const { return type == (sizeof(S) == 4 ? type_float32 : type_float64) && channels % lanes<S> == 0; }
-  int64_t kernel_stride() const { return direct() ? stride : strip_channels; }
-  const S* read(const void* base, int64_t row, int rows, S* buffer) const {
-    if (direct()) return static_cast<const S*>(base) + first + row * stride;
-    for (int i = 0; i < rows; ++i) {
-      read_elements(type, base, first + (row + i) * stride, 1, buffer + i * strip_channels, channels);
-      std::fill(buffer + i * strip_channels + channels, buffer + i * strip_channels + padded(channels, lanes<S>), S(0));
-    }
-    return buffer;
-  }
-  // Where to put results, which `write` then brings to their place if it is the buffer.
-  S* place(void* base, int64_t row, S* buffer) const {
-    return direct() ? static_cast<S*>(base) + first + row * stride : buffer;
-  }
-  void write(void* base, int64_t row, int rows, const S* buffer) const {
-    for (int i = 0; !direct() && i < rows; ++i)
-      write_elements(type, base, first + (row + i) * stride, 1, buffer + i * strip_channels, channels);
-  }
-};
 
 template <class S>
 using Patch = S[patch_rows * strip_channels];
@@ -135,21 +113,29 @@ struct StripPass {
   alignas(64) S high_values[strip_channels], high_slopes[strip_channels];
 
   // Of so many channels from the first one on; `parameters`: of all groups.
-  void prepare(const Problem& whole, const Kernel<S>& groups, const double* parameters, int64_t first, int channels) {
-    problem = whole;
+  void prepare(const Problem& of, const Kernel<S>& group_kernel, const double* parameters, int64_t first, int channels) {
+    problem = of;
     kernel = find_channel_kernel<S>(problem);
-    sums = groups.sums;
+    sums = group_kernel.sums;
     width = padded(channels, lanes<S>);
     const int n = problem.degree, m = problem.second_degree;
     S table[largest_channel_table] = {};
+    Tangent low{}, high{};
+    const double* prepared = nullptr;
     for (int c = 0; c < width; ++c) {
       // What pads the last vector computes as the last channel does.
-      const double* const own = parameters + (first + std::min(c, channels - 1)) / problem.inner * groups.parameters;
-      kernel.prepare(own, table, n, m);
+      const int64_t group = (first + std::min(c, channels - 1)) / problem.inner;
+      const double* const own = parameters + group * group_kernel.parameters;
+      if (own != prepared) {
+        kernel.prepare(own, table, n, m);
+        if (problem.tails) {
+          low = group_kernel.tangent(own, problem.low, n, m);
+          high = group_kernel.tangent(own, problem.high, n, m);
+        }
+        prepared = own;
+      }
       S* const entries = reinterpret_cast<S*>(tables + c / lanes<S> * kernel.table) + c % lanes<S>;
       for (int k = 0; k < kernel.table; ++k) entries[k * lanes<S>] = table[k];
-      if (!problem.tails) continue;
-      const Tangent low = groups.tangent(own, problem.low, n, m), high = groups.tangent(own, problem.high, n, m);
       low_values[c] = S(low.value);
       low_slopes[c] = S(low.slope);
       high_values[c] = S(high.value);
@@ -218,18 +204,18 @@ struct StripPass {
 // memory.
 template <class S, class Visit>
 int each_strip(const Call& call, const Kernel<S>& kernel, const double* parameters, int threads, const Visit& visit) {
-  const int64_t all = call.problem.groups * call.problem.inner, strips = (all + strip_channels - 1) / strip_channels;
-  const int64_t rows = call.problem.outer, parts = (rows + strip_rows - 1) / strip_rows;
+  const int64_t channel_count = call.problem.groups * call.problem.inner, strips = (channel_count + strip_channels - 1) / strip_channels;
+  const int64_t rows = strip_rows(call.problem);
   const std::unique_ptr<StripPass<S>[]> passes(new (std::nothrow) StripPass<S>[size_t(strips)]);
   if (!passes) return 2;
-  const auto channels = [&](int64_t strip) { return int(std::min<int64_t>(strip_channels, all - strip * strip_channels)); };
+  const auto channels = [&](int64_t strip) { return int(std::min<int64_t>(strip_channels, channel_count - strip * strip_channels)); };
   run_tasks(strips, 1, threads, call.parallel_region, [&](int64_t strip) {
     passes[size_t(strip)].prepare(call.problem, kernel, parameters, strip * strip_channels, channels(strip));
   });
-  run_tasks(parts * strips, 1, threads, call.parallel_region, [&](int64_t task) {
+  run_tasks(strip_parts(call.problem) * strips, 1, threads, call.parallel_region, [&](int64_t task) {
     const int64_t strip = task % strips, part = task / strips;
-    visit(passes[size_t(strip)], strip * strip_channels, channels(strip), part * strip_rows,
-          std::min(rows, (part + 1) * strip_rows), part);
+    visit(passes[size_t(strip)], strip * strip_channels, channels(strip), part * rows,
+          std::min(call.problem.outer, (part + 1) * rows), part);
   });
   return 0;
 }
@@ -238,11 +224,11 @@ template <class S>
 int forward_channels(const Call& call, const Kernel<S>& kernel, const double* parameters, const void* x, void* y,
                      int threads) {
   const Problem& problem = call.problem;
-  const int64_t all = problem.groups * problem.inner, stride = problem.gated ? 2 * all : all;
+  const int64_t channel_count = problem.groups * problem.inner, stride = problem.gated ? 2 * channel_count : channel_count;
   return each_strip(call, kernel, parameters, threads,
                     [&](const StripPass<S>& pass, int64_t channel, int channels, int64_t first, int64_t last, int64_t) {
-    const Strip<S> in{problem.data_type, channels, channel, stride}, out{problem.data_type, channels, channel, all};
-    const Strip<S> factor{problem.data_type, channels, all + channel, stride};
+    const Strip<S, strip_channels> in{problem.data_type, channels, channel, stride}, out{problem.data_type, channels, channel, channel_count};
+    const Strip<S, strip_channels> factor{problem.data_type, channels, channel_count + channel, stride};
     alignas(64) Patch<S> x_buffer, y_buffer, gate_buffer;
     for (int64_t row = first; row < last; row += patch_rows) {
       const int rows = int(std::min<int64_t>(patch_rows, last - row));
@@ -264,11 +250,11 @@ template <class S>
 int backward_channels(const Call& call, const Kernel<S>& kernel, const double* parameters, int sums, const void* g,
                       const void* x, void* dx, double* partial, int threads) {
   const Problem& problem = call.problem;
-  const int64_t all = problem.groups * problem.inner, stride = problem.gated ? 2 * all : all;
+  const int64_t channel_count = problem.groups * problem.inner, stride = problem.gated ? 2 * channel_count : channel_count;
   return each_strip(call, kernel, parameters, threads,
                     [&](const StripPass<S>& pass, int64_t channel, int channels, int64_t first, int64_t last, int64_t part) {
-    const Strip<S> in{problem.data_type, channels, channel, stride}, out{problem.data_type, channels, channel, all};
-    const Strip<S> factor{problem.data_type, channels, all + channel, stride};
+    const Strip<S, strip_channels> in{problem.data_type, channels, channel, stride}, out{problem.data_type, channels, channel, channel_count};
+    const Strip<S, strip_channels> factor{problem.data_type, channels, channel_count + channel, stride};
     alignas(64) Patch<S> x_buffer, g_buffer, dx_buffer, gate_buffer, values, seeds;
     alignas(64) double totals[(largest_sums + tail_sums) * strip_channels];
     std::fill(totals, totals + sums * strip_channels, 0.0);
@@ -295,7 +281,7 @@ int backward_channels(const Call& call, const Kernel<S>& kernel, const double* p
       in.write(dx, row, rows, dxs);
     }
     for (int c = 0; c < channels; ++c)
-      for (int k = 0; k < sums; ++k) partial[(part * all + channel + c) * sums + k] = totals[k * strip_channels + c];
+      for (int k = 0; k < sums; ++k) partial[(part * channel_count + channel + c) * sums + k] = totals[k * strip_channels + c];
   });
 }
 

@@ -85,14 +85,6 @@ POLYTROPE_FUNCTION void accumulate(V v, double* sums) {
   std::memcpy(sums, &wide, sizeof(Wide));
 }
 
-// The sum of the lanes in float64, always in the same order.
-template <class V>
-POLYTROPE_FUNCTION double fold(V v) {
-  double sum = 0;
-  for (size_t lane = 0; lane < sizeof(V) / sizeof(v[0]); ++lane) sum += double(v[lane]);
-  return sum;
-}
-
 constexpr int padded(int count, int width) { return (count + width - 1) / width * width; }
 
 // ---- element types ----
@@ -245,6 +237,39 @@ void write_elements(int type, void* base, int64_t index, int64_t stride, const S
     }
   }
 }
+
+// ---- rows of a matrix ----
+
+// Some columns, from the element `first` of the first row on; `stride`: elements from row to row. Those that kernels do not
+// take as they lie, of another type than S or too few for whole vectors, pass through a buffer of rows of
+// `buffer_columns`.
+template <class S, int buffer_columns>
+struct Strip {
+  int type, columns;
+  int64_t first, stride;
+
+  bool direct() const { return type == (sizeof(S) == 4 ? type_float32 : type_float64) && columns % lanes<S> == 0; }
+  // Of what `read` and `place` return.
+  int64_t kernel_stride() const { return direct() ? stride : buffer_columns; }
+  // Whole vectors, in the buffer padded with zeros.
+  const S* read(const void* base, int64_t row, int rows, S* buffer) const {
+    if (direct()) return static_cast<const S*>(base) + first + row * stride;
+    for (int i = 0; i < rows; ++i) {
+      S* const target = buffer + i * buffer_columns;
+      read_elements(type, base, first + (row + i) * stride, 1, target, columns);
+      for (int c = columns; c < padded(columns, lanes<S>); ++c) target[c] = S(0);
+    }
+    return buffer;
+  }
+  // Where to put results, which `write` then brings to their place if it is the buffer.
+  S* place(void* base, int64_t row, S* buffer) const {
+    return direct() ? static_cast<S*>(base) + first + row * stride : buffer;
+  }
+  void write(void* base, int64_t row, int rows, const S* buffer) const {
+    for (int i = 0; !direct() && i < rows; ++i)
+      write_elements(type, base, first + (row + i) * stride, 1, buffer + i * buffer_columns, columns);
+  }
+};
 
 }  // namespace
 }  // namespace polytrope

@@ -202,13 +202,13 @@ int backward(const Call& call, const void* g, const void* x, const void* const* 
   const Kernel<S> kernel = find_kernel<S>(problem);
   if (!kernel.backward || kernel.parameters != call.parts.width()) return 1;
   const bool by_channel = is_by_channel(problem);
-  // Sums of partial[piece, group, one of `each`].
-  const int64_t pieces = by_channel ? (problem.outer + strip_rows - 1) / strip_rows : Tasks(problem).chunks;
-  const int64_t each = by_channel ? problem.inner : 1;
+  // Of partial[piece, group, channel of the group, sum]; where groups are not computed by channel, all channels are one.
+  const int64_t pieces = by_channel ? strip_parts(problem) : Tasks(problem).chunks;
+  const int64_t channels = by_channel ? problem.inner : 1;
   const int sums = kernel.sums + (problem.tails ? tail_sums : 0);
   const std::unique_ptr<double[]> parameters = call.parts.pack(problem.groups, parts);
   const std::unique_ptr<double[]> gradient(new (std::nothrow) double[size_t(problem.groups * kernel.parameters) + 1]);
-  const std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(pieces * problem.groups * each * sums) + 1]);
+  const std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(pieces * problem.groups * channels * sums) + 1]);
   if (!parameters || !gradient || !partial) return 2;
   if (!by_channel) {
     backward_groups(call, kernel, parameters.get(), sums, g, x, dx, partial.get(), threads);
@@ -218,13 +218,14 @@ int backward(const Call& call, const void* g, const void* x, const void* const* 
   for (int64_t group = 0; group < problem.groups; ++group) {
     double total[largest_sums + tail_sums] = {};
     for (int64_t piece = 0; piece < pieces; ++piece) {
-      const double* part = partial.get() + (piece * problem.groups + group) * each * sums;
-      for (int64_t at = 0; at < each * sums; ++at) total[at % sums] += part[at];
+      const double* part = partial.get() + (piece * problem.groups + group) * channels * sums;
+      for (int64_t channel = 0; channel < channels; ++channel, part += sums)
+        for (int k = 0; k < sums; ++k) total[k] += part[k];
     }
     const double* own = parameters.get() + group * kernel.parameters;
     if (problem.tails) {
       const double* tail = total + kernel.sums;
-      const double values[4] = {tail[0], tail[1], tail[2], tail[3]};
+      const double values[tail_sums] = {tail[0], tail[1], tail[2], tail[3]};
       kernel.add_tail(own, problem.low, values[0], values[1], total, problem.degree, problem.second_degree);
       kernel.add_tail(own, problem.high, values[2], values[3], total, problem.degree, problem.second_degree);
     }

@@ -16,32 +16,11 @@
 namespace polytrope {
 namespace {
 
-// Rows of a matrix, `block` columns at a time.
+// `block` columns of a matrix, or as many as are left, from the column `at` on.
 template <class S>
-struct Rows {
-  int type;
-  int64_t columns;
-
-  int count(int64_t at) const { return int(std::min<int64_t>(block, columns - at)); }
-  // Whether elements are used where they lie: they are of S, and fill whole vectors.
-  bool direct(int64_t at) const {
-    return type == (sizeof(S) == 4 ? type_float32 : type_float64) && count(at) % lanes<S> == 0;
-  }
-  // The elements from column `at` on; where they need a conversion or padding with zeros, in the buffer.
-  const S* read(const void* base, int64_t row, int64_t at, S* buffer) const {
-    if (direct(at)) return static_cast<const S*>(base) + row * columns + at;
-    read_elements(type, base, row * columns + at, 1, buffer, count(at));
-    std::fill(buffer + count(at), buffer + padded(count(at), lanes<S>), S(0));
-    return buffer;
-  }
-  // Where to put results, which `write` then brings to their place if it is the buffer.
-  S* place(void* base, int64_t row, int64_t at, S* buffer) const {
-    return direct(at) ? static_cast<S*>(base) + row * columns + at : buffer;
-  }
-  void write(void* base, int64_t row, int64_t at, const S* buffer) const {
-    if (!direct(at)) write_elements(type, base, row * columns + at, 1, buffer, count(at));
-  }
-};
+Strip<S, block> columns_of(const Problem& problem, int64_t at) {
+  return {problem.data_type, int(std::min<int64_t>(block, problem.inner - at)), at, problem.inner};
+}
 
 constexpr int moments = max_degree + 1;
 
@@ -87,7 +66,6 @@ template <class S, int D>
 int polynorm_forward(const Call& call, const void* x, const void* const* parts, void* y, int threads) {
   using V = Vector<S>;
   const int64_t rows = call.problem.outer, columns = call.problem.inner, step = rows_per_task(columns);
-  const Rows<S> layout{call.problem.data_type, columns};
   const std::unique_ptr<double[]> parameters = call.parts.pack(1, parts);
   if (!parameters) return 2;
   run_tasks((rows + step - 1) / step, 1, threads, call.parallel_region, [&](int64_t task) {
@@ -97,8 +75,9 @@ int polynorm_forward(const Call& call, const void* x, const void* const* parts, 
       alignas(64) double by_lane[moments * lanes<S>] = {};
       double squares[moments] = {};
       for (int64_t at = 0; at < columns; at += block) {
-        const int width = padded(layout.count(at), lanes<S>);
-        add_moments<S, D>(layout.read(x, row, at, xs), nullptr, width, n, by_lane, nullptr);
+        const Strip<S, block> strip = columns_of<S>(call.problem, at);
+        const int width = padded(strip.columns, lanes<S>);
+        add_moments<S, D>(strip.read(x, row, 1, xs), nullptr, width, n, by_lane, nullptr);
       }
       fold_moments<S>(by_lane, n, squares);
       S t[moments];
@@ -106,11 +85,12 @@ int polynorm_forward(const Call& call, const void* x, const void* const* parts, 
       for (int k = 1; k <= n; ++k)
         t[k] = S(parameters[k] / std::sqrt(squares[k] / double(columns) + call.problem.epsilon));
       for (int64_t at = 0; at < columns; at += block) {
-        const int width = padded(layout.count(at), lanes<S>);
-        const S* from = layout.read(x, row, at, xs);
-        S* to = layout.place(y, row, at, ys);
+        const Strip<S, block> strip = columns_of<S>(call.problem, at);
+        const int width = padded(strip.columns, lanes<S>);
+        const S* from = strip.read(x, row, 1, xs);
+        S* to = strip.place(y, row, ys);
         for (int i = 0; i < width; i += lanes<S>) store(to + i, Polynomial::value(load<V>(from + i), t, n, 0));
-        layout.write(y, row, at, ys);
+        strip.write(y, row, 1, ys);
       }
     }
   });
@@ -124,7 +104,6 @@ int polynorm_backward(const Call& call, const void* g, const void* x, const void
   const int degree = call.problem.degree;
   const int64_t rows = call.problem.outer, columns = call.problem.inner, step = rows_per_task(columns);
   const int64_t tasks = (rows + step - 1) / step;
-  const Rows<S> layout{call.problem.data_type, columns};
   const std::unique_ptr<double[]> parameters = call.parts.pack(1, parts);
   const std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(tasks * (degree + 1))]());
   if (!parameters || !partial) return 2;
@@ -136,8 +115,9 @@ int polynorm_backward(const Call& call, const void* g, const void* x, const void
       alignas(64) double squares_by_lane[moments * lanes<S>] = {}, products_by_lane[moments * lanes<S>] = {};
       double squares[moments] = {}, products[moments] = {};
       for (int64_t at = 0; at < columns; at += block) {
-        const int width = padded(layout.count(at), lanes<S>);
-        const S *from = layout.read(x, row, at, xs), *seed = layout.read(g, row, at, gs);
+        const Strip<S, block> strip = columns_of<S>(call.problem, at);
+        const int width = padded(strip.columns, lanes<S>);
+        const S *from = strip.read(x, row, 1, xs), *seed = strip.read(g, row, 1, gs);
         add_moments<S, D>(from, seed, width, n, squares_by_lane, products_by_lane);
       }
       fold_moments<S>(squares_by_lane, n, squares);
@@ -151,15 +131,16 @@ int polynorm_backward(const Call& call, const void* g, const void* x, const void
         through[k - 1] = S(-k / double(columns) * parameters[k] * r * r * r * products[k]);
       }
       for (int64_t at = 0; at < columns; at += block) {
-        const int width = padded(layout.count(at), lanes<S>);
-        const S *from = layout.read(x, row, at, xs), *seed = layout.read(g, row, at, gs);
-        S* to = layout.place(dx, row, at, dxs);
+        const Strip<S, block> strip = columns_of<S>(call.problem, at);
+        const int width = padded(strip.columns, lanes<S>);
+        const S *from = strip.read(x, row, 1, xs), *seed = strip.read(g, row, 1, gs);
+        S* to = strip.place(dx, row, dxs);
         for (int i = 0; i < width; i += lanes<S>) {
           const V v = load<V>(from + i);
           const V own = load<V>(seed + i) * Polynomial::value(v, static_cast<const S*>(direct), n - 1, 0);
           store(to + i, own + v * Polynomial::value(v * v, static_cast<const S*>(through), n - 1, 0));
         }
-        layout.write(dx, row, at, dxs);
+        strip.write(dx, row, 1, dxs);
       }
     }
   });

@@ -99,7 +99,7 @@ CASES = [
     Formula(Family.LEGENDRE, 8, 0, (), -1, True),
     Formula(Family.PIECEWISE_LINEAR, 40),
     Formula(Family.CHEBYSHEV, 16),
-    Formula(Family.POLYNORM, 3, epsilon=1e-6),
+    Formula(Family.POLYNORM, 3, epsilon=0.1),
 ]
 
 
@@ -133,7 +133,7 @@ def test_tensors_that_begin_anywhere_and_long_rows(emulated: ctypes.CDLL) -> Non
     base = torch.randn(2 * 1501 + 3, generator=torch.Generator().manual_seed(1)).bfloat16()
     x, parameters = base[3:].view(2, 1501), torch.tensor([[0.1, 0.7, -0.2, 0.3]], dtype=torch.float64)
     assert x.data_ptr() % 16
-    for formula in (Formula(Family.POLYNORM, 3, epsilon=1e-6), Formula(Family.HERMITE, 3)):
+    for formula in (Formula(Family.POLYNORM, 3, epsilon=0.1), Formula(Family.HERMITE, 3)):
         found, exact = (
             cuda.forward(emulated, 0, x, parameters, formula),
             reference.evaluate(x.double(), parameters, formula),

@@ -286,6 +286,57 @@ def test_wrong_tensors_are_refused_with_what_is_accepted() -> None:
         functional.hermite(torch.zeros(2), torch.zeros(1))
 
 
+def test_tensors_that_are_not_what_they_look_like() -> None:
+    y, coefficients = torch.tensor([0.3, -0.7], dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    expected = functional.hermite(-y, coefficients)
+    torch.testing.assert_close(functional.hermite(torch._neg_view(y), coefficients), expected)
+    torch.testing.assert_close(functional.hermite(-y, torch._neg_view(-coefficients)), expected)
+    zeros = torch._efficientzerotensor(2, dtype=torch.float64)
+    torch.testing.assert_close(functional.hermite(zeros, coefficients), functional.hermite(0 * y, coefficients))
+    for gradient in (torch._neg_view(y), torch._efficientzerotensor(2, dtype=torch.float64)):
+        x = (-y).requires_grad_()
+        (found,) = torch.autograd.grad(functional.hermite(x, coefficients), x, gradient)
+        (exact,) = torch.autograd.grad(functional.hermite(x, coefficients), x, gradient.clone() + 0.0)
+        torch.testing.assert_close(found, exact)
+
+
+def test_tensors_that_a_transform_has_left_behind() -> None:
+    kept = []
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x * 1.0)
+        return x.sum()
+
+    x, module = torch.randn(5), Hermite(3)
+    torch.func.grad(loss)(x)
+    torch.testing.assert_close(module(kept[0]), module(x))
+
+
+def test_the_default_device_is_not_asked() -> None:
+    x, module = torch.randn(5, 8), Hermite(3)
+    expected = module(x)
+    with torch.device("meta"):
+        assert torch.equal(module(x), expected)
+
+
+def test_parameters_that_are_not_floats() -> None:
+    x = torch.randn(5, dtype=torch.float64)
+    found = functional.hermite(x, torch.tensor([0, 1, 0, 2]))
+    torch.testing.assert_close(found, functional.hermite(x, torch.tensor([0.0, 1.0, 0.0, 2.0])))
+    with pytest.raises(TypeError, match=r"coefficients: expected real numbers, got torch\.complex64"):
+        functional.hermite(x, torch.ones(4, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"coefficients: expected as many groups in each, at least one, got \[0\]"):
+        functional.hermite(x, torch.zeros(0, 4))
+
+
+def test_an_epsilon_that_changes_is_heeded() -> None:
+    x, epsilon = torch.randn(3, 5), torch.tensor(0.1)
+    small = functional.polynorm(x, torch.ones(2), torch.zeros(()), epsilon=epsilon)  # type: ignore[arg-type]
+    epsilon.fill_(10.0)
+    large = functional.polynorm(x, torch.ones(2), torch.zeros(()), epsilon=epsilon)  # type: ignore[arg-type]
+    assert large.abs().max() < small.abs().max()
+
+
 def test_without_kernels_the_reference_runs_after_one_warning(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from polytrope.ops import native
 
