@@ -232,6 +232,8 @@ int forward_channels(const Call& call, const Kernel<S>& kernel, const double* pa
     alignas(64) Patch<S> x_buffer, y_buffer, gate_buffer;
     for (int64_t row = first; row < last; row += patch_rows) {
       const int rows = int(std::min<int64_t>(patch_rows, last - row));
+      in.template fetch<0>(x, row + rows, rows);
+      out.template fetch<1>(y, row, rows);
       const S* const xs = in.read(x, row, rows, x_buffer);
       S* const ys = out.place(y, row, y_buffer);
       pass.value(xs, in.kernel_stride(), ys, out.kernel_stride(), rows);
@@ -260,6 +262,9 @@ int backward_channels(const Call& call, const Kernel<S>& kernel, const double* p
     std::fill(totals, totals + sums * strip_channels, 0.0);
     for (int64_t row = first; row < last; row += patch_rows) {
       const int rows = int(std::min<int64_t>(patch_rows, last - row));
+      in.template fetch<0>(x, row + rows, rows);
+      out.template fetch<0>(g, row + rows, rows);
+      in.template fetch<1>(dx, row, rows);
       const S *const xs = in.read(x, row, rows, x_buffer), *gs = out.read(g, row, rows, g_buffer);
       int64_t g_stride = out.kernel_stride();
       if (problem.gated) {
