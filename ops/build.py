@@ -32,7 +32,7 @@ CUDA_SOURCES = (
     "cuda_quotients.cu",
     "cuda_polynorm.cu",
 )
-# As fast as with -O3, and compiled in three quarters of the time; conversions of elements need the vectorizer.
+# Kernels are written in vectors, so -O3 makes them no faster; conversions of elements need the vectorizer.
 CPU_FLAGS = (
     "-std=c++17",
     "-O2",
@@ -138,7 +138,13 @@ def cuda_library_path(architectures: Sequence[str] = CUDA_ARCHITECTURES, flags: 
 def cuda_library_path_for(capabilities: Collection[str]) -> Path:
     """The CUDA library for GPUs of these compute capabilities.
 
-    That of `build(cuda=True)`, if it is there; else one for no other GPUs, compiled in two thirds of the time.
+    That of `build(cuda=True)`, if it is there; else one for no other GPUs, which compiles sooner.
+
+    Args:
+        capabilities: such as "90"; none, or one that is not of `CUDA_ARCHITECTURES`: the library for all.
+
+    Raises:
+        BuildError: no compiler, or it failed.
     """
     whole = _target("cuda", _nvcc(), _cuda_flags(CUDA_ARCHITECTURES))
     present = tuple(architecture for architecture in CUDA_ARCHITECTURES if architecture in capabilities)

@@ -38,7 +38,11 @@ def library() -> ctypes.CDLL | None:
 
 
 def library_path() -> Path:
-    """Of the kernels for this machine's GPUs, compiled if need be."""
+    """Of the kernels for this machine's GPUs, compiled if need be.
+
+    Raises:
+        BuildError: no compiler, or it failed.
+    """
     devices = range(torch.cuda.device_count())
     return build.cuda_library_path_for({"{}{}".format(*torch.cuda.get_device_capability(index)) for index in devices})
 

@@ -285,6 +285,10 @@ def _describe(
         raise TypeError(f"activations take float tensors (bfloat16, float16, float32, float64), got {dtype}")
     degree, second_degree, packing = _count(family, part_shapes)
     groups, dims = packing.groups(part_shapes), len(shape)
+    if family != Family.PIECEWISE_LINEAR:
+        _check_degree("coefficients", degree)
+    if family == Family.RATIONAL:
+        _check_degree("denominator", second_degree)
     if family == Family.POLYNORM and dims == 0:
         raise ValueError("x: polynorm needs at least one dimension, got a scalar")
     if glu:
@@ -320,13 +324,9 @@ def _count(family: Family, shapes: tuple[torch.Size, ...]) -> tuple[int, int, Pa
     elif family == Family.RATIONAL:
         second_degree = counts[1]
     elif family == Family.PIECEWISE_LINEAR:
-        return (counts[0] + 1) // 3, 0, PLAIN
+        degree = (counts[0] + 1) // 3
     elif family == Family.POLYNORM:
         degree, packing = counts[1], Packing(1)
-    packing.groups(shapes)
-    _check_degree("coefficients", degree)
-    if family == Family.RATIONAL:
-        _check_degree("denominator", second_degree)
     return degree, second_degree, packing
 
 

@@ -147,7 +147,17 @@ def prepare(
     part_dtypes: tuple[torch.dtype, ...],
     part_shapes: tuple[torch.Size, ...],
 ) -> Call:
-    """A call for an x and parts of these dtypes and shapes, which fit the formula."""
+    """A call for an x and parts of these dtypes and shapes, which fit the formula.
+
+    Args:
+        dtype: of x; one of `DATA_TYPES`, as are those of the parts.
+        shape: of x.
+        part_dtypes: at most `MOST_PARTS`.
+        part_shapes: as `packing` says.
+
+    Raises:
+        RuntimeError: there are no compiled kernels.
+    """
     library = cpu_library()
     if library is None:
         raise RuntimeError("polytrope has no compiled kernels here; polytrope.ops.functional does without")
@@ -177,7 +187,16 @@ def prepare_for(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: F
 
 
 def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """F(x), contiguous."""
+    """F(x), contiguous, of the shape `call.shape` and of x's dtype.
+
+    Args:
+        call: prepared for tensors like these.
+        x: on the CPU, any strides.
+        parts: of the parameters, any strides.
+
+    Raises:
+        RuntimeError: out of memory, or no kernel for this family and degree.
+    """
     x, parts = x.contiguous(), [part.contiguous() for part in parts]
     result = x.new_empty(call.shape)
     if result.numel() > 0:
@@ -189,7 +208,15 @@ def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
 
 
 def backward(call: Call, gradient: Tensor, x: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of x and of the parts, in the dtypes of these; contiguous."""
+    """Gradients of x and of the parts, in the shapes and dtypes of these; contiguous.
+
+    Args:
+        call: prepared for tensors like these.
+        gradient: of F(x), in its shape and dtype; any strides, as those of x and the parts.
+
+    Raises:
+        RuntimeError: out of memory, or no kernel for this family and degree.
+    """
     gradient, x, parts = gradient.contiguous(), x.contiguous(), [part.contiguous() for part in parts]
     x_gradient = torch.empty_like(x)
     if gradient.numel() == 0:

@@ -204,11 +204,14 @@ struct StripPass {
 // memory.
 template <class S, class Visit>
 int each_strip(const Call& call, const Kernel<S>& kernel, const double* parameters, int threads, const Visit& visit) {
-  const int64_t channel_count = call.problem.groups * call.problem.inner, strips = (channel_count + strip_channels - 1) / strip_channels;
+  const int64_t channel_count = call.problem.groups * call.problem.inner;
+  const int64_t strips = (channel_count + strip_channels - 1) / strip_channels;
   const int64_t rows = strip_rows(call.problem);
   const std::unique_ptr<StripPass<S>[]> passes(new (std::nothrow) StripPass<S>[size_t(strips)]);
   if (!passes) return 2;
-  const auto channels = [&](int64_t strip) { return int(std::min<int64_t>(strip_channels, channel_count - strip * strip_channels)); };
+  const auto channels = [&](int64_t strip) {
+    return int(std::min<int64_t>(strip_channels, channel_count - strip * strip_channels));
+  };
   run_tasks(strips, 1, threads, call.parallel_region, [&](int64_t strip) {
     passes[size_t(strip)].prepare(call.problem, kernel, parameters, strip * strip_channels, channels(strip));
   });
@@ -227,7 +230,8 @@ int forward_channels(const Call& call, const Kernel<S>& kernel, const double* pa
   const int64_t channel_count = problem.groups * problem.inner, stride = problem.gated ? 2 * channel_count : channel_count;
   return each_strip(call, kernel, parameters, threads,
                     [&](const StripPass<S>& pass, int64_t channel, int channels, int64_t first, int64_t last, int64_t) {
-    const Strip<S, strip_channels> in{problem.data_type, channels, channel, stride}, out{problem.data_type, channels, channel, channel_count};
+    const Strip<S, strip_channels> in{problem.data_type, channels, channel, stride};
+    const Strip<S, strip_channels> out{problem.data_type, channels, channel, channel_count};
     const Strip<S, strip_channels> factor{problem.data_type, channels, channel_count + channel, stride};
     alignas(64) Patch<S> x_buffer, y_buffer, gate_buffer;
     for (int64_t row = first; row < last; row += patch_rows) {
@@ -255,7 +259,8 @@ int backward_channels(const Call& call, const Kernel<S>& kernel, const double* p
   const int64_t channel_count = problem.groups * problem.inner, stride = problem.gated ? 2 * channel_count : channel_count;
   return each_strip(call, kernel, parameters, threads,
                     [&](const StripPass<S>& pass, int64_t channel, int channels, int64_t first, int64_t last, int64_t part) {
-    const Strip<S, strip_channels> in{problem.data_type, channels, channel, stride}, out{problem.data_type, channels, channel, channel_count};
+    const Strip<S, strip_channels> in{problem.data_type, channels, channel, stride};
+    const Strip<S, strip_channels> out{problem.data_type, channels, channel, channel_count};
     const Strip<S, strip_channels> factor{problem.data_type, channels, channel_count + channel, stride};
     alignas(64) Patch<S> x_buffer, g_buffer, dx_buffer, gate_buffer, values, seeds;
     alignas(64) double totals[(largest_sums + tail_sums) * strip_channels];

@@ -167,6 +167,8 @@ POLYTROPE_FUNCTION WordVector round_pair(FloatVector even, FloatVector odd) {
   return (rounded_lanes(even) >> 16) | (rounded_lanes(odd) & 0xffff0000u);
 }
 
+constexpr int element_size(int type) { return type == type_float64 ? 8 : type == type_float32 ? 4 : 2; }
+
 // ---- runs of elements ----
 
 template <class S>
@@ -255,7 +257,7 @@ struct Strip {
   // as rows of x and y often do, and a store for its cache line: fetched before, neither waits for memory.
   template <int written>
   void fetch(const void* base, int64_t row, int rows) const {
-    const int size = type == type_float64 ? 8 : type == type_float32 ? 4 : 2;
+    const int size = element_size(type);
     for (int i = 0; i < rows; ++i) {
       const char* const start = static_cast<const char*>(base) + (first + (row + i) * stride) * size;
       for (int byte = 0; byte < columns * size; byte += 64) __builtin_prefetch(start + byte, written);

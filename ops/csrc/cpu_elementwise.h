@@ -87,12 +87,10 @@ void* address(void* base, int64_t index, bool narrow) {
 }
 
 // Of kernels that read and write `tensors` tensors.
-template <class S>
-Access find_access(const Call& call, int tensors) {
+inline Access find_access(const Call& call, int tensors) {
   const Problem& problem = call.problem;
-  const bool narrow = problem.data_type == type_bfloat16;
-  const int64_t bytes = problem.outer * problem.groups * problem.inner * int64_t(narrow ? sizeof(uint16_t) : sizeof(S));
-  return {narrow, tensors * bytes > call.cache_size};
+  const int64_t bytes = problem.outer * problem.groups * problem.inner * element_size(problem.data_type);
+  return {problem.data_type == type_bfloat16, tensors * bytes > call.cache_size};
 }
 
 template <class S>
@@ -103,7 +101,7 @@ void forward_groups(const Call& call, const Kernel<S>& kernel, const double* par
   const int64_t half = problem.groups * problem.inner;
   const Layout in{problem.inner, problem.gated ? 2 * half : half}, out{problem.inner, half};
   const int type = problem.data_type;
-  const Access access = find_access<S>(call, 2);
+  const Access access = find_access(call, 2);
   const bool direct = is_direct<S>(problem), narrow = access.narrow;
   const Pass<S> first_pass(problem, kernel, parameters);  // of the first group, often the only one
   run_tasks(tasks.chunks * problem.groups, tasks.batch, threads, call.parallel_region, [&](int64_t task) {
@@ -140,7 +138,7 @@ void backward_groups(const Call& call, const Kernel<S>& kernel, const double* pa
   const int type = problem.data_type;
   const int64_t half = problem.groups * problem.inner;
   const Layout in{problem.inner, problem.gated ? 2 * half : half}, out{problem.inner, half};
-  const Access access = find_access<S>(call, 3);
+  const Access access = find_access(call, 3);
   const bool direct = is_direct<S>(problem), narrow = access.narrow;
   const Pass<S> first_pass(problem, kernel, parameters);  // of the first group, often the only one
   run_tasks(tasks.chunks * problem.groups, tasks.batch, threads, call.parallel_region, [&](int64_t task) {
