@@ -12,15 +12,19 @@ import functools
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from polytrope.ops import build, native, reference
 from polytrope.ops.families import Family, Formula, parameter_count, result_shape
+from polytrope.ops.packing import PLAIN, Packing
 
+_NEIGHBOURS = 32
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -50,32 +54,49 @@ def library_path() -> Path:
 def load(path: str) -> ctypes.CDLL:
     """A library of the interface in csrc/cuda.cu."""
     loaded = ctypes.CDLL(path)
-    pointer = ctypes.c_void_p
-    problem = ctypes.POINTER(native.Problem)
-    loaded.polytrope_cuda_activation.argtypes = [problem, *[pointer] * 7]
-    loaded.polytrope_cuda_workspace.argtypes = [problem, ctypes.c_int]
+    task = ctypes.POINTER(native.Task)
+    loaded.polytrope_cuda_activation.argtypes = [task, *[ctypes.c_void_p] * 7]
+    loaded.polytrope_cuda_workspace.argtypes = [task]
     loaded.polytrope_cuda_workspace.restype = ctypes.c_int64
     return loaded
 
 
-def is_usable(index: int | None, dtype: torch.dtype, formula: Formula) -> bool:
-    """Whether tensors of this dtype on this GPU go through a kernel; float64 never does."""
-    if dtype not in _TOLERANCES or library() is None:
-        return False
-    device = torch.cuda.current_device() if index is None else index
+class Kind(NamedTuple):
+    """What a check of a kernel holds for."""
+
+    device: int
+    dtype: torch.dtype
+    formula: Formula
+
+
+def kind_of(index: int | None, dtype: torch.dtype, formula: Formula) -> Kind:
+    """The kind of a call on the GPU of this index; None: the current one."""
     # Numbers that make a difference, whatever those of the caller are.
     interval, epsilon = (-0.9, 0.8) if formula.interval else (), 0.1 if formula.family == Family.POLYNORM else 0.0
     formula = formula._replace(interval=interval, dim=-1, epsilon=epsilon)
-    if (device, dtype, formula) not in _verified and torch.cuda.is_current_stream_capturing():
-        return False  # a check waits for the GPU, which a capture does not allow
-    if (device, dtype, formula) not in _verified:
+    return Kind(torch.cuda.current_device() if index is None else index, dtype, formula)
+
+
+def is_usable(index: int | None, dtype: torch.dtype, formula: Formula) -> bool:
+    """Whether tensors of this dtype on this GPU go through a kernel; float64 never does."""
+    return dtype in _TOLERANCES and library() is not None and is_verified(kind_of(index, dtype, formula))
+
+
+def is_verified(kind: Kind | None) -> bool:
+    """Whether the kernel agrees with the reference; found out at the first call."""
+    if kind is None:
+        return True
+    known = _verified.get(kind)
+    if known is None:
+        if torch.cuda.is_current_stream_capturing():
+            return False  # a check waits for the GPU, which a capture does not allow
         # A thread of its own: free of the caller's autocast, vmap, modes and streams.
         with ThreadPoolExecutor(1) as pool:
-            _verified[device, dtype, formula] = pool.submit(_verify, device, dtype, formula).result()
-    return _verified[device, dtype, formula]
+            known = _verified[kind] = pool.submit(_verify, *kind).result()
+    return known
 
 
-_verified: dict[tuple[int, torch.dtype, Formula], bool] = {}
+_verified: dict[Kind, bool] = {}
 
 
 def _verify(device: int, dtype: torch.dtype, formula: Formula) -> bool:
@@ -117,72 +138,153 @@ def largest_error(loaded: ctypes.CDLL, device: torch.device, dtype: torch.dtype,
         x = (1.05 * torch.sin(0.7318 * place)).to(dtype)
         leaves = (x.double().requires_grad_(), parameters.requires_grad_())
         exact = reference.evaluate(*leaves, formula)
-        found = forward(loaded, 0, x, parameters.detach(), formula)
+        parts = [parameters.detach()]
+        call = describe(loaded, x, parts, formula)
+        found = forward(call, x, parts)
         seed = (
             torch.cos(0.31 * torch.arange(exact.numel(), device=device, dtype=torch.float64))
             .view(exact.shape)
             .to(dtype)
         )
         expected = (exact, *torch.autograd.grad(exact, leaves, seed.double()))
-        gradients = backward(loaded, 0, seed, x, parameters.detach(), formula)
-        for ours, theirs in zip((found, *gradients), expected, strict=True):
+        x_gradient, part_gradients = backward(call, seed, x, parts)
+        for ours, theirs in zip((found, x_gradient, *part_gradients), expected, strict=True):
             difference = (ours.double() - theirs.detach()).abs().max() / theirs.detach().abs().max().clamp(min=1e-30)
             worst = max(worst, float(difference) if bool(difference.isfinite()) else float("inf"))
     return worst
 
 
-def current_stream(x: Tensor) -> int:
-    """The stream that torch uses on x's device now, as a number."""
-    return int(torch.cuda.current_stream(x.device).cuda_stream)
+class Call(NamedTuple):
+    """What is the same at every call with such tensors."""
+
+    formula: Formula
+    packing: Packing
+    shape: torch.Size  # of the result
+    task: native.Task
+    rows: int  # more than 0: x and the like are transposed to [-1, rows] on the way in, and back on the way out
+    workspace: int  # bytes that backward needs beside its tensors
+    library: ctypes.CDLL
+    kind: Kind | None  # None: a check itself
 
 
-def forward(loaded: ctypes.CDLL, stream: int, x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
-    """F(x), contiguous; enqueued on the stream."""
-    x = _aligned(x)
-    result = x.new_empty(result_shape(x.shape, formula))
-    if result.numel() > 0:
-        _activation(loaded, stream, None, x, parameters, formula, result, None)
-    return result
+@functools.lru_cache(maxsize=1024)
+def prepare(
+    formula: Formula,
+    packing: Packing,
+    index: int,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    part_dtypes: tuple[torch.dtype, ...],
+    part_shapes: tuple[torch.Size, ...],
+) -> Call | None:
+    """A call on the GPU of this index, as `native.prepare`; None where there is no kernel for this dtype.
+
+    Whether it `is_verified` is for the caller to ask.
+    """
+    loaded = library() if dtype in _TOLERANCES else None
+    if loaded is None:
+        return None
+    task = native.make_task(formula, packing, dtype, shape, part_dtypes, part_shapes)
+    with torch.cuda.device(index):
+        return _call(loaded, task, formula, packing, shape, kind_of(index, dtype, formula))
 
 
-def backward(
-    loaded: ctypes.CDLL, stream: int, gradient: Tensor, x: Tensor, parameters: Tensor, formula: Formula
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the packed parameters, in the dtypes of these; enqueued on the stream."""
-    gradient, x = _aligned(gradient), _aligned(x)
-    x_gradient = torch.empty_like(x)
-    parameter_gradient = torch.zeros_like(parameters, dtype=torch.float64, memory_format=torch.contiguous_format)
-    if gradient.numel() > 0:
-        _activation(loaded, stream, gradient, x, parameters, formula, x_gradient, parameter_gradient)
-    return x_gradient, parameter_gradient.to(parameters.dtype)
+def describe(loaded: ctypes.CDLL, x: Tensor, parts: Sequence[Tensor], formula: Formula) -> Call:
+    """The call of a library for these tensors, unchecked."""
+    dtypes, shapes = tuple(part.dtype for part in parts), tuple(part.shape for part in parts)
+    return _call(
+        loaded, native.make_task(formula, PLAIN, x.dtype, x.shape, dtypes, shapes), formula, PLAIN, x.shape, None
+    )
 
 
-def _activation(
-    loaded: ctypes.CDLL,
-    stream: int,
+def _call(
+    loaded: ctypes.CDLL, task: native.Task, formula: Formula, packing: Packing, shape: torch.Size, kind: Kind | None
+) -> Call:
+    problem, rows = task.problem, 0
+    if problem.groups > 1 and problem.inner < min(_NEIGHBOURS, problem.outer):
+        # A group's elements are too few side by side to be read well; transposed, they all are neighbours.
+        rows = problem.outer
+        problem.outer, problem.inner = 1, problem.outer * problem.inner
+    size = loaded.polytrope_cuda_workspace(task)
+    return Call(formula, packing, result_shape(shape, formula), task, rows, size, loaded, kind)
+
+
+def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """F(x), contiguous, of the shape `call.shape` and of x's dtype; enqueued on the current stream.
+
+    Args:
+        call: prepared for tensors like these.
+        x: any strides.
+        parts: of the parameters, any strides.
+
+    Raises:
+        RuntimeError: no kernel for this family, or the launch failed.
+    """
+    result = x.new_empty((call.shape.numel() // call.rows, call.rows) if call.rows else call.shape)
+    if result.numel() == 0:
+        return result.view(call.shape)
+    _run(call, None, _enter(call, x), [part.contiguous() for part in parts], result, None, None)
+    return _leave(call, result, call.shape)
+
+
+def backward(call: Call, gradient: Tensor, x: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of x and of the parts, in the shapes and dtypes of these; enqueued on the current stream.
+
+    Args:
+        call: prepared for tensors like these.
+        gradient: of F(x), in its shape and dtype; any strides, as those of x and the parts.
+
+    Raises:
+        RuntimeError: no kernel for this family, or the launch failed.
+    """
+    shape, parts = x.shape, [part.contiguous() for part in parts]
+    if gradient.numel() == 0:
+        return x.new_empty(shape), [torch.zeros_like(part) for part in parts]
+    gradient, x = _enter(call, gradient), _enter(call, x)
+    x_gradient, part_gradients = torch.empty_like(x), [torch.empty_like(part) for part in parts]
+    workspace = torch.empty(call.workspace, dtype=torch.uint8, device=x.device)
+    _run(call, gradient, x, parts, x_gradient, workspace, part_gradients)
+    return _leave(call, x_gradient, shape), part_gradients
+
+
+def _run(
+    call: Call,
     gradient: Tensor | None,
     x: Tensor,
-    parameters: Tensor,
-    formula: Formula,
+    parts: Sequence[Tensor],
     result: Tensor,
-    parameter_gradient: Tensor | None,
+    workspace: Tensor | None,
+    part_gradients: Sequence[Tensor] | None,
 ) -> None:
-    problem = native.make_problem(x.dtype, x.shape, len(parameters), formula)
-    wide = parameters.double().contiguous()
-    size = loaded.polytrope_cuda_workspace(problem, gradient is not None)
-    workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    tensors = (gradient, x, wide, result, workspace, parameter_gradient)
-    _check(loaded.polytrope_cuda_activation(problem, *map(_address, tensors), stream))
+    arguments = (
+        call.task,
+        None if gradient is None else gradient.data_ptr(),
+        x.data_ptr(),
+        native.addresses(parts),
+        result.data_ptr(),
+        None if workspace is None else workspace.data_ptr(),
+        None if part_gradients is None else native.addresses(part_gradients),
+    )
+    if not x.is_cuda:  # the tests run the sources on a CPU
+        _check(call.library.polytrope_cuda_activation(*arguments, None))
+        return
+    index = x.get_device()
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    if index == torch.cuda.current_device():
+        _check(call.library.polytrope_cuda_activation(*arguments, stream))
+        return
+    with torch.cuda.device(index):
+        _check(call.library.polytrope_cuda_activation(*arguments, stream))
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, beginning at a multiple of 16 bytes."""
-    x = x.contiguous()
+def _enter(call: Call, x: Tensor) -> Tensor:
+    """As a kernel takes it: contiguous, beginning at a multiple of 16 bytes, transposed where the call is."""
+    x = (x.reshape(call.rows, -1).t() if call.rows else x).contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _leave(call: Call, result: Tensor, shape: torch.Size) -> Tensor:
+    return result.t().contiguous().view(shape) if call.rows else result
 
 
 def _check(status: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polytrope.ops import kernels, native
+from polytrope.ops import cuda, kernels, native
 from polytrope.ops.families import MAX_DEGREE, MAX_PIECES, Family, Formula
 from polytrope.ops.packing import PLAIN, Packing
 
@@ -240,10 +240,11 @@ def _apply(
 ) -> Tensor:
     interval = check_interval(interval)
     shapes = tuple([part.shape for part in parts])
-    if kernels.is_plain(x, *parts) and kernels.has_kernel("cpu", None, x.dtype):
+    if kernels.is_plain(x, *parts) and (x.is_cuda or kernels.has_kernel("cpu", None, x.dtype)):
         dtypes = tuple([part.dtype for part in parts])
-        call = _prepare(family, x.dtype, x.shape, dtypes, shapes, dim, interval, glu, float(epsilon))
-        if call is not None:
+        index = x.get_device()  # -1: the CPU
+        call = _prepare(family, index, x.dtype, x.shape, dtypes, shapes, dim, interval, glu, float(epsilon))
+        if isinstance(call, native.Call) or (call is not None and cuda.is_verified(call.kind)):
             return kernels.call_directly(call, x, parts)
     if any(part.is_complex() for part in parts):
         raise TypeError(f"coefficients: expected real numbers, got {', '.join(str(part.dtype) for part in parts)}")
@@ -254,6 +255,7 @@ def _apply(
 @functools.lru_cache(maxsize=1024)
 def _prepare(
     family: Family,
+    index: int,
     dtype: torch.dtype,
     shape: torch.Size,
     part_dtypes: tuple[torch.dtype, ...],
@@ -262,11 +264,13 @@ def _prepare(
     interval: Interval | None,
     glu: bool,
     epsilon: float,
-) -> native.Call | None:
-    """None where the parameters are not of a dtype that kernels read, such as integers."""
+) -> native.Call | cuda.Call | None:
+    """None where the parameters are not of a dtype that kernels read, such as integers, or a GPU has no kernel."""
     if any(part not in native.DATA_TYPES for part in part_dtypes):
         return None
     formula, packing = _describe(family, dtype, shape, part_shapes, dim, interval, glu, epsilon)
+    if index >= 0:
+        return cuda.prepare(formula, packing, index, dtype, shape, part_dtypes, part_shapes)
     return native.prepare(formula, packing, dtype, shape, part_dtypes, part_shapes)
 
 

@@ -46,18 +46,23 @@ def _goes_through_kernel(x: Tensor, formula: Formula) -> bool:
     return all(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
-def _keys_of_plain_tensors() -> set[int]:
-    """Dispatch keys of a dense CPU tensor that is no view by negation or conjugation, and that no transform wraps."""
+def _keys_of_plain_tensors(device: str) -> set[int]:
+    """Dispatch keys of a dense tensor that is no view by negation or conjugation, and that no transform wraps."""
     with torch._C._DisableTorchDispatch():
         made = []
         for inference in (False, True):
             with torch.inference_mode(inference):
-                made.append(torch.empty(0, device="cpu"))
+                made.append(torch.empty(0, device=device))
     return {torch._C._dispatch_keys(tensor).raw_repr() for tensor in made}
 
 
+@functools.cache
+def _keys_of_plain_gpu_tensors() -> set[int]:
+    return _keys_of_plain_tensors("cuda")
+
+
 # Looked up here, once: what is_plain and call_directly do is done in every call of an activation.
-_PLAIN_TYPES, _PLAIN_KEYS = (Tensor, torch.nn.Parameter), _keys_of_plain_tensors()
+_PLAIN_TYPES, _PLAIN_KEYS = (Tensor, torch.nn.Parameter), _keys_of_plain_tensors("cpu")
 _dispatch_keys = torch._C._dispatch_keys
 _is_compiling = torch.compiler.is_compiling
 _transforms_are_active = torch._C._are_functorch_transforms_active
@@ -66,19 +71,27 @@ _get_tracing_state = torch._C._get_tracing_state
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether nothing but autograd looks at operators on these CPU tensors: no compiler, tracer, transform or mode."""
+    """Whether nothing but autograd looks at operators on these tensors: no compiler, tracer, transform or mode.
+
+    They are all on the CPU, or all on one GPU.
+    """
     if _is_compiling() or _transforms_are_active():
         return False
+    keys = _PLAIN_KEYS
+    if tensors[0].is_cuda:
+        keys, index = _keys_of_plain_gpu_tensors(), tensors[0].get_device()
+        if any(tensor.get_device() != index for tensor in tensors):
+            return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or _dispatch_keys(tensor).raw_repr() not in _PLAIN_KEYS:
+        if type(tensor) not in _PLAIN_TYPES or _dispatch_keys(tensor).raw_repr() not in keys:
             return False
     return _count_dispatch_modes() == 0 and _get_tracing_state() is None
 
 
 @functools.cache
-def _constant(packing: Packing) -> Tensor | None:
+def _constant(packing: Packing, device: torch.device) -> Tensor | None:
     with torch.inference_mode(False):
-        return packing.constant(torch.device("cpu"))
+        return packing.constant(device)
 
 
 class _Direct(torch.autograd.Function):
@@ -89,20 +102,23 @@ class _Direct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: native.Call, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, call: native.Call | cuda.Call, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(x, *parts)
         ctx.call = call
-        return native.forward(call, x, parts)
+        return native.forward(call, x, parts) if isinstance(call, native.Call) else cuda.forward(call, x, parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (x, *parts), call = gradients, ctx.saved_tensors, ctx.call
         if torch.is_grad_enabled() or not is_plain(gradient, x, *parts):
-            factors = _constant(call.packing)
+            factors = _constant(call.packing, x.device)
             backward, packed = torch.ops.polytrope.activation_backward, call.packing.pack(parts, factors)
             x_gradient, packed_gradient = backward(gradient, x, packed, *_listed(call.formula))
             return (x_gradient, None, *call.packing.unpack(packed_gradient, parts, factors))
-        x_gradient, part_gradients = native.backward(call, gradient, x, parts)
+        if isinstance(call, native.Call):
+            x_gradient, part_gradients = native.backward(call, gradient, x, parts)
+        else:
+            x_gradient, part_gradients = cuda.backward(call, gradient, x, parts)
         return (x_gradient, None, *part_gradients)
 
 
@@ -110,7 +126,7 @@ class _Direct(torch.autograd.Function):
 _apply_directly = super(torch.autograd.Function, _Direct).apply
 
 
-def call_directly(call: native.Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
+def call_directly(call: native.Call | cuda.Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """F(x) for tensors that `is_plain` says yes to, where there is a kernel."""
     result: Tensor = _apply_directly(x, call, *parts)  # type: ignore[no-untyped-call]
     return result
@@ -145,25 +161,27 @@ def _backward(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) 
     return x_gradient, parameter_gradient
 
 
-def _on_gpu(function: Callable[..., Any], tensors: int) -> Callable[..., Any]:
-    """The operator's form on GPUs: a function of `cuda`, whose operator has `tensors` tensors before its options."""
+def _prepare_on_gpu(x: Tensor, parameters: Tensor, formula: Formula) -> cuda.Call:
+    call = cuda.prepare(formula, PLAIN, x.get_device(), x.dtype, x.shape, (parameters.dtype,), (parameters.shape,))
+    if call is None or not cuda.is_verified(call.kind):
+        raise RuntimeError(f"polytrope has no CUDA kernel for {formula} and {x.dtype}; polytrope.ops.functional does")
+    return call
 
-    def run(*arguments: Any) -> Any:
-        x, formula = arguments[tensors - 2], _formula(arguments[tensors:])
-        if not cuda.is_usable(x.device.index, x.dtype, formula):
-            raise RuntimeError(
-                f"polytrope has no CUDA kernel for {formula} and {x.dtype}; polytrope.ops.functional does"
-            )
-        with torch.cuda.device(x.device):
-            return function(cuda.library(), cuda.current_stream(x), *arguments[:tensors], formula)
 
-    return run
+def _forward_on_gpu(x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:
+    return cuda.forward(_prepare_on_gpu(x, parameters, _formula(arguments)), x, (parameters,))
+
+
+def _backward_on_gpu(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    call = _prepare_on_gpu(x, parameters, _formula(arguments))
+    x_gradient, (parameter_gradient,) = cuda.backward(call, gradient, x, (parameters,))
+    return x_gradient, parameter_gradient
 
 
 _LIBRARY.impl("activation", _forward, "CPU")
 _LIBRARY.impl("activation_backward", _backward, "CPU")
-_LIBRARY.impl("activation", _on_gpu(cuda.forward, 2), "CUDA")
-_LIBRARY.impl("activation_backward", _on_gpu(cuda.backward, 3), "CUDA")
+_LIBRARY.impl("activation", _forward_on_gpu, "CUDA")
+_LIBRARY.impl("activation_backward", _backward_on_gpu, "CUDA")
 
 
 def _forward_fake(x: Tensor, _parameters: Tensor, *arguments: Any) -> Tensor:

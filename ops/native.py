@@ -18,7 +18,7 @@ from polytrope.ops.families import Family, Formula, result_shape
 from polytrope.ops.packing import Packing
 
 DATA_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-MOST_PARTS = 4
+MOST_PARTS, MOST_FACTORS = 4, 64
 _FAILURES = {1: "no kernel for this family and degree", 2: "out of memory"}
 
 
@@ -41,23 +41,29 @@ class Problem(ctypes.Structure):
     )
 
 
-class _Parts(ctypes.Structure):
-    """`Parts` of csrc/cpu_call.h."""
+class Parts(ctypes.Structure):
+    """`Parts` of csrc/problem.h."""
 
     _fields_ = (
         ("count", ctypes.c_int32),
         ("types", ctypes.c_int32 * MOST_PARTS),
         ("sizes", ctypes.c_int64 * MOST_PARTS),
-        ("factors", ctypes.POINTER(ctypes.c_double)),
+        ("scaled", ctypes.c_int32),
+        ("factors", ctypes.c_double * MOST_FACTORS),
     )
+
+
+class Task(ctypes.Structure):
+    """`Task` of csrc/problem.h."""
+
+    _fields_ = (("problem", Problem), ("parts", Parts))
 
 
 class _Call(ctypes.Structure):
     """`Call` of csrc/cpu_call.h."""
 
     _fields_ = (
-        ("problem", Problem),
-        ("parts", _Parts),
+        ("task", Task),
         ("cache_size", ctypes.c_int64),
         ("parallel_region", ctypes.c_void_p),
     )
@@ -86,6 +92,26 @@ def make_problem(dtype: torch.dtype, shape: torch.Size, groups: int, formula: Fo
         *(formula.interval or (0.0, 0.0)),
         formula.epsilon,
     )
+
+
+def make_task(
+    formula: Formula,
+    packing: Packing,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    part_dtypes: Sequence[torch.dtype],
+    part_shapes: Sequence[torch.Size],
+) -> Task:
+    """What a kernel computes for a contiguous x of this dtype and shape and parts like these; see `prepare`."""
+    groups = packing.groups(part_shapes)
+    parts = Parts(
+        len(part_shapes),
+        (ctypes.c_int32 * MOST_PARTS)(*(DATA_TYPES[part] for part in part_dtypes)),
+        (ctypes.c_int64 * MOST_PARTS)(*(part.numel() // groups for part in part_shapes)),
+        bool(packing.factors),
+        (ctypes.c_double * MOST_FACTORS)(*packing.factors),
+    )
+    return Task(make_problem(dtype, shape, groups, formula), parts)
 
 
 @functools.cache
@@ -161,19 +187,8 @@ def prepare(
     library = cpu_library()
     if library is None:
         raise RuntimeError("polytrope has no compiled kernels here; polytrope.ops.functional does without")
-    groups = packing.groups(part_shapes)
-    factors = (ctypes.c_double * len(packing.factors))(*packing.factors) if packing.factors else None
-    structure = _Call(
-        make_problem(dtype, shape, groups, formula),
-        _Parts(
-            len(part_shapes),
-            (ctypes.c_int32 * MOST_PARTS)(*(DATA_TYPES[part] for part in part_dtypes)),
-            (ctypes.c_int64 * MOST_PARTS)(*(part.numel() // groups for part in part_shapes)),
-            factors,
-        ),
-        last_level_cache(),
-        _parallel_region(),
-    )
+    task = make_task(formula, packing, dtype, shape, part_dtypes, part_shapes)
+    structure = _Call(task, last_level_cache(), _parallel_region())
     width = "float64" if dtype == torch.float64 else "float32"
     kind = "polynorm" if formula.family == Family.POLYNORM else width
     functions = (getattr(library, f"polytrope_{direction}_{kind}") for direction in ("forward", "backward"))
@@ -201,7 +216,7 @@ def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
     result = x.new_empty(call.shape)
     if result.numel() > 0:
         status = call.forward(
-            call.structure, x.data_ptr(), _addresses(parts), result.data_ptr(), torch.get_num_threads()
+            call.structure, x.data_ptr(), addresses(parts), result.data_ptr(), torch.get_num_threads()
         )
         _check(status, call)
     return result
@@ -226,16 +241,17 @@ def backward(call: Call, gradient: Tensor, x: Tensor, parts: Sequence[Tensor]) -
         call.structure,
         gradient.data_ptr(),
         x.data_ptr(),
-        _addresses(parts),
+        addresses(parts),
         x_gradient.data_ptr(),
-        _addresses(part_gradients),
+        addresses(part_gradients),
         torch.get_num_threads(),
     )
     _check(status, call)
     return x_gradient, part_gradients
 
 
-def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """Of each tensor's first element, as a C array."""
     return _Addresses(*[tensor.data_ptr() for tensor in tensors])
 
 

@@ -61,7 +61,7 @@ template <class S>
 struct ChannelKernel {
   void (*forward)(const S*, int64_t, S*, int64_t, int, int, const Vector<S>*, int, int);
   void (*backward)(const S*, int64_t, const S*, int64_t, S*, int64_t, int, int, const Vector<S>*, double*, int, int);
-  void (*prepare)(const double*, S*, int, int);
+  void (*prepare)(const double*, S*, int, int, Share);
   int table;  // entries
 };
 
@@ -127,7 +127,7 @@ struct StripPass {
       const int64_t group = (first + std::min(c, channels - 1)) / problem.inner;
       const double* const own = parameters + group * group_kernel.parameters;
       if (own != prepared) {
-        kernel.prepare(own, table, n, m);
+        kernel.prepare(own, table, n, m, {});
         if (problem.tails) {
           low = group_kernel.tangent(own, problem.low, n, m);
           high = group_kernel.tangent(own, problem.high, n, m);

@@ -185,8 +185,8 @@ template <class S>
 int forward(const Call& call, const void* x, const void* const* parts, void* y, int threads) {
   const Problem& problem = call.problem;
   const Kernel<S> kernel = find_kernel<S>(problem);
-  if (!kernel.forward || kernel.parameters != call.parts.width()) return 1;
-  const std::unique_ptr<double[]> parameters = call.parts.pack(problem.groups, parts);
+  if (!kernel.forward || kernel.parameters != width_of(call.parts)) return 1;
+  const std::unique_ptr<double[]> parameters = pack(call.parts, problem.groups, parts);
   if (!parameters) return 2;
   if (is_by_channel(problem)) return forward_channels(call, kernel, parameters.get(), x, y, threads);
   forward_groups(call, kernel, parameters.get(), x, y, threads);
@@ -198,13 +198,13 @@ int backward(const Call& call, const void* g, const void* x, const void* const* 
              int threads) {
   const Problem& problem = call.problem;
   const Kernel<S> kernel = find_kernel<S>(problem);
-  if (!kernel.backward || kernel.parameters != call.parts.width()) return 1;
+  if (!kernel.backward || kernel.parameters != width_of(call.parts)) return 1;
   const bool by_channel = is_by_channel(problem);
   // Of partial[piece, group, channel of the group, sum]; where groups are not computed by channel, all channels are one.
   const int64_t pieces = by_channel ? strip_parts(problem) : Tasks(problem).chunks;
   const int64_t channels = by_channel ? problem.inner : 1;
   const int sums = kernel.sums + (problem.tails ? tail_sums : 0);
-  const std::unique_ptr<double[]> parameters = call.parts.pack(problem.groups, parts);
+  const std::unique_ptr<double[]> parameters = pack(call.parts, problem.groups, parts);
   const std::unique_ptr<double[]> gradient(new (std::nothrow) double[size_t(problem.groups * kernel.parameters) + 1]);
   const std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(pieces * problem.groups * channels * sums) + 1]);
   if (!parameters || !gradient || !partial) return 2;
@@ -227,9 +227,10 @@ int backward(const Call& call, const void* g, const void* x, const void* const* 
       kernel.add_tail(own, problem.low, values[0], values[1], total, problem.degree, problem.second_degree);
       kernel.add_tail(own, problem.high, values[2], values[3], total, problem.degree, problem.second_degree);
     }
-    kernel.finish(total, own, gradient.get() + group * kernel.parameters, problem.degree, problem.second_degree);
+    kernel.finish(total, own, gradient.get() + group * kernel.parameters, problem.degree, problem.second_degree,
+                  {});
   }
-  call.parts.unpack(problem.groups, gradient.get(), part_gradients);
+  unpack(call.parts, problem.groups, gradient.get(), part_gradients);
   return 0;
 }
 

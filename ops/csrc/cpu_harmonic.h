@@ -79,9 +79,9 @@ struct HarmonicPieces {
       for (int j = 0; j < pieces; ++j) t[p * pieces + j] = float(total[p][j]);
   }
   template <class S>
-  static void prepare(const double* raw, S* t, int n, int m) {
+  static void prepare(const double* raw, S* t, int n, int m, Share share = {}) {
     if constexpr (std::is_same_v<S, double>) {
-      HarmonicPowers::prepare(raw, t, n, m);
+      HarmonicPowers::prepare(raw, t, n, m, share);
     } else {
       double alpha[highest], beta[highest];
       for (int k = 1; k <= n; ++k) {
@@ -143,8 +143,9 @@ struct HarmonicPieces {
   POLYTROPE_FUNCTION static void add(Float16 g, Float16 s, Float16 c, Float16* sums, int n) {
     HarmonicPowers::add(g, s, c, sums, n);
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double* raw, double* gradient, int n, int m) {
-    HarmonicPowers::finish(sums, raw, gradient, n, m);
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double* raw, double* gradient, int n, int m,
+                                        Share share = {}) {
+    HarmonicPowers::finish(sums, raw, gradient, n, m, share);
   }
 
   // For the tangents outside an interval, in float64.

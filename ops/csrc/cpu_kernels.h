@@ -120,8 +120,8 @@ template <class S>
 struct Kernel {
   void (*forward)(const void*, void*, int, Access, const S*, int, int);
   void (*backward)(const void*, const void*, void*, int, Access, const S*, double*, int, int);
-  void (*prepare)(const double*, S*, int, int);
-  void (*finish)(const double*, const double*, double*, int, int);
+  void (*prepare)(const double*, S*, int, int, Share);
+  void (*finish)(const double*, const double*, double*, int, int, Share);
   Tangent (*tangent)(const double*, double, int, int);
   void (*add_tail)(const double*, double, double, double, double*, int, int);
   int parameters, sums;
@@ -196,7 +196,7 @@ struct Pass {
   Tangent left{}, right{};
 
   Pass(const Problem& problem, const Kernel<S>& kernel, const double* parameters) : problem(problem), kernel(kernel) {
-    kernel.prepare(parameters, table, problem.degree, problem.second_degree);
+    kernel.prepare(parameters, table, problem.degree, problem.second_degree, {});
     if (!problem.tails) return;
     left = kernel.tangent(parameters, problem.low, problem.degree, problem.second_degree);
     right = kernel.tangent(parameters, problem.high, problem.degree, problem.second_degree);

@@ -66,7 +66,7 @@ template <class S, int D>
 int polynorm_forward(const Call& call, const void* x, const void* const* parts, void* y, int threads) {
   using V = Vector<S>;
   const int64_t rows = call.problem.outer, columns = call.problem.inner, step = rows_per_task(columns);
-  const std::unique_ptr<double[]> parameters = call.parts.pack(1, parts);
+  const std::unique_ptr<double[]> parameters = pack(call.parts, 1, parts);
   if (!parameters) return 2;
   run_tasks((rows + step - 1) / step, 1, threads, call.parallel_region, [&](int64_t task) {
     const int n = D ? D : call.problem.degree;
@@ -104,7 +104,7 @@ int polynorm_backward(const Call& call, const void* g, const void* x, const void
   const int degree = call.problem.degree;
   const int64_t rows = call.problem.outer, columns = call.problem.inner, step = rows_per_task(columns);
   const int64_t tasks = (rows + step - 1) / step;
-  const std::unique_ptr<double[]> parameters = call.parts.pack(1, parts);
+  const std::unique_ptr<double[]> parameters = pack(call.parts, 1, parts);
   const std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(tasks * (degree + 1))]());
   if (!parameters || !partial) return 2;
   run_tasks(tasks, 1, threads, call.parallel_region, [&](int64_t task) {
@@ -147,7 +147,7 @@ int polynorm_backward(const Call& call, const void* g, const void* x, const void
   double gradient[moments] = {};
   for (int64_t task = 0; task < tasks; ++task)
     for (int k = 0; k <= degree; ++k) gradient[k] += partial[task * (degree + 1) + k];
-  call.parts.unpack(1, gradient, part_gradients);
+  unpack(call.parts, 1, gradient, part_gradients);
   return 0;
 }
 
@@ -160,7 +160,7 @@ extern "C" {
 int polytrope_forward_polynorm(const polytrope::Call* call, const void* x, const void* const* parts, void* y, int threads) {
   using namespace polytrope;
   const int degree = call->problem.degree;
-  if (degree < 1 || degree > max_degree || call->parts.width() != degree + 1) return 1;
+  if (degree < 1 || degree > max_degree || width_of(call->parts) != degree + 1) return 1;
   const auto narrow = degree == 3 ? polynorm_forward<float, 3> : polynorm_forward<float, 0>;
   const auto run = call->problem.data_type == type_float64 ? polynorm_forward<double, 0> : narrow;
   return run(*call, x, parts, y, threads);
@@ -170,7 +170,7 @@ int polytrope_backward_polynorm(const polytrope::Call* call, const void* gradien
                                 void* x_gradient, void* const* part_gradients, int threads) {
   using namespace polytrope;
   const int degree = call->problem.degree;
-  if (degree < 1 || degree > max_degree || call->parts.width() != degree + 1) return 1;
+  if (degree < 1 || degree > max_degree || width_of(call->parts) != degree + 1) return 1;
   const auto narrow = degree == 3 ? polynorm_backward<float, 3> : polynorm_backward<float, 0>;
   const auto run = call->problem.data_type == type_float64 ? polynorm_backward<double, 0> : narrow;
   return run(*call, gradient, x, parts, x_gradient, part_gradients, threads);

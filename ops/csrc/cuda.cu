@@ -23,16 +23,24 @@ int dispatch(const Problem& p, const Call& c) {
   }
 }
 
-// No family has a larger table, or more sums.
-constexpr int64_t largest_function = function_size<PiecewiseLinear>;
-constexpr int64_t most_sums = PiecewiseLinear::largest_sums + tail_sums;
-static_assert(Fourier::largest_table <= PiecewiseLinear::largest_table && Fourier::largest_sums <= 2 * max_pieces);
+// At least as many as the family's.
+int64_t sums_of(const Problem& p) {
+  switch (p.family) {
+    case family_fourier: return Fourier::sums(p.degree, 0);
+    case family_harmonic: return Harmonic::sums(p.degree, 0);
+    case family_tropical_rational: return TropicalRational::sums(p.degree, 0);
+    case family_piecewise_linear: return PiecewiseLinear::sums(p.degree, 0);
+    default: return Rational::sums(p.degree, p.second_degree);
+  }
+}
 
-int64_t function_bytes(const Problem& p) { return p.groups * largest_function * 4; }
+// No family has more parameters.
+static_assert(TropicalRational::largest_table <= Function<PiecewiseLinear>::most_parameters);
 
-int64_t partial_bytes(const Problem& p) {
-  if (p.family == family_polynorm) return polynorm_partial_bytes(p);
-  return p.groups * columns_of(p, most_blocks()) * most_sums * 8;
+Parameters with_pointers(const Parts& parts, const void* const* pointers) {
+  Parameters parameters{parts, {}};
+  for (int part = 0; pointers && part < parts.count; ++part) parameters.pointers[part] = const_cast<void*>(pointers[part]);
+  return parameters;
 }
 
 }  // namespace
@@ -40,22 +48,21 @@ int64_t partial_bytes(const Problem& p) {
 
 extern "C" {
 
-// Bytes that a call needs beside its tensors: tables, and with `backward` partial sums.
-int64_t polytrope_cuda_workspace(const polytrope::Problem* problem, int backward) {
+// Bytes that backward needs beside its tensors, for the sums of each block.
+int64_t polytrope_cuda_workspace(const polytrope::Task* task) {
   using namespace polytrope;
-  return function_bytes(*problem) + (backward ? partial_bytes(*problem) : 0);
+  if (task->problem.family == family_polynorm) return polynorm_partial_bytes(task->problem);
+  return task->problem.groups * columns_of(task->problem, most_blocks()) * (sums_of(task->problem) + tail_sums) * 8;
 }
 
-// `gradient` null: forward, and `result` is y; else it is the gradient of x. All pointers are device pointers at multiples
-// of 16 bytes. 0: enqueued on the stream; 1: no such kernel; 3: a launch failed.
-int polytrope_cuda_activation(const polytrope::Problem* problem, const void* gradient, const void* x,
-                              const double* parameters, void* result, void* workspace, double* parameter_gradient,
-                              void* stream) {
+// `gradient` null: forward, `result` is y, and there is neither workspace nor part gradients; else `result` is the gradient
+// of x. x, gradient and result are device pointers at multiples of 16 bytes, those of the parts at any place.
+// 0: enqueued on the stream; 1: no such kernel; 3: a launch failed.
+int polytrope_cuda_activation(const polytrope::Task* task, const void* gradient, const void* x, const void* const* parts,
+                              void* result, void* workspace, void* const* part_gradients, void* stream) {
   using namespace polytrope;
-  char* const bytes = static_cast<char*>(workspace);
-  return dispatch(*problem, {gradient, x, parameters, result, reinterpret_cast<float*>(bytes),
-                             reinterpret_cast<double*>(bytes + function_bytes(*problem)), parameter_gradient,
-                             static_cast<cudaStream_t>(stream)});
+  return dispatch(task->problem, {gradient, x, with_pointers(task->parts, parts), result, static_cast<double*>(workspace),
+                                  with_pointers(task->parts, part_gradients), static_cast<cudaStream_t>(stream)});
 }
 
 }  // extern "C"

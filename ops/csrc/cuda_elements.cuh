@@ -17,7 +17,7 @@ constexpr int threads = POLYTROPE_CUDA_THREADS;
 constexpr int threads = 256;
 #endif
 constexpr int warps = threads / 32;
-constexpr int width = 8;      // elements that a thread takes at a time: 16 bytes of bfloat16
+constexpr int width = 8;      // elements that a thread takes at a time
 constexpr int tail_sums = 4;  // sums of g and of g (x - end), on the left and on the right
 
 __device__ __forceinline__ float read(const void* base, int type, int64_t index) {
@@ -32,26 +32,41 @@ __device__ __forceinline__ void write(void* base, int type, int64_t index, float
   else static_cast<__half*>(base)[index] = __float2half_rn(value);
 }
 
-// Eight elements from `index` on, which is a multiple of eight; the tensors begin at multiples of 16 bytes.
-__device__ __forceinline__ void read_eight(const void* base, int type, int64_t index, float* values) {
+// Eight elements as they lie in memory: 16 bytes, of float32 32. Loads are kept apart from conversions, so that all that
+// a thread wants is on its way before it waits for any of it.
+struct Packet {
+  uint4 low, high;
+};
+
+// From `index` on, which is a multiple of eight; the tensors begin at multiples of 16 bytes.
+__device__ __forceinline__ Packet fetch(const void* base, int type, int64_t index) {
+  Packet packet;
   if (type == type_float32) {
-    const float4* source = reinterpret_cast<const float4*>(static_cast<const float*>(base) + index);
-    const float4 a = source[0], b = source[1];
-    values[0] = a.x, values[1] = a.y, values[2] = a.z, values[3] = a.w;
-    values[4] = b.x, values[5] = b.y, values[6] = b.z, values[7] = b.w;
-    return;
+    const uint4* source = reinterpret_cast<const uint4*>(static_cast<const float*>(base) + index);
+    packet.low = __ldcs(source);
+    packet.high = __ldcs(source + 1);
+  } else {
+    packet.low = __ldcs(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + index));
   }
-  const uint4 packed = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + index);
-  const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
+  return packet;
+}
+
+__device__ __forceinline__ void unpack(const Packet& packet, int type, float* values) {
+  const uint32_t words[8] = {packet.low.x,  packet.low.y,  packet.low.z,  packet.low.w,
+                             packet.high.x, packet.high.y, packet.high.z, packet.high.w};
+  if (type == type_bfloat16) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (type == type_bfloat16) {
-      values[2 * k] = __uint_as_float(words[k] << 16);
-      values[2 * k + 1] = __uint_as_float(words[k] & 0xffff0000u);
-    } else {
-      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[k]));
-      values[2 * k] = pair.x;
-      values[2 * k + 1] = pair.y;
+    for (int k = 0; k < width; ++k)
+      values[k] = __uint_as_float(k % 2 ? words[k / 2] & 0xffff0000u : words[k / 2] << 16);
+  } else if (type == type_float32) {
+#pragma unroll
+    for (int k = 0; k < width; ++k) values[k] = __uint_as_float(words[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < width; k += 2) {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[k / 2]));
+      values[k] = pair.x;
+      values[k + 1] = pair.y;
     }
   }
 }
@@ -64,18 +79,55 @@ __device__ __forceinline__ void write_eight(void* base, int type, int64_t index,
     return;
   }
   uint32_t words[4];
+  if (type == type_bfloat16) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (type == type_bfloat16) {
+    for (int k = 0; k < 4; ++k) {
       const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * k], values[2 * k + 1]);
       words[k] = *reinterpret_cast<const uint32_t*>(&pair);
-    } else {
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
       const __half2 pair = __floats2half2_rn(values[2 * k], values[2 * k + 1]);
       words[k] = *reinterpret_cast<const uint32_t*>(&pair);
     }
   }
   *reinterpret_cast<uint4*>(static_cast<uint16_t*>(base) + index) = make_uint4(words[0], words[1], words[2], words[3]);
 }
+
+// The parameters of all groups, or the gradients of these.
+struct Parameters {
+  Parts parts;
+  void* pointers[most_parts];
+
+  struct Place {
+    int part;
+    int64_t index;
+  };
+  __device__ __forceinline__ Place find(int64_t group, int k) const {
+    int part = 0;
+    while (k >= parts.sizes[part]) k -= int(parts.sizes[part++]);
+    return {part, group * parts.sizes[part] + k};
+  }
+  __device__ __forceinline__ double factor(int k) const { return parts.scaled ? parts.factors[k] : 1.0; }
+
+  // Packed parameter k of a group.
+  __device__ __forceinline__ double get(int64_t group, int k) const {
+    const Place place = find(group, k);
+    const int type = parts.types[place.part];
+    const void* pointer = pointers[place.part];
+    const double value =
+        type == type_float64 ? static_cast<const double*>(pointer)[place.index] : double(read(pointer, type, place.index));
+    return value * factor(k);
+  }
+  __device__ __forceinline__ void set(int64_t group, int k, double value) const {
+    const Place place = find(group, k);
+    const int type = parts.types[place.part];
+    value *= factor(k);
+    if (type == type_float64) static_cast<double*>(pointers[place.part])[place.index] = value;
+    else write(pointers[place.part], type, place.index, float(value));
+  }
+};
 
 // The sum over a warp, the same order every time; valid in its first lane.
 __device__ __forceinline__ double warp_sum(double value) {
@@ -85,7 +137,7 @@ __device__ __forceinline__ double warp_sum(double value) {
 }
 
 // Adds up, over the block, `values`[0 … count) of all threads; thread k then gives its sum to keep(k, sum).
-// `shared` holds warps * count numbers; count is at most `threads`. All threads of a block call it together.
+// `shared` holds warps * count numbers. All threads of a block call it together.
 template <class Keep>
 __device__ __forceinline__ void block_sums(const float* values, int count, double* shared, Keep keep) {
 #pragma unroll
@@ -102,13 +154,18 @@ __device__ __forceinline__ void block_sums(const float* values, int count, doubl
   __syncthreads();
 }
 
-// total[k] = sum of rows[k * blocks …][0 … blocks), a warp for each k; `total` is shared.
+// Threads of the one block that adds up those of a launch: a warp for each of the sums of most families.
+constexpr int finish_threads = 2 * threads;
+
+// total[k] = sum of rows[k * blocks …][0 … blocks), a warp for each k; `total` is shared. Little code, as it runs once: most
+// of the time goes into fetching instructions.
 __device__ __forceinline__ void add_up_blocks(const double* rows, int count, int blocks, double* total) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int k = warp; k < count; k += warps) {
+  for (int k = warp; k < count; k += finish_threads / 32) {
+    const double* row = rows + int64_t(k) * blocks;
     double part = 0;
-#pragma unroll 8
-    for (int block = lane; block < blocks; block += 32) part += rows[int64_t(k) * blocks + block];
+#pragma unroll 4
+    for (int block = lane; block < blocks; block += 32) part += row[block];
     part = warp_sum(part);
     if (lane == 0) total[k] = part;
   }

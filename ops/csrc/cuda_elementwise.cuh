@@ -1,9 +1,10 @@
 // The CUDA kernels of the elementwise families, with V = float of families.h.
 //
-// A small launch first turns the packed parameters into each group's table (in float64, rounded once). The main launch
-// then goes over x once, every thread 8 neighbouring elements at a time. Backward keeps its sums in registers and adds
-// them up within the block; a last launch adds up the blocks. All sums are taken in a fixed order, without atomics: the
-// same bits every time on the same model of GPU, whose number of multiprocessors decides the number of blocks.
+// One launch goes over x once, every thread 8 neighbouring elements at a time, of which the next are on their way while it
+// computes. Every block first turns the packed parameters into its group's table (in float64, rounded once). Backward keeps
+// its sums in registers and adds them up within the block; a second, small launch adds up the blocks. All sums are taken in
+// a fixed order, without atomics: the same bits every time on the same model of GPU, whose number of multiprocessors
+// decides the number of blocks.
 #pragma once
 #include <type_traits>
 
@@ -13,17 +14,12 @@ namespace polytrope {
 
 struct Call {
   const void *gradient, *x;  // no gradient: forward
-  const double* parameters;
+  Parameters parameters;
   void* result;
-  float* functions;           // groups * function_size
   double* partial;            // groups * (sums + tail_sums) * blocks
-  double* parameter_gradient;
+  Parameters parameter_gradients;
   cudaStream_t stream;
 };
-
-// A group's function: table, then value and slope of the left tangent, and of the right one.
-template <class Family>
-constexpr int function_size = Family::largest_table + 4;
 
 inline unsigned rows_of(const Problem& p) { return unsigned(p.groups < 4096 ? p.groups : 4096); }
 
@@ -34,102 +30,154 @@ inline unsigned columns_of(const Problem& p, int64_t all) {
   return unsigned(tiles < 1 ? 1 : tiles < most ? tiles : most);
 }
 
+// A group's function, in shared memory.
 template <class Family>
-__global__ void prepare_kernel(Problem p, const double* parameters, float* functions) {
-  const int n = p.degree, m = p.second_degree;
-  for (int64_t group = blockIdx.x; group < p.groups; group += gridDim.x) {
-    const double* own = parameters + group * Family::parameters(n, m);
-    float* function = functions + group * function_size<Family>;
-    float* ends = function + Family::largest_table;
-    if (threadIdx.x == 0) Family::prepare(own, function, n, m);
-    if (!p.tails || threadIdx.x % 32 != 0 || threadIdx.x == 0) continue;
-    const bool left = threadIdx.x == 32;
-    const Tangent end = tangent<Family>(own, left ? p.low : p.high, n, m);
-    ends[left ? 0 : 2] = float(end.value);
-    ends[left ? 1 : 3] = float(end.slope);
-  }
+struct Function {
+  static constexpr int most_parameters = 3 * max_pieces;  // of any family
+  double raw[most_parameters], wide[Family::largest_table];  // packed parameters; the table in float64, for tails
+  float table[Family::largest_table];
+  float ends[4];  // value and slope of the left tangent, and of the right one
+};
+
+// Hermite differs from Polynomial in what stands before and after its kernels only, so they share them.
+template <class Family, class S>
+__device__ __forceinline__ void prepare_table(const Problem& p, const double* raw, S* table, Share share) {
+  if constexpr (std::is_same_v<Family, Polynomial>)
+    if (p.family == family_hermite) return Hermite::prepare(raw, table, p.degree, 0, share);
+  Family::prepare(raw, table, p.degree, p.second_degree, share);
 }
 
-// Where a group's elements lie; x is [outer, groups, inner] or, gated, [outer, 2, groups, inner].
+template <class Family>
+__device__ __forceinline__ void load_parameters(const Problem& p, const Parameters& parameters, int64_t group, double* raw,
+                                                Share share) {
+  for (int k = share.first; k < Family::parameters(p.degree, p.second_degree); k += share.step)
+    raw[k] = parameters.get(group, k);
+}
+
+template <class Family>
+__device__ __forceinline__ void load_function(const Problem& p, const Parameters& parameters, int64_t group, bool tails,
+                                              Function<Family>& function) {
+  const Share share{int(threadIdx.x), threads};
+  __syncthreads();  // others may still be at the group before
+  load_parameters<Family>(p, parameters, group, function.raw, share);
+  __syncthreads();
+  prepare_table<Family>(p, function.raw, function.table, share);
+  if (tails) {
+    prepare_table<Family>(p, function.raw, function.wide, share);
+    __syncthreads();
+    const int end = threadIdx.x / 32;
+    if (end < 2 && threadIdx.x % 32 == 0) {
+      const Tangent at = tangent_of_table<Family>(function.wide, end ? p.high : p.low, p.degree, p.second_degree);
+      function.ends[2 * end] = float(at.value);
+      function.ends[2 * end + 1] = float(at.slope);
+    }
+  }
+  __syncthreads();
+}
+
+// Where a group's elements lie; x is [outer, groups, inner] or, gated, [outer, 2, groups, inner], the result in both cases
+// [outer, groups, inner].
 struct Sequence {
   int64_t count, inner, half, in_row, start;
-  bool flat, aligned;
+  int64_t packed;  // so many of the elements are taken eight at a time: these lie side by side, from a multiple of eight on
 
   __device__ __forceinline__ Sequence(const Problem& p, int64_t group)
       : count(p.outer * p.inner), inner(p.inner), half(p.groups * p.inner), in_row(p.gated ? 2 * half : half),
-        start(group * p.inner), flat(p.groups == 1 && !p.gated), aligned(flat || p.inner % width == 0) {}
-  // Whether eight elements from i on, a multiple of eight, are neighbours in memory and begin at a multiple of eight.
-  __device__ __forceinline__ bool whole(int64_t i) const { return aligned && i + width <= count; }
-  __device__ __forceinline__ int64_t in(int64_t i) const { return flat ? i : i / inner * in_row + start + i % inner; }
-  __device__ __forceinline__ int64_t out(int64_t i) const { return flat ? i : i / inner * half + start + i % inner; }
+        start(group * p.inner), packed(inner % width == 0 || half == inner && !p.gated ? count / width * width : 0) {}
 };
 
-// Eight elements of x (or, `ahead` = half, of its gates) or of the result's layout; zeros beyond the end.
-__device__ __forceinline__ void read_in(const Sequence& s, const void* x, int type, int64_t i, int64_t ahead, float* values) {
-  if (s.whole(i)) return read_eight(x, type, s.in(i) + ahead, values);
-#pragma unroll
-  for (int k = 0; k < width; ++k) values[k] = i + k < s.count ? read(x, type, s.in(i + k) + ahead) : 0.0f;
-}
-__device__ __forceinline__ void read_out(const Sequence& s, const void* g, int type, int64_t i, float* values) {
-  if (s.whole(i)) return read_eight(g, type, s.out(i), values);
-#pragma unroll
-  for (int k = 0; k < width; ++k) values[k] = i + k < s.count ? read(g, type, s.out(i + k)) : 0.0f;
-}
-__device__ __forceinline__ void write_in(const Sequence& s, void* dx, int type, int64_t i, int64_t ahead, const float* values) {
-  if (s.whole(i)) return write_eight(dx, type, s.in(i) + ahead, values);
-#pragma unroll
-  for (int k = 0; k < width; ++k)
-    if (i + k < s.count) write(dx, type, s.in(i + k) + ahead, values[k]);
-}
-__device__ __forceinline__ void write_out(const Sequence& s, void* y, int type, int64_t i, const float* values) {
-  if (s.whole(i)) return write_eight(y, type, s.out(i), values);
-#pragma unroll
-  for (int k = 0; k < width; ++k)
-    if (i + k < s.count) write(y, type, s.out(i + k), values[k]);
-}
+// What a kernel is made for: one group, no gate and no tails; the same with tails; anything.
+enum Form { plain, with_tails, general };
 
-// F with its tails, for `width` elements; `function` is as function_size says.
+inline Form form_of(const Problem& p) { return p.groups > 1 || p.gated ? general : p.tails ? with_tails : plain; }
+
+// Families that know no interval.
+template <class Family>
+constexpr bool never_has_tails = std::is_same_v<Family, Tropical> || std::is_same_v<Family, TropicalRational> ||
+                                 std::is_same_v<Family, PiecewiseLinear>;
+
+// A function of its own, as the compiler would put a hundred instructions in each place.
+static __device__ __noinline__ int64_t quotient(int64_t a, int64_t b) { return a / b; }
+
+// The places in x and in the result of the elements first, first + step, … of a sequence, without a division for each.
+// Flat: there is one group and no gate.
+template <bool Flat>
+struct Walk {
+  const Sequence& s;
+  int64_t at, step, in, out, column, step_in, step_out, step_column;
+
+  __device__ __forceinline__ Walk(const Sequence& s, int64_t first, int64_t step) : s(s), at(first), step(step) {
+    if (Flat) return;
+    const int64_t row = quotient(first, s.inner), step_row = quotient(step, s.inner);
+    column = first - row * s.inner;
+    in = row * s.in_row + s.start + column;
+    out = row * s.half + s.start + column;
+    step_column = step - step_row * s.inner;
+    step_in = step_row * s.in_row + step_column;
+    step_out = step_row * s.half + step_column;
+  }
+  __device__ __forceinline__ int64_t in_x() const { return Flat ? at : in; }
+  __device__ __forceinline__ int64_t in_result() const { return Flat ? at : out; }
+  __device__ __forceinline__ void advance() {
+    at += step;
+    if (Flat) return;
+    in += step_in;
+    out += step_out;
+    column += step_column;
+    if (column < s.inner) return;
+    column -= s.inner;
+    in += s.in_row - s.inner;
+    out += s.half - s.inner;
+  }
+};
+
+// F with its tails.
 template <class Family>
 struct Evaluation {
-  const float* function;
+  const float *table, *ends;  // of Function
   float low, high;
   int n, m;
   bool tails;
 
-  // What the family is evaluated at.
+  // What the family is evaluated at, for `count` elements.
+  template <int count>
   __device__ __forceinline__ void limit(const float* xs, float* inside) const {
 #pragma unroll
-    for (int k = 0; k < width; ++k) inside[k] = xs[k];
+    for (int k = 0; k < count; ++k) inside[k] = xs[k];
     if (!tails) return;
 #pragma unroll
-    for (int k = 0; k < width; ++k) inside[k] = xs[k] < low ? low : xs[k] > high ? high : xs[k];
+    for (int k = 0; k < count; ++k) inside[k] = xs[k] < low ? low : xs[k] > high ? high : xs[k];
   }
 
+  template <int count>
   __device__ __forceinline__ void values(const float* xs, float* ys) const {
-    limit(xs, ys);
+    limit<count>(xs, ys);
 #pragma unroll
-    for (int k = 0; k < width; ++k) ys[k] = Family::value(ys[k], function, n, m);
+    for (int k = 0; k < count; ++k) ys[k] = Family::value(ys[k], table, n, m);
     if (!tails) return;
-    const float* ends = function + Family::largest_table;
 #pragma unroll
-    for (int k = 0; k < width; ++k) {
+    for (int k = 0; k < count; ++k) {
       if (xs[k] < low) ys[k] = (xs[k] - low) * ends[1] + ends[0];
       if (xs[k] > high) ys[k] = (xs[k] - high) * ends[3] + ends[2];
     }
   }
 
   // ds = g F'(x); adds to the family's own sums and, after them, to those of the tails.
+  template <int count>
   __device__ __forceinline__ void gradients(const float* xs, const float* gs, float* ds, float* sums, float* tail) const {
-    float seeds[width];
-    limit(xs, ds);
+    float seeds[count];
+    limit<count>(xs, ds);
 #pragma unroll
-    for (int k = 0; k < width; ++k) seeds[k] = tails && (xs[k] < low || xs[k] > high) ? 0.0f : gs[k];
+    for (int k = 0; k < count; ++k) seeds[k] = gs[k];
+    if (tails) {
 #pragma unroll
-    for (int k = 0; k < width; ++k) ds[k] = Family::backward(ds[k], seeds[k], function, sums, n, m);
+      for (int k = 0; k < count; ++k) seeds[k] = xs[k] < low || xs[k] > high ? 0.0f : gs[k];
+    }
+#pragma unroll
+    for (int k = 0; k < count; ++k) ds[k] = Family::backward(ds[k], seeds[k], table, sums, n, m);
     if (!tails) return;
-    const float* ends = function + Family::largest_table;
 #pragma unroll
-    for (int k = 0; k < width; ++k) {
+    for (int k = 0; k < count; ++k) {
       if (xs[k] < low) {
         tail[0] += gs[k];
         tail[1] += gs[k] * (xs[k] - low);
@@ -144,113 +192,178 @@ struct Evaluation {
   }
 };
 
-template <class Family>
-__device__ __forceinline__ void load_function(const float* functions, int64_t group, float* function) {
-  __syncthreads();
-  for (int k = threadIdx.x; k < function_size<Family>; k += threads)
-    function[k] = functions[group * function_size<Family> + k];
-  __syncthreads();
+// Blocks that a multiprocessor is to hold: bounds the registers of a thread, many of which are sums.
+template <class Family, int D, int E>
+constexpr int backward_blocks(Form form) {
+  const bool many = Family::sums(D, E) > 14 || (form == general && never_has_tails<Family>);  // maxima need more besides
+  return (form == plain ? 3 : 2) - (many ? 1 : 0);
 }
 
-template <class Family, int D, int E>
-__global__ void __launch_bounds__(threads) forward_kernel(Problem p, const void* x, const float* functions, void* y) {
-  __shared__ float function[function_size<Family>];
-  const Evaluation<Family> f{function, float(p.low), float(p.high), D ? D : p.degree, D ? E : p.second_degree, p.tails != 0};
-  const int64_t step = int64_t(gridDim.x) * threads * width;
-  const int64_t first = (int64_t(blockIdx.x) * threads + threadIdx.x) * width;
+// Only where all elements lie side by side are there registers to spare for elements that are on their way.
+template <class Family, int D, int E, Form form>
+__global__ void __launch_bounds__(threads, form == plain ? 4 : 2) forward_kernel(Problem p, const void* x, Parameters parameters, void* y) {
+  __shared__ Function<Family> function;
+  constexpr bool flat = form != general;
+  const bool gated = !flat && p.gated, tails = form != plain && !never_has_tails<Family> && p.tails;
+  const Evaluation<Family> f{function.table, function.ends, float(p.low), float(p.high), D ? D : p.degree, D ? E : p.second_degree, tails};
+  const int type = p.data_type;
+  const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
   for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
     const Sequence s(p, group);
-    load_function<Family>(functions, group, function);
-    for (int64_t i = first; i < s.count; i += step) {
-      float xs[width], values[width];
-      read_in(s, x, p.data_type, i, 0, xs);
-      f.values(xs, values);
-      if (p.gated) {
+    Walk<flat> walk(s, thread * width, all_threads * width);
+    Packet next;
+    if (flat && walk.at < s.packed) next = fetch(x, type, walk.in_x());
+    load_function(p, parameters, group, tails, function);
+    while (walk.at < s.packed) {
+      const int64_t in = walk.in_x(), out = walk.in_result();
+      float xs[width], ys[width];
+      if (!flat) next = fetch(x, type, in);
+      unpack(next, type, xs);
+      walk.advance();
+      if (flat && walk.at < s.packed) next = fetch(x, type, walk.in_x());
+      f.template values<width>(xs, ys);
+      if (gated) {
         float gates[width];
-        read_in(s, x, p.data_type, i, s.half, gates);
+        unpack(fetch(x, type, in + s.half), type, gates);
 #pragma unroll
-        for (int k = 0; k < width; ++k) values[k] *= gates[k];
+        for (int k = 0; k < width; ++k) ys[k] *= gates[k];
       }
-      write_out(s, y, p.data_type, i, values);
+      write_eight(y, type, out, ys);
+    }
+    for (Walk<flat> one(s, s.packed + thread, all_threads); one.at < s.count; one.advance()) {
+      const float value = read(x, type, one.in_x());
+      float result;
+      f.template values<1>(&value, &result);
+      if (gated) result *= read(x, type, one.in_x() + s.half);
+      write(y, type, one.in_result(), result);
     }
   }
 }
 
-template <class Family, int D, int E>
-__global__ void __launch_bounds__(threads)
-    backward_kernel(Problem p, const void* g, const void* x, const float* functions, void* dx, double* partial) {
-  constexpr int most = Family::largest_sums + tail_sums;
-  __shared__ float function[function_size<Family>];
+template <class Family, int D, int E, Form form>
+__global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
+    backward_kernel(Problem p, const void* g, const void* x, Parameters parameters, void* dx, double* partial) {
+  constexpr int most = Family::largest_sums;
+  __shared__ Function<Family> function;
   __shared__ double shared[warps * most];
-  const Evaluation<Family> f{function, float(p.low), float(p.high), D ? D : p.degree, D ? E : p.second_degree, p.tails != 0};
+  constexpr bool flat = form != general;
+  const bool gated = !flat && p.gated, tails = form != plain && !never_has_tails<Family> && p.tails;
+  const Evaluation<Family> f{function.table, function.ends, float(p.low), float(p.high), D ? D : p.degree, D ? E : p.second_degree, tails};
   const int sums = Family::sums(f.n, f.m), row = sums + tail_sums, type = p.data_type;
-  const int64_t step = int64_t(gridDim.x) * threads * width;
-  const int64_t first = (int64_t(blockIdx.x) * threads + threadIdx.x) * width;
+  const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
   for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
     const Sequence s(p, group);
-    load_function<Family>(functions, group, function);
+    Walk<flat> walk(s, thread * width, all_threads * width);
+    Packet next_x, next_g;
+    if (flat && walk.at < s.packed) {
+      next_x = fetch(x, type, walk.in_x());
+      next_g = fetch(g, type, walk.in_result());
+    }
+    load_function(p, parameters, group, tails, function);
     float a[most] = {}, tail[tail_sums] = {};
-    for (int64_t i = first; i < s.count; i += step) {
+    while (walk.at < s.packed) {
+      const int64_t in = walk.in_x();
       float xs[width], gs[width], results[width];
-      read_in(s, x, type, i, 0, xs);
-      read_out(s, g, type, i, gs);
-      if (p.gated) {
+      if (!flat) {
+        next_x = fetch(x, type, in);
+        next_g = fetch(g, type, walk.in_result());
+      }
+      unpack(next_x, type, xs);
+      unpack(next_g, type, gs);
+      walk.advance();
+      if (flat && walk.at < s.packed) {
+        next_x = fetch(x, type, walk.in_x());
+        next_g = fetch(g, type, walk.in_result());
+      }
+      if (gated) {
         float gates[width];
-        read_in(s, x, type, i, s.half, gates);
-        f.values(xs, results);
+        unpack(fetch(x, type, in + s.half), type, gates);
+        f.template values<width>(xs, results);
 #pragma unroll
         for (int k = 0; k < width; ++k) {
           results[k] *= gs[k];
           gs[k] *= gates[k];
         }
-        write_in(s, dx, type, i, s.half, results);
+        write_eight(dx, type, in + s.half, results);
       }
-      f.gradients(xs, gs, results, a, tail);
-      write_in(s, dx, type, i, 0, results);
+      f.template gradients<width>(xs, gs, results, a, tail);
+      write_eight(dx, type, in, results);
     }
-#pragma unroll
-    for (int k = 0; k < tail_sums; ++k) a[sums + k] = tail[k];
+    for (Walk<flat> one(s, s.packed + thread, all_threads); one.at < s.count; one.advance()) {
+      const float value = read(x, type, one.in_x());
+      float seed = read(g, type, one.in_result()), result;
+      if (gated) {
+        f.template values<1>(&value, &result);
+        write(dx, type, one.in_x() + s.half, result * seed);
+        seed *= read(x, type, one.in_x() + s.half);
+      }
+      f.template gradients<1>(&value, &seed, &result, a, tail);
+      write(dx, type, one.in_x(), result);
+    }
     double* own = partial + group * row * gridDim.x + blockIdx.x;
-    block_sums(a, row, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] = total; });
+    block_sums(a, sums, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] = total; });
+    if (tails)
+      block_sums(tail, tail_sums, shared, [&](int k, double total) { own[int64_t(sums + k) * gridDim.x] = total; });
   }
 }
 
 template <class Family>
-__global__ void __launch_bounds__(threads)
-    finish_kernel(Problem p, const double* parameters, const double* partial, int blocks, double* gradient) {
-  __shared__ double total[Family::largest_sums + tail_sums];
+__global__ void __launch_bounds__(finish_threads)
+    finish_kernel(Problem p, Parameters parameters, const double* partial, int blocks, Parameters gradients) {
+  __shared__ Function<Family> function;
+  __shared__ double total[Family::largest_sums + tail_sums], gradient[Function<Family>::most_parameters];
+  __shared__ double beyond[2][Family::largest_sums];
   const int n = p.degree, m = p.second_degree, sums = Family::sums(n, m), row = sums + tail_sums;
+  const Share share{int(threadIdx.x), finish_threads};
   for (int64_t group = blockIdx.x; group < p.groups; group += gridDim.x) {
-    add_up_blocks(partial + group * row * blocks, row, blocks, total);
-    if (threadIdx.x == 0) {
-      const double* own = parameters + group * Family::parameters(n, m);
-      if (p.tails) {
-        const double tail[tail_sums] = {total[sums], total[sums + 1], total[sums + 2], total[sums + 3]};
-        add_tail<Family>(own, p.low, tail[0], tail[1], total, n, m);
-        add_tail<Family>(own, p.high, tail[2], tail[3], total, n, m);
-      }
-      Family::finish(total, own, gradient + group * Family::parameters(n, m), n, m);
+    load_parameters<Family>(p, parameters, group, function.raw, share);
+    add_up_blocks(partial + group * row * blocks, p.tails ? row : sums, blocks, total);
+    if (p.tails) {
+      prepare_table<Family>(p, function.raw, function.wide, share);
+      for (int k = threadIdx.x; k < 2 * Family::largest_sums; k += finish_threads) (&beyond[0][0])[k] = 0;
+      __syncthreads();
+      const int end = threadIdx.x / 32;
+      if (end < 2 && threadIdx.x % 32 == 0)
+        add_tail_of_table<Family>(function.wide, end ? p.high : p.low, total[sums + 2 * end], total[sums + 2 * end + 1],
+                                  beyond[end], n, m);
+      __syncthreads();
+      for (int k = threadIdx.x; k < sums; k += finish_threads) total[k] += beyond[0][k] + beyond[1][k];
+      __syncthreads();
     }
+    Family::finish(total, function.raw, gradient, n, m, share);
+    __syncthreads();
+    for (int k = threadIdx.x; k < Family::parameters(n, m); k += finish_threads) gradients.set(group, k, gradient[k]);
     __syncthreads();
   }
 }
 
-// Family: what stands before and after; Inner: the same function from its table.
-template <class Family, class Inner, int D, int E>
-int launch(const Problem& p, const Call& c) {
-  prepare_kernel<Family><<<rows_of(p), 96, 0, c.stream>>>(p, c.parameters, c.functions);
+// Family: what stands after; Inner: the same function from its table.
+template <class Family, class Inner, int D, int E, Form form>
+int launch_form(const Problem& p, const Call& c) {
   if (!c.gradient) {
-    static const int64_t resident = resident_blocks(forward_kernel<Inner, D, E>);
+    static const int64_t resident = resident_blocks(forward_kernel<Inner, D, E, form>);
     const dim3 grid(columns_of(p, resident), rows_of(p));
-    forward_kernel<Inner, D, E><<<grid, threads, 0, c.stream>>>(p, c.x, c.functions, c.result);
+    forward_kernel<Inner, D, E, form><<<grid, threads, 0, c.stream>>>(p, c.x, c.parameters, c.result);
   } else {
-    static const int64_t resident = resident_blocks(backward_kernel<Inner, D, E>);
+    static const int64_t resident = resident_blocks(backward_kernel<Inner, D, E, form>);
     const dim3 grid(columns_of(p, resident), rows_of(p));
-    backward_kernel<Inner, D, E><<<grid, threads, 0, c.stream>>>(p, c.gradient, c.x, c.functions, c.result, c.partial);
-    finish_kernel<Family>
-        <<<rows_of(p), threads, 0, c.stream>>>(p, c.parameters, c.partial, int(grid.x), c.parameter_gradient);
+    backward_kernel<Inner, D, E, form><<<grid, threads, 0, c.stream>>>(p, c.gradient, c.x, c.parameters, c.result,
+                                                                        c.partial);
+    finish_kernel<Family><<<rows_of(p), finish_threads, 0, c.stream>>>(p, c.parameters, c.partial, int(grid.x),
+                                                                c.parameter_gradients);
   }
   return cudaGetLastError() == cudaSuccess ? 0 : 3;
+}
+
+template <class Family, class Inner, int D, int E>
+int launch(const Problem& p, const Call& c) {
+  if constexpr (D > 0) {  // kernels of any degree have one form
+    const Form form = form_of(p);
+    if (form == plain) return launch_form<Family, Inner, D, E, plain>(p, c);
+    if constexpr (!never_has_tails<Family>)
+      if (form == with_tails) return launch_form<Family, Inner, D, E, with_tails>(p, c);
+  }
+  return launch_form<Family, Inner, D, E, general>(p, c);
 }
 
 // With POLYTROPE_FEW_DEGREES, a quick compilation to see that all of it compiles.
@@ -260,15 +373,17 @@ constexpr int first_degree(int, int last) { return last; }
 constexpr int first_degree(int first, int) { return first; }
 #endif
 
-// Degrees First … Last have kernels of their own; another is read at run time, more slowly.
-template <class Family, class Inner, int First, int Last>
+// Degrees First … Last have kernels of their own; with `Others`, another is read at run time, more slowly.
+template <class Family, class Inner, int First, int Last, bool Others = true>
 int launch_degree(const Problem& p, const Call& c) {
   if constexpr (First > Last) {
-    return launch<Family, Inner, 0, 0>(p, c);
+    if constexpr (Others) return launch<Family, Inner, 0, 0>(p, c);
+    return 1;
   } else if constexpr (First != first_degree(First, Last)) {
-    return launch_degree<Family, Inner, first_degree(First, Last), Last>(p, c);
+    return launch_degree<Family, Inner, first_degree(First, Last), Last, Others>(p, c);
   } else {
-    return p.degree == First ? launch<Family, Inner, First, 0>(p, c) : launch_degree<Family, Inner, First + 1, Last>(p, c);
+    return p.degree == First ? launch<Family, Inner, First, 0>(p, c)
+                             : launch_degree<Family, Inner, First + 1, Last, Others>(p, c);
   }
 }
 

@@ -1,10 +1,15 @@
 // PolyNorm on the GPU: the formulas of cpu_polynorm.cpp, a block for each row at a time.
 //
-// A row is read twice, so its length is not limited by registers or shared memory.
+// A thread keeps its elements of a row of up to 4096 in registers between the sums over the row and what follows from them;
+// longer rows, and those whose length 8 does not divide, are read twice.
 #include "cuda_elementwise.cuh"
 
 namespace polytrope {
 namespace {
+
+constexpr int row_threads = threads / 2, row_warps = row_threads / 32;
+constexpr int most_kept = 4;                  // packets of a thread
+constexpr int most = 2 * max_degree + 1;      // sums of x^2k (k = 1…n), then of g x^k (k = 0…n)
 
 struct Rows {
   int type;
@@ -12,130 +17,186 @@ struct Rows {
   int n;
   float epsilon;
 
-  __device__ __forceinline__ void read_eight_of(const void* base, int64_t row, int64_t at, float* values) const {
-    if (columns % width == 0) return read_eight(base, type, row * columns + at, values);
+  // Packets of this thread in a row: visit(number, first column).
+  template <bool Kept, class Visit>
+  __device__ __forceinline__ void each_packet(const Visit& visit) const {
+    if constexpr (Kept) {
 #pragma unroll
-    for (int k = 0; k < width; ++k) values[k] = at + k < columns ? read(base, type, row * columns + at + k) : 0.0f;
+      for (int j = 0; j < most_kept; ++j) {
+        const int at = (j * row_threads + int(threadIdx.x)) * width;
+        if (at < columns) visit(j, int64_t(at));
+      }
+    } else {
+      for (int64_t at = threadIdx.x * width; at < columns; at += row_threads * width) visit(0, at);
+    }
   }
-  __device__ __forceinline__ void write_eight_of(void* base, int64_t row, int64_t at, const float* values) const {
-    if (columns % width == 0) return write_eight(base, type, row * columns + at, values);
+  // All packets of a row at once, if they are to be kept.
+  template <bool Kept>
+  __device__ __forceinline__ void keep(const void* base, int64_t row, Packet* packets) const {
+    if (Kept) each_packet<Kept>([&](int j, int64_t at) { packets[j] = fetch(base, type, row * columns + at); });
+  }
+  template <bool Kept>
+  __device__ __forceinline__ void values(const void* base, int64_t row, const Packet& kept, int64_t at, float* to) const {
+    if (Kept) return unpack(kept, type, to);
+#pragma unroll
+    for (int k = 0; k < width; ++k) to[k] = at + k < columns ? read(base, type, row * columns + at + k) : 0.0f;
+  }
+  template <bool Kept>
+  __device__ __forceinline__ void write_values(void* base, int64_t row, int64_t at, const float* from) const {
+    if (Kept) return write_eight(base, type, row * columns + at, from);
 #pragma unroll
     for (int k = 0; k < width; ++k)
-      if (at + k < columns) write(base, type, row * columns + at + k, values[k]);
+      if (at + k < columns) write(base, type, row * columns + at + k, from[k]);
   }
 };
 
-constexpr int most = 2 * max_degree + 1;  // sums of x^2k (k = 1…n), then of g x^k (k = 0…n)
-
-// The sums of one row, in shared `total`; g may be null. D: the degree, 0: read at run time.
-template <int D>
-__device__ __forceinline__ void add_moments(const Rows& r, const void* x, const void* g, int64_t row, double* shared,
-                                            double* total) {
-  const int n = D ? D : r.n;
-  float sums[most] = {};
-  for (int64_t at = threadIdx.x * width; at < r.columns; at += threads * width) {
-    float xs[width], gs[width] = {};
-    r.read_eight_of(x, row, at, xs);
-    if (g) r.read_eight_of(g, row, at, gs);
+// total[k] = the sums of a row, over the block; `shared` holds row_warps * count numbers.
+__device__ __forceinline__ void row_sums(const float* sums, int count, float* shared, double* total) {
 #pragma unroll
-    for (int k = 0; k < width; ++k) {
-      const float squared = xs[k] * xs[k];
-      float square = 1.0f, product = gs[k];
-      sums[n] += product;
+  for (int k = 0; k < count; ++k) {
+    float sum = sums[k];
 #pragma unroll
-      for (int power = 0; power < n; ++power) {
-        square *= squared;
-        product *= xs[k];
-        sums[power] += square;
-        sums[n + 1 + power] += product;
-      }
-    }
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32 * count + k] = sum;
   }
-  block_sums(sums, 2 * n + 1, shared, [&](int k, double sum) { total[k] = sum; });
+  __syncthreads();
+  for (int k = threadIdx.x; k < count; k += row_threads) {
+    double sum = 0;
+    for (int warp = 0; warp < row_warps; ++warp) sum += shared[warp * count + k];
+    total[k] = sum;
+  }
+  __syncthreads();
 }
 
-template <int D>
-__global__ void __launch_bounds__(threads) forward_rows(Rows r, const void* x, const double* parameters, void* y) {
-  __shared__ double shared[warps * most], total[most];
-  __shared__ float t[max_degree + 1];
+// D: the degree, 0: read at run time.
+template <int D, bool Kept>
+__global__ void __launch_bounds__(row_threads) forward_rows(Rows r, const void* x, Parameters parameters, void* y) {
+  __shared__ double total[most], own[max_degree + 1];
+  __shared__ float t[max_degree + 1], shared[row_warps * most];
   const int n = D ? D : r.n;
+  for (int k = threadIdx.x; k <= n; k += row_threads) own[k] = parameters.get(0, k);
   for (int64_t row = blockIdx.x; row < r.rows; row += gridDim.x) {
-    add_moments<D>(r, x, nullptr, row, shared, total);
-    for (int k = threadIdx.x; k <= n; k += threads)
-      t[k] = float(k == 0 ? parameters[0] : parameters[k] / sqrt(total[k - 1] / double(r.columns) + r.epsilon));
-    __syncthreads();
-    for (int64_t at = threadIdx.x * width; at < r.columns; at += threads * width) {
+    Packet packets[most_kept];
+    r.keep<Kept>(x, row, packets);
+    float sums[most] = {};
+    r.each_packet<Kept>([&](int j, int64_t at) {
       float xs[width];
-      r.read_eight_of(x, row, at, xs);
+      r.values<Kept>(x, row, packets[j], at, xs);
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const float squared = xs[k] * xs[k];
+        float square = 1.0f;
+#pragma unroll
+        for (int power = 0; power < n; ++power) {
+          square *= squared;
+          sums[power] += square;
+        }
+      }
+    });
+    row_sums(sums, n, shared, total);
+    for (int k = threadIdx.x; k <= n; k += row_threads)
+      t[k] = float(k == 0 ? own[0] : own[k] / sqrt(total[k - 1] / double(r.columns) + r.epsilon));
+    __syncthreads();
+    r.each_packet<Kept>([&](int j, int64_t at) {
+      float xs[width];
+      r.values<Kept>(x, row, packets[j], at, xs);
 #pragma unroll
       for (int k = 0; k < width; ++k) xs[k] = Polynomial::value(xs[k], static_cast<const float*>(t), n, 0);
-      r.write_eight_of(y, row, at, xs);
-    }
+      r.write_values<Kept>(y, row, at, xs);
+    });
   }
 }
 
-template <int D>
-__global__ void __launch_bounds__(threads)
-    backward_rows(Rows r, const void* g, const void* x, const double* parameters, void* dx, double* partial) {
-  __shared__ double shared[warps * most], total[most], own[max_degree + 1];
+template <int D, bool Kept>
+__global__ void __launch_bounds__(row_threads)
+    backward_rows(Rows r, const void* g, const void* x, Parameters parameters, void* dx, double* partial) {
+  __shared__ double total[most], own[max_degree + 1], gradient[max_degree + 1];
   __shared__ float direct[max_degree + 1], through[max_degree + 1];  // of x^(k-1), and of x^(2k-1)
+  __shared__ float shared[row_warps * most];
   const int n = D ? D : r.n;
-  for (int k = threadIdx.x; k <= n; k += threads) own[k] = 0;
+  for (int k = threadIdx.x; k <= n; k += row_threads) own[k] = parameters.get(0, k), gradient[k] = 0;
   for (int64_t row = blockIdx.x; row < r.rows; row += gridDim.x) {
-    add_moments<D>(r, x, g, row, shared, total);
-    for (int k = threadIdx.x; k <= n; k += threads) {
+    Packet x_packets[most_kept], g_packets[most_kept];
+    r.keep<Kept>(x, row, x_packets);
+    r.keep<Kept>(g, row, g_packets);
+    float sums[most] = {};
+    r.each_packet<Kept>([&](int j, int64_t at) {
+      float xs[width], gs[width];
+      r.values<Kept>(x, row, x_packets[j], at, xs);
+      r.values<Kept>(g, row, g_packets[j], at, gs);
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const float squared = xs[k] * xs[k];
+        float square = 1.0f, product = gs[k];
+        sums[n] += product;
+#pragma unroll
+        for (int power = 0; power < n; ++power) {
+          square *= squared;
+          product *= xs[k];
+          sums[power] += square;
+          sums[n + 1 + power] += product;
+        }
+      }
+    });
+    row_sums(sums, 2 * n + 1, shared, total);
+    for (int k = threadIdx.x; k <= n; k += row_threads) {
       if (k == 0) {
-        own[0] += total[n];
+        gradient[0] += total[n];
         continue;
       }
       const double scale = 1 / sqrt(total[k - 1] / double(r.columns) + r.epsilon), product = total[n + k];
-      own[k] += scale * product;
-      direct[k - 1] = float(k * parameters[k] * scale);
-      through[k - 1] = float(-k / double(r.columns) * parameters[k] * scale * scale * scale * product);
+      gradient[k] += scale * product;
+      direct[k - 1] = float(k * own[k] * scale);
+      through[k - 1] = float(-k / double(r.columns) * own[k] * scale * scale * scale * product);
     }
     __syncthreads();
-    for (int64_t at = threadIdx.x * width; at < r.columns; at += threads * width) {
+    r.each_packet<Kept>([&](int j, int64_t at) {
       float xs[width], gs[width];
-      r.read_eight_of(x, row, at, xs);
-      r.read_eight_of(g, row, at, gs);
+      r.values<Kept>(x, row, x_packets[j], at, xs);
+      r.values<Kept>(g, row, g_packets[j], at, gs);
 #pragma unroll
       for (int k = 0; k < width; ++k) {
         const float v = xs[k];
         xs[k] = gs[k] * Polynomial::value(v, static_cast<const float*>(direct), n - 1, 0) +
                 v * Polynomial::value(v * v, static_cast<const float*>(through), n - 1, 0);
       }
-      r.write_eight_of(dx, row, at, xs);
-    }
+      r.write_values<Kept>(dx, row, at, xs);
+    });
   }
-  for (int k = threadIdx.x; k <= n; k += threads) partial[int64_t(k) * gridDim.x + blockIdx.x] = own[k];
+  for (int k = threadIdx.x; k <= n; k += row_threads) partial[int64_t(k) * gridDim.x + blockIdx.x] = gradient[k];
 }
 
-__global__ void __launch_bounds__(threads) finish_rows(const double* partial, int count, int blocks, double* gradient) {
+__global__ void __launch_bounds__(finish_threads)
+    finish_rows(const double* partial, int count, int blocks, Parameters gradients) {
   __shared__ double total[max_degree + 1];
   add_up_blocks(partial, count, blocks, total);
-  for (int k = threadIdx.x; k < count; k += threads) gradient[k] = total[k];
+  for (int k = threadIdx.x; k < count; k += finish_threads) gradients.set(0, k, total[k]);
 }
 
-unsigned blocks_of(int64_t rows) { return unsigned(rows < most_blocks() ? rows : most_blocks()); }
+int64_t blocks_of(int64_t rows) {
+  const int64_t all = 2 * most_blocks();
+  return rows < all ? rows : all;
+}
 
-template <int D>
+template <int D, bool Kept>
 void launch_rows(const Rows& r, const Call& c) {
-  const unsigned blocks = blocks_of(r.rows);
+  const unsigned blocks = unsigned(blocks_of(r.rows));
   if (!c.gradient) {
-    forward_rows<D><<<blocks, threads, 0, c.stream>>>(r, c.x, c.parameters, c.result);
+    forward_rows<D, Kept><<<blocks, row_threads, 0, c.stream>>>(r, c.x, c.parameters, c.result);
     return;
   }
-  backward_rows<D><<<blocks, threads, 0, c.stream>>>(r, c.gradient, c.x, c.parameters, c.result, c.partial);
-  finish_rows<<<1, threads, 0, c.stream>>>(c.partial, r.n + 1, int(blocks), c.parameter_gradient);
+  backward_rows<D, Kept><<<blocks, row_threads, 0, c.stream>>>(r, c.gradient, c.x, c.parameters, c.result, c.partial);
+  finish_rows<<<1, finish_threads, 0, c.stream>>>(c.partial, r.n + 1, int(blocks), c.parameter_gradients);
 }
 
 }  // namespace
 
-int64_t polynorm_partial_bytes(const Problem& p) { return int64_t(blocks_of(p.outer)) * (p.degree + 1) * 8; }
+int64_t polynorm_partial_bytes(const Problem& p) { return blocks_of(p.outer) * (p.degree + 1) * 8; }
 
 int launch_polynorm(const Problem& p, const Call& c) {
   const Rows r{p.data_type, p.outer, p.inner, p.degree, float(p.epsilon)};
-  const auto run = p.degree == 3 ? launch_rows<3> : launch_rows<0>;
+  const bool kept = p.degree == 3 && p.inner % width == 0 && p.inner <= most_kept * row_threads * width;
+  const auto run = kept ? launch_rows<3, true> : (p.degree == 3 ? launch_rows<3, false> : launch_rows<0, false>);
   run(r, c);
   return cudaGetLastError() == cudaSuccess ? 0 : 3;
 }

@@ -4,10 +4,11 @@
 // its element; and in T, an entry of a table: S, or V where each element has a function of its own. A family offers
 //   parameters(n, m)   how many packed parameters a group has (what Python passes, float64)
 //   sums(n, m)         how many sums over all elements `backward` accumulates
-//   prepare(raw, t)    packed parameters -> table, in float64 before the last rounding
+//   prepare(raw, t, share)   packed parameters -> table, in float64 before the last rounding
 //   value(x, t)        F(x), from the table alone
 //   backward(x, g, t, a)   returns g F'(x) and adds this element's contributions to the sums a
-//   finish(sums, raw, grad)   sums -> gradient of the packed parameters, in float64; linear in the sums
+//   finish(sums, raw, grad, share)   sums -> gradient of the packed parameters, in float64; linear in the sums
+// Threads of a GPU divide the entries that prepare and finish write among themselves: each of them takes its share.
 // n is the degree, m the second degree (of a denominator); where they are constants the compiler unrolls.
 #pragma once
 #include <math.h>
@@ -62,6 +63,20 @@ struct ElementOf<T, decltype(void(T{}[0]))> {
 template <class T>
 using Number = typename ElementOf<T>::type;
 
+// Entries first, first + step, …
+struct Share {
+  int first = 0, step = 1;
+};
+
+// 1 / k! for k up to 16.
+POLYTROPE_FUNCTION double inverse_factorial(int k) {
+  static const double values[] = {
+      1.0,       1.0,        1.0 / 2,       1.0 / 6,        1.0 / 24,        1.0 / 120,        1.0 / 720,        1.0 / 5040,
+      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800, 1.0 / 87178291200,
+      1.0 / 1307674368000, 1.0 / 20922789888000};
+  return values[k];
+}
+
 template <class V, class S>
 POLYTROPE_FUNCTION V broadcast(S scalar) {
   return V{} + scalar;
@@ -85,7 +100,11 @@ POLYTROPE_FUNCTION V smaller(V a, V b) {
 // Adds v to the sum where the indices are k: one masked addition, which compilers do not find.
 template <class V, class S>
 POLYTROPE_FUNCTION void add_where(V index, S k, V v, V& sum) {
+#ifdef __CUDA_ARCH__
+  if (index == k) sum += v;
+#else
   sum += index == k ? v : V{};
+#endif
 }
 
 // The entry of a table of n + 1, with room for 16, at the index, which is a whole number: one permutation for 16 entries.
@@ -164,12 +183,11 @@ POLYTROPE_FUNCTION bool operator==(Dual a, Dual b) { return a.value == b.value; 
 // sum_k p_k x^k by Horner's rule.
 struct Polynomial {
   static constexpr int largest_table = 2 * max_degree + 1, largest_sums = max_degree + 1;
-  POLYTROPE_FUNCTION static int parameters(int n, int) { return n + 1; }
-  POLYTROPE_FUNCTION static int sums(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return n + 1; }
   template <class S>
-  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
-    for (int k = 0; k <= n; ++k) t[k] = S(raw[k]);
-    for (int k = 1; k <= n; ++k) t[n + k] = S(k * raw[k]);
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
+    for (int k = share.first; k <= 2 * n; k += share.step) t[k] = S(k <= n ? raw[k] : (k - n) * raw[k - n]);
   }
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
@@ -191,34 +209,26 @@ struct Polynomial {
     }
     return g * slope;
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
-    for (int k = 0; k <= n; ++k) gradient[k] = sums[k];
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share share = {}) {
+    for (int k = share.first; k <= n; k += share.step) gradient[k] = sums[k];
   }
 };
 
 // sum_k p_k He_k(x) / k! with the probabilists' Hermite polynomials, evaluated in powers of x.
 struct Hermite {
   static constexpr int largest_table = Polynomial::largest_table, largest_sums = Polynomial::largest_sums;
-  POLYTROPE_FUNCTION static int parameters(int n, int) { return n + 1; }
-  POLYTROPE_FUNCTION static int sums(int n, int) { return n + 1; }
-  // He_k / k! = sum_i (-1)^i / (2^i i! (k - 2i)!) x^(k - 2i); visits every term.
-  template <class Visit>
-  POLYTROPE_FUNCTION static void terms(int n, Visit visit) {
-    double last = 1;  // 1 / k!
-    for (int k = 0; k <= n; ++k) {
-      if (k > 0) last /= k;
-      double term = last;
-      for (int power = k, i = 1; power >= 0; power -= 2, ++i) {
-        visit(k, power, term);
-        term *= -0.5 * power * (power - 1) / i;
-      }
-    }
+  POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return n + 1; }
+  // He_k / k! = sum_i (-1)^i / (2^i i! (k - 2i)!) x^(k - 2i), so p_k contributes to every second power from x^k down.
+  POLYTROPE_FUNCTION static double power(const double* raw, int j, int n) {
+    double sum = 0, sign = 1;
+    for (int k = j, i = 0; k <= n; k += 2, ++i, sign *= -0.5) sum += sign * inverse_factorial(i) * raw[k];
+    return sum * inverse_factorial(j);
   }
   template <class S>
-  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m) {
-    double powers[max_degree + 1] = {};
-    terms(n, [&](int k, int power, double term) { powers[power] += term * raw[k]; });
-    Polynomial::prepare(powers, t, n, m);
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
+    for (int k = share.first; k <= 2 * n; k += share.step)
+      t[k] = S(k <= n ? power(raw, k, n) : (k - n) * power(raw, k - n, n));
   }
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int m) {
@@ -228,9 +238,13 @@ struct Hermite {
   POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int m) {
     return Polynomial::backward(x, g, t, sums, n, m);
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
-    for (int k = 0; k <= n; ++k) gradient[k] = 0;
-    terms(n, [&](int k, int power, double term) { gradient[k] += term * sums[power]; });
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share share = {}) {
+    for (int k = share.first; k <= n; k += share.step) {
+      double sum = 0, sign = 1;
+      for (int power = k, i = 0; power >= 0; power -= 2, ++i, sign *= -0.5)
+        sum += sign * inverse_factorial(i) * inverse_factorial(power) * sums[power];
+      gradient[k] = sum;
+    }
   }
 };
 
@@ -251,9 +265,9 @@ struct LegendreBasis {
   POLYTROPE_FUNCTION static constexpr double a(int) { return 1.0; }
   POLYTROPE_FUNCTION static constexpr double c(int k) { return k * k / (4.0 * k * k - 1.0); }
   POLYTROPE_FUNCTION static constexpr double scale(int k) {
-    double leading = 1;
-    for (int j = 2; j <= k; ++j) leading *= (2.0 * j - 1.0) / j;
-    return leading;
+    double top = 1, below = 1;
+    for (int j = 2; j <= k; ++j) top *= 2.0 * j - 1.0, below *= j;
+    return top / below;
   }
   // P'_k = (2k-1) P_{k-1} + (2k-5) P_{k-3} + …
   POLYTROPE_FUNCTION static constexpr double derivative(int row, int column) {
@@ -264,15 +278,16 @@ struct LegendreBasis {
 template <class Basis>
 struct Recurrence {
   static constexpr int largest_table = 2 * max_degree + 1, largest_sums = max_degree + 1;
-  POLYTROPE_FUNCTION static int parameters(int n, int) { return n + 1; }
-  POLYTROPE_FUNCTION static int sums(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return n + 1; }
   template <class S>
-  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
-    for (int k = 0; k <= n; ++k) t[k] = S(raw[k] * Basis::scale(k));
-    for (int column = 0; column < n; ++column) {
-      double slope = 0;
-      for (int row = column + 1; row <= n; ++row) slope += Basis::derivative(row, column) * raw[row];
-      t[n + 1 + column] = S(slope * Basis::scale(column));
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
+    for (int k = share.first; k <= 2 * n; k += share.step) {
+      const int column = k <= n ? k : k - n - 1;
+      double coefficient = k <= n ? raw[k] : 0;
+      if (k > n)
+        for (int row = column + 1; row <= n; row += 2) coefficient += Basis::derivative(row, column) * raw[row];
+      t[k] = S(coefficient * Basis::scale(column));
     }
   }
   template <class V, class T>
@@ -309,8 +324,8 @@ struct Recurrence {
     }
     return g * clenshaw(x, t + n + 1, n - 1);
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
-    for (int k = 0; k <= n; ++k) gradient[k] = sums[k] * Basis::scale(k);
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share share = {}) {
+    for (int k = share.first; k <= n; k += share.step) gradient[k] = sums[k] * Basis::scale(k);
   }
 };
 using Chebyshev = Recurrence<ChebyshevBasis>;
@@ -319,11 +334,11 @@ using Legendre = Recurrence<LegendreBasis>;
 // sum_k p_k max(x, 0)^k.
 struct PolyReLU {
   static constexpr int largest_table = Polynomial::largest_table, largest_sums = Polynomial::largest_sums;
-  POLYTROPE_FUNCTION static int parameters(int n, int) { return n + 1; }
-  POLYTROPE_FUNCTION static int sums(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return n + 1; }
   template <class S>
-  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m) {
-    Polynomial::prepare(raw, t, n, m);
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m, Share share = {}) {
+    Polynomial::prepare(raw, t, n, m, share);
   }
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int m) {
@@ -334,8 +349,9 @@ struct PolyReLU {
     V slope = Polynomial::backward(larger(V{}, x), g, t, sums, n, m);
     return x <= 0 ? V{} : slope;
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double* raw, double* gradient, int n, int m) {
-    Polynomial::finish(sums, raw, gradient, n, m);
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double* raw, double* gradient, int n, int m,
+                                        Share share = {}) {
+    Polynomial::finish(sums, raw, gradient, n, m, share);
   }
 };
 
@@ -431,16 +447,25 @@ inline POLYTROPE_HOST_DEVICE void sine_cosine(Dual x, double high, double, doubl
 POLYTROPE_FUNCTION void set_frequency(double w, double& high, double& low) { high = w, low = 0; }
 POLYTROPE_FUNCTION void set_phase(double phase, double& t) { t = phase; }
 
+// sine_cosine, to full accuracy.
+struct ExactWaves {
+  template <class V, class T>
+  POLYTROPE_FUNCTION static void evaluate(V x, T high, T low, T phase, V& sine, V& cosine) {
+    sine_cosine(x, high, low, phase, sine, cosine);
+  }
+};
+
 // bias + sum_k A_k cos(w_k x - φ_k); packed: bias, A[n], w[n], φ[n].
-struct Fourier {
+template <class Waves>
+struct FourierSeries {
   static constexpr int largest_table = 5 * max_degree + 1, largest_sums = 3 * max_degree + 1;
-  POLYTROPE_FUNCTION static int parameters(int n, int) { return 3 * n + 1; }
-  POLYTROPE_FUNCTION static int sums(int n, int) { return 3 * n + 1; }
+  POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 3 * n + 1; }
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 3 * n + 1; }
   template <class S>
-  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
-    t[0] = S(raw[0]);
-    for (int k = 1; k <= n; ++k) {
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
+    for (int k = share.first; k <= n; k += share.step) {
       t[k] = S(raw[k]);
+      if (k == 0) continue;
       set_frequency(raw[n + k], t[n + k], t[2 * n + k]);
       set_phase(raw[2 * n + k], t[3 * n + k]);
       t[4 * n + k] = S(raw[k] * raw[n + k]);
@@ -451,7 +476,7 @@ struct Fourier {
     V y = broadcast<V>(t[0]), sine, cosine;
     POLYTROPE_UNROLL
     for (int k = 0; k < n; ++k) {
-      sine_cosine(x, t[1 + n + k], t[1 + 2 * n + k], t[1 + 3 * n + k], sine, cosine);
+      Waves::evaluate(x, t[1 + n + k], t[1 + 2 * n + k], t[1 + 3 * n + k], sine, cosine);
       y += cosine * t[1 + k];
     }
     return y;
@@ -462,7 +487,7 @@ struct Fourier {
     sums[0] += g;
     POLYTROPE_UNROLL
     for (int k = 0; k < n; ++k) {
-      sine_cosine(x, t[1 + n + k], t[1 + 2 * n + k], t[1 + 3 * n + k], sine, cosine);
+      Waves::evaluate(x, t[1 + n + k], t[1 + 2 * n + k], t[1 + 3 * n + k], sine, cosine);
       sums[1 + k] += g * cosine;
       sine *= g;
       sums[1 + n + k] += sine * x;
@@ -471,34 +496,38 @@ struct Fourier {
     }
     return -slope;
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double* raw, double* gradient, int n, int) {
-    gradient[0] = sums[0];
-    for (int k = 1; k <= n; ++k) {
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double* raw, double* gradient, int n, int,
+                                        Share share = {}) {
+    for (int k = share.first; k <= n; k += share.step) {
       gradient[k] = sums[k];
+      if (k == 0) continue;
       gradient[n + k] = -raw[k] * sums[n + k];
       gradient[2 * n + k] = raw[k] * sums[2 * n + k];
     }
   }
 };
 
+using Fourier = FourierSeries<ExactWaves>;
+
 // bias + sum_k (α_k cos kθ + β_k sin kθ) with θ = w x; packed: bias, w, α[n], β[n]. One sine and cosine for all terms:
 // cos (k+1)θ = 2 cos θ cos kθ - cos (k-1)θ.
-struct Harmonic {
+template <class Waves>
+struct HarmonicSeries {
   static constexpr int largest_table = 2 * max_degree + 4, largest_sums = 2 * max_degree + 2;
-  POLYTROPE_FUNCTION static int parameters(int n, int) { return 2 * n + 2; }
-  POLYTROPE_FUNCTION static int sums(int n, int) { return 2 * n + 2; }
+  POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 2 * n + 2; }
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 2 * n + 2; }
   template <class S>
-  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
-    t[0] = S(raw[0]);
-    t[1] = S(raw[1]);
-    set_frequency(raw[1], t[2], t[3]);
-    for (int k = 2; k < 2 * n + 2; ++k) t[2 + k] = S(raw[k]);
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
+    for (int k = share.first; k < 2 * n + 2; k += share.step) {
+      t[k < 2 ? k : 2 + k] = S(raw[k]);
+      if (k == 1) set_frequency(raw[1], t[2], t[3]);
+    }
   }
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
     using S = Number<T>;
     V s, c, s_before = V{}, c_before = broadcast<V>(S(1)), y = broadcast<V>(t[0]);
-    sine_cosine(x, t[2], t[3], T{}, s, c);
+    Waves::evaluate(x, t[2], t[3], T{}, s, c);
     V twice = c + c;
     POLYTROPE_UNROLL
     for (int k = 0; k < n; ++k) {
@@ -515,7 +544,7 @@ struct Harmonic {
   POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
     using S = Number<T>;
     V s, c, s_before = V{}, c_before = g, slope = V{};
-    sine_cosine(x, t[2], t[3], T{}, s, c);
+    Waves::evaluate(x, t[2], t[3], T{}, s, c);
     V twice = c + c;
     c *= g;
     s *= g;
@@ -534,17 +563,18 @@ struct Harmonic {
     sums[1] += slope * x;
     return slope * t[1];
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
-    for (int k = 0; k < 2 * n + 2; ++k) gradient[k] = sums[k];
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share share = {}) {
+    for (int k = share.first; k < 2 * n + 2; k += share.step) gradient[k] = sums[k];
   }
 };
+using Harmonic = HarmonicSeries<ExactWaves>;
 
 // Harmonic for degrees up to 8, in fewer operations: with w = cos 2θ, each cos kθ and sin kθ is a polynomial in w, times
 // 1, cos θ, sin θ or sin θ cos θ. Up to degree 8 these polynomials have coefficients of at most 8, so powers lose little.
 struct HarmonicPowers {
   static constexpr int highest = 8, largest_table = 4 * highest + 5, largest_sums = 2 * highest + 2;
-  POLYTROPE_FUNCTION static int parameters(int n, int) { return 2 * n + 2; }
-  POLYTROPE_FUNCTION static int sums(int n, int) { return 2 * n + 2; }
+  POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 2 * n + 2; }
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 2 * n + 2; }
   // visit(packed index of cos kθ, of its slope's coefficient, k or -k, power's place, coefficient) for every term.
   template <class Visit>
   POLYTROPE_FUNCTION static void terms(int n, Visit visit) {
@@ -567,7 +597,7 @@ struct HarmonicPowers {
     }
   }
   template <class S>
-  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share = {}) {
     double powers[4 * highest + 2] = {};
     terms(n, [&](int index, int k, int place, double coefficient) {
       powers[place] += coefficient * raw[index];
@@ -627,7 +657,7 @@ struct HarmonicPowers {
       if (j < half) power *= w;
     }
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share = {}) {
     for (int k = 0; k < 2 * n + 2; ++k) gradient[k] = 0;
     terms(n, [&](int index, int, int place, double coefficient) { gradient[index] += coefficient * sums[place]; });
     gradient[1] = sums[2 * n + 1];
@@ -637,13 +667,12 @@ struct HarmonicPowers {
 // (√2 / n) max_k (k x + c_k), k = 0…n. The lowest k wins a tie; F(-∞) = √2 c_0 / n.
 struct Tropical {
   static constexpr int largest_table = max_degree + 2, largest_sums = max_degree + 1;
-  POLYTROPE_FUNCTION static int parameters(int n, int) { return n + 1; }
-  POLYTROPE_FUNCTION static int sums(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return n + 1; }
   POLYTROPE_FUNCTION static double scale(int n) { return 1.4142135623730951 / n; }
   template <class S>
-  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
-    for (int k = 0; k <= n; ++k) t[k] = S(raw[k]);
-    t[n + 1] = S(scale(n));
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
+    for (int k = share.first; k <= n + 1; k += share.step) t[k] = S(k <= n ? raw[k] : scale(n));
   }
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
@@ -670,8 +699,8 @@ struct Tropical {
     for (int k = 0; k <= n; ++k) add_where(slope, S(k), g, sums[k]);
     return x == x ? g * slope * t[n + 1] : x;
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
-    for (int k = 0; k <= n; ++k) gradient[k] = sums[k] * scale(n);
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share share = {}) {
+    for (int k = share.first; k <= n; k += share.step) gradient[k] = sums[k] * scale(n);
   }
 };
 
@@ -679,11 +708,11 @@ struct Tropical {
 // taken at x limited to ±1e30 and continued linearly, so ±inf gives ±inf or a finite number, not inf - inf.
 struct TropicalRational {
   static constexpr int largest_table = 4 * (max_degree + 1), largest_sums = 4 * (max_degree + 1);
-  POLYTROPE_FUNCTION static int parameters(int n, int) { return 4 * (n + 1); }
-  POLYTROPE_FUNCTION static int sums(int n, int) { return 4 * (n + 1); }
+  POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 4 * (n + 1); }
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 4 * (n + 1); }
   template <class S>
-  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
-    for (int k = 0; k < 4 * (n + 1); ++k) t[k] = S(raw[k]);
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
+    for (int k = share.first; k < 4 * (n + 1); k += share.step) t[k] = S(raw[k]);
   }
   template <class V, class S>
   POLYTROPE_FUNCTION static V limited(V x) {
@@ -741,22 +770,19 @@ struct TropicalRational {
   POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
     return descend_denominator(x, g, descend_numerator(x, g, t, sums, n), t, sums, n);
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
-    for (int k = 0; k < 2 * (n + 1); ++k) {
-      gradient[k] = sums[k];
-      gradient[2 * (n + 1) + k] = -sums[2 * (n + 1) + k];
-    }
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share share = {}) {
+    for (int k = share.first; k < 4 * (n + 1); k += share.step) gradient[k] = k < 2 * (n + 1) ? sums[k] : -sums[k];
   }
 };
 
 // (sum_k a_k x^k) / (1 + |sum_{j≥1} b_j x^j|), k = 0…n, j = 1…m: no poles. packed: a[n + 1], b[m].
 struct Rational {
   static constexpr int largest_table = 2 * max_degree + 1, largest_sums = 2 * max_degree + 1;
-  POLYTROPE_FUNCTION static int parameters(int n, int m) { return n + 1 + m; }
-  POLYTROPE_FUNCTION static int sums(int n, int m) { return n + 1 + m; }
+  POLYTROPE_FUNCTION static constexpr int parameters(int n, int m) { return n + 1 + m; }
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int m) { return n + 1 + m; }
   template <class S>
-  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m) {
-    for (int k = 0; k < n + 1 + m; ++k) t[k] = S(raw[k]);
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m, Share share = {}) {
+    for (int k = share.first; k < n + 1 + m; k += share.step) t[k] = S(raw[k]);
   }
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int m) {
@@ -801,9 +827,9 @@ struct Rational {
     }
     return slope;
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int m) {
-    for (int k = 0; k <= n; ++k) gradient[k] = sums[k];
-    for (int j = 1; j <= m; ++j) gradient[n + j] = -sums[n + j];
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int m,
+                                        Share share = {}) {
+    for (int k = share.first; k <= n + m; k += share.step) gradient[k] = k <= n ? sums[k] : -sums[k];
   }
 };
 
@@ -811,11 +837,11 @@ struct Rational {
 // A breakpoint belongs to the piece on its left. The breakpoints get no gradient of their own.
 struct PiecewiseLinear {
   static constexpr int largest_table = 3 * max_pieces, largest_sums = 2 * max_pieces;
-  POLYTROPE_FUNCTION static int parameters(int n, int) { return 3 * n - 1; }
-  POLYTROPE_FUNCTION static int sums(int n, int) { return 2 * n; }
+  POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 3 * n - 1; }
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 2 * n; }
   template <class S>
-  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int) {
-    for (int k = 0; k < 3 * n - 1; ++k) t[k] = S(raw[k]);
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
+    for (int k = share.first; k < 3 * n - 1; k += share.step) t[k] = S(raw[k]);
   }
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
@@ -841,33 +867,43 @@ struct PiecewiseLinear {
     }
     return x == x ? g * slope : x;
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int) {
-    for (int k = 0; k < n - 1; ++k) gradient[k] = 0;
-    for (int k = 0; k < 2 * n; ++k) gradient[n - 1 + k] = sums[k];
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share share = {}) {
+    for (int k = share.first; k < 3 * n - 1; k += share.step) gradient[k] = k < n - 1 ? 0 : sums[k - n + 1];
   }
 };
 
-// The tangent of F at the end of an interval: value, slope and, for `finish`, their derivatives with respect to the sums.
+// The tangent of F at the end of an interval.
 struct Tangent {
   double at, value, slope;
 };
 
 template <class Family>
+POLYTROPE_FUNCTION Tangent tangent_of_table(const double* table, double at, int n, int m) {
+  const Dual y = Family::value(Dual{at, 1}, table, n, m);
+  return {at, y.value, y.slope};
+}
+
+template <class Family>
 POLYTROPE_FUNCTION Tangent tangent(const double* raw, double at, int n, int m) {
   double t[Family::largest_table] = {};
   Family::prepare(raw, t, n, m);
-  const Dual y = Family::value(Dual{at, 1}, static_cast<const double*>(t), n, m);
-  return {at, y.value, y.slope};
+  return tangent_of_table<Family>(t, at, n, m);
 }
 
 // Adds to the sums what the elements beyond `at` contribute: `values` = sum of g, `slopes` = sum of g (x - at).
 template <class Family>
+POLYTROPE_FUNCTION void add_tail_of_table(const double* table, double at, double values, double slopes, double* total,
+                                          int n, int m) {
+  Dual sums[Family::largest_sums] = {};
+  Family::backward(Dual{at, 1}, Dual{1, 0}, table, sums, n, m);
+  for (int k = 0; k < Family::sums(n, m); ++k) total[k] += values * sums[k].value + slopes * sums[k].slope;
+}
+
+template <class Family>
 POLYTROPE_FUNCTION void add_tail(const double* raw, double at, double values, double slopes, double* total, int n, int m) {
   double t[Family::largest_table] = {};
   Family::prepare(raw, t, n, m);
-  Dual sums[Family::largest_sums] = {};
-  Family::backward(Dual{at, 1}, Dual{1, 0}, static_cast<const double*>(t), sums, n, m);
-  for (int k = 0; k < Family::sums(n, m); ++k) total[k] += values * sums[k].value + slopes * sums[k].slope;
+  add_tail_of_table<Family>(t, at, values, slopes, total, n, m);
 }
 
 }  // namespace polytrope

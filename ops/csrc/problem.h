@@ -1,4 +1,4 @@
-// What one call computes: filled by Python (ops/native.py holds the same structure), read by the CPU and CUDA kernels.
+// What one call computes: filled by Python (ops/native.py holds the same structures), read by the CPU and CUDA kernels.
 #pragma once
 #include <cstdint>
 
@@ -12,6 +12,22 @@ struct Problem {
   int32_t family, degree, second_degree, data_type, tails, gated;
   int64_t outer, groups, inner;
   double low, high, epsilon;
+};
+
+constexpr int most_parts = 4, most_factors = 64;
+
+// A kernel's parameters are float64 [groups, count]. They come in parts, each [groups, a size of its own] of a data type of
+// its own; side by side and, if `scaled`, times the factors they are those of the kernel.
+struct Parts {
+  int32_t count, types[most_parts];
+  int64_t sizes[most_parts];
+  int32_t scaled;
+  double factors[most_factors];
+};
+
+struct Task {
+  Problem problem;
+  Parts parts;
 };
 
 }  // namespace polytrope

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 
 from test_numerics import CONFIGS, activation, by_reference, inputs, label
 
-from polytrope.ops import cuda
+from polytrope.ops import build_activation, cuda
 from polytrope.ops.families import Family, Formula
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -58,6 +58,45 @@ def test_modules_on_the_gpu_give_what_they_give_on_the_cpu(config: dict[str, Any
     for ours, theirs in zip(found, expected, strict=True):
         scale = float(theirs.abs().max())
         torch.testing.assert_close(ours.cpu().double(), theirs, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({"num_parameters": 96}, (33, 96)),
+        ({"num_parameters": 48}, (5, 7, 96)),
+        ({"num_parameters": 3}, (33, 96)),
+        ({"num_parameters": 96, "interval": [-1.0, 1.0]}, (1000, 96)),
+        ({"num_parameters": 6, "dim": 1}, (4, 6, 5, 7)),
+        ({"num_parameters": 6, "dim": 1}, (40, 6, 128)),
+        ({"num_parameters": 48, "glu": True}, (100, 96)),
+        ({"glu": True}, (3, 2, 2000)),
+    ],
+    ids=str,
+)
+def test_groups_and_gates(options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(7)
+    module = build_activation({"name": "hermite", "degree": 3} | options)
+    with torch.no_grad():
+        module.coefficients.add_(0.1 * torch.randn(module.coefficients.shape))  # type: ignore[operator, arg-type, union-attr]
+    x = torch.randn(shape)
+    seed = torch.randn(module(x).shape)
+    expected = run(module.double(), x.double(), seed.double())
+    found = run(module.float().cuda(), x.cuda(), seed.cuda())
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.cpu().double(), theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], {"name": "fourier", "degree": 6}, CONFIGS[2]], ids=label)
+def test_a_forward_is_one_launch_and_a_backward_two(config: dict[str, Any]) -> None:
+    module = activation(config, torch.float32).cuda()
+    x, seed = (torch.randn(64, 512, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    run(module, x, seed)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(module, x, seed)
+        torch.cuda.synchronize()
+    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launched) == 3, launched
 
 
 def test_float64_goes_through_the_reference_and_is_exact() -> None:

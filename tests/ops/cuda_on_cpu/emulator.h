@@ -17,6 +17,8 @@
 #define __shared__ static
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+#undef __noinline__
+#define __noinline__
 
 inline dim3 threadIdx, blockIdx, gridDim;
 
@@ -105,6 +107,13 @@ inline float __uint_as_float(unsigned bits) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+
+template <class T>
+T __ldcs(const T* pointer) {
+  return *pointer;
+}
+inline float __sinf(float x) { return std::sin(x); }
+inline float __cosf(float x) { return std::cos(x); }
 
 // A GPU of three multiprocessors that hold one block of each kernel.
 extern "C" {
