@@ -4,9 +4,9 @@
 
 bfloat16 on [12, 1024, 3072] and [48, 1024, 3072]. Bandwidth counts the bytes that must move: 4 an element forward
 (x, y), 6 backward (x, g, dx), and is given as a share of what a copy of the same tensor reaches in the same run. The
-contestants of a row take turns; medians. Inductor compiles its versions first, several at a time, into its cache on the
-disk. Writes benchmarks/results/ops-gpu.json and .png and prints a table. Needs a GPU, nvcc and, for that step,
-compute-sanitizer.
+contestants of a row take turns; medians. Inductor compiles its versions, for the first shape, several at a time, into
+its cache on the disk before. Writes benchmarks/results/ops-gpu.json and .png and prints a table. Needs a GPU, nvcc and,
+for that step, compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -100,22 +101,31 @@ def milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[s
 
 def compiled(config: dict[str, Any]) -> nn.Module:
     torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # its backward runs more than once for each forward
     module: nn.Module = torch.compile(ByHand(config).cuda(), dynamic=False)
     return module
 
 
-def compile_ahead(config: dict[str, Any], shape: tuple[int, ...]) -> None:
+def compile_ahead(config: dict[str, Any]) -> None:
     """In a process of its own: what Inductor makes of a row goes to its cache on the disk."""
-    module, x = compiled(config), torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    module, x = compiled(config), torch.randn(SHAPES[0], device="cuda", dtype=torch.bfloat16, requires_grad=True)
     torch.autograd.grad(module(x), [x, *module.parameters()], torch.ones_like(x))
+    with torch.no_grad():
+        module(x)
 
 
-def compile_all_ahead() -> None:
+def compile_all_ahead(console: Console) -> list[dict[str, Any]]:
+    """The rows that could be compiled."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    cores = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(min(8, cores), multiprocessing.get_context("spawn")) as pool:
-        for done in [pool.submit(compile_ahead, config, shape) for shape in SHAPES for config in ROWS]:
-            done.result()
+    cores, done = len(os.sched_getaffinity(0)), []
+    with ProcessPoolExecutor(min(10, cores), multiprocessing.get_context("spawn")) as pool:
+        for config, future in [(config, pool.submit(compile_ahead, config)) for config in ROWS]:
+            failure = future.exception()
+            if failure is None:
+                done.append(config)
+            else:
+                console.print(f"torch.compile cannot do {label(config)}: {failure!r}"[:300], markup=False)
+    return done
 
 
 def measure(config: dict[str, Any], shape: tuple[int, ...], repeats: int, with_compiled: bool) -> dict[str, Any]:
@@ -213,14 +223,7 @@ def main() -> int:
         print(f"benchmarks.gpu_ops needs the CUDA kernels: {error}", file=sys.stderr)
         return 2
     built = {"seconds": round(time.perf_counter() - start, 1), "bytes": library.stat().st_size}
-    console, rows = Console(), []
-    if not options.skip_compiled:
-        compile_all_ahead()
-    for shape in SHAPES:
-        for config in ROWS:
-            row = measure(config, shape, options.repeats, not options.skip_compiled)
-            rows.append(row)
-            console.print(f"{label(config)} {shape}: {row['forward_share']}, {row['backward_share']} of a copy")
+    console, rows = Console(), list[dict[str, Any]]()
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
     document = {
         "machine": machine,
@@ -230,7 +233,13 @@ def main() -> int:
         "checks": {},
         "rows": rows,
     }
-    write(document, options.out)
+    compilable = [] if options.skip_compiled else compile_all_ahead(console)
+    for shape in SHAPES:
+        for config in ROWS:
+            row = measure(config, shape, options.repeats, shape == SHAPES[0] and config in compilable)
+            rows.append(row)
+            console.print(f"{label(config)} {shape}: {row['forward_share']}, {row['backward_share']} of a copy")
+            write(document, options.out)
     plot(rows, machine, options.out.with_suffix(".png"))
     console.print(table(rows))
     if not options.skip_tests:

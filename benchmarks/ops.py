@@ -152,11 +152,14 @@ class ByHand(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        self.own = nn.ParameterList(build_activation(config).parameters())
-        self.function = by_hand(config)
+        self.function, self.names = by_hand(config), list[str]()
+        for name, parameter in build_activation(config).named_parameters():
+            self.register_parameter(name, parameter)
+            self.names.append(name)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x.float(), *self.own).to(x.dtype)
+        own = [getattr(self, name) for name in self.names]  # not a ParameterList, which torch 2.11 cannot compile
+        return self.function(x.float(), *own).to(x.dtype)
 
 
 class Contestant:
