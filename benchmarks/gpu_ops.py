@@ -202,7 +202,7 @@ def plot(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> Non
     axes.invert_yaxis()
     axes.set_xlabel("share of a copy's bandwidth (dashed: bars)")
     axes.set_title(f"bfloat16 {rows[0]['shape']} on {machine['gpu']}")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
 
 
