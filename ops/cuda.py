@@ -124,10 +124,11 @@ def _verify(device: int, dtype: torch.dtype, formula: Formula) -> bool:
 def largest_error(loaded: ctypes.CDLL, device: torch.device, dtype: torch.dtype, formula: Formula) -> float:
     """Largest difference between kernel and float64 reference in values and gradients, over the largest of each.
 
-    One group of a length that vectors divide, and two groups of a length that they do not.
+    One group of a length that vectors divide; two groups of a length that they do not, of one that they do, and of so
+    few neighbours that they go through transposed copies.
     """
     worst = 0.0
-    for groups, shape in ((1, (3, 1024)), (2, (5, 74))):
+    for groups, shape in ((1, (3, 1024)), (2, (5, 74)), (2, (3, 80)), (2, (40, 8))):
         groups = 1 if formula.family == Family.POLYNORM else groups
         width, count = shape[1] * (2 if formula.gated else 1), parameter_count(formula)
         rows = torch.arange(groups, device=device, dtype=torch.float64)[:, None]
@@ -200,6 +201,9 @@ def describe(loaded: ctypes.CDLL, x: Tensor, parts: Sequence[Tensor], formula: F
 def _call(
     loaded: ctypes.CDLL, task: native.Task, formula: Formula, packing: Packing, shape: torch.Size, kind: Kind | None
 ) -> Call:
+    given = sum(task.parts.sizes)
+    if given != parameter_count(formula):
+        raise RuntimeError(f"{formula} takes {parameter_count(formula)} parameters in each group, got {given}")
     problem, rows = task.problem, 0
     if problem.groups > 1 and problem.inner < min(_NEIGHBOURS, problem.outer):
         # A group's elements are too few side by side to be read well; transposed, they all are neighbours.

@@ -77,13 +77,16 @@ def is_plain(*tensors: Tensor) -> bool:
     """
     if _is_compiling() or _transforms_are_active():
         return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES:
+            return False
     keys = _PLAIN_KEYS
     if tensors[0].is_cuda:
         keys, index = _keys_of_plain_gpu_tensors(), tensors[0].get_device()
         if any(tensor.get_device() != index for tensor in tensors):
             return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or _dispatch_keys(tensor).raw_repr() not in keys:
+        if _dispatch_keys(tensor).raw_repr() not in keys:
             return False
     return _count_dispatch_modes() == 0 and _get_tracing_state() is None
 
@@ -134,7 +137,8 @@ def call_directly(call: native.Call | cuda.Call, x: Tensor, parts: Sequence[Tens
 
 def activate(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Formula) -> Tensor:
     """F(x), differentiable in x and the parts of its parameters: the operator, or without a kernel the reference."""
-    parameters = packing.pack(parts, packing.constant(parts[0].device))
+    _check_devices(x, parts)
+    parameters = packing.pack(parts, packing.constant(x.device))
     if _goes_through_kernel(x, formula):
         result: Tensor = torch.ops.polytrope.activation(x, parameters, *_listed(formula))
         return result
@@ -161,7 +165,16 @@ def _backward(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) 
     return x_gradient, parameter_gradient
 
 
+def _check_devices(x: Tensor, parts: Sequence[Tensor]) -> None:
+    for part in parts:
+        if part.device != x.device:
+            raise RuntimeError(
+                f"x is on {x.device}, the parameters of its activation on {part.device}: move one of them"
+            )
+
+
 def _prepare_on_gpu(x: Tensor, parameters: Tensor, formula: Formula) -> cuda.Call:
+    _check_devices(x, (parameters,))
     call = cuda.prepare(formula, PLAIN, x.get_device(), x.dtype, x.shape, (parameters.dtype,), (parameters.shape,))
     if call is None or not cuda.is_verified(call.kind):
         raise RuntimeError(f"polytrope has no CUDA kernel for {formula} and {x.dtype}; polytrope.ops.functional does")

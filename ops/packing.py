@@ -1,4 +1,4 @@
-"""How the parameters of an activation stand side by side in the one tensor that a kernel takes."""
+"""How the parameters of an activation stand side by side, for kernels and in the one tensor of the torch operator."""
 
 from __future__ import annotations
 

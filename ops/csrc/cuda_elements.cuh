@@ -154,7 +154,7 @@ __device__ __forceinline__ void block_sums(const float* values, int count, doubl
   __syncthreads();
 }
 
-// Threads of the one block that adds up those of a launch: a warp for each of the sums of most families.
+// Threads of the block that adds up those of a launch, for each group: a warp for each of the sums of most families.
 constexpr int finish_threads = 2 * threads;
 
 // total[k] = sum of rows[k * blocks …][0 … blocks), a warp for each k; `total` is shared. Little code, as it runs once: most
@@ -180,7 +180,8 @@ inline int64_t most_blocks() {
   return int64_t(processors) * (2048 / threads);
 }
 
-// Blocks of `kernel` that are resident at the same time: one wave, so that none is left to run alone at the end.
+// Blocks of `kernel` that are resident at the same time on the current GPU: one wave, so that none is left to run alone at
+// the end.
 template <class Kernel>
 int64_t resident_blocks(Kernel kernel) {
   int each = 0;

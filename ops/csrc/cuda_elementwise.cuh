@@ -21,7 +21,13 @@ struct Call {
   cudaStream_t stream;
 };
 
-inline unsigned rows_of(const Problem& p) { return unsigned(p.groups < 4096 ? p.groups : 4096); }
+// Blocks along y, each of which takes one group after the other.
+#ifdef POLYTROPE_CUDA_ROWS
+constexpr int64_t most_rows = POLYTROPE_CUDA_ROWS;
+#else
+constexpr int64_t most_rows = 4096;
+#endif
+inline unsigned rows_of(const Problem& p) { return unsigned(p.groups < most_rows ? p.groups : most_rows); }
 
 // The blocks along x that a group gets out of `all`.
 inline unsigned columns_of(const Problem& p, int64_t all) {
@@ -39,7 +45,7 @@ struct Function {
   float ends[4];  // value and slope of the left tangent, and of the right one
 };
 
-// Hermite differs from Polynomial in what stands before and after its kernels only, so they share them.
+// Hermite differs from Polynomial in its table and in what stands after its kernels only, so they share these.
 template <class Family, class S>
 __device__ __forceinline__ void prepare_table(const Problem& p, const double* raw, S* table, Share share) {
   if constexpr (std::is_same_v<Family, Polynomial>)
@@ -341,11 +347,11 @@ __global__ void __launch_bounds__(finish_threads)
 template <class Family, class Inner, int D, int E, Form form>
 int launch_form(const Problem& p, const Call& c) {
   if (!c.gradient) {
-    static const int64_t resident = resident_blocks(forward_kernel<Inner, D, E, form>);
+    const int64_t resident = resident_blocks(forward_kernel<Inner, D, E, form>);
     const dim3 grid(columns_of(p, resident), rows_of(p));
     forward_kernel<Inner, D, E, form><<<grid, threads, 0, c.stream>>>(p, c.x, c.parameters, c.result);
   } else {
-    static const int64_t resident = resident_blocks(backward_kernel<Inner, D, E, form>);
+    const int64_t resident = resident_blocks(backward_kernel<Inner, D, E, form>);
     const dim3 grid(columns_of(p, resident), rows_of(p));
     backward_kernel<Inner, D, E, form><<<grid, threads, 0, c.stream>>>(p, c.gradient, c.x, c.parameters, c.result,
                                                                         c.partial);

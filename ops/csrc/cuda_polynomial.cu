@@ -4,7 +4,7 @@
 namespace polytrope {
 
 int launch_polynomial(const Problem& p, const Call& c) {
-  // Hermite differs from Polynomial in what stands before and after its kernels only.
+  // Hermite differs from Polynomial in its table (prepare_table) and in what stands after its kernels.
   if (p.family == family_hermite) return launch_degree<Hermite, Polynomial, 1, 8>(p, c);
   return launch_degree<Polynomial, Polynomial, 1, 8>(p, c);
 }

@@ -5,7 +5,7 @@ namespace polytrope {
 namespace {
 
 // As sine_cosine of a float by the GPU's own sine and cosine: absolute error below 1e-6, a small part of what bfloat16 and
-// float16 round off. The fraction of x w - φ is as exact as there.
+// float16 round off. The fraction of x w - φ is as exact as there; NaN where x w overflows.
 struct CoarseWaves {
   template <class T>
   __device__ __forceinline__ static void evaluate(float x, T high, T low, T phase, float& sine, float& cosine) {

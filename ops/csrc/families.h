@@ -2,7 +2,7 @@
 //
 // Every function is generic in V, which is one float (CUDA), a vector of floats (CPU, a GCC vector type) or a Dual; in S,
 // its element; and in T, an entry of a table: S, or V where each element has a function of its own. A family offers
-//   parameters(n, m)   how many packed parameters a group has (what Python passes, float64)
+//   parameters(n, m)   how many packed parameters a group has (problem.h), float64
 //   sums(n, m)         how many sums over all elements `backward` accumulates
 //   prepare(raw, t, share)   packed parameters -> table, in float64 before the last rounding
 //   value(x, t)        F(x), from the table alone

@@ -2,7 +2,7 @@
 
     pytest tests/gpu
 
-`benchmarks.gpu_ops` runs these as well, and once more under compute-sanitizer.
+`benchmarks.gpu_ops` runs these as well, and a part of them once more under compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -97,6 +97,22 @@ def test_a_forward_is_one_launch_and_a_backward_two(config: dict[str, Any]) -> N
         torch.cuda.synchronize()
     launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert len(launched) == 3, launched
+
+
+def test_tensors_that_begin_anywhere() -> None:
+    module, base = activation(CONFIGS[0], torch.float32).cuda(), torch.randn(2, 3 * 501 + 3, device="cuda").bfloat16()
+    x, seed = (row[3:].view(3, 501) for row in base)
+    assert x.data_ptr() % 16
+    for ours, theirs in zip(run(module, x, seed), run(module, x.clone(), seed.clone()), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_parameters_elsewhere_are_refused() -> None:
+    module = activation(CONFIGS[0], torch.float32)
+    with pytest.raises(RuntimeError, match="x is on cuda:0, the parameters of its activation on cpu"):
+        module(torch.zeros(8, device="cuda"))
+    with pytest.raises(RuntimeError, match="x is on cpu, the parameters of its activation on cuda:0"):
+        module.cuda()(torch.zeros(8))
 
 
 def test_float64_goes_through_the_reference_and_is_exact() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from polytrope.ops import build, cuda, native, reference
-from polytrope.ops.families import Family, Formula
+from polytrope.ops.families import Family, Formula, result_shape
 from polytrope.ops.packing import PLAIN
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -56,7 +56,7 @@ def readable(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The CUDA sources for the CPU, blocks of 64 threads."""
+    """The CUDA sources for the CPU, blocks of 64 threads, 8 of them at most for groups."""
     assert NVCC is not None
     folder = tmp_path_factory.mktemp("emulated")
     plan = subprocess.run([NVCC, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
@@ -81,6 +81,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
                 "-fPIC",
                 "-DPOLYTROPE_CUDA_THREADS=64",
                 "-DPOLYTROPE_FEW_DEGREES",
+                "-DPOLYTROPE_CUDA_ROWS=8",
             ]
             command += [f"-I{headers}", "-include", str(emulator), "-x", "c++", "-c", str(target), "-o", f"{target}.o"]
             running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
@@ -113,20 +114,26 @@ def test_the_kernels_agree_with_the_reference(emulated: ctypes.CDLL, dtype: torc
 
 
 @pytest.mark.parametrize(
-    ("shape", "dim", "groups"),
+    ("shape", "dim", "groups", "gated"),
     [
-        ((2, 6, 16), -2, 3),
-        ((3, 4, 5), -3, 3),
-        ((7, 12), -1, 12),
-        ((9, 12), -1, 6),
-        ((50, 3, 104), -2, 3),
-        ((9000,), -1, 1),
+        ((2, 6, 16), -2, 3, False),
+        ((3, 4, 5), -3, 3, False),
+        ((7, 12), -1, 12, False),
+        ((9, 12), -1, 6, False),
+        ((50, 3, 104), -2, 3, False),
+        ((9000,), -1, 1, False),
+        ((2, 20), -1, 20, False),
+        ((40, 24), -1, 6, True),
+        ((40, 96), -1, 3, True),
+        ((40, 2, 50), -1, 1, True),
     ],
 )
-def test_groups_lie_where_they_should(emulated: ctypes.CDLL, shape: tuple[int, ...], dim: int, groups: int) -> None:
-    formula = Formula(Family.POLYNOMIAL, 2, 0, (), dim)
+def test_groups_lie_where_they_should(
+    emulated: ctypes.CDLL, shape: tuple[int, ...], dim: int, groups: int, gated: bool
+) -> None:
+    formula = Formula(Family.POLYNOMIAL, 2, 0, (), dim, gated)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    seed = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    seed = torch.randn(result_shape(x.shape, formula), generator=torch.Generator().manual_seed(2))
     parameters = torch.randn(groups, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     call = native.prepare_for(x, [parameters], PLAIN, formula)
     own = cuda.describe(emulated, x, [parameters], formula)
@@ -154,3 +161,8 @@ def test_tensors_that_begin_anywhere_and_long_rows(emulated: ctypes.CDLL) -> Non
         call = cuda.describe(emulated, x, [parameters], formula)
         found, exact = cuda.forward(call, x, [parameters]), reference.evaluate(x.double(), parameters, formula)
         torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1e-2)
+
+
+def test_another_number_of_parameters_is_refused(emulated: ctypes.CDLL) -> None:
+    with pytest.raises(RuntimeError, match="takes 4 parameters in each group, got 3"):
+        cuda.describe(emulated, torch.zeros(8), [torch.zeros(1, 3)], Formula(Family.HERMITE, 3))

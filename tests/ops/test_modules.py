@@ -359,3 +359,9 @@ def test_knots_and_denominators_of_other_sizes() -> None:
     torch.testing.assert_close(
         PiecewiseLinear(4, interval=(-1, 1), init="relu")(torch.tensor([-3.0, 0.5])), torch.tensor([0.0, 0.5])
     )
+
+
+def test_parameters_on_another_device_are_refused() -> None:
+    module = build_activation({"name": "hermite", "degree": 3}).to("meta")
+    with pytest.raises(RuntimeError, match="x is on cpu, the parameters of its activation on meta"):
+        module(torch.zeros(8))
