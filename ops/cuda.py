@@ -24,7 +24,7 @@ from polytrope.ops import build, native, reference
 from polytrope.ops.families import Family, Formula, parameter_count, result_shape
 from polytrope.ops.packing import PLAIN, Packing
 
-_NEIGHBOURS = 32
+_NEIGHBOURS = 32  # groups with fewer elements side by side go through transposed copies
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -82,10 +82,8 @@ def is_usable(index: int | None, dtype: torch.dtype, formula: Formula) -> bool:
     return dtype in _TOLERANCES and library() is not None and is_verified(kind_of(index, dtype, formula))
 
 
-def is_verified(kind: Kind | None) -> bool:
+def is_verified(kind: Kind) -> bool:
     """Whether the kernel agrees with the reference; found out at the first call."""
-    if kind is None:
-        return True
     known = _verified.get(kind)
     if known is None:
         if torch.cuda.is_current_stream_capturing():
@@ -165,7 +163,7 @@ class Call(NamedTuple):
     rows: int  # more than 0: x and the like are transposed to [-1, rows] on the way in, and back on the way out
     workspace: int  # bytes that backward needs beside its tensors
     library: ctypes.CDLL
-    kind: Kind | None  # None: a check itself
+    kind: Kind
 
 
 @functools.lru_cache(maxsize=1024)
@@ -181,6 +179,9 @@ def prepare(
     """A call on the GPU of this index, as `native.prepare`; None where there is no kernel for this dtype.
 
     Whether it `is_verified` is for the caller to ask.
+
+    Raises:
+        RuntimeError: the formula takes another number of parameters.
     """
     loaded = library() if dtype in _TOLERANCES else None
     if loaded is None:
@@ -190,23 +191,28 @@ def prepare(
         return _call(loaded, task, formula, packing, shape, kind_of(index, dtype, formula))
 
 
-def describe(loaded: ctypes.CDLL, x: Tensor, parts: Sequence[Tensor], formula: Formula) -> Call:
-    """The call of a library for these tensors, unchecked."""
+def describe(
+    loaded: ctypes.CDLL, x: Tensor, parts: Sequence[Tensor], formula: Formula, packing: Packing = PLAIN
+) -> Call:
+    """The call of a library for these tensors, whether or not it `is_verified`; as `native.prepare_for`.
+
+    Raises:
+        RuntimeError: the formula takes another number of parameters.
+    """
     dtypes, shapes = tuple(part.dtype for part in parts), tuple(part.shape for part in parts)
-    return _call(
-        loaded, native.make_task(formula, PLAIN, x.dtype, x.shape, dtypes, shapes), formula, PLAIN, x.shape, None
-    )
+    task = native.make_task(formula, packing, x.dtype, x.shape, dtypes, shapes)
+    return _call(loaded, task, formula, packing, x.shape, kind_of(x.get_device(), x.dtype, formula))
 
 
 def _call(
-    loaded: ctypes.CDLL, task: native.Task, formula: Formula, packing: Packing, shape: torch.Size, kind: Kind | None
+    loaded: ctypes.CDLL, task: native.Task, formula: Formula, packing: Packing, shape: torch.Size, kind: Kind
 ) -> Call:
     given = sum(task.parts.sizes)
     if given != parameter_count(formula):
         raise RuntimeError(f"{formula} takes {parameter_count(formula)} parameters in each group, got {given}")
     problem, rows = task.problem, 0
     if problem.groups > 1 and problem.inner < min(_NEIGHBOURS, problem.outer):
-        # A group's elements are too few side by side to be read well; transposed, they all are neighbours.
+        # Too few to be read eight at a time; transposed, all elements of a group are neighbours.
         rows = problem.outer
         problem.outer, problem.inner = 1, problem.outer * problem.inner
     size = loaded.polytrope_cuda_workspace(task)

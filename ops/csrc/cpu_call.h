@@ -11,14 +11,9 @@
 namespace polytrope {
 namespace {
 
-inline int64_t width_of(const Parts& parts) {
-  int64_t sum = 0;
-  for (int part = 0; part < parts.count; ++part) sum += parts.sizes[part];
-  return sum;
-}
-
 inline void scale(const Parts& parts, double* row) {
-  for (int64_t k = 0; parts.scaled && k < width_of(parts); ++k) row[k] *= parts.factors[k];
+  const int64_t width = parts.scaled ? width_of(parts) : 0;
+  for (int64_t k = 0; k < width; ++k) row[k] *= parts.factors[k];
 }
 
 // Null where memory is lacking.

@@ -23,17 +23,6 @@ int dispatch(const Problem& p, const Call& c) {
   }
 }
 
-// At least as many as the family's.
-int64_t sums_of(const Problem& p) {
-  switch (p.family) {
-    case family_fourier: return Fourier::sums(p.degree, 0);
-    case family_harmonic: return Harmonic::sums(p.degree, 0);
-    case family_tropical_rational: return TropicalRational::sums(p.degree, 0);
-    case family_piecewise_linear: return PiecewiseLinear::sums(p.degree, 0);
-    default: return Rational::sums(p.degree, p.second_degree);
-  }
-}
-
 // No family has more parameters.
 static_assert(TropicalRational::largest_table <= Function<PiecewiseLinear>::most_parameters);
 
@@ -48,11 +37,12 @@ Parameters with_pointers(const Parts& parts, const void* const* pointers) {
 
 extern "C" {
 
-// Bytes that backward needs beside its tensors, for the sums of each block.
+// Bytes that backward needs beside its tensors, for the sums of each block: no family has more sums than parameters.
 int64_t polytrope_cuda_workspace(const polytrope::Task* task) {
   using namespace polytrope;
-  if (task->problem.family == family_polynorm) return polynorm_partial_bytes(task->problem);
-  return task->problem.groups * columns_of(task->problem, most_blocks()) * (sums_of(task->problem) + tail_sums) * 8;
+  const Problem& p = task->problem;
+  if (p.family == family_polynorm) return polynorm_partial_bytes(p);
+  return p.groups * columns_of(p, most_blocks()) * (width_of(task->parts) + tail_sums) * 8;
 }
 
 // `gradient` null: forward, `result` is y, and there is neither workspace nor part gradients; else `result` is the gradient

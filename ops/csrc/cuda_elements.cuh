@@ -130,25 +130,26 @@ struct Parameters {
 };
 
 // The sum over a warp, the same order every time; valid in its first lane.
-__device__ __forceinline__ double warp_sum(double value) {
+template <class S>
+__device__ __forceinline__ S warp_sum(S value) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(0xffffffffu, value, offset);
   return value;
 }
 
-// Adds up, over the block, `values`[0 … count) of all threads; thread k then gives its sum to keep(k, sum).
-// `shared` holds warps * count numbers. All threads of a block call it together.
-template <class Keep>
-__device__ __forceinline__ void block_sums(const float* values, int count, double* shared, Keep keep) {
+// Adds up, over a block of so many threads, `values`[0 … count) of all threads, within a warp in S; thread k then gives its
+// sum to keep(k, sum). `shared` holds count numbers for each warp. All threads of a block call it together.
+template <int block_threads = threads, class S, class Keep>
+__device__ __forceinline__ void block_sums(const float* values, int count, S* shared, Keep keep) {
 #pragma unroll
   for (int k = 0; k < count; ++k) {
-    const double sum = warp_sum(values[k]);
+    const S sum = warp_sum(S(values[k]));
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32 * count + k] = sum;
   }
   __syncthreads();
-  for (int k = threadIdx.x; k < count; k += threads) {
+  for (int k = threadIdx.x; k < count; k += block_threads) {
     double total = 0;
-    for (int warp = 0; warp < warps; ++warp) total += shared[warp * count + k];
+    for (int warp = 0; warp < block_threads / 32; ++warp) total += shared[warp * count + k];
     keep(k, total);
   }
   __syncthreads();
@@ -157,8 +158,7 @@ __device__ __forceinline__ void block_sums(const float* values, int count, doubl
 // Threads of the block that adds up those of a launch, for each group: a warp for each of the sums of most families.
 constexpr int finish_threads = 2 * threads;
 
-// total[k] = sum of rows[k * blocks …][0 … blocks), a warp for each k; `total` is shared. Little code, as it runs once: most
-// of the time goes into fetching instructions.
+// total[k] = sum of rows[k * blocks …][0 … blocks), a warp for each k; `total` is shared.
 __device__ __forceinline__ void add_up_blocks(const double* rows, int count, int blocks, double* total) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int k = warp; k < count; k += finish_threads / 32) {

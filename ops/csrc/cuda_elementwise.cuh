@@ -16,7 +16,7 @@ struct Call {
   const void *gradient, *x;  // no gradient: forward
   Parameters parameters;
   void* result;
-  double* partial;            // groups * (sums + tail_sums) * blocks
+  double* partial;  // groups * (sums + tail_sums) * blocks
   Parameters parameter_gradients;
   cudaStream_t stream;
 };
@@ -102,7 +102,7 @@ template <class Family>
 constexpr bool never_has_tails = std::is_same_v<Family, Tropical> || std::is_same_v<Family, TropicalRational> ||
                                  std::is_same_v<Family, PiecewiseLinear>;
 
-// A function of its own, as the compiler would put a hundred instructions in each place.
+// A function of its own, as the compiler would put its many instructions in each place.
 static __device__ __noinline__ int64_t quotient(int64_t a, int64_t b) { return a / b; }
 
 // The places in x and in the result of the elements first, first + step, … of a sequence, without a division for each.
@@ -207,11 +207,13 @@ constexpr int backward_blocks(Form form) {
 
 // Only where all elements lie side by side are there registers to spare for elements that are on their way.
 template <class Family, int D, int E, Form form>
-__global__ void __launch_bounds__(threads, form == plain ? 4 : 2) forward_kernel(Problem p, const void* x, Parameters parameters, void* y) {
+__global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
+    forward_kernel(Problem p, const void* x, Parameters parameters, void* y) {
   __shared__ Function<Family> function;
   constexpr bool flat = form != general;
   const bool gated = !flat && p.gated, tails = form != plain && !never_has_tails<Family> && p.tails;
-  const Evaluation<Family> f{function.table, function.ends, float(p.low), float(p.high), D ? D : p.degree, D ? E : p.second_degree, tails};
+  const int n = D ? D : p.degree, m = D ? E : p.second_degree;
+  const Evaluation<Family> f{function.table, function.ends, float(p.low), float(p.high), n, m, tails};
   const int type = p.data_type;
   const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
   for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
@@ -254,8 +256,9 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
   __shared__ double shared[warps * most];
   constexpr bool flat = form != general;
   const bool gated = !flat && p.gated, tails = form != plain && !never_has_tails<Family> && p.tails;
-  const Evaluation<Family> f{function.table, function.ends, float(p.low), float(p.high), D ? D : p.degree, D ? E : p.second_degree, tails};
-  const int sums = Family::sums(f.n, f.m), row = sums + tail_sums, type = p.data_type;
+  const int n = D ? D : p.degree, m = D ? E : p.second_degree;
+  const Evaluation<Family> f{function.table, function.ends, float(p.low), float(p.high), n, m, tails};
+  const int sums = Family::sums(n, m), row = sums + tail_sums, type = p.data_type;
   const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
   for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
     const Sequence s(p, group);

@@ -8,8 +8,8 @@ namespace polytrope {
 namespace {
 
 constexpr int row_threads = threads / 2, row_warps = row_threads / 32;
-constexpr int most_kept = 4;                  // packets of a thread
-constexpr int most = 2 * max_degree + 1;      // sums of x^2k (k = 1…n), then of g x^k (k = 0…n)
+constexpr int most_kept = 4;              // packets of a thread
+constexpr int most = 2 * max_degree + 1;  // sums of x^2k (k = 1…n), then of g x^k (k = 0…n)
 
 struct Rows {
   int type;
@@ -50,24 +50,6 @@ struct Rows {
   }
 };
 
-// total[k] = the sums of a row, over the block; `shared` holds row_warps * count numbers.
-__device__ __forceinline__ void row_sums(const float* sums, int count, float* shared, double* total) {
-#pragma unroll
-  for (int k = 0; k < count; ++k) {
-    float sum = sums[k];
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_down_sync(0xffffffffu, sum, offset);
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32 * count + k] = sum;
-  }
-  __syncthreads();
-  for (int k = threadIdx.x; k < count; k += row_threads) {
-    double sum = 0;
-    for (int warp = 0; warp < row_warps; ++warp) sum += shared[warp * count + k];
-    total[k] = sum;
-  }
-  __syncthreads();
-}
-
 // D: the degree, 0: read at run time.
 template <int D, bool Kept>
 __global__ void __launch_bounds__(row_threads) forward_rows(Rows r, const void* x, Parameters parameters, void* y) {
@@ -93,7 +75,7 @@ __global__ void __launch_bounds__(row_threads) forward_rows(Rows r, const void* 
         }
       }
     });
-    row_sums(sums, n, shared, total);
+    block_sums<row_threads>(sums, n, shared, [&](int k, double sum) { total[k] = sum; });
     for (int k = threadIdx.x; k <= n; k += row_threads)
       t[k] = float(k == 0 ? own[0] : own[k] / sqrt(total[k - 1] / double(r.columns) + r.epsilon));
     __syncthreads();
@@ -119,11 +101,16 @@ __global__ void __launch_bounds__(row_threads)
     Packet x_packets[most_kept], g_packets[most_kept];
     r.keep<Kept>(x, row, x_packets);
     r.keep<Kept>(g, row, g_packets);
+    const auto each_pair = [&](const auto& visit) {  // visit(first column, elements of x, of g)
+      r.each_packet<Kept>([&](int j, int64_t at) {
+        float xs[width], gs[width];
+        r.values<Kept>(x, row, x_packets[j], at, xs);
+        r.values<Kept>(g, row, g_packets[j], at, gs);
+        visit(at, xs, gs);
+      });
+    };
     float sums[most] = {};
-    r.each_packet<Kept>([&](int j, int64_t at) {
-      float xs[width], gs[width];
-      r.values<Kept>(x, row, x_packets[j], at, xs);
-      r.values<Kept>(g, row, g_packets[j], at, gs);
+    each_pair([&](int64_t, float* xs, const float* gs) {
 #pragma unroll
       for (int k = 0; k < width; ++k) {
         const float squared = xs[k] * xs[k];
@@ -138,7 +125,7 @@ __global__ void __launch_bounds__(row_threads)
         }
       }
     });
-    row_sums(sums, 2 * n + 1, shared, total);
+    block_sums<row_threads>(sums, 2 * n + 1, shared, [&](int k, double sum) { total[k] = sum; });
     for (int k = threadIdx.x; k <= n; k += row_threads) {
       if (k == 0) {
         gradient[0] += total[n];
@@ -150,10 +137,7 @@ __global__ void __launch_bounds__(row_threads)
       through[k - 1] = float(-k / double(r.columns) * own[k] * scale * scale * scale * product);
     }
     __syncthreads();
-    r.each_packet<Kept>([&](int j, int64_t at) {
-      float xs[width], gs[width];
-      r.values<Kept>(x, row, x_packets[j], at, xs);
-      r.values<Kept>(g, row, g_packets[j], at, gs);
+    each_pair([&](int64_t at, float* xs, const float* gs) {
 #pragma unroll
       for (int k = 0; k < width; ++k) {
         const float v = xs[k];

@@ -25,6 +25,13 @@ struct Parts {
   double factors[most_factors];
 };
 
+// How many parameters a group has.
+inline int64_t width_of(const Parts& parts) {
+  int64_t sum = 0;
+  for (int part = 0; part < parts.count; ++part) sum += parts.sizes[part];
+  return sum;
+}
+
 struct Task {
   Problem problem;
   Parts parts;

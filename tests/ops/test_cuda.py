@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polytrope.ops import build, cuda, native, reference
+from polytrope.ops import build, cuda, functional, native, reference
 from polytrope.ops.families import Family, Formula, result_shape
 from polytrope.ops.packing import PLAIN
 
@@ -151,6 +151,32 @@ def test_groups_lie_where_they_should(
     for ours, same, theirs in zip(found, again, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert torch.equal(ours, same)
+
+
+@pytest.mark.parametrize("family", [Family.FOURIER, Family.HARMONIC, Family.TROPICAL_RATIONAL], ids=str)
+def test_parameters_come_in_parts(emulated: ctypes.CDLL, family: Family) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, seed = (torch.randn(5, 24, generator=generator) for _ in range(2))
+    sizes = {Family.FOURIER: (0, 6, 6, 6), Family.HARMONIC: (0, 0, 6, 6), Family.TROPICAL_RATIONAL: (7, 7, 7, 7)}[
+        family
+    ]
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    parts = [
+        torch.randn(3, *((size,) if size else ()), generator=generator).to(dtype)
+        for size, dtype in zip(sizes, dtypes, strict=True)
+    ]
+    shapes = tuple(part.shape for part in parts)
+    formula, packing = functional._describe(family, x.dtype, x.shape, shapes, -1, None, False, 0.0)
+    call, own = native.prepare_for(x, parts, packing, formula), cuda.describe(emulated, x, parts, formula, packing)
+    torch.testing.assert_close(cuda.forward(own, x, parts), native.forward(call, x, parts), rtol=1e-4, atol=1e-4)
+    (found, found_parts), (expected, expected_parts) = (
+        cuda.backward(own, seed, x, parts),
+        native.backward(call, seed, x, parts),
+    )
+    for ours, theirs in zip((found, *found_parts), (expected, *expected_parts), strict=True):
+        assert ours.shape == theirs.shape
+        rounding = max(1e-4, float(torch.finfo(theirs.dtype).eps))  # a sum may fall on the other side of a half
+        torch.testing.assert_close(ours, theirs, rtol=rounding, atol=1e-4)
 
 
 def test_tensors_that_begin_anywhere_and_long_rows(emulated: ctypes.CDLL) -> None:
