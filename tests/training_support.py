@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from polytrope.models.checkpoint import load_model
-from polytrope.pipeline.reader import open_split
+from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage_context
-from polytrope.pipeline.stages.train import TrainParameters, train
+from polytrope.pipeline.stages.train.parameters import TrainParameters
+from polytrope.pipeline.stages.train.train import train
 
 SEQUENCE_LENGTH = 32
 TRAINS_IN_FP16 = bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())  # what DeepSpeed asks on a CPU

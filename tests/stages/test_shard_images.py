@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 from training_support import history, read_events, run_training
 
+from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.reader import open_split
 from polytrope.pipeline.stage import Artifact, Resources, stage_context
-from polytrope.pipeline.stages.shard_images import ShardImagesParameters, fingerprint, shard_images
+from polytrope.pipeline.stages.shard.parameters import ShardImagesParameters
+from polytrope.pipeline.stages.shard.shard_images import fingerprint, shard_images
 
 
 def run_stage(directory: Path, parameters: Mapping[str, Any], workers: int = 1) -> Path:
