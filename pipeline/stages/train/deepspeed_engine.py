@@ -259,28 +259,35 @@ def gradient_norm(engine: Any, unsharded: float) -> float:
     return unsharded if norm is None else float(norm)
 
 
-def full_weights(engine: Any, *, masters: bool = True) -> dict[str, Tensor]:
-    """All weights in fp32 on every rank; a collective under ZeRO-3.
+def full_weights(engine: Any) -> dict[str, Tensor]:
+    """All weights and buffers in fp32 on every rank, on the CPU; a collective where they are sharded.
 
-    Args:
-        masters: take the fp32 master copies of a bf16 or fp16 training (gathered from their shards), not its weights.
+    Of a bf16 or fp16 training these are the optimizer's fp32 masters, gathered from their shards.
     """
-    from deepspeed.utils import safe_get_full_fp32_param
-
     module = engine.module
-    whole_in_module = engine.zero_optimization_stage() < 3 and not (engine.bfloat16_enabled() or engine.fp16_enabled())
-    gather = masters and not whole_in_module
-    unsharded: dict[int, Tensor] = {}
-    if gather and engine.zero_optimization_stage() == 0:
-        groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
-        unsharded = {id(weight): master for pair in groups for weight, master in zip(*pair, strict=True)}
-    weights: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        whole = unsharded.get(id(parameter))
-        if whole is None and gather:
-            whole = safe_get_full_fp32_param(parameter)
-        weights[name] = (parameter.detach() if whole is None else whole.detach()).float().cpu()
+    weights = {name: tensor.float().cpu() for name, tensor in master_weights(engine).items()}
     for name, tensor in module.state_dict().items():
         if name not in weights and name not in getattr(module, "tied_weights", {}):
             weights[name] = tensor.detach().cpu()
+    return weights
+
+
+def master_weights(engine: Any) -> dict[str, Tensor]:
+    """The weights that the optimizer works on, whole, by name; a collective where they are sharded."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    parameters = dict(engine.module.named_parameters())
+    narrow = engine.bfloat16_enabled() or engine.fp16_enabled()
+    if engine.zero_optimization_stage() < 3 and not narrow:
+        return {name: parameter.detach() for name, parameter in parameters.items()}
+    unsharded: dict[int, Tensor] = {}
+    if engine.zero_optimization_stage() == 0:
+        groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
+        unsharded = {id(weight): master for pair in groups for weight, master in zip(*pair, strict=True)}
+    weights: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        whole = unsharded.get(id(parameter))
+        if whole is None:
+            whole = safe_get_full_fp32_param(parameter)
+        weights[name] = (parameter if whole is None else whole).detach()
     return weights
