@@ -94,4 +94,4 @@ def train(
     summary = json.loads((context.output / "training.json").read_text())
     if parameters.register_as and "failure" not in summary:
         context.log_model(".", name=parameters.register_as, alias=parameters.register_alias)
-    return {name: value for name, value in summary.items() if isinstance(value, int | float)}
+    return {name: value for name, value in summary.items() if isinstance(value, int | float) and name != "format"}
