@@ -78,7 +78,8 @@ def run(
         _check_tracking(workflow, place)
     _check_resources(workflow, graph, executor or workflow.executor)
     session = _Session(workflow, graph, place, tracked, display, observer, stream)
-    record = {"argv": sys.argv, "overrides": list(overrides), "environment": record_environment(workflow.directory)}
+    environment = record_environment(workflow.directory, keep_diff=workflow.tracking.git_diff)
+    record = {"argv": sys.argv, "overrides": list(overrides), "environment": environment}
     options = options or RunOptions()
     try:
         return run_workflow(
