@@ -17,8 +17,8 @@ from polytrope.pipeline.launch import package
 def project(tmp_path: Path) -> Path:
     files = [
         "w.yaml", "st.py", "data/texts/a.txt", ".env", ".env.local", "conf/prod.env", ".ssh/config", "keys/id_rsa",
-        "server.pem", "aws/credentials", "gcp-credentials.json", "cache.sqlite3", "mine/pyvenv.cfg", "mine/lib/big.py", ".git/config",
-        "node_modules/x.js", "notes.ignored", "environment.yaml",
+        "server.pem", "aws/credentials", "gcp-credentials.json", "cache.sqlite3", "mine/pyvenv.cfg",
+        "mine/lib/big.py", ".git/config", "node_modules/x.js", "notes.ignored", "environment.yaml",
     ]  # fmt: skip
     for name in files:
         path = tmp_path / name

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.lineage import read_lineage, write_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, stage
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
@@ -92,6 +93,7 @@ def convert(
             write_tables(context.output, chosen, calibrations)
     except ValueError as error:
         raise UserError(f"convert: {error}") from error
+    write_lineage(context.output, read_lineage(model.path).then(model.stage, model.digest))
     context.log_artifact("conversion.json")
     if parameters.page:
         from polytrope.pipeline.stages.convert.conversion_page import write_page

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.lineage import Lineage, read_lineage, write_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, stage
 from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters
@@ -91,7 +92,12 @@ def train(
     context.log_dataset("train", dataset.digest, str(dataset.path), plan.dataset_profile)
     context.log_params(plan.facts)
     run_workers(context, plan)
-    summary = json.loads((context.output / "training.json").read_text())
+    summary = json.loads((context.output / "training.json").read_text(encoding="utf-8"))
+    samples, tokens = int(summary.get("samples", 0)), summary.get("tokens")
+    lineage = Lineage(samples=samples, tokens=tokens)
+    if initial is not None:
+        lineage = read_lineage(initial.path).then(initial.stage, initial.digest, samples, tokens)
+    write_lineage(context.output, lineage)
     if parameters.register_as and "failure" not in summary:
         context.log_model(".", name=parameters.register_as, alias=parameters.register_alias)
     return {name: value for name, value in summary.items() if isinstance(value, int | float) and name != "format"}
