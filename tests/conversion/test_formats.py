@@ -147,6 +147,10 @@ def test_an_activation_module_of_several_layers_is_written_once_and_comes_back_i
     assert model.get_submodule("encoder.layer.1.intermediate.intermediate_act_fn") is learned
     save_huggingface(tmp_path / "out", model, {found[0].name: learned.config()}, None)
     assert not any("act_fn" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    back = read_model(tmp_path / "out")
+    second = "encoder.layer.1.intermediate.intermediate_act_fn"
+    assert back.get_submodule(second) is back.get_submodule(found[0].name)
+    assert_same(back, model, tokens())
 
 
 def test_sharded_weights_and_pytorch_model_bin_are_read(tmp_path: Path) -> None:
@@ -208,9 +212,9 @@ def test_gpt2_state_dicts_with_their_sizes_read_off_the_shapes(tmp_path: Path) -
     model = own_model("gpt2")
     state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, tmp_path / "weights.safetensors")
-    read = read_model(tmp_path / "weights.safetensors", {"n_head": 2})
+    read = read_model(tmp_path / "weights.safetensors", {"n_head": 2, "activation": "gelu_tanh"})
     assert_same(read, model, tokens())
-    with pytest.raises(ValueError, match=r"weights.safetensors: n_head: the weights do not tell it"):
+    with pytest.raises(ValueError, match=r"weights.safetensors: n_head, activation: the weights do not tell"):
         read_model(tmp_path / "weights.safetensors")
 
 
