@@ -53,8 +53,9 @@ def checkpoint_directory(path: Path) -> Path | None:
         named = (path / "latest").read_text(errors="replace").strip()
         if named not in tags:
             raise ValueError(
-                f"{path / 'latest'} names {named!r}, but there is no {path / named}/{_MODEL_FILES}; there "
-                f"{'are: ' + ', '.join(tags) if tags else 'is no other checkpoint either'}. Name the one you mean"
+                f"{path / 'latest'} names {named!r}, but {path / named} has no {_MODEL_FILES}; there "
+                f"{'are: ' + ', '.join(tags) if tags else 'is no other checkpoint either'}. Give the folder of the one "
+                "you mean"
             )
         return path / named
     if len(tags) <= 1:
@@ -64,7 +65,7 @@ def checkpoint_directory(path: Path) -> Path | None:
     alike = len({match[1] for match in numbered if match}) == 1 and len(numbers) == len(set(numbers)) == len(tags)
     if not alike:
         raise ValueError(
-            f"{path} has several checkpoints and no file `latest`: {', '.join(tags)}. Name the one you mean"
+            f"{path} has several checkpoints and no file `latest`: {', '.join(tags)}. Give the folder of one"
         )
     return path / tags[numbers.index(max(numbers))]
 

@@ -156,11 +156,13 @@ def build_from_weights(weights: Weights, config: Mapping[str, Any]) -> nn.Module
         fields |= config
         asked = {name: hint for name, hint in record.asked(weights.state).items() if name not in fields}
         if asked:
-            known = "".join(f"; the file says {name} = {value!r}" for name, value in weights.told.items())
+            shapes = record.sizes(state)
+            told = ", ".join(f"{name} = {value!r}" for name, value in weights.told.items() if name not in shapes)
             raise ValueError(
-                f"{', '.join(asked)}: the weights do not tell, so give "
+                f"{', '.join(asked)}: the file does not say, so give "
                 + " and ".join(f"{name} ({hint})" for name, hint in asked.items())
-                + f", as in `polytrope convert --set {next(iter(asked))}=VALUE`{known}"
+                + f": `polytrope convert … {' '.join(f'--set {name}=VALUE' for name in asked)}`"
+                + (f"; it says {told}" if told else "")
             )
         model = record.build(make_config(record.config, fields))
         record.load(model, state)

@@ -20,7 +20,7 @@ from polytrope.models.checkpoint import save_model
 from polytrope.models.conversion import FitOptions, apply, fit_layers
 from polytrope.models.formats import detect_format, read_model
 from polytrope.models.formats.deepspeed import read_state
-from polytrope.models.formats.huggingface import save_huggingface
+from polytrope.models.formats.huggingface import read_weights, save_huggingface
 from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.plain import PlainActivation, save_table
 from polytrope.models.surgery import find_activations, replace_module
@@ -214,7 +214,7 @@ def test_gpt2_state_dicts_with_their_sizes_read_off_the_shapes(tmp_path: Path) -
     save_file(state, tmp_path / "weights.safetensors")
     read = read_model(tmp_path / "weights.safetensors", {"n_head": 2, "activation": "gelu_tanh"})
     assert_same(read, model, tokens())
-    with pytest.raises(ValueError, match=r"weights.safetensors: n_head, activation: the weights do not tell"):
+    with pytest.raises(ValueError, match=r"weights.safetensors: n_head, activation: the file does not say"):
         read_model(tmp_path / "weights.safetensors")
 
 
@@ -232,13 +232,14 @@ def zero_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_checkpoints_of_two_ranks(zero_checkpoints: Path, stage: int) -> None:
-    path = zero_checkpoints / f"stage{stage}"
+@pytest.mark.parametrize("name", ["stage", "frozen"])
+def test_deepspeed_checkpoints_of_two_ranks(zero_checkpoints: Path, name: str, stage: int) -> None:
+    path = zero_checkpoints / f"{name}{stage}"
     assert detect_format(path) == "deepspeed"
-    expected = torch.load(zero_checkpoints / f"stage{stage}.pt", weights_only=True)
+    expected = torch.load(zero_checkpoints / f"{name}{stage}.pt", weights_only=True)
     state = read_state(path)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(state[key], tensor, rtol=0, atol=0)
     model = read_model(path, {"n_head": 2, "activation": {"name": "hermite", "degree": 3}})
     assert torch.equal(model.state_dict()["transformer.h.1.mlp.activation.coefficients"],
                        expected["transformer.h.1.mlp.activation.coefficients"])  # fmt: skip
@@ -249,6 +250,20 @@ def test_a_deepspeed_checkpoint_without_one_rank_is_refused(zero_checkpoints: Pa
     next((tmp_path / "copy").rglob("zero_pp_rank_1_*_optim_states.pt")).unlink()
     with pytest.raises(ValueError, match="1 of 2 ranks"):
         read_state(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_of_the_trainer_of_transformers_under_zero(
+    zero_checkpoints: Path, tmp_path: Path, stage: int
+) -> None:
+    """`config.json` beside `latest` and its folder, without any file of weights."""
+    shutil.copytree(zero_checkpoints / f"frozen{stage}", tmp_path / "checkpoint-1")
+    config = {"model_type": "gpt2", "vocab_size": 97, "n_positions": 24, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    (tmp_path / "checkpoint-1" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"unexpected transformer\.h\.0\.mlp\.activation\.coefficients"):
+        read_model(tmp_path / "checkpoint-1")  # it was trained with learned activations, which config.json cannot say
+    expected = torch.load(zero_checkpoints / f"frozen{stage}.pt", weights_only=True)
+    assert read_weights(tmp_path / "checkpoint-1").keys() >= expected.keys()
 
 
 class Dangerous:
