@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from polytrope.pipeline import submit as cluster
 from polytrope.pipeline.commands.common import find_run, open_store, store_address, workflow_of
-from polytrope.pipeline.engine import RunElsewhereError, new_run_id
+from polytrope.pipeline.engine.driver import RunElsewhereError, new_run_id
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
-from polytrope.pipeline.graph import build_graph
-from polytrope.pipeline.journal import fold, read
+from polytrope.pipeline.launch import submit as cluster
+from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.workflow.graph import build_graph
 
 
 def submit(options: argparse.Namespace) -> int:

@@ -15,13 +15,13 @@ from typing import Any
 
 from polytrope.pipeline.commands.common import find_run, open_store, read_run_file, run_directories
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
-from polytrope.pipeline.references import resolve_environment
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.workflow.references import resolve_environment
 
 
 def ui(options: argparse.Namespace) -> int:
     """Start MLflow's server on the tracking database of a run and say where it is; ends with Ctrl-C."""
-    from polytrope.pipeline.tracking import free_port, server_command, tracking_uri
+    from polytrope.pipeline.tracking.process import free_port, server_command, tracking_uri
 
     store = open_store(options)
     configured = options.uri
@@ -82,7 +82,7 @@ def sync(options: argparse.Namespace) -> int:
 
 
 def _sync(store: Store, directory: Path) -> int:
-    from polytrope.pipeline import tracking as mlflow
+    from polytrope.pipeline.tracking import process as mlflow
 
     name, tracking = directory.name, _tracking(directory)
     if not tracking.get("enabled", True):
@@ -125,8 +125,7 @@ def build_ops(options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
-    """`convert_command` of the stage's implementation parses the rest of the line."""
-    from polytrope.pipeline.conversion import convert_command
+    """The rest of the line is parsed where the conversion is."""
+    from polytrope.pipeline.commands.convert import run
 
-    result = convert_command(options.arguments)
-    return EXIT_SUCCESS if result is None else int(result)
+    return run(options.arguments)

@@ -24,7 +24,7 @@ def rank_main(rank: int, directory: str, port: int) -> None:
     from conversion_support import GPT2
 
     from polytrope.models import build_model
-    from polytrope.pipeline.training.deepspeed_engine import import_deepspeed
+    from polytrope.pipeline.stages.train.deepspeed_engine import import_deepspeed
 
     deepspeed = import_deepspeed(cpu=True)
     torch.set_num_threads(1)

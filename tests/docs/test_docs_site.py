@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline.cli import build_parser
-from polytrope.pipeline.commands.workflow import parameter_rows
+from polytrope.pipeline.commands.cli import build_parser
+from polytrope.pipeline.commands.workflow_files import parameter_rows
 from polytrope.pipeline.stage import BUILTIN_STAGES, load_stage
 
 GENERATOR = Path(__file__).parents[2] / "docs" / "generator"

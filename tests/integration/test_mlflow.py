@@ -21,7 +21,7 @@ import pytest
 import yaml
 from mlflow_support import POLYTROPE, QUICK, Postgres, Server, polytrope, start, wait_until
 
-from polytrope.pipeline.tracking import free_port
+from polytrope.pipeline.tracking.process import free_port
 
 STEPS = 40
 NOTE = "mlflow.note.content"  # MLflow's tag of the description
@@ -121,7 +121,7 @@ def assert_complete(server: Server, project: Path) -> None:
 def copier(driver: int) -> psutil.Process:
     """The process of a driver that copies to MLflow."""
     for child in psutil.Process(driver).children():
-        if "polytrope.pipeline.mlflow_sync" in child.cmdline():
+        if "polytrope.pipeline.tracking.sync" in child.cmdline():
             return child
     raise AssertionError("no copying process")
 

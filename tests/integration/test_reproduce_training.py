@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline.journal import fold, read
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.store.store import Store
 
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
 WORKFLOW = """\

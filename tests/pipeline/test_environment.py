@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import pytest
 
-from polytrope.pipeline.environment import compare_environments, git_state, record_environment
+from polytrope.pipeline.launch.environment import compare_environments, git_state, record_environment
 
 
 def git(directory: Path, *arguments: str) -> str:

@@ -15,17 +15,19 @@ from training_support import make_context, read_events
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
+from polytrope.pipeline.data.reader import open_split
+from polytrope.pipeline.data.tokenization import BpeTokenizer, make_tokenizer
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.evaluation.scores import Scores
-from polytrope.pipeline.evaluation.speed import bytes_kept_for_backward
-from polytrope.pipeline.evaluation.tokens import byte_lengths
-from polytrope.pipeline.evaluation.windows import block_windows, sliding_windows
-from polytrope.pipeline.reader import open_split
 from polytrope.pipeline.stage import Artifact, load_stage
-from polytrope.pipeline.stages.evaluate import EvaluateParameters, check, evaluate
-from polytrope.pipeline.stages.measure_speed import MeasureSpeedParameters, measure_speed
-from polytrope.pipeline.stages.shard import ShardParameters, shard
-from polytrope.pipeline.tokenization import BpeTokenizer, make_tokenizer
+from polytrope.pipeline.stages.evaluate.evaluate import check, evaluate
+from polytrope.pipeline.stages.evaluate.measure_speed import measure_speed
+from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters, MeasureSpeedParameters
+from polytrope.pipeline.stages.evaluate.scores import Scores
+from polytrope.pipeline.stages.evaluate.speed import bytes_kept_for_backward
+from polytrope.pipeline.stages.evaluate.token_bytes import byte_lengths
+from polytrope.pipeline.stages.evaluate.windows import block_windows, sliding_windows
+from polytrope.pipeline.stages.shard.parameters import ShardParameters
+from polytrope.pipeline.stages.shard.shard import shard
 
 SEQUENCE_LENGTH = 32
 
@@ -275,7 +277,7 @@ def test_the_evaluation_harness_scores_like_the_model(models: dict[str, Artifact
     pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
     from lm_eval.api.registry import get_model
 
-    from polytrope.pipeline.evaluation import harness
+    from polytrope.pipeline.stages.evaluate import harness
 
     model: Any = get_model("polytrope")(path=str(models["gelu"].path))
     assert isinstance(model, harness.HarnessModel)

@@ -16,10 +16,11 @@ from scipy import stats
 from training_support import make_context, read_events
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.reporting.figures import evenly, short_layer
-from polytrope.pipeline.reporting.statistics import mean_interval, paired_p_value, student_cdf
 from polytrope.pipeline.stage import Artifact
-from polytrope.pipeline.stages.report import ReportParameters, check, report
+from polytrope.pipeline.stages.report.parameters import ReportParameters
+from polytrope.pipeline.stages.report.report import check, report
+from polytrope.pipeline.stages.report.statistics import mean_interval, paired_p_value, student_cdf
+from polytrope.pipeline.support.figures import evenly, short_layer
 
 ENTROPY = 5.5
 

@@ -30,12 +30,13 @@ from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, load_stage
-from polytrope.pipeline.stages.train import TrainParameters, check, fingerprint
-from polytrope.pipeline.training.activations import apply_activation_options
-from polytrope.pipeline.training.best import load_best
-from polytrope.pipeline.training.deepspeed_config import read_configuration, shipped_names, zero_stage_of
-from polytrope.pipeline.training.launch import TrainingError
-from polytrope.pipeline.training.metrics import rank_metrics
+from polytrope.pipeline.stages.train.activations import apply_activation_options
+from polytrope.pipeline.stages.train.best_weights import load_best
+from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, shipped_names, zero_stage_of
+from polytrope.pipeline.stages.train.parameters import TrainParameters
+from polytrope.pipeline.stages.train.train import check, fingerprint
+from polytrope.pipeline.stages.train.training_metrics import rank_metrics
+from polytrope.pipeline.stages.train.workers import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +314,7 @@ def test_what_cannot_work_is_refused_before_anything_starts() -> None:
 def test_a_shipped_deepspeed_configuration_that_is_missing_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("polytrope.pipeline.training.deepspeed_config.SHIPPED", tmp_path)
+    monkeypatch.setattr("polytrope.pipeline.stages.train.deepspeed_config.SHIPPED", tmp_path)
     with pytest.raises(UserError, match=r"zero-1.*cannot be read"):
         read_configuration(TrainParameters(steps=1))
 
