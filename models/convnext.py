@@ -171,11 +171,11 @@ class ConvNeXt(nn.Module):
         """Logits `[batch, classes]`, or with `targets` the cross entropy in nats.
 
         Args:
-            images: `[batch, channels, height, width]`, normalised.
+            images: `[batch, channels, height, width]`, normalised; any floating dtype (a data set has float32).
             targets: `[batch]` int64 classes (-100: does not count), or `[batch, classes]` probabilities (mixup).
             reduction: of the loss: `mean`, `sum` or `none`.
         """
-        x = images
+        x = images.to(self.head.weight.dtype)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x)
             for block in stage:  # type: ignore[attr-defined]

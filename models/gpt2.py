@@ -27,6 +27,7 @@ from polytrope.models.activations import (
 )
 from polytrope.models.architecture import Architecture, HuggingFace
 from polytrope.models.foreign import read_activation_name, read_settings
+from polytrope.models.modes import evaluation_mode
 from polytrope.models.weights import load_renamed
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values [batch, heads, positions, head size]
@@ -257,14 +258,29 @@ class GPT2(nn.Module):
 
         Args:
             temperature: divides the logits; 0 takes the most probable token.
-            top_k: sample among the k most probable tokens only.
+            top_k: sample among the k most probable tokens only; None: among all.
             generator: makes the sample reproducible.
+
+        Raises:
+            ValueError: no token to begin with, a negative number of new ones, a temperature below 0, a top_k below 1.
 
         Past `sequence_length` the window slides by half of it, since learned absolute positions make the cache of a
         shifted window worthless.
         """
-        was_training = self.training
-        self.eval()
+        for name, right, wanted, value in (
+            ("tokens", tokens.size(1) >= 1, "at least one position to continue", list(tokens.shape)),
+            ("max_new_tokens", max_new_tokens >= 0, "a number of at least 0", max_new_tokens),
+            ("temperature", 0.0 <= temperature < math.inf, "a finite number of at least 0", temperature),
+            ("top_k", top_k is None or top_k >= 1, "None or a number of at least 1", top_k),
+        ):
+            if not right:
+                raise ValueError(f"{name}: expected {wanted}, got {value}")
+        with evaluation_mode(self):
+            return self._generate(tokens, max_new_tokens, temperature, top_k, generator)
+
+    def _generate(
+        self, tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, generator: Any
+    ) -> Tensor:
         limit = self.config.sequence_length
         sequence = tokens
         pending, cache = tokens[:, -limit:], None
@@ -274,7 +290,6 @@ class GPT2(nn.Module):
             logits, cache = self.forward_with_cache(pending, cache)
             pending = sample_token(logits.float(), temperature, top_k, generator)
             sequence = torch.cat((sequence, pending), dim=1)
-        self.train(was_training)
         return sequence
 
     def flops_per_token(self) -> float:
@@ -289,10 +304,13 @@ class GPT2(nn.Module):
 
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token per row of `logits` `[batch, vocab_size]`; returns `[batch, 1]`."""
+    """One token per row of `logits` `[batch, vocab_size]`; returns `[batch, 1]`.
+
+    Towards temperature 0 it becomes the most probable token, without overflow on the way.
+    """
     if temperature == 0.0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None:
         threshold = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -math.inf)

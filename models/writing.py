@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polytrope.models.modes import evaluation_mode
+
 
 @contextmanager
 def appearing(directory: Path, description: str) -> Iterator[Path]:
@@ -59,14 +61,9 @@ def compare_outputs(written: nn.Module, meant: nn.Module, inputs: Mapping[str, T
         ValueError: how far they are apart.
     """
     first = next(meant.parameters())
-    modes = {module: module.training for module in meant.modules()}
-    try:
-        with torch.no_grad():
-            there = _output(written.to(first.device, first.dtype).eval(), inputs, first)
-            here = _output(meant.eval(), inputs, first)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluation_mode(meant), torch.no_grad():
+        there = _output(written.to(first.device, first.dtype).eval(), inputs, first)
+        here = _output(meant, inputs, first)
     scale = max(1.0, float(here.nan_to_num().abs().max()))
     tolerance = 64 * torch.finfo(first.dtype).eps * scale  # a thousandth of a percent in float32
     if not torch.allclose(there, here, rtol=0, atol=tolerance, equal_nan=True):

@@ -114,7 +114,9 @@ def test_nanogpt_says_its_heads_and_is_asked_for_its_activation(tmp_path: Path) 
         read = read_model(path, {"activation": activation})
         assert torch.equal(output(read, tokens()), output(made("gpt2", n_head=heads, activation=activation), tokens()))
         assert read.config.dropout == 0.1  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match=r"activation: the file does not say, .*--set activation=.*it says .*n_head = 16"):
+    with pytest.raises(
+        ValueError, match=r"activation: the file does not say, .*--set activation=.*it says .*n_head = 16"
+    ):
         read_model(path)
     for changes, config, message in (
         ({"n_head": 16, "rotary": True}, ASKED, "model_args: rotary = True: nanoGPT has no such field"),

@@ -198,6 +198,14 @@ def test_loss_takes_classes_and_probabilities_and_smooths_only_in_training() -> 
     torch.testing.assert_close(model.train()(images, classes), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_takes_the_images_of_a_data_set_and_learns(dtype: torch.dtype) -> None:
+    model = make_model(layer_scale=1.0).to(dtype)
+    loss = model(torch.randn(2, 3, 8, 8), torch.tensor([0, 4]))
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_one_activation_per_block() -> None:
     model = make_model(activation=["gelu", {"name": "hermite", "degree": 3}, "gelu"])
     assert [bool(list(block.act.parameters())) for block in model.blocks] == [False, True, False]

@@ -247,6 +247,26 @@ def test_sampling_is_reproducible_and_honours_top_k() -> None:
     assert torch.equal(model.generate(prompt, 9, top_k=1), model.generate(prompt, 9, temperature=0.0))
 
 
+def test_sampling_towards_temperature_zero_is_greedy_and_impossible_settings_are_refused() -> None:
+    model, prompt = make_model(), random_tokens(1, 3)
+    model.train()
+    model.blocks[1].eval()  # frozen: generation gives each module its mode back
+    greedy = model.generate(prompt, 5, temperature=0.0)
+    for temperature in (1e-40, 1e-300, 1e-10):
+        assert torch.equal(model.generate(prompt, 5, temperature=temperature), greedy)
+    assert model.training
+    assert [block.training for block in model.blocks] == [True, False, True]
+    for settings, message in (
+        ({"temperature": -1.0}, "temperature: expected a finite number of at least 0, got -1.0"),
+        ({"temperature": math.nan}, "temperature: .* got nan"),
+        ({"top_k": 0}, "top_k: expected None or a number of at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(prompt, 5, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"tokens: expected at least one position to continue, got \[1, 0\]"):
+        model.generate(prompt[:, :0], 5)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_activation_checkpointing_changes_no_gradient(dropout: float) -> None:
     gradients = []
