@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +39,12 @@ def find_architecture(name: str) -> Architecture:
     return ARCHITECTURES[name]()
 
 
+def find_huggingface(model_type: Any) -> Architecture | None:
+    """The model that transformers calls so, None if this package has none."""
+    records = [find_architecture(name) for name in ARCHITECTURES]
+    return next((record for record in records if record.huggingface.model_type == model_type), None)
+
+
 def build_model(architecture: str, config: Mapping[str, Any]) -> nn.Module:
     """A freshly initialised model (from torch's global random state).
 
@@ -63,4 +70,22 @@ def make_config(kind: type[Any], fields: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"unknown model setting {', '.join(unknown)}; there are: {', '.join(kind.__dataclass_fields__)}"
         )
+    usual = asdict(kind())
+    for name, value in fields.items():
+        if name != "activation":
+            _check_kind(name, value, usual[name])
     return kind(**fields)
+
+
+def _check_kind(name: str, value: Any, usual: Any) -> None:
+    """Refuse a value of another kind than the default's, such as a text for a number."""
+    if isinstance(usual, list):
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{name}: expected a list, got {value!r}")
+        for entry in value:
+            _check_kind(name, entry, usual[0])
+        return
+    wanted = {bool: "true or false", int: "an integer", float: "a number"}[type(usual)]
+    kinds = (int, float) if isinstance(usual, float) else type(usual)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(usual, bool)):
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")

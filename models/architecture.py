@@ -19,6 +19,7 @@ class HuggingFace:
     Args:
         model_type: in `config.json`.
         classes: the entries of `architectures` in `config.json` that are this model.
+        tokens: ids of tokens that transformers takes where `config.json` says none.
         read: the content of `config.json` to the configuration. Raises ValueError for what it cannot take over.
         write: a model's configuration, the name of its classical activations and its weights by its own names, to
             `config.json` and the weights as transformers names them. Raises ValueError for what that cannot say.
@@ -26,6 +27,7 @@ class HuggingFace:
 
     model_type: str
     classes: tuple[str, ...]
+    tokens: Mapping[str, int | None]
     read: Callable[[Mapping[str, Any]], Any]
     write: Callable[[Any, str, State], tuple[dict[str, Any], State]]
 

@@ -74,7 +74,10 @@ def load_model(directory: Path, device: str | torch.device = "cpu") -> nn.Module
         ValueError: no model there, a newer format, or weights that do not fit the configuration.
     """
     description = read_description(directory)
-    model = build_model(description["architecture"], description["config"])
+    try:
+        model = build_model(description["architecture"], description["config"])
+    except ValueError as error:
+        raise ValueError(f"{directory / 'model.json'}: {error}") from error
     try:
         tensors = load_file(directory / "model.safetensors")
     except (OSError, SafetensorError) as error:
@@ -113,6 +116,8 @@ def read_description(directory: Path) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         found = description.get("format") if isinstance(description, dict) else description
         raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT}")
+    if missing := [name for name in ("architecture", "config") if name not in description]:
+        raise ValueError(f"{path}: {missing[0]} is missing")
     return description
 
 

@@ -460,5 +460,11 @@ ARCHITECTURE = Architecture(
     told={},
     asked=_asked,
     load=load,
-    huggingface=HuggingFace("convnext", ("ConvNextForImageClassification",), config_from_huggingface, to_huggingface),
+    huggingface=HuggingFace(
+        model_type="convnext",
+        classes=("ConvNextForImageClassification",),
+        tokens={},
+        read=config_from_huggingface,
+        write=to_huggingface,
+    ),
 )

@@ -512,5 +512,11 @@ ARCHITECTURE = Architecture(
         "activation": "gelu_tanh for the published GPT-2 and nanoGPT before July 2023, gelu for nanoGPT since",
     },
     load=load,
-    huggingface=HuggingFace("gpt2", ("GPT2LMHeadModel", "GPT2Model"), config_from_huggingface, to_huggingface),
+    huggingface=HuggingFace(
+        model_type="gpt2",
+        classes=("GPT2LMHeadModel", "GPT2Model"),
+        tokens={"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None},
+        read=config_from_huggingface,
+        write=to_huggingface,
+    ),
 )

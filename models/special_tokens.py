@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from polytrope.models import find_huggingface
+
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id")
 _END_OF_TEXT = "<|endoftext|>"
-_GPT2_DEFAULTS = {"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None}  # of transformers' GPT2Config
 
 
 def kept_fields(directory: Path) -> dict[str, Any]:
@@ -28,7 +29,8 @@ def _from_own(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_huggingface(content: dict[str, Any]) -> dict[str, Any]:
-    defaults = _GPT2_DEFAULTS if content.get("model_type") == "gpt2" else {}
+    record = find_huggingface(content.get("model_type"))
+    defaults = {} if record is None else dict(record.huggingface.tokens)
     return defaults | {name: content[name] for name in _KEPT if name in content}
 
 

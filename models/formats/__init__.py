@@ -23,6 +23,7 @@ from torch import nn
 __all__ = ["detect_format", "read_model"]
 
 _STATE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_WEIGHTS_OF_DIRECTORIES = ("model.safetensors", "pytorch_model.bin")
 
 
 def detect_format(path: Path) -> str:
@@ -34,6 +35,9 @@ def detect_format(path: Path) -> str:
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or directory")
     if path.is_file():
+        for description in ("config.json", "model.json"):
+            if path.name in _WEIGHTS_OF_DIRECTORIES and (path.parent / description).exists():
+                raise ValueError(f"{path}: give the directory, whose {description} says what the weights do not")
         if path.suffix in _STATE_SUFFIXES:
             return "state"
         raise ValueError(f"{path}: expected a file that ends in {', '.join(_STATE_SUFFIXES)}, or a model directory")

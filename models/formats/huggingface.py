@@ -19,11 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from polytrope.models import ARCHITECTURES, find_architecture
+from polytrope.models import find_architecture, find_huggingface
 from polytrope.models.activations import normalised_activations
 from polytrope.models.architecture import Architecture
 from polytrope.models.checkpoint import activation_modules, compare_configs, model_config
-from polytrope.models.foreign import read_settings
 from polytrope.models.formats.deepspeed import checkpoint_directory
 from polytrope.models.formats.deepspeed import read_state as read_deepspeed
 from polytrope.models.formats.states import State, find_weights, load_content, load_safetensors
@@ -128,17 +127,12 @@ def load_huggingface(directory: Path) -> nn.Module:
     if (directory / "adapter_config.json").exists():
         raise ValueError(f"{directory}: adapter_config.json: an adapter beside the weights is not read; merge it first")
     activations, shared = _read_activations(directory)
-    record = _own_record(config["model_type"])
+    record = find_huggingface(config["model_type"])
     model = _foreign_model(config, directory) if record is None else _own_model(config, record, directory)
     _load_activations(model, activations, directory)
     for name, first in shared.items():
         replace_module(model, name, model.get_submodule(first))
     return model.eval()
-
-
-def _own_record(model_type: Any) -> Architecture | None:
-    records = [find_architecture(name) for name in ARCHITECTURES]
-    return next((record for record in records if record.huggingface.model_type == model_type), None)
 
 
 def _read_activations(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -184,10 +178,11 @@ def _foreign_model(config: dict[str, Any], directory: Path) -> nn.Module:
     kind = getattr(transformers, str(named), None)
     if kind is None:
         raise ValueError(f"{directory / 'config.json'}: architectures: transformers has no {named}")
-    try:
-        read_settings(config, {}, {}, {"is_encoder_decoder": (False, True, None)})
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
+    if config.get("quantization_config") is not None:
+        shown = json.dumps(config["quantization_config"])[:80]
+        raise ValueError(
+            f"{directory}: config.json: quantization_config = {shown} is not supported; give the model as it was before"
+        )
     options: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
     try:
         with _without_progress_bars():

@@ -365,10 +365,39 @@ def test_a_converted_model_runs_in_onnxruntime_with_another_batch_size(
     path = tmp_path / "model.onnx"
     assert save_onnx(path, model, [batch]) <= 1e-3
     assert {node.domain for node in onnx.load(path).graph.node} == {""}  # ordinary operators only
+    if architecture == "gpt2":
+        batch = batch[:, :7]  # sequences of another length, too
     (output,) = onnxruntime.InferenceSession(str(path)).run(None, {"input_0": batch[:1].numpy()})
     with torch.no_grad():
         expected = model(batch[:1]).numpy()
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4 * max(1.0, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_written_to_onnx_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    for architecture, batch in (("gpt2", tokens()), ("convnext", images())):
+        assert save_onnx(tmp_path / "model.onnx", own_model(architecture).to(dtype), [batch]) <= 1e-3
+
+
+class Fixed(nn.Module):
+    """Its trace keeps the length it was traced with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(97, 4)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        places = torch.from_numpy(np.arange(tokens.size(1)))
+        mixed: torch.Tensor = self.table(tokens) * places[None, :, None]
+        return mixed
+
+
+def test_a_model_whose_trace_keeps_its_length_is_written_with_that_length(tmp_path: Path) -> None:
+    import onnxruntime
+
+    assert save_onnx(tmp_path / "model.onnx", Fixed(), [tokens()]) <= 1e-3
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    assert session.get_inputs()[0].shape == ["batch", 20]
 
 
 def test_a_model_that_onnx_cannot_express_leaves_no_file(tmp_path: Path) -> None:
