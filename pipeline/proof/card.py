@@ -201,7 +201,9 @@ def _results(store: Store, state: RunState, model: StoredArtifact) -> Section | 
         table = [["", *shown]]
         for label, result in evaluation["models"].items():
             mark = " (this model)" if labels.get(label) == model.digest else ""
-            table.append([label + mark, *(metric_text(result[key]) if key in result else "" for key in shown)])
+            table.append(
+                [label + mark, *(metric_text(result[key]) if result.get(key) is not None else "" for key in shown)]
+            )
         protocol = ", ".join(f"{key} {value}" for key, value in evaluation.get("protocol", {}).items())
         return Section("Results", f"On validation data that no training read: {protocol}.", table)
     return None

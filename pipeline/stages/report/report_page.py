@@ -139,7 +139,8 @@ def _tiles(figures: Mapping[str, Any]) -> str:
     tiles = [(f"{best['loss']:.3f}", "lowest validation loss (nats)")]
     if best.get("bits_per_byte") is not None:
         tiles.append((f"{best['bits_per_byte']:.3f}", "its bits per byte"))
-        tiles.append((f"{best['perplexity']:.1f}", "its perplexity per token"))
+        perplexity = best.get("perplexity")
+        tiles.append(("–" if perplexity is None else f"{perplexity:.1f}", "its perplexity per token"))
     else:
         tiles.append((f"{100 * best['top1']:.1f} %", "its top-1 accuracy"))
     tiles.append((count(max(row["parameters"] for row in rows)), "parameters (largest model)"))
@@ -169,7 +170,7 @@ def _results(figures: Mapping[str, Any]) -> str:
         ]
         if text:
             bits = row.get("bits_per_byte")
-            cells += [f"<td>{row['perplexity']:.2f}</td>", f"<td>{'–' if bits is None else format(bits, '.4f')}</td>"]
+            cells += [f"<td>{_optional(row.get('perplexity'), '.2f')}</td>", f"<td>{_optional(bits, '.4f')}</td>"]
             cells += [f"<td>{100 * row['top1']:.1f} %</td>"]
         else:
             cells += [f"<td>{100 * row['top1']:.2f} %</td>", f"<td>{100 * row['top5']:.2f} %</td>"]
@@ -425,6 +426,10 @@ def _data(figures: Mapping[str, Any], configurations: Mapping[str, Any]) -> str:
             f"<pre>{escape(json.dumps(content, indent=2))}</pre></details>"
         )
     return _section("Data and configuration", "".join(lines))
+
+
+def _optional(value: float | None, layout: str) -> str:
+    return "–" if value is None else format(value, layout)
 
 
 def _number(value: Any) -> str:

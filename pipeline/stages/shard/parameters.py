@@ -19,7 +19,7 @@ ColourValue = Annotated[int, Field(ge=0, le=255)]
 class ShardParameters(BaseModel):
     """A text data set."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str = Field("text", description="name of the data set, shown in MLflow")
     source: Source = Field(default_factory=PythonSource, description="where the documents come from")
@@ -34,7 +34,7 @@ class ShardParameters(BaseModel):
 class ShardImagesParameters(BaseModel):
     """An image data set."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str = Field("images", description="name of the data set, shown in MLflow")
     source: ImageSource = Field(default_factory=DigitsSource, description="where the images come from")
