@@ -12,30 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polytrope.models.modes import evaluation_mode
+from polytrope.models.modes import measuring
 
 
 @contextmanager
 def appearing(directory: Path, description: str) -> Iterator[Path]:
-    """A folder whose files go to `directory` if all went well, and vanish otherwise.
+    """A folder that becomes `directory` if all went well, and vanishes otherwise.
 
     Args:
-        directory: made if need be; what else it holds stays.
+        directory: where it is there already, the files go into it one by one, and what else it holds stays.
         description: the file that makes it a model directory. An older one goes first and the new one comes last, so
             that no moment shows a description beside weights of another model.
     """
-    existed = directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
+    within = directory if directory.exists() else directory.parent
+    within.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=within))
     try:
         yield aside
-        (directory / description).unlink(missing_ok=True)
-        for path in sorted(aside.iterdir(), key=lambda path: (path.name == description, path.name)):
-            path.replace(directory / path.name)
+        if within == directory:
+            (directory / description).unlink(missing_ok=True)
+            for path in sorted(aside.iterdir(), key=lambda path: (path.name == description, path.name)):
+                path.replace(directory / path.name)
+        else:
+            aside.chmod(0o755)
+            aside.replace(directory)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        if not existed and not any(directory.iterdir()):
-            directory.rmdir()
 
 
 def compare_weights(written: Mapping[str, Tensor], meant: Mapping[str, Tensor], what: str) -> None:
@@ -61,7 +63,7 @@ def compare_outputs(written: nn.Module, meant: nn.Module, inputs: Mapping[str, T
         ValueError: how far they are apart.
     """
     first = next(meant.parameters())
-    with evaluation_mode(meant), torch.no_grad():
+    with measuring(meant):
         there = _output(written.to(first.device, first.dtype).eval(), inputs, first)
         here = _output(meant, inputs, first)
     scale = max(1.0, float(here.nan_to_num().abs().max()))

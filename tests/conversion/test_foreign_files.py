@@ -273,13 +273,16 @@ def test_models_of_transformers_are_refused_with_weights_left_over_or_quantised(
         read_model(tmp_path / "bert")
 
 
-def test_a_model_of_transformers_is_read_out_of_a_deepspeed_checkpoint(tmp_path: Path) -> None:
-    bert = write_bert(tmp_path / "bert")
-    (tmp_path / "bert" / "model.safetensors").unlink()
-    (tmp_path / "bert" / "global_step3").mkdir()
-    torch.save({"module": bert.state_dict()}, tmp_path / "bert" / "global_step3" / "mp_rank_00_model_states.pt")
-    (tmp_path / "bert" / "latest").write_text("global_step3")
-    assert torch.equal(output(read_model(tmp_path / "bert"), tokens()), output(bert, tokens()))
+def test_a_directory_of_transformers_is_read_out_of_a_deepspeed_checkpoint_in_it(tmp_path: Path) -> None:
+    """As the Trainer leaves it: `config.json` beside `latest` and `global_step3`."""
+    models = {"bert": write_bert(tmp_path / "bert"), "gpt2": made("gpt2", layer_norm_epsilon=1e-2)}
+    save_huggingface(tmp_path / "gpt2", models["gpt2"], {}, None)
+    for name, model in models.items():
+        (tmp_path / name / "model.safetensors").unlink()
+        (tmp_path / name / "global_step3").mkdir()
+        torch.save({"module": model.state_dict()}, tmp_path / name / "global_step3" / "mp_rank_00_model_states.pt")
+        (tmp_path / name / "latest").write_text("global_step3")
+        assert torch.equal(output(read_model(tmp_path / name), tokens()), output(model, tokens()))
 
 
 def test_the_newest_deepspeed_checkpoint_is_told_by_number_or_refused(tmp_path: Path) -> None:
