@@ -74,6 +74,8 @@ def make_config(kind: type[Any], fields: Mapping[str, Any]) -> Any:
     for name, value in fields.items():
         if name != "activation":
             _check_kind(name, value, usual[name])
+        elif not all(isinstance(entry, str | dict) for entry in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"activation: expected a name, its settings, or a list of these, got {value!r}")
     return kind(**fields)
 
 

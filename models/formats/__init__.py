@@ -14,6 +14,7 @@ the function is taken over or refused by name; what a file does not say is asked
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ def detect_format(path: Path) -> str:
         for description in ("config.json", "model.json"):
             if path.name in _WEIGHTS_OF_DIRECTORIES and (path.parent / description).exists():
                 raise ValueError(f"{path}: give the directory, whose {description} says what the weights do not")
+        if re.search(r"-\d+-of-\d+$", path.stem):
+            raise ValueError(f"{path} is one part of the weights; give the directory with all of them and config.json")
         if path.suffix in _STATE_SUFFIXES:
             return "state"
         raise ValueError(f"{path}: expected a file that ends in {', '.join(_STATE_SUFFIXES)}, or a model directory")

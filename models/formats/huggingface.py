@@ -111,7 +111,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory / 'config.json'} cannot be read: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{directory / 'config.json'}: expected an object with a model_type")
     return config
 

@@ -95,6 +95,8 @@ def find_weights(content: Any, source: str, records: Sequence[Architecture] = ()
         for path, mapping, around in _mappings(content, "", {}, 0):
             tensors = {str(name): value for name, value in mapping.items() if isinstance(value, Tensor)}
             names += tensors
+            if odd := next((name for name, t in tensors.items() if t.is_meta or t.layout != torch.strided), None):
+                raise ValueError(f"{odd} has no numbers, or not all of them (a meta or sparse tensor)")
             for record in records:
                 state = unwrap(tensors, record.landmark)
                 if state is not None:

@@ -174,6 +174,19 @@ def test_other_numbers_are_refused(tmp_path: Path, dtype: torch.dtype, message: 
         read_model(tmp_path / "m.pt", ASKED)
 
 
+def test_parts_of_weights_and_tensors_without_numbers_are_refused(tmp_path: Path) -> None:
+    part = {name: tensor for name, tensor in weights("gpt2").items() if "h.1." not in name}
+    save_file(
+        {name: t for name, t in part.items() if name != "lm_head.weight"}, tmp_path / "m-00001-of-00002.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"m-00001-of-00002\.safetensors is one part of the weights"):
+        read_model(tmp_path / "m-00001-of-00002.safetensors", ASKED)
+    for changed in (part["lm_head.weight"].to("meta"), part["lm_head.weight"].to_sparse()):
+        torch.save(part | {"lm_head.weight": changed}, tmp_path / "m.pt")
+        with pytest.raises(ValueError, match=r"m\.pt: lm_head\.weight has no numbers"):
+            read_model(tmp_path / "m.pt", ASKED)
+
+
 def test_of_several_weight_files_the_one_that_transformers_reads_counts(tmp_path: Path) -> None:
     model, older = made("gpt2"), made("gpt2", activation="relu")
     with torch.no_grad():
@@ -246,6 +259,7 @@ def test_weights_beside_their_description_are_read_with_it(tmp_path: Path, save:
         ({"dropout": None}, "dropout: expected a number, got None"),
         ({"bias": 1}, "bias: expected true or false, got 1"),
         ({"layer_norm_epsilon": 0.0}, r"layer_norm_epsilon must be above 0"),
+        ({"activation": 5}, "activation: expected a name, its settings, or a list of these, got 5"),
     ],
 )
 def test_settings_of_another_kind_are_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
