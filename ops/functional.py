@@ -1,9 +1,10 @@
 """The activations as functions: `hermite(x, coefficients)` and its neighbours.
 
-All take float tensors of any shape and strides and return a dense tensor of the same dtype with its dimensions in
-memory in the same order (channels_last stays channels_last); bfloat16 and float16 are computed in float32 and rounded once. Coefficients are `[count]` for one function, or `[groups, count]`: then the
-channels of dimension `dim` fall into that many equal groups, each with its own. `interval=(lo, hi)` continues the
-function along its tangents outside. With `glu=True` the last dimension holds [a, b], and F(a) · b comes back.
+All take float tensors of any shape and strides and return a dense tensor of the same dtype, its dimensions in memory in
+the order of x's (channels_last stays channels_last); bfloat16 and float16 are computed in float32 and rounded once.
+Coefficients are `[count]` for one function, or `[groups, count]`: then the channels of dimension `dim` fall into that
+many equal groups, each with its own. `interval=(lo, hi)` continues the function along its tangents outside. With
+`glu=True` the last dimension holds [a, b], and F(a) · b comes back.
 """
 
 from __future__ import annotations

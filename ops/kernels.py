@@ -1,8 +1,8 @@
 """The torch operator `polytrope::activation` with its shapes, autograd and vmap.
 
-Only x (and the few parameters) is saved for backward. Kernels give values and first derivatives; what differentiates these
-again, forward mode and transforms of torch.func go through `reference.evaluate`, plain torch, which has derivatives of
-every order and kind.
+Only x (and the few parameters) is saved for backward. Kernels give values and first derivatives; what differentiates
+these again, forward mode and transforms of torch.func go through `reference.evaluate`, plain torch, which has
+derivatives of every order and kind.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _Direct(torch.autograd.Function):
             x_gradient, part_gradients = native.backward(call, gradient, x, parts, frozen=frozen)
         else:
             x_gradient, part_gradients = cuda.backward(call, gradient, x, parts, frozen=frozen)
-        return (x_gradient, None, *(part_gradients or [None] * len(parts)))
+        return (x_gradient, None, *([None] * len(parts) if frozen else part_gradients))
 
 
 # Without Function.apply in Python, which looks for transforms and for what they leave behind; so does `is_plain`.
@@ -258,7 +258,7 @@ def _slope_fake(_gradient: Tensor, x: Tensor, _parameters: Tensor, *_arguments: 
 def _pull_back(
     gradient: Tensor, x: Tensor, parameters: Tensor, arguments: Sequence[Any], frozen: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of x and, unless they are frozen, of the packed parameters: the operators, themselves differentiable."""
+    """The gradients of x and, unless they are frozen, of the packed parameters, both differentiable in their turn."""
     if _is_transformed():
         x_gradient, parameter_gradient = _pull_back_by_formula(gradient, x, parameters, arguments)
         return x_gradient, None if frozen else parameter_gradient
@@ -278,15 +278,16 @@ def _pull_back_by_formula(
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    gradients = _pull_back(gradient, *ctx.saved_tensors, ctx.arguments, not ctx.needs_input_grad[1])
+    x, parameters = ctx.saved_tensors
+    gradients = _pull_back(gradient, x, parameters, ctx.arguments, not ctx.needs_input_grad[1])
     return (*gradients, *[None] * len(ctx.arguments))
 
 
 def _differentiate_twice(ctx: Any, *seeds: Tensor) -> tuple[Any, ...]:
     """Of both operators with a gradient. What it computes with is plain torch, so it has derivatives in its turn."""
 
-    def first(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return _pull_back_by_formula(*inputs, ctx.arguments)[: len(seeds)]
+    def first(gradient: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, ...]:
+        return _pull_back_by_formula(gradient, x, parameters, ctx.arguments)[: len(seeds)]
 
     second = torch.func.vjp(first, *ctx.saved_tensors)[1](seeds)
     return (*second, *[None] * len(ctx.arguments))

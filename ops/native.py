@@ -145,6 +145,13 @@ def empty_result(x: Tensor, formula: Formula) -> Tensor:
     return torch.empty_like(x[..., : x.shape[-1] // 2] if formula.gated else x)
 
 
+def empty_for(x: Tensor, shape: torch.Size, formula: Formula, strides: Strides | None) -> Tensor:
+    """For F(x) of this shape and these strides (None: contiguous), x being placed as its layout says."""
+    if strides is not None:
+        return _empty(x, shape, strides)
+    return x.new_empty(shape) if formula.gated else torch.empty_like(x)
+
+
 def placed(x: Tensor, strides: Strides | None) -> Tensor:
     """The same numbers with these strides; x itself where it has them."""
     if strides is None:
@@ -317,7 +324,7 @@ def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """
     strides, result_strides, returned = call.layout
     x, parts = placed(x, strides), [part.contiguous() for part in parts]
-    result = empty_result(x, call.formula) if result_strides is None else _empty(x, call.shape, result_strides)
+    result = empty_for(x, call.shape, call.formula, result_strides)
     if result.numel() > 0:
         status = call.forward(
             call.structure, x.data_ptr(), addresses(parts), result.data_ptr(), torch.get_num_threads()

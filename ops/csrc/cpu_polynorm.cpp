@@ -86,7 +86,8 @@ struct Row {
   }
   // mean(z^2k) + epsilon / s^2k
   double mean(const double* squares, int k) const {
-    return squares[k] / double(problem.inner) + problem.epsilon * std::pow(scale, 2 * k);
+    const double mean = squares[k] / double(problem.inner);
+    return problem.epsilon == 0 ? mean : mean + problem.epsilon * std::pow(scale, 2 * k);
   }
   // Sets the scale, where it must be another: squares or their inverses have left the range in which all that is computed
   // from them stays in that of float. Rows of zeros, and those with ±inf or NaN, stay as they are.

@@ -18,9 +18,11 @@
 #ifdef __CUDACC__
 #define POLYTROPE_HOST_DEVICE __host__ __device__
 #define POLYTROPE_FUNCTION __host__ __device__ __forceinline__
+#define POLYTROPE_NOT_INLINE __noinline__
 #else
 #define POLYTROPE_HOST_DEVICE
 #define POLYTROPE_FUNCTION inline __attribute__((always_inline))
+#define POLYTROPE_NOT_INLINE __attribute__((noinline))
 #endif
 #if defined(__CUDA_ARCH__)
 #define POLYTROPE_UNROLL _Pragma("unroll")
@@ -62,6 +64,8 @@ struct ElementOf<T, decltype(void(T{}[0]))> {
 };
 template <class T>
 using Number = typename ElementOf<T>::type;
+template <class T>
+constexpr bool is_vector = !std::is_same_v<T, Number<T>>;
 
 // 0, or NaN where one of these is: a maximum would pass over it.
 POLYTROPE_FUNCTION double nan_among(const double* raw, int count) {
@@ -810,19 +814,15 @@ POLYTROPE_FUNCTION std::enable_if_t<(sizeof(M) > 8), bool> any(M condition) {
   return all != 0;
 }
 
-// An element of a vector, or a number, which has one.
-template <class V, class = void>
-struct Elements {
-  static constexpr int count = 1;
-  POLYTROPE_FUNCTION static V get(V v, int) { return v; }
-  POLYTROPE_FUNCTION static void set(V& v, int, V value) { v = value; }
-};
+// A number of a table: its own of an element, or the same for all.
+template <class S>
+POLYTROPE_FUNCTION std::enable_if_t<!is_vector<S>, S> number_of(S number, int) {
+  return number;
+}
 template <class V>
-struct Elements<V, decltype(void(V{}[0]))> {
-  static constexpr int count = sizeof(V) / sizeof(Number<V>);
-  POLYTROPE_FUNCTION static Number<V> get(V v, int lane) { return v[lane]; }
-  POLYTROPE_FUNCTION static void set(V& v, int lane, Number<V> value) { v[lane] = value; }
-};
+POLYTROPE_FUNCTION std::enable_if_t<is_vector<V>, Number<V>> number_of(V numbers, int lane) {
+  return numbers[lane];
+}
 
 // A rational function far from 0, ±inf too, in powers of 1/x up from its leading terms: nothing overflows but what F does.
 struct FarRational {
@@ -837,7 +837,7 @@ struct FarRational {
   }
 
   // own: the coefficients of this element's function.
-  POLYTROPE_HOST_DEVICE __attribute__((noinline)) FarRational(double x, const double* own, int n, int m) : sums{} {
+  POLYTROPE_HOST_DEVICE POLYTROPE_NOT_INLINE FarRational(double x, const double* own, int n, int m) : sums{} {
     const double *a = own, *b = own + n, size = absolute(x), u = 1 / x, inverse = absolute(u);
     int top = n, low = m;  // the degrees without leading zeros
     while (top > 0 && a[top] == 0) --top;
@@ -863,7 +863,9 @@ struct FarRational {
   }
 };
 
-// (sum_k a_k x^k) / (1 + |sum_{j≥1} b_j x^j|), k = 0…n, j = 1…m: no poles. packed: a[n + 1], b[m].
+// (sum_k a_k x^k) / (1 + |sum_{j≥1} b_j x^j|), k = 0…n, j = 1…m: no poles. packed: a[n + 1], b[m]. Elements far from 0 are
+// computed by FarRational: on a CPU one by one where a vector holds any, on a GPU (V is float) by what calls this, for
+// which `backward` passes over them.
 struct Rational {
   static constexpr int largest_table = 2 * max_degree + 1, largest_sums = 2 * max_degree + 1;
   static constexpr int far = 16;  // no power of what is nearer to 0 overflows
@@ -873,14 +875,14 @@ struct Rational {
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m, Share share = {}) {
     for (int k = share.first; k < n + 1 + m; k += share.step) t[k] = S(raw[k]);
   }
-  // visit(lane, FarRational) for each element far from 0. The ends of an interval are in float64 and not so far.
+  // visit(lane, FarRational) for each element of a vector that is far from 0.
   template <class V, class T, class Visit>
   POLYTROPE_FUNCTION static void each_far(V x, const T* t, int n, int m, const Visit& visit) {
-    for (int lane = 0; lane < Elements<V>::count; ++lane) {
-      const double at = Elements<V>::get(x, lane);
+    for (int lane = 0; lane < int(sizeof(V) / sizeof(x[0])); ++lane) {
+      const double at = x[lane];
       if (!(absolute(at) > far)) continue;
       double own[largest_table];
-      for (int k = 0; k <= n + m; ++k) own[k] = Elements<T>::get(t[k], Elements<T>::count > 1 ? lane : 0);
+      for (int k = 0; k <= n + m; ++k) own[k] = number_of(t[k], lane);
       visit(lane, FarRational(at, own, n, m));
     }
   }
@@ -897,16 +899,19 @@ struct Rational {
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int m) {
     V y = near_value(x, t, n, m);
-    if constexpr (!std::is_same_v<V, Dual>)
-      if (__builtin_expect(any(absolute(x) > Number<T>(far)), 0))
-        each_far(x, t, n, m, [&](int lane, const FarRational& f) { Elements<V>::set(y, lane, Number<T>(f.value)); });
+    if constexpr (is_vector<V>)
+      if (__builtin_expect(any(absolute(x) > Number<V>(far)), 0))
+        each_far(x, t, n, m, [&](int lane, const FarRational& f) { y[lane] = Number<V>(f.value); });
     return y;
   }
   template <class V, class T, class Sums>
   POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int m) {
-    using S = Number<T>;
+    using S = Number<V>;
     if constexpr (std::is_same_v<V, Dual>) {
       return near_backward(x, g, t, sums, n, m);
+    } else if constexpr (!is_vector<V>) {
+      const bool near = absolute(x) <= S(far) || x != x;
+      return near_backward(near ? x : V{}, near ? g : V{}, t, sums, n, m);
     } else {
       const bool some = __builtin_expect(any(absolute(x) > S(far)), 0);
       const V all = x, seeds = g;
@@ -917,11 +922,10 @@ struct Rational {
       V slope = near_backward(x, g, t, sums, n, m);
       if (some)
         each_far(all, t, n, m, [&](int lane, const FarRational& f) {
-          const double seed = Elements<V>::get(seeds, lane);
-          Elements<V>::set(slope, lane, S(seed * f.slope));
+          slope[lane] = S(seeds[lane] * f.slope);
           for (int k = 0; k <= n + m; ++k) {
             V own = V{};
-            Elements<V>::set(own, lane, S(seed * f.sums[k]));
+            own[lane] = S(seeds[lane] * f.sums[k]);
             sums[k] += own;
           }
         });
