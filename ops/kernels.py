@@ -8,6 +8,7 @@ derivatives of every order and kind.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -213,7 +214,7 @@ def _prepare_on_gpu(x: Tensor, parameters: Tensor, formula: Formula) -> cuda.Cal
     own = (parameters.dtype,), (parameters.shape,)
     call = cuda.prepare(formula, PLAIN, x.get_device(), x.dtype, x.shape, *own, strides)
     if call is None or not cuda.is_verified(call.kind):
-        raise RuntimeError(f"polytrope has no CUDA kernel for {formula} and {x.dtype}; polytrope.ops.functional does")
+        raise native.NoKernelError(f"polytrope has no CUDA kernel for {formula} and {x.dtype}")
     return call
 
 
@@ -234,13 +235,45 @@ def _slope_on_gpu(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: A
     return cuda.backward(call, gradient, x, (parameters,), frozen=True)[0]
 
 
-for _name, _on_cpu, _on_gpu in (
-    ("activation", _forward, _forward_on_gpu),
-    ("activation_backward", _backward, _backward_on_gpu),
-    ("activation_slope", _slope, _slope_on_gpu),
+# Calls of each operator that the reference has answered in this process, because its kernel is missing here. Programs
+# that were exported or traced where it was there have the operator in them.
+fallbacks: Counter[str] = Counter()
+
+
+def _forward_by_formula(x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:
+    formula = _formula(arguments)
+    return native.empty_result(x, formula).copy_(reference.evaluate(x, parameters, formula))
+
+
+def _backward_by_formula(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    x_gradient, parameter_gradient = _pull_back_by_formula(gradient, x, parameters, arguments)
+    return torch.empty_like(x).copy_(x_gradient), parameter_gradient
+
+
+def _slope_by_formula(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:
+    return _backward_by_formula(gradient, x, parameters, *arguments)[0]
+
+
+def _falling_back(name: str, kernel: Callable[..., Any], by_formula: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel; where it is missing, the reference. Why it is missing has been said in a warning, once."""
+
+    def run(*arguments: Any) -> Any:
+        try:
+            return kernel(*arguments)
+        except native.NoKernelError:
+            fallbacks[name] += 1
+        return by_formula(*arguments)
+
+    return run
+
+
+for _name, _on_cpu, _on_gpu, _by_formula in (
+    ("activation", _forward, _forward_on_gpu, _forward_by_formula),
+    ("activation_backward", _backward, _backward_on_gpu, _backward_by_formula),
+    ("activation_slope", _slope, _slope_on_gpu, _slope_by_formula),
 ):
-    _LIBRARY.impl(_name, _on_cpu, "CPU")
-    _LIBRARY.impl(_name, _on_gpu, "CUDA")
+    _LIBRARY.impl(_name, _falling_back(_name, _on_cpu, _by_formula), "CPU")
+    _LIBRARY.impl(_name, _falling_back(_name, _on_gpu, _by_formula), "CUDA")
 
 
 def _forward_fake(x: Tensor, _parameters: Tensor, *arguments: Any) -> Tensor:

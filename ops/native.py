@@ -19,6 +19,12 @@ from polytrope.ops.packing import Packing
 
 DATA_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MOST_PARTS, MOST_FACTORS = 4, 64
+
+
+class NoKernelError(RuntimeError):
+    """The operator has been called where its kernel is missing: no compiler, or kernels are turned off."""
+
+
 _FAILURES = {1: "no kernel for this family and degree", 2: "out of memory"}
 
 
@@ -290,14 +296,14 @@ def prepare(
         strides: of x, where it is not contiguous (`strides_of`).
 
     Raises:
-        RuntimeError: there are no compiled kernels.
+        NoKernelError: there are no compiled kernels.
         ValueError, TypeError: sizes or dtypes that do not belong together.
     """
-    library = cpu_library()
-    if library is None:
-        raise RuntimeError("polytrope has no compiled kernels here; polytrope.ops.functional does without")
     layout = find_layout(shape, strides, formula)
     task = make_task(formula, packing, dtype, shape, part_dtypes, part_shapes, layout.x)
+    library = cpu_library()
+    if library is None:
+        raise NoKernelError("polytrope has no compiled kernels here; polytrope.ops.functional does without")
     structure = _Call(task, last_level_cache(), _parallel_region())
     width = "float64" if dtype == torch.float64 else "float32"
     kind = "polynorm" if formula.family == Family.POLYNORM else width

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from polytrope.ops import build
+from polytrope.ops import build, build_activation
 
 CHECK_BASELINE = """
 import torch
@@ -42,6 +42,36 @@ module = build_activation("hermite")
 torch.testing.assert_close(module(x).double(), module.double()(x.double()), rtol=1e-5, atol=1e-5)
 print(build.__file__)
 print(build.cpu_library_path())
+"""
+
+
+RUN_PROGRAMS = """
+import sys, warnings
+import torch
+from polytrope.ops import kernels
+folder = sys.argv[1]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for name in ("hermite", "fourier", "polynorm"):
+        expected = torch.load(f"{folder}/{name}.pt")
+        programs = torch.jit.load(f"{folder}/{name}.traced"), torch.export.load(f"{folder}/{name}.pt2").module()
+        for program in programs:
+            x = expected["x"].clone().requires_grad_()
+            y = program(x)
+            torch.testing.assert_close(y, expected["y"])
+            gradients = torch.autograd.grad(y.sum(), [x, *program.parameters()])
+            torch.testing.assert_close(gradients, expected["gradients"], rtol=1e-4, atol=1e-4)
+            assert y.stride() == expected["y"].stride()
+            with torch.no_grad():
+                program(x)
+assert kernels.fallbacks == {"activation": 12, "activation_backward": 6}, kernels.fallbacks
+said = [str(warning.message) for warning in caught if "polytrope" in str(warning.message)]
+assert len(said) == 1, said
+assert "slow reference activations: no compiler found" in said[0]
+try:
+    torch.ops.polytrope.activation(x, torch.ones(1, 3, dtype=torch.float64), 1, 40, 0, [], -1, False, 0.0)
+except ValueError:
+    print("done")
 """
 
 
@@ -197,6 +227,24 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("POLYTROPE_CACHE", str(tmp_path / "file"))
     with pytest.raises(build.BuildError, match=r"cannot write to .*; set POLYTROPE_CACHE"):
         build.cpu_library_path()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_programs_with_the_operator_run_where_no_compiler_is(tmp_path: Path) -> None:
+    x = torch.randn(2, 8, 3, 5, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    for name in ("hermite", "fourier", "polynorm"):
+        module = build_activation(name)
+        torch.jit.trace(module, x).save(tmp_path / f"{name}.traced")
+        torch.export.save(torch.export.export(module, (x,)), tmp_path / f"{name}.pt2")
+        y = module(x.requires_grad_())
+        gradients = torch.autograd.grad(y.sum(), [x, *module.parameters()])
+        x = x.detach()
+        torch.save({"x": x, "y": y.detach(), "gradients": gradients}, tmp_path / f"{name}.pt")
+    environment = os.environ | {"POLYTROPE_CACHE": str(tmp_path / "none"), "CXX": "absent"}
+    command = [sys.executable, "-c", RUN_PROGRAMS, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "done"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
