@@ -213,7 +213,7 @@ class LearnableActivation(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in self._learned:
             saved, own = state_dict.get(prefix + name), self.get_parameter(name)
-            # Until 0.1 one number was a parameter `[]`, or `[groups]`.
+            # Saved when one number was a parameter `[]`, or `[groups]`.
             if isinstance(saved, Tensor) and saved.dim() == own.dim() - 1 and saved.numel() == own.numel():
                 state_dict[prefix + name] = saved.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
@@ -501,7 +501,7 @@ class Rational(LearnableActivation):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         saved = state_dict.get(prefix + "denominator")
         if self.denominator_degree == 0 and isinstance(saved, Tensor) and saved.numel() == 0:
-            del state_dict[prefix + "denominator"]  # until 0.1 it was there
+            del state_dict[prefix + "denominator"]  # saved when it was a parameter of no numbers
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -87,7 +87,7 @@ def test_every_parameter_can_be_sharded_and_gets_a_gradient(config: dict[str, An
 
 
 def as_saved_before(module: nn.Module) -> dict[str, Any]:
-    """The state in the shapes that version 0.1.0 gave it: one number had no dimension of its own."""
+    """The state in the shapes that it had once: one number had no dimension of its own."""
     groups = getattr(module, "num_parameters", 1)
     single = {"bias", "frequency"}
     state = {
