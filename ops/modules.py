@@ -160,7 +160,7 @@ class LearnableActivation(nn.Module):
         parameters = self._arguments()
         if type(x) is Tensor and not x.is_nested:
             return self.function(x, *parameters, **self._options())
-        return tensors.call(tensors.name_of(self.function), x, *parameters, **self._options())
+        return tensors.call(self.function, x, *parameters, **self._options())
 
     def _arguments(self) -> list[Tensor]:
         """What `function` takes after x."""
@@ -212,9 +212,14 @@ class LearnableActivation(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         for name in self._learned:
-            saved, own = state_dict.get(prefix + name), self.get_parameter(name)
+            saved, own = state_dict.get(prefix + name), self._parameters.get(name)
             # Saved when one number was a parameter `[]`, or `[groups]`.
-            if isinstance(saved, Tensor) and saved.dim() == own.dim() - 1 and saved.numel() == own.numel():
+            if (
+                isinstance(saved, Tensor)
+                and own is not None
+                and saved.dim() == own.dim() - 1
+                and saved.numel() == own.numel()
+            ):
                 state_dict[prefix + name] = saved.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
 

@@ -15,36 +15,39 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 Function = Callable[..., Tensor]
 
 
-def name_of(function: Function) -> str:
-    """Of a function of a module, as `call` takes it."""
-    return f"{function.__module__}:{function.__qualname__}"
-
-
-def call(name: str, x: Tensor, *parameters: Tensor, **options: Any) -> Tensor:
-    """The function of this name for any x.
+def call(function: Function, x: Tensor, *parameters: Tensor, **options: Any) -> Tensor:
+    """A function of a module on any x.
 
     DTensors are computed where their shards lie, and gradients of parameters are summed over the mesh; nested tensors
-    by their values, or one by one. Fake tensors are computed in their mode, which need not be active. Whatever defines
-    `__torch_function__` sees this call as one operator: the proxies of `torch.fx` make one node of it, which they can
-    trace again because it names the function.
+    by their values, or one by one. Fake tensors are computed in their mode, which need not be active. Whatever else
+    defines `__torch_function__` sees one operator, `call_by_name`.
 
     Raises:
         ValueError: a nested tensor whose sizes differ along a dimension that the activation needs whole.
     """
-    if has_torch_function_unary(x):
-        result: Tensor = handle_torch_function(call, (x,), name, x, *parameters, **options)
-        return result
-    function: Function = pkgutil.resolve_name(name)
     distributed: Any = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(x, distributed.DTensor):
         return _on_shards(function, x, parameters, options)
-    if x.is_nested:
+    if isinstance(x, Tensor) and x.is_nested:
         return _nested(function, x, parameters, options)
+    if has_torch_function_unary(x):
+        return call_by_name(f"{function.__module__}:{function.__qualname__}", x, *parameters, **options)
     fake_mode = getattr(x, "fake_mode", None)
     if isinstance(fake_mode, FakeTensorMode):
         with fake_mode:  # constants that are made on the way have to be fake as well
             return function(x, *parameters, **options)
     return function(x, *parameters, **options)
+
+
+def call_by_name(name: str, x: Tensor, *parameters: Tensor, **options: Any) -> Tensor:
+    """`call` of the function of this name, "module:function": what the proxies of `torch.fx` make one node of.
+
+    They can trace that node again, and pickle it.
+    """
+    if has_torch_function_unary(x):
+        result: Tensor = handle_torch_function(call_by_name, (x,), name, x, *parameters, **options)
+        return result
+    return call(pkgutil.resolve_name(name), x, *parameters, **options)
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:

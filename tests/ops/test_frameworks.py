@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import polytrope.ops
 from polytrope.ops import LearnableActivation, build_activation
 
 MORE: list[dict[str, Any]] = [
@@ -67,6 +70,11 @@ def on_two_processes(rank: int, rendezvous: str) -> None:
         replica = DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), build_activation(config)))
         for _ in range(2):  # the second pass finds parameters that the first one left without a gradient
             replica(x).sum().backward()
+
+    module = build_activation("fourier")
+    sharded = distribute_tensor(x, mesh, [Shard(0)])
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(sharded)
+    torch.testing.assert_close(compiled.full_tensor(), module(x))
     distributed.destroy_process_group()
 
 
@@ -152,6 +160,14 @@ def test_a_start_that_imitates_is_computed_outside_of_any_mode(name: str) -> Non
         assert build_activation(config)(torch.randn(3, 8)).shape == (3, 8)
 
 
+def test_modules_and_fits_import_each_other_one_way() -> None:
+    code = "import sys, polytrope.ops; sys.exit('polytrope.ops.interpolate' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
+    for path in (Path(polytrope.ops.__file__).parent / "fitting").glob("*.py"):
+        assert "ops.modules" not in path.read_text(), path
+    assert "interpolate import" not in (Path(polytrope.ops.__file__).parent / "modules.py").read_text()
+
+
 def test_knots_keep_their_places_in_bfloat16() -> None:
     x = torch.tensor([-3.3, 0.1, 0.3, 2.2])
     module = build_activation({"name": "piecewise_linear", "degree": 7, "interval": [-3.3, 3.1]})
@@ -212,6 +228,15 @@ def test_nested_tensors(config: dict[str, Any], layout: torch.layout) -> None:
         torch.testing.assert_close(own.grad, expected.grad)
     if layout is torch.jagged and not config.get("glu"):
         assert (x + y).shape == x.shape  # the same sizes, not only equal ones
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_compile_into_one_graph() -> None:
+    torch._dynamo.reset()
+    module = build_activation("hermite")
+    x = torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)], layout=torch.jagged)
+    found = torch.compile(module, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found.values(), module(x).values())
 
 
 def test_groups_along_the_dimension_of_different_sizes_are_refused() -> None:
