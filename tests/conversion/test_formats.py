@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -344,6 +345,34 @@ def test_piecewise_linear_has_a_form_of_ordinary_operations() -> None:
         torch.testing.assert_close(PlainActivation(module)(x), module(x), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="one set of coefficients"):
         PlainActivation(build_activation({"name": "hermite", "num_parameters": 4}))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"name": "fourier", "degree": 5, "harmonic": True},
+        {"name": "fourier", "degree": 5, "harmonic": True, "interval": [-2.0, 3.0]},
+        {"name": "hermite", "degree": 5, "learnable_recurrence": True, "interval": [-2.0, 3.0]},
+        {"name": "legendre", "degree": 4, "learnable_recurrence": True},
+        {"name": "rational", "degree": 3, "denominator_degree": 0, "interval": [-2.0, 3.0]},
+        {"name": "polyrelu", "degree": 4, "interval": [-1.0, 2.0]},
+    ],
+    ids=str,
+)
+def test_variants_of_a_family_have_a_form_of_ordinary_operations(tmp_path: Path, config: dict[str, Any]) -> None:
+    module, generator = build_activation(config), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        x = torch.linspace(-6, 6, 240).reshape(2, 120)
+        torch.testing.assert_close(PlainActivation(module)(x), module(x), rtol=1e-4, atol=1e-4)
+    if config["name"] == "fourier":
+        assert save_onnx(tmp_path / "activation.onnx", module, [x]) <= 1e-4
+
+
+def test_what_is_not_elementwise_has_no_plain_form() -> None:
+    with pytest.raises(ValueError, match="activation polynorm: only elementwise activations"):
+        PlainActivation(build_activation("polynorm"))
 
 
 @pytest.mark.parametrize("family", ["hermite", "fourier", "rational", "tropical_rational"])
