@@ -27,3 +27,7 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:
         return type(self), (self.message, self.hint)
+
+
+class RunElsewhereError(UserError):
+    """Another driver holds the run (exit code 3)."""

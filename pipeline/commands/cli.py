@@ -19,8 +19,10 @@ from polytrope.pipeline.errors import (
     EXIT_RUN_FAILED,
     EXIT_SUCCESS,
     EXIT_USER_ERROR,
+    RunElsewhereError,
     UserError,
 )
+from polytrope.pipeline.support.executor_table import EXECUTORS
 
 EXIT_CODES = f"""\
 exit codes:
@@ -102,7 +104,7 @@ def _shared_options() -> dict[str, argparse.ArgumentParser]:
     run = group()
     run.add_argument("run", metavar="RUN", nargs="?", help="run id or its start; default: the newest run")
     execution = group()
-    execution.add_argument("--executor", choices=("ray", "local"), help="replace the workflow's `executor:`")
+    execution.add_argument("--executor", choices=tuple(EXECUTORS), help="replace the workflow's `executor:`")
     execution.add_argument("--ray-address", metavar="ADDRESS", help="use this Ray cluster, for example auto")
     execution.add_argument("--no-tracking", action="store_true", help="send nothing to MLflow")
     execution.add_argument("--concurrency", type=int, metavar="N", help="at most N stages at the same time")
@@ -199,7 +201,7 @@ def _run_commands(command: _AddCommand) -> None:
         metavar="X",
         help="relative difference of metrics that is accepted where packages or machine differ (default 0.001)",
     )
-    reproduce.add_argument("--executor", choices=("ray", "local"), help="default: that of the run")
+    reproduce.add_argument("--executor", choices=tuple(EXECUTORS), help="default: that of the run")
     reproduce.add_argument("--into", metavar="DIR", help="store of the new results (default: below the run's store)")
     verify_resume = command(
         "verify-resume",
@@ -214,7 +216,7 @@ def _run_commands(command: _AddCommand) -> None:
         "killed after the first checkpoint and resumed, and a worker is killed after the next one. Then the digests of "
         "all results are compared: exit code 1 if one differs or a finished stage ran again.",
     )
-    verify_resume.add_argument("--executor", choices=("ray", "local"), help="replace the workflow's `executor:`")
+    verify_resume.add_argument("--executor", choices=tuple(EXECUTORS), help="replace the workflow's `executor:`")
     verify_resume.add_argument(
         "--ray-address", metavar="ADDRESS", help="use this Ray cluster (only drivers are killed)"
     )
@@ -464,9 +466,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"polytrope: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"  → {error.hint}", file=sys.stderr)
-        engine = sys.modules.get("polytrope.pipeline.engine.driver")
-        elsewhere = engine is not None and isinstance(error, engine.RunElsewhereError)
-        return EXIT_RUN_ELSEWHERE if elsewhere else EXIT_USER_ERROR
+        return EXIT_RUN_ELSEWHERE if isinstance(error, RunElsewhereError) else EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("polytrope: interrupted", file=sys.stderr)
         return EXIT_CANCELLED

@@ -25,7 +25,7 @@ class LocalExecutor:
 
     name = "local"
 
-    def __init__(self, wake: int | None = None) -> None:
+    def __init__(self, _address: str | None = None, wake: int | None = None) -> None:
         self._capacity = machine_capacity()
         self._wake = wake
         self._process: subprocess.Popen[bytes] | None = None

@@ -109,7 +109,7 @@ class StageTask:
     scratch: Path
     spool: Path
     log: Path
-    executor: Literal["local", "ray"]
+    executor: str
     resources: Resources
     parallel: bool
     directory: Path
@@ -132,7 +132,7 @@ def make_task(
     scratch: Path,
     run_directory: Path,
     name: str,
-    executor: Literal["local", "ray"],
+    executor: str,
     directory: Path,
     store: str,
 ) -> StageTask:

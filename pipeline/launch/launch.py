@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from polytrope.pipeline.engine.driver import Observer, RunOptions, run_workflow
+from polytrope.pipeline.engine.options import Observer, RunOptions
 from polytrope.pipeline.engine.returned import with_stored
+from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.errors import EXIT_CANCELLED, EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.executors import check_resources
 from polytrope.pipeline.launch.environment import record_environment
@@ -37,7 +38,7 @@ _CACHED_PATIENCE = 1.5  # the same for a run that computed nothing
 def run(
     workflow: Workflow,
     *,
-    executor: Literal["local", "ray"] | None = None,
+    executor: str | None = None,
     store: str | Path | None = None,
     run_id: str | None = None,
     resume: bool | None = None,
@@ -112,7 +113,7 @@ def _check_tracking(workflow: Workflow, store: Store) -> None:
         raise UserError(f"{place}: {error.message}", f"{error.hint}; {ways}" if error.hint else ways) from None
 
 
-def _check_resources(workflow: Workflow, graph: dict[str, StageNode], executor: Literal["local", "ray"]) -> None:
+def _check_resources(workflow: Workflow, graph: dict[str, StageNode], executor: str) -> None:
     try:
         check_resources(graph, executor, workflow.ray_address)
     except UserError as error:

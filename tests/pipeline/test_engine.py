@@ -19,8 +19,9 @@ import pytest
 from test_lease import forge
 
 from polytrope.pipeline.commands.cli import main
-from polytrope.pipeline.engine.driver import CANCEL_FILE, RunElsewhereError, RunOptions, run_workflow
-from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.engine.options import CANCEL_FILE, RunOptions
+from polytrope.pipeline.engine.run import run_workflow
+from polytrope.pipeline.errors import RunElsewhereError, UserError
 from polytrope.pipeline.runs.journal import Event, RunState, fold, read
 from polytrope.pipeline.runs.lease import Lease
 from polytrope.pipeline.store.store import Store
@@ -443,7 +444,8 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from polytrope.pipeline.engine.driver import RunOptions, run_workflow
+from polytrope.pipeline.engine.options import RunOptions
+from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.workflow.graph import build_graph
 from polytrope.pipeline.workflow.spec import Workflow
 from polytrope.pipeline.store.store import Store

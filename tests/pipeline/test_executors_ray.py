@@ -15,7 +15,7 @@ import psutil
 import pytest
 from test_engine import Place, gone, start_driver, wait_for, workflow_of
 
-from polytrope.pipeline.engine.driver import CANCEL_FILE
+from polytrope.pipeline.engine.options import CANCEL_FILE
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors import check_resources
 from polytrope.pipeline.executors.ray import RayExecutor
