@@ -233,6 +233,15 @@ def run_task(task: StageTask) -> Outcome:
         events.close()
 
 
+def run_logged(task: StageTask) -> Outcome:
+    """`run_task`, with all that this process prints in the task's log. What goes wrong around it is its outcome too."""
+    try:
+        with output_to(task.log):
+            return run_task(task)
+    except BaseException as error:
+        return Outcome(error=describe_error(error, task.secrets))
+
+
 def _returned_stages(task: StageTask) -> dict[str, Any] | None:
     """What the stage returned, with `${env.NAME}` where it wrote a secret."""
     path = task.output / RETURNED_STAGES
