@@ -10,9 +10,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import signal
 import sys
 import time
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # its import would be half the price of a nursery, which seldom needs it
+    import psutil
 
 _SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36  # of prctl
 
@@ -32,25 +36,66 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
+def has_children() -> bool:
+    """Whether this process has any child, living or ended; costs next to nothing."""
+    if not hasattr(os, "waitid"):  # macOS
+        return True
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def living_descendants(pid: int | None = None) -> list[psutil.Process]:
+    """Everything below a process (None: this one), without what has ended and only waits to be collected."""
+    import psutil
+
+    living = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    living.append(process)
+    return living
+
+
 def signal_descendants(pid: int, number: int) -> None:
     """Send a signal to everything below a process, not to itself."""
     import psutil
 
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(number)
+    for process in living_descendants(pid):
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
 
 
-def end_descendants(patience: float) -> bool:
-    """Kill everything below this process, also what is just being started, and collect its children.
+def kill_descendants(patience: float, spared: Collection[int] = ()) -> bool:
+    """Kill everything below this process but `spared`, also what is just being started.
+
+    Its own children are left to be collected by whoever started them.
 
     Args:
         patience: seconds after which it gives up: a process can be stuck in the kernel.
+        spared: process ids.
 
     Returns:
         Whether none is left.
     """
+    import psutil
+
+    deadline = time.monotonic() + patience
+    while found := [process for process in living_descendants() if process.pid not in spared]:
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def end_descendants(patience: float) -> bool:
+    """Kill everything below this process and collect all its children; as `kill_descendants`."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -58,7 +103,6 @@ def end_descendants(patience: float) -> bool:
                 pass
         except ChildProcessError:
             return True
-        signal_descendants(os.getpid(), signal.SIGKILL)
+        kill_descendants(deadline - time.monotonic())
         if time.monotonic() >= deadline:
             return False
-        time.sleep(0.002)
