@@ -36,7 +36,7 @@ from polytrope.pipeline.runs.lease import HolderWatch, Lease, LeaseHeldError, Le
 from polytrope.pipeline.runs.spool import read_notes
 from polytrope.pipeline.store.manifest import StoredArtifact
 from polytrope.pipeline.store.store import OutputChangedError, Store, store_error
-from polytrope.pipeline.support.files import safe_name
+from polytrope.pipeline.support.files import is_disk_full, safe_name
 from polytrope.pipeline.workflow.graph import StageNode
 from polytrope.pipeline.workflow.keys import key_components, stage_key
 from polytrope.pipeline.workflow.spec import Workflow
@@ -115,7 +115,8 @@ class Driver:
                     self._finish_broken(problem.message)
                 raise UserError(
                     f"run {self.run_id} had to stop: {problem.message}",
-                    f"nothing finished is lost; mend it, then `polytrope resume {self.run_id}`",
+                    f"nothing finished is lost; {'free some space' if is_disk_full(error) else 'mend it'}, then"
+                    f" `polytrope resume {self.run_id}`",
                 ) from error
             except UserError as error:
                 self.executor.close()

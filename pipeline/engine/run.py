@@ -21,6 +21,7 @@ from polytrope.pipeline.runs.lease import Lease, LeaseHeldError, LeaseLostError
 from polytrope.pipeline.store.store import Store, store_error
 from polytrope.pipeline.support.faults import ENVIRONMENT_VARIABLE, start_faults
 from polytrope.pipeline.support.files import replace_file, safe_name
+from polytrope.pipeline.support.signal_mask import signals_blocked
 from polytrope.pipeline.workflow.graph import StageNode
 from polytrope.pipeline.workflow.spec import Workflow
 
@@ -138,7 +139,8 @@ def _run_directory(store: Store, run_id: str | None, resume: bool | None) -> tup
 
 def _acquire_run(store: Store, run_id: str, ttl: float) -> Lease:
     try:
-        return Lease.acquire(store.run_lease_directory(run_id), f"run {run_id}", ttl)
+        with signals_blocked():  # its heartbeat has a thread
+            return Lease.acquire(store.run_lease_directory(run_id), f"run {run_id}", ttl)
     except LeaseHeldError as error:
         holder = error.holder
         raise RunElsewhereError(

@@ -1,48 +1,48 @@
-"""SIGTERM while Ray connects: whoever has set a handler for it keeps it.
+"""SIGTERM while Ray connects: whoever has set a handler for it keeps it, and gets what arrives meanwhile.
 
-`ray.init` puts a Python handler in its place that exits at once, and the core worker a native one that aborts. Waiting
-until it returns would not do: it may wait long for its cluster, and a signal may come at any moment of that.
+`ray.init` puts a Python handler in its place that exits at once, and the core worker a native one that aborts. So the
+signals wait until it has returned and the handlers are back: in this thread, and in those that Ray starts from it. The
+driver's own threads take none (`signal_mask`); Ray's processes do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import threading
 from collections.abc import Iterator
 
-_INTERVAL = 0.001  # seconds between two looks at the native handler
+from polytrope.pipeline.support.signal_mask import ENDING, signals_blocked
+
 _STRUCT_SIGACTION = 512  # bytes, at least
 
 
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
-    """While the block runs and after it: handlers as they were before. In any thread but the main one, nothing."""
-    if threading.current_thread() is not threading.main_thread():  # Ray sets none there
+    """Around `ray.init`. In any thread but the main one, nothing: Ray sets no handlers there."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     library = ctypes.CDLL(None, use_errno=True)
-    before, now = (ctypes.create_string_buffer(_STRUCT_SIGACTION) for _ in range(2))
-    library.sigaction(signal.SIGTERM, None, before)
-    ended = threading.Event()
+    native = {number: ctypes.create_string_buffer(_STRUCT_SIGACTION) for number in ENDING}
+    connecting = True
 
-    def restore() -> None:
-        while True:
-            library.sigaction(signal.SIGTERM, None, now)
-            if now.raw != before.raw:
-                library.sigaction(signal.SIGTERM, before, None)
-            if ended.wait(_INTERVAL):
-                return
+    def unblock() -> None:
+        if connecting:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
-    thread = threading.Thread(target=restore, name="polytrope-handlers", daemon=True)
+    os.register_at_fork(after_in_child=unblock)
     change = signal.signal
-    signal.signal = lambda number, _: signal.getsignal(number)  # type: ignore[assignment]
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        restore()
-        signal.signal = change
+    with signals_blocked():
+        for number, action in native.items():
+            library.sigaction(number, None, action)
+        signal.signal = lambda number, _: signal.getsignal(number)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            connecting = False
+            signal.signal = change
+            for number, action in native.items():
+                library.sigaction(number, action, None)

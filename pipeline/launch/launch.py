@@ -23,6 +23,7 @@ from polytrope.pipeline.runs.spool import SpoolReader
 from polytrope.pipeline.store.open import open_store
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
+from polytrope.pipeline.support.signal_mask import signals_blocked
 from polytrope.pipeline.support.text import format_duration
 from polytrope.pipeline.tracking.process import check_tracking, start_sync, tracking_uri, wait_for_sync
 from polytrope.pipeline.workflow.draw import layout, svg
@@ -176,7 +177,8 @@ class _Session:
             if stage.state in ("succeeded", "cached") and name in self.progress.stages:
                 view = self.progress.stages[name]
                 view.state, view.duration, view.error = stage.state, stage.duration, "in an earlier attempt"
-        self.progress.__enter__()
+        with signals_blocked():  # it has threads
+            self.progress.__enter__()
 
     def _draw(self) -> None:
         """The graph, with the stages that were returned so far: MLflow shows it."""

@@ -207,3 +207,21 @@ def count_calls(context: StageContext, file: str) -> None:
     path = Path(file)
     path.write_text(path.read_text() + "x" if path.exists() else "x")
     (context.output / "text").write_text(path.read_text())
+
+
+def fill(context: StageContext, kilobytes: int) -> None:
+    """Writes that much, printing as it goes."""
+    with (context.output / "text").open("wb") as file:
+        for number in range(kilobytes):
+            file.write(b"x" * 1024)
+            file.flush()
+            print(f"{number} of {kilobytes}")
+
+
+def fill_disk_beside(context: StageContext, ballast: str, free: int) -> None:
+    """Leaves `free` kilobytes on the disk, whose rest something else has taken, and goes on writing."""
+    with Path(ballast).open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    os.truncate(ballast, max(0, Path(ballast).stat().st_size - free * 1024))
+    fill(context, 100)
