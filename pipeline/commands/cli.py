@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Protocol
 
 from polytrope.pipeline.errors import (
     EXIT_CANCELLED,
+    EXIT_READER_LEFT,
     EXIT_RUN_ELSEWHERE,
     EXIT_RUN_FAILED,
     EXIT_SUCCESS,
@@ -23,6 +23,7 @@ from polytrope.pipeline.errors import (
     UserError,
 )
 from polytrope.pipeline.support.executor_table import EXECUTORS
+from polytrope.pipeline.support.streams import let_go, occupy_standard_descriptors
 
 EXIT_CODES = f"""\
 exit codes:
@@ -30,7 +31,8 @@ exit codes:
   {EXIT_RUN_FAILED:<4} a stage failed after its retries, or a check (verify, diff) found a difference
   {EXIT_USER_ERROR:<4} refused before anything started: workflow, parameter, store, address
   {EXIT_RUN_ELSEWHERE:<4} another process drives this run
-  {EXIT_CANCELLED:<4} cancelled by Ctrl-C or `polytrope cancel`; `polytrope resume` goes on
+  {EXIT_CANCELLED:<4} cancelled by Ctrl-C, SIGTERM or `polytrope cancel`; `polytrope resume` goes on
+  {EXIT_READER_LEFT:<4} the reader of the output left before the result was known (a run goes on without one)
 """
 
 
@@ -446,6 +448,7 @@ class _AddCommand(Protocol):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
+    occupy_standard_descriptors()
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.version:
@@ -459,9 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, function = options.function.split(":")
     try:
         command = getattr(importlib.import_module(f"polytrope.pipeline.commands.{module}"), function)
-        code = command(options)
-        sys.stdout.flush()
-        return int(code)
+        code = int(command(options))
     except UserError as error:
         print(f"polytrope: {error.message}", file=sys.stderr)
         if error.hint:
@@ -471,10 +472,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("polytrope: interrupted", file=sys.stderr)
         return EXIT_CANCELLED
     except BrokenPipeError:  # `polytrope runs | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_SUCCESS
+        let_go(sys.stdout)
+        return EXIT_READER_LEFT
     except Exception as error:
         return _unexpected(error, debug=options.debug)
+    return _flushed(code)
+
+
+def _flushed(code: int) -> int:
+    """The exit code, when the last of the output is written; a result that is known stays what it is."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        let_go(sys.stdout)
+    except OSError as error:
+        let_go(sys.stdout)
+        print(f"polytrope: the output cannot be written: {error}", file=sys.stderr)
+        return code or EXIT_RUN_FAILED
+    return code
 
 
 def _unexpected(error: Exception, *, debug: bool) -> int:

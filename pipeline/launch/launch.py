@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
 from polytrope.pipeline.engine.options import Observer, RunOptions
 from polytrope.pipeline.engine.returned import with_stored
@@ -24,6 +24,7 @@ from polytrope.pipeline.store.open import open_store
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
 from polytrope.pipeline.support.signal_mask import signals_blocked
+from polytrope.pipeline.support.streams import Output
 from polytrope.pipeline.support.text import format_duration
 from polytrope.pipeline.tracking.process import check_tracking, start_sync, tracking_uri, wait_for_sync
 from polytrope.pipeline.workflow.draw import layout, svg
@@ -138,7 +139,8 @@ class _Session:
         stream: TextIO | None,
     ) -> None:
         self.workflow, self.graph, self.store = workflow, graph, store
-        self.tracked, self.display, self.stream = tracked, display, stream or sys.stdout
+        self.tracked, self.display = tracked, display
+        self.stream = cast(TextIO, Output(stream or sys.stdout))
         self.observer = observer
         self.state = RunState()
         self.directory: Path | None = None
