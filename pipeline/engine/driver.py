@@ -44,7 +44,7 @@ from polytrope.pipeline.workflow.spec import Workflow
 _LONGEST_WAIT = 1.0  # seconds between two looks at the lease and at requests to cancel
 _LONGEST_DELAY = 60.0  # seconds between two attempts
 _CANCEL_PATIENCE = 20.0  # seconds for cancelled stages to end before the executor is closed under them
-_RETRIED = ("error", "timeout", "worker lost")
+_RETRIED = ("error", "timeout", "worker lost")  # and "bug" where a stage asks for it
 
 
 class Driver:
@@ -88,6 +88,7 @@ class Driver:
         self.forced = forced_names(graph, options)
         self.keys: dict[str, tuple[str, dict[str, Any]]] = {}  # node name → key and its components
         self.stopping: tuple[str, str] | None = None  # (status of the run, reason)
+        self.started = time.monotonic()
         self.last_look = 0.0
 
     # -- from the first event of this attempt to the last -------------------------------------------------------
@@ -358,7 +359,8 @@ class Driver:
             self.log.emit("stage_cancelled", stage=node.name, attempt=attempt.number, reason=self.stopping[1])
             self.schedule.end(node.name, "cancelled")
             return
-        if error.kind in _RETRIED and attempt.tries <= node.retries:
+        retried = error.kind in _RETRIED or (error.kind == "bug" and node.retry_bugs)
+        if retried and attempt.tries <= node.retries:
             delay = min(self.options.retry_delay * 2 ** (attempt.tries - 1), _LONGEST_DELAY)
             self.log.emit(
                 "stage_retrying", stage=node.name, attempt=attempt.number, error=error.to_dict(), delay=delay,
@@ -444,7 +446,7 @@ class Driver:
         self.attempts.delayed.clear()
         status, error = end_stages(self.log, self.schedule, self.options, self.stopping)
         self.executor.close()
-        self.log.emit("run_finished", status=status, error=error)
+        self.log.emit("run_finished", status=status, error=error, duration=time.monotonic() - self.started)
         self._flush()
 
     def _finish_broken(self, message: str) -> None:
@@ -453,5 +455,5 @@ class Driver:
             for name, stage in self.log.state.stages.items():
                 if stage.state in ("running", "retrying"):
                     self.log.emit("stage_cancelled", stage=name, reason=message)
-            self.log.emit("run_finished", status="failed", error=message)
+            self.log.emit("run_finished", status="failed", error=message, duration=time.monotonic() - self.started)
             self._flush()

@@ -261,7 +261,7 @@ def print_summary(
     def say(text: str = "") -> None:
         print(text, file=stream)
 
-    took = "" if state.started is None or state.ended is None else f" in {format_duration(state.ended - state.started)}"
+    took = "" if state.duration is None else f" in {format_duration(state.duration)}"
     stages = counts(stage.state for stage in state.stages.values())
     say()
     say(f"run {directory.name} {state.status}{took if state.attempt <= 1 else ''}: {stages}")

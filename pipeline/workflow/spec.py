@@ -108,6 +108,10 @@ class StageSpec(BaseModel):
     parameters: dict[str, Any] = Field(default={}, alias="with", description="the stage's parameters")
     resources: ResourceSpec = Field(default=ResourceSpec(), description="what each worker of the stage gets")
     retries: int = Field(default=2, ge=0, description="further attempts after a lost worker, timeout or crash")
+    retry_bugs: bool = Field(
+        default=False,
+        description="spend `retries` on NameError, TypeError, AttributeError, ImportError, AssertionError",
+    )
     timeout: Duration | None = Field(default=None, gt=0, description="limit per attempt, such as 600 or 10m")
     when: str | None = Field(default=None, description="condition; the stage is skipped where it is false")
     matrix: dict[str, list[Any]] = Field(default={}, description="axis → values: one branch per combination")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import os
 import signal
@@ -225,3 +226,8 @@ def fill_disk_beside(context: StageContext, ballast: str, free: int) -> None:
             file.write(b"x" * 4096)
     os.truncate(ballast, max(0, Path(ballast).stat().st_size - free * 1024))
     fill(context, 100)
+
+
+def bug(name: str) -> None:
+    """Has a plain bug."""
+    raise getattr(builtins, name)("a bug")
