@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -153,6 +154,12 @@ class Attempts:
         for identifier, attempt in self.running.items():
             attempt.due = time.monotonic()
             self.executor.cancel(identifier)
+
+    def release(self) -> None:
+        """Let go of the keys of whatever has not ended, whatever else has gone wrong."""
+        for attempt in (*self.running.values(), *self.delayed.values()):
+            with contextlib.suppress(OSError):
+                attempt.lease.release(remove=True)
 
     def are_stuck(self, patience: float) -> bool:
         """Whether something was cancelled more than `patience` seconds ago and still runs."""

@@ -8,7 +8,6 @@ on from there.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.engine.attempts import Attempt, Attempts, why_failed
-from polytrope.pipeline.engine.ending import end_stages
+from polytrope.pipeline.engine.ending import end_broken, end_stages
 from polytrope.pipeline.engine.event_log import EventLog
 from polytrope.pipeline.engine.inputs import skip_reason
-from polytrope.pipeline.engine.options import CANCEL_FILE, RunOptions, forced_names
+from polytrope.pipeline.engine.options import RunOptions, cancelled_by, forced_names
 from polytrope.pipeline.engine.results import Results
 from polytrope.pipeline.engine.returned import Expansion, expansion, returned_stages
 from polytrope.pipeline.engine.schedule import Schedule
@@ -113,7 +112,7 @@ class Driver:
                 problem = store_error(self.store.address, error)
                 with contextlib.suppress(OSError, LeaseLostError):
                     self.executor.close()
-                    self._finish_broken(problem.message)
+                    self._end_broken(problem.message)
                 raise UserError(
                     f"run {self.run_id} had to stop: {problem.message}",
                     f"nothing finished is lost; {'free some space' if is_disk_full(error) else 'mend it'}, then"
@@ -121,16 +120,14 @@ class Driver:
                 ) from error
             except UserError as error:
                 self.executor.close()
-                self._finish_broken(error.message)
+                self._end_broken(error.message)
                 raise
         finally:
             self.executor.close()
             with contextlib.suppress(OSError):
                 self.store.push_run(self.run_id)
             self.results.release()
-            for attempt in (*self.attempts.running.values(), *self.attempts.delayed.values()):
-                with contextlib.suppress(OSError):
-                    attempt.lease.release(remove=True)
+            self.attempts.release()
         return self.log.state
 
     def _begin(self, stages: list[str]) -> None:
@@ -190,10 +187,7 @@ class Driver:
         self.store.refresh_run(self.run_id)
         for attempt in self.attempts.running.values():
             self._take_notes(attempt.node)
-        if self.stopping is None and (self.directory / CANCEL_FILE).exists():
-            by = "polytrope cancel"
-            with contextlib.suppress(OSError, ValueError):
-                by = str(json.loads((self.directory / CANCEL_FILE).read_text()).get("by", by))
+        if self.stopping is None and (by := cancelled_by(self.directory)):
             self.log.emit("cancel_requested", by=by)
             self._stop("cancelled", by)
         if self.stopping is not None and self.attempts.are_stuck(_CANCEL_PATIENCE):
@@ -254,23 +248,7 @@ class Driver:
         except UserError as error:
             self._fail(node, StageError("user", error.message, error.hint, "UserError"), 0)
             return
-        before = self.log.state.stages.get(node.name)
-        known = before is not None and before.state in ("succeeded", "cached") and before.digest == artifact.digest
-        if not (known and before is not None and before.key == artifact.key):
-            result = {"key": artifact.key, "digest": artifact.digest, "summary": artifact.summary}
-            if artifact.run_id == self.run_id and artifact.stage == node.name:  # died between commit and journal
-                self.log.emit(
-                    "stage_succeeded",
-                    stage=node.name,
-                    attempt=before.attempt if before else 1,
-                    **result,
-                    duration=artifact.duration,
-                    recovered=True,
-                )
-            else:
-                self.log.emit(
-                    "stage_cached", stage=node.name, **result, hit_from=artifact.run_id, duration=artifact.duration
-                )
+        self.log.emit_stored(node.name, artifact)
         self.results.clean_up(artifact.key)
         self._end(node, "cached", artifact, expansion)
 
@@ -449,11 +427,9 @@ class Driver:
         self.log.emit("run_finished", status=status, error=error, duration=time.monotonic() - self.started)
         self._flush()
 
-    def _finish_broken(self, message: str) -> None:
+    def _end_broken(self, message: str) -> None:
         """The run cannot go on, for a reason that is no stage's fault."""
         with contextlib.suppress(OSError):
-            for name, stage in self.log.state.stages.items():
-                if stage.state in ("running", "retrying"):
-                    self.log.emit("stage_cancelled", stage=name, reason=message)
+            end_broken(self.log, message)
             self.log.emit("run_finished", status="failed", error=message, duration=time.monotonic() - self.started)
             self._flush()

@@ -9,6 +9,13 @@ from polytrope.pipeline.runs.journal import DONE_STATES
 from polytrope.pipeline.workflow.graph import parent_stage
 
 
+def end_broken(log: EventLog, message: str) -> None:
+    """The same where the run itself cannot go on: what was running is cancelled, the rest keeps its state."""
+    for name, stage in log.state.stages.items():
+        if stage.state in ("running", "retrying"):
+            log.emit("stage_cancelled", stage=name, reason=message)
+
+
 def end_stages(
     log: EventLog, schedule: Schedule, options: RunOptions, stopping: tuple[str, str] | None
 ) -> tuple[str, str | None]:

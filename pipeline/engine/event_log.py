@@ -9,6 +9,7 @@ from typing import Any
 
 from polytrope.pipeline.engine.options import Observer
 from polytrope.pipeline.runs.journal import Event, Journal, RunState, fold
+from polytrope.pipeline.store.manifest import StoredArtifact
 
 
 class EventLog:
@@ -25,6 +26,21 @@ class EventLog:
         event = self._journal.write(type, **payload)
         fold([event], self.state)
         self._unseen.append(event)
+
+    def emit_stored(self, name: str, artifact: StoredArtifact) -> None:
+        """A stage's result was found in the store; nothing if the journal knows this very result."""
+        before = self.state.stages.get(name)
+        known = before is not None and before.state in ("succeeded", "cached") and before.digest == artifact.digest
+        if known and before is not None and before.key == artifact.key:
+            return
+        result: dict[str, Any] = {"key": artifact.key, "digest": artifact.digest, "summary": artifact.summary}
+        if artifact.run_id == self.state.run_id and artifact.stage == name:  # died between commit and journal
+            attempt = before.attempt if before else 1
+            self.emit(
+                "stage_succeeded", stage=name, attempt=attempt, **result, duration=artifact.duration, recovered=True
+            )
+        else:
+            self.emit("stage_cached", stage=name, **result, hit_from=artifact.run_id, duration=artifact.duration)
 
     def sync(self) -> bool:
         """Make the journal durable, then tell who watches; False: there was nothing new."""

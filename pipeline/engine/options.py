@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.errors import UserError
@@ -40,6 +42,16 @@ class RunOptions:
     retry_delay: float = 1.0
     lease_ttl: float = DEFAULT_TTL
     record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def cancelled_by(directory: Path) -> str | None:
+    """Who asked for the end of the run in this directory; None: nobody."""
+    try:
+        return str(json.loads((directory / CANCEL_FILE).read_text()).get("by", "polytrope cancel"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError):  # it is being written, or by hand
+        return "polytrope cancel"
 
 
 def new_run_id() -> str:
