@@ -33,6 +33,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, create_model
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.support.executor_table import executor_kind
 from polytrope.pipeline.support.secret_values import hide_in, hider
 
 BUILTIN_STAGES: dict[str, str] = {
@@ -172,7 +173,7 @@ class StageContext:
         attempt: 1 for the first try.
         output: the staging directory; its content becomes the artifact.
         scratch_directory: of `scratch`.
-        executor: `local` or `ray`; a stage that is parallel inside follows it.
+        executor: its name; a stage that is parallel inside follows it, see `starts_with_ray`.
         resources: what the workflow file granted.
         events: the writer behind the `log_*` methods; hand it to worker processes.
     """
@@ -183,9 +184,14 @@ class StageContext:
     attempt: int
     output: Path
     scratch_directory: Path
-    executor: Literal["local", "ray"]
+    executor: str
     resources: Resources
     events: EventWriter
+
+    @property
+    def starts_with_ray(self) -> bool:
+        """Whether what the stage does in parallel goes to Ray, not to child processes."""
+        return executor_kind(self.executor).starts_with_ray
 
     @property
     def scratch(self) -> Path:
@@ -231,7 +237,7 @@ def stage_context(
     directory: Path,
     *,
     stage: str = "stage",
-    executor: Literal["local", "ray"] = "local",
+    executor: str = "local",
     resources: Resources = Resources(),
 ) -> StageContext:
     """A context to call a stage function by hand, without an engine: in its test, or to measure it.

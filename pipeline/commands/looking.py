@@ -86,15 +86,15 @@ def _span(state: RunState) -> str:
     if state.started is None:
         return "not started"
     text = "started " + time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started))
-    if state.ended is not None:
-        text += f", took {format_duration(state.ended - state.started)}"
+    if state.duration is not None:
+        text += f", {'' if state.attempt <= 1 else 'the last attempt '}took {format_duration(state.duration)}"
     return text
 
 
 def _stage_row(stage: StageState) -> list[str]:
     seconds = stage.duration
     if stage.state == "running" and stage.started is not None:
-        seconds = time.time() - stage.started
+        seconds = max(0.0, time.time() - stage.started)  # its process has another clock that cannot jump
     result = stage.reason or " · ".join(
         f"{name} {metric_text(value)}" for name, value in list(stage.summary.items())[:5]
     )
@@ -114,7 +114,7 @@ def runs(options: argparse.Namespace) -> int:
         state, current = fold(read(directory)), run_status(directory)
         stages = counts(stage.state for stage in state.stages.values())
         started = "" if state.started is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started))
-        took = format_duration(state.ended - state.started) if state.ended and state.started else ""
+        took = "" if state.duration is None else format_duration(state.duration)
         rows.append([directory.name, state.workflow, current, started, took, stages])
         data.append({**_status_data(directory, state, current), "stages": stages})
     if options.json:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polytrope.pipeline.commands.common import find_run, open_store, print_table, store_address, workflow_of
-from polytrope.pipeline.engine.driver import new_run_id
+from polytrope.pipeline.engine.options import new_run_id
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.proof.reproduce import Comparison, reproduce_run
 

@@ -18,7 +18,7 @@ from polytrope.pipeline.commands.common import (
     store_address,
     workflow_of,
 )
-from polytrope.pipeline.engine.driver import CANCEL_FILE, RunOptions
+from polytrope.pipeline.engine.options import CANCEL_FILE, RunOptions
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.launch import Display, exit_code
 from polytrope.pipeline.launch.launch import run as launch

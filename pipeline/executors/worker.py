@@ -41,13 +41,14 @@ from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.secret_values import hide_in, hider
 from polytrope.pipeline.workflow.graph import StageNode, resolve_parameters
 
-ErrorKind = Literal["user", "error", "timeout", "worker lost", "store", "cancelled"]
+ErrorKind = Literal["user", "bug", "error", "timeout", "worker lost", "store", "cancelled"]
+_BUGS = (NameError, TypeError, AttributeError, ImportError, AssertionError)  # the same happens again
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class StageError:
-    """Why an attempt failed. `kind` decides about a retry: `user` and `store` are never retried."""
+    """Why an attempt failed. `kind` decides about a retry: `user` and `store` never, `bug` only if the stage asks."""
 
     kind: ErrorKind
     message: str
@@ -109,7 +110,7 @@ class StageTask:
     scratch: Path
     spool: Path
     log: Path
-    executor: Literal["local", "ray"]
+    executor: str
     resources: Resources
     parallel: bool
     directory: Path
@@ -132,7 +133,7 @@ def make_task(
     scratch: Path,
     run_directory: Path,
     name: str,
-    executor: Literal["local", "ray"],
+    executor: str,
     directory: Path,
     store: str,
 ) -> StageTask:
@@ -233,6 +234,15 @@ def run_task(task: StageTask) -> Outcome:
         events.close()
 
 
+def run_logged(task: StageTask) -> Outcome:
+    """`run_task`, with all that this process prints in the task's log. What goes wrong around it is its outcome too."""
+    try:
+        with output_to(task.log):
+            return run_task(task)
+    except BaseException as error:
+        return Outcome(error=describe_error(error, task.secrets))
+
+
 def _returned_stages(task: StageTask) -> dict[str, Any] | None:
     """What the stage returned, with `${env.NAME}` where it wrote a secret."""
     path = task.output / RETURNED_STAGES
@@ -314,7 +324,11 @@ def describe_error(error: BaseException, secrets: Mapping[str, str]) -> StageErr
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return StageError("store", hide(str(error)), "free some space, then resume the run", name, hide(_frames(error)))
     message = str(error).strip() or name
-    return StageError("error", hide(f"{name}: {message}" if message != name else name), "", name, hide(_frames(error)))
+    text = hide(f"{name}: {message}" if message != name else name)
+    if isinstance(error, _BUGS):
+        hint = "mend the function; it was not tried again, since that would end the same way (`retry_bugs: true` does)"
+        return StageError("bug", text, hint, name, hide(_frames(error)))
+    return StageError("error", text, "", name, hide(_frames(error)))
 
 
 def _frames(error: BaseException) -> str:

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
-from polytrope.pipeline.engine.driver import Observer, RunOptions, run_workflow
+from polytrope.pipeline.engine.options import Observer, RunOptions
 from polytrope.pipeline.engine.returned import with_stored
+from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.errors import EXIT_CANCELLED, EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.executors import check_resources
 from polytrope.pipeline.launch.environment import record_environment
@@ -21,6 +22,8 @@ from polytrope.pipeline.runs.spool import SpoolReader
 from polytrope.pipeline.store.open import open_store
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
+from polytrope.pipeline.support.signal_mask import signals_blocked
+from polytrope.pipeline.support.streams import Output
 from polytrope.pipeline.support.text import format_duration
 from polytrope.pipeline.tracking.process import check_tracking, failed_sync, start_sync, tracking_uri, wait_for_sync
 from polytrope.pipeline.workflow.draw import layout, svg
@@ -36,7 +39,7 @@ _CACHED_PATIENCE = 1.5  # the same for a run that computed nothing
 def run(
     workflow: Workflow,
     *,
-    executor: Literal["local", "ray"] | None = None,
+    executor: str | None = None,
     store: str | Path | None = None,
     run_id: str | None = None,
     resume: bool | None = None,
@@ -112,7 +115,7 @@ def _check_tracking(workflow: Workflow, store: Store) -> None:
         raise UserError(f"{place}: {error.message}", f"{error.hint}; {ways}" if error.hint else ways) from None
 
 
-def _check_resources(workflow: Workflow, graph: dict[str, StageNode], executor: Literal["local", "ray"]) -> None:
+def _check_resources(workflow: Workflow, graph: dict[str, StageNode], executor: str) -> None:
     try:
         check_resources(graph, executor, workflow.ray_address)
     except UserError as error:
@@ -136,7 +139,8 @@ class _Session:
         stream: TextIO | None,
     ) -> None:
         self.workflow, self.graph, self.store = workflow, graph, store
-        self.tracked, self.display, self.stream = tracked, display, stream or sys.stdout
+        self.tracked, self.display = tracked, display
+        self.stream = cast(TextIO, Output(stream or sys.stdout))
         self.observer = observer
         self.state = RunState()
         self.directory: Path | None = None
@@ -175,7 +179,8 @@ class _Session:
             if stage.state in ("succeeded", "cached") and name in self.progress.stages:
                 view = self.progress.stages[name]
                 view.state, view.duration, view.error = stage.state, stage.duration, "in an earlier attempt"
-        self.progress.__enter__()
+        with signals_blocked():  # it has threads
+            self.progress.__enter__()
 
     def _draw(self) -> None:
         """The graph, with the stages that were returned so far: MLflow shows it."""
@@ -254,7 +259,7 @@ def print_summary(
     def say(text: str = "") -> None:
         print(text, file=stream)
 
-    took = "" if state.started is None or state.ended is None else f" in {format_duration(state.ended - state.started)}"
+    took = "" if state.duration is None else f" in {format_duration(state.duration)}"
     stages = counts(stage.state for stage in state.stages.values())
     say()
     say(f"run {directory.name} {state.status}{took if state.attempt <= 1 else ''}: {stages}")

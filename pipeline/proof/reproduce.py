@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from polytrope.pipeline.engine.driver import new_run_id
+from polytrope.pipeline.engine.options import new_run_id
 from polytrope.pipeline.engine.returned import with_stored
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.environment import compare_environments
@@ -72,7 +72,7 @@ def reproduce_run(
     place: Path,
     *,
     stage: str | None = None,
-    executor: Literal["local", "ray"] | None = None,
+    executor: str | None = None,
     tolerance: float = 1e-3,
     display: Display = "none",
 ) -> list[Comparison]:

@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from polytrope.pipeline.support.files import unique_name
+from polytrope.pipeline.support.files import is_disk_full, unique_name
 
 DEFAULT_TTL = 15.0  # seconds
 _KEPT = 3  # older numbers that stay, so that a slow contender sees them
@@ -357,14 +357,19 @@ class Lease:
             self._thread = None
         if self.lost:
             return
-        if remove:
-            for number in _numbers(self.directory):
-                _remove(self.directory, number)
-            if isinstance(self.directory, Path):
-                with contextlib.suppress(OSError):  # another contender is already in it
-                    self.directory.rmdir()
-        else:
-            self._renew(released=True)
+        if not remove:
+            try:
+                self._renew(released=True)
+                return
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+        # also where there is no space to say that it is released: no number at all says so too, to every earlier holder
+        for number in _numbers(self.directory):
+            _remove(self.directory, number)
+        if isinstance(self.directory, Path):
+            with contextlib.suppress(OSError):  # another contender is already in it
+                self.directory.rmdir()
 
     def _renew(self, *, released: bool = False) -> None:
         with self._lock:
@@ -372,8 +377,12 @@ class Lease:
             data = _encode(record)  # the file of this number is written by this process only
             if isinstance(self.directory, Path):
                 temporary = self.directory / f".{_name(self.number)}.{unique_name()}"
-                temporary.write_bytes(data)
-                os.rename(temporary, self.directory / _name(self.number))
+                try:
+                    temporary.write_bytes(data)
+                    os.rename(temporary, self.directory / _name(self.number))
+                finally:
+                    with contextlib.suppress(FileNotFoundError):
+                        temporary.unlink()
             else:
                 self.directory.replace(_name(self.number), data)
             self.record, self._written = record, data
@@ -397,14 +406,14 @@ def _create(directory: LeasePlace, record: LeaseRecord) -> bool:
     temporary = directory / f".{path.name}.{unique_name()}"
     try:
         temporary.write_bytes(_encode(record))
-    except FileNotFoundError:  # the directory was removed by a holder that released it
-        return False
-    try:
         os.link(temporary, path)
-    except FileExistsError:
+    except (FileExistsError, FileNotFoundError):  # or the directory was removed by a holder that released it
         return False
-    except FileNotFoundError:
-        return False
+    except OSError:  # the disk is full: nothing of this try stays
+        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()

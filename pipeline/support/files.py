@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,11 @@ def safe_name(name: str) -> str:
         return text
     digest = hashlib.sha256(name.encode()).hexdigest()[:12]  # different names stay different
     return f"{text.lstrip('.')[:100].encode()[:100].decode(errors='ignore')}-{digest}"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there was no space left, on the disk or in a quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_file(path: Path) -> None:

@@ -39,6 +39,7 @@ class StageNode:
         inputs: input name → node name, label → node name for a fan-in, None for an optional input that is absent.
         resources: what each worker gets.
         retries: further attempts after the first.
+        retry_bugs: a plain bug of the function counts as a reason for one.
         timeout: seconds per attempt, or None.
         when: condition, see `polytrope.pipeline.workflow.conditions`.
         environment: variables that belong to the key, with their values.
@@ -65,6 +66,7 @@ class StageNode:
     secrets: tuple[str, ...] = ()
     matrix: dict[str, Any] = field(default_factory=dict)
     open: bool = False
+    retry_bugs: bool = False
 
     @property
     def input_nodes(self) -> tuple[str, ...]:
@@ -289,6 +291,7 @@ def _draft(
         inputs=inputs,
         resources=values["resources"],
         retries=spec.retries,
+        retry_bugs=spec.retry_bugs,
         timeout=spec.timeout,
         when=values["when"],
         environment=_environment(workflow, spec_name, spec.environment, secrets) if environment else {},

@@ -15,9 +15,10 @@ from typing import Any
 
 import psutil
 
-from polytrope.pipeline.engine import driver as engine
-from polytrope.pipeline.engine.driver import RunElsewhereError, RunOptions, run_workflow
-from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.engine import run as engine
+from polytrope.pipeline.engine.options import RunOptions
+from polytrope.pipeline.engine.run import run_workflow
+from polytrope.pipeline.errors import RunElsewhereError, UserError
 from polytrope.pipeline.executors.base import Capacity
 from polytrope.pipeline.executors.worker import Outcome, StageError, StageTask, dump_task, load_task, run_task
 from polytrope.pipeline.runs.journal import fold, read

@@ -19,8 +19,9 @@ import pytest
 from test_lease import forge
 
 from polytrope.pipeline.commands.cli import main
-from polytrope.pipeline.engine.driver import CANCEL_FILE, RunElsewhereError, RunOptions, run_workflow
-from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.engine.options import CANCEL_FILE, RunOptions
+from polytrope.pipeline.engine.run import run_workflow
+from polytrope.pipeline.errors import RunElsewhereError, UserError
 from polytrope.pipeline.runs.journal import Event, RunState, fold, read
 from polytrope.pipeline.runs.lease import Lease
 from polytrope.pipeline.store.store import Store
@@ -199,6 +200,39 @@ def test_a_mistake_of_the_user_is_not_retried(place: Place) -> None:
     assert error is not None
     assert (error["kind"], error["message"], error["hint"]) == ("user", "the corpus is empty", "give another one")
     assert "stage_retrying" not in place.types("s")
+
+
+@pytest.mark.parametrize("name", ["NameError", "TypeError", "AttributeError", "ModuleNotFoundError", "AssertionError"])
+def test_a_plain_bug_is_retried_only_where_the_stage_asks_for_it(place: Place, name: str) -> None:
+    stages = {"s": {"uses": "bug", "retries": 2, "with": {"name": name}}}
+    error = place.run(stages).stages["s"].error
+    assert error is not None
+    assert (error["kind"], error["class"]) == ("bug", name)
+    assert "in bug" in error["traceback"]
+    assert "stage_retrying" not in place.types("s")
+    if name == "TypeError":
+        stages["s"]["retry_bugs"] = True
+        assert place.run(stages).status == "failed"
+        assert place.types("s").count("stage_retrying") == 2
+
+
+def test_a_clock_set_back_makes_no_negative_duration(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, began = time.time, time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: real() - 3600 * (time.monotonic() - began > 0.3))
+    state = place.run({"s": {"uses": "make", "with": {"seconds": 0.5}}}, run_id="mine")
+    monkeypatch.undo()
+    assert state.started is not None
+    assert state.ended is not None
+    assert state.ended < state.started, "the journal has the clock on the wall"
+    assert state.duration is not None
+    assert 0.5 <= state.duration < 60
+    for event in place.events:
+        assert event.get("duration", 0.0) >= 0.0
+    assert main(["status", "mine", "--store", str(place.store.root)]) == 0
+    assert main(["runs", "--store", str(place.store.root)]) == 0
+    assert " -" not in capsys.readouterr().out
 
 
 def test_a_full_disk_in_a_stage_is_not_retried(place: Place) -> None:
@@ -443,7 +477,8 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from polytrope.pipeline.engine.driver import RunOptions, run_workflow
+from polytrope.pipeline.engine.options import RunOptions
+from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.workflow.graph import build_graph
 from polytrope.pipeline.workflow.spec import Workflow
 from polytrope.pipeline.store.store import Store

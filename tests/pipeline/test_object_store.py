@@ -19,8 +19,8 @@ from engine_stages import __file__ as stages_file
 from s3_support import S3Server, bucket_on
 from test_engine import Place, diamond, workflow_of
 
-from polytrope.pipeline.engine.driver import RunElsewhereError, run_workflow
-from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.engine.run import run_workflow
+from polytrope.pipeline.errors import RunElsewhereError, UserError
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.runs.lease import Lease, LeaseHeldError, LeaseLostError
 from polytrope.pipeline.store.aliases import find_alias, set_alias

@@ -13,7 +13,7 @@ import yaml
 from test_engine import FAST, Place, workflow_of
 
 from polytrope.pipeline.commands.cli import main
-from polytrope.pipeline.engine.driver import RunOptions
+from polytrope.pipeline.engine.options import RunOptions
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.workflow.graph import build_graph
