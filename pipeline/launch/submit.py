@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.workflow.keys import find_source
 
 _EXCLUDES = [".git", ".venv", "**/__pycache__", ".polytrope", "mlruns", "build", "dist", "*.egg-info", ".*_cache"]
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -173,7 +172,7 @@ def submit(
 def _package_source(directory: Path) -> Path:
     """A copy of this polytrope's source in the layout that Python imports."""
     root = directory / "polytrope"
-    source = find_source("polytrope.pipeline").parent  # the repository, or the installed package: of one layout
+    source = Path(__file__).parents[2]  # the repository, or the installed package: of one layout
     for folder in ("ops", "models", "pipeline", "infra/deepspeed"):
         shutil.copytree(
             source / folder,

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Resources
+from polytrope.pipeline.stage import Resources, name_of_function
 from polytrope.pipeline.support.text import suggest
+from polytrope.pipeline.workflow.encoding import decode, encode_plain_fields
 from polytrope.pipeline.workflow.references import has_reference, substitute
 from polytrope.pipeline.workflow.source import KeyPath, Source, locate, parse_value, read_source
 
@@ -92,23 +93,24 @@ class StageSpec(BaseModel):
     matrix: dict[str, list[Any]] = Field(default={}, description="axis → values: one branch per combination")
     after: list[str] = Field(default=[], description="stages that must end before this one, beside its inputs")
     environment: list[str] = Field(default=[], description="environment variables that decide the result")
+    reads: list[str] = Field(
+        default=[], description="data files, directories or globs whose content decides the result"
+    )
 
     @field_validator("uses", mode="before")
     @classmethod
     def _name_of_function(cls, value: Any) -> Any:
-        if callable(value) and hasattr(value, "__qualname__"):
-            return f"{value.__module__}:{value.__qualname__}"
-        return value
+        return name_of_function(value) if callable(value) else value
 
     @field_validator("when", mode="before")
     @classmethod
     def _condition(cls, value: Any) -> Any:
         return str(value).lower() if isinstance(value, bool) else value
 
-    @field_validator("inputs", "parameters", "matrix", "environment", "after", mode="before")
+    @field_validator("inputs", "parameters", "matrix", "environment", "reads", "after", mode="before")
     @classmethod
     def _empty(cls, value: Any, info: Any) -> Any:
-        return ([] if info.field_name in ("environment", "after") else {}) if value is None else value
+        return ([] if info.field_name in ("environment", "reads", "after") else {}) if value is None else value
 
     @field_validator("matrix")
     @classmethod
@@ -206,13 +208,17 @@ class Workflow(BaseModel):
         return f"{location}: {field}" if location else field
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved workflow as JSON-able data; `${env.NAME}` is still a reference in it."""
-        return self.model_dump(mode="json", by_alias=True)
+        """The resolved workflow as JSON-able data without loss; `${env.NAME}` is still a reference in it.
+
+        Raises:
+            UserError: a value that was given in Python and cannot be read back.
+        """
+        return encode_plain_fields(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, directory: Path, source: Path | None = None) -> Workflow:
         """A workflow from `to_dict` (resume) or from data made in Python."""
-        located = Source(dict(data), {(): str(source)} if source else {})
+        located = Source(decode(dict(data)), {(): str(source)} if source else {})
         return _build(located, directory, source)
 
 
