@@ -129,18 +129,19 @@ class Finder:
                 return None
             search = _locations(above)
         for finder in sys.meta_path:
-            found = finder.find_spec(name, search) if hasattr(finder, "find_spec") else None
+            try:
+                found = finder.find_spec(name, search) if hasattr(finder, "find_spec") else None
+            except KeyError:  # a namespace package below one that is not imported: its own path asks for that one
+                found = ModuleSpec(name, None, is_package=True)
+                places = [os.path.join(place, name.rpartition(".")[2]) for place in search or ()]
+                found.submodule_search_locations = [place for place in places if os.path.isdir(place)]
             if found is not None:
                 return found
         return None
 
 
 def _locations(spec: ModuleSpec) -> list[str]:
-    locations: Any = spec.submodule_search_locations
-    try:
-        return list(locations or ())
-    except KeyError:  # a namespace package in one that is not imported
-        return list(locations._path)
+    return list(spec.submodule_search_locations or ())
 
 
 def _file_of(spec: ModuleSpec) -> str | None:

@@ -31,8 +31,19 @@ def node(name: str, function: Any, inputs: Mapping[str, Any] | None = None, **ch
     parameters = definition.parameters_model(**changes.pop("parameters", {}))
     given = {key: (inputs or {}).get(key) for key in definition.inputs}
     return StageNode(
-        name, name, {}, definition, parameters, given, Resources(), 1, None, changes.pop("when", None), {},
-        code=Code({}, {}), **changes,
+        name,
+        name,
+        {},
+        definition,
+        parameters,
+        given,
+        Resources(),
+        1,
+        None,
+        changes.pop("when", None),
+        {},
+        code=Code({}, {}),
+        **changes,
     )
 
 
