@@ -203,7 +203,7 @@ def test_code_is_named(project: Path) -> None:
     code, output = polytrope(project, "reproduce")
     assert code == 1
     assert "first difference: train" in output
-    assert "because code of again_stages changed" in output
+    assert "because code of again_stages.py changed" in output
 
 
 def test_a_stage_that_is_not_deterministic_is_named(project: Path) -> None:
