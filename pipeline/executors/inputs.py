@@ -16,13 +16,17 @@ Mark = tuple[int, int, int, int]  # size, times of content and of anything else 
 class InputCheck:
     """Made when the stage starts; `repeat` when it has ended. Bytes are read only of files that were touched meanwhile.
 
+    Args:
+        store, key: where the artifact is.
+        label: the input's name.
+        artifact: as the stage gets it.
+
     Raises:
         UserError: names the input, the file, and what is wrong with it.
     """
 
-    def __init__(self, store: Store, label: str, artifact: Artifact) -> None:
-        self._store, self._label, self._artifact = store, label, artifact
-        self._key = artifact.path.parent.name
+    def __init__(self, store: Store, key: str, label: str, artifact: Artifact) -> None:
+        self._store, self._key, self._label, self._artifact = store, key, label, artifact
         self._before = _marks(artifact)
         stored = store.load(self._key)
         if stored is None or stored.digest != artifact.digest:

@@ -42,7 +42,7 @@ from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.secret_values import hide_in, hider
 from polytrope.pipeline.workflow.code import Code
 from polytrope.pipeline.workflow.graph import StageNode, declared_reads, resolve_parameters
-from polytrope.pipeline.workflow.loaded import guarded
+from polytrope.pipeline.workflow.loaded import edited_files, guarded
 
 ErrorKind = Literal["user", "error", "timeout", "worker lost", "store", "cancelled"]
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -224,13 +224,19 @@ def run_task(task: StageTask) -> Outcome:
             os.chdir(task.directory)
             _check_reads(task, definition)
             inputs = _inputs_here(store, task)
-            checks = [InputCheck(store, label, artifact) for label, artifact in _labelled(inputs)]
+            checks = [
+                InputCheck(store, artifact.path.parent.name, label, artifact) for label, artifact in _labelled(inputs)
+            ]
             with sampled(context):
                 summary = contextvars.copy_context().run(definition.call, context, parameters, inputs)
             os.chdir(task.directory)
             _check_reads(task, definition)
             for check in checks:
                 check.repeat()
+            for label in edited_files(task.code) if task.parallel else ():
+                context.note(
+                    f"the code `{label}` was edited meanwhile: workers that started later have run the new one"
+                )
             stages = _returned_stages(task)
             with contextlib.suppress(OSError):  # most stages leave it empty, or have none
                 task.scratch.rmdir()

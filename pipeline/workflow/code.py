@@ -129,8 +129,10 @@ class Finder:
                 return None
             search = _locations(above)
         for finder in sys.meta_path:
+            if not hasattr(finder, "find_spec") or getattr(finder, "only_guards", False):
+                continue
             try:
-                found = finder.find_spec(name, search) if hasattr(finder, "find_spec") else None
+                found = finder.find_spec(name, search)
             except KeyError:  # a namespace package below one that is not imported: its own path asks for that one
                 found = ModuleSpec(name, None, is_package=True)
                 places = [os.path.join(place, name.rpartition(".")[2]) for place in search or ()]

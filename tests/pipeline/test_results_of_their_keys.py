@@ -66,6 +66,10 @@ def spoil(context: StageContext, source: Artifact, how: str) -> None:
     elif how == "touch":
         path.touch()
 
+@stage(parallel=True)
+def spread(context: StageContext, edit: str) -> None:
+    Path(edit).write_text("VALUE = 2\\n")
+
 def take(context: StageContext, source: Artifact) -> None:
     (context.output / "text").write_text((source.path / "text").read_text())
 """
@@ -139,6 +143,13 @@ def test_code_edited_during_a_run_is_refused(place: Place, name: str) -> None:
     assert "polytrope resume --allow-code-change" in found
     again = place.run(stages)
     assert [stage.summary for stage in again.stages.values()] == [{"value": 2.0}, {"value": 2.0}]
+
+
+def test_the_journal_says_that_code_was_edited_while_a_stage_had_workers(place: Place, name: str) -> None:
+    helper = place.directory / f"{name}_helper.py"
+    state = place.run({"s": {"uses": f"{name}:spread", "with": {"edit": str(helper)}}})
+    (note,) = state.stages["s"].notes.values()
+    assert note.startswith(f"the code `{name}_helper.py` was edited meanwhile")
 
 
 def test_a_comment_added_during_a_run_does_no_harm(place: Place, name: str) -> None:
@@ -234,8 +245,8 @@ def test_an_input_that_another_run_replaced_is_noticed(place: Place, name: str) 
     artifact = place.store.find(key)
     assert artifact is not None
     with pytest.raises(UserError, match="was removed or replaced after this stage was planned"):
-        InputCheck(place.store, "source", Artifact(artifact.path, "another digest", "a"))
-    check = InputCheck(place.store, "source", Artifact(artifact.path, artifact.digest, "a"))
+        InputCheck(place.store, key, "source", Artifact(artifact.path, "another digest", "a"))
+    check = InputCheck(place.store, key, "source", Artifact(artifact.path, artifact.digest, "a"))
     check.repeat()
     place.store.quarantine(key, ["replaced"])
     with pytest.raises(UserError, match="text: is gone"):
