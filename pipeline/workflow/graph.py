@@ -9,9 +9,10 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import fields as dataclass_fields
 from heapq import heapify, heappop, heappush
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import BaseModel, SecretStr, ValidationError
@@ -140,6 +141,12 @@ def _resolved(value: Any, environment: Mapping[str, str]) -> Any:
         again = model.model_validate({aliases.get(name, name): item for name, item in found.items()})
         again.model_fields_set.intersection_update(value.model_fields_set)
         return again
+    if isinstance(value, PurePath):
+        return type(value)(resolve_environment(str(value), environment)) if "${" in str(value) else value
+    if is_dataclass(value) and not isinstance(value, type):
+        before = {item.name: getattr(value, item.name) for item in dataclass_fields(value) if item.init}
+        changed = {name: new for name, item in before.items() if (new := _resolved(item, environment)) is not item}
+        return replace(value, **changed) if changed else value
     if type(value) is dict:
         pairs = {name: _resolved(item, environment) for name, item in value.items()}
         return value if all(pairs[name] is item for name, item in value.items()) else pairs

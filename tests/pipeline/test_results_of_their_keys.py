@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -329,6 +330,11 @@ def test_infinity_survives_the_record_of_a_run(tmp_path: Path, name: str) -> Non
     assert Workflow.from_dict(made.to_dict(), directory=tmp_path).stages["s"].parameters == made.stages["s"].parameters
 
 
+@dataclasses.dataclass
+class Record:
+    texts: list[str]
+
+
 def test_references_are_replaced_in_every_kind_of_value(monkeypatch: pytest.MonkeyPatch) -> None:
     from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
@@ -344,16 +350,24 @@ def test_references_are_replaced_in_every_kind_of_value(monkeypatch: pytest.Monk
         names: set[str]
         inner: Inner
         plain: Inner = Inner()
+        place: Path
+        record: Record
 
     monkeypatch.setenv("RESULT_TOKEN", "hunter2")
     reference = "${env.RESULT_TOKEN}"
     inner = Larger(text=reference, more=reference)  # type: ignore[call-arg]
-    resolved: Any = resolve_parameters(Outer(token=SecretStr(reference), names={reference, "b"}, inner=inner))
+    outer = Outer(
+        token=SecretStr(reference), names={reference, "b"}, inner=inner, place=Path(reference, "x"),
+        record=Record([reference]),
+    )  # fmt: skip
+    resolved: Any = resolve_parameters(outer)
+    assert (resolved.place, resolved.record) == (Path("hunter2/x"), Record(["hunter2"]))
+    assert resolve_parameters(resolved) is resolved
     assert resolved.token.get_secret_value() == "hunter2"
     assert resolved.names == {"hunter2", "b"}
     assert type(resolved.inner) is Larger
     assert (resolved.inner.text, resolved.inner.more) == ("hunter2", "hunter2")
-    assert resolved.model_fields_set == {"token", "names", "inner"}
+    assert resolved.model_fields_set == {"token", "names", "inner", "place", "record"}
 
 
 def events(context: StageContext) -> list[dict[str, Any]]:
