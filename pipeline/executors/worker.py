@@ -222,15 +222,21 @@ def run_task(task: StageTask) -> Outcome:
             )
             parameters = _parameters(definition, task)
             os.chdir(task.directory)
-            _check_reads(task, definition)
+            here = Path.cwd()
+            _check_reads(task, definition, here)
             inputs = _inputs_here(store, task)
             checks = [
                 InputCheck(store, artifact.path.parent.name, label, artifact) for label, artifact in _labelled(inputs)
             ]
-            with sampled(context):
-                summary = contextvars.copy_context().run(definition.call, context, parameters, inputs)
-            os.chdir(task.directory)
-            _check_reads(task, definition)
+            try:
+                with sampled(context):
+                    summary = contextvars.copy_context().run(definition.call, context, parameters, inputs)
+            except BaseException:
+                for check in checks:  # what it did to them is no news beside its error, but must be known
+                    with contextlib.suppress(UserError):
+                        check.repeat()
+                raise
+            _check_reads(task, definition, here)
             for check in checks:
                 check.repeat()
             for label in edited_files(task.code) if task.parallel else ():
@@ -263,11 +269,11 @@ def _say(text: str) -> None:
         os.write(2, text.encode(errors="backslashreplace") + b"\n")
 
 
-def _check_reads(task: StageTask, definition: StageDefinition) -> None:
-    """The data files in the key must be what they were when it was made."""
+def _check_reads(task: StageTask, definition: StageDefinition, directory: Path) -> None:
+    """The data files in the key must be what they were when it was made. `directory`: the workflow file's."""
     if not task.reads:
         return
-    found = declared_reads(definition, task.read_patterns, task.directory)
+    found = declared_reads(definition, task.read_patterns, directory)
     changed = [name for name in sorted(found.keys() | task.reads.keys()) if found.get(name) != task.reads.get(name)]
     if changed:
         raise UserError(

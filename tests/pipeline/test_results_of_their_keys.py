@@ -48,7 +48,7 @@ def read(context: StageContext, edit: str = "") -> dict[str, float]:
         Path(edit).write_text("other")
     return {{"length": len(Path(__file__).with_name("{name}.txt").read_text())}}
 
-def spoil(context: StageContext, source: Artifact, how: str) -> None:
+def spoil(context: StageContext, source: Artifact, how: str, fail: bool = False) -> None:
     import os
     path = source.path / "text"
     source.path.chmod(0o755)
@@ -62,10 +62,12 @@ def spoil(context: StageContext, source: Artifact, how: str) -> None:
         path.unlink()
     elif how == "in place":
         status = path.stat()
-        path.write_text("y")
+        path.write_text("y" * len(path.read_text()))
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     elif how == "touch":
         path.touch()
+    if fail:
+        raise ValueError("made to fail")
 
 @stage(parallel=True)
 def spread(context: StageContext, edit: str) -> None:
@@ -226,6 +228,23 @@ def test_an_input_changed_by_its_reader_is_refused_and_computed_again(place: Pla
     again = place.run(stages)
     assert {stage.state for stage in again.stages.values()} == {"succeeded"}
     assert [place.text(again, f"c{number}") for number in range(len(SPOILT))] == ["x0", "x1", "x2", "x3"]
+
+
+def test_what_a_failing_stage_did_to_its_input_is_known(place: Place, name: str) -> None:
+    """Also where size, time and inode are what they were."""
+    stages: dict[str, Any] = {
+        "a": {"uses": f"{name}:make"},
+        "b": {
+            "uses": f"{name}:spoil",
+            "inputs": {"source": "a"},
+            "with": {"how": "in place", "fail": True},
+            "retries": 0,
+        },
+        "c": {"uses": f"{name}:take", "inputs": {"source": "a"}},
+    }
+    state = place.run(stages, fields={"concurrency": 1, "fail_fast": False})
+    assert (state.stages["b"].error or {})["message"] == "ValueError: made to fail"
+    assert "text: its bytes have changed" in message(state, "c")
 
 
 def test_an_input_that_is_only_touched_does_no_harm(place: Place, name: str) -> None:
