@@ -1,11 +1,11 @@
 """The code behind a stage: every first-party file that its module reaches by import, found without running any of it.
 
-First-party is what an import finds outside the standard library and `site-packages` (the project's own modules), and of
-polytrope what decides results: `ops`, `models`, `pipeline.data`, `pipeline.support` and the rooms in `pipeline.stages`;
-not the engine. Imports are read from the syntax trees: at the top or inside functions, relative ones, `import_module`
-of a literal name, with the `__init__` of every package on the way. A dotted name in any text counts as well
-(`"my_package.worker"`, for `python -m` or a table of names). Of a package that is reached, the C, C++ and CUDA files
-below it count.
+First-party is what an import finds outside the standard library and `site-packages` (the project's own modules), the
+package that defines the stage wherever it stands, and of polytrope what decides results: `ops`, `models`,
+`pipeline.data`, `pipeline.support` and the rooms in `pipeline.stages`; not the engine. Imports are read from the syntax
+trees: at the top or inside functions, relative ones, `import_module` of a literal name, with the `__init__` of every
+package on the way. A dotted name in any text counts as well (`"my_package.worker"`, for `python -m` or a table of
+names). Of a package that is reached, the C, C++ and CUDA files below it count.
 """
 
 from __future__ import annotations
@@ -175,6 +175,7 @@ class _Closure:
         self._files: dict[str, Source] = {}
         self._finder = Finder()
         self._seen: set[str] = set()
+        self._homes: set[str] = set()  # packages that define the stages: first-party also where they are installed
 
     def grow(self, modules: Iterable[str]) -> dict[str, Source]:
         roots: set[str] = set()
@@ -187,6 +188,7 @@ class _Closure:
                     "put the stage's function into a module file that the stage's own process can import",
                 )
             roots.add(module)
+            self._homes.update({module.partition(".")[0]} - {"polytrope"})
             if room := _STAGE_ROOM.match(module):
                 inside = (item.relative_to(Path(path).parent) for item in Path(path).parent.rglob("*.py"))
                 roots.update(f"{room[0]}/{item.as_posix()}"[:-3].replace("/", ".") for item in inside)
@@ -201,7 +203,8 @@ class _Closure:
     def _take(self, name: str, *, counts: bool) -> Iterator[str]:
         """Take in a module if it is first-party, or `counts` in any case; what it names follows."""
         spec = self._finder.find(name)
-        if spec is None or not (counts or is_first_party(name, spec)):
+        at_home = name.partition(".")[0] in self._homes
+        if spec is None or not (counts or at_home or is_first_party(name, spec)):
             return
         parent = name.rpartition(".")[0]
         if parent:

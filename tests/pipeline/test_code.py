@@ -147,3 +147,17 @@ def test_what_has_no_source_or_is_no_python_is_refused_by_name(project: Path) ->
     (project / "code_test_late.py").write_text("def late(x: return x\n")
     with pytest.raises(UserError, match=r"code_test_late\.py: not valid Python"):
         code()
+
+
+def test_a_package_that_defines_stages_counts_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "site-packages"
+    (place / "code_test_installed").mkdir(parents=True)
+    (place / "code_test_installed" / "__init__.py").write_text("")
+    (place / "code_test_installed" / "stages.py").write_text("from . import helper\nimport code_test_library\n")
+    (place / "code_test_installed" / "helper.py").write_text("")
+    (place / "code_test_library.py").write_text("")
+    monkeypatch.syspath_prepend(place)
+    found = read_code(["code_test_installed.stages"])
+    assert set(found.files) == {f"code_test_installed/{name}.py" for name in ("__init__", "stages", "helper")}
