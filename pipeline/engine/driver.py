@@ -337,7 +337,7 @@ class Driver:
             self.log.emit("stage_cancelled", stage=node.name, attempt=attempt.number, reason=self.stopping[1])
             self.schedule.end(node.name, "cancelled")
             return
-        retried = error.kind in _RETRIED or (error.kind == "bug" and node.retry_bugs)
+        retried = error.kind in _RETRIED or (error.kind == "bug" and node.also_retry_bugs)
         if retried and attempt.tries <= node.retries:
             delay = min(self.options.retry_delay * 2 ** (attempt.tries - 1), _LONGEST_DELAY)
             self.log.emit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from polytrope.pipeline.engine.returned import with_stored
 from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.errors import EXIT_CANCELLED, EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.executors import check_resources
-from polytrope.pipeline.launch.environment import record_environment
+from polytrope.pipeline.launch.environment import changed_versions, record_environment
 from polytrope.pipeline.launch.progress import Progress, counts, summary_rows
 from polytrope.pipeline.runs.journal import ENDED_STATES, Event, RunState, fold
 from polytrope.pipeline.runs.spool import SpoolReader
@@ -165,6 +166,7 @@ class _Session:
     def start(self, directory: Path) -> None:
         """Lease and journal are held: start tracking and the display."""
         self.directory = directory
+        self._say_versions(directory)
         if self.tracked:
             self._draw()
             self.sync = start_sync(directory, self.workflow.tracking)
@@ -181,6 +183,18 @@ class _Session:
                 view.state, view.duration, view.error = stage.state, stage.duration, "in an earlier attempt"
         with signals_blocked():  # it has threads
             self.progress.__enter__()
+
+    def _say_versions(self, directory: Path) -> None:
+        """At a resume: what is finished was computed with other versions, and stays."""
+        changed = changed_versions(directory)
+        if not changed:
+            return
+        shown = "; ".join([*changed[:5], *([f"and {len(changed) - 5} more"] if len(changed) > 5 else [])])
+        text = f"finished stages stay, though versions are others than in the attempt before: {shown}"
+        if self.display == "none":
+            warnings.warn(text, stacklevel=2)
+        else:
+            print(f"polytrope: {text}", file=sys.stderr, flush=True)
 
     def _draw(self) -> None:
         """The graph, with the stages that were returned so far: MLflow shows it."""

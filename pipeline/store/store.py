@@ -311,6 +311,10 @@ class Store:
             )
         return problems
 
+    def distrust(self, key: str) -> None:
+        """Forget what is known of an artifact's files: all are hashed when it is asked for again."""
+        self._digests_file(key).unlink(missing_ok=True)
+
     def _digests_file(self, key: str) -> Path:
         return self.root / "digests" / f"{key}.json"
 

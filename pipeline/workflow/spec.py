@@ -21,9 +21,10 @@ from pydantic import (
 )
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Resources
+from polytrope.pipeline.stage import Resources, name_of_function
 from polytrope.pipeline.support.executor_table import DEFAULT_EXECUTOR, EXECUTORS
 from polytrope.pipeline.support.text import suggest
+from polytrope.pipeline.workflow.encoding import decode, encode_plain_fields
 from polytrope.pipeline.workflow.references import has_reference, substitute
 from polytrope.pipeline.workflow.source import KeyPath, Source, locate, parse_value, read_source
 
@@ -113,7 +114,7 @@ class StageSpec(BaseModel):
     parameters: dict[str, Any] = Field(default={}, alias="with", description="the stage's parameters")
     resources: ResourceSpec = Field(default=ResourceSpec(), description="what each worker of the stage gets")
     retries: int = Field(default=2, ge=0, description="further attempts after a lost worker, timeout or crash")
-    retry_bugs: bool = Field(
+    also_retry_bugs: bool = Field(
         default=False,
         description="spend `retries` on NameError, TypeError, AttributeError, ImportError, AssertionError",
     )
@@ -122,23 +123,24 @@ class StageSpec(BaseModel):
     matrix: dict[str, list[Any]] = Field(default={}, description="axis → values: one branch per combination")
     after: list[str] = Field(default=[], description="stages that must end before this one, beside its inputs")
     environment: list[str] = Field(default=[], description="environment variables that decide the result")
+    reads: list[str] = Field(
+        default=[], description="data files, directories or globs whose content decides the result"
+    )
 
     @field_validator("uses", mode="before")
     @classmethod
     def _name_of_function(cls, value: Any) -> Any:
-        if callable(value) and hasattr(value, "__qualname__"):
-            return f"{value.__module__}:{value.__qualname__}"
-        return value
+        return name_of_function(value) if callable(value) else value
 
     @field_validator("when", mode="before")
     @classmethod
     def _condition(cls, value: Any) -> Any:
         return str(value).lower() if isinstance(value, bool) else value
 
-    @field_validator("inputs", "parameters", "matrix", "environment", "after", mode="before")
+    @field_validator("inputs", "parameters", "matrix", "environment", "reads", "after", mode="before")
     @classmethod
     def _empty(cls, value: Any, info: Any) -> Any:
-        return ([] if info.field_name in ("environment", "after") else {}) if value is None else value
+        return ([] if info.field_name in ("environment", "reads", "after") else {}) if value is None else value
 
     @field_validator("matrix")
     @classmethod
@@ -239,13 +241,17 @@ class Workflow(BaseModel):
         return f"{location}: {field}" if location else field
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved workflow as JSON-able data; `${env.NAME}` is still a reference in it."""
-        return self.model_dump(mode="json", by_alias=True)
+        """The resolved workflow as JSON-able data without loss; `${env.NAME}` is still a reference in it.
+
+        Raises:
+            UserError: a value that was given in Python and cannot be read back.
+        """
+        return encode_plain_fields(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, directory: Path, source: Path | None = None) -> Workflow:
         """A workflow from `to_dict` (resume) or from data made in Python."""
-        located = Source(dict(data), {(): str(source)} if source else {})
+        located = Source(decode(dict(data)), {(): str(source)} if source else {})
         return _build(located, directory, source)
 
 

@@ -211,7 +211,7 @@ def test_a_plain_bug_is_retried_only_where_the_stage_asks_for_it(place: Place, n
     assert "in bug" in error["traceback"]
     assert "stage_retrying" not in place.types("s")
     if name == "TypeError":
-        stages["s"]["retry_bugs"] = True
+        stages["s"]["also_retry_bugs"] = True
         assert place.run(stages).status == "failed"
         assert place.types("s").count("stage_retrying") == 2
 
