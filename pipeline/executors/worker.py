@@ -240,9 +240,12 @@ def run_task(task: StageTask) -> Outcome:
             _check_reads(task, definition, here)
             for check in checks:
                 check.repeat()
-            for label in edited_files(task.code) if task.parallel else ():
-                context.note(
-                    f"the code `{label}` was edited meanwhile: workers that started later have run the new one"
+            _check_fingerprint(task, definition, here)
+            if task.parallel and (edited := edited_files(task.code)):  # its workers may have started before, or after
+                raise UserError(
+                    f"the code `{edited[0]}` was edited while the stage ran, and its workers may have run the new one",
+                    "put it back and `polytrope resume`, which goes on from what the stage kept, or run it with the "
+                    "new code: `polytrope resume --allow-code-change`",
                 )
             stages = _returned_stages(task)
             with contextlib.suppress(OSError):  # most stages leave it empty, or have none
@@ -291,6 +294,21 @@ def _check_reads(task: StageTask, definition: StageDefinition, directory: Path) 
             "of the data in its key",
             "it was edited meanwhile: put it back and `polytrope resume`, or go on with the new data: "
             "`polytrope resume --allow-code-change`",
+        )
+
+
+def _check_fingerprint(task: StageTask, definition: StageDefinition, directory: Path) -> None:
+    """What the stage reads beyond its parameters must still be what is in the key. `directory`: the workflow file's."""
+    if definition.options.fingerprint is None:
+        return
+    values, given = task.parameters  # with `${env.NAME}` as written: so they were when the key was made
+    parameters = definition.parameters_model.model_construct(given, **values)
+    found = dict(definition.options.fingerprint(parameters, directory))
+    expected = task.components.get("fingerprint") or {}
+    if changed := [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]:
+        raise UserError(
+            f"what `{changed[0]}` of the stage says was read has changed while it ran: the result may be of either",
+            "leave the files alone until the stage has ended: `polytrope resume --allow-code-change` goes on with them",
         )
 
 

@@ -5,7 +5,8 @@ package that defines the stage wherever it stands, and of polytrope what decides
 `pipeline.data`, `pipeline.support` and the rooms in `pipeline.stages`; not the engine. Imports are read from the syntax
 trees: at the top or inside functions, relative ones, `import_module` of a literal name, with the `__init__` of every
 package on the way. A dotted name in any text counts as well (`"my_package.worker"`, for `python -m` or a table of
-names). Of a package that is reached, the C, C++ and CUDA files below it count.
+names). Of a package that is reached, the C, C++ and CUDA sources and
+the page templates below it count.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 
 from polytrope.pipeline.errors import UserError
 
-_NATIVE_SUFFIXES = (".c", ".cc", ".cpp", ".cxx", ".cu", ".cuh", ".h", ".hpp")
+_OTHER_SUFFIXES = (".c", ".cc", ".cpp", ".cxx", ".cu", ".cuh", ".h", ".hpp", ".html", ".css")
 _ROOMS = tuple(
     f"polytrope.{name}" for name in ("ops", "models", "pipeline.data", "pipeline.support", "pipeline.stages")
 )
@@ -252,7 +253,7 @@ def _native_files(directory: Path) -> Iterator[Path]:
             and not os.path.exists(os.path.join(root, name, "__init__.py"))
         ]
         for name in files:
-            if name.endswith(_NATIVE_SUFFIXES):
+            if name.endswith(_OTHER_SUFFIXES):
                 yield Path(root) / name
 
 

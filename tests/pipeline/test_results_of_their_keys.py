@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_engine import FAST, Place, workflow_of
 
-from polytrope.pipeline.engine.driver import run_workflow
+from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import Event, RunState
 from polytrope.pipeline.stage import StageContext, load_stage, stage_context
@@ -72,6 +72,14 @@ def spoil(context: StageContext, source: Artifact, how: str, fail: bool = False)
 @stage(parallel=True)
 def spread(context: StageContext, edit: str) -> None:
     Path(edit).write_text("VALUE = 2\\n")
+
+def fingerprint_of(parameters: object, directory: Path) -> dict[str, str]:
+    return {{"data": (directory / "data.txt").read_text()}}
+
+@stage(fingerprint=fingerprint_of)
+def fingerprinted(context: StageContext, edit: bool) -> None:
+    if edit:
+        Path("data.txt").write_text("other")
 
 def take(context: StageContext, source: Artifact) -> None:
     (context.output / "text").write_text((source.path / "text").read_text())
@@ -148,11 +156,18 @@ def test_code_edited_during_a_run_is_refused(place: Place, name: str) -> None:
     assert [stage.summary for stage in again.stages.values()] == [{"value": 2.0}, {"value": 2.0}]
 
 
-def test_the_journal_says_that_code_was_edited_while_a_stage_had_workers(place: Place, name: str) -> None:
+def test_code_edited_while_a_stage_had_workers_is_refused(place: Place, name: str) -> None:
     helper = place.directory / f"{name}_helper.py"
     state = place.run({"s": {"uses": f"{name}:spread", "with": {"edit": str(helper)}}})
-    (note,) = state.stages["s"].notes.values()
-    assert note.startswith(f"the code `{name}_helper.py` was edited meanwhile")
+    assert f"the code `{name}_helper.py` was edited while the stage ran" in message(state, "s")
+    assert not place.store.keys()
+
+
+def test_files_behind_a_fingerprint_that_change_while_the_stage_reads_them_are_refused(place: Place, name: str) -> None:
+    (place.directory / "data.txt").write_text("data")
+    assert place.run({"s": {"uses": f"{name}:fingerprinted", "with": {"edit": False}}}).status == "succeeded"
+    state = place.run({"s": {"uses": f"{name}:fingerprinted", "with": {"edit": True}}})
+    assert "what `data` of the stage says was read has changed while it ran" in message(state, "s")
 
 
 def test_a_comment_added_during_a_run_does_no_harm(place: Place, name: str) -> None:
