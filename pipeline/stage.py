@@ -175,6 +175,7 @@ class StageContext:
         executor: `local` or `ray`; a stage that is parallel inside follows it.
         resources: what the workflow file granted.
         events: the writer behind the `log_*` methods; hand it to worker processes.
+        store: address of the store that the result goes to; for a stage that runs another workflow.
     """
 
     stage: str
@@ -186,6 +187,7 @@ class StageContext:
     executor: Literal["local", "ray"]
     resources: Resources
     events: EventWriter
+    store: str = ".polytrope"
 
     @property
     def scratch(self) -> Path:
@@ -253,6 +255,7 @@ def stage_context(
         executor=executor,
         resources=resources,
         events=EventWriter(directory / "events"),
+        store=str(directory / "store"),
     )
 
 

@@ -27,13 +27,12 @@ from polytrope.pipeline.engine.returned import returned_stages, with_returned, w
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors import check_resources, make_executor
 from polytrope.pipeline.executors.base import LOOK_AHEAD, Executor, needs
-from polytrope.pipeline.executors.worker import Outcome, StageError, StageTask, make_task
+from polytrope.pipeline.executors.worker import Outcome, StageError, StageTask, StoredInput, StoredInputs, make_task
 from polytrope.pipeline.runs.journal import DONE_STATES, Event, Journal, RunState, fold, read
 from polytrope.pipeline.runs.lease import DEFAULT_TTL, HolderWatch, Lease, LeaseHeldError, LeaseLostError
 from polytrope.pipeline.runs.spool import read_notes
-from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.store.manifest import StoredArtifact, artifact_digest
-from polytrope.pipeline.store.store import OutputChangedError, Store, store_error
+from polytrope.pipeline.store.store import Commit, OutputChangedError, Store, store_error
 from polytrope.pipeline.support.faults import ENVIRONMENT_VARIABLE, start_faults
 from polytrope.pipeline.support.files import replace_file, safe_name
 from polytrope.pipeline.workflow.graph import StageNode, condition_holds, parent_stage, readers_of_returned
@@ -128,7 +127,7 @@ def run_workflow(
     lease = _acquire_run(store, run_id, options.lease_ttl)
     try:
         try:
-            store.settle_journal(run_id)
+            store.begin_run(run_id)
         except OSError as error:
             raise store_error(store.address, error) from error
         earlier = read(directory)
@@ -590,12 +589,12 @@ class Driver:
                 result[label] = digests.get(value) if value else None
         return result
 
-    def _inputs(self, node: StageNode) -> dict[str, Artifact | dict[str, Artifact] | None]:
-        def artifact(name: str) -> Artifact:
+    def _inputs(self, node: StageNode) -> StoredInputs:
+        def artifact(name: str) -> StoredInput:
             stored = self.artifacts[name]
-            return Artifact(stored.path, stored.digest, name)
+            return StoredInput(stored.key, stored.digest, name)
 
-        result: dict[str, Artifact | dict[str, Artifact] | None] = {}
+        result: StoredInputs = {}
         for label, value in node.inputs.items():
             if isinstance(value, dict):
                 result[label] = {branch: artifact(name) for branch, name in value.items() if name in self.artifacts}
@@ -866,17 +865,8 @@ class Driver:
 
         if node.name in self.forced:
             self._make_way(attempt, outcome, fence)
-        artifact = self.store.commit(
-            attempt.key,
-            staging,
-            components=attempt.components,
-            summary=outcome.summary,
-            stage=node.name,
-            run_id=self.run_id,
-            duration=outcome.duration,
-            fence=fence,
-            entries=outcome.entries,
-        )
+        result = outcome.summary, node.name, self.run_id, outcome.duration, outcome.entries
+        artifact = self.store.commit(Commit(attempt.key, staging, attempt.components, *result), fence)
         self.emit(
             "stage_succeeded",
             stage=node.name,

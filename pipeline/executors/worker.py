@@ -36,7 +36,6 @@ from polytrope.pipeline.stage import (
     load_stage,
 )
 from polytrope.pipeline.store.manifest import FileEntry, build_manifest, seal
-from polytrope.pipeline.store.open import open_store
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.secret_values import hide_in, hider
 from polytrope.pipeline.workflow.graph import StageNode, resolve_parameters
@@ -77,6 +76,18 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class StoredInput:
+    """A committed artifact that a stage reads, wherever its files are. `stage`: that produced it."""
+
+    key: str
+    digest: str
+    stage: str
+
+
+StoredInputs = dict[str, StoredInput | dict[str, StoredInput] | None]
+
+
+@dataclass(frozen=True)
 class StageTask:
     """One attempt at one stage, picklable.
 
@@ -104,7 +115,7 @@ class StageTask:
     attempt: int
     uses: str
     parameters: tuple[dict[str, Any], set[str]]
-    inputs: dict[str, Artifact | dict[str, Artifact] | None]
+    inputs: StoredInputs
     output: Path
     scratch: Path
     spool: Path
@@ -127,7 +138,7 @@ def make_task(
     key: str,
     components: dict[str, Any],
     attempt: int,
-    inputs: dict[str, Artifact | dict[str, Artifact] | None],
+    inputs: StoredInputs,
     output: Path,
     scratch: Path,
     run_directory: Path,
@@ -193,7 +204,7 @@ def run_task(task: StageTask) -> Outcome:
     events = EventWriter(task.spool, task.secrets)
     random.seed()  # this process may have run other stages, and with a seed
     try:
-        store = open_store(task.store)
+        store = Store(task.store)
         with _surroundings(task), store.scratch_mirrored(task.key):
             definition = _definitions.get(task.uses) or load_stage(task.uses)
             context = StageContext(
@@ -206,6 +217,7 @@ def run_task(task: StageTask) -> Outcome:
                 executor=task.executor,
                 resources=task.resources,
                 events=events,
+                store=task.store,
             )
             parameters = _parameters(definition, task)
             os.chdir(task.directory)
@@ -265,13 +277,15 @@ def read_returned_stages(path: Path) -> dict[str, Any]:
 def _inputs_here(store: Store, task: StageTask) -> dict[str, Artifact | dict[str, Artifact] | None]:
     """The inputs, with their files on this machine."""
 
-    def here(artifact: Artifact) -> Artifact:
-        return Artifact(store.materialize(artifact.path.parent.name), artifact.digest, artifact.stage)
+    def here(stored: StoredInput) -> Artifact:
+        return Artifact(store.materialize(stored.key), stored.digest, stored.stage)
 
-    if store.address == str(store.root):
-        return task.inputs
     return {
-        name: {label: here(item) for label, item in value.items()} if isinstance(value, dict) else value and here(value)
+        name: {label: here(item) for label, item in value.items()}
+        if isinstance(value, dict)
+        else None
+        if value is None
+        else here(value)
         for name, value in task.inputs.items()
     }
 

@@ -30,6 +30,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import Event, JournalReader, RunState, fold
 from polytrope.pipeline.runs.lease import current
 from polytrope.pipeline.runs.spool import SpoolEvent, SpoolReader
+from polytrope.pipeline.store.manifest import StoredArtifact
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
 from polytrope.pipeline.tracking import description as mlflow_summary
@@ -73,21 +74,24 @@ def is_permanent(error: Exception) -> bool:
         return 400 <= status < 500 and status not in (401, 403, 408, 425, 429)
     if isinstance(error, requests.RequestException):
         return False
-    return isinstance(error, ValueError | TypeError | LookupError | AttributeError | ImportError | FileNotFoundError)
+    return isinstance(
+        error, ValueError | TypeError | LookupError | AttributeError | ImportError | FileNotFoundError | UserError
+    )
 
 
 class Copy:
     """One run's copy. `advance` sends what is new; if it raises, make a new `Copy` and go on.
 
     Args:
-        run_directory: `STORE/runs/RUN`.
+        store: that holds the run.
+        run_directory: of the run.
         uri: MLflow's tracking URI.
         experiment: its name; by default the workflow's.
     """
 
-    def __init__(self, run_directory: Path, uri: str, experiment: str = "") -> None:
+    def __init__(self, store: Store, run_directory: Path, uri: str, experiment: str = "") -> None:
         self.directory = run_directory
-        self.store = Store(run_directory.parent.parent)
+        self.store = store
         self.client = MlflowClient(tracking_uri=uri)
         self.uri = uri
         self.experiment_name = experiment
@@ -225,7 +229,7 @@ class Copy:
                 "polytrope.kind": "workflow",
                 "polytrope.run_id": run_id,
                 "polytrope.workflow": str(workflow["name"]),
-                "polytrope.store": str(self.store.root),
+                "polytrope.store": self.store.address,
                 "mlflow.source.name": mlflow_summary.source_name(record),
                 "mlflow.source.type": "JOB",
                 "mlflow.user": os.environ.get("USER", "") or "polytrope",
@@ -241,7 +245,7 @@ class Copy:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
             local = self.uri.startswith("sqlite")
-            location = (self.store.root / "mlflow-artifacts").absolute().as_uri() if local else None
+            location = self.store.local("mlflow-artifacts").as_uri() if local else None
             try:
                 return str(self.client.create_experiment(name, artifact_location=location, tags=_EXPERIMENT_TAGS))
             except MlflowException:  # somebody else was faster
@@ -345,6 +349,7 @@ class Copy:
             "polytrope.duration": f"{event.get('duration') or 0:.3f}",
         }
         if cached:
+            self.store.pull_run(source)
             tags |= {"polytrope.source_run": source, "mlflow.note.content": self._origin(origin, source)}
         child = self._child(stage, event.time, tags)
         if stage in self.cursor["failed"]:
@@ -356,22 +361,14 @@ class Copy:
             self._repeat(stage, child, origin, source)
         self._summary(child, event.get("summary") or {}, event.time)
         for item in self.cursor["pending"].pop(stage, []):
-            if artifact is not None:
-                self._attempt(
-                    f"{item['kind']} {item.get('path') or item.get('name')} of {stage}",
-                    self._show,
-                    stage,
-                    child,
-                    item,
-                    artifact.path,
-                    cached,
-                )
+            what = f"{item['kind']} {item.get('path') or item.get('name')} of {stage}"
+            self._attempt(what, self._show, stage, child, item, artifact, cached)
         self._terminate(stage, child, "FINISHED", event.time)
 
     def _origin(self, stage: str, source: str) -> str:
         """Markdown that leads to the run that computed a cached stage."""
         text = f"Taken from the store: computed by run `{source}`."
-        there = read_cursor(self.store.runs / source, self.uri)
+        there = read_cursor(self.store.run_directory(source), self.uri)
         if stage not in there.get("children", {}):
             return text
         return f"{text} See [{stage}]({mlflow_summary.address(there['experiment'], there['children'][stage])}) there."
@@ -380,7 +377,7 @@ class Copy:
         """What a cached stage said when another run computed it: its curves can be seen and compared here, too."""
         self.cursor["pending"].pop(stage, None)
         metrics: list[Metric] = []
-        for said in SpoolReader(self.store.runs / source / "spool", stage=origin).read_new():
+        for said in SpoolReader(self.store.run_directory(source) / "spool", stage=origin).read_new():
             if said.event["kind"] == "metrics":
                 metrics += self._new_points(child, said)
             elif said.event["kind"] == "params":
@@ -389,7 +386,15 @@ class Copy:
                 self._keep_for_later(said._replace(stage=stage))
         self._send(child, metrics)
 
-    def _show(self, stage: str, child: str, item: Mapping[str, Any], files: Path, cached: bool) -> None:
+    def _show(
+        self, stage: str, child: str, item: Mapping[str, Any], artifact: StoredArtifact | None, cached: bool
+    ) -> None:
+        if item["kind"] == "dataset":
+            self._dataset(child, item)
+            return
+        if artifact is None:
+            raise FileNotFoundError("its artifact is no longer in the store")
+        files = self.store.materialize(artifact.key)
         if item["kind"] == "artifact":
             path = files / item["path"]
             target = self.cursor["parent"] if item.get("parent") else child
@@ -401,8 +406,6 @@ class Copy:
             place = relative if path.is_dir() else relative.parent
             log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
             log(target, str(path), None if str(place) == "." else str(place))
-        elif item["kind"] == "dataset":
-            self._dataset(child, item)
         elif item["kind"] == "model" and not cached:
             self._register(child, item, files / item["path"], stage)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.workflow.references import resolve_environment
 from polytrope.pipeline.workflow.spec import TrackingSpec
 
@@ -159,17 +160,16 @@ def _environment(uri: str, experiment: str | None) -> dict[str, str]:
     }
 
 
-def start_sync(run_directory: Path, tracking: TrackingSpec) -> subprocess.Popen[bytes]:
+def start_sync(store: Store, run_directory: Path, tracking: TrackingSpec) -> subprocess.Popen[bytes]:
     """Start the process that copies a run to MLflow while it goes on. It ends by itself after the run.
 
     Its standard input is a pipe that nobody writes to: it closes with this process, whatever ends it.
     """
-    store = Path(run_directory).parent.parent
-    uri = resolve_environment(tracking_uri(tracking.uri, store), os.environ)
+    uri = resolve_environment(tracking_uri(tracking.uri, store.local("")), os.environ)
     log_file(run_directory).parent.mkdir(exist_ok=True)
     with log_file(run_directory).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "polytrope.pipeline.tracking.sync", str(run_directory), "--follow"],
+            [*_command(store, run_directory), "--follow"],
             env=_environment(uri, tracking.experiment),
             stdin=subprocess.PIPE,
             stdout=log,
@@ -218,10 +218,14 @@ def _first(file: Path, length: int = 160) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def sync_now(run_directory: Path, uri: str, experiment: str | None) -> tuple[int, str]:
+def _command(store: Store, run_directory: Path) -> list[str]:
+    return [sys.executable, "-m", "polytrope.pipeline.tracking.sync", str(run_directory), "--store", store.address]
+
+
+def sync_now(store: Store, run_directory: Path, uri: str, experiment: str | None) -> tuple[int, str]:
     """Bring MLflow up to date with a run: (one of the exit codes above, why it failed)."""
     process = subprocess.run(
-        [sys.executable, "-m", "polytrope.pipeline.tracking.sync", str(run_directory)],
+        _command(store, run_directory),
         env=_environment(uri, experiment),
         check=False,
     )

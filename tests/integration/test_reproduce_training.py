@@ -60,7 +60,7 @@ def test_a_training_computed_again_is_bit_equal(project: Path) -> None:
 
 def test_the_model_card_says_what_the_files_say(project: Path) -> None:
     store = Store(project / ".polytrope")
-    (directory,) = store.runs.iterdir()
+    (directory,) = store.run_directories()
     stages = fold(read(directory)).stages
     artifacts = {name: store.load(stage.key or "") for name, stage in stages.items()}
     assert artifacts["train"] is not None

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from engine_stages import __file__ as stages_file
-from s3_support import S3Server, bucket_on
+from s3_support import Objects, S3Server, bucket_on
 from test_engine import Place, diamond, workflow_of
 
 from polytrope.pipeline.engine.driver import RunElsewhereError, run_workflow
@@ -25,10 +25,8 @@ from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.runs.lease import Lease, LeaseHeldError, LeaseLostError
 from polytrope.pipeline.store.aliases import find_alias, set_alias
 from polytrope.pipeline.store.archive import export_run, import_run
+from polytrope.pipeline.store.bucket import Bucket
 from polytrope.pipeline.store.garbage import collect_garbage
-from polytrope.pipeline.store.object_store import ObjectStore
-from polytrope.pipeline.store.objects import Bucket
-from polytrope.pipeline.store.open import open_store
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.tracking.process import free_port
 from polytrope.pipeline.workflow.graph import build_graph
@@ -54,16 +52,14 @@ def place(address: str, tmp_path: Path) -> Place:
     directory = tmp_path / "work"
     directory.mkdir()
     result = Place(directory)
-    result.store = open_store(address)
+    result.store = Store(address)
     return result
 
 
-def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str) -> ObjectStore:
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str) -> Store:
     """The same store as another machine sees it."""
     monkeypatch.setenv("POLYTROPE_CACHE", str(tmp_path / f"cache-{time.time_ns()}"))
-    store = open_store(address)
-    assert isinstance(store, ObjectStore)
-    return store
+    return Store(address)
 
 
 def test_a_conditional_write_succeeds_once(address: str) -> None:
@@ -104,7 +100,7 @@ def test_a_run_is_computed_once_and_found_by_another_machine(
     key = first.stages["d"].key or ""
     assert other.verify(key) == []
     assert (other.materialize(key) / "text").read_text() == (place.store.materialize(key) / "text").read_text()
-    left = Bucket(address).list("")
+    left = Objects(address).list("")
     assert not [name for name in left if name.startswith(("leases/", "scratch/"))]
 
 
@@ -137,7 +133,7 @@ def test_what_a_dead_driver_did_not_flush_is_written_again(place: Place, address
     """It had committed everything, but its last journal entries are in this machine's copy only."""
     done = place.run(diamond(place), run_id="mine")
     calls = place.calls
-    bucket = Bucket(address)
+    bucket = Objects(address)
     bucket.delete(sorted(bucket.list("runs/mine/journal/"))[flushes_left:])
     state = place.run(diamond(place), run_id="mine")
     assert state.status == "succeeded"
@@ -148,7 +144,7 @@ def test_what_a_dead_driver_did_not_flush_is_written_again(place: Place, address
     assert {name: stage.digest for name, stage in written.stages.items()} == {
         name: stage.digest for name, stage in done.stages.items()
     }
-    segments = b"".join(bucket.get(name) or b"" for name in sorted(bucket.list("runs/mine/journal/")))
+    segments = b"".join(bucket.get(name) for name in sorted(bucket.list("runs/mine/journal/")))
     assert segments == (place.store.run_directory("mine") / "journal.jsonl").read_bytes()
 
 
@@ -163,7 +159,7 @@ def start_driver(place: Place, address: str, stages: dict[str, Any], *options: s
 
 
 def test_one_driver_at_a_time_and_a_stale_one_cannot_write(address: str) -> None:
-    store = open_store(address)
+    store = Store(address)
     store.create()
     lease = Lease.acquire(store.run_lease_directory("r"), "run r", heartbeat=False)
     with pytest.raises(LeaseHeldError):
@@ -185,10 +181,9 @@ def test_one_driver_at_a_time_and_a_stale_one_cannot_write(address: str) -> None
 def test_damage_in_the_bucket_is_found_and_computed_again(place: Place, address: str) -> None:
     workflow = workflow_of(place.directory, diamond(place))
     first = run_workflow(workflow, build_graph(workflow), place.store, run_id="first")
-    bucket, key = Bucket(address), first.stages["a"].key or ""
+    bucket, key = Objects(address), first.stages["a"].key or ""
     (name,) = [name for name in bucket.list(f"artifacts/{key}/") if name.endswith("/text")]
     whole = bucket.get(name)
-    assert whole is not None
     bucket.put(name, whole[:-1])
     assert "bytes instead of" in place.store.verify(key, full=False)[0]
     bucket.put(name, bytes([whole[0] ^ 1]) + whole[1:])
@@ -228,7 +223,7 @@ def test_a_run_is_exported_collected_and_imported_again(
     changed["c"]["with"]["text"] = "other"
     workflow = workflow_of(place.directory, changed)
     run_workflow(workflow, build_graph(workflow), place.store, run_id="second")
-    bucket = Bucket(address)
+    bucket = Objects(address)
     bucket.put(f"artifacts/{first.stages['a'].key}/dead/text", b"of an attempt that was never committed")
     bucket.put(f"artifacts/{'f' * 64}/dead/text", b"another")
     only_first = sorted(first.stages[name].key or "" for name in "cd")
@@ -302,18 +297,18 @@ def test_the_server_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h
 
 def test_addresses_and_servers_that_cannot_be_used_are_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="is not `s3://bucket/prefix`"):
-        open_store("s3:///x")
+        Store("s3:///x")
     with pytest.raises(UserError, match="neither a directory nor"):
-        open_store("gs://bucket/x")
+        Store("ftp://bucket/x")
     with pytest.raises(UserError, match="NoSuchBucket"):
-        open_store("s3://no-such-bucket/x").create()
+        Store("s3://no-such-bucket/x").create()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port(0)}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(UserError, match="cannot be used"):
-        open_store(address).create()
+        Store(address).create()
 
 
 def test_the_format_of_the_bucket_is_checked(address: str) -> None:
-    Bucket(address).put("store.json", json.dumps({"format": 99}).encode())
+    Objects(address).put("store.json", json.dumps({"format": 99}).encode())
     with pytest.raises(UserError, match="has format 99"):
-        open_store(address).create()
+        Store(address).create()
