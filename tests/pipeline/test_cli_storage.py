@@ -98,12 +98,12 @@ def test_an_alias_does_not_pass_another_result_off_as_its_own(store: Store, caps
     assert main(["alias", "best", "one", "stage0", "--store", store.address]) == 0
     moved = store.quarantine("a" * 64, ["replaced"])
     assert moved is not None
-    old = moved.with_name(moved.name.replace(time.strftime("%Y"), "2001"))
-    moved.rename(old)
+    old = Path(moved.replace(time.strftime("%Y"), "2001"))
+    Path(moved).rename(old)
     staging = store.staging("a" * 64)
     staging.mkdir(parents=True, exist_ok=True)
     (staging / "data.txt").write_text("another result")
-    store.commit("a" * 64, staging, components={}, summary={}, stage="stage0", run_id="one", duration=0.0)
+    store.commit(Commit("a" * 64, staging, {}, {}, "stage0", "one", 0.0))
     assert main(["alias", "best", "--store", store.address]) == 2
     assert "a forced run replaced it by another result" in capsys.readouterr().err
     collect_garbage(store)

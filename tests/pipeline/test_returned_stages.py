@@ -227,7 +227,7 @@ def test_plan_explain_status_and_graph_show_them(place: Place, capsys: pytest.Ca
     assert "split/part1: running" in command("run", str(file))
     assert "all 5 stages are stored" in command("plan", str(file))
     assert "split/part1  succeeded" in command("status")
-    assert "split/part1" in command("graph", str(file), "--run", fold(read(next(place.store.run_directories()))).run_id)
+    assert "split/part1" in command("graph", str(file), "--run", fold(read(place.store.run_directories()[0])).run_id)
     key = next(stage for stage in command("explain", str(file), "split/part1").split() if len(stage) == 64)
     artifact = place.store.load(key)
     assert artifact is not None
