@@ -69,9 +69,10 @@ def test_the_model_card_says_what_the_files_say(project: Path) -> None:
     text = (project / "cards" / "card.md").read_text()
     for title in ("Data", "Model", "Activation", "Training", "Results", "Environment", "How to reproduce"):
         assert f"## {title}" in text
-    evaluation = json.loads((artifacts["evaluate"].path / "evaluation.json").read_text())
+    evaluation = json.loads((store.materialize(artifacts["evaluate"].key) / "evaluation.json").read_text())
     assert f"| ours (this model) | {evaluation['models']['ours']['loss']:.4g} |" in text
-    assert f"{json.loads((artifacts['train'].path / 'model.json').read_text())['parameters']:,} parameters" in text
+    model = json.loads((store.materialize(artifacts["train"].key) / "model.json").read_text())
+    assert f"{model['parameters']:,} parameters" in text
     assert "hermite, degree 3" in text
     assert "| steps | 6 |" in text
     assert "| torch | " in text
