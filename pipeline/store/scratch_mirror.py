@@ -49,7 +49,7 @@ class ScratchMirror:
         else:
             self._sent = dict.fromkeys(name.removeprefix(f"{self.name}/") for name in there)
         own = unique_name().encode()
-        self.mark.parent.mkdir(exist_ok=True)
+        self.mark.parent.mkdir(parents=True, exist_ok=True)
         replace_file(self.mark, own, durable=False)
         self.bucket.put(f"{self.name}/{_MARK}", own)
 

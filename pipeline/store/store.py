@@ -373,6 +373,7 @@ class Store:
         local = self._files(key).parent / MANIFEST
         if local.exists() and local.read_bytes() == data and not self._problems_here(artifact, full=False):
             return self._files(key)
+        make_folders(self._here)  # a stage can be the first that this machine has to do with the store
         workspace = self._here / "staging" / f"{key}.{unique_name()}"
         try:
             self._fetch(self._bucket, artifact, workspace / "files")

@@ -53,8 +53,20 @@ def log_file(run_directory: Path) -> Path:
 
 
 def tracking_uri(uri: str | None, store: Path) -> str:
-    """The MLflow tracking URI: as configured, else MLFLOW_TRACKING_URI, else a sqlite file in the store."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(store).absolute()}/mlflow.db"
+    """The MLflow tracking URI: as configured, else MLFLOW_TRACKING_URI, else a sqlite file in the store.
+
+    Raises:
+        UserError: the path of the store holds `?`.
+    """
+    if configured := uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        return configured
+    path = Path(store).absolute() / "mlflow.db"
+    if "?" in str(path):
+        raise UserError(
+            f"MLflow's database {path}: its path holds `?`, which the address of an sqlite database cannot",
+            "`--set tracking.uri=sqlite:////another/path.db`, another `--store`, or `--no-tracking`",
+        )
+    return f"sqlite:///{path}"
 
 
 def check_tracking(uri: str) -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.launch.launch import run as run_workflow_file
+from polytrope.pipeline.runs.lease import Lease
 from polytrope.pipeline.store import verification
 from polytrope.pipeline.store.manifest import StoredArtifact, seal
-from polytrope.pipeline.store.store import Commit, OutputChangedError, Store
+from polytrope.pipeline.store.store import Commit, OutputChangedError, Store, store_error
 from polytrope.pipeline.support import faults
+from polytrope.pipeline.tracking.process import tracking_uri
+from polytrope.pipeline.workflow.spec import load_workflow
 
 KEY = "a" * 64
 
@@ -230,3 +237,93 @@ def test_reading_an_absent_store_creates_nothing(tmp_path: Path) -> None:
     assert absent.find(KEY) is None
     assert absent.keys() == []
     assert not (tmp_path / "absent").exists()
+
+
+STRANGE = "a b[1]::c%20d#{*}"
+
+
+def test_a_store_with_any_character_in_its_path_works(tmp_path: Path) -> None:
+    """Brackets, `::`, `%`, `?` and the like mean something to globs, to addresses of databases and of file systems."""
+    project = tmp_path / STRANGE
+    project.mkdir()
+    module = (
+        "from polytrope.pipeline.stage import StageContext\n\ndef write(context: StageContext) -> dict[str, float]:\n"
+    )
+    (project / "strange_stages.py").write_text(
+        module + "    (context.scratch / 'x').write_text('')\n    return {'a': 1.0}\n"
+    )
+    (project / "w.yaml").write_text(
+        "name: w\nexecutor: local\nstages:\n  s: {uses: 'strange_stages:write', retries: 1}\n"
+    )
+
+    def polytrope(*words: str) -> str:
+        command = [sys.executable, "-m", "polytrope.pipeline.commands.cli", *words]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    polytrope("run", "w.yaml", "--no-tracking", "--run-id", "one", "--store", str(project / STRANGE))
+    assert "1 stages are stored" in polytrope("plan", "w.yaml", "--store", str(project / STRANGE))
+    assert "one" in polytrope("runs", "--store", str(project / STRANGE))
+    assert "0 damaged" in polytrope("verify", "one", "--store", str(project / STRANGE))
+    assert "removed 0 runs, 0 artifacts, 0 left-overs" in polytrope("gc", "--store", str(project / STRANGE))
+    uri = tracking_uri(None, project / STRANGE)
+    engine = create_engine(uri)
+    with engine.connect() as connection:
+        connection.execute(text("CREATE TABLE t (x INTEGER)"))
+    engine.dispose()
+    assert (project / STRANGE / "mlflow.db").exists()
+    polytrope("run", "w.yaml", "--no-tracking", "--store", str(project / "what?"))
+    with pytest.raises(UserError, match="holds `\\?`, which the address of an sqlite database cannot") as caught:
+        run_workflow_file(load_workflow(project / "w.yaml"), store=project / "why?")
+    assert "--no-tracking" in caught.value.hint
+    assert Store(project / "why?").names("runs") == []
+
+
+def test_a_file_system_without_hard_links_is_refused_by_that_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: object, target: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", link)  # as on FAT
+    with pytest.raises(UserError, match="its file system has no hard links"):
+        Store(tmp_path / "store").create()
+
+
+def test_a_store_that_was_renamed_meanwhile_is_not_made_again(place: Store) -> None:
+    root = Path(place.address)
+    root.rename(root.with_name("renamed"))
+    for action in (lambda: place.staging(KEY), lambda: Lease.acquire(place.key_lease_directory(KEY), "run r")):
+        with pytest.raises(FileNotFoundError) as caught:
+            action()
+        assert (
+            "is gone: was the store renamed or removed meanwhile?" in store_error(place.address, caught.value).message
+        )
+    assert not root.exists()
+    assert Store(root.with_name("renamed")).present
+
+
+@pytest.mark.parametrize("lost", ["manifest.json", "files/result.txt", "files"])
+def test_a_lost_permission_is_said_and_is_no_damage(place: Store, lost: str) -> None:
+    path = files_of(place).parent / lost
+    code = f"""
+import os, sys
+from polytrope.pipeline.store.store import Store, store_error
+if os.geteuid() == 0:
+    os.setuid(65534)
+try:
+    print(Store({place.address!r}).find({KEY!r}, full=True))
+except OSError as error:
+    print(store_error("X", error).message)
+"""
+    for parent in path.parents:
+        if str(parent).startswith("/tmp/"):
+            parent.chmod(0o755)
+    mode = path.stat().st_mode
+    path.chmod(0)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    finally:
+        path.chmod(mode)
+    assert done.stdout.strip() == f"the store X cannot be used: this user lacks the permission for `{path}`"

@@ -125,7 +125,8 @@ def find_files(patterns: list[str], directory: Path) -> list[Path]:
     found: list[Path] = []
     for pattern in patterns:
         full = pattern if Path(pattern).is_absolute() else str(directory / pattern)
-        paths = sorted(Path(name) for name in glob.glob(full, recursive=True) if Path(name).is_file())
+        names = glob.glob(pattern, root_dir=directory, recursive=True)  # brackets in the directory's name mean nothing
+        paths = sorted(directory / name for name in names if (directory / name).is_file())
         if not paths:
             raise UserError(
                 f"source.paths: no file matches `{pattern}`",
