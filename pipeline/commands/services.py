@@ -21,7 +21,7 @@ from polytrope.pipeline.workflow.references import resolve_environment
 
 def ui(options: argparse.Namespace) -> int:
     """Start MLflow's server on the tracking database of a run and say where it is; ends with Ctrl-C."""
-    from polytrope.pipeline.tracking.process import free_port, server_command, tracking_uri
+    from polytrope.pipeline.tracking.process import database_file, free_port, server_command, tracking_uri
 
     store = open_store(options)
     configured = options.uri
@@ -31,9 +31,9 @@ def ui(options: argparse.Namespace) -> int:
     if uri.startswith(("http://", "https://")):
         print(f"the results are on the MLflow server {uri}")
         return EXIT_SUCCESS
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if uri.startswith("sqlite:///") and not database_file(uri).exists():
         raise UserError(
-            f"there are no results in {uri.removeprefix('sqlite:///')}",
+            f"there are no results in {database_file(uri)}",
             "`polytrope run WORKFLOW` makes some; `--store DIR` or `--uri URI` looks elsewhere",
         )
     port = free_port(options.port)

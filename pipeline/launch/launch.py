@@ -72,10 +72,8 @@ def run(
     """
     graph = build_graph(workflow) if graph is None else graph
     place = Store(store if store is not None else workflow.store)
-    tracked = tracking and workflow.tracking.enabled
-    if tracked:
-        tracking_uri(workflow.tracking.uri, place.local(""))  # refuses what cannot be one
     place.create()
+    tracked = tracking and workflow.tracking.enabled
     if tracked and workflow.tracking.required:
         _check_tracking(workflow, place)
     _check_resources(workflow, graph, executor or workflow.executor)

@@ -53,20 +53,14 @@ def log_file(run_directory: Path) -> Path:
 
 
 def tracking_uri(uri: str | None, store: Path) -> str:
-    """The MLflow tracking URI: as configured, else MLFLOW_TRACKING_URI, else a sqlite file in the store.
+    """The MLflow tracking URI: as configured, else MLFLOW_TRACKING_URI, else a sqlite file in the store."""
+    path = str(Path(store).absolute() / "mlflow.db").replace("%", "%25").replace("?", "%3F")  # as in every URL
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
 
-    Raises:
-        UserError: the path of the store holds `?`.
-    """
-    if configured := uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        return configured
-    path = Path(store).absolute() / "mlflow.db"
-    if "?" in str(path):
-        raise UserError(
-            f"MLflow's database {path}: its path holds `?`, which the address of an sqlite database cannot",
-            "`--set tracking.uri=sqlite:////another/path.db`, another `--store`, or `--no-tracking`",
-        )
-    return f"sqlite:///{path}"
+
+def database_file(uri: str) -> Path:
+    """The file behind a `sqlite:///` address."""
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
 
 
 def check_tracking(uri: str) -> None:
@@ -109,7 +103,7 @@ def _check(uri: str) -> None:
             reason = getattr(error, "reason", error)
             raise UserError(f"MLflow at {_public(uri)} does not answer: {reason}", _START) from error
     elif parsed.scheme == "sqlite":
-        path = Path(uri.removeprefix("sqlite:///"))
+        path = database_file(uri)
         target = path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
         if not os.access(target, os.W_OK):
             raise UserError(f"MLflow's database {path} cannot be written", "choose another `tracking.uri`")
