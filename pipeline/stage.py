@@ -182,6 +182,7 @@ class StageContext:
         executor: its name; a stage that is parallel inside follows it, see `starts_with_ray`.
         resources: what the workflow file granted.
         events: the writer behind the `log_*` methods; hand it to worker processes.
+        store: address of the store that the result goes to; for a stage that runs another workflow.
     """
 
     stage: str
@@ -193,6 +194,7 @@ class StageContext:
     executor: str
     resources: Resources
     events: EventWriter
+    store: str = ".polytrope"
 
     @property
     def starts_with_ray(self) -> bool:
@@ -370,6 +372,7 @@ def stage_context(
         executor=executor,
         resources=resources,
         events=EventWriter(directory / "events"),
+        store=str(directory / "store"),
     )
 
 

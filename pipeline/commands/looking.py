@@ -16,7 +16,6 @@ from polytrope.pipeline.commands.common import (
     print_json,
     print_table,
     read_run_file,
-    run_directories,
 )
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.progress import counts
@@ -110,7 +109,7 @@ def runs(options: argparse.Namespace) -> int:
     """A line per run, the newest first."""
     store = open_store(options)
     rows, data = [], []
-    for directory in run_directories(store)[: options.limit]:
+    for directory in store.run_directories()[: options.limit]:
         state, current = fold(read(directory)), run_status(directory)
         stages = counts(stage.state for stage in state.stages.values())
         started = "" if state.started is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started))

@@ -68,7 +68,7 @@ def _plan(
     """The graph with what stored stages returned, its plan, and the past of its stages."""
     graph = build_graph(workflow)
     while True:
-        history = stage_history(store.runs, workflow.name, graph)
+        history = stage_history(store.run_directories(), workflow.name, graph)
         result = make_plan(graph, store, params=workflow.params, history=history, force=force)
         stored = {stage.name: stage.key for stage in result.stages.values() if stage.action == "hit"}
         before = len(workflow.returned)

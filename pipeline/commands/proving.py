@@ -19,7 +19,7 @@ def reproduce(options: argparse.Namespace) -> int:
     """Everything is computed again in a store of its own; exit code 1 if a result is another one."""
     store = open_store(options)
     directory = find_run(store, options.run)
-    place = Path(options.into) if options.into else store.root / "reproductions" / new_run_id()
+    place = Path(options.into) if options.into else store.local("reproductions") / new_run_id()
     rows = reproduce_run(
         store,
         directory,

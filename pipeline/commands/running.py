@@ -14,7 +14,6 @@ from polytrope.pipeline.commands.common import (
     find_run,
     open_store,
     read_run_file,
-    run_directories,
     store_address,
     workflow_of,
 )
@@ -58,7 +57,7 @@ def resume(options: argparse.Namespace) -> int:
         return _resume(store, find_run(store, options.run), options)
     waiting = [
         directory
-        for directory in reversed(run_directories(store))
+        for directory in reversed(store.run_directories())
         if run_status(directory) in ("failed", "cancelled", "interrupted")
     ]
     if not waiting:

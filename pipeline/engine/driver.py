@@ -273,7 +273,7 @@ class Driver:
                 self._take(node, artifact)
                 return
             if moved is not None:
-                self.log.emit("artifact_quarantined", stage=node.name, key=key, problems=problems, moved=str(moved))
+                self.log.emit("artifact_quarantined", stage=node.name, key=key, problems=problems, moved=moved)
         self.store.discard_staging(key)
         before = self.log.state.stages.get(node.name)
         self._submit(Attempt(node, key, components, lease, (before.attempt if before else 0) + 1))
@@ -361,9 +361,7 @@ class Driver:
             problems = ["replaced: the stage was forced, and gave another result from the same key"]
             moved = self.results.make_way(attempt.key, outcome.entries, problems)
             if moved is not None:
-                self.log.emit(
-                    "artifact_quarantined", stage=node.name, key=attempt.key, problems=problems, moved=str(moved)
-                )
+                self.log.emit("artifact_quarantined", stage=node.name, key=attempt.key, problems=problems, moved=moved)
         try:
             artifact = self.results.commit(attempt, outcome)
         except OutputChangedError as changed:

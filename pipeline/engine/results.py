@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from polytrope.pipeline.engine.attempts import Attempt
 from polytrope.pipeline.engine.inputs import input_values
-from polytrope.pipeline.executors.worker import Outcome
+from polytrope.pipeline.executors.worker import Outcome, StoredInput, StoredInputs
 from polytrope.pipeline.runs.lease import HolderWatch, Lease, LeaseHeldError
-from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.store.manifest import FileEntry, StoredArtifact, artifact_digest
-from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.store.store import Commit, Store
 from polytrope.pipeline.workflow.graph import StageNode
 
 
@@ -30,10 +28,10 @@ class Results:
         """Digest of every input of a node whose dependencies have ended."""
         return input_values(node, {name: artifact.digest for name, artifact in self._read_by(node).items()})
 
-    def inputs(self, node: StageNode) -> dict[str, Artifact | dict[str, Artifact] | None]:
-        """The same as its function gets them."""
+    def inputs(self, node: StageNode) -> StoredInputs:
+        """The same, for the process of the stage."""
         found = self._read_by(node).items()
-        return input_values(node, {name: Artifact(stored.path, stored.digest, name) for name, stored in found})
+        return input_values(node, {name: StoredInput(stored.key, stored.digest, name) for name, stored in found})
 
     def _read_by(self, node: StageNode) -> dict[str, StoredArtifact]:
         return {name: self.artifacts[name] for name in node.input_nodes if name in self.artifacts}
@@ -62,7 +60,7 @@ class Results:
             self.store.discard_staging(key)
             lease.release(remove=True)
 
-    def intact_or_away(self, key: str, *, full: bool) -> tuple[StoredArtifact | None, list[str], Path | None]:
+    def intact_or_away(self, key: str, *, full: bool) -> tuple[StoredArtifact | None, list[str], str | None]:
         """The result of `key`, what was wrong with one that was set aside, and where that is now.
 
         Only for the holder of the key's lease.
@@ -73,7 +71,7 @@ class Results:
         artifact = None if problems else self.store.find(key)
         return artifact, problems, None if artifact is not None else self.store.quarantine(key, problems)
 
-    def make_way(self, key: str, entries: Sequence[FileEntry], problems: list[str]) -> Path | None:
+    def make_way(self, key: str, entries: Sequence[FileEntry], problems: list[str]) -> str | None:
         """Set a stored result aside that a forced stage replaces; None: the new one is the same, or there was none."""
         stored = self.store.find(key)
         files = [{"path": item.path, "size": item.size, "sha256": item.sha256} for item in entries]
@@ -97,17 +95,17 @@ class Results:
             OutputChangedError: it is not what was hashed when the stage ended.
         """
         assert attempt.staging is not None
-        artifact = self.store.commit(
+        commit = Commit(
             attempt.key,
             attempt.staging,
-            components=attempt.components,
-            summary=outcome.summary,
-            stage=attempt.node.name,
-            run_id=self._run_id,
-            duration=outcome.duration,
-            fence=self.fence(attempt),
-            entries=outcome.entries,
+            attempt.components,
+            outcome.summary,
+            attempt.node.name,
+            self._run_id,
+            outcome.duration,
+            outcome.entries,
         )
+        artifact = self.store.commit(commit, self.fence(attempt))
         self._done.append(attempt)
         return artifact
 

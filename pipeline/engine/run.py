@@ -73,7 +73,7 @@ def run_workflow(
     lease = _acquire_run(store, run_id, options.lease_ttl)
     try:
         try:
-            store.settle_journal(run_id)
+            store.begin_run(run_id)
         except OSError as error:
             raise store_error(store.address, error) from error
         earlier = read(directory)

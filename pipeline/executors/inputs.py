@@ -32,7 +32,7 @@ class InputCheck:
         if stored is None or stored.digest != artifact.digest:
             raise self._refusal("was removed or replaced after this stage was planned", [], "resume the run")
         self._digests = {entry["path"]: entry["sha256"] for entry in stored.files}
-        if store.address == str(store.root):  # else it has just been compared on its way to this machine
+        if store.address == str(store.local("")):  # else it has just been compared on its way to this machine
             problems = store.verify(self._key, full=False)
             if problems:
                 again = f"`polytrope resume` computes `{artifact.stage}` again"

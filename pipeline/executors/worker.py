@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
@@ -37,13 +37,13 @@ from polytrope.pipeline.stage import (
     load_stage,
 )
 from polytrope.pipeline.store.manifest import FileEntry, build_manifest, seal
-from polytrope.pipeline.store.open import open_store
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.secret_values import hide_in, hider
 from polytrope.pipeline.workflow.code import Code
 from polytrope.pipeline.workflow.graph import StageNode, declared_reads, resolve_parameters
 from polytrope.pipeline.workflow.loaded import edited_files, guarded
 
+Item = TypeVar("Item")
 ErrorKind = Literal["user", "bug", "error", "timeout", "worker lost", "store", "cancelled"]
 _BUGS = (NameError, TypeError, AttributeError, ImportError, AssertionError)  # the same happens again
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -81,6 +81,18 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class StoredInput:
+    """A committed artifact that a stage reads, wherever its files are. `stage`: that produced it."""
+
+    key: str
+    digest: str
+    stage: str
+
+
+StoredInputs = dict[str, StoredInput | dict[str, StoredInput] | None]
+
+
+@dataclass(frozen=True)
 class StageTask:
     """One attempt at one stage, picklable.
 
@@ -113,7 +125,7 @@ class StageTask:
     reads: dict[str, str]
     read_patterns: tuple[str, ...]
     parameters: tuple[dict[str, Any], set[str]]
-    inputs: dict[str, Artifact | dict[str, Artifact] | None]
+    inputs: StoredInputs
     output: Path
     scratch: Path
     spool: Path
@@ -136,7 +148,7 @@ def make_task(
     key: str,
     components: dict[str, Any],
     attempt: int,
-    inputs: dict[str, Artifact | dict[str, Artifact] | None],
+    inputs: StoredInputs,
     output: Path,
     scratch: Path,
     run_directory: Path,
@@ -207,7 +219,7 @@ def run_task(task: StageTask) -> Outcome:
     events = EventWriter(task.spool, task.secrets)
     random.seed()  # this process may have run other stages, and with a seed
     try:
-        store = open_store(task.store)
+        store = Store(task.store)
         with _surroundings(task), store.scratch_mirrored(task.key), guarded(task.code):
             definition = _definitions.get(task.uses) or load_stage(task.uses)
             context = StageContext(
@@ -220,6 +232,7 @@ def run_task(task: StageTask) -> Outcome:
                 executor=task.executor,
                 resources=task.resources,
                 events=events,
+                store=task.store,
             )
             parameters = _parameters(definition, task)
             os.chdir(task.directory)
@@ -227,7 +240,8 @@ def run_task(task: StageTask) -> Outcome:
             _check_reads(task, definition, here)
             inputs = _inputs_here(store, task)
             checks = [
-                InputCheck(store, artifact.path.parent.name, label, artifact) for label, artifact in _labelled(inputs)
+                InputCheck(store, stored.key, label, artifact)
+                for (label, stored), (_, artifact) in zip(_labelled(task.inputs), _labelled(inputs), strict=True)
             ]
             try:
                 with sampled(context):
@@ -344,18 +358,19 @@ def read_returned_stages(path: Path) -> dict[str, Any]:
 def _inputs_here(store: Store, task: StageTask) -> dict[str, Artifact | dict[str, Artifact] | None]:
     """The inputs, with their files on this machine."""
 
-    def here(artifact: Artifact) -> Artifact:
-        return Artifact(store.materialize(artifact.path.parent.name), artifact.digest, artifact.stage)
+    def here(stored: StoredInput) -> Artifact:
+        return Artifact(store.materialize(stored.key), stored.digest, stored.stage)
 
-    if store.address == str(store.root):
-        return task.inputs
-    return {
-        name: {label: here(item) for label, item in value.items()} if isinstance(value, dict) else value and here(value)
-        for name, value in task.inputs.items()
-    }
+    found: dict[str, Artifact | dict[str, Artifact] | None] = {}
+    for name, value in task.inputs.items():
+        if isinstance(value, dict):
+            found[name] = {label: here(item) for label, item in value.items()}
+        else:
+            found[name] = None if value is None else here(value)
+    return found
 
 
-def _labelled(inputs: Mapping[str, Artifact | dict[str, Artifact] | None]) -> Iterator[tuple[str, Artifact]]:
+def _labelled(inputs: Mapping[str, Item | dict[str, Item] | None]) -> Iterator[tuple[str, Item]]:
     """Every artifact with the name of its input, those of a fan-in with their label."""
     for name, value in inputs.items():
         if isinstance(value, dict):

@@ -20,7 +20,6 @@ from polytrope.pipeline.launch.environment import changed_versions, record_envir
 from polytrope.pipeline.launch.progress import Progress, counts, summary_rows
 from polytrope.pipeline.runs.journal import ENDED_STATES, Event, RunState, fold
 from polytrope.pipeline.runs.spool import SpoolReader
-from polytrope.pipeline.store.open import open_store
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
 from polytrope.pipeline.support.signal_mask import signals_blocked
@@ -75,7 +74,7 @@ def run(
         UserError: refused; nothing was started.
     """
     graph = build_graph(workflow) if graph is None else graph
-    place = open_store(store if store is not None else workflow.store)
+    place = Store(store if store is not None else workflow.store)
     place.create()
     tracked = tracking and workflow.tracking.enabled
     if tracked and workflow.tracking.required:
@@ -107,7 +106,7 @@ def exit_code(state: RunState) -> int:
 
 
 def _check_tracking(workflow: Workflow, store: Store) -> None:
-    uri = tracking_uri(workflow.tracking.uri, store.root)
+    uri = tracking_uri(workflow.tracking.uri, store.local(""))
     try:
         check_tracking(resolve_environment(uri, os.environ))
     except UserError as error:
@@ -169,7 +168,7 @@ class _Session:
         self._say_versions(directory)
         if self.tracked:
             self._draw()
-            self.sync = start_sync(directory, self.workflow.tracking)
+            self.sync = start_sync(self.store, directory, self.workflow.tracking)
         if self.display == "none":
             return
         if self.display != "quiet":
@@ -301,7 +300,7 @@ def print_summary(
 
 
 def _store_option(store: Store) -> str:
-    return "" if store.root == Path(".polytrope").absolute() else f" --store {store.address}"
+    return "" if store.address == Store(".polytrope").address else f" --store {store.address}"
 
 
 def _reports(state: RunState, store: Store) -> list[Path]:
@@ -309,5 +308,9 @@ def _reports(state: RunState, store: Store) -> list[Path]:
     for stage in state.stages.values():
         artifact = store.load(stage.key) if stage.key and stage.digest else None
         if artifact is not None:
-            found += [artifact.path / entry["path"] for entry in artifact.files if entry["path"] == "report.html"]
+            found += [
+                store.materialize(artifact.key) / entry["path"]
+                for entry in artifact.files
+                if entry["path"] == "report.html"
+            ]
     return found

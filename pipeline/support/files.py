@@ -106,6 +106,28 @@ def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
         raise
 
 
+def create_file(path: Path, data: bytes, *, durable: bool = True) -> bool:
+    """Write a file that does not exist, whole or not at all (by `link`, atomic on NFS as well); False if it exists.
+
+    `durable`: also after a power cut.
+    """
+    temporary = path.with_name(f".{path.name}.{unique_name()}")
+    try:
+        if durable:
+            write_bytes(temporary, data)
+        else:
+            temporary.write_bytes(data)
+        os.link(temporary, path)
+        if durable:
+            sync_directory(path.parent)
+    except FileExistsError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return True
+
+
 def replace_json(path: Path, value: Any, *, durable: bool = True) -> None:
     replace_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n", durable=durable)
 
