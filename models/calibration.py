@@ -140,6 +140,7 @@ class Calibration:
         filled = np.flatnonzero(counts)
         edges = _edges()
         centres = np.clip((edges[filled] + edges[filled + 1]) / 2, self.minimum, self.maximum)
+        centres[[0, -1]] = self.minimum, self.maximum
         weights = counts[filled].astype(np.float64)
         width = (self.quantile(0.9995) - self.quantile(0.0005)) / _RESOLUTION
         if width <= 0.0:
@@ -147,6 +148,11 @@ class Calibration:
         groups = np.unique(np.floor(centres / width), return_inverse=True)[1]
         total = np.bincount(groups, weights)
         return np.bincount(groups, weights * centres) / total, total
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The coarsest of the formats the inputs came in."""
+        return max(self.dtypes, key=lambda dtype: (torch.finfo(dtype).eps, str(dtype)))
 
     def quantile(self, fraction: float) -> float:
         """The input below which `fraction` of all lie, interpolated within its bin."""

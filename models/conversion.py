@@ -81,6 +81,8 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
         "weight": measure,
         "derivative_weight": options.derivative_weight,
         "constraints": options.constraints,
+        "held_out": calibration.held_out,
+        "dtype": calibration.dtype,
     }
     try:
         if options.target_error is None:
@@ -91,7 +93,7 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
             error = options.target_error * scale
             found = fit_to_error(activation.module, options.family, error, degrees=degrees, **settings)
     except ValueError as error:
-        raise ValueError(f"activation `{activation.name}`: {error}") from error
+        raise type(error)(f"activation `{activation.name}`: {error}") from error
     return LayerConversion(activation.name, activation.module, calibration, found)
 
 
@@ -109,11 +111,9 @@ def fit_layers(
 
 
 def apply(model: nn.Module, conversions: Sequence[LayerConversion]) -> None:
-    """Put the fitted activations in their places, in the model's floating-point format."""
-    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
-    built = [conversion.fit.build(torch.float32 if first is None else first.dtype) for conversion in conversions]
-    for conversion, module in zip(conversions, built, strict=True):
-        replace_module(model, conversion.name, module)
+    """Put the fitted activations in their places, in the floating-point format that their certificates are of."""
+    for conversion in conversions:
+        replace_module(model, conversion.name, conversion.fit.build())
 
 
 def layer_costs(
