@@ -64,9 +64,10 @@ def test_the_true_error_on_fresh_inputs_is_never_more_than_the_certified_one(
     error, _ = errors(layer, target, fresh)
     certificate = layer.fit.certificate
     low, high = layer.interval
-    inside = ((fresh >= low) & (fresh <= high)).numpy()
+    inside = ((fresh.double() >= low) & (fresh.double() <= high)).numpy()
     assert np.abs(error[inside]).max(initial=0.0) <= certificate.maximum
-    seen = ((fresh >= layer.calibration.minimum) & (fresh <= layer.calibration.maximum)).numpy()
+    inputs = fresh.double()
+    seen = ((inputs >= layer.calibration.minimum) & (inputs <= layer.calibration.maximum)).numpy()
     assert np.abs(error[seen]).max(initial=0.0) <= max(certificate.maximum, certificate.maximum_outside)
     # A mean over other inputs is another one: as far as samples of this size differ.
     spread = np.sqrt(np.std(error**2) / np.sqrt(len(error) / 8)) if len(error) else 0.0
