@@ -21,10 +21,12 @@ install: .venv/.installed ## create .venv and install polytrope with its pinned 
 quickstart: install ## run the whole job once, on this machine
 	$(BIN)/polytrope run workflows/quickstart.yaml
 
-lint: install build/typecheck ## ruff and mypy
+lint: install build/typecheck ## format, style, types, rooms, declared imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/deptry ops models pipeline workflows
 
 # mypy sees the three top-level folders as polytrope.* through links.
 build/typecheck:

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from polytrope.pipeline.journal import RunState, fold, read
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.runs.journal import RunState, fold, read
+from polytrope.pipeline.store.store import Store
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = {"gpt": "GPT-2 on text", "convnext": "ConvNeXt on handwritten digits"}

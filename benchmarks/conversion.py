@@ -27,8 +27,14 @@ from polytrope.models.conversion import FitOptions, apply, fit_layers
 from polytrope.models.formats import read_model
 from polytrope.models.surgery import Activation, find_activations
 from polytrope.ops.interpolate import fit, parameter_count
-from polytrope.pipeline.conversion.data import Batch, documentation_sentences, forward, text_batches, tokenizer_of
-from polytrope.pipeline.conversion.distillation import distill, sentence_embeddings
+from polytrope.pipeline.stages.convert.calibration_data import (
+    Batch,
+    documentation_sentences,
+    forward,
+    text_batches,
+    tokenizer_of,
+)
+from polytrope.pipeline.stages.convert.distillation import distill, sentence_embeddings
 
 RESULTS = Path(__file__).parent / "results"
 BARS = {4: 0.33, 6: 0.98, 8: 0.9990, 12: 0.9999}

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 
 from polytrope.pipeline.stage import Resources, stage_context
-from polytrope.pipeline.stages.shard import ShardParameters, shard
+from polytrope.pipeline.stages.shard.parameters import ShardParameters
+from polytrope.pipeline.stages.shard.shard import shard
 
 # Imports stay small here: processes that the shard stage starts import the main module again, which is a tiny one where
 # the engine runs it.
@@ -122,8 +123,8 @@ def run_datasets(directory: Path, max_bytes: int) -> float:
     """The same documents, tokenizer and blocks through `datasets` in seconds."""
     from datasets import Dataset, disable_progress_bars
 
-    from polytrope.pipeline.corpus import PythonSource, read_documents
-    from polytrope.pipeline.tokenization import BpeTokenizer, make_tokenizer, tokenizer_from_json
+    from polytrope.pipeline.data.tokenization import BpeTokenizer, make_tokenizer, tokenizer_from_json
+    from polytrope.pipeline.stages.shard.corpus import PythonSource, read_documents
 
     disable_progress_bars()
     started = time.perf_counter()
@@ -148,9 +149,9 @@ def reading(directory: Path, dataset: Path, consumed: float) -> dict[str, float]
     """Tokens per second of shuffled batches, inputs and targets as int64 tensors, beside a memory-mapped file."""
     import torch
 
-    from polytrope.pipeline.order import sample_indices
-    from polytrope.pipeline.reader import open_split
-    from polytrope.pipeline.training.batches import text_batch
+    from polytrope.pipeline.data.order import sample_indices
+    from polytrope.pipeline.data.reader import open_split
+    from polytrope.pipeline.stages.train.batches import text_batch
 
     torch.set_num_threads(1)
     reader = open_split(dataset, "train")
@@ -191,9 +192,9 @@ def _rate(load: Callable[[int], None], steps: int = 1000) -> float:
 
 def seeking(directory: Path, shards: int) -> dict[str, float]:
     """A manifest of `shards` (all one file) of 2000 samples: time of a first sample, memory while reading."""
-    from polytrope.pipeline.order import sample_indices
-    from polytrope.pipeline.reader import Reader
-    from polytrope.pipeline.tarfiles import build_tar
+    from polytrope.pipeline.data.order import sample_indices
+    from polytrope.pipeline.data.reader import Reader
+    from polytrope.pipeline.data.tarfiles import build_tar
 
     directory.mkdir()
     samples, tokens = 2000, 17

@@ -115,7 +115,7 @@ def plan(directory: Path, _stages: int) -> dict[str, float]:
 
 def journal(directory: Path, _stages: int) -> dict[str, float]:
     """Opening a journal of 100,000 events for writing: every line is checked."""
-    from polytrope.pipeline.journal import FILE_NAME, Event, Journal, encode, fold, read
+    from polytrope.pipeline.runs.journal import FILE_NAME, Event, Journal, encode, fold, read
 
     key, types = "0123456789abcdef" * 4, ("stage_started", "stage_succeeded")
     with open(directory / FILE_NAME, "wb") as file:
@@ -214,7 +214,7 @@ def write(file: Path, stages: dict[str, Any]) -> None:
 
 def polytrope(directory: Path, *arguments: str, quiet: bool = True) -> float:
     """Seconds of a whole command."""
-    command = [sys.executable, "-m", "polytrope.pipeline.cli", *arguments, "--store", str(directory / "store")]
+    command = [sys.executable, "-m", "polytrope.pipeline.commands.cli", *arguments, "--store", str(directory / "store")]
     start = time.perf_counter()
     run([*command, "--quiet"] if quiet else command, ROOT)
     return time.perf_counter() - start

@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from polytrope.pipeline.tracking import free_port
+from polytrope.pipeline.tracking.process import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 BAR_MILLISECONDS = 1.0
@@ -98,7 +98,7 @@ def refusing(port: int) -> Iterator[None]:
 
 def polytrope(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A `polytrope` command in a process of its own."""
-    command = [sys.executable, "-m", "polytrope.pipeline.cli", *arguments]
+    command = [sys.executable, "-m", "polytrope.pipeline.commands.cli", *arguments]
     return subprocess.run(command, cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 

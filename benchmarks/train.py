@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 
-from polytrope.pipeline.reader import open_split
+from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.stage import Artifact, Resources, stage_context
-from polytrope.pipeline.stages.shard import ShardParameters, shard
-from polytrope.pipeline.stages.train import TrainParameters
+from polytrope.pipeline.stages.shard.parameters import ShardParameters
+from polytrope.pipeline.stages.shard.shard import shard
+from polytrope.pipeline.stages.train.parameters import TrainParameters
 
 ROOT = Path(__file__).resolve().parent.parent
 TURNS, STEPS = 12, 10
@@ -126,7 +127,7 @@ def measure(task: Path, turns: int, repeats: int) -> None:
     """One rank of both sides; rank 0 prints the figures as its last line."""
     content = json.loads(task.read_text())
     rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    from polytrope.pipeline.training.rendezvous import join
+    from polytrope.pipeline.stages.train.rendezvous import join
 
     torch.set_num_threads(1)
     Path(content["directory"]).mkdir(parents=True, exist_ok=True)
@@ -169,12 +170,12 @@ def our_run(
     directory: Path, dataset: Path, rank: int, workers: int, gpu: bool = False, **changes: Any
 ) -> Callable[[], None]:
     """The `train` stage's step, Hermite of degree 3 unless `model` says otherwise, ZeRO-1 from two workers on."""
-    from polytrope.pipeline.training import loop
-    from polytrope.pipeline.training.batches import Prefetcher
-    from polytrope.pipeline.training.deepspeed_engine import create_engine
-    from polytrope.pipeline.training.plan import make_plan
-    from polytrope.pipeline.training.state import Progress
-    from polytrope.pipeline.training.tasks import make_task
+    from polytrope.pipeline.stages.train import loop
+    from polytrope.pipeline.stages.train.batches import Prefetcher
+    from polytrope.pipeline.stages.train.deepspeed_engine import create_engine
+    from polytrope.pipeline.stages.train.modality import make_task
+    from polytrope.pipeline.stages.train.training_plan import make_plan
+    from polytrope.pipeline.stages.train.training_state import Progress
 
     resources = Resources(workers=workers, gpus=1.0 if gpu else 0.0)
     context = stage_context(directory, stage="train", resources=resources)
@@ -192,7 +193,7 @@ def our_run(
 def bare_run(dataset: Path, rank: int, workers: int) -> Callable[[], None]:
     """The same model with GELU in a bare loop, in DistributedDataParallel from two workers on."""
     from polytrope.models import build_model
-    from polytrope.pipeline.training.batches import text_batch
+    from polytrope.pipeline.stages.train.batches import text_batch
 
     reader = open_split(dataset, "train")
     blocks = reader.samples(torch.arange(len(reader)).numpy())
@@ -251,7 +252,14 @@ def resident_after_forward(mode: str) -> int:
 
 def digits(store: Path) -> dict[str, float]:
     """workflows/convnext-digits.yaml: seconds, and the accuracy of each activation on the held-out digits."""
-    command = [sys.executable, "-m", "polytrope.pipeline.cli", "run", "workflows/convnext-digits.yaml", "--no-tracking"]
+    command = [
+        sys.executable,
+        "-m",
+        "polytrope.pipeline.commands.cli",
+        "run",
+        "workflows/convnext-digits.yaml",
+        "--no-tracking",
+    ]
     started = time.perf_counter()
     subprocess.run(
         [*command, "--executor", "local", "--store", str(store), "--quiet"],
@@ -269,7 +277,7 @@ def digits(store: Path) -> dict[str, float]:
 def gpu_figures(directory: Path, peak_flops: float) -> dict[str, Any]:
     """GPT-2 124M, bf16, compiled, on one GPU: seconds per step and MFU with GELU and with Hermite of degree 3."""
     from polytrope.models.gpt2 import GPT2, PRESETS, GPT2Config
-    from polytrope.pipeline.training.rendezvous import join
+    from polytrope.pipeline.stages.train.rendezvous import join
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     join(f"file://{directory}/gpu-rendezvous", 0, 1, "nccl", timedelta(seconds=600))

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polytrope.pipeline.errors import UserError
-    from polytrope.pipeline.launch import run
-    from polytrope.pipeline.spec import StageSpec, Workflow, load_workflow
+    from polytrope.pipeline.launch.launch import run
     from polytrope.pipeline.stage import Artifact, StageContext, Stages
+    from polytrope.pipeline.workflow.spec import StageSpec, Workflow, load_workflow
 
 _PLACES = {
     "Artifact": "polytrope.pipeline.stage",
     "StageContext": "polytrope.pipeline.stage",
-    "StageSpec": "polytrope.pipeline.spec",
+    "StageSpec": "polytrope.pipeline.workflow.spec",
     "Stages": "polytrope.pipeline.stage",
     "UserError": "polytrope.pipeline.errors",
-    "Workflow": "polytrope.pipeline.spec",
-    "load_workflow": "polytrope.pipeline.spec",
-    "run": "polytrope.pipeline.launch",
+    "Workflow": "polytrope.pipeline.workflow.spec",
+    "load_workflow": "polytrope.pipeline.workflow.spec",
+    "run": "polytrope.pipeline.launch.launch",
 }
 
 __all__ = ["Artifact", "StageContext", "StageSpec", "Stages", "UserError", "Workflow", "load_workflow", "run"]

@@ -33,11 +33,23 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, create_model
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.secret_values import hide_in, hider
+from polytrope.pipeline.support.secret_values import hide_in, hider
 
 BUILTIN_STAGES: dict[str, str] = {
-    name: f"polytrope.pipeline.stages.{name}:{name}"
-    for name in ("shard", "shard_images", "train", "convert", "evaluate", "measure_speed", "report")
+    "shard": "polytrope.pipeline.stages.shard.shard:shard",
+    "shard_images": "polytrope.pipeline.stages.shard.shard_images:shard_images",
+    "train": "polytrope.pipeline.stages.train.train:train",
+    "convert": "polytrope.pipeline.stages.convert.convert:convert",
+    "evaluate": "polytrope.pipeline.stages.evaluate.evaluate:evaluate",
+    "measure_speed": "polytrope.pipeline.stages.evaluate.measure_speed:measure_speed",
+    "report": "polytrope.pipeline.stages.report.report:report",
+    "wait_for": "polytrope.pipeline.stages.wait_for:wait_for",
+    "subworkflow": "polytrope.pipeline.launch.subworkflow:subworkflow",
+}
+# as workflow files could name built-in stages before these had names of their own
+_FORMER_NAMES = {
+    "polytrope.pipeline.stages.wait_for:wait_for": "wait_for",
+    "polytrope.pipeline.stages.subworkflow:subworkflow": "subworkflow",
 }
 
 InputKind = Literal["required", "optional", "many"]
@@ -338,6 +350,7 @@ def load_stage(uses: str) -> StageDefinition:
     Raises:
         UserError: unknown name, module that cannot be imported, signature that is not typed.
     """
+    uses = _FORMER_NAMES.get(uses, uses)
     target = BUILTIN_STAGES.get(uses, uses)
     if not re.fullmatch(r"[\w.]+:\w+", target):
         raise UserError(

@@ -20,7 +20,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from polytrope.pipeline.tracking import free_port
+from polytrope.pipeline.tracking.process import free_port
 
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
 QUICK = {  # a client that notices sooner than by default that a server hangs

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polytrope.pipeline.journal import RunState, fold, read
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.runs.journal import RunState, fold, read
+from polytrope.pipeline.store.store import Store
 
 REPOSITORY = Path(__file__).parents[1]
 SETTINGS = {

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from mlflow_support import wait_until
 
-from polytrope.pipeline.tracking import free_port
+from polytrope.pipeline.tracking.process import free_port
 
 PROGRAMS = Path(sys.executable).parent
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline.objects import Bucket
-from polytrope.pipeline.tracking import free_port
+from polytrope.pipeline.store.objects import Bucket
+from polytrope.pipeline.tracking.process import free_port
 
 
 class S3Server:

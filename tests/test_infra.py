@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import yaml
 
-from polytrope.pipeline.cli import build_parser
-from polytrope.pipeline.spec import load_workflow
+from polytrope.pipeline.commands.cli import build_parser
+from polytrope.pipeline.workflow.spec import load_workflow
 
 ROOT = Path(__file__).parents[1]
 INFRA = ROOT / "infra"

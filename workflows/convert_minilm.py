@@ -28,7 +28,7 @@ def write_sentences(context: StageContext, held_out: int = 256) -> dict[str, flo
     """Sentences of CPython's documentation in a fixed order: `calibration.txt`, and the last ones in `held-out.txt`."""
     import numpy as np
 
-    from polytrope.pipeline.conversion.data import documentation_sentences
+    from polytrope.pipeline.stages.convert.calibration_data import documentation_sentences
 
     texts = documentation_sentences()
     order = np.random.default_rng(0).permutation(len(texts))
@@ -43,8 +43,8 @@ def distill_coefficients(
     """Train the coefficients of the converted model on the calibration sentences, all weights frozen."""
     from polytrope.models.formats import read_model
     from polytrope.models.formats.huggingface import save_huggingface
-    from polytrope.pipeline.conversion.data import read_texts, text_batches, tokenizer_of
-    from polytrope.pipeline.conversion.distillation import distill
+    from polytrope.pipeline.stages.convert.calibration_data import read_texts, text_batches, tokenizer_of
+    from polytrope.pipeline.stages.convert.distillation import distill
 
     student = read_model(converted.path)
     tokenizer = tokenizer_of(original.path)
@@ -64,8 +64,8 @@ def compare_embeddings(
     import torch
 
     from polytrope.models.formats import read_model
-    from polytrope.pipeline.conversion.data import read_texts, text_batches, tokenizer_of
-    from polytrope.pipeline.conversion.distillation import sentence_embeddings
+    from polytrope.pipeline.stages.convert.calibration_data import read_texts, text_batches, tokenizer_of
+    from polytrope.pipeline.stages.convert.distillation import sentence_embeddings
 
     texts = read_texts([sentences.path / "held-out.txt"])
     batches = text_batches(tokenizer_of(original.path), texts, 32, 128, True)

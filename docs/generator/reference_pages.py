@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
-from polytrope.pipeline.cli import build_parser
-from polytrope.pipeline.commands.workflow import parameter_rows
+from polytrope.pipeline.commands.cli import build_parser
+from polytrope.pipeline.commands.workflow_files import parameter_rows
 from polytrope.pipeline.stage import BUILTIN_STAGES, load_stage
 
 FURTHER_STAGES = {name: f"polytrope.pipeline.stages.{name}:{name}" for name in ("subworkflow", "wait_for")}
@@ -86,7 +86,7 @@ def _stage(name: str, uses: str) -> list[str]:
 
 def commands_page() -> str:
     """Every option of every command."""
-    from polytrope.pipeline.conversion.command import build_parser as convert_parser
+    from polytrope.pipeline.commands.convert import build_parser as convert_parser
 
     parser = build_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))

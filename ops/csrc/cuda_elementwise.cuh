@@ -16,7 +16,7 @@ struct Call {
   const void *gradient, *x;  // no gradient: forward
   Parameters parameters;
   void* result;
-  double* partial;  // groups * (sums + tail_sums) * blocks
+  double* partial;  // groups * (sums + tail_sums) * blocks; null: nobody wants the parameters' gradients
   Parameters parameter_gradients;
   cudaStream_t stream;
 };
@@ -198,6 +198,58 @@ struct Evaluation {
   }
 };
 
+// Elements far from 0 that `Family::backward` passes over.
+template <class Family>
+constexpr bool has_far = std::is_same_v<Family, Rational>;
+
+// Notes whether there are any among `count` elements.
+template <class Family, int count>
+__device__ __forceinline__ void note_far(const float* xs, bool& far) {
+  if constexpr (has_far<Family>) {
+#pragma unroll
+    for (int k = 0; k < count; ++k) far |= absolute(xs[k]) > Rational::far;
+  }
+}
+
+// These are computed one by one after all others, by the thread that has left something else in their places. With g, backward:
+// the result is dx, and this adds to the sums. A function of its own with all it needs, so that it takes no registers from
+// the kernel.
+template <bool flat>
+__device__ __noinline__ void compute_far(Problem p, int64_t group, bool tails, const void* g, const void* x,
+                                         const float* table, void* result, float* sums) {
+  const Sequence s(p, group);
+  const int n = p.degree, m = p.second_degree, type = p.data_type;
+  const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
+  const auto compute = [&](int64_t in, int64_t out) {
+    const float at = read(x, type, in);
+    if (!(absolute(at) > Rational::far) || (tails && (at < float(p.low) || at > float(p.high)))) return;
+    double own[Rational::largest_table];
+    for (int k = 0; k <= n + m; ++k) own[k] = table[k];
+    const FarRational f(at, own, n, m);
+    const float gate = p.gated ? read(x, type, in + s.half) : 1.0f;
+    if (!g) return write(result, type, out, float(f.value) * gate);
+    const float seed = read(g, type, out);
+    if (p.gated) write(result, type, in + s.half, float(f.value) * seed);
+    write(result, type, in, float(seed * gate * f.slope));
+    for (int k = 0; k <= n + m; ++k) sums[k] += float(seed * gate * f.sums[k]);
+  };
+  for (Walk<flat> walk(s, thread * width, all_threads * width); walk.at < s.packed; walk.advance())
+    for (int k = 0; k < width; ++k) compute(walk.in_x() + k, walk.in_result() + k);
+  for (Walk<flat> one(s, s.packed + thread, all_threads); one.at < s.count; one.advance())
+    compute(one.in_x(), one.in_result());
+}
+
+// Whether any thread of the block has seen an element far from 0. All threads of a block call it together.
+__device__ __forceinline__ bool any_thread(bool found) {
+  __shared__ bool found_by[threads];
+  __syncthreads();
+  found_by[threadIdx.x] = found;
+  __syncthreads();
+  bool any = false;
+  for (int k = 0; k < threads && !any; ++k) any = found_by[k];
+  return any;
+}
+
 // Blocks that a multiprocessor is to hold: bounds the registers of a thread, many of which are sums.
 template <class Family, int D, int E>
 constexpr int backward_blocks(Form form) {
@@ -222,6 +274,7 @@ __global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
     Packet next;
     if (flat && walk.at < s.packed) next = fetch(x, type, walk.in_x());
     load_function(p, parameters, group, tails, function);
+    bool far = false;
     while (walk.at < s.packed) {
       const int64_t in = walk.in_x(), out = walk.in_result();
       float xs[width], ys[width];
@@ -229,6 +282,7 @@ __global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
       unpack(next, type, xs);
       walk.advance();
       if (flat && walk.at < s.packed) next = fetch(x, type, walk.in_x());
+      note_far<Family, width>(xs, far);
       f.template values<width>(xs, ys);
       if (gated) {
         float gates[width];
@@ -241,10 +295,13 @@ __global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
     for (Walk<flat> one(s, s.packed + thread, all_threads); one.at < s.count; one.advance()) {
       const float value = read(x, type, one.in_x());
       float result;
+      note_far<Family, 1>(&value, far);
       f.template values<1>(&value, &result);
       if (gated) result *= read(x, type, one.in_x() + s.half);
       write(y, type, one.in_result(), result);
     }
+    if constexpr (has_far<Family>)
+      if (far) compute_far<flat>(p, group, tails, nullptr, x, function.table, y, nullptr);
   }
 }
 
@@ -270,6 +327,7 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
     }
     load_function(p, parameters, group, tails, function);
     float a[most] = {}, tail[tail_sums] = {};
+    bool far = false;
     while (walk.at < s.packed) {
       const int64_t in = walk.in_x();
       float xs[width], gs[width], results[width];
@@ -295,12 +353,14 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
         }
         write_eight(dx, type, in + s.half, results);
       }
+      note_far<Family, width>(xs, far);
       f.template gradients<width>(xs, gs, results, a, tail);
       write_eight(dx, type, in, results);
     }
     for (Walk<flat> one(s, s.packed + thread, all_threads); one.at < s.count; one.advance()) {
       const float value = read(x, type, one.in_x());
       float seed = read(g, type, one.in_result()), result;
+      note_far<Family, 1>(&value, far);
       if (gated) {
         f.template values<1>(&value, &result);
         write(dx, type, one.in_x() + s.half, result * seed);
@@ -310,7 +370,14 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
       write(dx, type, one.in_x(), result);
     }
     double* own = partial + group * row * gridDim.x + blockIdx.x;
-    block_sums(a, sums, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] = total; });
+    if (partial) block_sums(a, sums, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] = total; });
+    if constexpr (has_far<Family>)
+      if (any_thread(far)) {
+        float more[most] = {};
+        compute_far<flat>(p, group, tails, g, x, function.table, dx, more);
+        if (partial) block_sums(more, sums, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] += total; });
+      }
+    if (!partial) continue;
     if (tails)
       block_sums(tail, tail_sums, shared, [&](int k, double total) { own[int64_t(sums + k) * gridDim.x] = total; });
   }
@@ -358,7 +425,8 @@ int launch_form(const Problem& p, const Call& c) {
     const dim3 grid(columns_of(p, resident), rows_of(p));
     backward_kernel<Inner, D, E, form><<<grid, threads, 0, c.stream>>>(p, c.gradient, c.x, c.parameters, c.result,
                                                                         c.partial);
-    finish_kernel<Family><<<rows_of(p), finish_threads, 0, c.stream>>>(p, c.parameters, c.partial, int(grid.x),
+    if (c.partial)
+      finish_kernel<Family><<<rows_of(p), finish_threads, 0, c.stream>>>(p, c.parameters, c.partial, int(grid.x),
                                                                 c.parameter_gradients);
   }
   return cudaGetLastError() == cudaSuccess ? 0 : 3;

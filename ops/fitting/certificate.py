@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-Array = np.ndarray
-Curve = Callable[[Array], tuple[Array, Array]]  # x → value, slope
+from polytrope.ops.fitting.curves import Array, Curve
+
 _CELLS = 4000
 _ROUNDING_MARGIN = 2.0  # rounding is measured at thousands of points; between them it may be a little more
 

@@ -1,1 +1,1 @@
-"""What each `polytrope` command does, one file per group; the arguments stand in `polytrope.pipeline.cli`."""
+"""The command line: its arguments, and one file per group of commands."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.references import suggest
-from polytrope.pipeline.spec import Workflow, load_workflow
-from polytrope.pipeline.store import Store, store_error
-from polytrope.pipeline.store import open_store as place_at
+from polytrope.pipeline.store.open import open_store as place_at
+from polytrope.pipeline.store.store import Store, store_error
+from polytrope.pipeline.support.text import suggest
+from polytrope.pipeline.workflow.spec import Workflow, load_workflow
 
 DEFAULT_STORE = ".polytrope"
 

@@ -15,13 +15,13 @@ from typing import Any
 
 from polytrope.pipeline.commands.common import find_run, open_store, read_run_file, run_directories
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
-from polytrope.pipeline.references import resolve_environment
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.workflow.references import resolve_environment
 
 
 def ui(options: argparse.Namespace) -> int:
     """Start MLflow's server on the tracking database of a run and say where it is; ends with Ctrl-C."""
-    from polytrope.pipeline.tracking import free_port, server_command, tracking_uri
+    from polytrope.pipeline.tracking.process import free_port, server_command, tracking_uri
 
     store = open_store(options)
     configured = options.uri
@@ -36,6 +36,7 @@ def ui(options: argparse.Namespace) -> int:
             f"there are no results in {uri.removeprefix('sqlite:///')}",
             "`polytrope run WORKFLOW` makes some; `--store DIR` or `--uri URI` looks elsewhere",
         )
+    subprocess.run([sys.executable, "-m", "polytrope.pipeline.tracking.database", uri], check=True)
     port = free_port(options.port)
     print(f"MLflow: http://{options.host}:{port} (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -82,7 +83,7 @@ def sync(options: argparse.Namespace) -> int:
 
 
 def _sync(store: Store, directory: Path) -> int:
-    from polytrope.pipeline import tracking as mlflow
+    from polytrope.pipeline.tracking import process as mlflow
 
     name, tracking = directory.name, _tracking(directory)
     if not tracking.get("enabled", True):
@@ -101,9 +102,16 @@ def _sync(store: Store, directory: Path) -> int:
         print(f"run {name} is being sent to MLflow by another process")
         return EXIT_SUCCESS
     if code == mlflow.EXIT_REFUSED:
-        print(f"run {name} is in MLflow, but for what the server refused:", file=sys.stderr)
-        for line in json.loads((directory / "mlflow.json").read_bytes())["refused"]:
-            print(f"  {line}", file=sys.stderr)
+        cursor = json.loads((directory / "mlflow.json").read_bytes())
+        if cursor["refused"]:
+            print(f"run {name} is in MLflow, but for what the server refused:", file=sys.stderr)
+            for line in cursor["refused"]:
+                print(f"  {line}", file=sys.stderr)
+        if cursor["postponed"]:
+            print(f"run {name} is in MLflow, but for what could not be uploaded:", file=sys.stderr)
+            for item in cursor["postponed"]:
+                print(f"  {item['what']}: {item['reason']}", file=sys.stderr)
+            print("  → try again when its artifact store is well", file=sys.stderr)
         return EXIT_RUN_FAILED
     print(f"polytrope: MLflow has not taken all of run {name}: {reason}", file=sys.stderr)
     print("  → nothing is lost; try again when the server is well", file=sys.stderr)
@@ -125,8 +133,7 @@ def build_ops(options: argparse.Namespace) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
-    """`convert_command` of the stage's implementation parses the rest of the line."""
-    from polytrope.pipeline.conversion import convert_command
+    """The rest of the line is parsed where the conversion is."""
+    from polytrope.pipeline.commands.convert import run
 
-    result = convert_command(options.arguments)
-    return EXIT_SUCCESS if result is None else int(result)
+    return run(options.arguments)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors.base import Executor, machine_capacity, refuse_impossible
-from polytrope.pipeline.graph import StageNode
+from polytrope.pipeline.workflow.graph import StageNode
 
 
 def make_executor(name: Literal["local", "ray"], address: str | None = None, wake: int | None = None) -> Executor:

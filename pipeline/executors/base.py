@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.graph import StageNode
+from polytrope.pipeline.executors.worker import Outcome, StageTask
 from polytrope.pipeline.stage import Resources
-from polytrope.pipeline.worker import Outcome, StageTask
+from polytrope.pipeline.workflow.graph import StageNode
 
 LOOK_AHEAD = 64  # ready stages that are tried when the first ones do not fit
 

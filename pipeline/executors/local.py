@@ -15,9 +15,9 @@ from multiprocessing.connection import Connection, wait
 
 from polytrope.pipeline.executors.base import Capacity, machine_capacity
 from polytrope.pipeline.executors.nursery import GRACE, kill_tree
-from polytrope.pipeline.faults import worker_dies
-from polytrope.pipeline.graph import StageNode
-from polytrope.pipeline.worker import Outcome, StageError, StageTask, dump, dump_task, hide_secrets_in_file
+from polytrope.pipeline.executors.worker import Outcome, StageError, StageTask, dump, dump_task, hide_secrets_in_file
+from polytrope.pipeline.support.faults import worker_dies
+from polytrope.pipeline.workflow.graph import StageNode
 
 
 class LocalExecutor:

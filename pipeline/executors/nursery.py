@@ -27,7 +27,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from polytrope.pipeline.executors.traces import differences, process_state, resident_memory
-from polytrope.pipeline.worker import Outcome, StageTask, dump, is_light, load_task, output_to, preload, run_task
+from polytrope.pipeline.executors.worker import (
+    Outcome,
+    StageTask,
+    dump,
+    is_light,
+    load_task,
+    output_to,
+    preload,
+    run_task,
+)
 
 # First byte of what a stage's process sends. It waits for another stage; it ends, but what it imported may be imported
 # before a fork; or not even that.

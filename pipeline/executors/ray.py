@@ -24,8 +24,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors.base import Capacity, machine_capacity, needs, refuse_impossible
 from polytrope.pipeline.executors.guard import GOODBYE
 from polytrope.pipeline.executors.nursery import GRACE
-from polytrope.pipeline.graph import StageNode
-from polytrope.pipeline.worker import (
+from polytrope.pipeline.executors.worker import (
     Outcome,
     StageError,
     StageTask,
@@ -35,6 +34,7 @@ from polytrope.pipeline.worker import (
     output_to,
     run_task,
 )
+from polytrope.pipeline.workflow.graph import StageNode
 
 _WORKER_PATIENCE = 30.0  # seconds that a cluster may have no CPU at all
 _SLICE = 0.2  # seconds between two looks for a signal while waiting

@@ -1,1 +1,1 @@
-"""Built-in stages, one file each."""
+"""The built-in stages, one room each, named as in workflow files."""

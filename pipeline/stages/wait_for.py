@@ -1,7 +1,7 @@
 """The `wait_for` stage: wait until a file appears, then commit it, so that the event has happened once and for all.
 
 approval:
-  uses: polytrope.pipeline.stages.wait_for:wait_for
+  uses: wait_for
   with: {path: inbox/approved.json}
   resources: {cpus: 0}
   timeout: 2d

@@ -27,8 +27,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 from polytrope.pipeline.commands.common import find_run
-from polytrope.pipeline.store import Store
-from polytrope.pipeline.tracking import free_port
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.tracking.process import free_port
 
 pytestmark = pytest.mark.timeout(600)
 

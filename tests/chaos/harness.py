@@ -15,15 +15,16 @@ from typing import Any
 
 import psutil
 
-from polytrope.pipeline import engine
-from polytrope.pipeline.engine import RunElsewhereError, RunOptions, run_workflow
+from polytrope.pipeline.engine import driver as engine
+from polytrope.pipeline.engine.driver import RunElsewhereError, RunOptions, run_workflow
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors.base import Capacity
-from polytrope.pipeline.graph import StageNode, build_graph
-from polytrope.pipeline.journal import fold, read
-from polytrope.pipeline.spec import Workflow
-from polytrope.pipeline.store import Store, open_store
-from polytrope.pipeline.worker import Outcome, StageError, StageTask, dump_task, load_task, run_task
+from polytrope.pipeline.executors.worker import Outcome, StageError, StageTask, dump_task, load_task, run_task
+from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.store.open import open_store
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.workflow.graph import StageNode, build_graph
+from polytrope.pipeline.workflow.spec import Workflow
 
 EXIT = {"succeeded": 0, "failed": 1, "cancelled": 130}
 USER_ERROR, ELSEWHERE, BUG = 2, 3, 99

@@ -39,9 +39,9 @@ from harness import (
 from mlflow_support import Server, polytrope, start
 from s3_support import Door, S3Server, bucket_on
 
-from polytrope.pipeline.journal import fold, read
-from polytrope.pipeline.objects import Bucket
-from polytrope.pipeline.store import open_store
+from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.store.objects import Bucket
+from polytrope.pipeline.store.open import open_store
 
 
 @pytest.fixture(scope="module")
@@ -424,7 +424,7 @@ def test_the_public_fault_injection_ends_in_the_same_results(
         root.mkdir()
         file = root / "workflow.yaml"
         file.write_text(yaml.safe_dump({**small_workflow(root).to_dict(), "tracking": {"enabled": False}}))
-        run = [sys.executable, "-m", "polytrope.pipeline.cli", "run", str(file), "--quiet"]
+        run = [sys.executable, "-m", "polytrope.pipeline.commands.cli", "run", str(file), "--quiet"]
         run += ["--store", str(root / "store"), "--run-id", "run"]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
         for attempt in range(60):

@@ -24,13 +24,14 @@ from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.formats import read_model
 from polytrope.models.surgery import find_activations
 from polytrope.ops import is_learnable_activation
-from polytrope.pipeline.cli import main
-from polytrope.pipeline.conversion.data import array_batches, forward, text_batches, tokenizer_of
-from polytrope.pipeline.conversion.distillation import coefficients, distill, sentence_embeddings
-from polytrope.pipeline.conversion.parallel import calibrate_on_ray
+from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, stage_context
-from polytrope.pipeline.stages.convert import ConvertParameters, convert
+from polytrope.pipeline.stages.convert.calibration_data import array_batches, forward, text_batches, tokenizer_of
+from polytrope.pipeline.stages.convert.convert import convert
+from polytrope.pipeline.stages.convert.distillation import coefficients, distill, sentence_embeddings
+from polytrope.pipeline.stages.convert.parallel_calibration import calibrate_on_ray
+from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 
 
 def digests(directory: Path) -> dict[str, str]:

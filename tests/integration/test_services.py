@@ -19,10 +19,10 @@ from quickstart_support import REPOSITORY, SETTINGS
 from ray_support import PROGRAMS, Ray
 from s3_support import S3Server, bucket_on
 
-from polytrope.pipeline.journal import RunState, fold, read
-from polytrope.pipeline.object_store import ObjectStore
-from polytrope.pipeline.objects import Bucket
-from polytrope.pipeline.store import open_store
+from polytrope.pipeline.runs.journal import RunState, fold, read
+from polytrope.pipeline.store.object_store import ObjectStore
+from polytrope.pipeline.store.objects import Bucket
+from polytrope.pipeline.store.open import open_store
 
 SHORTER = {"sequence_length": 32, "corpus_bytes": 300_000, "n_layer": 1, "steps": 30, "finetune_steps": 12}
 

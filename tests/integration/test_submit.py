@@ -16,7 +16,7 @@ import pytest
 from mlflow_support import wait_until
 from ray_support import Ray
 
-from polytrope.pipeline.submit import _package_source
+from polytrope.pipeline.launch.submit import _package_source
 
 TOKEN = secrets.token_hex(32)  # the head asks every client for it, as the documentation recommends
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
@@ -135,7 +135,7 @@ def kill_driver(run: str) -> None:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"polytrope.pipeline.cli" in words and run.encode() in words:
+        if b"polytrope.pipeline.commands.cli" in words and run.encode() in words:
             os.kill(int(path.parent.name), signal.SIGKILL)
 
 
@@ -225,9 +225,9 @@ def test_what_is_sent_of_polytrope_gives_the_same_keys(tmp_path: Path) -> None:
     """Code and shipped configurations: what was computed on the cluster is a hit here, and the other way round."""
     _package_source(tmp_path)
     program = (
-        "import polytrope.pipeline.keys as keys\n"
-        "from polytrope.pipeline.graph import build_graph\n"
-        "from polytrope.pipeline.spec import load_workflow\n"
+        "import polytrope.pipeline.workflow.keys as keys\n"
+        "from polytrope.pipeline.workflow.graph import build_graph\n"
+        "from polytrope.pipeline.workflow.spec import load_workflow\n"
         "assert keys.__file__.startswith({place!r}), keys.__file__\n"
         "for name, node in build_graph(load_workflow('workflows/quickstart.yaml', [])).items():\n"
         "    print(keys.stage_key(keys.key_components(node, dict.fromkeys(node.inputs))))\n"

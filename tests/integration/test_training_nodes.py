@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import pytest
 from two_hosts import TwoHosts, why_not
 
-from polytrope.pipeline.journal import RunState, fold, read
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.runs.journal import RunState, fold, read
+from polytrope.pipeline.store.store import Store
 
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
 WORKFLOW = """\

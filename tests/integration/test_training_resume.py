@@ -29,14 +29,14 @@ from training_support import (
     weights_hash,
 )
 
-from polytrope.pipeline.engine import run_workflow
-from polytrope.pipeline.graph import build_graph
-from polytrope.pipeline.journal import fold, read
-from polytrope.pipeline.order import sample_indices
-from polytrope.pipeline.spec import Workflow
+from polytrope.pipeline.data.order import sample_indices
+from polytrope.pipeline.engine.driver import run_workflow
+from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.stage import Artifact
-from polytrope.pipeline.store import Store
-from polytrope.pipeline.training.launch import TrainingError
+from polytrope.pipeline.stages.train.workers import TrainingError
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.workflow.graph import build_graph
+from polytrope.pipeline.workflow.spec import Workflow
 
 LONG: dict[str, Any] = {"steps": 60, "checkpoint_every": 10, "log_every": 10, "validation_every": 30}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline.cli import build_parser
+from polytrope.pipeline.commands.cli import build_parser
 
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
 
@@ -68,7 +68,7 @@ def polytrope(directory: Path, *arguments: str, timeout: float = 60) -> subproce
 
 def test_help_names_every_command_and_the_exit_codes_and_imports_nothing_heavy(tmp_path: Path) -> None:
     program = (
-        "import sys; from polytrope.pipeline.cli import main\n"
+        "import sys; from polytrope.pipeline.commands.cli import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'pydantic', 'yaml', 'torch', 'ray', 'mlflow', 'rich', 'numpy'} & set(sys.modules)\n"

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline.archive import export_run, import_run
-from polytrope.pipeline.cli import main
-from polytrope.pipeline.collect import collect_garbage
+from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.journal import Journal, fold, read
-from polytrope.pipeline.lease import Lease
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.runs.journal import Journal, fold, read
+from polytrope.pipeline.runs.lease import Lease
+from polytrope.pipeline.store.archive import export_run, import_run
+from polytrope.pipeline.store.garbage import collect_garbage
+from polytrope.pipeline.store.store import Store
 
 
 @pytest.fixture

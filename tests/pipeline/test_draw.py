@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline.draw import layout, mermaid, save, svg
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.graph import StageNode, node_name
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, describe_stage
+from polytrope.pipeline.workflow.draw import layout, mermaid, save, svg
+from polytrope.pipeline.workflow.graph import StageNode, node_name
 
 
 def example(context: StageContext, sources: dict[str, Artifact]) -> None:

@@ -18,14 +18,14 @@ import psutil
 import pytest
 from test_lease import forge
 
-from polytrope.pipeline.cli import main
-from polytrope.pipeline.engine import CANCEL_FILE, RunElsewhereError, RunOptions, run_workflow
+from polytrope.pipeline.commands.cli import main
+from polytrope.pipeline.engine.driver import CANCEL_FILE, RunElsewhereError, RunOptions, run_workflow
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.graph import build_graph
-from polytrope.pipeline.journal import Event, RunState, fold, read
-from polytrope.pipeline.lease import Lease
-from polytrope.pipeline.spec import Workflow
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.runs.journal import Event, RunState, fold, read
+from polytrope.pipeline.runs.lease import Lease
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.workflow.graph import build_graph
+from polytrope.pipeline.workflow.spec import Workflow
 
 FAST = RunOptions(retry_delay=0.01)
 
@@ -126,7 +126,7 @@ def test_what_was_hashed_is_not_hashed_again_by_a_driver(place: Place, monkeypat
     stages = {"s": {"uses": "count_calls", "with": {"file": str(place.directory / "count")}}}
     place.run(stages)
     hashed: list[Path] = []
-    monkeypatch.setattr("polytrope.pipeline.store.hash_file", hashed.append)
+    monkeypatch.setattr("polytrope.pipeline.store.store.hash_file", hashed.append)
     forced = place.run(stages, options=dataclasses.replace(FAST, force=frozenset({"s"})))
     assert {stage.state for stage in place.run(stages).stages.values()} == {"cached"}
     assert hashed == []
@@ -443,10 +443,10 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from polytrope.pipeline.engine import RunOptions, run_workflow
-from polytrope.pipeline.graph import build_graph
-from polytrope.pipeline.spec import Workflow
-from polytrope.pipeline.store import Store
+from polytrope.pipeline.engine.driver import RunOptions, run_workflow
+from polytrope.pipeline.workflow.graph import build_graph
+from polytrope.pipeline.workflow.spec import Workflow
+from polytrope.pipeline.store.store import Store
 root = Path({root!r})
 workflow = Workflow.from_dict(json.loads({workflow!r}), directory=root)
 options = RunOptions(lease_ttl=1)

@@ -14,8 +14,8 @@ import pytest
 from test_engine import Place, gone, workflow_of
 
 from polytrope.pipeline.executors.local import LocalExecutor
-from polytrope.pipeline.graph import build_graph
-from polytrope.pipeline.worker import Outcome, make_task
+from polytrope.pipeline.executors.worker import Outcome, make_task
+from polytrope.pipeline.workflow.graph import build_graph
 
 pytestmark = pytest.mark.skipif(
     not Path(f"/proc/self/task/{os.getpid()}/children").exists(),

@@ -15,12 +15,12 @@ import psutil
 import pytest
 from test_engine import Place, gone, start_driver, wait_for, workflow_of
 
-from polytrope.pipeline.engine import CANCEL_FILE
+from polytrope.pipeline.engine.driver import CANCEL_FILE
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors import check_resources
 from polytrope.pipeline.executors.ray import RayExecutor
-from polytrope.pipeline.graph import build_graph
-from polytrope.pipeline.worker import make_task
+from polytrope.pipeline.executors.worker import make_task
+from polytrope.pipeline.workflow.graph import build_graph
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ CANCELLED_AT_ITS_END = """
 import sys, time
 from pathlib import Path
 from polytrope.pipeline.executors.ray import RayExecutor
-from polytrope.pipeline.graph import build_graph
-from polytrope.pipeline.spec import Workflow
-from polytrope.pipeline.worker import make_task
+from polytrope.pipeline.workflow.graph import build_graph
+from polytrope.pipeline.workflow.spec import Workflow
+from polytrope.pipeline.executors.worker import make_task
 
 place = Path(sys.argv[1])
 stages = {"s": {"uses": "engine_stages:make", "with": {"seconds": 0.01}}}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.graph import StageNode, build_graph, condition_holds, resolve_parameters
-from polytrope.pipeline.spec import Workflow, load_workflow
+from polytrope.pipeline.workflow.graph import StageNode, build_graph, condition_holds, resolve_parameters
+from polytrope.pipeline.workflow.spec import Workflow, load_workflow
 
 STAGES = '''
 """Stages of this test."""
@@ -263,7 +263,7 @@ def test_secrets_are_replaced_only_when_asked(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_ten_thousand_stages_are_planned_without_reading_each_function_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    import polytrope.pipeline.graph as module
+    import polytrope.pipeline.workflow.graph as module
 
     loads: list[str] = []
     original = module.load_stage
@@ -278,6 +278,6 @@ def test_ten_thousand_stages_are_planned_without_reading_each_function_again(mon
 
 @pytest.fixture(autouse=True)
 def _fresh_definitions() -> None:
-    import polytrope.pipeline.graph as module
+    import polytrope.pipeline.workflow.graph as module
 
     module._load.cache_clear()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline import faults
-from polytrope.pipeline.journal import Journal, JournalReader, fold, read
+from polytrope.pipeline.runs.journal import Journal, JournalReader, fold, read
+from polytrope.pipeline.support import faults
 
 
 def write_run(directory: Path) -> None:

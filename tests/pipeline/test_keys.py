@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline import keys
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.graph import StageNode
-from polytrope.pipeline.keys import canonical_json, code_hash, explain, key_components, stage_key
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, describe_stage
+from polytrope.pipeline.workflow import keys
+from polytrope.pipeline.workflow.graph import StageNode
+from polytrope.pipeline.workflow.keys import canonical_json, code_hash, explain, key_components, stage_key
 
 
 def example(context: StageContext, source: Artifact, degree: int = 3) -> None:
@@ -103,7 +103,7 @@ def test_native_sources_of_a_package_count_and_build_products_do_not(package: Pa
 
 def test_the_code_of_ops_is_hashed_without_importing_torch() -> None:
     program = (
-        "import sys; from polytrope.pipeline.keys import code_hash; print(code_hash('polytrope.ops')); "
+        "import sys; from polytrope.pipeline.workflow.keys import code_hash; print(code_hash('polytrope.ops')); "
         "assert 'torch' not in sys.modules and 'polytrope.ops' not in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

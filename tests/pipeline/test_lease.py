@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from polytrope.pipeline import lease as leases
-from polytrope.pipeline.lease import HolderWatch, Lease, LeaseHeldError, LeaseLostError, current, is_held
+from polytrope.pipeline.runs import lease as leases
+from polytrope.pipeline.runs.lease import HolderWatch, Lease, LeaseHeldError, LeaseLostError, current, is_held
 
 
 def forge(path: Path, base: Path, **changes: Any) -> None:
@@ -30,7 +30,7 @@ def forge(path: Path, base: Path, **changes: Any) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from polytrope.pipeline.lease import Lease
+from polytrope.pipeline.runs.lease import Lease
 lease = Lease.acquire(Path(sys.argv[1]), "other", ttl=float(sys.argv[2]))
 print(lease.number, flush=True)
 time.sleep(60)

@@ -19,18 +19,19 @@ from engine_stages import __file__ as stages_file
 from s3_support import S3Server, bucket_on
 from test_engine import Place, diamond, workflow_of
 
-from polytrope.pipeline.aliases import find_alias, set_alias
-from polytrope.pipeline.archive import export_run, import_run
-from polytrope.pipeline.collect import collect_garbage
-from polytrope.pipeline.engine import RunElsewhereError, run_workflow
+from polytrope.pipeline.engine.driver import RunElsewhereError, run_workflow
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.graph import build_graph
-from polytrope.pipeline.journal import fold, read
-from polytrope.pipeline.lease import Lease, LeaseHeldError, LeaseLostError
-from polytrope.pipeline.object_store import ObjectStore
-from polytrope.pipeline.objects import Bucket
-from polytrope.pipeline.store import Store, open_store
-from polytrope.pipeline.tracking import free_port
+from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.runs.lease import Lease, LeaseHeldError, LeaseLostError
+from polytrope.pipeline.store.aliases import find_alias, set_alias
+from polytrope.pipeline.store.archive import export_run, import_run
+from polytrope.pipeline.store.garbage import collect_garbage
+from polytrope.pipeline.store.object_store import ObjectStore
+from polytrope.pipeline.store.objects import Bucket
+from polytrope.pipeline.store.open import open_store
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.tracking.process import free_port
+from polytrope.pipeline.workflow.graph import build_graph
 
 pytest.importorskip("moto")
 pytest.importorskip("boto3")
@@ -155,7 +156,7 @@ def start_driver(place: Place, address: str, stages: dict[str, Any], *options: s
     workflow_of(place.directory, stages)
     file = place.directory / "workflow.yaml"
     file.write_text(yaml.safe_dump({"name": "test", "stages": stages, "tracking": {"enabled": False}}))
-    command = [sys.executable, "-m", "polytrope.pipeline.cli", "run", str(file), "--store", address, "--quiet"]
+    command = [sys.executable, "-m", "polytrope.pipeline.commands.cli", "run", str(file), "--store", address, "--quiet"]
     command += ["--executor", "local", "--run-id", "mine", *options]
     environment = {**os.environ, "PYTHONPATH": str(Path(stages_file).parent)}
     return subprocess.Popen(command, env=environment, cwd=place.directory, stderr=subprocess.PIPE)
@@ -261,7 +262,7 @@ def test_gc_waits_for_a_driver_on_another_machine(place: Place, monkeypatch: pyt
     try:
         journal = place.store.open_journal("first", fence=lease.number, guard=lease.check)
         journal.append("attempt_started", stages=list(diamond(place)))
-        monkeypatch.setattr("polytrope.pipeline.lease._machine", lambda: "elsewhere")
+        monkeypatch.setattr("polytrope.pipeline.runs.lease._machine", lambda: "elsewhere")
         with pytest.raises(UserError, match="run first is going on"):
             collect_garbage(place.store)
     finally:

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline.parallel import parallel_map
 from polytrope.pipeline.stage import Resources, stage_context
+from polytrope.pipeline.stages.shard.parallel import parallel_map
 
 STOPPED_EARLY = """
 import os, sys, time
 from itertools import islice
 from pathlib import Path
 import ray
-from polytrope.pipeline.parallel import parallel_map
+from polytrope.pipeline.stages.shard.parallel import parallel_map
 from polytrope.pipeline.stage import Resources, stage_context
 
 def square(number):

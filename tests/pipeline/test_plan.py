@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from polytrope.pipeline.engine.plan import make_plan
 from polytrope.pipeline.executors.base import Capacity
-from polytrope.pipeline.graph import StageNode
-from polytrope.pipeline.keys import key_components, stage_key
-from polytrope.pipeline.plan import Past, make_plan
+from polytrope.pipeline.runs.history import Past
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, describe_stage
+from polytrope.pipeline.workflow.graph import StageNode
+from polytrope.pipeline.workflow.keys import key_components, stage_key
 
 
 def make(context: StageContext, degree: int = 3) -> None:

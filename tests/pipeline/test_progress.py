@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 from rich.console import Console
 
-from polytrope.pipeline.progress import LINE_INTERVAL, Progress, SpoolEvent, counts, metric_text, summary_rows
+from polytrope.pipeline.launch.progress import LINE_INTERVAL, Progress, SpoolEvent, counts, summary_rows
+from polytrope.pipeline.support.text import metric_text
 
 
 class Clock:

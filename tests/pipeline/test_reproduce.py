@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline.reproduce import compare_metrics
+from polytrope.pipeline.proof.reproduce import compare_metrics
 
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
 STAGES = '''

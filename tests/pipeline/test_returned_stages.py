@@ -12,11 +12,11 @@ import pytest
 import yaml
 from test_engine import FAST, Place, workflow_of
 
-from polytrope.pipeline.cli import main
-from polytrope.pipeline.engine import RunOptions
+from polytrope.pipeline.commands.cli import main
+from polytrope.pipeline.engine.driver import RunOptions
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.graph import build_graph
-from polytrope.pipeline.journal import fold, read
+from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.workflow.graph import build_graph
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.references import resolve_environment
-from polytrope.pipeline.spec import StageSpec, Workflow, format_duration, load_workflow
+from polytrope.pipeline.support.text import format_duration
+from polytrope.pipeline.workflow.references import resolve_environment
+from polytrope.pipeline.workflow.spec import StageSpec, Workflow, load_workflow
 
 MINIMAL = """\
 name: demo
@@ -198,7 +199,7 @@ def test_a_workflow_survives_the_round_trip_through_its_resolved_form(tmp_path: 
 
 def test_a_workflow_can_be_made_in_python() -> None:
     workflow = Workflow(name="demo", stages={"a": StageSpec(uses=load_workflow, parameters={"x": 1})})
-    assert workflow.stages["a"].uses == "polytrope.pipeline.spec:load_workflow"
+    assert workflow.stages["a"].uses == "polytrope.pipeline.workflow.spec:load_workflow"
     assert workflow.where("stages", "a", "with", "x") == "stages.a.with.x"
 
 

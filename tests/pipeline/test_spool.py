@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline.journal import Journal
-from polytrope.pipeline.spool import SpoolReader, read_notes
+from polytrope.pipeline.runs.journal import Journal
+from polytrope.pipeline.runs.spool import SpoolReader, read_notes
 from polytrope.pipeline.stage import NOTES, EventWriter, stage_context
 
 
@@ -86,7 +86,7 @@ def test_saved_offsets_go_on_where_another_reader_stopped(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["train[activation=it's]", "train[text=a b/c]", "plain"])
 def test_the_stage_is_named_as_in_the_journal(tmp_path: Path, name: str) -> None:
-    from polytrope.pipeline.files import safe_name
+    from polytrope.pipeline.support.files import safe_name
 
     journal = Journal.open(tmp_path)
     journal.append("run_started", run_id="r", workflow="w", stages=["other", name])

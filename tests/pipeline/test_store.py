@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline import faults, store
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.store import Store, StoredArtifact
+from polytrope.pipeline.store import store
+from polytrope.pipeline.store.manifest import StoredArtifact
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.support import faults
 
 KEY = "a" * 64
 

@@ -23,11 +23,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2
 from mlflow.utils.validation import _validate_metric, _validate_param
 
-from polytrope.pipeline import mlflow_names, mlflow_summary
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.journal import RunState, StageState
-from polytrope.pipeline.mlflow_copy import is_permanent
-from polytrope.pipeline.tracking import check_tracking, free_port, tracking_uri, without_password
+from polytrope.pipeline.runs.journal import RunState, StageState
+from polytrope.pipeline.tracking import description as mlflow_summary
+from polytrope.pipeline.tracking import names as mlflow_names
+from polytrope.pipeline.tracking.process import check_tracking, free_port, tracking_uri, without_password
+from polytrope.pipeline.tracking.server import is_permanent
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -103,7 +104,7 @@ def test_a_database_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_driver_does_not_import_mlflow() -> None:
-    program = "import sys, polytrope.pipeline.launch; assert 'mlflow' not in sys.modules"
+    program = "import sys, polytrope.pipeline.launch.launch; assert 'mlflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from polytrope.models import build_model
-from polytrope.pipeline.stages.train import TrainParameters
-from polytrope.pipeline.training.optimization import parameter_groups
+from polytrope.pipeline.stages.train.optimization import parameter_groups
+from polytrope.pipeline.stages.train.parameters import TrainParameters
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 8, "vocab_size": 16, "sequence_length": 8}
 

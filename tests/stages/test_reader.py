@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_support import make_dataset
 
+from polytrope.pipeline.data.order import sample_indices
+from polytrope.pipeline.data.reader import CACHE_VARIABLE, open_split
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.order import sample_indices
-from polytrope.pipeline.reader import CACHE_VARIABLE, open_split
-from polytrope.pipeline.training.batches import Prefetcher
+from polytrope.pipeline.stages.train.batches import Prefetcher
 
 
 @given(total=st.integers(1, 300), seed=st.integers(0, 2**70), epoch=st.integers(0, 10**9))

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from polytrope.pipeline.data.reader import open_split
+from polytrope.pipeline.data.tokenization import tokenizer_from_json
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.reader import open_split
 from polytrope.pipeline.stage import Resources, stage_context
-from polytrope.pipeline.stages.shard import ShardParameters, fingerprint, shard
-from polytrope.pipeline.tokenization import tokenizer_from_json
+from polytrope.pipeline.stages.shard.parameters import ShardParameters
+from polytrope.pipeline.stages.shard.shard import fingerprint, shard
 
 
 def run_shard(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.graph import build_graph
-from polytrope.pipeline.launch import run
-from polytrope.pipeline.spec import Workflow, load_workflow
+from polytrope.pipeline.launch.launch import run
+from polytrope.pipeline.workflow.graph import build_graph
+from polytrope.pipeline.workflow.spec import Workflow, load_workflow
 
 STAGES = '''
 """Stages of this test."""
@@ -33,7 +33,7 @@ def total(context: StageContext, parts: dict[str, Artifact]) -> dict[str, float]
     (context.output / "total.txt").write_text(str(value))
     return {"total": value}
 '''
-USES = "polytrope.pipeline.stages.subworkflow:subworkflow"
+USES = "polytrope.pipeline.stages.subworkflow:subworkflow"  # its former name; `subworkflow` today
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_a_stage_decides_what_follows_and_what_was_computed_is_not_computed_agai
 
 
 def load_inner(project: Path, run_id: str) -> dict[str, str]:
-    from polytrope.pipeline.journal import fold, read
+    from polytrope.pipeline.runs.journal import fold, read
 
     (directory,) = (project / ".polytrope" / "runs").glob(f"{run_id}-*")
     return {name: stage.state for name, stage in fold(read(directory)).stages.items()}

@@ -1,0 +1,251 @@
+"""`polytrope status`, `runs`, `logs` and `diff`: read from the files of a run, without Ray and MLflow."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from polytrope.pipeline.commands.common import (
+    find_run,
+    open_store,
+    print_json,
+    print_table,
+    read_run_file,
+    run_directories,
+)
+from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
+from polytrope.pipeline.launch.progress import counts
+from polytrope.pipeline.runs.journal import RunState, StageState, fold, read
+from polytrope.pipeline.runs.record import run_status
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.support.text import format_duration, metric_text, suggest
+from polytrope.pipeline.workflow.keys import explain
+
+
+def status(options: argparse.Namespace) -> int:
+    """The stages of one run; exit code 1 if it failed."""
+    if options.address:
+        from polytrope.pipeline.commands import cluster
+
+        return cluster.status(options)
+    directory = find_run(open_store(options), options.run)
+    state = fold(read(directory))
+    current = run_status(directory)
+    if options.json:
+        print_json(_status_data(directory, state, current))
+    else:
+        _print_status(directory, state, current)
+    return EXIT_RUN_FAILED if current in ("failed", "cancelled", "interrupted") else EXIT_SUCCESS
+
+
+def _status_data(directory: Path, state: RunState, current: str) -> dict[str, Any]:
+    stages = [
+        {key: value for key, value in asdict(stage).items() if key != "components"} for stage in state.stages.values()
+    ]
+    return {
+        "run_id": directory.name,
+        "workflow": state.workflow,
+        "status": current,
+        "attempt": state.attempt,
+        "executor": state.executor,
+        "started": state.started,
+        "ended": state.ended,
+        "error": state.error,
+        "stages": stages,
+    }
+
+
+def _print_status(directory: Path, state: RunState, current: str) -> None:
+    print(
+        f"{directory.name}: {state.workflow}, {current}, attempt {state.attempt}, {state.executor} executor, "
+        f"{_span(state)}"
+    )
+    print()
+    print_table(["stage", "state", "time", "result"], [_stage_row(stage) for stage in state.stages.values()])
+    for stage in state.stages.values():
+        for note in stage.notes.values():
+            print(f"\n{stage.name}: {note}")
+    failed = [stage for stage in state.stages.values() if stage.state == "failed"]
+    for stage in failed:
+        error = stage.error or {}
+        print(f"\n{stage.name} failed: {error.get('message', '')}")
+        if error.get("hint"):
+            print(f"  → {error['hint']}")
+        if stage.log:
+            print(f"  log: {directory / stage.log}")
+    if current in ("failed", "cancelled", "interrupted"):
+        print(f"\ngo on: polytrope resume {directory.name}")
+
+
+def _span(state: RunState) -> str:
+    if state.started is None:
+        return "not started"
+    text = "started " + time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started))
+    if state.ended is not None:
+        text += f", took {format_duration(state.ended - state.started)}"
+    return text
+
+
+def _stage_row(stage: StageState) -> list[str]:
+    seconds = stage.duration
+    if stage.state == "running" and stage.started is not None:
+        seconds = time.time() - stage.started
+    result = stage.reason or " · ".join(
+        f"{name} {metric_text(value)}" for name, value in list(stage.summary.items())[:5]
+    )
+    if stage.state == "cached" and stage.hit_from:
+        result = f"{result} (from run {stage.hit_from})".strip()
+    if stage.state in ("failed", "retrying") and stage.error:
+        result = str(stage.error.get("message", "")).split("\n")[0]
+    label = stage.state if stage.attempt <= 1 else f"{stage.state} ({stage.attempt} attempts)"
+    return [stage.name, label, "" if seconds is None else format_duration(seconds), result]
+
+
+def runs(options: argparse.Namespace) -> int:
+    """A line per run, the newest first."""
+    store = open_store(options)
+    rows, data = [], []
+    for directory in run_directories(store)[: options.limit]:
+        state, current = fold(read(directory)), run_status(directory)
+        stages = counts(stage.state for stage in state.stages.values())
+        started = "" if state.started is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started))
+        took = format_duration(state.ended - state.started) if state.ended and state.started else ""
+        rows.append([directory.name, state.workflow, current, started, took, stages])
+        data.append({**_status_data(directory, state, current), "stages": stages})
+    if options.json:
+        print_json(data)
+    elif rows:
+        print_table(["run", "workflow", "status", "started", "took", "stages"], rows)
+    else:
+        print(f"there are no runs in {store.address}")
+    return EXIT_SUCCESS
+
+
+def logs(options: argparse.Namespace) -> int:
+    """What the stages printed, in the order of the stages; with `-f` as it comes."""
+    if options.address:
+        from polytrope.pipeline.commands import cluster
+
+        return cluster.logs(options)
+    directory = find_run(open_store(options), options.run)
+    state = fold(read(directory))
+    if options.stage is not None and not any(_wanted(name, options.stage) for name in state.stages):
+        raise UserError(f"run {directory.name} has no stage `{options.stage}`", suggest(options.stage, state.stages))
+    shown: dict[str, int] = {}
+    last = ""
+    while True:
+        ended = fold(read(directory)).done or run_status(directory) == "interrupted"
+        for stage, path in _log_files(directory, options.stage):
+            text = _new_text(path, shown, options.tail)
+            if text:
+                if stage != last and options.stage is None:
+                    print(f"==> {stage} <==")
+                    last = stage
+                sys.stdout.write(text if text.endswith("\n") or options.follow else text + "\n")
+        sys.stdout.flush()
+        if not options.follow or ended:
+            break
+        time.sleep(0.5)
+    if not shown:
+        print(f"run {directory.name} has no output yet (a stage taken from the store prints nothing)", file=sys.stderr)
+    return EXIT_SUCCESS
+
+
+def _wanted(name: str, stage: str | None) -> bool:
+    return stage is None or name == stage or name.split("[")[0] == stage
+
+
+def _log_files(directory: Path, stage: str | None) -> Iterator[tuple[str, Path]]:
+    """(stage, file) of every attempt's log, by the journal."""
+    seen: set[str] = set()
+    for event in read(directory):
+        log = event.get("log")
+        if log and event.stage is not None and _wanted(event.stage, stage) and log not in seen:
+            seen.add(log)
+            if (directory / log).is_file():
+                yield event.stage, directory / log
+
+
+def _new_text(path: Path, shown: dict[str, int], tail: int | None) -> str:
+    start = shown.get(str(path), 0)
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read()
+    shown[str(path)] = start + len(data)
+    text = data.decode(errors="replace")
+    if tail is not None and start == 0:
+        text = "".join(text.splitlines(keepends=True)[-tail:])
+    return text
+
+
+def diff(options: argparse.Namespace) -> int:
+    """What differs between two runs; exit code 0 in any case, as in `polytrope status`."""
+    store = open_store(options)
+    one, other = find_run(store, options.run_a), find_run(store, options.run_b)
+    result = compare_runs(store, one, other)
+    if options.json:
+        print_json({"run_a": one.name, "run_b": other.name, **result})
+        return EXIT_SUCCESS
+    print(f"{one.name} → {other.name}")
+    for title, lines in result.items():
+        if lines:
+            print(f"\n{title}:")
+            for line in lines:
+                print(f"  {line}")
+    if not any(result.values()):
+        print("no difference")
+    return EXIT_SUCCESS
+
+
+def compare_runs(store: Store, one: Path, other: Path) -> dict[str, list[str]]:
+    """Lines per group: workflow, stages (keys), results (digests), metrics, environment."""
+    files = read_run_file(one), read_run_file(other)
+    states = fold(read(one)), fold(read(other))
+    groups: dict[str, list[str]] = {
+        "workflow": _changes(files[0].get("workflow", {}), files[1].get("workflow", {})),
+        "stages": [],
+        "results": [],
+        "metrics": [],
+        "environment": _changes(_environment(files[0]), _environment(files[1])),
+    }
+    for name in dict.fromkeys((*states[0].stages, *states[1].stages)):
+        left, right = states[0].stages.get(name), states[1].stages.get(name)
+        if left is None or right is None:
+            groups["stages"].append(f"{name}: only in {(one if right is None else other).name}")
+            continue
+        before, after = _components(store, left), _components(store, right)
+        if left.key != right.key and before and after:
+            groups["stages"] += [f"{name}: {line}" for line in explain(before, after)]
+        if left.digest and right.digest and left.digest != right.digest:
+            groups["results"].append(f"{name}: {left.digest[:12]} → {right.digest[:12]}")
+        elif bool(left.digest) != bool(right.digest):
+            groups["results"].append(f"{name}: {left.state} → {right.state}")
+        for metric in dict.fromkeys((*left.summary, *right.summary)):
+            values = left.summary.get(metric), right.summary.get(metric)
+            if values[0] != values[1] and not (values[0] != values[0] and values[1] != values[1]):
+                texts = ["(none)" if value is None else metric_text(value) for value in values]
+                groups["metrics"].append(f"{name}: {metric}: {texts[0]} → {texts[1]}")
+    return groups
+
+
+def _components(store: Store, stage: StageState) -> Mapping[str, Any] | None:
+    if stage.components is not None or stage.key is None:
+        return stage.components
+    artifact = store.load(stage.key)
+    return None if artifact is None else artifact.components
+
+
+def _environment(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The environment record without what differs in every run."""
+    record = data.get("environment", {})
+    ignored = ("argv", "pid", "time", "started", "hostname", "diff")
+    return {name: value for name, value in record.items() if name not in ignored} if isinstance(record, dict) else {}
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [line.removeprefix("parameters.") for line in explain({"parameters": old}, {"parameters": new})]

@@ -1,0 +1,128 @@
+"""`polytrope reproduce`, `verify-resume` and `card`: runs computed again and compared; a model described for others."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from polytrope.pipeline.commands.common import find_run, open_store, print_table, store_address, workflow_of
+from polytrope.pipeline.engine.driver import new_run_id
+from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
+from polytrope.pipeline.proof.reproduce import Comparison, reproduce_run
+
+_SHOWN = 12  # lines of one kind
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    """Everything is computed again in a store of its own; exit code 1 if a result is another one."""
+    store = open_store(options)
+    directory = find_run(store, options.run)
+    place = Path(options.into) if options.into else store.root / "reproductions" / new_run_id()
+    rows = reproduce_run(
+        store,
+        directory,
+        place,
+        stage=options.stage,
+        executor=options.executor,
+        tolerance=options.tolerance,
+        display="auto",
+    )
+    print()
+    table = [[row.stage, (row.before or "-")[:12], (row.after or "-")[:12], row.verdict] for row in rows]
+    print_table(["stage", "digest then", "digest now", "verdict"], table)
+    different = [row for row in rows if row.verdict not in ("identical", "taken over", "measured")]
+    if different:
+        _explain(different[0], options.tolerance)
+    else:
+        _print_harmless(rows)
+    count = sum(row.verdict == "identical" for row in rows)
+    computed = sum(row.verdict != "taken over" for row in rows)
+    print(f"\n{count} of {computed} results are bit-equal to run {directory.name}")
+    if different or options.into:
+        print(f"the new results are in {place}")
+    else:
+        shutil.rmtree(place)  # the same bytes are in the run's own store
+    return EXIT_SUCCESS if all(row.accepted for row in rows) else EXIT_RUN_FAILED
+
+
+def _print_harmless(rows: Sequence[Comparison]) -> None:
+    """What is other than recorded and changed nothing."""
+    lines = list(dict.fromkeys(line for row in rows for line in row.harmless))
+    if lines:
+        print("\nother than recorded, without an effect on these results:")
+    for line in lines[:_SHOWN]:
+        print(f"  {line}")
+    if len(lines) > _SHOWN:
+        print(f"  and {len(lines) - _SHOWN} more")
+
+
+def _explain(row: Comparison, tolerance: float) -> None:
+    """What can be said about the first stage that is another one."""
+    print(f"\nfirst difference: {row.stage}")
+    if row.files:
+        print(f"  files: {', '.join(row.files[:_SHOWN])}" + " …" * (len(row.files) > _SHOWN))
+    for line in row.causes[:_SHOWN]:
+        print(f"  because {line}")
+    if len(row.causes) > _SHOWN:
+        print(f"  and {len(row.causes) - _SHOWN} more: polytrope diff")
+    if not row.causes:
+        print("  code, parameters, data, packages and threads are as recorded: the stage itself is not deterministic")
+    for line in row.metrics[:_SHOWN]:
+        print(f"  {line}")
+    if row.verdict == "within tolerance":
+        judgement = "accepted: the environment is another one" if row.excused else "not accepted: bytes should be equal"
+        print(f"  all metrics agree within {tolerance:g} ({judgement})")
+
+
+def verify_resume(options: argparse.Namespace) -> int:
+    """The workflow undisturbed and disturbed, in two stores of their own; exit code 1 if a result is another one."""
+    from polytrope.pipeline.proof.verify_resume import verify_resume as run_both
+    from polytrope.pipeline.workflow.graph import build_graph
+
+    workflow = workflow_of(options)
+    build_graph(workflow)  # refuse what `run` would refuse, before anything starts
+    command = [options.workflow, "--quiet", "--no-tracking"]
+    command += [f"--set={override}" for override in options.overrides]
+    for name in ("executor", "ray_address", "concurrency"):
+        if getattr(options, name) is not None:
+            command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
+    address = store_address(options, workflow)
+    root = Path(options.into or (".polytrope" if "://" in address else address)).absolute()
+    place = root if options.into else root / "verify-resume" / new_run_id()
+    if place.exists():
+        raise UserError(f"--into {place}: exists already", "name a new directory")
+    rows = run_both(command, place, kill_workers=workflow.ray_address is None, say=lambda line: print(line, flush=True))
+    print()
+    table = [
+        [
+            row.stage,
+            (row.undisturbed or "-")[:12],
+            (row.disturbed or "-")[:12],
+            "identical" if row.equal else "different" if row.completions <= 1 else f"completed {row.completions} times",
+        ]
+        for row in rows
+    ]
+    print_table(["stage", "undisturbed", "disturbed", "verdict"], table)
+    equal = all(row.equal for row in rows)
+    print(
+        f"\n{sum(row.equal for row in rows)} of {len(rows)} results are bit-equal; no finished stage ran again" * equal
+    )
+    if equal and not options.into:
+        shutil.rmtree(place)
+    else:
+        print(f"both runs are in {place}")
+    return EXIT_SUCCESS if equal else EXIT_RUN_FAILED
+
+
+def card(options: argparse.Namespace) -> int:
+    """Write a model card."""
+    from polytrope.pipeline.proof.card import write_card
+
+    store = open_store(options)
+    directory = find_run(store, options.run)
+    output = Path(options.output or f"card-{directory.name}.md")
+    write_card(store, directory, output, options.stage)
+    print(f"wrote {output}")
+    return EXIT_SUCCESS

@@ -1,0 +1,133 @@
+"""`polytrope run`, `resume` and `cancel`: drive a run, go on with it, ask its driver to stop."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from polytrope.pipeline.commands.common import (
+    find_run,
+    open_store,
+    read_run_file,
+    run_directories,
+    store_address,
+    workflow_of,
+)
+from polytrope.pipeline.engine.driver import CANCEL_FILE, RunOptions
+from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
+from polytrope.pipeline.launch.launch import Display, exit_code
+from polytrope.pipeline.launch.launch import run as launch
+from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.runs.record import run_status
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.support.files import replace_file
+from polytrope.pipeline.workflow.spec import Workflow
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check, then run to the end."""
+    workflow = workflow_of(options)
+    state = launch(
+        workflow,
+        store=store_address(options, workflow),
+        run_id=options.run_id,
+        display=_display(options),
+        overrides=options.overrides,
+        options=RunOptions(force=frozenset(options.force), verify=options.verify, faults=options.inject_faults),
+    )
+    return exit_code(state)
+
+
+def _display(options: argparse.Namespace) -> Display:
+    return "quiet" if options.quiet else "auto"
+
+
+def resume(options: argparse.Namespace) -> int:
+    """Go on with one run, or with all that ended early."""
+    if options.address:
+        from polytrope.pipeline.commands import cluster
+
+        return cluster.resume(options)
+    store = open_store(options)
+    if not options.all:
+        return _resume(store, find_run(store, options.run), options)
+    waiting = [
+        directory
+        for directory in reversed(run_directories(store))
+        if run_status(directory) in ("failed", "cancelled", "interrupted")
+    ]
+    if not waiting:
+        print(f"there is nothing to resume in {store.address}")
+    codes = []
+    for directory in waiting:
+        try:
+            codes.append(_resume(store, directory, options))
+        except UserError as error:  # one that cannot go on does not keep the others from it
+            print(f"polytrope: {error}", file=sys.stderr)
+            codes.append(EXIT_RUN_FAILED)
+    return max(codes, default=EXIT_SUCCESS)
+
+
+def _resume(store: Store, directory: Path, options: argparse.Namespace) -> int:
+    record = read_run_file(directory)
+    data = dict(record.get("workflow") or {})
+    for name in ("ray_address", "concurrency"):
+        if getattr(options, name) is not None:
+            data[name] = getattr(options, name)
+    if options.keep_going:
+        data["fail_fast"] = False
+    if options.no_tracking:
+        data["tracking"] = {**data.get("tracking", {}), "enabled": False}
+    source = record.get("source")
+    origin = Path(record.get("directory") or Path.cwd())
+    workflow = Workflow.from_dict(
+        data,
+        directory=origin if origin.is_dir() else Path.cwd(),
+        source=Path(source) if source else None,
+    )
+    state = launch(
+        workflow,
+        executor=options.executor or record.get("executor"),
+        store=store.address,
+        run_id=directory.name,
+        resume=True,
+        display=_display(options),
+        overrides=record.get("overrides", []),
+        options=RunOptions(
+            force=frozenset(options.force),
+            start_from=options.from_stage,
+            allow_code_change=options.allow_code_change,
+            faults=options.inject_faults,
+        ),
+    )
+    return exit_code(state)
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """Leave a request in the run's directory; the driver looks for it every second."""
+    if options.address:
+        from polytrope.pipeline.commands import cluster
+
+        return cluster.cancel(options)
+    store = open_store(options)
+    directory = find_run(store, options.run)
+    if run_status(directory) not in ("running", "pending"):
+        print(f"run {directory.name} is {run_status(directory)}: nothing to cancel")
+        return EXIT_SUCCESS
+    by = f"polytrope cancel by {os.environ.get('USER', 'somebody')} on {socket.gethostname()}"
+    replace_file(directory / CANCEL_FILE, json.dumps({"by": by, "time": time.time()}).encode())
+    store.push_run(directory.name)
+    end = time.monotonic() + options.wait
+    while time.monotonic() < end:
+        store.pull_run(directory.name)
+        if fold(read(directory)).done or run_status(directory) != "running":
+            print(f"run {directory.name} is {run_status(directory)}; go on: polytrope resume {directory.name}")
+            return EXIT_SUCCESS
+        time.sleep(0.2)
+    print(f"run {directory.name} was asked to stop and has not answered within {options.wait:g} s", file=sys.stderr)
+    return EXIT_RUN_FAILED

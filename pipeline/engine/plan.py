@@ -1,0 +1,248 @@
+"""What a run would do, stage by stage, and why: compares each stage's key with the store and with the last run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Any, Literal, Protocol
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.executors.base import LOOK_AHEAD, Capacity, needs
+from polytrope.pipeline.runs.history import Past
+from polytrope.pipeline.workflow.conditions import condition_stages
+from polytrope.pipeline.workflow.graph import StageNode, condition_holds
+from polytrope.pipeline.workflow.keys import explain, key_components, stage_key
+
+Action = Literal["hit", "run", "unknown", "skip"]
+_DONE = ("succeeded", "cached")
+
+
+class Artifact(Protocol):
+    """What a plan needs of `StoredArtifact`."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def components(self) -> Mapping[str, Any]: ...
+    @property
+    def summary(self) -> Mapping[str, float]: ...
+    @property
+    def run_id(self) -> str: ...
+    @property
+    def duration(self) -> float: ...
+
+
+class ArtifactStore(Protocol):
+    """What a plan needs of `Store`: the artifact with a key, verified (`find`) or as its manifest says (`load`)."""
+
+    def find(self, key: str) -> Artifact | None: ...
+    def load(self, key: str) -> Artifact | None: ...
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One line of a plan.
+
+    Args:
+        name: of the node.
+        action: hit (stored), run, skip (`when:`), unknown (depends on what an earlier stage makes).
+        reasons: why, one or several short texts.
+        key: None if an input is not known yet.
+        predicted: seconds that the stage took last time, None if it never ran.
+        repeats: it ran before with this very key, so the result is expected to be the same.
+    """
+
+    name: str
+    action: Action
+    reasons: list[str]
+    key: str | None = None
+    predicted: float | None = None
+    repeats: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages in order."""
+
+    stages: dict[str, PlannedStage] = field(default_factory=dict)
+
+    def count(self, *actions: Action) -> int:
+        return sum(stage.action in actions for stage in self.stages.values())
+
+    @property
+    def to_run(self) -> list[PlannedStage]:
+        """Stages that will or may run."""
+        return [stage for stage in self.stages.values() if stage.action in ("run", "unknown")]
+
+    def predicted(
+        self, graph: Mapping[str, StageNode], capacity: Capacity | None = None, concurrency: int | None = None
+    ) -> float | None:
+        """Seconds until all stages have ended, started in order as soon as inputs and resources allow.
+
+        Args:
+            graph: the nodes.
+            capacity: what running stages share; None: unlimited, which gives the longest path.
+            concurrency: how many run at a time, at most.
+
+        Returns:
+            None if the duration of a stage that will run is not known.
+        """
+        seconds = {stage.name: 0.0 for stage in self.stages.values()}
+        for stage in self.to_run:
+            if stage.predicted is None:
+                return None
+            seconds[stage.name] = stage.predicted
+        names = list(graph)
+        position = {name: index for index, name in enumerate(names)}
+        missing = {name: len(node.dependencies) for name, node in graph.items()}
+        followers: dict[str, list[str]] = {name: [] for name in graph}
+        for name, node in graph.items():
+            for source in node.dependencies:
+                followers[source].append(name)
+        ready = [position[name] for name in names if missing[name] == 0]  # heaps, both
+        running: list[tuple[float, int]] = []
+        used, now = (0.0, 0.0), 0.0
+
+        def end(index: int) -> None:
+            for follower in followers[names[index]]:
+                missing[follower] -= 1
+                if missing[follower] == 0:
+                    heappush(ready, position[follower])
+
+        while ready or running:
+            waiting: list[int] = []
+            while ready and len(waiting) < LOOK_AHEAD:
+                index = heappop(ready)
+                name, resources = names[index], graph[names[index]].resources
+                if seconds[name] == 0.0:  # stored or skipped
+                    end(index)
+                elif running and (
+                    len(running) == concurrency or (capacity is not None and not capacity.holds(used, resources))
+                ):
+                    waiting.append(index)
+                else:
+                    cpus, gpus = needs(resources)
+                    used = (used[0] + cpus, used[1] + gpus)
+                    heappush(running, (now + seconds[name], index))
+            for index in waiting:
+                heappush(ready, index)
+            if running:
+                now, index = heappop(running)
+                cpus, gpus = needs(graph[names[index]].resources)
+                used = (used[0] - cpus, used[1] - gpus)
+                end(index)
+        return now
+
+
+def make_plan(
+    graph: Mapping[str, StageNode],
+    store: ArtifactStore,
+    *,
+    params: Mapping[str, Any] | None = None,
+    history: Mapping[str, Iterable[Past]] | None = None,
+    force: Collection[str] = (),
+) -> Plan:
+    """Compare every node with the store; nothing is written or started.
+
+    Args:
+        graph: from `build_graph`.
+        store: the artifacts.
+        params: the workflow's parameters, for `when:`.
+        history: node name → its past, newest first, for the reasons and the predicted times.
+        force: stage or node names that run in any case.
+    """
+    plan: dict[str, PlannedStage] = {}
+    digests: dict[str, str] = {}
+    summaries: dict[str, Mapping[str, float]] = {}
+    for name, node in graph.items():
+        past = list((history or {}).get(name, ()))
+        predicted = next((item.duration for item in past if item.duration is not None), None)
+        decided = _dependencies(node, plan)
+        if decided is None:
+            decided = _condition(node, params or {}, plan, summaries)
+        if decided is not None:
+            action, reasons = decided
+            plan[name] = PlannedStage(name, action, reasons, None, predicted)
+            continue
+        components = key_components(node, _digests(node, digests))
+        key = stage_key(components)
+        artifact = store.find(key)
+        if artifact is not None and name not in force and node.spec_name not in force:
+            digests[name], summaries[name] = artifact.digest, artifact.summary
+            plan[name] = PlannedStage(name, "hit", [f"stored by run {artifact.run_id}"], key, artifact.duration)
+        else:
+            reasons = ["forced"] if artifact is not None else _reasons(key, components, past, store)
+            repeats = artifact is not None or any(item.key == key and item.state in _DONE for item in past)
+            plan[name] = PlannedStage(name, "run", reasons, key, predicted, repeats)
+    return Plan(plan)
+
+
+def _dependencies(node: StageNode, plan: Mapping[str, PlannedStage]) -> tuple[Action, list[str]] | None:
+    """Whether an upstream stage that runs or is skipped decides already."""
+    pending: list[str] = []
+    for label in node.inputs:
+        sources = _sources(node, label)
+        kind = node.definition.inputs[label]
+        if kind == "required" and sources and plan[sources[0]].action == "skip":
+            return "skip", [f"its input {label} comes from {sources[0]}, which is skipped"]
+        if any(plan[source].action in ("run", "unknown") for source in sources):
+            pending.append(label)
+    if not pending:
+        return None
+    names = " and ".join(pending)
+    upstream = [plan[source] for label in pending for source in _sources(node, label)]
+    if any(stage.action == "run" and not stage.repeats for stage in upstream):
+        return "run", [f"input {names} will be computed"]
+    return "unknown", [f"input {names} will be computed again, perhaps with the same result"]
+
+
+def _sources(node: StageNode, label: str) -> list[str]:
+    """Names of the nodes behind one input."""
+    value = node.inputs[label]
+    return [value] if isinstance(value, str) else list((value or {}).values())
+
+
+def _condition(
+    node: StageNode,
+    params: Mapping[str, Any],
+    plan: Mapping[str, PlannedStage],
+    summaries: Mapping[str, Mapping[str, float]],
+) -> tuple[Action, list[str]] | None:
+    if node.when is None:
+        return None
+    if condition_stages(node.when) and any(plan[name].action in ("run", "unknown") for name in node.after):
+        return "unknown", [f"depends on `{node.when}`, known when {', '.join(node.after)} has ended"]
+    try:
+        holds = condition_holds(node, params, summaries)
+    except UserError as error:
+        return "skip", [error.message]
+    return None if holds else ("skip", [f"`when: {node.when}` does not hold"])
+
+
+def _digests(node: StageNode, digests: Mapping[str, str]) -> dict[str, str | dict[str, str] | None]:
+    """Digest of every input; a skipped optional input is None, a skipped branch of a fan-in is left out."""
+    result: dict[str, str | dict[str, str] | None] = {}
+    for label, value in node.inputs.items():
+        if isinstance(value, dict):
+            result[label] = {branch: digests[name] for branch, name in value.items() if name in digests}
+        else:
+            result[label] = digests.get(value) if value else None
+    return result
+
+
+def _reasons(key: str, components: Mapping[str, Any], past: list[Past], store: ArtifactStore) -> list[str]:
+    if not past:
+        return ["first run"]
+    same = [item for item in past if item.key == key]
+    if same:
+        if any(item.state in _DONE for item in same):
+            return ["its artifact is missing or damaged"]
+        return [f"did not finish in run {same[0].run_id} ({same[0].state})"]
+    for item in past:
+        before = item.components
+        if before is None and item.key is not None and (artifact := store.load(item.key)) is not None:
+            before = artifact.components
+        if before is not None:
+            return explain(before, components) or ["its key changed"]
+    return [f"did not finish in run {past[0].run_id} ({past[0].state})"]

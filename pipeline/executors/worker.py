@@ -1,0 +1,377 @@
+"""What happens inside the process that runs a stage, the same for every executor: call the function, seal its output.
+
+The driver sends a `StageTask` and gets an `Outcome`; nothing else passes between them. Imports stay small: with the
+local executor most stages start as a fork of a process that has imported this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import errno
+import json
+import os
+import pickle
+import random
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.executors.system_metrics import sampled
+from polytrope.pipeline.stage import (
+    RETURNED_STAGES,
+    Artifact,
+    EventWriter,
+    Resources,
+    StageContext,
+    StageDefinition,
+    load_stage,
+)
+from polytrope.pipeline.store.manifest import FileEntry, build_manifest, seal
+from polytrope.pipeline.store.open import open_store
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.support.secret_values import hide_in, hider
+from polytrope.pipeline.workflow.graph import StageNode, resolve_parameters
+
+ErrorKind = Literal["user", "error", "timeout", "worker lost", "store", "cancelled"]
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class StageError:
+    """Why an attempt failed. `kind` decides about a retry: `user` and `store` are never retried."""
+
+    kind: ErrorKind
+    message: str
+    hint: str = ""
+    type: str = ""  # class of the exception
+    traceback: str = ""  # of the stage's own frames
+
+    def to_dict(self) -> dict[str, str]:
+        return {
+            "kind": self.kind, "class": self.type, "message": self.message, "hint": self.hint,
+            "traceback": self.traceback,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an attempt: an error, or summary metrics and the sealed files. `duration` in seconds.
+
+    `stages`: those that the stage returned, by name.
+    """
+
+    error: StageError | None = None
+    summary: dict[str, float] = field(default_factory=dict)
+    entries: list[FileEntry] = field(default_factory=list)
+    duration: float = 0.0
+    stages: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """One attempt at one stage, picklable.
+
+    Args:
+        identifier: unique within the driver.
+        components: of the key, for the manifest.
+        uses: the stage function.
+        parameters: (field values, names of the fields that were given).
+        inputs: by input name.
+        output, scratch, spool, log: where it writes.
+        directory: the workflow file's; the working directory of the stage, so that relative paths mean the same
+            in its `fingerprint` and when it runs.
+        search_path: the driver's `sys.path`.
+        environment: variables that the stage gets on every host.
+        secrets: values for `${env.NAME}`; never shown.
+        store: address of the store that the result goes to.
+        reserved: the executor keeps the task's own process free of resources (`StageOptions.parallel`).
+    """
+
+    identifier: int
+    run_id: str
+    stage: str
+    key: str
+    components: dict[str, Any]
+    attempt: int
+    uses: str
+    parameters: tuple[dict[str, Any], set[str]]
+    inputs: dict[str, Artifact | dict[str, Artifact] | None]
+    output: Path
+    scratch: Path
+    spool: Path
+    log: Path
+    executor: Literal["local", "ray"]
+    resources: Resources
+    parallel: bool
+    directory: Path
+    store: str
+    search_path: tuple[str, ...]
+    environment: dict[str, str]
+    secrets: dict[str, str]
+
+
+def make_task(
+    node: StageNode,
+    *,
+    identifier: int,
+    run_id: str,
+    key: str,
+    components: dict[str, Any],
+    attempt: int,
+    inputs: dict[str, Artifact | dict[str, Artifact] | None],
+    output: Path,
+    scratch: Path,
+    run_directory: Path,
+    name: str,
+    executor: Literal["local", "ray"],
+    directory: Path,
+    store: str,
+) -> StageTask:
+    """The task of an attempt at `node`. `name`: the stage's name as a file name."""
+    values = {field_name: getattr(node.parameters, field_name) for field_name in type(node.parameters).model_fields}
+    return StageTask(
+        identifier=identifier,
+        run_id=run_id,
+        stage=node.name,
+        key=key,
+        components=components,
+        attempt=attempt,
+        uses=node.definition.uses,
+        parameters=(values, set(node.parameters.model_fields_set)),
+        inputs=inputs,
+        output=output,
+        scratch=scratch,
+        spool=run_directory / "spool" / name / str(attempt),
+        log=run_directory / "logs" / name / f"{attempt}.log",
+        executor=executor,
+        resources=node.resources,
+        parallel=node.definition.options.parallel,
+        directory=directory,
+        store=store,
+        search_path=(os.getcwd(), *(path for path in sys.path if path)),
+        environment=dict(node.environment),
+        secrets={variable: os.environ[variable] for variable in node.secrets if variable in os.environ},
+    )
+
+
+_definitions: dict[str, StageDefinition] = {}
+
+
+def preload(task: StageTask) -> None:
+    """Load the stage of a task once for all processes that are forked from this one."""
+    sys.path[:0] = [path for path in task.search_path if path not in sys.path]
+    definition = load_stage(task.uses)
+    _parameters(definition, task)  # fills the caches on the way
+    _definitions[task.uses] = definition
+
+
+def is_light() -> bool:
+    """Whether what this process imported may be imported before a fork: no threads, no large libraries."""
+    heavy = {"torch", "ray", "mlflow", "datasets", "numpy"} & sys.modules.keys()
+    if heavy or not os.path.isdir("/proc/self/task"):
+        return False
+    for _ in range(20):  # a thread that was joined is there for a moment yet
+        if len(os.listdir("/proc/self/task")) == 1:
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def run_task(task: StageTask) -> Outcome:
+    """Run the stage in this process. Every exception becomes an `Outcome`; prints go to where this process prints."""
+    started = time.monotonic()
+    task.output.mkdir(parents=True, exist_ok=True)
+    events = EventWriter(task.spool, task.secrets)
+    random.seed()  # this process may have run other stages, and with a seed
+    try:
+        store = open_store(task.store)
+        with _surroundings(task), store.scratch_mirrored(task.key):
+            definition = _definitions.get(task.uses) or load_stage(task.uses)
+            context = StageContext(
+                stage=task.stage,
+                run_id=task.run_id,
+                key=task.key,
+                attempt=task.attempt,
+                output=task.output,
+                scratch_directory=task.scratch,
+                executor=task.executor,
+                resources=task.resources,
+                events=events,
+            )
+            parameters = _parameters(definition, task)
+            os.chdir(task.directory)
+            inputs = _inputs_here(store, task)
+            with sampled(context):
+                summary = contextvars.copy_context().run(definition.call, context, parameters, inputs)
+            stages = _returned_stages(task)
+            with contextlib.suppress(OSError):  # most stages leave it empty, or have none
+                task.scratch.rmdir()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            entries = seal(task.output)
+            duration = time.monotonic() - started
+            manifest = build_manifest(
+                task.key, entries, components=task.components, summary=summary, stage=task.stage, run_id=task.run_id,
+                duration=duration,
+            )  # fmt: skip
+            store.deliver(task.output, entries, manifest)
+            return Outcome(None, summary, entries, duration, stages)
+    except BaseException as error:  # KeyboardInterrupt and SystemExit too: the driver decides what follows
+        described = describe_error(error, task.secrets)
+        print(described.traceback or described.message, file=sys.stderr, flush=True)
+        return Outcome(error=described, duration=time.monotonic() - started)
+    finally:
+        events.close()
+
+
+def _returned_stages(task: StageTask) -> dict[str, Any] | None:
+    """What the stage returned, with `${env.NAME}` where it wrote a secret."""
+    path = task.output / RETURNED_STAGES
+    if not path.exists():
+        return None
+    stages = read_returned_stages(path)
+    hidden: dict[str, Any] = hide_in(stages, hider(task.secrets), plain_keys=3)  # stages, fields, parameters
+    if hidden != stages:
+        path.write_text(json.dumps(hidden, indent=1))
+    return hidden
+
+
+def read_returned_stages(path: Path) -> dict[str, Any]:
+    """Name → stage, from the file in an artifact.
+
+    Raises:
+        UserError: a stage wrote something else there.
+    """
+    try:
+        stages = json.loads(path.read_bytes())
+    except ValueError:
+        stages = None
+    if not isinstance(stages, dict):
+        raise UserError(
+            f"{RETURNED_STAGES} is no JSON object", "return `Stages({name: {uses: …}})` instead of writing it"
+        )
+    return stages
+
+
+def _inputs_here(store: Store, task: StageTask) -> dict[str, Artifact | dict[str, Artifact] | None]:
+    """The inputs, with their files on this machine."""
+
+    def here(artifact: Artifact) -> Artifact:
+        return Artifact(store.materialize(artifact.path.parent.name), artifact.digest, artifact.stage)
+
+    if store.address == str(store.root):
+        return task.inputs
+    return {
+        name: {label: here(item) for label, item in value.items()} if isinstance(value, dict) else value and here(value)
+        for name, value in task.inputs.items()
+    }
+
+
+def _parameters(definition: StageDefinition, task: StageTask) -> BaseModel:
+    values, given = task.parameters
+    parameters = definition.parameters_model.model_construct(given, **values)
+    return resolve_parameters(parameters, {**os.environ, **task.secrets})
+
+
+@contextlib.contextmanager
+def _surroundings(task: StageTask) -> Iterator[None]:
+    """Working directory, module search path and environment of the driver; put back after the stage."""
+    directory, search_path = os.getcwd(), list(sys.path)
+    before = {name: os.environ.get(name) for name in task.environment}
+    driver_directory = task.search_path[0]
+    try:
+        if os.path.isdir(driver_directory):  # on another host it may be absent; there the package is installed
+            os.chdir(driver_directory)
+        known = set(sys.path)
+        sys.path[:0] = [path for path in task.search_path if path not in known]
+        os.environ.update(task.environment)
+        yield
+    finally:
+        os.chdir(directory)
+        sys.path[:] = search_path
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def describe_error(error: BaseException, secrets: Mapping[str, str]) -> StageError:
+    """An exception of a stage as the journal keeps it, without the values of secrets."""
+    hide = hider(secrets)
+    name = type(error).__name__
+    if isinstance(error, UserError):
+        return StageError("user", hide(error.message), hide(error.hint), name)
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return StageError("store", hide(str(error)), "free some space, then resume the run", name, hide(_frames(error)))
+    message = str(error).strip() or name
+    return StageError("error", hide(f"{name}: {message}" if message != name else name), "", name, hide(_frames(error)))
+
+
+def _frames(error: BaseException) -> str:
+    """The traceback from the stage function on; the engine's own frames above it are no news."""
+    frame: TracebackType | None = error.__traceback__
+    own = os.path.dirname(os.path.abspath(__file__))
+    engine = {os.path.join(own, name) for name in ("worker.py", "stage.py", "graph.py")}
+    while frame is not None and frame.tb_next is not None and frame.tb_frame.f_code.co_filename in engine:
+        frame = frame.tb_next
+    return "".join(traceback.format_exception(type(error), error, frame)).rstrip()
+
+
+def hide_secrets_in_file(path: Path, secrets: Mapping[str, str]) -> None:
+    """Rewrite a log without the values of secrets."""
+    if not secrets:
+        return
+    with contextlib.suppress(FileNotFoundError):
+        text = path.read_text(errors="surrogateescape")
+        hidden = hider(secrets)(text)
+        if hidden != text:
+            path.write_text(hidden, errors="surrogateescape")
+
+
+def dump(value: Any) -> bytes:
+    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def load_task(data: bytes) -> StageTask:
+    """Unpickle a task; its parameters may be of classes that only the driver's search path finds."""
+    search_path, body = pickle.loads(data)
+    known = set(sys.path)
+    sys.path[:0] = [path for path in search_path if path not in known]
+    task = pickle.loads(body)
+    assert isinstance(task, StageTask)
+    return task
+
+
+def dump_task(task: StageTask) -> bytes:
+    return dump((task.search_path, dump(task)))
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Send stdout and stderr of this process, down to the file descriptors, to the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(saved[0], 1)
+        os.dup2(saved[1], 2)
+        for item in (*saved, descriptor):
+            os.close(item)

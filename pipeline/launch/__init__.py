@@ -1,0 +1,1 @@
+"""From a workflow to a finished run: checks, display, tracking, other machines."""

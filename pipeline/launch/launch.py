@@ -1,0 +1,294 @@
+"""From a validated workflow to a finished run: the checks before the start, tracking, display, and the last words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from polytrope.pipeline.engine.driver import Observer, RunOptions, run_workflow
+from polytrope.pipeline.engine.returned import with_stored
+from polytrope.pipeline.errors import EXIT_CANCELLED, EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
+from polytrope.pipeline.executors import check_resources
+from polytrope.pipeline.launch.environment import record_environment
+from polytrope.pipeline.launch.progress import Progress, counts, summary_rows
+from polytrope.pipeline.runs.journal import ENDED_STATES, Event, RunState, fold
+from polytrope.pipeline.runs.spool import SpoolReader
+from polytrope.pipeline.store.open import open_store
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.support.files import replace_file
+from polytrope.pipeline.support.text import format_duration
+from polytrope.pipeline.tracking.process import check_tracking, failed_sync, start_sync, tracking_uri, wait_for_sync
+from polytrope.pipeline.workflow.draw import layout, svg
+from polytrope.pipeline.workflow.graph import StageNode, build_graph
+from polytrope.pipeline.workflow.references import resolve_environment
+from polytrope.pipeline.workflow.spec import Workflow
+
+Display = Literal["auto", "quiet", "none"]
+_SYNC_PATIENCE = 20.0  # seconds without progress that a finished run waits for MLflow
+_CACHED_PATIENCE = 1.5  # the same for a run that computed nothing
+
+
+def run(
+    workflow: Workflow,
+    *,
+    executor: Literal["local", "ray"] | None = None,
+    store: str | Path | None = None,
+    run_id: str | None = None,
+    resume: bool | None = None,
+    tracking: bool = True,
+    display: Display = "none",
+    overrides: Iterable[str] = (),
+    options: RunOptions | None = None,
+    observer: Observer | None = None,
+    graph: dict[str, StageNode] | None = None,
+    stream: TextIO | None = None,
+) -> RunState:
+    """Run a workflow, or go on with a run of it.
+
+    Args:
+        workflow: from `load_workflow`, or made in Python.
+        executor: instead of the workflow's.
+        store: instead of the workflow's.
+        run_id: of a new run, or of the one to go on with; None: a new one with a new id.
+        resume: True: the run must exist; False: it must not; None: either.
+        tracking: False: nothing is sent to MLflow.
+        display: auto: live on a terminal and line by line elsewhere; quiet: failures; none: nothing is printed.
+        overrides: what `--set` changed, for the record.
+        options: see `RunOptions`.
+        observer: called with every journal event.
+        graph: of the workflow, if it is built already.
+        stream: where to print; by default stdout.
+
+    Returns:
+        The final state; `status` is succeeded, failed or cancelled.
+
+    Raises:
+        UserError: refused; nothing was started.
+    """
+    graph = build_graph(workflow) if graph is None else graph
+    place = open_store(store if store is not None else workflow.store)
+    place.create()
+    tracked = tracking and workflow.tracking.enabled
+    if tracked and workflow.tracking.required:
+        _check_tracking(workflow, place)
+    _check_resources(workflow, graph, executor or workflow.executor)
+    session = _Session(workflow, graph, place, tracked, display, observer, stream)
+    environment = record_environment(workflow.directory, keep_diff=workflow.tracking.git_diff)
+    record = {"argv": sys.argv, "overrides": list(overrides), "environment": environment}
+    options = options or RunOptions()
+    try:
+        return run_workflow(
+            workflow,
+            graph,
+            place,
+            run_id=run_id,
+            resume=resume,
+            executor=executor,
+            observer=session.observe,
+            on_start=session.start,
+            options=replace(options, record={**record, **options.record}),
+        )
+    finally:
+        session.end()
+
+
+def exit_code(state: RunState) -> int:
+    """Of the command, for a final state."""
+    return {"succeeded": EXIT_SUCCESS, "cancelled": EXIT_CANCELLED}.get(state.status, EXIT_RUN_FAILED)
+
+
+def _check_tracking(workflow: Workflow, store: Store) -> None:
+    uri = tracking_uri(workflow.tracking.uri, store.root)
+    try:
+        check_tracking(resolve_environment(uri, os.environ))
+    except UserError as error:
+        place = workflow.where("tracking", "uri")
+        ways = "or go on and send everything later: `--set tracking.required=false`; or without MLflow: `--no-tracking`"
+        raise UserError(f"{place}: {error.message}", f"{error.hint}; {ways}" if error.hint else ways) from None
+
+
+def _check_resources(workflow: Workflow, graph: dict[str, StageNode], executor: Literal["local", "ray"]) -> None:
+    try:
+        check_resources(graph, executor, workflow.ray_address)
+    except UserError as error:
+        field = error.message.partition(":")[0]
+        place = workflow.where(*field.split(".")) if field.startswith("stages.") else ""
+        location = place.removesuffix(field)
+        raise UserError(location + error.message, error.hint) from None
+
+
+class _Session:
+    """What accompanies one attempt: the display and the process that feeds MLflow."""
+
+    def __init__(
+        self,
+        workflow: Workflow,
+        graph: dict[str, StageNode],
+        store: Store,
+        tracked: bool,
+        display: Display,
+        observer: Observer | None,
+        stream: TextIO | None,
+    ) -> None:
+        self.workflow, self.graph, self.store = workflow, graph, store
+        self.tracked, self.display, self.stream = tracked, display, stream or sys.stdout
+        self.observer = observer
+        self.state = RunState()
+        self.directory: Path | None = None
+        self.progress: Progress | None = None
+        self.sync: Any = None
+        self.grown = False  # since the graph was drawn
+
+    def observe(self, event: Event) -> None:
+        """Every journal event; those of earlier attempts come before `start`."""
+        fold([event], self.state)
+        if event.type == "stages_returned":
+            self.grown = True
+        states = {stage.state for stage in self.state.stages.values()} if self.grown else set()
+        if self.grown and self.sync is not None and states <= ENDED_STATES:
+            self.grown = False
+            self._draw()
+        if self.progress is not None:
+            show_event(self.progress, event, self.state)
+        if self.observer is not None:
+            self.observer(event)
+
+    def start(self, directory: Path) -> None:
+        """Lease and journal are held: start tracking and the display."""
+        self.directory = directory
+        if self.tracked:
+            self._draw()
+            self.sync = start_sync(directory, self.workflow.tracking)
+        if self.display == "none":
+            return
+        if self.display != "quiet":
+            print(self._headline(), file=self.stream, flush=True)
+        self.progress = Progress(
+            self.graph, SpoolReader(directory / "spool"), stream=self.stream, quiet=self.display == "quiet"
+        )
+        for name, stage in self.state.stages.items():
+            if stage.state in ("succeeded", "cached") and name in self.progress.stages:
+                view = self.progress.stages[name]
+                view.state, view.duration, view.error = stage.state, stage.duration, "in an earlier attempt"
+        self.progress.__enter__()
+
+    def _draw(self) -> None:
+        """The graph, with the stages that were returned so far: MLflow shows it."""
+        assert self.directory is not None
+        keys = {name: stage.key for name, stage in self.state.stages.items() if stage.digest}
+        with contextlib.suppress(OSError, UserError):  # no run fails for want of a picture
+            _, graph = with_stored(self.workflow, self.graph, self.store, keys)
+            replace_file(self.directory / "graph.svg", svg(layout(graph)).encode(), durable=False)
+
+    def _headline(self) -> str:
+        attempt = "" if self.state.attempt <= 1 else f", attempt {self.state.attempt}"
+        return (
+            f"run {self.state.run_id}: {self.workflow.name}, {len(self.graph)} stages, "
+            f"{self.state.executor} executor{attempt}, store {self.store.address}"
+        )
+
+    def end(self) -> None:
+        """Stop the display, let MLflow catch up, and say what came out."""
+        if self.progress is not None:
+            self.progress.__exit__()
+        shown = self.display != "none" and self.directory is not None
+        if shown and self.directory is not None:
+            print_summary(self.state, self.store, self.directory, tracked=self.tracked, stream=self.stream)
+        if self.sync is None or self.directory is None:
+            return
+        problem = self._missing_in_mlflow(self.directory)
+        if problem is not None and shown:
+            print(f"MLflow has not received everything: {problem}", file=self.stream)
+            print(f"  → polytrope sync {self.directory.name}{_store_option(self.store)}", file=self.stream)
+
+    def _missing_in_mlflow(self, directory: Path) -> str | None:
+        """Wait for MLflow; not long if nothing was computed: the process then ends by itself a little later."""
+        if all(stage.state in ("cached", "skipped") for stage in self.state.stages.values()):
+            return failed_sync(self.sync, directory, _CACHED_PATIENCE)
+        return wait_for_sync(self.sync, directory, _SYNC_PATIENCE)
+
+
+def show_event(progress: Progress, event: Event, state: RunState) -> None:
+    """One journal event on the display."""
+    name = event.stage
+    if event.type == "stages_returned":
+        for further in event.get("stages", []):
+            progress.stage_state(further, "pending")
+    if name is None or not event.type.startswith("stage_"):
+        return
+    stage = state.stages[name]
+    if event.type == "stage_waiting":
+        progress.stage_event(name, 1, {"kind": "message", "text": stage.reason or "waits"})
+        return
+    detail = ""
+    if stage.state == "cached":
+        detail = f"from run {stage.hit_from}"
+    elif stage.state in ("skipped", "cancelled"):
+        detail = stage.reason or ""
+    elif stage.state == "retrying":
+        detail = f"{_message(stage.error)}; again in {event.get('delay', 0):g} s"
+    elif stage.state == "failed":
+        detail = _message(stage.error)
+    progress.stage_state(name, stage.state, attempt=max(1, stage.attempt), duration=stage.duration, detail=detail)
+
+
+def _message(error: dict[str, Any] | None) -> str:
+    return str((error or {}).get("message", "")).strip()
+
+
+def print_summary(
+    state: RunState,
+    store: Store,
+    directory: Path,
+    *,
+    tracked: bool,
+    stream: TextIO,
+) -> None:
+    """Status, metrics, report, failures with what to do next, and where to browse."""
+
+    def say(text: str = "") -> None:
+        print(text, file=stream)
+
+    took = "" if state.started is None or state.ended is None else f" in {format_duration(state.ended - state.started)}"
+    stages = counts(stage.state for stage in state.stages.values())
+    say()
+    say(f"run {directory.name} {state.status}{took if state.attempt <= 1 else ''}: {stages}")
+    summaries = {name: stage.summary for name, stage in state.stages.items()}
+    rows = summary_rows(summaries)
+    width = max((len(row[0]) for row in rows), default=0)
+    for name, text in rows[:40]:
+        say(f"  {name.ljust(width)}  {text}")
+    for stage in state.stages.values():
+        if stage.state == "failed":
+            say(f"\n{stage.name} failed: {_message(stage.error)}")
+            hint = (stage.error or {}).get("hint")
+            if hint:
+                say(f"  → {hint}")
+            if stage.log:
+                say(f"  log: {directory / stage.log}")
+    for report in _reports(state, store):
+        say(f"report: {report}")
+    option = _store_option(store)
+    if tracked:
+        say(f"MLflow: polytrope ui{option}")
+    if state.status != "succeeded":
+        say(f"go on: polytrope resume {directory.name}{option}")
+    stream.flush()
+
+
+def _store_option(store: Store) -> str:
+    return "" if store.root == Path(".polytrope").absolute() else f" --store {store.address}"
+
+
+def _reports(state: RunState, store: Store) -> list[Path]:
+    found = []
+    for stage in state.stages.values():
+        artifact = store.load(stage.key) if stage.key and stage.digest else None
+        if artifact is not None:
+            found += [artifact.path / entry["path"] for entry in artifact.files if entry["path"] == "report.html"]
+    return found

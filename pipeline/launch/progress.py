@@ -1,0 +1,244 @@
+"""What a person sees while a workflow runs: a live table on a terminal, single lines elsewhere, results at the end."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TextIO
+
+from polytrope.pipeline.runs.journal import ENDED_STATES
+from polytrope.pipeline.support.text import format_duration, metric_text
+
+LINE_INTERVAL = 15.0  # seconds between two progress lines of one stage where there is no terminal
+_REFRESH = 0.25  # seconds between two looks at the events of running stages
+_MARKS = {
+    "pending": ("·", "dim"),
+    "running": ("▶", "bold cyan"),
+    "retrying": ("↻", "yellow"),
+    "succeeded": ("✔", "green"),
+    "cached": ("✔", "bright_green"),
+    "failed": ("✘", "bold red"),
+    "skipped": ("–", "dim"),
+    "cancelled": ("■", "yellow"),
+}
+
+SpoolEvent = tuple[str, int, Mapping[str, Any]]
+
+
+class EventSource(Protocol):
+    """`SpoolReader` of `polytrope.pipeline.runs.spool`: (stage, attempt, event) for everything new."""
+
+    def read_new(self) -> Iterable[SpoolEvent]: ...
+
+
+@dataclass
+class StageView:
+    """What is known of one stage, for display. Times are of the monotonic clock."""
+
+    name: str
+    state: str = "pending"
+    attempt: int = 1
+    started: float | None = None
+    duration: float | None = None
+    done: float = 0.0
+    total: float = 0.0
+    message: str = ""
+    error: str = ""
+    printed: float = field(default=0.0, repr=False)
+
+
+class Progress:
+    """Collects state changes and stage events, and shows them; a thread of its own reads the events.
+
+    Args:
+        names: all stages, in order.
+        source: where the stages' events come from.
+        stream: terminal or file.
+        live: redraw a table (None: if `stream` is a terminal).
+        quiet: show failures only.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        source: EventSource | None = None,
+        *,
+        stream: TextIO | None = None,
+        live: bool | None = None,
+        quiet: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stages = {name: StageView(name) for name in names}
+        self._source = source
+        self._stream = stream or sys.stdout
+        self._live = (self._stream.isatty() if live is None else live) and not quiet
+        self._quiet = quiet
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._display: Any = None
+
+    def __enter__(self) -> Progress:
+        if self._live:
+            from rich.console import Console
+            from rich.live import Live
+
+            self._display = Live(
+                console=Console(file=self._stream), get_renderable=self.table, refresh_per_second=4, transient=False
+            )
+            self._display.start()
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join(timeout=5)
+        self.poll()
+        if self._display is not None:
+            self._display.stop()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(_REFRESH):
+            self.poll()
+
+    def poll(self) -> None:
+        """Read and show what the stages have said since the last call."""
+        if self._source is not None:
+            for stage, attempt, event in self._source.read_new():
+                self.stage_event(stage, attempt, event)
+
+    def stage_state(
+        self,
+        name: str,
+        state: str,
+        *,
+        attempt: int = 1,
+        duration: float | None = None,
+        detail: str = "",
+    ) -> None:
+        """A state change. `detail`: error text, reason of a skip, or the run a cached result came from."""
+        with self._lock:
+            view = self.stages.setdefault(name, StageView(name))
+            if view.state == state and view.attempt == attempt:
+                return
+            view.state, view.attempt = state, attempt
+            if state == "running":
+                view.started, view.duration, view.done, view.total, view.message = self._clock(), None, 0.0, 0.0, ""
+            if state in ENDED_STATES:
+                own = None if view.started is None else self._clock() - view.started
+                view.duration = duration if duration is not None else own
+            if state in ("failed", "retrying", "skipped", "cached", "cancelled"):
+                view.error = detail
+        if state != "pending" and (not self._quiet or state == "failed"):
+            self._line(view, self._state_text(view))
+
+    def stage_event(self, name: str, attempt: int, event: Mapping[str, Any]) -> None:
+        """An event of `EventWriter`: progress and messages are shown, the rest is for MLflow."""
+        with self._lock:
+            view = self.stages.setdefault(name, StageView(name))
+            if attempt < view.attempt or view.state in ENDED_STATES:
+                return
+            kind = event.get("kind")
+            if kind == "progress":
+                view.done, view.total = float(event.get("done", 0)), float(event.get("total", 0))
+                view.message = str(event.get("message", ""))
+            elif kind == "message":
+                view.message = str(event.get("text", ""))
+            else:
+                return
+            due = self._clock() - view.printed >= LINE_INTERVAL
+        if kind == "message" or due:
+            self._line(view, self._progress_text(view))
+
+    def _line(self, view: StageView, text: str) -> None:
+        view.printed = self._clock()
+        if self._live or (self._quiet and view.state != "failed"):
+            return
+        try:
+            print(f"{time.strftime('%H:%M:%S')}  {view.name}: {text}", file=self._stream, flush=True)
+        except OSError:  # a closed terminal or pipe must not end the run
+            self._quiet = True
+
+    def _state_text(self, view: StageView) -> str:
+        text = view.state
+        if view.state == "running" and view.attempt > 1:
+            text += f" (attempt {view.attempt})"
+        if view.state in ("succeeded", "failed") and view.duration is not None:
+            text += f" after {format_duration(view.duration)}"
+        if view.error and view.state in ("failed", "retrying", "skipped", "cached", "cancelled"):
+            text += f": {view.error.strip().splitlines()[0]}"  # the whole text ends the run's output, once
+        return text
+
+    def _progress_text(self, view: StageView) -> str:
+        parts = []
+        if view.total:
+            parts.append(f"{view.done:g}/{view.total:g}")
+        if view.message:
+            parts.append(view.message)
+        return " · ".join(parts) or view.state
+
+    def table(self) -> Any:
+        """The rich table of all stages; of very many, those that are running or went wrong, and counts."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 1))
+        for justify in ("left", "left", "left", "right", "left", "left"):
+            table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        with self._lock:
+            shown, hidden = self._visible()
+            for view in shown:
+                mark, style = _MARKS.get(view.state, ("?", ""))
+                running = view.state in ("running", "retrying")
+                seconds = self._clock() - view.started if running and view.started is not None else view.duration
+                bar: Any = ""
+                if running:
+                    bar = ProgressBar(total=view.total or None, completed=view.done, width=22, pulse=not view.total)
+                detail = view.error.split("\n")[0] if view.error and view.state != "running" else view.message
+                table.add_row(
+                    Text(mark, style=style),
+                    Text(view.name, style="bold" if running else ""),
+                    Text(view.state if view.attempt == 1 else f"{view.state} ({view.attempt})", style=style),
+                    "" if seconds is None else format_duration(seconds),
+                    bar,
+                    Text(detail, style="red" if view.state == "failed" else "", overflow="ellipsis"),
+                )
+        for state, count in hidden.items():
+            table.add_row("", Text(f"… {count} {state}", style="dim"), "", "", "", "")
+        return table
+
+    def _visible(self) -> tuple[list[StageView], dict[str, int]]:
+        views = list(self.stages.values())
+        if len(views) <= 40:
+            return views, {}
+        important = [view for view in views if view.state in ("running", "retrying", "failed")][:30]
+        hidden: dict[str, int] = {}
+        for view in views:
+            if all(view is not item for item in important):
+                hidden[view.state] = hidden.get(view.state, 0) + 1
+        return important, hidden
+
+
+def counts(states: Iterable[str]) -> str:
+    """`5 succeeded, 2 cached, 1 failed`, in the order of the life of a stage."""
+    found: dict[str, int] = {}
+    for state in states:
+        found[state] = found.get(state, 0) + 1
+    return ", ".join(f"{found[state]} {state}" for state in _MARKS if state in found)
+
+
+def summary_rows(summaries: Mapping[str, Mapping[str, float]], limit: int = 8) -> list[list[str]]:
+    """stage, `name value · name value …` for every stage that returned metrics."""
+    rows = []
+    for stage, metrics in summaries.items():
+        if metrics:
+            shown = [f"{name} {metric_text(float(value))}" for name, value in list(metrics.items())[:limit]]
+            rows.append([stage, " · ".join(shown) + (" …" if len(metrics) > limit else "")])
+    return rows

@@ -1,0 +1,1 @@
+"""A finished run repeated, disturbed, described."""

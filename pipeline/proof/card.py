@@ -1,0 +1,283 @@
+"""A model card from the record of a run: data, model, activation, training, results, environment, how to reproduce."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from polytrope.pipeline.data.lineage import read_lineage
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.runs.journal import RunState, fold, read
+from polytrope.pipeline.store.manifest import StoredArtifact
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.support.pages import count, render_page
+from polytrope.pipeline.support.text import metric_text, suggest
+from polytrope.pipeline.tracking.names import flatten
+
+_TEMPLATE = Path(__file__).with_name("card.html")
+_PACKAGES = ("polytrope", "torch", "deepspeed", "ray", "numpy", "tokenizers", "datasets", "safetensors")
+_CURVES = 12  # of the activation plot
+
+
+@dataclass
+class Section:
+    """A heading, text, rows of a table (the first is its head), and a picture (PNG)."""
+
+    title: str
+    text: str = ""
+    table: list[list[str]] = field(default_factory=list)
+    code: str = ""
+    picture: bytes | None = None
+
+
+def write_card(store: Store, directory: Path, output: Path, stage: str | None = None) -> None:
+    """Write the card of a run's model to `output` (.md with the picture beside it, or self-contained .html).
+
+    Args:
+        store: that holds the run. directory: of the run.
+        output: the file.
+        stage: that made the model; by default the last one that made one.
+
+    Raises:
+        UserError: no such model, or a place that cannot be written.
+    """
+    if output.suffix not in (".md", ".html"):
+        raise UserError(f"--output {output}: the name must end in .md or .html")
+    state = fold(read(directory))
+    name, model = _model(store, state, directory.name, stage)
+    record = json.loads((directory / "workflow.json").read_bytes())
+    sections = [
+        _data(store, state, model),
+        _architecture(model),
+        _activation(model),
+        _training(model),
+        _lineage(model),
+        _results(store, state, model),
+        _use(model),
+        _environment(store, model, record),
+        _reproduce(directory.name, name, model, record),
+    ]
+    title = f"{record['workflow']['name']}: {name}"
+    summary = str(record["workflow"].get("description") or "")
+    shown = [section for section in sections if section is not None]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.suffix == ".html":
+            page = render_page(_TEMPLATE, title=title, summary=summary, sections=shown)
+            output.write_text(page, encoding="utf-8")
+        else:
+            output.write_text(_markdown(title, summary, shown, output), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from None
+
+
+def _artifacts(store: Store, state: RunState) -> dict[str, StoredArtifact]:
+    """Stage → artifact, for those that are stored."""
+    found = {name: store.load(stage.key) for name, stage in state.stages.items() if stage.key and stage.digest}
+    return {name: artifact for name, artifact in found.items() if artifact is not None}
+
+
+def _model(store: Store, state: RunState, run_id: str, stage: str | None) -> tuple[str, StoredArtifact]:
+    models = {
+        name: artifact
+        for name, artifact in _artifacts(store, state).items()
+        if (artifact.path / "model.json").exists() and (artifact.path / "model.safetensors").exists()
+    }
+    if not models:
+        raise UserError(f"run {run_id} made no model", "name a run with a finished `train` or `convert` stage")
+    if stage is not None and stage not in models:
+        raise UserError(f"--stage {stage}: made no model in run {run_id}", suggest(stage, list(models)))
+    name = stage or list(models)[-1]
+    return name, models[name]
+
+
+def _inputs(artifact: StoredArtifact) -> dict[str, Any]:
+    return dict(artifact.components.get("inputs") or {})
+
+
+def _by_digest(store: Store, state: RunState, digest: Any) -> StoredArtifact | None:
+    return next((item for item in _artifacts(store, state).values() if item.digest == digest), None)
+
+
+def _read(artifact: StoredArtifact, name: str) -> Any:
+    path = artifact.path / name
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def _rows(values: Mapping[str, Any]) -> list[list[str]]:
+    flat = {key: value for key, value in flatten(values).items() if value not in ("", "null", "{}", "[]")}
+    return [["", ""], *([key, value] for key, value in flat.items())]
+
+
+def _data(store: Store, state: RunState, model: StoredArtifact) -> Section | None:
+    dataset = _by_digest(store, state, _inputs(model).get("dataset"))
+    if dataset is None:
+        return None
+    description = _read(dataset, "dataset.json") or {}
+    columns = ("documents", "bytes", "tokens", "samples", "images")
+    used = [column for column in columns if any(column in part for part in description.get("splits", {}).values())]
+    table = [["split", *used]]
+    for split, part in description.get("splits", {}).items():
+        table.append([split, *(f"{part[column]:,}" if column in part else "" for column in used)])
+    source = dataset.components.get("parameters", {}).get("source")
+    tokenizer = description.get("tokenizer") or {}
+    text = f"`{description.get('name', dataset.stage)}`"
+    if source:
+        text += f", from {', '.join(f'{key} {value}' for key, value in flatten(source).items() if value != 'null')}"
+    if tokenizer:
+        text += f"; tokenizer {tokenizer.get('kind')} with {tokenizer.get('vocab_size'):,} tokens"
+    return Section("Data", f"{text}. Digest `{dataset.digest}`.", table)
+
+
+def _architecture(model: StoredArtifact) -> Section:
+    description = _read(model, "model.json")
+    config = {key: value for key, value in description["config"].items() if key != "activation"}
+    text = f"{description['architecture']} with {description.get('parameters', 0):,} parameters."
+    return Section("Model", text, _rows(config))
+
+
+def _activation(model: StoredArtifact) -> Section:
+    """What the activations of the blocks are now, drawn from the stored weights."""
+    from polytrope.pipeline.stages.evaluate.shapes import describe_activation
+
+    config = _read(model, "model.json")["config"].get("activation")
+    return Section("Activation", f"{describe_activation(config)}.", picture=_draw_activations(model.path))
+
+
+def _draw_activations(directory: Path) -> bytes:
+    import torch
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from polytrope.models.checkpoint import load_model
+    from polytrope.pipeline.stages.evaluate.shapes import activation_modules
+
+    modules = activation_modules(load_model(directory))
+    step = -(-len(modules) // _CURVES)
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    x = torch.linspace(-4, 4, 161)
+    for index, (name, module) in list(enumerate(modules))[::step]:
+        channels = next((p.shape[0] for p in module.parameters() if p.dim() > 1), 1)  # coefficients per channel
+        with torch.no_grad():
+            y = module(x[:, None].expand(-1, channels)).mean(-1)
+        axes.plot(x.numpy(), y.numpy(), label=name, color=(0.0, 0.2 + 0.6 * index / max(1, len(modules)), 0.7))
+    axes.grid(color="#e4e8ee")
+    axes.set_xlabel("input")
+    axes.set_ylabel("output")
+    axes.legend(fontsize=7, frameon=False)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _training(model: StoredArtifact) -> Section:
+    parameters = {
+        key: value for key, value in (model.components.get("parameters") or {}).items() if key not in ("model",)
+    }
+    text = f"Stage `{model.stage}` (`uses: {model.components.get('uses')}`), {model.duration:.0f} s."
+    history = [entry for entry in _read(model, "history.json") or [] if entry.get("val/loss") is not None]
+    if history:
+        points = dict.fromkeys(
+            f"{entry['val/loss']:.4f} at step {entry['step']}" for entry in (history[0], history[-1])
+        )
+        text += f" Validation loss {', '.join(points)}."
+    return Section("Training", text, _rows(parameters))
+
+
+def _lineage(model: StoredArtifact) -> Section:
+    """What it was made from, and what all of that was trained on."""
+    lineage = read_lineage(model.path)
+    seen = f"{count(lineage.tokens)} tokens" if lineage.tokens is not None else f"{count(lineage.samples)} samples"
+    text = f"Trained on {seen} in all, those of the models it was made from included."
+    if lineage.unknown:
+        text = f"Made from a model from elsewhere; {seen} are what it was trained on here."
+    rows = [["made from", "digest"], *([ancestor.stage, ancestor.digest] for ancestor in lineage.ancestors)]
+    return Section("Lineage", text, rows if lineage.ancestors else [])
+
+
+def _use(model: StoredArtifact) -> Section:
+    """How to load it, and what it is not for."""
+    text = (
+        "A research model: it says what its training data says, and was checked for nothing but the results above. "
+        "It was trained at one size on one data set; what holds here need not hold elsewhere."
+    )
+    code = (
+        "from polytrope.models.checkpoint import load_model\n"
+        f'model = load_model("{model.path.name}")  # the directory of the artifact: polytrope export, or the store\n'
+        "outputs = model(inputs)"
+    )
+    return Section("Use and limits", text, code=code)
+
+
+def _results(store: Store, state: RunState, model: StoredArtifact) -> Section | None:
+    """Of every evaluation that read this model, with the other models beside it."""
+    for artifact in _artifacts(store, state).values():
+        labels = _inputs(artifact).get("models")
+        if not isinstance(labels, dict) or model.digest not in labels.values():
+            continue
+        if (evaluation := _read(artifact, "evaluation.json")) is None:
+            continue
+        shown = [
+            key
+            for key in ("loss", "perplexity", "bits_per_byte", "top1", "top5", "calibration_error")
+            if any(result.get(key) is not None for result in evaluation["models"].values())
+        ]
+        table = [["", *shown]]
+        for label, result in evaluation["models"].items():
+            mark = " (this model)" if labels.get(label) == model.digest else ""
+            table.append(
+                [label + mark, *(metric_text(result[key]) if result.get(key) is not None else "" for key in shown)]
+            )
+        protocol = ", ".join(f"{key} {value}" for key, value in evaluation.get("protocol", {}).items())
+        return Section("Results", f"On validation data that no training read: {protocol}.", table)
+    return None
+
+
+def _environment(store: Store, model: StoredArtifact, record: Mapping[str, Any]) -> Section:
+    """Of the run that computed the model."""
+    with contextlib.suppress(OSError):  # that run may be gone; the one at hand used the same bytes
+        record = json.loads((store.run_directory(model.run_id) / "workflow.json").read_bytes())
+    environment = record.get("environment") or {}
+    packages, git = environment.get("packages") or {}, environment.get("git") or {}
+    rows = {name: packages[name] for name in _PACKAGES if name in packages}
+    rows |= {key: str(environment[key]) for key in ("python", "platform", "processor") if environment.get(key)}
+    rows |= {"usable cores": str(environment.get("usable_cores", "")), **(environment.get("threads") or {})}
+    if git:
+        rows["git commit"] = git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
+    return Section("Environment", "", _rows(rows))
+
+
+def _reproduce(run_id: str, name: str, model: StoredArtifact, record: Mapping[str, Any]) -> Section:
+    arguments = " ".join(Path(part).name if index == 0 else part for index, part in enumerate(record.get("argv") or []))
+    lines = [
+        "",
+        f"- made by: `{arguments}`",
+        f"- compute it again and compare: `polytrope reproduce {run_id} --stage '{name}'`",
+        f"- hash its files again: `polytrope verify {run_id}`",
+        f"- digest of the model: `{model.digest}`, stage key `{model.key}`",
+    ]
+    return Section("How to reproduce", "\n".join(lines))
+
+
+def _markdown(title: str, summary: str, sections: Sequence[Section], output: Path) -> str:
+    parts = [f"# {title}", summary]
+    for section in sections:
+        parts.append(f"## {section.title}")
+        parts.append(section.text.strip())
+        if section.table:
+            head, *rows = section.table
+            lines = [head, ["---"] * len(head), *rows]
+            parts.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines))
+        if section.code:
+            parts.append(f"```python\n{section.code}\n```")
+        if section.picture is not None:
+            picture = output.with_name(f"{output.stem}-{section.title.lower()}.png")
+            picture.write_bytes(section.picture)
+            parts.append(f"![{section.title}]({picture.name})")
+    return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,0 +1,425 @@
+"""Leases: at most one process at a time drives a run or computes a key, on one host or on many that share a directory.
+
+A lease is a file `lease-NUMBER` in a directory; the highest number holds. Files are created with `link`, which is
+atomic on NFS as well, and only their creator ever rewrites them. The number is the fencing token: whoever finds a
+higher one has lost the lease, and must not commit any more (`Lease.check`).
+
+A holder renews its file by a heartbeat. It is taken for dead when its process is gone (same host) or when its heartbeat
+stood still for `ttl` seconds *as watched here*: clocks of different hosts are never compared, and a clock that jumps
+does no harm. A key's lease has no heartbeat of its own: it points to the lease of the run that holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+import zlib
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from polytrope.pipeline.support.files import unique_name
+
+DEFAULT_TTL = 15.0  # seconds
+_KEPT = 3  # older numbers that stay, so that a slow contender sees them
+_FILE = re.compile(r"lease-(\d+)")
+
+
+class RemoteDirectory(Protocol):
+    """A place for lease files that is no directory of this machine; `create` writes only what does not exist."""
+
+    def names(self) -> list[str]: ...
+    def read(self, name: str) -> bytes | None: ...
+    def create(self, name: str, data: bytes) -> bool: ...
+    def replace(self, name: str, data: bytes) -> None: ...
+    def remove(self, name: str) -> None: ...
+    def __truediv__(self, name: str) -> RemoteDirectory: ...
+
+
+LeasePlace = Path | RemoteDirectory
+
+
+class LeaseLostError(RuntimeError):
+    """Another process took the lease over; this one must stop without committing anything."""
+
+
+class LeaseHeldError(RuntimeError):
+    """Somebody else holds the lease. `holder` tells who."""
+
+    def __init__(self, holder: LeaseRecord) -> None:
+        super().__init__(f"held by {holder.describe()}")
+        self.holder = holder
+
+
+@dataclass(frozen=True)
+class LeaseRecord:
+    """What a lease file says. `beat` counts heartbeats; `via` is the run directory whose lease vouches for this one."""
+
+    number: int
+    owner: str
+    token: str
+    host: str
+    process: str
+    pid: int
+    beat: int
+    renewed: float
+    ttl: float
+    released: bool = False
+    via: str | None = None
+    via_token: str = ""
+
+    def describe(self) -> str:
+        return f"{self.owner} (process {self.pid} on {self.host})"
+
+
+Liveness = Literal["free", "dead", "alive", "unknown"]
+
+
+@cache
+def _machine() -> str:
+    """Names this boot of this machine and this process namespace: only there can a process id be looked up."""
+    parts = [socket.gethostname()]
+    for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        with contextlib.suppress(OSError):
+            parts.append(os.readlink(path) if path.endswith("ns/pid") else Path(path).read_text().strip())
+    return "/".join(parts)
+
+
+def _process_start(pid: int) -> str | None:
+    """Start time of a process in clock ticks, None if there is no such process (or it is a zombie)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+        try:  # no /proc: the process id alone must do
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            return ""
+        return ""
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+@cache
+def _own_identity(pid: int) -> str:
+    return f"{_machine()} {pid} {_process_start(pid)}"
+
+
+def _process_is_gone(record: LeaseRecord) -> bool:
+    machine, pid, start = record.process.rsplit(" ", 2)
+    return machine == _machine() and str(_process_start(int(pid))) != start
+
+
+def _parse(data: bytes | None) -> LeaseRecord | None:
+    """The record in a lease file; None if there is none, or if its bytes are not those written."""
+    try:
+        fields: dict[str, Any] = json.loads(data or b"")
+        checksum = fields.pop("checksum")
+        record = LeaseRecord(**fields)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return record if checksum == _checksum(fields) else None
+
+
+def _encode(record: LeaseRecord) -> bytes:
+    data = vars(record)
+    return json.dumps({**data, "checksum": _checksum(data)}).encode()
+
+
+def _checksum(data: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(data, sort_keys=True).encode())
+
+
+def _name(number: int) -> str:
+    return f"lease-{number:06d}"
+
+
+def _numbers(directory: LeasePlace) -> list[int]:
+    if not isinstance(directory, Path):
+        names = directory.names()
+    else:
+        try:
+            names = os.listdir(directory)
+        except FileNotFoundError:
+            return []
+    return sorted(int(match.group(1)) for name in names if (match := _FILE.fullmatch(name)))
+
+
+def _bytes(directory: LeasePlace, number: int) -> bytes | None:
+    """What the lease file says, None if there is none."""
+    if not isinstance(directory, Path):
+        return directory.read(_name(number))
+    try:
+        return (directory / _name(number)).read_bytes()
+    except OSError:
+        return None
+
+
+def _remove(directory: LeasePlace, number: int) -> None:
+    if not isinstance(directory, Path):
+        directory.remove(_name(number))
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            (directory / _name(number)).unlink()
+
+
+def current(directory: LeasePlace) -> LeaseRecord | None:
+    """The record of the highest number, None if nobody ever held this lease."""
+    numbers = _numbers(directory)
+    return _parse(_bytes(directory, numbers[-1])) if numbers else None
+
+
+def liveness(record: LeaseRecord | None, root: LeasePlace | None = None) -> Liveness:
+    """What can be said about a holder at once. `unknown`: its heartbeat must be watched (`Lease.acquire` does).
+
+    Args:
+        record: the one with the highest number.
+        root: where a relative `via` starts.
+    """
+    if record is None or record.released:
+        return "free"
+    if record.via is not None:
+        holder = current((root or Path()) / record.via)
+        if holder is None or holder.token != record.via_token or holder.released:
+            return "dead"
+        return liveness(holder)
+    if _process_is_gone(record):
+        return "dead"
+    age = time.time() - record.renewed
+    return "alive" if 0 <= age < record.ttl else "unknown"
+
+
+def is_held(directory: LeasePlace) -> bool:
+    """Whether somebody seems to be alive behind this lease (a stopped holder counts as alive for its `ttl`)."""
+    return liveness(current(directory)) == "alive"
+
+
+def is_alive(directory: LeasePlace) -> bool:
+    """Like `is_held`, but a holder of whom nothing certain is known (another host) is watched for up to its `ttl`."""
+    holder = current(directory)
+    state = liveness(holder)
+    return state == "alive" or (
+        state == "unknown" and holder is not None and not _is_dead(True, directory, holder, None)
+    )
+
+
+class HolderWatch:
+    """Watches a holder's heartbeat with this process's own clock, a glance per call."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[int, int] | None = None
+        self._since = 0.0
+        self.moved = False
+
+    def stands_still(self, directory: LeasePlace, holder: LeaseRecord, root: LeasePlace | None = None) -> bool:
+        """Whether the heartbeat has not moved for the holder's `ttl` seconds of calls, or its run has let go."""
+        now = current((root or Path()) / holder.via) if holder.via is not None else current(directory)
+        if now is None or now.released or (holder.via is not None and now.token != holder.via_token):
+            return True
+        if self._seen != (now.number, now.beat):
+            self.moved = self._seen is not None
+            self._seen, self._since = (now.number, now.beat), time.monotonic()
+        return time.monotonic() - self._since >= now.ttl
+
+
+class Lease:
+    """A lease that this process holds. Make one with `Lease.acquire`."""
+
+    def __init__(self, directory: LeasePlace, record: LeaseRecord) -> None:
+        self.directory = directory
+        self.record = record
+        self._written = _encode(record)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lost = False
+        self._lock = threading.Lock()
+
+    @property
+    def number(self) -> int:
+        """The fencing token: grows with every holder of this directory."""
+        return self.record.number
+
+    @classmethod
+    def acquire(
+        cls,
+        directory: LeasePlace,
+        owner: str,
+        ttl: float = DEFAULT_TTL,
+        *,
+        heartbeat: bool = True,
+        watch: bool | HolderWatch = True,
+        via: tuple[LeasePlace, str, str] | None = None,
+    ) -> Lease:
+        """Take the lease, or take it over from a dead holder.
+
+        Args:
+            directory: created if need be.
+            owner: shown to others, such as `run 20261123-…`.
+            ttl: seconds without heartbeat after which others may take over.
+            heartbeat: renew in a thread every `ttl / 3` seconds until `release`.
+            watch: a holder of whom nothing certain is known is watched for up to `ttl` seconds; a `HolderWatch`: only
+                what it saw in earlier calls counts; False: refused at once.
+            via: (root, run directory below it, token of its lease) that vouch for this lease instead of a heartbeat.
+
+        Raises:
+            LeaseHeldError: the holder is alive, or another process won the race.
+        """
+        root = via[0] if via else None
+        for _ in range(100):
+            if isinstance(directory, Path):
+                try:
+                    directory.mkdir(parents=True, exist_ok=True)
+                except FileExistsError:
+                    if directory.exists() and not directory.is_dir():
+                        raise
+                    continue  # removed, and maybe made again, by other contenders in this very moment
+            numbers = _numbers(directory)
+            data = _bytes(directory, numbers[-1]) if numbers else None
+            if data is None and numbers:
+                continue  # removed since it was listed: others have moved on
+            holder = _parse(data)
+            state = liveness(holder, root)
+            if state == "unknown" and holder is not None and _is_dead(watch, directory, holder, root):
+                state = "dead"
+            if holder is not None and state in ("alive", "unknown"):
+                raise LeaseHeldError(holder)
+            record = LeaseRecord(
+                number=(numbers[-1] if numbers else 0) + 1,
+                owner=owner,
+                token=unique_name(),
+                host=socket.gethostname(),
+                process=_own_identity(os.getpid()),
+                pid=os.getpid(),
+                beat=0,
+                renewed=time.time(),
+                ttl=ttl,
+                via=via[1] if via else None,
+                via_token=via[2] if via else "",
+            )
+            seen = current(directory) if numbers else None
+            if (seen and seen.token) != (holder and holder.token):
+                continue  # somebody moved meanwhile
+            if _create(directory, record) and _numbers(directory)[-1:] == [record.number]:
+                lease = cls(directory, record)
+                for number in numbers[: 1 - _KEPT]:
+                    _remove(directory, number)
+                if heartbeat and via is None:
+                    lease._start_heartbeat()
+                return lease
+        winner = current(directory)
+        if winner is None:
+            raise OSError(f"cannot create a lease in {directory}")
+        raise LeaseHeldError(winner)
+
+    def check(self) -> None:
+        """Prove from the disk that the lease is still held.
+
+        Raises:
+            LeaseLostError: another process took over.
+        """
+        if self._lost or _numbers(self.directory)[-1:] != [self.number] or not self._is_on_disk():
+            self._lost = True
+            winner = current(self.directory)
+            raise LeaseLostError(
+                f"the lease {self.directory} was taken over" + (f" by {winner.describe()}" if winner else "")
+            )
+
+    def _is_on_disk(self) -> bool:
+        data = _bytes(self.directory, self.number)
+        if data == self._written:  # the usual case, without parsing
+            return True
+        record = _parse(data)
+        return record is not None and record.token == self.record.token
+
+    @property
+    def lost(self) -> bool:
+        try:
+            self.check()
+        except LeaseLostError:
+            return True
+        return False
+
+    def release(self, *, remove: bool = False) -> None:
+        """Let go, so that others need not wait. `remove`: delete the directory too, if its numbers need not be kept."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self.lost:
+            return
+        if remove:
+            for number in _numbers(self.directory):
+                _remove(self.directory, number)
+            if isinstance(self.directory, Path):
+                with contextlib.suppress(OSError):  # another contender is already in it
+                    self.directory.rmdir()
+        else:
+            self._renew(released=True)
+
+    def _renew(self, *, released: bool = False) -> None:
+        with self._lock:
+            record = replace(self.record, beat=self.record.beat + 1, renewed=time.time(), released=released)
+            data = _encode(record)  # the file of this number is written by this process only
+            if isinstance(self.directory, Path):
+                temporary = self.directory / f".{_name(self.number)}.{unique_name()}"
+                temporary.write_bytes(data)
+                os.rename(temporary, self.directory / _name(self.number))
+            else:
+                self.directory.replace(_name(self.number), data)
+            self.record, self._written = record, data
+
+    def _start_heartbeat(self) -> None:
+        self._thread = threading.Thread(target=self._beat, name="polytrope-lease", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self.record.ttl / 3):
+            with contextlib.suppress(OSError):  # a full disk must not end a run; `check` decides what may be committed
+                if self.lost:
+                    return
+                self._renew()
+
+
+def _create(directory: LeasePlace, record: LeaseRecord) -> bool:
+    if not isinstance(directory, Path):
+        return directory.create(_name(record.number), _encode(record))
+    path = directory / _name(record.number)
+    temporary = directory / f".{path.name}.{unique_name()}"
+    try:
+        temporary.write_bytes(_encode(record))
+    except FileNotFoundError:  # the directory was removed by a holder that released it
+        return False
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        return False
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+    return True
+
+
+def _is_dead(watch: bool | HolderWatch, directory: LeasePlace, holder: LeaseRecord, root: LeasePlace | None) -> bool:
+    if isinstance(watch, HolderWatch):
+        return watch.stands_still(directory, holder, root)
+    patient = HolderWatch()
+    deadline = time.monotonic() + holder.ttl * 1.5
+    while watch and time.monotonic() < deadline:
+        if patient.stands_still(directory, holder, root):
+            return True
+        if patient.moved:
+            return False
+        time.sleep(min(0.2, holder.ttl / 20))
+    return False

@@ -1,0 +1,1 @@
+"""The `convert` stage: classical activations become learnable ones."""

@@ -1,0 +1,145 @@
+"""Calibration data for any kind of model, and how a batch of it goes through the model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polytrope.pipeline.errors import UserError
+
+Batch = dict[str, Tensor]
+_LONGEST = 256
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """The first tensor of the model's output for a batch; models of this package take their input by position.
+
+    Images come in float32 and go in with the type of the model's weights.
+    """
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    moved = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    output = model(next(iter(moved.values()))) if hasattr(model, "architecture") else model(**moved)
+    if isinstance(output, Tensor):
+        return output
+    first = output[0]
+    assert isinstance(first, Tensor)
+    return first
+
+
+def documentation_sentences() -> list[str]:
+    """English sentences of the documentation that comes with CPython: text that every machine has."""
+    from pydoc_data import topics
+
+    found: list[str] = []
+    for name in sorted(topics.topics):
+        for paragraph in re.split(r"\n\s*\n", topics.topics[name]):
+            if not paragraph.lstrip().startswith((">>>", "*", "+", "|")):
+                flat = " ".join(paragraph.split())
+                found += [part for part in re.split(r"(?<=[.!?])\s+(?=[A-Z])", flat) if 40 <= len(part) <= 300]
+    return [text for text in dict.fromkeys(found) if text[0].isupper() and text[-1] in ".!?"]
+
+
+def read_texts(paths: Sequence[Path]) -> list[str]:
+    """One text per line of the files.
+
+    Raises:
+        UserError: a file that cannot be read, or no text at all.
+    """
+    texts: list[str] = []
+    for path in paths:
+        try:
+            texts += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--data {path} cannot be read as text: {error}", "give UTF-8 text files") from error
+    if not texts:
+        raise UserError("--data: the files hold no text", "give UTF-8 text files with one text per line")
+    return texts
+
+
+def tokenizer_of(directory: Path) -> Any:
+    """The `tokenizer.json` of a model directory, None if it has none."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing more special
+        raise UserError(f"{path} cannot be read as a tokenizer: {error}", "copy it again from the model") from error
+
+
+def text_batches(tokenizer: Any, texts: Sequence[str], batch_size: int, longest: int, keywords: bool) -> list[Batch]:
+    """Texts of similar length together, padded to the longest of the batch.
+
+    Args:
+        longest: tokens after which a text is cut.
+        keywords: with an attention mask, for models of transformers; otherwise `input_ids` alone, without padding: the
+            texts run on into each other, as in the training of language models.
+    """
+    if keywords:
+        tokenizer.enable_truncation(min(longest, _LONGEST))
+        tokenizer.enable_padding()
+        ordered = sorted(texts, key=len)
+        batches = []
+        for start in range(0, len(ordered), batch_size):
+            encoded = tokenizer.encode_batch(ordered[start : start + batch_size])
+            batches.append(
+                {
+                    "input_ids": torch.tensor([entry.ids for entry in encoded]),
+                    "attention_mask": torch.tensor([entry.attention_mask for entry in encoded]),
+                }
+            )
+        return batches
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    stream = [token for entry in tokenizer.encode_batch(list(texts)) for token in entry.ids]
+    length = min(longest, _LONGEST, len(stream))
+    rows = torch.tensor(stream[: len(stream) // length * length]).reshape(-1, length)
+    return [{"input_ids": part} for part in rows.split(batch_size)]  # type: ignore[no-untyped-call]
+
+
+def array_batches(path: Path, batch_size: int, limit: int) -> list[Batch]:
+    """Rows of a `.npy` array: images `[n, channels, height, width]` float, or token ids `[n, length]` integer.
+
+    Raises:
+        UserError: not an array of one of these kinds.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data {path} cannot be read as an array: {error}", "save it with numpy.save") from error
+    if array.ndim == 4 and array.dtype.kind == "f":
+        name, dtype = "pixel_values", "float32"
+    elif array.ndim == 2 and array.dtype.kind in "iu":
+        name, dtype = "input_ids", "int64"
+    else:
+        raise UserError(
+            f"--data {path}: an array of shape {list(array.shape)} and type {array.dtype}",
+            "expected images [n, channels, height, width] as float, or token ids [n, length] as integers",
+        )
+    if not array.size:
+        raise UserError(f"--data {path}: an array of shape {list(array.shape)} holds nothing", "give at least one row")
+    rows = np.array(array[:limit], dtype=dtype)  # a copy: the file is mapped read-only
+    return [{name: torch.from_numpy(part)} for part in np.array_split(rows, -(-len(rows) // batch_size))]
+
+
+def longest_input(model: nn.Module, directory: Path) -> int:
+    """Positions the model has."""
+    config = getattr(model, "config", None)
+    for name in ("sequence_length", "n_positions", "max_position_embeddings"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value - 2 if name == "max_position_embeddings" else value  # RoBERTa's positions begin at 2
+    if (directory / "tokenizer_config.json").exists():
+        value = json.loads((directory / "tokenizer_config.json").read_text()).get("model_max_length")
+        if isinstance(value, int) and value < 1 << 20:
+            return value
+    return _LONGEST

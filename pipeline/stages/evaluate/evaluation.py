@@ -1,0 +1,283 @@
+"""Evaluate all models of the stage, one after the other, on the same samples."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polytrope.models.checkpoint import load_model, read_description
+from polytrope.models.convnext import normalise_images
+from polytrope.pipeline.data.description import Dataset, read_dataset
+from polytrope.pipeline.data.reader import open_split
+from polytrope.pipeline.data.tokenization import Tokenizer, same_tokenizer, tokenizer_from_json
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, StageContext
+from polytrope.pipeline.stages.evaluate.drift import block_cosines
+from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
+from polytrope.pipeline.stages.evaluate.scores import Scores, seeded_generator
+from polytrope.pipeline.stages.evaluate.shapes import describe_activation, measure_activations
+from polytrope.pipeline.stages.evaluate.token_bytes import byte_lengths
+from polytrope.pipeline.stages.evaluate.windows import WindowBatch, block_windows, sliding_windows
+
+FORMAT = 1
+
+
+def evaluate_models(
+    context: StageContext, dataset: Artifact, models: dict[str, Artifact], parameters: EvaluateParameters
+) -> dict[str, float]:
+    """Write `evaluation.json`; returns `LABEL/val_loss`, `LABEL/perplexity`, `LABEL/bits_per_byte`, … of all models.
+
+    A model that cannot be evaluated (it diverged, or does not fit the dataset) is a row with its `failure`.
+
+    Raises:
+        UserError: no model is left.
+    """
+    if not models:
+        raise UserError("the stages of all `models` were skipped", f"give `{context.stage}` the same `when:`")
+    torch.set_num_threads(parameters.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    description = read_dataset(dataset.path)
+    split = description.splits["validation"]
+    context.log_dataset("validation", dataset.digest, str(dataset.path), dict(split))
+    samples = min(parameters.samples or split.samples, split.samples)
+    if samples < 1:
+        raise UserError(f"the dataset of `{dataset.stage}` has no validation samples", "use a larger corpus")
+    task = Task(context, dataset, description, parameters, samples)
+    results: dict[str, Any] = {}
+    summary: dict[str, float] = {}
+    for index, (label, model) in enumerate(models.items()):
+        context.progress(index, len(models), label)
+        reference = models.get(parameters.drift.get(label, ""))
+        if reference is not None and recorded_failure(reference):
+            reference = None
+        failure = recorded_failure(model)
+        results[label] = _failed(model, failure) if failure else evaluate_one(task, label, model, reference)
+        if "failure" in results[label]:
+            context.message(f"{label}: {results[label]['failure']}")
+            continue
+        figures = metrics_of(label, results[label])
+        context.log_metrics(figures)
+        summary.update(figures)
+    context.progress(len(models), len(models), "")
+    if all("failure" in result for result in results.values()):
+        label, result = next(iter(results.items()))
+        raise UserError(
+            f"no model is left to evaluate; `{label}`: {result['failure']}",
+            f"look at the training of `{result['stage']}`",
+        )
+    content = {
+        "format": FORMAT,
+        "kind": description.kind,
+        "dataset": {
+            "name": description.name,
+            "digest": dataset.digest,
+            "tokenizer": dict(description.tokenizer) if description.kind == "text" else None,
+            "sequence_length": description.sequence_length if description.kind == "text" else None,
+            "class_names": description.class_names if description.kind == "images" else None,
+            "splits": {
+                name: {key: value for key, value in dict(part).items() if isinstance(value, int | float)}
+                for name, part in description.splits.items()
+            },
+        },
+        "unigram_entropy": description.unigram_entropy if description.kind == "text" else None,
+        "protocol": {"samples": samples, "stride": parameters.stride, "precision": parameters.precision},
+        "models": results,
+    }
+    (context.output / "evaluation.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    context.log_artifact("evaluation.json")
+    return summary
+
+
+def evaluate_one(task: Task, label: str, model: Artifact, reference: Artifact | None) -> dict[str, Any]:
+    """All figures of one model; if it cannot be evaluated, the reason: the others do not depend on it."""
+    try:
+        return task.evaluate(label, model, reference)
+    except UserError as error:
+        return _failed(model, error.message)
+    except (RuntimeError, ValueError, ArithmeticError, LookupError, OSError) as error:  # a shape, a number, a file
+        traceback.print_exc()
+        return _failed(model, f"{type(error).__name__}: {error}")
+
+
+def _failed(model: Artifact, reason: str) -> dict[str, Any]:
+    return {"stage": model.stage, "digest": model.digest, "failure": reason}
+
+
+def recorded_failure(model: Artifact) -> str | None:
+    """What `train` says of a training that diverged under `on_divergence: record`."""
+    path = model.path / "training.json"
+    failure = json.loads(path.read_text()).get("failure") if path.exists() else None
+    return None if failure is None else str(failure)
+
+
+def metrics_of(label: str, figures: dict[str, Any]) -> dict[str, float]:
+    """The figures of one model under their metric names."""
+    names = {
+        "loss": "val_loss",
+        "perplexity": "perplexity",
+        "bits_per_byte": "bits_per_byte",
+        "top1": "top1",
+        "top5": "top5",
+        "calibration_error": "calibration_error",
+    }
+    metrics = {f"{label}/{name}": figures[key] for key, name in names.items() if figures.get(key) is not None}
+    if "drift" in figures:
+        metrics[f"{label}/kl_divergence"] = figures["drift"]["kl_divergence"]
+        if figures["drift"].get("cosine"):
+            metrics[f"{label}/lowest_block_cosine"] = min(figures["drift"]["cosine"])
+    return metrics
+
+
+class Task:
+    """The validation data and the settings, shared by all models of the stage."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        dataset: Artifact,
+        description: Dataset,
+        parameters: EvaluateParameters,
+        samples: int,
+    ) -> None:
+        self.context, self.dataset, self.description = context, dataset, description
+        self.parameters, self.samples = parameters, samples
+        self.device = torch.device("cuda" if context.resources.gpus > 0 and torch.cuda.is_available() else "cpu")
+        self.reader = open_split(dataset.path, "validation")
+        self.images = description.kind == "images"
+        self.tokenizer: Tokenizer | None = None
+        if description.kind == "images":
+            self.outputs, self.of = description.classes, "classes"
+        else:
+            self.tokenizer = tokenizer_from_json((dataset.path / "tokenizer.json").read_text(encoding="utf-8"))
+            self.byte_lengths = byte_lengths(self.tokenizer)
+            self.outputs, self.of = self.tokenizer.vocab_size, "tokens"
+
+    def evaluate(self, label: str, artifact: Artifact, reference: Artifact | None) -> dict[str, Any]:
+        """All figures of one model."""
+        about = read_description(artifact.path)
+        self._check(label, artifact, about)
+        model = load_model(artifact.path, self.device)
+        other = load_model(reference.path, self.device) if reference else None
+        scores = Scores(self.parameters.calibration_bins, self.outputs if self.images else 0, self.outputs)
+        bytes_scored, started = 0, time.perf_counter()
+        for inputs, targets, mask in self._batches():
+            logits, flat = self._logits(model, inputs)[mask], targets[mask]
+            if logits.size(1) < self.outputs:
+                raise UserError(f"it has {logits.size(1)} outputs, the dataset {self.outputs} {self.of}")
+            scores.add(logits, flat, self._logits(other, inputs)[mask] if other is not None else None)
+            if not math.isfinite(scores.loss):
+                break
+            if not self.images:
+                bytes_scored += int(self.byte_lengths[flat.cpu().numpy()].sum())
+        seconds = time.perf_counter() - started
+        unit = "images" if self.images else "tokens"
+        if not math.isfinite(scores.loss):
+            return _failed(artifact, f"its validation loss is {scores.loss}")
+        self.context.log_metrics({f"{label}/{unit}_per_second": scores.count / seconds})
+        figures = scores.figures()
+        result: dict[str, Any] = {"stage": artifact.stage, "digest": artifact.digest, **figures}
+        result[unit] = scores.count
+        result["parameters"] = about["parameters"]
+        result["activation"] = describe_activation(about["config"].get("activation"))
+        if self.parameters.activation_samples:
+            inputs = next(iter(self._batches(min(self.samples, self.parameters.activation_samples))))[0]
+            result["layers"] = measure_activations(model, lambda: self._logits(model, inputs))
+            if other is not None:
+                cosines = block_cosines(
+                    model, other, lambda network: self._logits(network, inputs), features=1 if self.images else -1
+                )
+                result["drift"]["cosine"] = cosines
+        if self.tokenizer is not None:
+            result["bytes"] = bytes_scored
+            result["bits_per_byte"] = scores.loss / math.log(2) / bytes_scored if bytes_scored else None
+            result["sample"] = self._sample(model, self.tokenizer)
+        return result
+
+    def _check(self, label: str, artifact: Artifact, about: dict[str, Any]) -> None:
+        wanted = "convnext" if self.images else "gpt2"
+        if about["architecture"] != wanted:
+            raise UserError(
+                f"`{label}` is a {about['architecture']}, which cannot be evaluated on "
+                f"{self.description.kind} (`{self.dataset.stage}`)",
+                "give evaluate models and a dataset of one kind",
+            )
+        if self.images:
+            return
+        own = artifact.path / "tokenizer.json"
+        if not own.exists():
+            self.context.message(f"{label}: holds no tokenizer, so its tokens are taken to be those of the dataset")
+        elif not same_tokenizer(own, self.dataset.path / "tokenizer.json"):
+            raise UserError(
+                f"the tokenizer of `{label}` is not the one of `{self.dataset.stage}`",
+                "evaluate a model on a dataset that was sharded with its tokenizer",
+            )
+
+    def _batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Inputs, targets, and which targets count, on the device."""
+        size, stride = self.parameters.batch_size, self.parameters.stride
+        samples = self.samples if limit is None else limit
+        if limit is not None:
+            size = limit
+        if self.images:
+            for start in range(0, samples, size):
+                indices = np.arange(start, min(samples, start + size))
+                pixels, labels = self.reader.images(indices)  # type: ignore[attr-defined]
+                images = normalise_images(torch.from_numpy(pixels).float() / 255.0)
+                classes = torch.from_numpy(np.asarray(labels, dtype=np.int64))
+                yield self._move(images), self._move(classes), self._move(torch.ones(len(indices), dtype=torch.bool))
+            return
+        windows: Iterator[WindowBatch]
+        if stride is None or limit is not None:
+            windows = block_windows(self.reader.samples, samples, size)
+        else:
+            assert self.description.kind == "text"
+            length = self.description.sequence_length
+            windows = sliding_windows(self.reader.samples, samples, length, stride, size)
+        for batch in windows:
+            yield (
+                self._move(torch.from_numpy(batch.inputs.copy())),
+                self._move(torch.from_numpy(batch.targets.copy())),
+                self._move(torch.from_numpy(batch.scored)),
+            )
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+    @torch.no_grad()
+    def _logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        narrow = self.parameters.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16) if narrow else nullcontext():
+            logits: Tensor = model(inputs)
+        return logits
+
+    def _sample(self, model: nn.Module, tokenizer: Tokenizer) -> str:
+        """A seeded sample, up to the end of its document; on the CPU, so that every device draws the same."""
+        if self.parameters.sample_tokens == 0:
+            return ""
+        start = tokenizer.encode(self.parameters.prompt) or [tokenizer.end_of_text]
+        prompt = torch.tensor([start], dtype=torch.long)
+        produced = (
+            model.to("cpu")
+            .generate(  # type: ignore[operator]
+                prompt,
+                self.parameters.sample_tokens,
+                temperature=self.parameters.temperature,
+                top_k=self.parameters.top_k,
+                generator=seeded_generator(self.parameters.seed),
+            )[0, prompt.size(1) :]
+            .tolist()
+        )
+        if tokenizer.end_of_text in produced:
+            produced = produced[: produced.index(tokenizer.end_of_text)]
+        # an embedding may have more rows than the tokenizer has tokens
+        known = [token for token in produced if token < tokenizer.vocab_size]
+        return self.parameters.prompt + tokenizer.decode(known)

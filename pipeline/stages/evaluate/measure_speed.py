@@ -1,0 +1,39 @@
+"""The `measure_speed` stage: how fast models train and answer, and the memory they need, side by side on one machine.
+
+A stage of its own, because what a clock says cannot be reproduced: trainings and evaluations keep equal bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, StageContext, stage
+from polytrope.pipeline.stages.evaluate.parameters import MeasureSpeedParameters
+
+
+def check(_parameters: MeasureSpeedParameters, upstream: Mapping[str, Any]) -> None:
+    """Refuse a stage without models, before anything starts."""
+    if not upstream.get("models"):
+        raise UserError("measure_speed: no models", "name at least one under `inputs: models: {label: STAGE}`")
+
+
+@stage(
+    check=check,
+    measured=True,
+    code=(
+        "polytrope.pipeline.stages.evaluate.evaluation",
+        "polytrope.pipeline.stages.evaluate.speed",
+        "polytrope.pipeline.data.reader",
+        "polytrope.models",
+        "polytrope.ops",
+    ),
+)
+def measure_speed(
+    context: StageContext, dataset: Artifact, models: dict[str, Artifact], parameters: MeasureSpeedParameters
+) -> dict[str, float]:
+    """Measure training step, throughput, latency and memory of every model and write `speed.json`."""
+    from polytrope.pipeline.stages.evaluate.speed import measure_models
+
+    return measure_models(context, dataset, models, parameters)

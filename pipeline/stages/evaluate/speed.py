@@ -1,0 +1,161 @@
+"""Time of a training step, throughput and latency of the forward pass, and memory, for several models in turn."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polytrope.models.checkpoint import load_model
+from polytrope.models.convnext import normalise_images
+from polytrope.pipeline.data.description import read_dataset
+from polytrope.pipeline.data.reader import open_split
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, StageContext
+from polytrope.pipeline.stages.evaluate.evaluation import recorded_failure
+from polytrope.pipeline.stages.evaluate.parameters import MeasureSpeedParameters
+
+FORMAT = 1
+Batch = tuple[Tensor, Tensor]
+
+
+def measure_models(
+    context: StageContext, dataset: Artifact, models: dict[str, Artifact], parameters: MeasureSpeedParameters
+) -> dict[str, float]:
+    """Write `speed.json`; returns `LABEL/step_milliseconds`, … of all models.
+
+    The rounds go over all models in turn, so that whatever else the machine does meets all of them; the figures are
+    medians over the rounds. Failed trainings are left out.
+
+    Raises:
+        UserError: no model is left, or one does not fit the dataset.
+    """
+    torch.set_num_threads(parameters.threads)
+    device = torch.device("cuda" if context.resources.gpus > 0 and torch.cuda.is_available() else "cpu")
+    batch = read_batch(dataset, parameters.batch_size, device)
+    timers = {
+        label: Timer(load_model(model.path, device), batch, parameters.steps)
+        for label, model in models.items()
+        if recorded_failure(model) is None
+    }
+    if not timers:
+        raise UserError("no model is left to measure", "look at the trainings: all of them failed")
+    for number in range(-1, parameters.rounds):  # round -1 warms up
+        for index, (label, timer) in enumerate(timers.items()):
+            context.progress((number + 1) * len(timers) + index, (parameters.rounds + 1) * len(timers), label)
+            timer.measure(keep=number >= 0)
+    results = {label: timer.figures() for label, timer in timers.items()}
+    unit = "tokens" if batch[0].dtype == torch.int64 else "images"
+    content = {
+        "format": FORMAT,
+        "protocol": {**parameters.model_dump(), "device": device.type, "unit": unit, "units": units_of(batch)},
+        "models": results,
+    }
+    (context.output / "speed.json").write_text(json.dumps(content, indent=1) + "\n")
+    context.log_artifact("speed.json")
+    summary = {f"{label}/{name}": value for label, figures in results.items() for name, value in figures.items()}
+    context.log_metrics(summary)
+    return summary
+
+
+def read_batch(dataset: Artifact, size: int, device: torch.device) -> Batch:
+    """Inputs and targets of the first samples: tokens `[size, length]`, or `[size, channels, height, width]` images."""
+    description = read_dataset(dataset.path)
+    reader: Any = open_split(dataset.path, "validation")
+    size = min(size, len(reader))
+    if size < 1:
+        raise UserError(f"the dataset of `{dataset.stage}` has no validation samples", "use a larger corpus")
+    indices = np.arange(size)
+    if description.kind == "images":
+        pixels, labels = reader.images(indices)
+        images = normalise_images(torch.from_numpy(pixels).float() / 255.0)
+        return images.to(device), torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
+    blocks = torch.from_numpy(np.asarray(reader.samples(indices), dtype=np.int64)).to(device)
+    return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
+
+
+def units_of(batch: Batch) -> int:
+    """Tokens or images in a batch."""
+    inputs = batch[0]
+    return inputs.numel() if inputs.dtype == torch.int64 else inputs.size(0)
+
+
+class Timer:
+    """One model's measurements. A training step is forward, backward and AdamW at a learning rate of 0."""
+
+    def __init__(self, model: nn.Module, batch: Batch, steps: int) -> None:
+        self.model, self.batch, self.steps = model, batch, steps
+        # At a learning rate of 0 the step costs the same and leaves the weights as they are.
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+        self.seconds: dict[str, list[float]] = {"step": [], "forward": [], "single": []}
+        self.kept_for_backward = 0
+        self.peak = 0
+
+    def measure(self, keep: bool) -> None:
+        """One round; `keep`: count it."""
+        cuda = self.batch[0].is_cuda
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        rounds = {"step": self._timed(self._step)}
+        if cuda:
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        if not self.kept_for_backward:
+            self.kept_for_backward = bytes_kept_for_backward(lambda: self.model(*self.batch))
+        self.model.eval()
+        with torch.no_grad():
+            rounds["forward"] = self._timed(lambda: self.model(self.batch[0]))
+            rounds["single"] = self._timed(lambda: self.model(self.batch[0][:1]))
+        self.model.train()
+        for name, seconds in rounds.items():
+            if keep:
+                self.seconds[name].append(seconds)
+
+    def _step(self) -> None:
+        self.model(*self.batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _timed(self, work: Callable[[], Any]) -> float:
+        """Seconds of one call, over `steps` calls."""
+        if self.batch[0].is_cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(self.steps):
+            work()
+        if self.batch[0].is_cuda:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / self.steps
+
+    def figures(self) -> dict[str, float]:
+        """Medians over the rounds."""
+        median = {name: statistics.median(values) for name, values in self.seconds.items()}
+        units = units_of(self.batch)
+        figures = {
+            "step_milliseconds": 1000 * median["step"],
+            "training_throughput": units / median["step"],
+            "forward_throughput": units / median["forward"],
+            "latency_milliseconds": 1000 * median["single"],
+            "bytes_kept_for_backward": float(self.kept_for_backward),
+        }
+        return figures | ({"peak_memory": float(self.peak)} if self.peak else {})
+
+
+def bytes_kept_for_backward(forward: Callable[[], Tensor]) -> int:
+    """Bytes of the storages that autograd keeps between `forward` and its backward pass, each once, with parameters."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    del loss
+    return sum(storages.values())

@@ -1,0 +1,1 @@
+"""The `report` stage: one self-contained page about a run."""

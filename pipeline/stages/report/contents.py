@@ -1,0 +1,255 @@
+"""Collects the figures of the page into one JSON-able dict: exactly what is shown, nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from polytrope.pipeline.data.lineage import Lineage, read_lineage
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact
+from polytrope.pipeline.stages.report.parameters import ReportParameters, group_of
+from polytrope.pipeline.stages.report.statistics import holm, mean_interval, paired_p_value
+from polytrope.pipeline.support.pages import count
+
+FORMAT = 1
+Figures = dict[str, Any]
+
+
+def read_json(artifact: Artifact, name: str, *, required: bool = True) -> Any:
+    """A JSON file of an artifact; None where it may be absent.
+
+    Raises:
+        UserError: absent or unreadable.
+    """
+    path = artifact.path / name
+    if not path.exists() and not required:
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"`{artifact.stage}` holds no readable {name}: {error}", "name the stage that makes it"
+        ) from error
+
+
+def collect(
+    evaluation: Mapping[str, Any],
+    models: Mapping[str, Artifact],
+    conversion: Artifact | None,
+    parameters: ReportParameters,
+    speed: Mapping[str, Any] | None = None,
+) -> Figures:
+    """Everything the page shows as numbers or text.
+
+    Args:
+        evaluation: content of `evaluation.json`.
+        models: label → artifact; those with a `history.json` have curves.
+        conversion: the artifact with `conversion.json`.
+        speed: content of `speed.json`.
+
+    Raises:
+        UserError: a model that was not evaluated.
+    """
+    everything: Mapping[str, Any] = evaluation["models"]
+    for label in models:
+        if label not in everything:
+            raise UserError(
+                f"report: the model `{label}` was not evaluated", f"evaluated were: {', '.join(everything)}"
+            )
+    results = {label: result for label, result in everything.items() if "failure" not in result}
+    baseline = parameters.baseline or next(iter(results))
+    rows = [_row(label, result, parameters, models.get(label)) for label, result in results.items()]
+    figures: Figures = {
+        "format": FORMAT,
+        "title": parameters.title,
+        "description": parameters.description,
+        "kind": evaluation.get("kind", "text"),
+        "unigram_entropy": evaluation.get("unigram_entropy"),
+        "baseline": baseline,
+        "table": rows,
+        "failures": [
+            {"label": label, "name": parameters.labels.get(label, label), "failure": result["failure"]}
+            for label, result in everything.items()
+            if "failure" in result
+        ],
+        "speed": None if speed is None else speed["protocol"],
+        "training": [entry for label in models if (entry := _training(label, models[label], parameters))],
+        "conversion": [] if conversion is None else _conversion(read_json(conversion, "conversion.json")),
+        "converted": None if conversion is None else _label_of(conversion, models),
+        "samples": {label: result["sample"] for label, result in results.items() if result.get("sample")},
+        "dataset": evaluation["dataset"],
+        "protocol": evaluation["protocol"],
+    }
+    if speed is not None:
+        for row in rows:
+            row["speed"] = speed["models"].get(row["label"])
+    if parameters.group_by is not None:
+        failed = [failure["label"] for failure in figures["failures"]]
+        figures["groups"] = compare_groups(rows, parameters.group_by, baseline, evaluation.get("kind", "text"), failed)
+    else:
+        losses = {row["label"]: row["loss"] for row in rows}
+        for row in rows:
+            row["difference"] = row["loss"] - losses[baseline] if baseline in losses else None
+    return figures
+
+
+def _row(label: str, result: Mapping[str, Any], parameters: ReportParameters, model: Artifact | None) -> Figures:
+    row: Figures = {"label": label, "name": parameters.labels.get(label, label)}
+    if model is not None:
+        row["budget"] = budget(read_lineage(model.path))
+    for key in (
+        "activation",
+        "parameters",
+        "loss",
+        "perplexity",
+        "bits_per_byte",
+        "top1",
+        "top5",
+        "calibration_error",
+        "tokens",
+        "images",
+        "bytes",
+        "drift",
+    ):
+        if result.get(key) is not None:
+            row[key] = result[key]
+    return row
+
+
+def _training(label: str, artifact: Artifact, parameters: ReportParameters) -> Figures | None:
+    summary = read_json(artifact, "training.json", required=False)
+    if summary is None:
+        return None
+    kept = {key: value for key, value in summary.items() if isinstance(value, int | float) and key != "format"}
+    lineage = read_lineage(artifact.path)
+    made_from = {
+        "total_samples": lineage.samples,
+        "total_tokens": lineage.tokens,
+        "lineage": [ancestor.stage for ancestor in lineage.ancestors],
+    }
+    return {"label": label, "name": parameters.labels.get(label, label), **kept, **made_from}
+
+
+def budget(lineage: Lineage) -> str:
+    """What a model and all it was made from were trained on, for people: `1.2 M tokens`."""
+    if lineage.unknown:
+        return "trained on more than is known here" if lineage.samples else "trained elsewhere"
+    if lineage.tokens is not None:
+        return f"{count(lineage.tokens)} tokens"
+    return f"{count(lineage.samples)} samples"
+
+
+def _label_of(conversion: Artifact, models: Mapping[str, Artifact]) -> str | None:
+    return next((label for label, model in models.items() if model.digest == conversion.digest), None)
+
+
+def _conversion(content: Mapping[str, Any]) -> list[Figures]:
+    """Per layer: how far the fit is from the activation it replaces, on the inputs that occur."""
+    rows: list[Figures] = []
+    for layer in content["layers"]:
+        curve = layer["curve"]
+        errors = [abs(fit - target) for fit, target in zip(curve["fit"], curve["target"], strict=True)]
+        density = curve.get("density") or [1.0] * len(errors)
+        weight = math.fsum(density) or 1.0
+        mean_square = math.fsum(part * error * error for part, error in zip(density, errors, strict=True)) / weight
+        rows.append(
+            {
+                "layer": layer["name"],
+                "target": layer.get("target"),
+                "family": layer["family"],
+                "degree": layer.get("degree"),
+                "interval": layer.get("interval"),
+                "rms_error": math.sqrt(mean_square),
+                "maximum_error": max(errors),
+            }
+        )
+    return rows
+
+
+def compare_groups(
+    rows: Sequence[Figures], axis: str, baseline: str, kind: str, failed: Sequence[str] = ()
+) -> list[Figures]:
+    """Mean and 95 % interval of each group's loss, and its paired difference to the baseline's.
+
+    Pairs are branches that agree in all other axes (the same seed). Groups are in the order of their mean loss; a group
+    of failures only has no `loss` and comes last.
+
+    Args:
+        rows: the table, of the models that could be evaluated.
+        failed: labels of the others.
+    """
+    groups: dict[str, dict[str, Figures]] = {}
+    failures = Counter(group_of(label, axis) for label in failed)
+    for row in rows:
+        groups.setdefault(group_of(row["label"], axis), {})[_others(row["label"], axis)] = row
+    if baseline not in groups and baseline not in failures:
+        raise UserError(f"report: `baseline: {baseline}` is no value of `{axis}`", f"there are: {', '.join(groups)}")
+    metrics = ["loss", "bits_per_byte"] if kind == "text" else ["loss", "top1", "calibration_error"]
+    reference = groups.get(baseline, {})
+    result: list[Figures] = []
+    for name, members in groups.items():
+        entry: Figures = {
+            "group": name,
+            "count": len(members),
+            "failed": failures[name],
+            "activation": next(iter(members.values()))["activation"],
+        }
+        entry["parameters"] = next(iter(members.values()))["parameters"]
+        for metric in metrics:
+            values = [row[metric] for row in members.values() if row.get(metric) is not None]
+            if values:
+                interval = mean_interval(values)
+                entry[metric] = {"mean": interval.mean, "half_width": interval.half_width, "values": values}
+        speeds = [row["speed"] for row in members.values() if row.get("speed")]
+        if speeds:  # the same work whatever the seed: the median of all
+            entry["speed"] = {key: statistics.median(speed[key] for speed in speeds) for key in speeds[0]}
+        shared = [pair for pair in members if pair in reference]
+        if name != baseline and shared:
+            differences = [members[pair]["loss"] - reference[pair]["loss"] for pair in shared]
+            interval = mean_interval(differences)
+            entry["difference"] = {
+                "mean": interval.mean,
+                "half_width": interval.half_width,
+                "p_value": paired_p_value(differences),
+                "holm_p_value": None,
+                "pairs": len(differences),
+                "values": differences,
+            }
+        result.append(entry)
+    tested = [entry["difference"] for entry in result if entry.get("difference", {}).get("p_value") is not None]
+    for difference, corrected in zip(tested, holm([entry["p_value"] for entry in tested]), strict=True):
+        difference["holm_p_value"] = corrected
+    only_failures = [{"group": name, "count": 0, "failed": failures[name]} for name in failures if name not in groups]
+    return sorted(result, key=lambda entry: entry["loss"]["mean"]) + only_failures
+
+
+def _others(label: str, axis: str) -> str:
+    """The label's axes except one: what the branches to be paired have in common."""
+    inside = label.partition("[")[2].rstrip("]")
+    return ",".join(part for part in inside.split(",") if not part.startswith(f"{axis}="))
+
+
+def summary_metrics(figures: Figures) -> dict[str, float]:
+    """The figures of the result table as metrics of the parent run."""
+    metrics: dict[str, float] = {}
+    names = {"loss": "val_loss", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte", "top1": "top1"}
+    if "groups" in figures:
+        for group in figures["groups"]:
+            for key in ("loss", "bits_per_byte", "top1"):
+                if key in group:
+                    metrics[f"{group['group']}/{names[key]}"] = group[key]["mean"]
+            if group["failed"]:
+                metrics[f"{group['group']}/failed"] = group["failed"]
+        return metrics
+    for row in figures["table"]:
+        for key, name in names.items():
+            if row.get(key) is not None:
+                metrics[f"{row['label']}/{name}"] = row[key]
+    if figures["unigram_entropy"] is not None:
+        metrics["unigram_entropy"] = figures["unigram_entropy"]
+    return metrics

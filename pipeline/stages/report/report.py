@@ -1,0 +1,44 @@
+"""The `report` stage: one self-contained HTML page, its plots as PNG files, and its figures as JSON.
+
+Parameters and flow; the work is in `polytrope.pipeline.stages.report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, StageContext, stage
+from polytrope.pipeline.stages.report.parameters import ReportParameters, group_of
+
+
+def check(parameters: ReportParameters, upstream: Mapping[str, Any]) -> None:
+    """Refuse a baseline that does not exist, before anything starts."""
+    models = upstream.get("models") or {}
+    if parameters.baseline is None or not models:
+        return
+    if parameters.group_by is None:
+        known = list(models)
+    else:
+        known = sorted({group_of(label, parameters.group_by) for label in models})
+    if parameters.baseline not in known:
+        raise UserError(
+            f"report: `baseline: {parameters.baseline}` is none of the models", f"there are: {', '.join(known)}"
+        )
+
+
+@stage(check=check, code=("polytrope.pipeline.stages.report",))
+def report(
+    context: StageContext,
+    evaluation: Artifact,
+    models: dict[str, Artifact],
+    parameters: ReportParameters,
+    conversion: Artifact | None = None,
+    dataset: Artifact | None = None,
+    speed: Artifact | None = None,
+) -> dict[str, float]:
+    """Write `report.html`, `report.json` and `plots/*.png`, and show them on the workflow's MLflow run."""
+    from polytrope.pipeline.stages.report.output import write_report
+
+    return write_report(context, evaluation, models, parameters, conversion, dataset, speed)

@@ -1,0 +1,368 @@
+"""The training loop of one rank: the same function under Ray Train and in local processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import random
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from polytrope.models import build_model
+from polytrope.models.checkpoint import load_weights, save_model
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import StageContext
+from polytrope.pipeline.stages.train.activations import apply_activation_options
+from polytrope.pipeline.stages.train.batches import Batch, Prefetcher, validation_batches
+from polytrope.pipeline.stages.train.best_weights import load_best, save_best
+from polytrope.pipeline.stages.train.deepspeed_engine import (
+    clips_itself,
+    create_engine,
+    full_weights,
+    gradient_norm,
+    import_deepspeed,
+    master_weights,
+    unsharded_gradient_norm,
+)
+from polytrope.pipeline.stages.train.modality import Task, make_task
+from polytrope.pipeline.stages.train.optimization import learning_rate_factor, set_learning_rate
+from polytrope.pipeline.stages.train.training_metrics import (
+    Meter,
+    MetricsLog,
+    Stopwatch,
+    gather,
+    human,
+    peak_memory,
+    rank_metrics,
+    watch_activations,
+)
+from polytrope.pipeline.stages.train.training_plan import Diverged, TrainingPlan
+from polytrope.pipeline.stages.train.training_state import CheckpointWriter, Progress, choose_checkpoint, restore
+from polytrope.pipeline.stages.train.weight_average import WeightAverage
+
+SPIKE_WINDOW = 32  # steps whose median gradient norm a spike is measured against
+
+
+def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: torch.device) -> None:
+    """Train to the end and, on rank 0, write the model. Continues from the newest valid checkpoint."""
+    parameters = plan.parameters
+    on_cpu = device.type == "cpu"
+    import_deepspeed(on_cpu, parameters.compile)
+    _seed(parameters.seed)
+    model = _create_model(plan)
+    chosen = choose_checkpoint(context, rank, plan.workers, plan.zero_stage)
+    engine = create_engine(plan, model, on_cpu, universal=chosen is not None and chosen.universal)
+    average = None
+    if parameters.ema_decay is not None:
+        average = WeightAverage(model, parameters.ema_decay, lambda: master_weights(engine))
+    _seed((parameters.seed * 1_000_003 + 1 + rank) % 2**63)  # dropout differs between ranks
+    progress = restore(engine, average, chosen, context, rank, plan.workers)
+    task = make_task(plan, rank, pin=not on_cpu)
+    prefetcher = Prefetcher(
+        lambda step: task.train_step(data_position(step, plan.skipped_batches)),
+        progress.step,
+        plan.steps,
+        parameters.data_threads,
+    )
+    run = _Run(plan, context, rank, device, engine, average, progress, task, prefetcher)
+    try:
+        while progress.step < plan.steps:
+            run.step()
+    except Diverged as error:
+        if parameters.on_divergence != "record":
+            raise
+        if rank == 0:
+            _write_failure(plan, context.output, model, progress, error)
+        dist.barrier()  # every rank sees the same gradient norm, so all are here
+        return
+    finally:
+        prefetcher.close()
+    weights = run.weights()
+    if rank == 0:
+        if 0 < progress.best_step < plan.steps:
+            weights = load_best(run.best_directory, progress.best_step)
+        _write_result(plan, context.output, model, weights, progress)
+    dist.barrier()
+    run.checkpoints.finish()
+
+
+class _Run:
+    """The objects of a running training, and one step of it."""
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        context: StageContext,
+        rank: int,
+        device: torch.device,
+        engine: Any,
+        average: WeightAverage | None,
+        progress: Progress,
+        task: Task,
+        prefetcher: Prefetcher,
+    ) -> None:
+        self.plan, self.context, self.rank, self.device = plan, context, rank, device
+        self.engine, self.average, self.progress, self.task = engine, average, progress, task
+        self.prefetcher, self.meter, self.metrics = prefetcher, Meter(), MetricsLog(context, rank)
+        parameters = plan.parameters
+        self.checkpoints = CheckpointWriter(
+            context,
+            rank,
+            plan.workers,
+            parameters.keep_checkpoints,
+            parameters.asynchronous_checkpoints,
+            parameters.collective_timeout,
+        )
+        self.best_directory = self.checkpoints.root / "best"
+        self.stopwatch = Stopwatch(device)
+
+    def step(self) -> None:
+        """One optimizer step, and what is due after it: metrics, validation, checkpoint."""
+        plan, parameters, progress = self.plan, self.plan.parameters, self.progress
+        factor = learning_rate_factor(
+            progress.step, plan.steps, parameters.warmup_steps, parameters.minimum_learning_rate
+        )
+        set_learning_rate(self.engine.optimizer.param_groups, factor)
+        watched: dict[str, float] = {}
+        every = parameters.statistics_every
+        watch = (_due(every, progress.step + 1) or (every > 0 and progress.step == 0)) and plan.zero_stage < 3
+        with watch_activations(self.engine.module, watched) if watch else contextlib.nullcontext():
+            clipping = parameters.gradient_clipping if clips_itself(plan) else 0.0
+            batches = self.prefetcher.next_step()
+            loss, norm, units = _train_step(self.engine, batches, self.device, clipping, self.stopwatch)
+        stop_if_diverged(plan, progress, loss, norm)
+        if self.average is not None:
+            self.average.update()
+        progress.step += 1
+        progress.loss_sum += loss
+        progress.loss_steps += 1
+        self.meter.add(units * plan.workers)
+        last = progress.step == plan.steps
+        logs = last or _due(parameters.log_every, progress.step)
+        if watched:
+            progress.history.append({"step": progress.step, **watched})
+            self.metrics.log(watched, progress.step)
+        if logs:
+            self._log_training(factor, norm)
+        if last or _due(parameters.validation_every, progress.step):
+            self._log_validation()
+        if logs:
+            self.metrics.finished(progress.step)
+        if _due(parameters.checkpoint_every, progress.step) and not last:
+            self.checkpoints.save(self.engine, progress, self.average)
+            self.meter.restart()
+
+    def weights(self) -> dict[str, Tensor]:
+        """What the model would be now: whole, fp32, averaged if `ema_decay` is set; a collective under ZeRO-3."""
+        weights = full_weights(self.engine)
+        if self.average is not None:
+            weights |= {name: tensor.cpu() for name, tensor in self.average.averages.items()}
+        return weights
+
+    def _log_training(self, factor: float, norm: float) -> None:
+        plan, progress = self.plan, self.progress
+        rate, seconds = self.meter.read()
+        wait, self.prefetcher.wait_seconds = self.prefetcher.wait_seconds, 0.0
+        forward, steps = self.stopwatch.read(), progress.loss_steps
+        own = [progress.loss_sum / steps, forward / steps, wait / steps]
+        ranks = gather(own, plan.workers, self.device)
+        progress.loss_sum, progress.loss_steps = 0.0, 0
+        values = {
+            "train/loss": sum(row[0] for row in ranks) / plan.workers,
+            "learning_rate": plan.parameters.learning_rate * factor,
+            "gradient_norm": norm,
+        }
+        progress.history.append({"step": progress.step, **values})
+        observed = {
+            f"{self.task.unit}_per_second": rate,
+            "data_wait_fraction": min(1.0, wait / seconds),
+            "peak_memory": peak_memory(self.device),
+            **rank_metrics([row[1] for row in ranks], [row[2] for row in ranks]),
+        }
+        if plan.parameters.peak_flops:
+            flops = self.task.flops_per_unit(self.engine.module)
+            observed["mfu"] = rate * flops / (plan.parameters.peak_flops * plan.workers)
+        self.metrics.log({**values, **observed}, progress.step)
+        if self.rank == 0:
+            message = f"loss {values['train/loss']:.3f} · {human(rate)} {self.task.unit}/s"
+            self.context.progress(progress.step, plan.steps, message)
+
+    def _log_validation(self) -> None:
+        with self.average.applied() if self.average else contextlib.nullcontext():
+            values = validate(self.plan, self.task, self.engine.module, self.rank, self.device)
+        progress = self.progress
+        progress.history.append({"step": progress.step, **values})
+        self.metrics.log(values, progress.step)
+        if self.plan.parameters.result == "best" and values["val/loss"] < progress.best_loss:
+            progress.best_loss, progress.best_step = values["val/loss"], progress.step
+            weights = self.weights()
+            if self.rank == 0:
+                save_best(self.best_directory, progress.step, weights)
+        self.meter.restart()
+
+
+def validate(plan: TrainingPlan, task: Task, module: nn.Module, rank: int, device: torch.device) -> dict[str, float]:
+    """`val/loss` (per token or image), and what else the task measures, over the first validation samples.
+
+    The same on every rank.
+    """
+    samples = min(plan.parameters.validation_samples, task.validation_samples)
+    sums: dict[str, Tensor] = {}
+    module.eval()
+    with torch.no_grad():
+        batches = validation_batches(task.validation_batch, samples, rank, plan.workers, plan.micro_batch_size)
+        for (inputs, targets), counted in batches:
+            for name, value in task.measure(
+                module, (to_model(inputs, module, device), targets.to(device)), counted
+            ).items():
+                sums[name] = sums.get(name, torch.zeros(())) + value.double().cpu()
+    module.train()
+    names = sorted(sums)
+    total = torch.stack([sums[name] for name in names]).to(device)
+    dist.all_reduce(total)
+    totals = dict(zip(names, total.tolist(), strict=True))
+    return {f"val/{name}": totals[name] / totals["count"] for name in names if name != "count"}
+
+
+def data_position(step: int, skipped: list[int]) -> int:
+    """Which global batch of the stream step number `step` trains on: the step-th that is not skipped."""
+    position = step
+    for batch in sorted(skipped):
+        position += batch <= position
+    return position
+
+
+def stop_if_diverged(plan: TrainingPlan, progress: Progress, loss: float, norm: float) -> None:
+    """Raise `Diverged` on NaN, infinity or a gradient spike. The gradient norm is global: all ranks decide alike.
+
+    With fp16 a gradient overflow is the loss scaler's business, which skips the step and lowers the scale.
+    """
+    batch = data_position(progress.step, plan.skipped_batches)
+    step = progress.step + 1
+    if not math.isfinite(norm) and plan.parameters.precision != "fp16":
+        raise Diverged(f"step {step} (batch {batch}): gradient norm is {norm}, loss {loss}", batch)
+    limit = plan.parameters.gradient_spike
+    if limit is not None and math.isfinite(norm):
+        median = statistics.median(progress.recent_norms) if len(progress.recent_norms) >= SPIKE_WINDOW else math.inf
+        if norm > limit * median:
+            raise Diverged(
+                f"step {step} (batch {batch}): gradient norm {norm:.3g} is more than {limit:g} × the recent "
+                f"median {median:.3g}",
+                batch,
+            )
+        progress.recent_norms = [*progress.recent_norms, norm][-SPIKE_WINDOW:]
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.manual_seed(seed)
+
+
+def _create_model(plan: TrainingPlan) -> nn.Module:
+    try:
+        model = build_model(plan.architecture, apply_activation_options(plan.architecture, plan.model))
+        if plan.initial is not None:
+            from safetensors.torch import load_file
+
+            load_weights(model, load_file(plan.initial / "model.safetensors"))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the model cannot be built: {error}", "see `with: model:` of this stage") from error
+    model.train()
+    model.set_activation_checkpointing(plan.parameters.activation_checkpointing)  # type: ignore[operator]
+    if plan.parameters.augmentation is not None:
+        model.label_smoothing = plan.parameters.augmentation.label_smoothing  # type: ignore[assignment]
+    return model
+
+
+def _train_step(
+    engine: Any, micro_batches: list[Batch], device: torch.device, clipping: float, stopwatch: Stopwatch
+) -> tuple[float, float, int]:
+    """One optimizer step.
+
+    Args:
+        clipping: the gradient norm to clip to here, where DeepSpeed does not; 0: none.
+        stopwatch: measures the forward passes.
+
+    Returns:
+        This rank's mean loss, the global gradient norm before clipping, the tokens (or images) this rank saw.
+    """
+    losses: list[Tensor] = []
+    units, unsharded = 0, math.nan
+    for inputs, targets in micro_batches:
+        inputs, targets = to_model(inputs, engine.module, device), targets.to(device, non_blocking=True)
+        with stopwatch:
+            loss = engine(inputs, targets)
+        engine.backward(loss)
+        if engine.is_gradient_accumulation_boundary() and not engine.zero_optimization():
+            unsharded = unsharded_gradient_norm(engine, clipping)
+        engine.step()
+        losses.append(loss.detach())
+        units += inputs.size(0) if inputs.is_floating_point() else inputs.numel()
+    return float(torch.stack(losses).double().mean()), gradient_norm(engine, unsharded), units
+
+
+def to_model(inputs: Tensor, module: nn.Module, device: torch.device) -> Tensor:
+    """Inputs on the device; images in the type of the model's weights, token ids as they are."""
+    dtype = next(module.parameters()).dtype if inputs.is_floating_point() else inputs.dtype
+    return inputs.to(device, dtype, non_blocking=True)
+
+
+def _write_result(
+    plan: TrainingPlan, output: Path, model: nn.Module, weights: dict[str, Tensor], progress: Progress
+) -> None:
+    """The model artifact: deterministic files, without times or hosts."""
+    save_model(output, model, tokenizer=plan.dataset, weights=weights)
+    final: dict[str, float] = {}
+    for entry in progress.history:
+        if progress.best_step and entry["step"] > progress.best_step:
+            break  # `result: best`: the figures are those of the weights
+        final.update({name: value for name, value in entry.items() if name.startswith(("train/", "val/"))})
+    samples = plan.steps * plan.parameters.global_batch_size
+    summary = {
+        "format": 1,
+        "architecture": plan.architecture,
+        "parameters": json.loads((output / "model.json").read_text())["parameters"],
+        "steps": plan.steps,
+        "samples": samples,
+        **final,
+        **({"result_step": progress.best_step} if progress.best_step else {}),
+        "val/best_loss": min(entry["val/loss"] for entry in progress.history if "val/loss" in entry),
+    }
+    if plan.architecture == "gpt2":
+        summary["tokens"] = samples * int(plan.facts["sequence_length"])
+    if plan.skipped_batches:
+        summary["skipped_batches"], summary["rollbacks"] = len(plan.skipped_batches), plan.skip_reasons
+    (output / "training.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
+    (output / "history.json").write_text(json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n")
+
+
+def _write_failure(plan: TrainingPlan, output: Path, model: nn.Module, progress: Progress, error: Diverged) -> None:
+    """The artifact of a training that diverged: what was logged until then and what happened, but no weights."""
+    summary = {
+        "format": 1,
+        "architecture": plan.architecture,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": progress.step,
+        "failure": f"diverged at {error}",
+    }
+    (output / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (output / "history.json").write_text(json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n")
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN: such values become null."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }

@@ -1,0 +1,107 @@
+"""What differs between training on text and on images: how samples become batches, and what validation measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polytrope.pipeline.data.order import sample_indices
+from polytrope.pipeline.data.reader import open_split
+from polytrope.pipeline.stages.train.augment import augment, mix
+from polytrope.pipeline.stages.train.batches import Batch, rank_slice, text_batch
+from polytrope.pipeline.stages.train.training_plan import TrainingPlan
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data of one rank.
+
+    Args:
+        train_step: the micro-batches of a global batch of the stream, by its number.
+        validation_batch: validation samples by index.
+        validation_samples: how many there are.
+        measure: sums over a validation batch, by metric name, of the first `counted` samples.
+        unit: what throughput counts: `tokens` or `images`.
+        flops_per_unit: floating-point operations of forward and backward per token or image, for MFU.
+    """
+
+    train_step: Callable[[int], list[Batch]]
+    validation_batch: Callable[[np.ndarray], Batch]
+    validation_samples: int
+    measure: Callable[[nn.Module, Batch, int], dict[str, Tensor]]
+    unit: str
+    flops_per_unit: Callable[[Any], float]
+
+
+def make_task(plan: TrainingPlan, rank: int, pin: bool) -> Task:
+    """The task that fits the architecture. `pin`: put batches into page-locked memory, for asynchronous copies."""
+    train, validation = open_split(plan.dataset, "train"), open_split(plan.dataset, "validation")
+    load = _load_text if plan.architecture == "gpt2" else _load_images
+
+    def train_step(batch: int) -> list[Batch]:
+        size = plan.parameters.global_batch_size
+        indices = np.asarray(sample_indices(plan.parameters.seed, batch * size, size, plan.train_samples))
+        positions = np.arange(batch * size, (batch + 1) * size)
+        parts = zip(
+            np.split(rank_slice(indices, rank, plan.workers), plan.accumulation_steps),
+            np.split(rank_slice(positions, rank, plan.workers), plan.accumulation_steps),
+            strict=True,
+        )
+        batches = [load(train, part, plan, part_positions) for part, part_positions in parts]
+        return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches] if pin else batches
+
+    return Task(
+        train_step=train_step,
+        validation_batch=lambda indices: load(validation, indices, plan, None),
+        validation_samples=len(validation),
+        measure=_measure_text if plan.architecture == "gpt2" else _measure_images,
+        unit="tokens" if plan.architecture == "gpt2" else "images",
+        flops_per_unit=(
+            (lambda model: float(model.flops_per_token()))
+            if plan.architecture == "gpt2"
+            else (lambda model: float(model.flops_per_image(*train.fields["pixels"].shape[1:])))
+        ),
+    )
+
+
+def _load_text(reader: Any, indices: np.ndarray, _plan: TrainingPlan, _positions: np.ndarray | None) -> Batch:
+    return text_batch(reader.samples(indices))
+
+
+def _load_images(reader: Any, indices: np.ndarray, plan: TrainingPlan, positions: np.ndarray | None) -> Batch:
+    """Images `[samples, channels, height, width]` float and classes; augmented if they have `positions`."""
+    from polytrope.models.convnext import normalise_images
+
+    pixels, labels = reader.images(indices)
+    images, classes = torch.from_numpy(pixels).float() / 255.0, torch.from_numpy(np.asarray(labels, dtype=np.int64))
+    options = plan.parameters.augmentation
+    if positions is None or options is None:
+        return normalise_images(images), classes
+    images = normalise_images(augment(images, options, plan.parameters.seed, positions))
+    if options.mixup or options.cutmix:
+        number = int(plan.model["num_classes"])
+        return mix(images, classes, options, number, plan.parameters.seed, int(positions[0]))
+    return images, classes
+
+
+def _measure_text(model: nn.Module, batch: Batch, counted: int) -> dict[str, Tensor]:
+    inputs, targets = batch
+    targets = targets.clone()
+    targets[counted:] = -100
+    return {"loss": model(inputs, targets, reduction="sum"), "count": (targets != -100).sum()}
+
+
+def _measure_images(model: nn.Module, batch: Batch, counted: int) -> dict[str, Tensor]:
+    inputs, targets = batch
+    logits = model(inputs)[:counted].float()
+    targets = targets[:counted]
+    return {
+        "loss": nn.functional.cross_entropy(logits, targets, reduction="sum"),
+        "accuracy": (logits.argmax(dim=-1) == targets).sum(),
+        "count": torch.tensor(counted),
+    }

@@ -1,0 +1,171 @@
+"""The parameters of the `train` stage: everything that decides the result of a training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Activation = str | dict[str, Any]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ActivationOptions(BaseModel):
+    """Options for the learnable activations of a model; each goes to the families that have it."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    init: str | None = Field(
+        None,
+        description="variance_preserving, torchortho (as published, where there is one), or a function to imitate: "
+        "gelu, relu, silu, …",
+    )
+    interval: tuple[float, float] | None = Field(
+        None, description="beyond it the function goes on along its tangents; default: its formula everywhere"
+    )
+    per_channel: bool = Field(False, description="coefficients of their own for every channel, not one set per block")
+
+
+class ModelParameters(BaseModel):
+    """The model to train from scratch. Fields that belong to the other architecture are refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    architecture: Literal["gpt2", "convnext"] = Field("gpt2", description="gpt2 (text) or convnext (images)")
+    preset: str | None = Field(
+        None, description="published size: gpt2, gpt2-medium, gpt2-large, gpt2-xl; convnext-atto … convnext-large"
+    )
+    activation: Activation | list[Activation] | None = Field(
+        None,
+        description="one activation (gelu, hermite3, or {name, degree, …}), a list with one per block, "
+        "or a list of {layers: 0-5, name: …}",
+    )
+    activation_options: ActivationOptions | None = Field(
+        None, description="init, interval, per_channel of all learnable activations that have such an option"
+    )
+    n_layer: int | None = Field(None, ge=1, description="gpt2: number of blocks")
+    n_head: int | None = Field(None, ge=1, description="gpt2: attention heads")
+    n_embd: int | None = Field(None, ge=1, description="gpt2: width of the residual stream")
+    vocab_size: int | None = Field(
+        None, ge=1, description="gpt2: rows of the embedding; default: the tokenizer's size, rounded up to 64"
+    )
+    sequence_length: int | None = Field(None, ge=1, description="gpt2: longest context; default: the dataset's")
+    dropout: float | None = Field(None, ge=0, lt=1, description="gpt2: dropout probability")
+    bias: bool | None = Field(None, description="gpt2: biases in linear layers and layer norms")
+    depths: list[int] | None = Field(None, description="convnext: blocks per stage")
+    dims: list[int] | None = Field(None, description="convnext: channels per stage")
+    num_classes: int | None = Field(None, ge=1, description="convnext: classes; default: the dataset's")
+    in_channels: int | None = Field(None, ge=1, description="convnext: image channels; default: the dataset's")
+    patch_size: int | None = Field(None, ge=1, description="convnext: stride of the stem")
+    drop_path: float | None = Field(None, ge=0, lt=1, description="convnext: stochastic depth of the last block")
+    layer_scale: float | None = Field(None, ge=0, description="convnext: initial layer scale, 0 for none")
+
+
+class AugmentationParameters(BaseModel):
+    """Image augmentation during training (images only)."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    crop_padding: int = Field(0, ge=0, description="random crop after padding by this many pixels on each side")
+    horizontal_flip: bool = Field(False, description="mirror half of the images")
+    operations: int = Field(0, ge=0, description="random operations per image (as in RandAugment)")
+    magnitude: float = Field(0.5, ge=0, le=1, description="strength of the random operations")
+    mixup: float = Field(0.0, ge=0, description="parameter of mixup's beta distribution, 0: off")
+    cutmix: float = Field(0.0, ge=0, description="parameter of cutmix's beta distribution, 0: off")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability mass moved to the uniform distribution")
+
+
+class TrainParameters(BaseModel):
+    """Everything that decides the result of a training."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: ModelParameters | None = Field(None, description="the model; not with an `initial` input (fine-tuning)")
+    steps: int | None = Field(None, ge=1, description="optimizer steps; give steps or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the training samples; give steps or epochs")
+    global_batch_size: int = Field(32, ge=1, description="samples per optimizer step, over all workers")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="samples per forward pass of one worker; default: global_batch_size / workers"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    coefficient_learning_rate: float | None = Field(
+        None, ge=0, description="peak learning rate of activation coefficients; default: a tenth of learning_rate"
+    )
+    minimum_learning_rate: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of the peak")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up before the cosine")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW's decay of matrices (never norms, biases, coefficients)")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's moment decays")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm, 0: no clipping")
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        None, description="DeepSpeed ZeRO stage: what is sharded over the workers; default: that of `deepspeed`, or 1"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="arithmetic of forward and backward; fp16 scales the loss and needs zero_stage 1 or more"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, data order and dropout")
+    threads_per_worker: int = Field(1, ge=1, description="CPU threads per worker; part of the result's identity")
+    data_threads: int = Field(1, ge=1, description="threads per worker that read and augment batches ahead")
+    log_every: int = Field(10, ge=1, description="steps between logged training metrics")
+    validation_every: int = Field(100, ge=0, description="steps between validations, 0: only at the end")
+    validation_samples: int = Field(128, ge=1, description="validation samples per validation (the first ones)")
+    checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints, 0: none")
+    keep_checkpoints: int = Field(2, ge=1, description="newest valid checkpoints to keep")
+    asynchronous_checkpoints: bool = Field(
+        False, description="training goes on while a copy of its state in memory is written, hashed and committed"
+    )
+    result: Literal["last", "best"] = Field(
+        "last", description="the weights that become the model: the last, or those of the lowest validation loss"
+    )
+    deepspeed: dict[str, Any] | str | None = Field(
+        None,
+        description="a configuration of infra/deepspeed (zero-2-offload, …), the path of a JSON file, or settings over "
+        "the default, which is zero-0 … zero-3 by zero_stage; contradictions are refused",
+    )
+    compile: bool = Field(False, description="compile the model with torch.compile")
+    activation_checkpointing: Literal["none", "mlp", "block"] = Field(
+        "none",
+        description="what backward computes again to save memory: nothing, outputs of the activations, whole blocks",
+    )
+    worker_restarts: int = Field(2, ge=0, description="restarts from the newest checkpoint when a worker is lost")
+    collective_timeout: float = Field(600.0, gt=0, description="seconds a collective may take before it fails")
+    on_divergence: Literal["stop", "rollback", "record"] = Field(
+        "stop",
+        description="on NaN, infinity or a gradient spike: fail, go back to a checkpoint and skip the batch, or end "
+        "with the failure as the result, which `evaluate` and `report` show (for sweeps)",
+    )
+    maximum_rollbacks: int = Field(3, ge=0, description="batches that `on_divergence: rollback` may skip")
+    gradient_spike: float | None = Field(
+        None, gt=1, description="a gradient norm above this multiple of the recent median counts as divergence"
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="validate and save an exponential moving average of the weights with this decay"
+    )
+    peak_flops: float | None = Field(
+        None, gt=0, description="floating-point operations per second of one worker's device, to report MFU"
+    )
+    statistics_every: int = Field(
+        0,
+        ge=0,
+        description="steps between moments of the activations' inputs and outputs and coefficient norms per layer, "
+        "also at the first step; 0: never",
+    )
+    augmentation: AugmentationParameters | None = Field(None, description="images only")
+    register_as: str | None = Field(None, description="name in MLflow's model registry")
+    register_alias: str = Field("newest", description="alias of the registered version")
+
+    @model_validator(mode="after")
+    def consistent(self) -> TrainParameters:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`")
+        if self.micro_batch_size is not None and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"micro_batch_size ({self.micro_batch_size})"
+            )
+        mixes = self.augmentation is not None and (self.augmentation.mixup > 0 or self.augmentation.cutmix > 0)
+        if mixes and 1 in (self.micro_batch_size, self.global_batch_size):
+            raise ValueError("augmentation: mixup and cutmix mix the samples of a micro-batch, which has only one here")
+        if self.steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
+        return self

@@ -1,0 +1,133 @@
+"""One training worker: sets up its process (threads, device, rendezvous), trains, and says why if it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stages.train.rendezvous import join, take_place_under_ray
+from polytrope.pipeline.stages.train.training_plan import Diverged, TrainingPlan, context_from_json
+
+
+def train_worker(task: dict[str, Any]) -> None:
+    """Entry of every worker, under Ray Train and in a local process. `task` is what `launch` made."""
+    if task["context"]["executor"] == "ray":
+        take_place_under_ray()
+    directory = Path(task["directory"])
+    rank = _environment_integer("RANK")
+    _write_json(directory / f"worker-{rank}.json", {"pid": os.getpid(), "node": _node(task)})
+    try:
+        _train(task, rank)
+    except BaseException as error:
+        failure = {
+            "time": time.time(),
+            "rank": rank,
+            "kind": _failure_kind(error),
+            "type": type(error).__name__,
+            "message": error.message if isinstance(error, UserError) else str(error),
+            "hint": error.hint if isinstance(error, UserError) else "",
+            "traceback": traceback.format_exc(),
+            "batch": error.batch if isinstance(error, Diverged) else None,
+        }
+        _write_json(directory / f"failure-{rank}.json", failure)
+        raise
+
+
+def _train(task: dict[str, Any], rank: int) -> None:
+    plan = TrainingPlan.from_json(task["plan"])
+    context = context_from_json(task["context"])
+    on_cpu = plan.gpus == 0
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    torch.set_num_threads(plan.parameters.threads_per_worker)
+    # Inter-operation threads have no say in a result; the default (all cores) only gets in the other workers' way.
+    if torch.get_num_interop_threads() != 1:
+        torch.set_num_interop_threads(1)
+    local_rank = _environment_integer("LOCAL_RANK")
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank % torch.cuda.device_count())
+    if not on_cpu:
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=plan.parameters.collective_timeout)
+    join(task.get("rendezvous"), rank, plan.workers, "gloo" if on_cpu else "nccl", timeout)
+    from polytrope.pipeline.stages.train.loop import train_rank
+
+    train_rank(plan, context, rank, device)
+
+
+def _failure_kind(error: BaseException) -> str:
+    """What the launcher decides by.
+
+    `user`: never retried; `communication`: a peer was lost or is stuck, worth a restart; `diverged`: NaN or a spike,
+    by policy; `error`: anything else.
+    """
+    if isinstance(error, UserError):
+        return "user"
+    if isinstance(error, Diverged):
+        return "diverged"
+    text = f"{type(error).__name__}: {error}".lower()
+    lost = (
+        "gloo",
+        "nccl",
+        "connection closed",
+        "connection reset",
+        "timed out",
+        "timeout",
+        "broken pipe",
+        "distbackend",
+    )
+    return (
+        "communication" if isinstance(error, RuntimeError | OSError) and any(word in text for word in lost) else "error"
+    )
+
+
+def _node(task: dict[str, Any]) -> str:
+    """The machine this worker is on: address and Ray's id, or the host's name."""
+    if task["context"]["executor"] != "ray":
+        return socket.gethostname()
+    import ray
+
+    return f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()[:8]})"
+
+
+def _environment_integer(name: str) -> int:
+    return int(os.environ[name])
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content))
+    temporary.rename(path)
+
+
+def _end_with_parent() -> None:
+    """Exit when standard input closes: the parent holds the other end, so even its SIGKILL ends this process."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def main() -> None:
+    """`python -m polytrope.pipeline.stages.train.worker_process TASK.json`, started by `workers`; the rank is in
+    the environment.
+    """
+    threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
+    train_worker(json.loads(Path(sys.argv[1]).read_text()))
+    # No teardown: a peer may already be gone, and everything that counts is on disk.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What stages leave: artifacts by key, their names, and their removal."""

@@ -1,0 +1,1 @@
+"""What knows nothing of workflows: durable files, injected faults, secrets in texts, plots, pages, processes."""

@@ -1,0 +1,67 @@
+"""What MLflow accepts: names, lengths, numbers. Whatever a stage says comes out of here as something a server takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+PARAMETER_LENGTH, TAG_LENGTH, KEY_LENGTH = 6000, 5000, 250  # characters
+METRICS_PER_REQUEST, PARAMETERS_PER_REQUEST = 900, 100  # MLflow takes 1000 and 100
+_LARGEST_STEP = 2**63 - 1
+_CUT = " … (cut)"
+
+
+def mlflow_name(name: str) -> str:
+    """A metric or parameter name that MLflow accepts: `train[degree=3]/val/loss` → `train.degree-3/val/loss`."""
+    text = name.replace("[", ".").replace("]", "").replace("=", "-").replace(",", ".")
+    text = re.sub(r"[^\w\-. :/]", "_", text)[:KEY_LENGTH]
+    parts = [part for part in text.split("/") if part not in ("", ".", "..")]  # MLflow wants a plain path
+    if parts and parts[0].startswith(".."):
+        parts[0] = "_" + parts[0][1:]
+    return "/".join(parts) or "unnamed"
+
+
+def printable(text: str) -> str:
+    """A text that every database takes: NUL and halves of surrogate pairs are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def parameter_text(text: str) -> str:
+    """A parameter's value; one that is too long for MLflow is cut, and says so."""
+    text = printable(text)
+    return text if len(text) <= PARAMETER_LENGTH else text[: PARAMETER_LENGTH - len(_CUT)] + _CUT
+
+
+def parent_folder(stage: str) -> str:
+    """Where a stage's files for the workflow's own run stand there: those of `report` at the top, others by stage."""
+    return "" if stage == "report" else mlflow_name(stage)
+
+
+def number(value: float) -> float:
+    """MLflow stores no infinity; NaN is kept."""
+    return float(value) if not math.isinf(value) else math.copysign(sys.float_info.max, value)
+
+
+def step_number(step: float | None) -> int:
+    """The step of a point; of the stage as a whole: 0."""
+    return max(-_LARGEST_STEP, min(_LARGEST_STEP, int(step or 0)))
+
+
+def milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as `a.b.c` → text; lists and scalars as JSON, text as it is."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value if isinstance(value, str) else json.dumps(value)
+    return flat

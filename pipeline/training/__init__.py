@@ -1,1 +1,0 @@
-"""The trainer behind the `train` stage."""

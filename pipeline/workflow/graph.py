@@ -1,0 +1,605 @@
+"""From the workflow file to the nodes that run: matrix expansion, dependencies, validated parameters, order."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import BUILTIN_STAGES, Resources, StageDefinition, load_stage
+from polytrope.pipeline.support.text import suggest
+from polytrope.pipeline.workflow.conditions import condition_stages, evaluate_condition
+from polytrope.pipeline.workflow.references import environment_names, has_reference, resolve_environment, substitute
+from polytrope.pipeline.workflow.source import KeyPath
+from polytrope.pipeline.workflow.spec import StageSpec, Workflow, validation_error
+
+NodeInput = str | dict[str, str] | None
+
+
+@dataclass(frozen=True)
+class StageNode:
+    """One stage, or one branch of a stage with a matrix.
+
+    Args:
+        name: `train`, or `train[activation=gelu]`.
+        spec_name: name in `stages:`.
+        branch: axis → label of this branch.
+        definition: the stage function and its signature.
+        parameters: validated; may hold `${env.NAME}` references, see `resolve_parameters`.
+        inputs: input name → node name, label → node name for a fan-in, None for an optional input that is absent.
+        resources: what each worker gets.
+        retries: further attempts after the first.
+        timeout: seconds per attempt, or None.
+        when: condition, see `polytrope.pipeline.workflow.conditions`.
+        environment: variables that belong to the key, with their values.
+        fingerprint: what the stage says beyond its parameters decides the result.
+        after: nodes that must end first, without being an input (`after:`, and stages read by `when:`).
+        secrets: names of the environment variables that the worker needs for `${env.NAME}`.
+        matrix: axis → value of this branch, for `when:`.
+        open: it refers to further stages of a stage that has not returned them yet; that one stands in their place.
+    """
+
+    name: str
+    spec_name: str
+    branch: dict[str, str]
+    definition: StageDefinition
+    parameters: BaseModel
+    inputs: dict[str, NodeInput]
+    resources: Resources
+    retries: int
+    timeout: float | None
+    when: str | None
+    environment: dict[str, str]
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
+    matrix: dict[str, Any] = field(default_factory=dict)
+    open: bool = False
+
+    @property
+    def input_nodes(self) -> tuple[str, ...]:
+        """Names of the nodes whose artifacts this one reads, each once."""
+        return tuple(dict.fromkeys(_node_names(self.inputs)))
+
+    @property
+    def dependencies(self) -> tuple[str, ...]:
+        """Names of all nodes that must end before this one starts."""
+        return tuple(dict.fromkeys((*_node_names(self.inputs), *self.after)))
+
+
+def _node_names(inputs: Mapping[str, NodeInput]) -> list[str]:
+    names: list[str] = []
+    for value in inputs.values():
+        if isinstance(value, str):
+            names.append(value)
+        elif value:
+            names.extend(value.values())
+    return names
+
+
+def resolve_parameters(parameters: BaseModel, environment: Mapping[str, str] | None = None) -> BaseModel:
+    """The parameters with every `${env.NAME}` replaced: call it in the worker, just before the stage function.
+
+    Raises:
+        UserError: a variable that is not set.
+    """
+    data = parameters.model_dump(mode="python", by_alias=True)
+    if not has_reference(data):
+        return parameters
+    resolved = resolve_environment(data, os.environ if environment is None else environment)
+    try:
+        return type(parameters).model_validate(resolved)
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise UserError(f"the value of an environment variable is not accepted for: {fields}") from None
+
+
+def build_graph(
+    workflow: Workflow, *, environment: bool = True, known: Mapping[str, StageNode] | None = None
+) -> dict[str, StageNode]:
+    """All nodes in a stable topological order (that of the file where it is free).
+
+    Args:
+        workflow: from `load_workflow`.
+        environment: False where the variables named by the file need not be set: it will run elsewhere.
+        known: nodes of this workflow before a stage returned further ones; they stay as they are.
+
+    Raises:
+        UserError: unknown stage, input or parameter, cycle (with its path), missing environment variable, or
+            what a stage's own `check` and `fingerprint` refuse; each with file, line and field.
+    """
+    if str(workflow.directory) not in sys.path:  # stages of one's own may stand beside the workflow file
+        sys.path.append(str(workflow.directory))
+    names = _Names({name: _branches(workflow, name, spec) for name, spec in workflow.stages.items()}, workflow.returned)
+    drafts: dict[str, StageNode] = {}
+    for spec_name, spec in workflow.stages.items():
+        definition = _definition(workflow, spec_name, spec)
+        for branch, matrix in names.branches[spec_name]:
+            node = _draft(workflow, spec_name, spec, definition, branch, matrix, names.seen_by(spec_name), environment)
+            drafts[node.name] = node
+    ordered = _order(workflow, drafts)
+    finished: dict[str, StageNode] = {}
+    for name in ordered:
+        before = (known or {}).get(name)
+        finished[name] = before if before and not before.open else _checked(workflow, drafts[name], finished)
+    return finished
+
+
+Branch = tuple[dict[str, str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What the references of a stage may mean.
+
+    Args:
+        branches: of every stage.
+        returned: stages whose further stages are among them.
+        scope: the stage that returned the one that refers, or "": its siblings are found first.
+    """
+
+    branches: Mapping[str, list[Branch]]
+    returned: frozenset[str]
+    scope: str = ""
+
+    def seen_by(self, spec_name: str) -> _Names:
+        return replace(self, scope=parent_stage(spec_name))
+
+    def find(self, reference: str) -> str | None:
+        """The full name of a stage, or of what it returned or may return (`STAGE/NAME`, `STAGE/*`); None: unknown."""
+        first, slash, rest = reference.partition("[")[0].partition("/")
+        for name in scoped_names(self.scope, first):
+            if name in self.branches:
+                return name + slash + rest
+        return None
+
+    def returning(self, name: str) -> str:
+        """The stage that would have to return this one."""
+        while name not in self.branches:
+            name = parent_stage(name)
+        return name
+
+    def is_open(self, reference: str) -> bool:
+        name = self.find(reference)
+        return name is not None and name not in self.branches and self.returning(name) not in self.returned
+
+    def members(self, parent: str) -> list[str]:
+        """The stages that `parent` returned."""
+        return [name for name in self.branches if name.startswith(f"{parent}/") and parent_stage(name) == parent]
+
+
+def parent_stage(spec_name: str) -> str:
+    """Of `split/part`, `split`; "" for a stage of the file."""
+    return spec_name.rpartition("/")[0]
+
+
+def scoped_names(scope: str, name: str) -> list[str]:
+    """What a name may mean in a stage that `scope` returned, the nearest first: `split/part`, `part`."""
+    names = [name]
+    while scope:
+        names.insert(-1, f"{scope}/{name}")
+        scope = parent_stage(scope)
+    return names
+
+
+def _branches(workflow: Workflow, name: str, spec: StageSpec) -> list[Branch]:
+    """(axis → label, axis → value) of every combination, in the order of the file."""
+    if not spec.matrix:
+        return [({}, {})]
+    labelled: list[list[tuple[str, str, Any]]] = []
+    for axis, values in spec.matrix.items():
+        labels = [_label(value, index) for index, value in enumerate(values)]
+        twice = [label for label, count in Counter(labels).items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{workflow.where('stages', name, 'matrix', axis)}: two values have the label `{twice[0]}`",
+                "make the values different, or give each mapping its own `label:`",
+            )
+        labelled.append([(axis, label, _unlabelled(value)) for label, value in zip(labels, values, strict=True)])
+    return [
+        ({axis: label for axis, label, _ in combination}, {axis: value for axis, _, value in combination})
+        for combination in itertools.product(*labelled)
+    ]
+
+
+def _unlabelled(value: Any) -> Any:
+    """The value without the name of its branch."""
+    return {key: item for key, item in value.items() if key != "label"} if isinstance(value, dict) else value
+
+
+def _label(value: Any, index: int) -> str:
+    """What the branch is called: the value, or of a mapping its `label`, else its `name`, else its place."""
+    if isinstance(value, dict):
+        text = str(value.get("label", value.get("name", index)))
+    elif isinstance(value, bool) or value is None:
+        text = {True: "true", False: "false", None: "null"}[value]
+    elif isinstance(value, list):
+        text = "-".join(_label(item, position) for position, item in enumerate(value))
+    else:
+        text = str(value)
+    for character in "[],=":
+        text = text.replace(character, "_")
+    return text
+
+
+def node_name(spec_name: str, branch: Mapping[str, str]) -> str:
+    """`train`, or `train[activation=gelu,degree=3]`."""
+    if not branch:
+        return spec_name
+    return f"{spec_name}[{','.join(f'{axis}={label}' for axis, label in branch.items())}]"
+
+
+def _definition(workflow: Workflow, name: str, spec: StageSpec) -> StageDefinition:
+    if "${" in spec.uses:
+        raise UserError(f"{workflow.where('stages', name, 'uses')}: only `${{params.x}}` can stand in `uses:`")
+    try:
+        return _load(spec.uses)
+    except UserError as error:
+        hint = error.hint
+        if ":" not in spec.uses:
+            hint = f"{suggest(spec.uses, BUILTIN_STAGES)} ({hint})"
+        raise UserError(f"{workflow.where('stages', name, 'uses')}: {error.message}", hint) from None
+    except Exception as error:  # the user's module is run by its import, and may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, SyntaxError) else ""
+        raise UserError(
+            f"{workflow.where('stages', name, 'uses')}: importing `{spec.uses}` failed: "
+            f"{type(error).__name__}: {error}{place}",
+            "mend the module, then run again",
+        ) from error
+
+
+@functools.cache
+def _load(uses: str) -> StageDefinition:
+    """`load_stage`, once per function: 10,000 stages of one kind are read once."""
+    return load_stage(uses)
+
+
+def _draft(
+    workflow: Workflow,
+    spec_name: str,
+    spec: StageSpec,
+    definition: StageDefinition,
+    branch: dict[str, str],
+    matrix: dict[str, Any],
+    names: _Names,
+    environment: bool,
+) -> StageNode:
+    values = _expanded(workflow, spec_name, spec, matrix)
+    inputs, after = _inputs(workflow, spec_name, spec, values, definition, branch, names)
+    secrets = environment_names(values["with"])
+    if parent := parent_stage(spec_name):
+        after = tuple(dict.fromkeys((parent, *after)))
+    return StageNode(
+        name=node_name(spec_name, branch),
+        spec_name=spec_name,
+        branch=branch,
+        definition=definition,
+        parameters=_parameters(workflow, spec_name, definition, values["with"]),
+        inputs=inputs,
+        resources=values["resources"],
+        retries=spec.retries,
+        timeout=spec.timeout,
+        when=values["when"],
+        environment=_environment(workflow, spec_name, spec.environment, secrets) if environment else {},
+        after=after,
+        secrets=tuple(sorted(secrets)),
+        matrix=matrix,
+        open=any(map(names.is_open, _references(spec, values))),
+    )
+
+
+def _references(spec: StageSpec, values: Mapping[str, Any]) -> Iterator[str]:
+    """Everything in a stage that names another one."""
+    for value in values["inputs"].values():
+        yield from [value] if isinstance(value, str) else value.values() if isinstance(value, dict) else value or ()
+    yield from spec.after
+    yield from condition_stages(values["when"]) if values["when"] else ()
+
+
+def readers_of_returned(workflow: Workflow, nodes: Iterable[StageNode], name: str) -> list[str]:
+    """Of open nodes, the names of those that refer to stages which `name` has yet to return."""
+    beginnings = f"{name}/", f"{name.rpartition('/')[2]}/"
+    found = []
+    for node in nodes:
+        if name in node.dependencies:
+            spec = workflow.stages[node.spec_name]
+            references = _references(spec, {"inputs": spec.inputs, "when": spec.when})
+            if any(reference.startswith(beginnings) for reference in references):
+                found.append(node.name)
+    return found
+
+
+def _expanded(workflow: Workflow, name: str, spec: StageSpec, matrix: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the spec that may hold `${matrix.x}`, replaced."""
+    result: dict[str, Any] = {}
+    for key, value in (("with", spec.parameters), ("inputs", spec.inputs), ("when", spec.when)):
+        if has_reference(value):
+            try:
+                value = substitute(value, {"matrix": matrix}, keep=("env",), quote=key == "when")
+            except UserError as error:
+                raise UserError(f"{workflow.where('stages', name, key)}: {error.message}", error.hint) from None
+        result[key] = value
+    when = result["when"]
+    result["when"] = when if when is None or isinstance(when, str) else str(when).lower()
+    result["resources"] = spec.resources.resources()
+    return result
+
+
+def _environment(workflow: Workflow, name: str, names: list[str], secrets: set[str]) -> dict[str, str]:
+    for variable in (*names, *sorted(secrets)):
+        if variable not in os.environ:
+            raise UserError(
+                f"{workflow.where('stages', name)}: the environment variable `{variable}` is not set",
+                f"`export {variable}=…` and run again",
+            )
+    return {variable: os.environ[variable] for variable in names}
+
+
+def _parameters(workflow: Workflow, name: str, definition: StageDefinition, values: dict[str, Any]) -> BaseModel:
+    model = definition.parameters_model
+    known = {text for key, info in model.model_fields.items() for text in (key, info.alias) if text}
+    if model.model_config.get("extra") != "allow":
+        for key in values:
+            if key not in known:
+                raise UserError(
+                    f"{workflow.where('stages', name, 'with', key)}: "
+                    f"stage `{definition.uses}` has no parameter `{key}`",
+                    f"{suggest(key, known)} (`polytrope stages {definition.uses}` describes them)",
+                )
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+
+        def where(path: KeyPath) -> str:
+            found = workflow.where(*path)
+            dotted = ".".join(map(str, path))
+            return found.removesuffix(f": {dotted}") if found != dotted else ""
+
+        result = validation_error(error, model, ("stages", name, "with"), where)
+        hint = result.hint or f"`polytrope stages {definition.uses}` describes the parameters"
+        raise UserError(result.message, hint) from None
+
+
+def _inputs(
+    workflow: Workflow,
+    name: str,
+    spec: StageSpec,
+    values: Mapping[str, Any],
+    definition: StageDefinition,
+    branch: dict[str, str],
+    names: _Names,
+) -> tuple[dict[str, NodeInput], tuple[str, ...]]:
+    given, when = values["inputs"], values["when"]
+    for key in given:
+        if key not in definition.inputs:
+            raise UserError(
+                f"{workflow.where('stages', name, 'inputs', key)}: stage `{definition.uses}` has no input `{key}`",
+                suggest(key, definition.inputs) or "this stage takes no inputs",
+            )
+    inputs: dict[str, NodeInput] = {}
+    for key, kind in definition.inputs.items():
+        reference = given.get(key)
+        place = workflow.where("stages", name, "inputs", key)
+        if reference is None or (kind != "many" and reference == {}):
+            if kind == "required":
+                raise UserError(
+                    f"{workflow.where('stages', name)}: the input `{key}` of stage `{definition.uses}` is missing",
+                    f"add `inputs: {{{key}: STAGE}}` with the stage that makes it",
+                )
+            inputs[key] = {} if kind == "many" else None
+        elif kind == "many":
+            inputs[key] = _many(place, reference, branch, names)
+        elif isinstance(reference, str):
+            found = _resolve(place, reference, branch, names)
+            if len(found) != 1:
+                shown = ", ".join(f"`{item}`" for item, _ in found[:5])
+                raise UserError(
+                    f"{place}: `{reference}` has {len(found)} branches, but this input takes one",
+                    f"name one of {shown}, or give this stage the same `matrix:`",
+                )
+            inputs[key] = found[0][0]
+        else:
+            raise UserError(f"{place}: this input takes one stage, got {reference!r}", f"for example `{key}: STAGE`")
+    after = [
+        item
+        for reference in spec.after
+        for item, _ in _resolve(workflow.where("stages", name, "after"), reference, branch, names)
+    ]
+    after += _condition_nodes(workflow, name, when, branch, names)
+    return inputs, tuple(dict.fromkeys(after))
+
+
+def _condition_nodes(
+    workflow: Workflow, name: str, when: str | None, branch: dict[str, str], names: _Names
+) -> list[str]:
+    """The nodes whose metrics `when:` reads: each reference must mean exactly one."""
+    if when is None:
+        return []
+    place = workflow.where("stages", name, "when")
+    nodes: list[str] = []
+    try:
+        references = condition_stages(when)
+    except UserError as error:
+        raise UserError(f"{place}: {error.message}", error.hint) from None
+    for reference in references:
+        found = [item for item, _ in _resolve(place, reference, branch, names)]
+        if len(found) != 1:
+            raise UserError(
+                f"{place}: `{reference}` has {len(found)} branches, but a condition reads one",
+                f'for example `stages["{found[0]}"].METRIC`',
+            )
+        nodes += found
+    return nodes
+
+
+def _many(place: str, reference: Any, branch: Mapping[str, str], names: _Names) -> dict[str, str]:
+    """Label → node name. A bare stage: its name, or the branch's value(s); a list: node names; a mapping: its keys.
+
+    Those of `split/*` are the names that `split` gave them.
+    """
+    result: dict[str, str] = {}
+    if isinstance(reference, str):
+        entries: list[tuple[str | None, str]] = [(None, reference)]
+    elif isinstance(reference, list):
+        entries = [("", item) for item in reference]
+    else:
+        entries = list(reference.items())
+    for label, item in entries:
+        found = _resolve(place, item, branch, names)
+        for name, found_branch in found:
+            if names.is_open(item):
+                text = item
+            elif item.endswith("/*"):
+                own = name.removeprefix(f"{parent_stage(name.partition('[')[0])}/")
+                text = f"{label}/{own}" if label else own
+            elif label is None:
+                text = next(iter(found_branch.values())) if len(found_branch) == 1 else name
+            elif label == "":
+                text = name
+            else:
+                text = label if len(found) == 1 else node_name(label, found_branch)
+            if text in result:
+                raise UserError(f"{place}: the label `{text}` stands for two stages", "use `label: stage` lines")
+            result[text] = name
+    return result
+
+
+def _resolve(place: str, reference: str, branch: Mapping[str, str], names: _Names) -> list[tuple[str, dict[str, str]]]:
+    """(node name, branch) of every node that `reference` means for a stage in `branch`."""
+    written, bracket, labelled = reference.partition("[")
+    spec_name = names.find(written)
+    if spec_name is None:
+        raise UserError(f"{place}: there is no stage `{reference}`", suggest(written, names.branches))
+    if spec_name not in names.branches:
+        return _returned(place, spec_name, branch, names)
+    candidates = [(node_name(spec_name, labels), labels) for labels, _ in names.branches[spec_name]]
+    if bracket:
+        found = [item for item in candidates if item[0] == f"{spec_name}[{labelled}"]
+        if not found:
+            raise UserError(f"{place}: there is no stage `{reference}`", suggest(reference, [n for n, _ in candidates]))
+        return found
+    if not branch:
+        return candidates
+    shared = [axis for axis in candidates[0][1] if axis in branch]
+    matching = [item for item in candidates if all(item[1][axis] == branch[axis] for axis in shared)]
+    if not matching:
+        wanted = ", ".join(f"{axis}={branch[axis]}" for axis in shared)
+        raise UserError(f"{place}: `{reference}` has no branch with {wanted}", "give both stages the same values")
+    return matching
+
+
+def _returned(place: str, name: str, branch: Mapping[str, str], names: _Names) -> list[tuple[str, dict[str, str]]]:
+    """The nodes behind `STAGE/*`, or STAGE itself as long as it has not returned any stages."""
+    parent = names.returning(name)
+    if names.branches[parent] != [({}, {})]:
+        raise UserError(f"{place}: `{parent}` has a matrix, so it cannot return stages", "give it no `matrix:`")
+    if parent not in names.returned:
+        return [(parent, {})]
+    members = names.members(parent)
+    if name != f"{parent}/*":
+        known = suggest(name, members) or "it returned none"
+        raise UserError(f"{place}: `{parent}` returned no stage `{name.removeprefix(f'{parent}/')}`", known)
+    return [found for member in members for found in _resolve(place, member, branch, replace(names, scope=""))]
+
+
+def _order(workflow: Workflow, nodes: Mapping[str, StageNode]) -> list[str]:
+    """Kahn's algorithm; among the ready ones, the first in the file goes first."""
+    position = {name: index for index, name in enumerate(nodes)}
+    names = list(nodes)
+    waiting = {name: len(node.dependencies) for name, node in nodes.items()}
+    followers: dict[str, list[str]] = {name: [] for name in nodes}
+    for name, node in nodes.items():
+        for dependency in node.dependencies:
+            followers[dependency].append(name)
+    ready = [position[name] for name, count in waiting.items() if count == 0]
+    heapify(ready)
+    ordered: list[str] = []
+    while ready:
+        name = names[heappop(ready)]
+        ordered.append(name)
+        for follower in followers[name]:
+            waiting[follower] -= 1
+            if waiting[follower] == 0:
+                heappush(ready, position[follower])
+    if len(ordered) < len(nodes):
+        cycle = _cycle(nodes, {name for name, count in waiting.items() if count})
+        place = workflow.where("stages", nodes[cycle[0]].spec_name, "inputs")
+        raise UserError(
+            f"{place}: these stages need each other in a circle: {' → '.join(cycle)}", "remove one of these inputs"
+        )
+    return ordered
+
+
+def _cycle(nodes: Mapping[str, StageNode], stuck: set[str]) -> list[str]:
+    """A cycle among `stuck`, in the direction of the data: a → b means that b reads a."""
+    current = next(name for name in nodes if name in stuck)
+    path: list[str] = []
+    while current not in path:
+        path.append(current)
+        current = next(name for name in nodes[current].dependencies if name in stuck)
+    cycle = path[path.index(current) :]
+    cycle.reverse()
+    first = min(range(len(cycle)), key=lambda index: list(nodes).index(cycle[index]))
+    rotated = cycle[first:] + cycle[:first]
+    return [*rotated, rotated[0]]
+
+
+def _checked(workflow: Workflow, node: StageNode, finished: Mapping[str, StageNode]) -> StageNode:
+    """Ask the stage itself: `check` of parameters against its upstream, and the `fingerprint` of the files it reads."""
+    options = node.definition.options
+    if options.check is None and options.fingerprint is None:
+        return node
+    try:
+        if options.check is not None and not node.open:  # else it is asked when all its inputs are known
+            upstream: dict[str, Any] = {}
+            for key, value in node.inputs.items():
+                if isinstance(value, dict):
+                    upstream[key] = {label: finished[name].parameters for label, name in value.items()}
+                else:
+                    upstream[key] = finished[value].parameters if value else None
+            options.check(node.parameters, upstream)
+        if options.fingerprint is None:
+            return node
+        fingerprint = dict(options.fingerprint(node.parameters, workflow.directory))
+    except UserError as error:
+        field, _, rest = error.message.partition(": ")
+        if rest and field.split(".")[0] in type(node.parameters).model_fields:  # the stage names the parameter itself
+            place = workflow.where("stages", node.spec_name, "with", *field.split("."))
+            raise UserError(f"{place}: {rest}", error.hint) from None
+        raise UserError(f"{workflow.where('stages', node.spec_name)}: {error.message}", error.hint) from None
+    return replace(node, fingerprint=fingerprint)
+
+
+def condition_holds(node: StageNode, params: Mapping[str, Any], summaries: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether `when:` lets this node run; true without a condition.
+
+    Args:
+        node: the stage; all its `dependencies` have ended.
+        params: the workflow's parameters.
+        summaries: node name → summary metrics of every stage that succeeded or was cached.
+
+    Raises:
+        UserError: the condition reads a metric or a parameter that does not exist.
+    """
+    if node.when is None:
+        return True
+    stages = dict(summaries)
+    for reference in condition_stages(node.when):
+        for candidate in scoped_names(parent_stage(node.spec_name), reference):
+            found = [name for name in node.after if name == candidate or name.startswith(f"{candidate}[")]
+            if found and found[0] in summaries:
+                stages[reference] = summaries[found[0]]
+            if found:
+                break
+    return evaluate_condition(node.when, params=params, matrix=node.matrix, stages=stages)
