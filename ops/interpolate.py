@@ -224,7 +224,7 @@ def _fit(
     if solution.interval is not None:
         ends = solution.interval
     low, high = ends or (low, high)
-    kinks = [kink for kink in kinks if low < kink < high]
+    kinks = [kink for kink in (*kinks, *_folds(solution.parameters)) if low < kink < high]
     config: dict[str, Any] = {"name": family, "degree": degree}
     curve = solution.curve
     if tails and ends is not None and LEARNABLE[family].accepts_interval:
@@ -260,8 +260,9 @@ def _fit(
     found = Fit(config, solution.parameters, certificate, curve, dtype)
     if rounding_tolerance is None:
         return found
+    smallest = float(torch.finfo(dtype).tiny)
     largest = float(np.abs(value[(x >= shown[0]) & (x <= shown[1])]).max(initial=0.0))
-    if certificate.rounding_error <= (rounding_tolerance + 2 * torch.finfo(dtype).eps) * largest:
+    if certificate.rounding_error <= (rounding_tolerance + 2 * torch.finfo(dtype).eps) * largest + smallest:
         return found
     refused = RoundingError(
         f"degree: {family} of degree {degree} on ({shown[0]:.4g}, {shown[1]:.4g}) loses "
@@ -347,6 +348,15 @@ def _conditions(constraints: Sequence[str | Condition], ends: tuple[float, float
         else:
             raise ValueError(f"constraints: expected (x, 'value' | 'slope'), got {entry!r}")
     return list(dict.fromkeys(result))
+
+
+def _folds(parameters: dict[str, Array]) -> list[float]:
+    """Where the absolute value in a rational function's denominator has its kinks."""
+    denominator = parameters.get("denominator")
+    if denominator is None:
+        return []
+    roots = np.roots(np.trim_zeros(np.append(denominator[::-1], 0.0), "f"))
+    return sorted(float(root.real) for root in roots if abs(root.imag) <= 1e-6 * max(abs(root), 1e-300))
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -99,7 +100,7 @@ def certify(
 
     Args:
         target, fitted: f and F with their slopes, in float64.
-        kinks: where f' jumps; grid points are put on both sides of each.
+        kinks: where f' or F' jumps; grid points are put on both sides of each, and between them.
         nodes: points and weights (of sum 1) of the fit.
         held_out: raw inputs that the fit has not seen.
         reach: smallest and largest measured input, or the interval again.
@@ -169,7 +170,9 @@ def _as_run(target: Curve, fitted: Curve, built: Built, parts: tuple[Array, ...]
 
 def _grid(low: float, high: float, kinks: list[float]) -> Array:
     tiny = 1e-9 * (high - low)
-    sides = [point for kink in kinks for point in (kink - tiny, kink + tiny) if low < point < high]
+    between = [(left + right) / 2 for left, right in itertools.pairwise(sorted(kinks))]
+    sides = [point for kink in kinks for point in (kink - tiny, kink + tiny)] + between
+    sides = [point for point in sides if low < point < high]
     return np.unique(np.concatenate([np.linspace(low, high, _CELLS + 1), sides]))
 
 

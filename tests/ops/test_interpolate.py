@@ -374,3 +374,24 @@ def test_polyrelu_fits_and_meets_its_constraints() -> None:
     fitted, fitted_slope = bound.curve(np.array([4.0, 2.0]))
     assert fitted[0] == pytest.approx(value[0], abs=1e-12)
     assert fitted_slope[1] == pytest.approx(slope[1], abs=1e-12)
+
+
+def test_the_slope_between_two_folds_of_a_denominator_is_bounded() -> None:
+    result = fit("tanh", "rational", 7, interval=(-2.0, 3.0), rounding_tolerance=None)
+    x = np.linspace(-0.01, 0.01, 4001)  # the denominator's inner polynomial is zero at 0 and at -0.0036
+    error = np.abs(result.curve(x)[1] - sample(resolve_target("tanh"), x)[1]).max()
+    assert error <= result.certificate.maximum_derivative
+
+
+def test_rounding_counts_relative_to_the_function_and_is_certified_in_the_format_that_runs() -> None:
+    with pytest.raises(ValueError, match=r"loses .* to rounding in float32"):
+        fit("gelu", "hermite", 12, interval=(-0.01, 0.01))
+    points = np.linspace(-3.0, 3.0, 500)
+    exact = resolve_target("gelu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        result = fit("gelu", "legendre", 6, interval=(-3, 3), weight=(points, np.ones(500)), dtype=dtype)
+        x = torch.linspace(-3, 3, 9001).to(dtype)
+        with torch.no_grad():
+            error = float((result.build()(x).double() - exact(x.double())).abs().max())
+        assert next(result.build().parameters()).dtype == dtype
+        assert error <= result.certificate.maximum < error * 1.2 + 1e-3
