@@ -56,13 +56,7 @@ def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float
     from polytrope.pipeline.stages.shard.parallel import prepare_workers
 
     started = time.perf_counter()
-    prepare_workers(
-        context,
-        "polytrope.pipeline.executors.worker",
-        "polytrope.pipeline.stages.shard.token_shards",
-        "pyarrow",
-        "tokenizers",
-    )
+    prepare_workers(context, "polytrope.pipeline.stages.shard.token_shards", "pyarrow", "tokenizers")
     context.progress(0, 3, "reading documents")
     directory = Path.cwd()  # the workflow file's
     documents = read_documents(parameters.source, directory, context.scratch / "huggingface")
