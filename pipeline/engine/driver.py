@@ -32,8 +32,8 @@ from polytrope.pipeline.runs.journal import DONE_STATES, Event, Journal, RunStat
 from polytrope.pipeline.runs.lease import DEFAULT_TTL, HolderWatch, Lease, LeaseHeldError, LeaseLostError
 from polytrope.pipeline.runs.spool import read_notes
 from polytrope.pipeline.stage import Artifact
-from polytrope.pipeline.store.manifest import StoredArtifact, artifact_digest
-from polytrope.pipeline.store.store import OutputChangedError, Store, store_error
+from polytrope.pipeline.store.manifest import OutputChangedError, StoredArtifact, artifact_digest, file_rows
+from polytrope.pipeline.store.store import Store, store_error
 from polytrope.pipeline.support.faults import ENVIRONMENT_VARIABLE, start_faults
 from polytrope.pipeline.support.files import replace_file, safe_name
 from polytrope.pipeline.workflow.graph import StageNode, condition_holds, parent_stage, readers_of_returned
@@ -893,8 +893,8 @@ class Driver:
     def _make_way(self, attempt: Attempt, outcome: Outcome, fence: Callable[[], None]) -> None:
         """A forced stage replaces its stored result, unless the new one is the same."""
         stored = self.store.find(attempt.key)
-        files = [{"path": item.path, "size": item.size, "sha256": item.sha256} for item in outcome.entries]
-        if self.store.exists(attempt.key) and (stored is None or stored.digest != artifact_digest(files)):
+        digest = artifact_digest(file_rows(outcome.entries))
+        if self.store.exists(attempt.key) and (stored is None or stored.digest != digest):
             fence()
             problems = ["replaced: the stage was forced, and gave another result from the same key"]
             moved = self.store.quarantine(attempt.key, problems)

@@ -17,7 +17,6 @@ import errno
 import hashlib
 import json
 import os
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +32,8 @@ from polytrope.pipeline.store.manifest import (
     FileEntry,
     StoredArtifact,
     build_manifest,
+    check_sealed,
+    make_read_only,
     move_manifest,
     parse_manifest,
     seal,
@@ -255,7 +256,7 @@ class ObjectStore(Store):
                 path = workspace / "files" / entry["path"]
                 if hash_file(path) != entry["sha256"]:
                     raise UserError(f"{self.address}/{prefix}{entry['path']}: its bytes have changed", hint)
-                os.chmod(path, stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
+            make_read_only(workspace / "files", artifact.files)
             (workspace / MANIFEST).write_bytes(data)
             remove_tree(place)
             place.parent.mkdir(exist_ok=True)
@@ -271,6 +272,7 @@ class ObjectStore(Store):
         """Send what a stage wrote, where it ran. It counts once the driver has put a manifest that names it."""
         key, _, token = output.parent.name.partition(".")
         self.bucket.upload([(output / entry.path, f"artifacts/{key}/{token}/{entry.path}") for entry in entries])
+        check_sealed(output, entries)  # what was sent is what was hashed
 
     def commit(
         self,

@@ -33,9 +33,13 @@ from polytrope.pipeline.store.manifest import (
     FORMAT,
     MANIFEST,
     FileEntry,
+    OutputChangedError,
     StoredArtifact,
     artifact_digest,
     build_manifest,
+    check_sealed,
+    file_rows,
+    is_executable,
     parse_manifest,
     scan,
     seal,
@@ -53,10 +57,6 @@ from polytrope.pipeline.support.files import (
 
 _DIGESTS = "digests.json"  # beside a delivered manifest: what the cache will say of its files
 _KEY = re.compile(r"[0-9a-f]{16,64}")
-
-
-class OutputChangedError(RuntimeError):
-    """The staging directory is not what was hashed at the end of the stage."""
 
 
 class Store:
@@ -297,6 +297,8 @@ class Store:
                 problems.append(f"{name}: is missing")
             elif status.st_size != entry["size"]:
                 problems.append(f"{name}: has {status.st_size} bytes instead of {entry['size']}")
+            elif is_executable(status) != entry.get("executable", False):
+                problems.append(f"{name}: can{' no longer' if entry.get('executable') else ' now'} be executed")
             elif known.get(name) != (status.st_size, status.st_mtime_ns, status.st_ino, entry["sha256"]):
                 changed = True
                 if hash_file(artifact.path / name) != entry["sha256"]:
@@ -365,7 +367,7 @@ class Store:
                 key, entries, components=components, summary=summary, stage=stage, run_id=run_id, duration=duration
             )
             self.deliver(staging, entries, manifest)
-        self._check_sealed(staging, entries)
+        check_sealed(staging, entries)
         artifact = self._delivered(key, staging, entries)
         with contextlib.suppress(OSError):  # a cache, and there is none for no files
             os.rename(staging.parent / _DIGESTS, self._digests_file(key))
@@ -392,18 +394,9 @@ class Store:
         except FileNotFoundError:
             data = b""
         artifact = parse_manifest(data, key, self.artifacts / key / "files")
-        files = [{"path": entry.path, "size": entry.size, "sha256": entry.sha256} for entry in entries]
-        if artifact is None or artifact.digest != artifact_digest(files):
+        if artifact is None or artifact.digest != artifact_digest(file_rows(entries)):
             raise OutputChangedError("the manifest changed between the stage's end and its commit")
         return artifact
-
-    def _check_sealed(self, staging: Path, entries: list[FileEntry]) -> None:
-        """What arrived here must be what was hashed where the stage ran."""
-        found = {name: status.st_size for name, status in scan(staging).items()}
-        expected = {entry.path: entry.size for entry in entries}
-        if found != expected:
-            names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-            raise OutputChangedError(f"files changed between the stage's end and its commit: {', '.join(names[:5])}")
 
     def quarantine(self, key: str, problems: list[str]) -> Path | None:
         """Move an artifact that is not what its manifest says out of the way; returns where it is now."""

@@ -15,6 +15,7 @@ from polytrope.pipeline.runs.lease import Lease
 from polytrope.pipeline.store.archive import export_run, import_run
 from polytrope.pipeline.store.garbage import collect_garbage
 from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.workflow.keys import stage_key
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def store(tmp_path: Path) -> Store:
 
 def artifact(store: Store, letter: str) -> str:
     """Commit an artifact; returns its key."""
-    key = letter * 64
+    key = stage_key({"uses": letter})
     files = store.staging(key)
     (files / "data.txt").write_text(f"content of {letter}")
     store.commit(key, files, components={"uses": letter}, summary={"x": 1.0}, stage=letter, run_id="r", duration=1.0)
@@ -96,14 +97,14 @@ def test_an_alias_keeps_an_artifact_when_its_run_is_forgotten(store: Store, caps
 def test_an_alias_does_not_pass_another_result_off_as_its_own(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     finished_run(store, "one", artifact(store, "a"))
     assert main(["alias", "best", "one", "stage0", "--store", str(store.root)]) == 0
-    moved = store.quarantine("a" * 64, ["replaced"])
+    key = stage_key({"uses": "a"})
+    moved = store.quarantine(key, ["replaced"])
     assert moved is not None
     old = moved.with_name(moved.name.replace(time.strftime("%Y"), "2001"))
     moved.rename(old)
-    staging = store.staging("a" * 64)
-    staging.mkdir(parents=True, exist_ok=True)
+    staging = store.staging(key)
     (staging / "data.txt").write_text("another result")
-    store.commit("a" * 64, staging, components={}, summary={}, stage="stage0", run_id="one", duration=0.0)
+    store.commit(key, staging, components={"uses": "a"}, summary={}, stage="stage0", run_id="one", duration=0.0)
     assert main(["alias", "best", "--store", str(store.root)]) == 2
     assert "a forced run replaced it by another result" in capsys.readouterr().err
     collect_garbage(store)
@@ -111,8 +112,9 @@ def test_an_alias_does_not_pass_another_result_off_as_its_own(store: Store, caps
 
 
 def test_an_alias_needs_a_result(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    finished_run(store, "one", artifact(store, "a"), artifact(store, "b"))
-    store.remove(f"artifacts/{'b' * 64}")
+    lost = artifact(store, "b")
+    finished_run(store, "one", artifact(store, "a"), lost)
+    store.remove(f"artifacts/{lost}")
     for words, message in (
         (["a/b", "one", "stage0"], "`a/b` cannot be the name"),
         (["x", "one", "stag0"], "did you mean `stage0`"),
