@@ -2,7 +2,6 @@
 
 import json
 import os
-import tarfile
 import time
 from pathlib import Path
 
@@ -85,6 +84,8 @@ def test_an_alias_keeps_an_artifact_when_its_run_is_forgotten(store: Store, caps
     assert (Path(command("alias", "best").strip()) / "data.txt").read_text() == "content of a"
     assert "did you mean `best`" in command("alias", "bst", code=2)
     assert "did you mean `best`" in command("alias", "--remove", "bst", code=2)
+    store.put_alias("broken", store.get_alias("best").replace(kept.encode(), b"../../elsewhere"))
+    assert "aliases/broken.json is damaged" in command("alias", "broken", code=2), "its key points outside"
     store.put_alias("broken", b"{")
     assert "aliases/broken.json is damaged" in command("gc", code=2)
     assert store.keys() == [kept], "nobody knows what the damaged one keeps"
@@ -183,17 +184,6 @@ def test_a_damaged_artifact_is_neither_exported_nor_imported(store: Store, tmp_p
     with pytest.raises(UserError, match="is not intact"):
         export_run(store, directory, tmp_path / "again.tar")
     assert not (tmp_path / "again.tar").exists()
-
-
-def test_an_archive_cannot_write_outside_the_store(store: Store, tmp_path: Path) -> None:
-    header = tmp_path / "polytrope-run.json"
-    header.write_text(json.dumps({"format": 1, "run": "one", "keys": []}))
-    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
-        archive.add(header, "polytrope-run.json")
-        archive.add(header, "../../outside.json")
-    with pytest.raises(UserError):
-        import_run(store, tmp_path / "evil.tar")
-    assert not (tmp_path / "outside.json").exists()
 
 
 def test_verify_finds_damage_and_moves_it_away(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
