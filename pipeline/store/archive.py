@@ -261,16 +261,17 @@ def _check_run(directory: Path, run_id: str) -> None:
             if run is not None and (not isinstance(run, str) or safe_name(run) != run):
                 raise _ArchiveError(f"the journal names the run `{run}`")
     for said in _spool_lines(directory):
-        if "path" in said and not is_plain_path(said["path"]):
-            raise _ArchiveError(f"an event of a stage names the file `{said['path']}`")
-    for path in directory.iterdir():
-        if _RECORD.fullmatch(path.name):
-            record = json.loads(path.read_bytes())
+        path = said.get("path", ".")
+        if not isinstance(path, str) or path.startswith("/") or ".." in path.split("/"):
+            raise _ArchiveError(f"an event of a stage names the file `{path}`")
+    for file in directory.iterdir():
+        if _RECORD.fullmatch(file.name):
+            record = json.loads(file.read_bytes())
             workflow = dict(record["workflow"])
             if "tracking" in workflow:
                 workflow["tracking"] = {**workflow["tracking"], "uri": None}
             own = {"run_id": run_id, "directory": None, "source": None, "files": {}, "workflow": workflow}
-            replace_json(path, {**record, **own})
+            replace_json(file, {**record, **own})
 
 
 def _spool_lines(directory: Path) -> Iterator[Mapping[str, Any]]:

@@ -76,8 +76,10 @@ def is_key(text: object) -> bool:
 
 
 def is_plain_path(text: object) -> bool:
-    """Whether this is a relative path with `/` that stays below where it starts, written in one way only."""
+    """Whether this is a relative path in UTF-8 that stays below where it starts, written in one way only."""
     if not isinstance(text, str) or not text or "\0" in text or text.startswith("/"):
+        return False
+    if any("\ud800" <= character <= "\udfff" for character in text):  # stands for bytes that are not UTF-8
         return False
     return ".." not in text.split("/") and str(PurePosixPath(text)) == text != "."
 

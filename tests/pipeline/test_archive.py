@@ -44,7 +44,7 @@ def make_run(store: Store, *, log: str = "logs/lease-prices/1.log") -> Path:
     for name, text in {
         "workflow.json": json.dumps({"run_id": "one", "directory": "/", "workflow": {"name": "demo"}}),
         "logs/lease-prices/1.log": "said",
-        "spool/lease-prices/1/.hidden.jsonl": "",
+        "spool/lease-prices/1/.hidden.jsonl": '{"kind": "artifact", "path": "."}\n{"kind": "model", "path": "m/"}\n',
         "lease-000001": "{}",
         "mlflow.json": "{}",
         "cancel.json": "{}",
