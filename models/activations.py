@@ -107,11 +107,27 @@ def current_activations(
 ) -> ActivationConfig | list[ActivationConfig]:
     """What to save so that the same activations can be built again, after any conversion of the model.
 
-    A module with a `config()` method describes itself; another one is still what the configuration says. One entry
-    stands for all if they are equal.
+    A learnable activation describes itself; another one is what the configuration says. One entry stands for all if
+    they are equal.
+
+    Raises:
+        ValueError: a module that is neither.
     """
-    entries: list[ActivationConfig] = [
-        module.config() if callable(getattr(module, "config", None)) else config  # type: ignore[operator]
-        for module, config in zip(modules, configured, strict=True)
-    ]
+    entries: list[ActivationConfig] = []
+    for layer, (module, config) in enumerate(zip(modules, configured, strict=True)):
+        if callable(getattr(module, "config", None)):
+            config = module.config()  # type: ignore[operator]
+        elif repr(module) != repr(make_activation(config)):
+            raise ValueError(
+                f"the activation of layer {layer} is {module!r}, which is not `{config}` of the model's configuration "
+                "and cannot be described; use one of polytrope.ops.build_activation"
+            )
+        entries.append(config)
     return entries[0] if all(entry == entries[0] for entry in entries) else entries
+
+
+def normalised_activations(activation: ActivationConfig | list[ActivationConfig], layers: int) -> list[Any]:
+    """(name, options) of each layer's activation: equal for settings that mean the same."""
+    from polytrope.ops.modules import read_activation
+
+    return [read_activation(config) for config in activation_configs(activation, layers)]

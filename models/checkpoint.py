@@ -14,7 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from polytrope.models import build_model
+from polytrope.models import build_model, find_architecture
+from polytrope.models.activations import activation_configs, current_activations, normalised_activations
+from polytrope.models.special_tokens import kept_fields
+from polytrope.models.weights import check_dtypes
+from polytrope.models.writing import appearing, compare_outputs, compare_weights
 
 FORMAT = 1
 
@@ -22,15 +26,18 @@ FORMAT = 1
 def save_model(
     directory: Path, model: nn.Module, *, tokenizer: Path | None = None, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write `model` below `directory`; equal weights give equal bytes.
+    """Write `model` below `directory`, read back and compared before it appears; equal weights give equal bytes.
 
     Args:
         directory: created if need be.
         model: a model of this package (it has `architecture`, `config` and maybe `tied_weights`).
         tokenizer: a dataset or model directory whose tokenizer belongs to this model; it is copied.
         weights: the weights to write instead of the model's own (gathered from shards, or averaged), by name.
+
+    Raises:
+        ValueError: what was written is not the model: weights in a dtype that is not kept, an activation that the
+            configuration cannot describe.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     tied = getattr(model, "tied_weights", {})
     state = model.state_dict() if weights is None else weights
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state) if name not in tied}
@@ -42,12 +49,22 @@ def save_model(
         if weights is None
         else sum(tensors[name].numel() for name, _ in model.named_parameters() if name in tensors),
     }
-    if tokenizer is not None:
-        description["tokenizer"] = read_tokenizer_entry(tokenizer)
-        if (tokenizer / "tokenizer.json").exists():
-            shutil.copyfile(tokenizer / "tokenizer.json", directory / "tokenizer.json")
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    (directory / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+    with appearing(directory, "model.json") as aside:
+        if tokenizer is not None:
+            description["tokenizer"] = read_tokenizer_entry(tokenizer)
+            if kept := kept_fields(tokenizer):
+                description["huggingface"] = kept
+            if (tokenizer / "tokenizer.json").exists():
+                shutil.copyfile(tokenizer / "tokenizer.json", aside / "tokenizer.json")
+        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        (aside / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+        with torch.random.fork_rng(devices=[]):  # a training goes on with the same random numbers
+            written = load_model(aside)
+        what = f"{directory} is not written"
+        compare_configs(written, model, what)
+        compare_weights({name: t for name, t in written.state_dict().items() if name not in tied}, tensors, what)
+        if weights is None:
+            compare_outputs(written, model, find_architecture(str(model.architecture)).example(model.config), what)
 
 
 def load_model(directory: Path, device: str | torch.device = "cpu") -> nn.Module:
@@ -57,7 +74,10 @@ def load_model(directory: Path, device: str | torch.device = "cpu") -> nn.Module
         ValueError: no model there, a newer format, or weights that do not fit the configuration.
     """
     description = read_description(directory)
-    model = build_model(description["architecture"], description["config"])
+    try:
+        model = build_model(description["architecture"], description["config"])
+    except ValueError as error:
+        raise ValueError(f"{directory / 'model.json'}: {error}") from error
     try:
         tensors = load_file(directory / "model.safetensors")
     except (OSError, SafetensorError) as error:
@@ -70,10 +90,12 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load the content of a `model.safetensors`, where tied weights are stored once.
 
     Raises:
-        ValueError: missing or unexpected names, other shapes.
+        ValueError: missing or unexpected names, other shapes, numbers that the model's dtypes do not hold exactly.
     """
     tied = getattr(model, "tied_weights", {})
     complete = dict(tensors) | {name: tensors[source] for name, source in tied.items() if source in tensors}
+    own = model.state_dict()
+    check_dtypes({name: (tensor.dtype, own[name].dtype) for name, tensor in complete.items() if name in own})
     try:
         model.load_state_dict(complete, strict=True)
     except RuntimeError as error:
@@ -89,10 +111,13 @@ def read_description(directory: Path) -> dict[str, Any]:
     path = directory / "model.json"
     try:
         description = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{directory} is no model directory: {path} cannot be read: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {description.get('format')!r}, this version reads {FORMAT}")
+        found = description.get("format") if isinstance(description, dict) else description
+        raise ValueError(f"{path}: format {found!r}, this version reads {FORMAT}")
+    if missing := [name for name in ("architecture", "config") if name not in description]:
+        raise ValueError(f"{path}: {missing[0]} is missing")
     return description
 
 
@@ -105,9 +130,33 @@ def read_tokenizer_entry(directory: Path) -> Any:
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
-    """The model's configuration as JSON, with its activations as they are now (after conversion)."""
+    """The model's configuration as JSON, with its activations as they are now (after conversion).
+
+    Raises:
+        ValueError: an activation that no configuration describes.
+    """
     config: dict[str, Any] = dataclasses.asdict(model.config)  # type: ignore[call-overload]
-    current = getattr(model, "current_activations", None)
-    if callable(current):
-        config["activation"] = current()
+    modules = activation_modules(model)
+    config["activation"] = current_activations(modules, activation_configs(config["activation"], len(modules)))
     return config
+
+
+def activation_modules(model: nn.Module) -> list[nn.Module]:
+    """The activations of a model of this package, in the order of its blocks."""
+    last = find_architecture(str(model.architecture)).activation
+    named = model.named_modules(remove_duplicate=False)
+    return [module for name, module in named if name.rpartition(".")[2] == last]
+
+
+def compare_configs(written: nn.Module, meant: nn.Module, what: str) -> None:
+    """Refuse a model whose configuration is another one than was meant.
+
+    Raises:
+        ValueError: the first field that differs.
+    """
+    there, here = model_config(written), model_config(meant)
+    for config, model in ((there, written), (here, meant)):
+        config["activation"] = normalised_activations(config["activation"], len(activation_modules(model)))
+    for field, value in here.items():
+        if there[field] != value:
+            raise ValueError(f"{what}: {field} comes back as {there[field]!r} instead of {value!r}")

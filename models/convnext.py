@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -16,11 +18,12 @@ from polytrope.models.activations import (
     ActivationCheckpointing,
     ActivationConfig,
     activation_configs,
-    current_activations,
     make_activation,
     project_activated,
     standardize_inputs,
 )
+from polytrope.models.architecture import Architecture, HuggingFace
+from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.weights import load_renamed
 
 
@@ -36,6 +39,7 @@ class ConvNeXtConfig:
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per block.
         drop_path: probability of skipping the last block's branch; it grows linearly from 0 at the first.
         layer_scale: initial value of the per-channel scale of each branch; 0 for no scale.
+        final_norm_epsilon: added to the variance in the layer norm before the classifier; the others have 1e-6.
     """
 
     depths: list[int] = field(default_factory=lambda: [3, 3, 9, 3])
@@ -46,6 +50,7 @@ class ConvNeXtConfig:
     activation: ActivationConfig | list[ActivationConfig] = "gelu"
     drop_path: float = 0.0
     layer_scale: float = 1e-6
+    final_norm_epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
         self.depths, self.dims = list(self.depths), list(self.dims)
@@ -55,6 +60,11 @@ class ConvNeXtConfig:
             )
         if not 0.0 <= self.drop_path < 1.0:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
+        for name in ("num_classes", "in_channels", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 < self.final_norm_epsilon < math.inf:
+            raise ValueError(f"final_norm_epsilon must be above 0 and finite, got {self.final_norm_epsilon}")
         activation_configs(self.activation, sum(self.depths))
 
 
@@ -118,7 +128,6 @@ class ConvNeXt(nn.Module):
     """The classifier. `forward` returns logits, or with targets the loss."""
 
     architecture: ClassVar[str] = "convnext"
-    tied_weights: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: ConvNeXtConfig) -> None:
         super().__init__()
@@ -142,7 +151,7 @@ class ConvNeXt(nn.Module):
             nn.Sequential(*[Block(width, next(activations), next(rates), config.layer_scale) for _ in range(depth)])
             for depth, width in zip(depths, dims, strict=True)
         )
-        self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
+        self.norm = nn.LayerNorm(dims[-1], eps=config.final_norm_epsilon)
         self.head = nn.Linear(dims[-1], config.num_classes)
         self.apply(_initialise)
         for block in self.blocks:
@@ -158,20 +167,15 @@ class ConvNeXt(nn.Module):
         for block in self.blocks:
             block.recomputes = mode == "mlp"
 
-    def current_activations(self) -> ActivationConfig | list[ActivationConfig]:
-        """The `activation` setting that describes the blocks as they are now."""
-        configured = activation_configs(self.config.activation, len(self.blocks))
-        return current_activations([block.act for block in self.blocks], configured)
-
     def forward(self, images: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
         """Logits `[batch, classes]`, or with `targets` the cross entropy in nats.
 
         Args:
-            images: `[batch, channels, height, width]`, normalised.
+            images: `[batch, channels, height, width]`, normalised; any floating dtype (a data set has float32).
             targets: `[batch]` int64 classes (-100: does not count), or `[batch, classes]` probabilities (mixup).
             reduction: of the loss: `mean`, `sum` or `none`.
         """
-        x = images
+        x = images.to(self.head.weight.dtype)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x)
             for block in stage:  # type: ignore[attr-defined]
@@ -208,52 +212,6 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def load_convnext_state_dict(model: ConvNeXt, state: Mapping[str, Tensor]) -> None:
-    """Load published weights: the original code's names, or those of HF `ConvNextForImageClassification`.
-
-    Raises:
-        ValueError: names or shapes that do not belong to a ConvNeXt of this size, listed.
-    """
-    tensors = {_original_name(name): tensor for name, tensor in state.items()}
-    load_renamed(model, tensors, optional=".act.", tied=(), what="ConvNeXt")
-
-
-def _original_name(name: str) -> str:
-    """The original code's name of a parameter that may carry HF's."""
-    if not name.startswith(("convnext.", "classifier.")):
-        return name.removeprefix("model.")
-    name = name.removeprefix("convnext.")
-    for theirs, ours in (
-        ("embeddings.patch_embeddings.", "downsample_layers.0.0."),
-        ("embeddings.layernorm.", "downsample_layers.0.1."),
-        ("classifier.", "head."),
-    ):
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    if name.startswith("layernorm."):
-        return "norm." + name.removeprefix("layernorm.")
-    name = name.removeprefix("encoder.")
-    parts = name.split(".")  # stages.1.downsampling_layer.0.weight, stages.1.layers.0.layernorm.weight
-    if parts[2] == "downsampling_layer":
-        return ".".join(["downsample_layers", parts[1], *parts[3:]])
-    leaf = ".".join(parts[4:])
-    leaf = leaf.replace("layer_scale_parameter", "gamma").replace("layernorm", "norm")
-    return ".".join(["stages", parts[1], parts[3], leaf])
-
-
-def convnext_config_from_huggingface(config: Mapping[str, Any]) -> ConvNeXtConfig:
-    """The configuration of a `config.json` of HF's ConvNeXt."""
-    return ConvNeXtConfig(
-        depths=list(config["depths"]),
-        dims=list(config["hidden_sizes"]),
-        num_classes=len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 1000)),
-        in_channels=int(config.get("num_channels", 3)),
-        patch_size=int(config.get("patch_size", 4)),
-        activation=str(config.get("hidden_act", "gelu")),
-        layer_scale=float(config.get("layer_scale_init_value", 1e-6)),
-    )
-
-
 def normalise_images(images: Tensor) -> Tensor:
     """Pixels in [0, 1] to what the model expects: ImageNet's channel statistics, or mean and deviation 0.5 if grey.
 
@@ -264,3 +222,249 @@ def normalise_images(images: Tensor) -> Tensor:
     mean = torch.tensor([0.485, 0.456, 0.406] if three else [0.5], dtype=images.dtype, device=images.device)
     deviation = torch.tensor([0.229, 0.224, 0.225] if three else [0.5], dtype=images.dtype, device=images.device)
     return (images - mean[:, None, None]) / deviation[:, None, None]
+
+
+def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """ConvNeXt weights under the original code's names, from those of timm, torchvision or HF.
+
+    timm: `stem.0`, `stages.1.blocks.0.conv_dw`, `mlp.fc1`, `head.fc`. torchvision: `features.1.0.block.0`,
+    `layer_scale`, `classifier.2`; its odd `features` are the stages, its even ones the downsampling.
+    """
+    rename: Callable[[str], str] = str
+    if "stages.0.blocks.0.conv_dw.weight" in state:
+        rename = _from_timm
+    elif "features.1.0.block.0.weight" in state:
+        rename = _from_torchvision
+    elif any(name.startswith(_HUGGINGFACE_NAMES) for name in state):
+        rename = _from_huggingface
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        ours = rename(name)
+        if ours.endswith(("pwconv1.weight", "pwconv2.weight")) and tensor.dim() == 4:
+            tensor = tensor[:, :, 0, 0]  # written as a 1×1 convolution
+        result[ours] = tensor.flatten() if ours.endswith(".gamma") else tensor
+    return result
+
+
+def _from_timm(name: str) -> str:
+    for pattern, ours in (
+        (r"^stem\.(.*)", r"downsample_layers.0.\1"),
+        (r"^stages\.(\d+)\.downsample\.(.*)", r"downsample_layers.\1.\2"),
+        (r"^stages\.(\d+)\.blocks\.(.*)", r"stages.\1.\2"),
+        (r"^head\.norm\.(.*)", r"norm.\1"),
+        (r"^head\.fc\.(.*)", r"head.\1"),
+    ):
+        if re.match(pattern, name):
+            name = re.sub(pattern, ours, name)
+            break
+    return name.replace(".conv_dw.", ".dwconv.").replace(".mlp.fc1.", ".pwconv1.").replace(".mlp.fc2.", ".pwconv2.")
+
+
+def _from_torchvision(name: str) -> str:
+    head = {"classifier.0": "norm", "classifier.2": "head"}
+    for theirs, ours in head.items():
+        if name.startswith(theirs + "."):
+            return ours + name.removeprefix(theirs)
+    match = re.match(r"^features\.(\d+)\.(.*)", name)
+    if not match:
+        return name
+    number, rest = int(match.group(1)), match.group(2)
+    if number % 2 == 0:
+        return f"downsample_layers.{number // 2}.{rest}"
+    layers = {"block.0": "dwconv", "block.2": "norm", "block.3": "pwconv1", "block.5": "pwconv2"}
+    rest = rest.replace("layer_scale", "gamma")
+    for theirs, ours in layers.items():
+        rest = rest.replace(f".{theirs}.", f".{ours}.")
+    return f"stages.{number // 2}.{rest}"
+
+
+_HUGGINGFACE_NAMES = ("convnext.", "embeddings.", "encoder.")
+
+
+def _from_huggingface(name: str) -> str:
+    name = name.removeprefix("convnext.").removeprefix("encoder.")
+    for theirs, ours in (
+        ("embeddings.patch_embeddings.", "downsample_layers.0.0."),
+        ("embeddings.layernorm.", "downsample_layers.0.1."),
+        ("classifier.", "head."),
+        ("layernorm.", "norm."),
+    ):
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    if match := re.match(r"stages\.(\d+)\.downsampling_layer\.(.*)", name):
+        return f"downsample_layers.{match[1]}.{match[2]}"
+    if match := re.match(r"stages\.(\d+)\.layers\.(\d+)\.(.*)", name):
+        leaf = match[3].replace("layer_scale_parameter", "gamma").replace("layernorm", "norm")
+        return f"stages.{match[1]}.{match[2]}.{leaf}"
+    return name
+
+
+def _huggingface_name(name: str) -> str:
+    """HF's name of a parameter with the original code's name."""
+    parts = name.split(".")
+    if parts[0] == "head":
+        return name.replace("head.", "classifier.", 1)
+    if parts[0] == "norm":
+        return "convnext.layernorm." + parts[1]
+    if parts[0] == "downsample_layers":
+        if parts[1] == "0":
+            part = {"0": "patch_embeddings", "1": "layernorm"}[parts[2]]
+            return ".".join(["convnext.embeddings", part, *parts[3:]])
+        return ".".join(["convnext.encoder.stages", parts[1], "downsampling_layer", *parts[2:]])
+    leaf = ".".join(parts[3:]).replace("gamma", "layer_scale_parameter").replace("norm.", "layernorm.")
+    return ".".join(["convnext.encoder.stages", parts[1], "layers", parts[2], leaf])
+
+
+def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What weights by own names tell of the configuration.
+
+    Raises:
+        ValueError: no stem, no classifier, or a block missing.
+    """
+    for name, part in (("downsample_layers.0.0.weight", "stem"), ("head.weight", "classifier")):
+        if name not in state:
+            raise ValueError(f"not the weights of a ConvNeXt with a classifier: missing {name}, the {part}")
+    blocks = sorted(
+        (int(match[1]), int(match[2]))
+        for name in state
+        if (match := re.fullmatch(r"stages\.(\d+)\.(\d+)\.dwconv\.weight", name))
+    )
+    stages = sorted({stage for stage, _ in blocks})
+    depths = [sum(1 for stage, _ in blocks if stage == wanted) for wanted in stages]
+    if blocks != [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]:
+        raise ValueError("not the weights of a ConvNeXt: blocks are missing between those that are there")
+    return {
+        "depths": depths,
+        "dims": [state[f"stages.{stage}.0.dwconv.weight"].shape[0] for stage in stages],
+        "num_classes": state["head.weight"].shape[0],
+        "in_channels": state["downsample_layers.0.0.weight"].shape[1],
+        "patch_size": state["downsample_layers.0.0.weight"].shape[2],
+        "layer_scale": 1e-6 if "stages.0.0.gamma" in state else 0.0,
+    }
+
+
+def _asked(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The original code, timm and torchvision have GELU and one epsilon; transformers writes them in `config.json`."""
+    asked = {}
+    if any(name.startswith(_HUGGINGFACE_NAMES) for name in state):
+        asked["activation"] = "what config.json says, gelu if nothing"
+        asked["final_norm_epsilon"] = "layer_norm_eps in config.json, 1e-12 if nothing"
+    elif learned := [name for name in state if re.search(r"\.act\.\w+$", name)]:
+        asked["activation"] = (
+            f"the configuration of the learned activations, whose coefficients are there ({learned[0]})"
+        )
+    return asked
+
+
+def load(model: ConvNeXt, state: Mapping[str, Tensor]) -> None:
+    """Copy weights by own names into the model.
+
+    Raises:
+        ValueError: names or shapes that do not belong to a ConvNeXt of this size, listed.
+    """
+    load_renamed(model, state, tied=(), what="ConvNeXt")
+
+
+# Defaults and second names of transformers' ConvNextConfig, as far as they change the function.
+HUGGINGFACE_DEFAULTS: dict[str, Any] = {
+    "num_channels": 3,
+    "patch_size": 4,
+    "hidden_sizes": [96, 192, 384, 768],
+    "depths": [3, 3, 9, 3],
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "layer_scale_init_value": 1e-6,
+    "drop_path_rate": 0.0,
+}
+HUGGINGFACE_ALIASES = {"num_hidden_layers": "num_stages"}
+_OWN_FIELDS = {
+    "num_channels": "in_channels",
+    "patch_size": "patch_size",
+    "hidden_sizes": "dims",
+    "depths": "depths",
+    "layer_norm_eps": "final_norm_epsilon",
+    "layer_scale_init_value": "layer_scale",
+    "drop_path_rate": "drop_path",
+}
+_CLASSES = 2  # transformers leaves `id2label` out where it is its default
+
+
+def config_from_huggingface(content: Mapping[str, Any]) -> ConvNeXtConfig:
+    """The configuration of a `config.json` of HF's ConvNeXt.
+
+    Raises:
+        ValueError: a field with a value that this ConvNeXt does not have.
+    """
+    size = content.get("patch_size")
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        content = {**content, "patch_size": size[0]}
+    depths = content.get("depths") or HUGGINGFACE_DEFAULTS["depths"]
+    supported = {
+        "num_stages": (len(depths),),  # transformers builds that many, and ignores the rest
+        "problem_type": (None, "single_label_classification"),
+    }
+    if len(depths) != 4 and "num_stages" not in content and "num_hidden_layers" not in content:
+        raise ValueError(f"config.json: num_stages is missing (4 if nothing is said), but depths lists {len(depths)}")
+    found = read_settings(content, HUGGINGFACE_DEFAULTS, HUGGINGFACE_ALIASES, supported)
+    labels = content.get("id2label")
+    classes = content.get("num_labels", _CLASSES if labels is None else len(labels))
+    if labels is not None and len(labels) != classes:
+        raise ValueError(f"config.json: num_labels = {classes}, but id2label lists {len(labels)}")
+    return ConvNeXtConfig(
+        num_classes=classes,
+        activation=read_activation_name(found["hidden_act"], "hidden_act"),
+        **{own: found[name] for name, own in _OWN_FIELDS.items()},
+    )
+
+
+def to_huggingface(
+    config: ConvNeXtConfig, activation: str, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`config.json` and the weights as transformers names them."""
+    described = {
+        "model_type": "convnext",
+        "architectures": ["ConvNextForImageClassification"],
+        "num_stages": len(config.depths),
+        "hidden_act": "gelu_pytorch_tanh" if activation == "gelu_tanh" else activation,
+        "id2label": {str(index): f"LABEL_{index}" for index in range(config.num_classes)},
+        "label2id": {f"LABEL_{index}": index for index in range(config.num_classes)},
+        **{name: getattr(config, own) for name, own in _OWN_FIELDS.items()},
+    }
+    return described, {_huggingface_name(name): tensor for name, tensor in state.items()}
+
+
+def _example(config: ConvNeXtConfig) -> Tensor:
+    side = config.patch_size * 2 ** (len(config.dims) - 1)
+    numbers = config.in_channels * side * side
+    return torch.linspace(-2.0, 2.0, numbers).sin().reshape(1, config.in_channels, side, side)
+
+
+ARCHITECTURE = Architecture(
+    name="convnext",
+    title="ConvNeXt",
+    config=ConvNeXtConfig,
+    build=ConvNeXt,
+    data="images",
+    task="classification",
+    presets=PRESETS,
+    activation="act",
+    activation_widths=lambda config: [
+        4 * width for depth, width in zip(config.depths, config.dims, strict=True) for _ in range(depth)
+    ],
+    prepare=normalise_images,
+    example=_example,
+    landmark=r"((?:[^.]+\.)*?)(?:stages\.0\.0\.dwconv|stages\.0\.blocks\.0\.conv_dw|features\.1\.0\.block\.0"
+    r"|(?:convnext\.)?encoder\.stages\.0\.layers\.0\.dwconv)\.weight",
+    own_names=own_names,
+    sizes=sizes,
+    told={},
+    asked=_asked,
+    load=load,
+    huggingface=HuggingFace(
+        model_type="convnext",
+        classes=("ConvNextForImageClassification",),
+        tokens={},
+        read=config_from_huggingface,
+        write=to_huggingface,
+    ),
+)

@@ -1,12 +1,13 @@
 """GPT-2 (Radford et al., 2019) with a configurable activation: training, evaluation, sampling with a key-value cache.
 
-Parameter names and layouts are those of nanoGPT (`nn.Linear` everywhere); `load_gpt2_state_dict` also takes the layout
-of the published weights (`Conv1D`, transposed).
+Parameter names and layouts are those of nanoGPT (`nn.Linear` everywhere); the published weights (`Conv1D`, transposed)
+are read as well.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,11 +21,13 @@ from polytrope.models.activations import (
     ActivationCheckpointing,
     ActivationConfig,
     activation_configs,
-    current_activations,
     make_activation,
     project_activated,
     standardize_inputs,
 )
+from polytrope.models.architecture import Architecture, HuggingFace
+from polytrope.models.foreign import read_activation_name, read_settings
+from polytrope.models.modes import evaluation_mode
 from polytrope.models.weights import load_renamed
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values [batch, heads, positions, head size]
@@ -43,6 +46,10 @@ class GPT2Config:
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per block.
         dropout: of embeddings, attention weights and both residual branches.
         bias: biases in linear layers and layer norms.
+        layer_norm_epsilon: added to the variance in every layer norm.
+        scale_attn_weights: divide attention's logits by the root of the head size.
+        scale_attn_by_inverse_layer_idx: divide them by the number of the block as well, counting from 1.
+        tie_word_embeddings: the head's weight is the token embedding.
     """
 
     vocab_size: int = 50257
@@ -53,6 +60,10 @@ class GPT2Config:
     activation: ActivationConfig | list[ActivationConfig] = "gelu_tanh"
     dropout: float = 0.0
     bias: bool = True
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "sequence_length", "n_layer", "n_head", "n_embd"):
@@ -62,6 +73,8 @@ class GPT2Config:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0.0 < self.layer_norm_epsilon < math.inf:
+            raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
         activation_configs(self.activation, self.n_layer)
 
 
@@ -76,13 +89,15 @@ PRESETS: dict[str, dict[str, int]] = {
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention; `[batch, positions, n_embd]` to the same shape."""
 
-    def __init__(self, config: GPT2Config) -> None:
+    def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.residual_dropout = nn.Dropout(config.dropout)
         self.n_head = config.n_head
         self.dropout = config.dropout
+        scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        self.scale = scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
 
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         batch, length, width = x.shape
@@ -104,6 +119,7 @@ class CausalSelfAttention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=bool(earlier == 0 and length > 1),  # sizes are tensors while tracing
+            scale=self.scale,
         )
         mixed = mixed.transpose(1, 2).reshape(batch, length, width)
         return self.residual_dropout(self.c_proj(mixed)), (key, value)
@@ -129,11 +145,11 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP."""
 
-    def __init__(self, config: GPT2Config, activation: ActivationConfig) -> None:
+    def __init__(self, config: GPT2Config, activation: ActivationConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
         self.mlp = MLP(config, activation)
 
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -150,11 +166,11 @@ class GPT2(nn.Module):
     """The language model. `forward` returns logits, or with targets the loss."""
 
     architecture: ClassVar[str] = "gpt2"
-    tied_weights: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
+        self.tied_weights = {"lm_head.weight": "transformer.wte.weight"} if config.tie_word_embeddings else {}
         self.activation_checkpointing: ActivationCheckpointing = "none"
         activations = activation_configs(config.activation, config.n_layer)
         self.transformer = nn.ModuleDict(
@@ -162,8 +178,8 @@ class GPT2(nn.Module):
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.sequence_length, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config, activation) for activation in activations),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+                "h": nn.ModuleList(Block(config, entry, layer) for layer, entry in enumerate(activations)),
+                "ln_f": nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -174,7 +190,8 @@ class GPT2(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
         for block in self.blocks:
             standardize_inputs(block.mlp.c_fc, 0.02)  # type: ignore[union-attr, arg-type]
-        self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -187,11 +204,6 @@ class GPT2(nn.Module):
         self.activation_checkpointing = mode
         for block in self.blocks:
             block.mlp.recomputes = mode == "mlp"  # type: ignore[union-attr]
-
-    def current_activations(self) -> ActivationConfig | list[ActivationConfig]:
-        """The `activation` setting that describes the blocks as they are now."""
-        modules = [block.mlp.activation for block in self.blocks]  # type: ignore[union-attr]
-        return current_activations(modules, activation_configs(self.config.activation, self.config.n_layer))  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
         """Logits `[batch, positions, vocab_size]`, or with `targets` the cross entropy in nats.
@@ -246,14 +258,29 @@ class GPT2(nn.Module):
 
         Args:
             temperature: divides the logits; 0 takes the most probable token.
-            top_k: sample among the k most probable tokens only.
+            top_k: sample among the k most probable tokens only; None: among all.
             generator: makes the sample reproducible.
+
+        Raises:
+            ValueError: no token to begin with, a negative number of new ones, a temperature below 0, a top_k below 1.
 
         Past `sequence_length` the window slides by half of it, since learned absolute positions make the cache of a
         shifted window worthless.
         """
-        was_training = self.training
-        self.eval()
+        for name, right, wanted, value in (
+            ("tokens", tokens.size(1) >= 1, "at least one position to continue", list(tokens.shape)),
+            ("max_new_tokens", max_new_tokens >= 0, "a number of at least 0", max_new_tokens),
+            ("temperature", 0.0 <= temperature < math.inf, "a finite number of at least 0", temperature),
+            ("top_k", top_k is None or top_k >= 1, "None or a number of at least 1", top_k),
+        ):
+            if not right:
+                raise ValueError(f"{name}: expected {wanted}, got {value}")
+        with evaluation_mode(self):
+            return self._generate(tokens, max_new_tokens, temperature, top_k, generator)
+
+    def _generate(
+        self, tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, generator: Any
+    ) -> Tensor:
         limit = self.config.sequence_length
         sequence = tokens
         pending, cache = tokens[:, -limit:], None
@@ -263,24 +290,27 @@ class GPT2(nn.Module):
             logits, cache = self.forward_with_cache(pending, cache)
             pending = sample_token(logits.float(), temperature, top_k, generator)
             sequence = torch.cat((sequence, pending), dim=1)
-        self.train(was_training)
         return sequence
 
     def flops_per_token(self) -> float:
         """Floating-point operations of forward and backward per token: 6 N + 12 L H Q T (PaLM, appendix B).
 
-        N leaves out the position embedding (a look-up) and counts the tied token embedding once, for the head.
+        N leaves out the embeddings (look-ups) and counts a tied token embedding once, for the head.
         """
         config = self.config
-        parameters = sum(parameter.numel() for parameter in self.parameters()) - config.sequence_length * config.n_embd
+        looked_up = config.sequence_length + (0 if config.tie_word_embeddings else config.vocab_size)
+        parameters = sum(parameter.numel() for parameter in self.parameters()) - looked_up * config.n_embd
         return 6.0 * parameters + 12.0 * config.n_layer * config.n_embd * config.sequence_length
 
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token per row of `logits` `[batch, vocab_size]`; returns `[batch, 1]`."""
+    """One token per row of `logits` `[batch, vocab_size]`; returns `[batch, 1]`.
+
+    Towards temperature 0 it becomes the most probable token, without overflow on the way.
+    """
     if temperature == 0.0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k is not None:
         threshold = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -math.inf)
@@ -294,44 +324,199 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def load_gpt2_state_dict(model: GPT2, state: Mapping[str, Tensor]) -> None:
-    """Load weights of nanoGPT, of HF `GPT2LMHeadModel` / `GPT2Model` or of OpenAI's release into `model`.
+_HEAD, _EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # `Conv1D` in transformers
 
-    `Conv1D` weights (input × output) are told from `nn.Linear` ones by the shape of `c_attn`; causal-mask buffers and
-    prefixes of wrappers (`module.`, `_orig_mod.`) are dropped.
+
+def own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of nanoGPT, of HF `GPT2LMHeadModel` or `GPT2Model`, or of OpenAI's release, by this module's names.
+
+    `Conv1D` weights (input × output) are told from `nn.Linear` ones by the shape of `c_attn`; the buffers of the causal
+    mask are left out. Where one of two tied weights was stored, it stands for the other.
 
     Raises:
-        ValueError: names or shapes that do not belong to a GPT-2 of this size, listed.
+        ValueError: a mask that is not the causal one.
     """
     tensors: dict[str, Tensor] = {}
-    for original, tensor in state.items():
-        name = original
-        for prefix in ("_orig_mod.", "module."):
-            name = name.removeprefix(prefix)
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-            continue
-        tensors[name if name.startswith("transformer.") else f"transformer.{name}"] = tensor
-    width = model.config.n_embd
+    for name, tensor in state.items():
+        if name.endswith(".attn.bias") and tensor.dim() == 4:
+            if not torch.equal(tensor != 0, torch.ones_like(tensor, dtype=torch.bool).tril()):
+                raise ValueError(f"{name} is not the causal mask")
+        elif not name.endswith(".attn.masked_bias"):
+            whole = re.match(r"(transformer|lm_head)\.", name) or not re.match(r"(wte|wpe|h|ln_f)\.", name)
+            tensors[name if whole else f"transformer.{name}"] = tensor
+    if _EMBEDDING not in tensors and _HEAD in tensors:
+        tensors[_EMBEDDING] = tensors[_HEAD]
     first = tensors.get("transformer.h.0.attn.c_attn.weight")
-    if first is not None and tuple(first.shape) == (width, 3 * width):
+    if first is not None and first.dim() == 2 and first.shape[1] == 3 * first.shape[0]:
         for name in list(tensors):
-            if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            if name.endswith(_TRANSPOSED):
                 tensors[name] = tensors[name].t()
-    load_renamed(model, tensors, optional=".activation.", tied=model.tied_weights, what="GPT-2")
+    return tensors
 
 
-def gpt2_config_from_huggingface(config: Mapping[str, Any]) -> GPT2Config:
-    """The configuration of a `config.json` of HF's GPT-2."""
-    activations = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
-    name = str(config.get("activation_function", "gelu_new"))
-    if config.get("n_inner") not in (None, 4 * config["n_embd"]):
-        raise ValueError(f"n_inner = {config['n_inner']}: only 4 * n_embd is supported")
+def sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What weights by own names tell of the configuration.
+
+    Raises:
+        ValueError: no embeddings.
+    """
+    for name in (_EMBEDDING, "transformer.wpe.weight"):
+        if name not in state:
+            raise ValueError(f"not the weights of a GPT-2: missing {name}")
+    layers = [int(match[1]) for name in state if (match := re.match(r"transformer\.h\.(\d+)\.", name))]
+    return {
+        "vocab_size": state[_EMBEDDING].shape[0],
+        "sequence_length": state["transformer.wpe.weight"].shape[0],
+        "n_layer": 1 + max(layers),
+        "n_embd": state[_EMBEDDING].shape[1],
+        "bias": "transformer.ln_f.bias" in state,
+        "tie_word_embeddings": _HEAD not in state or torch.equal(state[_HEAD], state[_EMBEDDING]),
+    }
+
+
+def load(model: GPT2, state: Mapping[str, Tensor]) -> None:
+    """Copy weights by own names into the model.
+
+    Raises:
+        ValueError: names or shapes that do not belong to a GPT-2 of this size, listed; a head that is not the embedding
+            it is tied to.
+    """
+    if model.tied_weights and _HEAD in state and not torch.equal(state[_HEAD], state[_EMBEDDING]):
+        raise ValueError(
+            f"{_HEAD} differs from {_EMBEDDING}, but tie_word_embeddings = true; false reads the head as it is"
+        )
+    tensors = {name: tensor for name, tensor in state.items() if name not in model.tied_weights}
+    load_renamed(model, tensors, tied=model.tied_weights, what="GPT-2")
+
+
+_MODEL_ARGS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "sequence_length",
+               "bias": "bias", "vocab_size": "vocab_size", "dropout": "dropout"}  # fmt: skip
+
+
+def settings_from_nanogpt(model_args: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration's fields in a nanoGPT checkpoint's `model_args`.
+
+    Raises:
+        ValueError: a field that nanoGPT does not have, as forks write.
+    """
+    unknown = {name: value for name, value in model_args.items() if name not in _MODEL_ARGS}
+    if unknown:
+        raise ValueError(
+            f"model_args: {', '.join(f'{name} = {value!r}' for name, value in unknown.items())}: nanoGPT has no such "
+            f"field; there are: {', '.join(_MODEL_ARGS)}"
+        )
+    return {_MODEL_ARGS[name]: value for name, value in model_args.items() if value is not None}
+
+
+# Defaults and second names of transformers' GPT2Config, as far as they change the function.
+HUGGINGFACE_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 50257,
+    "n_positions": 1024,
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "activation_function": "gelu_new",
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+}
+HUGGINGFACE_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+_OWN_FIELDS = {
+    "vocab_size": "vocab_size",
+    "n_positions": "sequence_length",
+    "n_embd": "n_embd",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+    "scale_attn_weights": "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx": "scale_attn_by_inverse_layer_idx",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+def config_from_huggingface(content: Mapping[str, Any]) -> GPT2Config:
+    """The configuration of a `config.json` of HF's GPT-2.
+
+    Raises:
+        ValueError: a field with a value that this GPT-2 does not have.
+    """
+    width = content.get("n_embd", content.get("hidden_size", HUGGINGFACE_DEFAULTS["n_embd"]))
+    supported = {
+        "n_inner": (None, 4 * width if isinstance(width, int) else None),
+        "add_cross_attention": (False, None),
+        "is_causal": (True, None),
+    }
+    found = read_settings(content, HUGGINGFACE_DEFAULTS, HUGGINGFACE_ALIASES, supported)
+    if len({found[name] for name in _DROPOUTS}) > 1:
+        said = ", ".join(f"{name} = {found[name]}" for name in _DROPOUTS)
+        raise ValueError(
+            f"config.json: {said} is not supported: this GPT-2 has one dropout for all; with 0 for all three the "
+            "outputs are the same"
+        )
     return GPT2Config(
-        vocab_size=config["vocab_size"],
-        sequence_length=config.get("n_positions", 1024),
-        n_layer=config["n_layer"],
-        n_head=config["n_head"],
-        n_embd=config["n_embd"],
-        activation=activations.get(name, name),
-        dropout=config.get("resid_pdrop", 0.0),
+        activation=read_activation_name(found["activation_function"], "activation_function"),
+        dropout=found["resid_pdrop"],
+        **{own: found[name] for name, own in _OWN_FIELDS.items()},
     )
+
+
+def to_huggingface(
+    config: GPT2Config, activation: str, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """`config.json` and the weights as transformers names them.
+
+    Raises:
+        ValueError: a GPT-2 without biases.
+    """
+    if not config.bias:
+        raise ValueError("transformers' GPT-2 has biases; this one has none: write the own format instead")
+    described = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "activation_function": "gelu_new" if activation == "gelu_tanh" else activation,
+        **dict.fromkeys(_DROPOUTS, config.dropout),
+        **{name: getattr(config, own) for name, own in _OWN_FIELDS.items()},
+    }
+    return described, {name: tensor.t() if name.endswith(_TRANSPOSED) else tensor for name, tensor in state.items()}
+
+
+ARCHITECTURE = Architecture(
+    name="gpt2",
+    title="GPT-2",
+    config=GPT2Config,
+    build=GPT2,
+    data="text",
+    task="language_modelling",
+    presets=PRESETS,
+    activation="activation",
+    activation_widths=lambda config: [4 * config.n_embd] * config.n_layer,
+    prepare=lambda tokens: tokens,
+    example=lambda config: (torch.arange(min(8, config.sequence_length))[None] * 7 + 1) % config.vocab_size,
+    landmark=r"((?:[^.]+\.)*?)(?:transformer\.)?h\.0\.attn\.c_attn\.weight",
+    own_names=own_names,
+    sizes=sizes,
+    told={"model_args": settings_from_nanogpt},
+    asked=lambda _state: {
+        "n_head": "12 for the published GPT-2 of 124M parameters",
+        "activation": "gelu_tanh for the published GPT-2 and nanoGPT before July 2023, gelu for nanoGPT since",
+    },
+    load=load,
+    huggingface=HuggingFace(
+        model_type="gpt2",
+        classes=("GPT2LMHeadModel", "GPT2Model"),
+        tokens={"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None},
+        read=config_from_huggingface,
+        write=to_huggingface,
+    ),
+)

@@ -4,6 +4,7 @@ from polytrope.ops.modules import (
     Chebyshev,
     Fourier,
     Hermite,
+    LearnableActivation,
     Legendre,
     OrthogonalPolynomial,
     PiecewiseLinear,
@@ -15,12 +16,15 @@ from polytrope.ops.modules import (
     build_activation,
     is_learnable_activation,
 )
+from polytrope.ops.moments import Moments, moments
 
 __all__ = [
     "Chebyshev",
     "Fourier",
     "Hermite",
+    "LearnableActivation",
     "Legendre",
+    "Moments",
     "OrthogonalPolynomial",
     "PiecewiseLinear",
     "PolyNorm",
@@ -30,4 +34,5 @@ __all__ = [
     "TropicalRational",
     "build_activation",
     "is_learnable_activation",
+    "moments",
 ]

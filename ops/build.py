@@ -1,7 +1,9 @@
 """Compiles the kernels into a per-user cache, once for all processes of a machine, or ahead of time.
 
-A library is named by a hash of the sources, the compiler, its flags and the version of torch. The CPU kernels are
-compiled once per instruction set and chosen by the machine they run on.
+A library is named by a hash of the sources, the compiler and its flags; no source includes a header of torch, so that
+one library serves every version. It ends with a checksum of itself: one that a crash or a full disk cut short is
+compiled again, where loading it would kill the process. The CPU kernels are compiled once per instruction set and
+chosen by the machine they run on.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -54,17 +58,38 @@ X86_LEVELS = {
     "DEFAULT": ("-march=x86-64", "-mtune=generic"),
 }
 
+Compiler = tuple[str, ...]  # a command, maybe behind another one: ccache g++
+_SEAL = b"\npolytrope sha256 "  # and 64 digits, at the end of a library, where a loader does not look
+
 
 class BuildError(RuntimeError):
     """No compiler, or it failed; one line that says so."""
 
 
 def cache_directory() -> Path:
-    """`$POLYTROPE_CACHE`, else `$XDG_CACHE_HOME/polytrope`, else `~/.cache/polytrope`."""
+    """`$POLYTROPE_CACHE`, else `$XDG_CACHE_HOME/polytrope`, else `~/.cache/polytrope`.
+
+    A user without a home (a container under a number that no account has) gets a directory of their own in the one for
+    temporary files.
+
+    Raises:
+        BuildError: somebody else could have put a library into that one.
+    """
     named = os.environ.get("POLYTROPE_CACHE")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polytrope"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polytrope"
+    except RuntimeError:
+        own = Path(tempfile.gettempdir()) / f"polytrope-{os.getuid()}"
+    try:
+        own.mkdir(mode=0o700, exist_ok=True)
+        found = own.lstat()
+    except OSError as error:
+        raise BuildError(f"cannot write to {own} ({error.strerror}); set POLYTROPE_CACHE") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise BuildError(f"{own} is not a directory that only this user can write to; set POLYTROPE_CACHE")
+    return own
 
 
 def build(verbose: bool = True, cuda: bool | str | Sequence[str] = False) -> list[Path]:
@@ -100,8 +125,8 @@ def _levels() -> tuple[str, ...]:
 
 
 def _prebuilt_name(level: str) -> str:
-    """Without the compiler: a machine that has none can tell whether the library is of its sources and its torch."""
-    digest = _digest((torch.__version__, sys.platform, platform.machine()))
+    """Without the compiler: a machine that has none can tell whether the library is of its sources."""
+    digest = _digest((sys.platform, platform.machine()))
     return f"polytrope-cpu-{level}-{digest}.so"
 
 
@@ -109,8 +134,16 @@ def cpu_library_path(level: str | None = None) -> Path:
     """The library for an instruction set of `X86_LEVELS` (default: the best of this machine), compiled if need be."""
     level = level or best_level()
     prebuilt = PREBUILT / _prebuilt_name(level if level in _levels() else "DEFAULT")
-    if prebuilt.exists():
+    if _is_whole(prebuilt):
         return prebuilt
+    try:
+        return _compiled_for(level)
+    except BuildError as error:
+        damaged = f"{prebuilt} is damaged, install polytrope again; " if prebuilt.exists() else ""
+        raise BuildError(f"{damaged}{error}") from None
+
+
+def _compiled_for(level: str) -> Path:
     compiler = _find("CXX", "g++", "c++", "clang++")
     flags = list(CPU_FLAGS)
     if "clang" not in _version(compiler):
@@ -146,14 +179,14 @@ def cuda_library_path_for(capabilities: Collection[str]) -> Path:
     Raises:
         BuildError: no compiler, or it failed.
     """
-    whole = _target("cuda", _nvcc(), _cuda_flags(CUDA_ARCHITECTURES))
+    of_all = _target("cuda", _nvcc(), _cuda_flags(CUDA_ARCHITECTURES))
     present = tuple(architecture for architecture in CUDA_ARCHITECTURES if architecture in capabilities)
-    if whole.exists() or not present or len(present) < len(capabilities):
+    if _is_whole(of_all) or not present or len(present) < len(capabilities):
         return cuda_library_path()
     return cuda_library_path(present)
 
 
-def _nvcc() -> str:
+def _nvcc() -> Compiler:
     return _find("NVCC", "nvcc", "/usr/local/cuda/bin/nvcc")
 
 
@@ -163,42 +196,64 @@ def _cuda_flags(architectures: Sequence[str]) -> list[str]:
     return [*CUDA_FLAGS, f"-gencode=arch={lowest},code=[{codes}]"]
 
 
-def _find(variable: str, *candidates: str) -> str:
+def _find(variable: str, *candidates: str) -> Compiler:
     named = os.environ.get(variable)
     for candidate in (named,) if named else candidates:
-        found = shutil.which(candidate)
+        # A path with spaces is one word; `ccache g++` is two, a command and what it runs.
+        words = (candidate,) if shutil.which(candidate) else tuple(shlex.split(candidate))
+        found = shutil.which(words[0]) if words else None
         if found:
-            return found
+            return (found, *words[1:])
     raise BuildError(f"no compiler found (looked for {named or ', '.join(candidates)}; set {variable})")
 
 
 @functools.cache
-def _version(compiler: str) -> str:
+def _version(compiler: Compiler) -> str:
     try:
-        return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise BuildError(f"{compiler} does not run: {error}") from None
+        raise BuildError(f"{shlex.join(compiler)} does not run: {error}") from None
 
 
-def _target(kind: str, compiler: str, flags: Sequence[str]) -> Path:
-    digest = _digest((_version(compiler), *flags, torch.__version__, sys.platform, platform.machine()))
+def _target(kind: str, compiler: Compiler, flags: Sequence[str]) -> Path:
+    digest = _digest((_version(compiler), *flags, sys.platform, platform.machine()))
     return cache_directory() / f"polytrope-{kind}-{digest}.so"
 
 
-def _compiled(kind: str, compiler: str, flags: Sequence[str], sources: Sequence[str]) -> Path:
+def _compiled(kind: str, compiler: Compiler, flags: Sequence[str], sources: Sequence[str]) -> Path:
     target = _target(kind, compiler, flags)
     directory = target.parent
-    if target.exists():
+    if _is_whole(target):
         return target
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with open(target.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.exists():
+            if not _is_whole(target):
                 _compile(compiler, flags, sources, target)
     except OSError as error:
         raise BuildError(f"cannot write to {directory} ({error.strerror}); set POLYTROPE_CACHE") from None
     return target
+
+
+def _seal(library: Path) -> None:
+    """Append the checksum, and wait until all is on the disk: a name must not outlive what it stands for."""
+    with open(library, "r+b") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(_SEAL + digest.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the library is there as it was sealed."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    body, mark, digest = content.rpartition(_SEAL)
+    return bool(mark) and hashlib.sha256(body).hexdigest().encode() + b"\n" == digest
 
 
 def _digest(parts: Sequence[str]) -> str:
@@ -211,13 +266,13 @@ def _digest(parts: Sequence[str]) -> str:
     return digest.hexdigest()[:20]
 
 
-def _compile(compiler: str, flags: Sequence[str], sources: Sequence[str], target: Path) -> None:
+def _compile(compiler: Compiler, flags: Sequence[str], sources: Sequence[str], target: Path) -> None:
     """All sources at the same time, then the link."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [Path(scratch) / f"{source}.o" for source in sources]
         commands = [
             [
-                compiler,
+                *compiler,
                 *flags,
                 "-c",
                 str(SOURCES / source),
@@ -227,7 +282,7 @@ def _compile(compiler: str, flags: Sequence[str], sources: Sequence[str], target
             for source, to in zip(sources, objects, strict=True)
         ]
         library = Path(scratch) / target.name
-        link = [compiler, *flags, "-shared", *map(str, objects), "-o", str(library)]
+        link = [*compiler, *flags, "-shared", *map(str, objects), "-o", str(library)]
         written: list[str] = []
         for stage in (commands, [link]):
             running = [_start(command) for command in stage]
@@ -236,8 +291,14 @@ def _compile(compiler: str, flags: Sequence[str], sources: Sequence[str], target
             written.extend(outputs)
             log.write_text("\n".join(written))
             if any(process.returncode for process in running):
-                raise BuildError(f"{compiler} failed, see {log}")
+                raise BuildError(f"{shlex.join(compiler)} failed, see {log}")
+        _seal(library)
         os.replace(library, target)
+    directory = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:

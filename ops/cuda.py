@@ -159,6 +159,7 @@ class Call(NamedTuple):
     formula: Formula
     packing: Packing
     shape: torch.Size  # of the result
+    layout: native.Layout
     task: native.Task
     rows: int  # more than 0: x and the like are transposed to [-1, rows] on the way in, and back on the way out
     workspace: int  # bytes that backward needs beside its tensors
@@ -175,20 +176,22 @@ def prepare(
     shape: torch.Size,
     part_dtypes: tuple[torch.dtype, ...],
     part_shapes: tuple[torch.Size, ...],
+    strides: native.Strides | None = None,
 ) -> Call | None:
     """A call on the GPU of this index, as `native.prepare`; None where there is no kernel for this dtype.
 
     Whether it `is_verified` is for the caller to ask.
 
     Raises:
-        RuntimeError: the formula takes another number of parameters.
+        ValueError, TypeError: sizes or dtypes that do not belong together.
     """
     loaded = library() if dtype in _TOLERANCES else None
     if loaded is None:
         return None
-    task = native.make_task(formula, packing, dtype, shape, part_dtypes, part_shapes)
+    layout = native.find_layout(shape, strides, formula)
+    task = native.make_task(formula, packing, dtype, shape, part_dtypes, part_shapes, layout.x)
     with torch.cuda.device(index):
-        return _call(loaded, task, formula, packing, shape, kind_of(index, dtype, formula))
+        return _call(loaded, task, formula, packing, shape, layout, kind_of(index, dtype, formula))
 
 
 def describe(
@@ -197,30 +200,34 @@ def describe(
     """The call of a library for these tensors, whether or not it `is_verified`; as `native.prepare_for`.
 
     Raises:
-        RuntimeError: the formula takes another number of parameters.
+        ValueError, TypeError: sizes or dtypes that do not belong together.
     """
     dtypes, shapes = tuple(part.dtype for part in parts), tuple(part.shape for part in parts)
-    task = native.make_task(formula, packing, x.dtype, x.shape, dtypes, shapes)
-    return _call(loaded, task, formula, packing, x.shape, kind_of(x.get_device(), x.dtype, formula))
+    layout = native.find_layout(x.shape, native.strides_of(x), formula)
+    task = native.make_task(formula, packing, x.dtype, x.shape, dtypes, shapes, layout.x)
+    return _call(loaded, task, formula, packing, x.shape, layout, kind_of(x.get_device(), x.dtype, formula))
 
 
 def _call(
-    loaded: ctypes.CDLL, task: native.Task, formula: Formula, packing: Packing, shape: torch.Size, kind: Kind
+    loaded: ctypes.CDLL,
+    task: native.Task,
+    formula: Formula,
+    packing: Packing,
+    shape: torch.Size,
+    layout: native.Layout,
+    kind: Kind,
 ) -> Call:
-    given = sum(task.parts.sizes)
-    if given != parameter_count(formula):
-        raise RuntimeError(f"{formula} takes {parameter_count(formula)} parameters in each group, got {given}")
     problem, rows = task.problem, 0
     if problem.groups > 1 and problem.inner < min(_NEIGHBOURS, problem.outer):
         # Too few to be read eight at a time; transposed, all elements of a group are neighbours.
         rows = problem.outer
         problem.outer, problem.inner = 1, problem.outer * problem.inner
     size = loaded.polytrope_cuda_workspace(task)
-    return Call(formula, packing, result_shape(shape, formula), task, rows, size, loaded, kind)
+    return Call(formula, packing, result_shape(shape, formula), layout, task, rows, size, loaded, kind)
 
 
 def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """F(x), contiguous, of the shape `call.shape` and of x's dtype; enqueued on the current stream.
+    """F(x), as `native.forward` gives it; enqueued on the current stream.
 
     Args:
         call: prepared for tensors like these.
@@ -230,31 +237,43 @@ def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
     Raises:
         RuntimeError: no kernel for this family, or the launch failed.
     """
-    result = x.new_empty((call.shape.numel() // call.rows, call.rows) if call.rows else call.shape)
-    if result.numel() == 0:
-        return result.view(call.shape)
-    _run(call, None, _enter(call, x), [part.contiguous() for part in parts], result, None, None)
-    return _leave(call, result, call.shape)
+    strides, result_strides, returned = call.layout
+    x = native.placed(x, strides)
+    result = native.empty_for(x, call.shape, call.formula, result_strides)
+    if result.numel() > 0:
+        target = result.new_empty(result.numel()) if call.rows else result
+        _run(call, None, _enter(call, x), [part.contiguous() for part in parts], target, None, None)
+        result = _leave(call, target, result)
+    return result if returned is None else native.placed(result, returned)
 
 
-def backward(call: Call, gradient: Tensor, x: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of x and of the parts, in the shapes and dtypes of these; enqueued on the current stream.
+def backward(
+    call: Call, gradient: Tensor, x: Tensor, parts: Sequence[Tensor], *, frozen: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of x and of the parts, as `native.backward` gives them; enqueued on the current stream.
 
     Args:
         call: prepared for tensors like these.
         gradient: of F(x), in its shape and dtype; any strides, as those of x and the parts.
+        frozen: nobody wants the gradients of the parts, which are then not added up: an empty list.
 
     Raises:
         RuntimeError: no kernel for this family, or the launch failed.
     """
-    shape, parts = x.shape, [part.contiguous() for part in parts]
+    strides, result_strides, returned = call.layout
+    gradient, x = native.placed(gradient, result_strides), native.placed(x, strides)
+    parts = [part.contiguous() for part in parts]
+    x_gradient = torch.empty_like(x)
     if gradient.numel() == 0:
-        return x.new_empty(shape), [torch.zeros_like(part) for part in parts]
-    gradient, x = _enter(call, gradient), _enter(call, x)
-    x_gradient, part_gradients = torch.empty_like(x), [torch.empty_like(part) for part in parts]
-    workspace = torch.empty(call.workspace, dtype=torch.uint8, device=x.device)
-    _run(call, gradient, x, parts, x_gradient, workspace, part_gradients)
-    return _leave(call, x_gradient, shape), part_gradients
+        part_gradients = [] if frozen else [torch.zeros_like(part) for part in parts]
+    else:
+        part_gradients = [] if frozen else [torch.empty_like(part) for part in parts]
+        workspace = None if frozen else torch.empty(call.workspace, dtype=torch.uint8, device=x.device)
+        target = x_gradient.new_empty(x_gradient.numel()) if call.rows else x_gradient
+        seed = _enter(call, gradient)
+        _run(call, seed, _enter(call, x), parts, target, workspace, None if frozen else part_gradients)
+        x_gradient = _leave(call, target, x_gradient)
+    return x_gradient if returned is None else native.placed(x_gradient, returned), part_gradients
 
 
 def _run(
@@ -288,13 +307,22 @@ def _run(
 
 
 def _enter(call: Call, x: Tensor) -> Tensor:
-    """As a kernel takes it: contiguous, beginning at a multiple of 16 bytes, transposed where the call is."""
-    x = (x.reshape(call.rows, -1).t() if call.rows else x).contiguous()
+    """A dense x as a kernel takes it: beginning at a multiple of 16 bytes, transposed where the call is."""
+    if call.rows:
+        x = _in_memory(x, call.rows).t().contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def _leave(call: Call, result: Tensor, shape: torch.Size) -> Tensor:
-    return result.t().contiguous().view(shape) if call.rows else result
+def _leave(call: Call, found: Tensor, result: Tensor) -> Tensor:
+    """`result`, with what a kernel found: where the call is transposed, that is transposed back."""
+    if call.rows:
+        _in_memory(result, call.rows).copy_(found.view(-1, call.rows).t())
+    return result
+
+
+def _in_memory(dense: Tensor, rows: int) -> Tensor:
+    columns = dense.numel() // rows
+    return dense.as_strided((rows, columns), (columns, 1))
 
 
 def _check(status: int) -> None:

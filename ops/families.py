@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,17 @@ class Family(IntEnum):
     POLYRELU = 9
     PIECEWISE_LINEAR = 10
     POLYNORM = 11
+
+
+def check_degree(degree: Any, largest: int = MAX_DEGREE, name: str = "degree") -> int:
+    """An integer in 1…largest.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(degree, bool) or not isinstance(degree, int) or not 1 <= degree <= largest:
+        raise ValueError(f"{name}: expected an integer from 1 to {largest}, got {degree!r}")
+    return degree
 
 
 class Formula(NamedTuple):

@@ -1,9 +1,10 @@
 """The activations as functions: `hermite(x, coefficients)` and its neighbours.
 
-All take float tensors of any shape and strides and return a contiguous tensor of the same dtype; bfloat16 and float16
-are computed in float32 and rounded once. Coefficients are `[count]` for one function, or `[groups, count]`: then the
-channels of dimension `dim` fall into that many equal groups, each with its own. `interval=(lo, hi)` continues the
-function along its tangents outside. With `glu=True` the last dimension holds [a, b], and F(a) · b comes back.
+All take float tensors of any shape and strides and return a dense tensor of the same dtype, its dimensions in memory in
+the order of x's (channels_last stays channels_last); bfloat16 and float16 are computed in float32 and rounded once.
+Coefficients are `[count]` for one function, or `[groups, count]`: then the channels of dimension `dim` fall into that
+many equal groups, each with its own. `interval=(lo, hi)` continues the function along its tangents outside. With
+`glu=True` the last dimension holds [a, b], and F(a) · b comes back.
 """
 
 from __future__ import annotations
@@ -243,7 +244,8 @@ def _apply(
     if kernels.is_plain(x, *parts) and (x.is_cuda or kernels.has_kernel("cpu", None, x.dtype)):
         dtypes = tuple([part.dtype for part in parts])
         index = x.get_device()  # -1: the CPU
-        call = _prepare(family, index, x.dtype, x.shape, dtypes, shapes, dim, interval, glu, float(epsilon))
+        strides = None if x.is_contiguous() else x.stride()
+        call = _prepare(family, index, x.dtype, x.shape, strides, dtypes, shapes, dim, interval, glu, float(epsilon))
         if isinstance(call, native.Call) or (call is not None and cuda.is_verified(call.kind)):
             return kernels.call_directly(call, x, parts)
     if any(part.is_complex() for part in parts):
@@ -258,6 +260,7 @@ def _prepare(
     index: int,
     dtype: torch.dtype,
     shape: torch.Size,
+    strides: native.Strides | None,
     part_dtypes: tuple[torch.dtype, ...],
     part_shapes: tuple[torch.Size, ...],
     dim: int,
@@ -270,8 +273,8 @@ def _prepare(
         return None
     formula, packing = _describe(family, dtype, shape, part_shapes, dim, interval, glu, epsilon)
     if index >= 0:
-        return cuda.prepare(formula, packing, index, dtype, shape, part_dtypes, part_shapes)
-    return native.prepare(formula, packing, dtype, shape, part_dtypes, part_shapes)
+        return cuda.prepare(formula, packing, index, dtype, shape, part_dtypes, part_shapes, strides)
+    return native.prepare(formula, packing, dtype, shape, part_dtypes, part_shapes, strides)
 
 
 def _describe(

@@ -20,18 +20,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from polytrope.ops.fitting import fourier, placement, polynomial, quadrature, rational, tropical
-from polytrope.ops.fitting.certificate import Certificate, Curve, certify
-from polytrope.ops.fitting.refinement import Data, Ends
+from polytrope.ops.families import check_degree
+from polytrope.ops.fitting import placement, polynomial, quadrature
+from polytrope.ops.fitting.certificate import Certificate, certify
+from polytrope.ops.fitting.curves import Array, Curve, with_tangents
+from polytrope.ops.fitting.refinement import Data
+from polytrope.ops.fitting.solvers import LINEAR, NONLINEAR, Condition, Problem, columns_of, fit_linear, interpolate
 from polytrope.ops.fitting.targets import Target, find_kinks, resolve_target, sample
+from polytrope.ops.functional import check_interval
+from polytrope.ops.modules import LEARNABLE, build_activation
 
 __all__ = ["FAMILIES", "Certificate", "Condition", "Fit", "fit", "fit_to_error", "parameter_count"]
 
-FAMILIES = ("hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu")
-_LINEAR = (*polynomial.FAMILIES, "polyrelu")
-Array = np.ndarray
+FAMILIES = tuple(name for name in LEARNABLE if name in LINEAR or name in NONLINEAR)
 _WIDER = tuple(1.5**k for k in range(1, 9))
-Condition = tuple[float, Literal["value", "slope"]]
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,6 @@ def fit(
         ValueError: an argument that is not as described; a target that is not finite or not elementwise; more
             constraints than coefficients; a degree too high for float32 on this interval.
     """
-    from polytrope.ops.functional import check_interval
-    from polytrope.ops.modules import check_degree
-
     if family not in FAMILIES:
         raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
     degree = check_degree(degree)
@@ -120,7 +119,7 @@ def fit(
     is_polynomial = family in polynomial.FAMILIES
     if interval is None and ends is None and not (is_polynomial and weight == "gaussian" and method == "least_squares"):
         raise ValueError("interval: None (the whole line) is for polynomials with weight='gaussian' by least squares")
-    if not is_polynomial and ((constraints and family != "polyrelu") or method != "least_squares" or nodes is not None):
+    if not is_polynomial and ((constraints and family not in LINEAR) or method != "least_squares" or nodes is not None):
         raise ValueError(f"constraints, nodes and interpolation are for polynomials, not for {family}")
     if method not in ("least_squares", "interpolation"):
         raise ValueError(f"method: expected least_squares or interpolation, got {method!r}")
@@ -142,26 +141,26 @@ def fit(
     data = Data(x, weights, value, slope, derivative_weight)
     if interval == "best":
         ends = (low, high)
-        if family in _LINEAR:
-            ends = placement.best_interval(data, lambda ends: _columns(family, degree, ends, tails=True))
+        if family in LINEAR:
+            ends = placement.best_interval(data, lambda ends: columns_of(family, degree, ends, tails=True))
     if inputs is not None and not is_polynomial:
         data = placement.compressed(data)  # Gauss-Newton steps over every bin of a histogram would take seconds
-    problem = _Problem(family, degree, ends, data, kinks, tails, free_ends=interval == "best")
+    problem = Problem(family, degree, ends, data, kinks, tails, free_ends=interval == "best")
     if is_polynomial and method == "interpolation":
-        solution = _interpolate(problem, exact, nodes)
-    elif family in _LINEAR:
-        solution = _fit_linear(problem, exact, _conditions(constraints, ends))
+        solution = interpolate(problem, exact, nodes)
+    elif family in LINEAR:
+        solution = fit_linear(problem, exact, _conditions(constraints, ends))
     else:
-        solution = _fit_nonlinear(problem)
+        solution = NONLINEAR[family](problem)
     if solution.interval is not None:
         ends = solution.interval
     low, high = ends or (low, high)
     kinks = [kink for kink in kinks if low < kink < high]
     config: dict[str, Any] = {"name": family, "degree": degree}
     curve = solution.curve
-    if tails and ends is not None and _accepts_interval(config):
+    if tails and ends is not None and LEARNABLE[family].accepts_interval:
         config["interval"] = [low, high]
-        curve = _with_tangents(curve, low, high)
+        curve = with_tangents(curve, low, high)
     module = _build(config, solution.parameters, torch.float32)
 
     def rounded(points: Array) -> Array:
@@ -237,29 +236,7 @@ def fit_to_error(
 
 def parameter_count(family: str, degree: int) -> int:
     """Learnable numbers of one activation."""
-    counts = {"fourier": 3 * degree + 1, "tropical_rational": 4 * (degree + 1), "rational": 2 * degree}
-    return counts.get(family, degree + 1)
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """What to fit to. `free_ends`: the interval is one to start from."""
-
-    family: str
-    degree: int
-    interval: Ends | None
-    data: Data
-    kinks: list[float]
-    tails: bool
-    free_ends: bool
-
-
-@dataclass(frozen=True)
-class _Solution:
-    curve: Curve
-    parameters: dict[str, Array]
-    condition: float
-    interval: Ends | None = None  # where it differs from the problem's
+    return sum(parameter.numel() for parameter in LEARNABLE[family](degree).parameters())
 
 
 def _conditions(constraints: Sequence[str | Condition], ends: tuple[float, float] | None) -> list[Condition]:
@@ -281,132 +258,11 @@ def _conditions(constraints: Sequence[str | Condition], ends: tuple[float, float
     return list(dict.fromkeys(result))
 
 
-def _interpolate(problem: _Problem, exact: Curve, nodes: Sequence[float] | None) -> _Solution:
-    """Confluent Hermite interpolation: the polynomial with the target's values and slopes at the nodes."""
-    assert problem.interval is not None
-    points = (
-        polynomial.chebyshev_nodes(*problem.interval, problem.degree // 2 + 1)
-        if nodes is None
-        else np.sort(np.asarray(nodes, dtype=np.float64))
-    )
-    _, with_slope = polynomial.interpolation_conditions(problem.degree, points)
-    value, slope = exact(points)
-    basis = polynomial.Basis(problem.degree, problem.interval)
-    at, slope_at = basis.evaluate(points)
-    matrix, right = np.concatenate([at, slope_at[with_slope]]), np.concatenate([value, slope[with_slope]])
-    coefficients, condition = polynomial.solve(matrix, right)
-    parameters = {"coefficients": basis.to_family(coefficients, problem.family)}
-    return _Solution(_combination(basis.evaluate, coefficients), parameters, condition)
-
-
-def _fit_linear(problem: _Problem, exact: Curve, conditions: list[Condition]) -> _Solution:
-    """Polynomials and PolyReLU: linear least squares under the conditions."""
-    data, degree = problem.data, problem.degree
-    columns = _columns(problem.family, degree, problem.interval, problem.tails)
-    values, slopes = columns(data.x)
-    rows, fixed = None, None
-    if conditions:
-        points = np.array([x for x, _ in conditions])
-        (at_value, at_slope), (target_value, target_slope) = columns(points), exact(points)
-        is_slope = np.array([kind == "slope" for _, kind in conditions])
-        rows = np.where(is_slope[:, None], at_slope, at_value)
-        fixed = np.where(is_slope, target_slope, target_value)
-    coefficients, condition = polynomial.solve(data.rows(values, slopes), data.right, rows, fixed)
-    if problem.family == "polyrelu":
-        parameters = coefficients / _reach(problem.interval) ** np.arange(degree + 1)
-    else:
-        parameters = polynomial.Basis(degree, problem.interval).to_family(coefficients, problem.family)
-    inside = _columns(problem.family, degree, problem.interval, tails=False)
-    return _Solution(_combination(inside, coefficients), {"coefficients": parameters}, condition)
-
-
-def _combination(columns: Curve, coefficients: Array) -> Curve:
-    def curve(x: Array) -> tuple[Array, Array]:
-        values, slopes = columns(x)  # no `@`: see `triangle_of`
-        return np.einsum("xk,k->x", values, coefficients), np.einsum("xk,k->x", slopes, coefficients)
-
-    return curve
-
-
-def _columns(family: str, degree: int, interval: Ends | None, tails: bool) -> Curve:
-    """Values and slopes of the functions that a linear family combines, on along their tangents with `tails`."""
-    if family != "polyrelu":
-        basis = polynomial.Basis(degree, interval)
-        return basis.evaluate_with_tangents if tails else basis.evaluate
-    assert interval is not None
-    reach, exponents = _reach(interval), np.arange(degree + 1)
-
-    def powers(x: Array) -> tuple[Array, Array]:
-        """(max(0, x) / reach)^k (PolyCom, 2024)."""
-        positive = np.maximum(x, 0.0)[:, None] / reach
-        values = positive**exponents
-        slopes = np.zeros_like(values)
-        slopes[:, 1:] = values[:, :-1] * exponents[1:] * (x > 0)[:, None] / reach
-        return values, slopes
-
-    def with_tangents(x: Array) -> tuple[Array, Array]:
-        inside = np.clip(x, *interval)
-        values, slopes = powers(inside)
-        return values + slopes * (x - inside)[:, None], slopes
-
-    return with_tangents if tails else powers
-
-
-def _reach(interval: Ends | None) -> float:
-    return max(interval[1], 1e-6) if interval is not None else 1.0
-
-
-def _fit_nonlinear(problem: _Problem) -> _Solution:
-    """The families with parameters that enter nonlinearly."""
-    assert problem.interval is not None
-    data, degree = problem.data, problem.degree
-    if problem.family == "tropical":
-        line, parameters = tropical.fit_convex(data, degree)
-        return _Solution(line.evaluate, parameters, 1.0)
-    if problem.family == "tropical_rational":
-        line, parameters = tropical.fit_rational(data, degree, problem.kinks)
-        return _Solution(line.evaluate, parameters, 1.0)
-    intervals = [problem.interval]
-    if problem.free_ends:
-        intervals += placement.starting_intervals(data)
-    elif not problem.tails:
-        data = data.within(problem.interval)
-    if problem.family == "fourier":
-        cosines, ends, condition = fourier.fit_cosines(data, degree, intervals, problem.free_ends)
-        return _Solution(cosines.evaluate, cosines.parameters(), condition, ends)
-    quotient, ends, condition = rational.fit_quotient(data, (degree, degree - 1), intervals, problem.free_ends)
-    parameters = {"numerator": quotient.numerator, "denominator": quotient.denominator}
-    return _Solution(quotient.evaluate, parameters, condition, ends)
-
-
-def _with_tangents(curve: Curve, low: float, high: float) -> Curve:
-    _, end_slopes = curve(np.array([low, high]))
-
-    def extended(x: Array) -> tuple[Array, Array]:
-        value, slope = curve(np.clip(x, low, high))
-        value = value + end_slopes[0] * np.minimum(x - low, 0.0) + end_slopes[1] * np.maximum(x - high, 0.0)
-        return value, np.where(x < low, end_slopes[0], np.where(x > high, end_slopes[1], slope))
-
-    return extended
-
-
 def _widened(low: float, high: float) -> tuple[float, float]:
     return (low, high) if low < high else (low - 0.5, high + 0.5)
 
 
-def _accepts_interval(config: dict[str, Any]) -> bool:
-    from polytrope.ops.modules import build_activation
-
-    try:
-        build_activation(config | {"interval": [-1.0, 1.0]})
-    except ValueError:
-        return False
-    return True
-
-
 def _build(config: dict[str, Any], parameters: dict[str, Array], dtype: torch.dtype) -> nn.Module:
-    from polytrope.ops.modules import build_activation
-
     module = build_activation(config).to(dtype)
     own = dict(module.named_parameters())
     if set(own) != set(parameters):

@@ -1,25 +1,31 @@
 """The torch operator `polytrope::activation` with its shapes, autograd and vmap.
 
-Only x (and the few parameters) is saved for backward. A second derivative goes through `reference.evaluate`.
+Only x (and the few parameters) is saved for backward. Kernels give values and first derivatives; what differentiates
+these again, forward mode and transforms of torch.func go through `reference.evaluate`, plain torch, which has
+derivatives of every order and kind.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from polytrope.ops import cuda, native, reference
-from polytrope.ops.families import Formula, result_shape
+from polytrope.ops.families import Formula
 from polytrope.ops.packing import PLAIN, Packing
 
 _TAIL = "int family, int degree, int second_degree, float[] interval, int dim, bool gated, float epsilon"
 _LIBRARY = torch.library.Library("polytrope", "DEF")
 _LIBRARY.define(f"activation(Tensor x, Tensor parameters, {_TAIL}) -> Tensor")
 _LIBRARY.define(f"activation_backward(Tensor gradient, Tensor x, Tensor parameters, {_TAIL}) -> (Tensor, Tensor)")
+# The first of these two, where nobody learns the parameters.
+_LIBRARY.define(f"activation_slope(Tensor gradient, Tensor x, Tensor parameters, {_TAIL}) -> Tensor")
 
 
 def has_kernel(device_type: str, index: int | None, dtype: torch.dtype, formula: Formula | None = None) -> bool:
@@ -36,14 +42,22 @@ def has_kernel(device_type: str, index: int | None, dtype: torch.dtype, formula:
 has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _goes_through_kernel(x: Tensor, formula: Formula) -> bool:
-    """torch.func.grad and jvp take no operator with its own backward: there, the reference runs."""
-    if not has_kernel(x.device.type, x.device.index, x.dtype, formula):
-        return False
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+def _is_transformed() -> bool:
+    """Whether forward mode or a transform of torch.func but vmap is active: they take plain torch, no operator."""
+    if forward_ad._current_level >= 0:
         return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
     stack = torch._C._functorch.get_interpreter_stack() or []
-    return all(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
+
+
+# The compiler enters transforms as it traces, and compiles again where others are active.
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _goes_through_kernel(x: Tensor, formula: Formula) -> bool:
+    return not _is_transformed() and has_kernel(x.device.type, x.device.index, x.dtype, formula)
 
 
 def _keys_of_plain_tensors(device: str) -> set[int]:
@@ -75,7 +89,7 @@ def is_plain(*tensors: Tensor) -> bool:
 
     They are all on the CPU, or all on one GPU.
     """
-    if _is_compiling() or _transforms_are_active():
+    if _is_compiling() or _transforms_are_active() or forward_ad._current_level >= 0:
         return False
     for tensor in tensors:
         if type(tensor) not in _PLAIN_TYPES:
@@ -113,16 +127,19 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (x, *parts), call = gradients, ctx.saved_tensors, ctx.call
+        frozen = True not in ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() or not is_plain(gradient, x, *parts):
             factors = _constant(call.packing, x.device)
-            backward, packed = torch.ops.polytrope.activation_backward, call.packing.pack(parts, factors)
-            x_gradient, packed_gradient = backward(gradient, x, packed, *_listed(call.formula))
+            packed = call.packing.pack(parts, factors)
+            x_gradient, packed_gradient = _pull_back(gradient, x, packed, _listed(call.formula), frozen)
+            if packed_gradient is None:
+                return (x_gradient, None, *[None] * len(parts))
             return (x_gradient, None, *call.packing.unpack(packed_gradient, parts, factors))
         if isinstance(call, native.Call):
-            x_gradient, part_gradients = native.backward(call, gradient, x, parts)
+            x_gradient, part_gradients = native.backward(call, gradient, x, parts, frozen=frozen)
         else:
-            x_gradient, part_gradients = cuda.backward(call, gradient, x, parts)
-        return (x_gradient, None, *part_gradients)
+            x_gradient, part_gradients = cuda.backward(call, gradient, x, parts, frozen=frozen)
+        return (x_gradient, None, *([None] * len(parts) if frozen else part_gradients))
 
 
 # Without Function.apply in Python, which looks for transforms and for what they leave behind; so does `is_plain`.
@@ -159,10 +176,28 @@ def _forward(x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:
 
 
 def _backward(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    parts = (parameters,)
-    call = native.prepare_for(x, parts, PLAIN, _formula(arguments))
-    x_gradient, (parameter_gradient,) = native.backward(call, gradient, x, parts)
+    call = _prepare_backward(gradient, x, parameters, arguments)
+    x_gradient, (parameter_gradient,) = native.backward(call, gradient, x, (parameters,))
     return x_gradient, parameter_gradient
+
+
+def _slope(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:
+    call = _prepare_backward(gradient, x, parameters, arguments)
+    return native.backward(call, gradient, x, (parameters,), frozen=True)[0]
+
+
+def _prepare_backward(gradient: Tensor, x: Tensor, parameters: Tensor, arguments: Sequence[Any]) -> native.Call:
+    call = native.prepare_for(x, (parameters,), PLAIN, _formula(arguments))
+    _check_gradient(gradient, x, call.shape)
+    return call
+
+
+def _check_gradient(gradient: Tensor, x: Tensor, shape: torch.Size) -> None:
+    if gradient.shape != shape or gradient.dtype != x.dtype or gradient.device != x.device:
+        raise ValueError(
+            f"gradient: expected {list(shape)} of {x.dtype} on {x.device}, as the result, "
+            f"got {list(gradient.shape)} of {gradient.dtype} on {gradient.device}"
+        )
 
 
 def _check_devices(x: Tensor, parts: Sequence[Tensor]) -> None:
@@ -175,9 +210,11 @@ def _check_devices(x: Tensor, parts: Sequence[Tensor]) -> None:
 
 def _prepare_on_gpu(x: Tensor, parameters: Tensor, formula: Formula) -> cuda.Call:
     _check_devices(x, (parameters,))
-    call = cuda.prepare(formula, PLAIN, x.get_device(), x.dtype, x.shape, (parameters.dtype,), (parameters.shape,))
+    strides = native.strides_of(x)
+    own = (parameters.dtype,), (parameters.shape,)
+    call = cuda.prepare(formula, PLAIN, x.get_device(), x.dtype, x.shape, *own, strides)
     if call is None or not cuda.is_verified(call.kind):
-        raise RuntimeError(f"polytrope has no CUDA kernel for {formula} and {x.dtype}; polytrope.ops.functional does")
+        raise native.NoKernelError(f"polytrope has no CUDA kernel for {formula} and {x.dtype}")
     return call
 
 
@@ -187,36 +224,105 @@ def _forward_on_gpu(x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:
 
 def _backward_on_gpu(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     call = _prepare_on_gpu(x, parameters, _formula(arguments))
+    _check_gradient(gradient, x, call.shape)
     x_gradient, (parameter_gradient,) = cuda.backward(call, gradient, x, (parameters,))
     return x_gradient, parameter_gradient
 
 
-_LIBRARY.impl("activation", _forward, "CPU")
-_LIBRARY.impl("activation_backward", _backward, "CPU")
-_LIBRARY.impl("activation", _forward_on_gpu, "CUDA")
-_LIBRARY.impl("activation_backward", _backward_on_gpu, "CUDA")
+def _slope_on_gpu(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:
+    call = _prepare_on_gpu(x, parameters, _formula(arguments))
+    _check_gradient(gradient, x, call.shape)
+    return cuda.backward(call, gradient, x, (parameters,), frozen=True)[0]
+
+
+# Calls of each operator that the reference has answered in this process, because its kernel is missing here. Programs
+# that were exported or traced where it was there have the operator in them.
+fallbacks: Counter[str] = Counter()
+
+
+def _forward_by_formula(x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:
+    formula = _formula(arguments)
+    return native.empty_result(x, formula).copy_(reference.evaluate(x, parameters, formula))
+
+
+def _backward_by_formula(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    x_gradient, parameter_gradient = _pull_back_by_formula(gradient, x, parameters, arguments)
+    return torch.empty_like(x).copy_(x_gradient), parameter_gradient
+
+
+def _slope_by_formula(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:
+    return _backward_by_formula(gradient, x, parameters, *arguments)[0]
+
+
+def _falling_back(name: str, kernel: Callable[..., Any], by_formula: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel; where it is missing, the reference. Why it is missing has been said in a warning, once."""
+
+    def run(*arguments: Any) -> Any:
+        try:
+            return kernel(*arguments)
+        except native.NoKernelError:
+            fallbacks[name] += 1
+        return by_formula(*arguments)
+
+    return run
+
+
+for _name, _on_cpu, _on_gpu, _by_formula in (
+    ("activation", _forward, _forward_on_gpu, _forward_by_formula),
+    ("activation_backward", _backward, _backward_on_gpu, _backward_by_formula),
+    ("activation_slope", _slope, _slope_on_gpu, _slope_by_formula),
+):
+    _LIBRARY.impl(_name, _falling_back(_name, _on_cpu, _by_formula), "CPU")
+    _LIBRARY.impl(_name, _falling_back(_name, _on_gpu, _by_formula), "CUDA")
 
 
 def _forward_fake(x: Tensor, _parameters: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(result_shape(x.shape, _formula(arguments)))
+    return native.empty_result(x, _formula(arguments))
 
 
 def _backward_fake(_gradient: Tensor, x: Tensor, parameters: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), parameters.new_empty(parameters.shape)
+    return torch.empty_like(x), parameters.new_empty(parameters.shape)
+
+
+def _slope_fake(_gradient: Tensor, x: Tensor, _parameters: Tensor, *_arguments: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _pull_back(
+    gradient: Tensor, x: Tensor, parameters: Tensor, arguments: Sequence[Any], frozen: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and, unless they are frozen, of the packed parameters, both differentiable in their turn."""
+    if _is_transformed():
+        x_gradient, parameter_gradient = _pull_back_by_formula(gradient, x, parameters, arguments)
+        return x_gradient, None if frozen else parameter_gradient
+    if frozen:
+        return torch.ops.polytrope.activation_slope(gradient, x, parameters, *arguments), None
+    x_gradient, parameter_gradient = torch.ops.polytrope.activation_backward(gradient, x, parameters, *arguments)
+    return x_gradient, parameter_gradient
+
+
+def _pull_back_by_formula(
+    gradient: Tensor, x: Tensor, parameters: Tensor, arguments: Sequence[Any]
+) -> tuple[Tensor, Tensor]:
+    formula = _formula(arguments)
+    pull_back = torch.func.vjp(lambda x, parameters: reference.evaluate(x, parameters, formula), x, parameters)[1]
+    x_gradient, parameter_gradient = pull_back(gradient)
+    return x_gradient, parameter_gradient
 
 
 def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    gradients = torch.ops.polytrope.activation_backward(gradient, *ctx.saved_tensors, *ctx.arguments)
+    x, parameters = ctx.saved_tensors
+    gradients = _pull_back(gradient, x, parameters, ctx.arguments, not ctx.needs_input_grad[1])
     return (*gradients, *[None] * len(ctx.arguments))
 
 
-def _differentiate_twice(ctx: Any, x_seed: Tensor, parameter_seed: Tensor) -> tuple[Any, ...]:
-    with torch.enable_grad():
-        inputs = tuple(tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-        value = reference.evaluate(inputs[1], inputs[2], _formula(ctx.arguments))
-        first = torch.autograd.grad(value, inputs[1:], inputs[0], create_graph=True)
-        seeds = (x_seed, parameter_seed)
-        second = torch.autograd.grad(first, inputs, seeds, allow_unused=True, materialize_grads=True)
+def _differentiate_twice(ctx: Any, *seeds: Tensor) -> tuple[Any, ...]:
+    """Of both operators with a gradient. What it computes with is plain torch, so it has derivatives in its turn."""
+
+    def first(gradient: Tensor, x: Tensor, parameters: Tensor) -> tuple[Tensor, ...]:
+        return _pull_back_by_formula(gradient, x, parameters, ctx.arguments)[: len(seeds)]
+
+    second = torch.func.vjp(first, *ctx.saved_tensors)[1](seeds)
     return (*second, *[None] * len(ctx.arguments))
 
 
@@ -238,10 +344,11 @@ def _mapping(name: str, tensors: int) -> Callable[..., Any]:
             for tensor, dim in zip(arguments[:tensors], in_dims[:tensors], strict=True)
         ]
         others = arguments[tensors:]
-        if tensors == 2 and in_dims[1] is None:
-            return operator(batched[0], arguments[1], *others), 0
+        of_parameters = name == "activation_backward"
+        if in_dims[tensors - 1] is None and not of_parameters:
+            return operator(*batched[:-1], arguments[tensors - 1], *others), 0
         parts = [operator(*one, *others) for one in zip(*batched, strict=True)]
-        if tensors == 2:
+        if not of_parameters:
             return torch.stack(parts), 0
         return tuple(torch.stack(gradients) for gradients in zip(*parts, strict=True)), (0, 0)
 
@@ -251,6 +358,7 @@ def _mapping(name: str, tensors: int) -> Callable[..., Any]:
 for _name, _tensors, _fake, _derivative in (
     ("activation", 2, _forward_fake, _differentiate),
     ("activation_backward", 3, _backward_fake, _differentiate_twice),
+    ("activation_slope", 3, _slope_fake, _differentiate_twice),
 ):
     _operator = f"polytrope::{_name}"
     torch.library.register_fake(_operator, _fake, lib=_LIBRARY)

@@ -1,33 +1,34 @@
-"""Learnable activations as `torch.nn` modules, and `build_activation`, which makes any of them from a configuration."""
+"""Learnable activations as `torch.nn` modules, and `build_activation`, which makes any of them from a configuration.
+
+All that differs from family to family stands in its class here: what it accepts, how it starts, how another function is
+imitated, its plain form and its moments.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
-from polytrope.ops import functional, initialization, reference
-from polytrope.ops.families import MAX_DEGREE, MAX_PIECES
+from polytrope.ops import functional, initialization, plain, tensors
+from polytrope.ops.families import MAX_PIECES, check_degree
+from polytrope.ops.fitting import solvers
+from polytrope.ops.fitting.curves import Array
+from polytrope.ops.fitting.targets import resolve_target
 from polytrope.ops.functional import Interval
 from polytrope.ops.functional import check_interval as check_interval
+from polytrope.ops.moments import Moments, moments_of_hermite, moments_of_module
+from polytrope.ops.plain import PlainForm
 
 Init = str | Callable[[Tensor], Tensor]
-
-
-def check_degree(degree: Any, largest: int = MAX_DEGREE, name: str = "degree") -> int:
-    """An integer in 1…largest.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if isinstance(degree, bool) or not isinstance(degree, int) or not 1 <= degree <= largest:
-        raise ValueError(f"{name}: expected an integer from 1 to {largest}, got {degree!r}")
-    return degree
+_ROUNDING = 1e-3  # of float32, relative to the largest |F| (at least 1): what a start that imitates may lose
 
 
 class LearnableActivation(nn.Module):
@@ -39,11 +40,17 @@ class LearnableActivation(nn.Module):
         dim: the dimension of x whose channels are grouped.
         interval: (lo, hi), outside of which the function goes on along its tangents; None: everywhere its formula.
         glu: the last dimension of x holds [a, b]; the result is F(a) · b.
-        init: `variance_preserving` (E[F²] = E[F'²] = 1 under N(0, 1)), `torchortho` (the published one, where there is
-            one), or a function to imitate: a name of `fitting.targets.NAMED`, a callable or a module.
+        init: `variance_preserving` (E[F²] = E[F'²] = 1 under N(0, 1), tangents included), `stable` (polynomials: the
+            same, and deep nets without normalisation stay there), `torchortho` (the published one, where there is one),
+            or a function to imitate: a name of `fitting.targets.NAMED`, a callable or a module.
+        device: of the parameters; default: torch's.
+        dtype: of the parameters; default: torch's.
     """
 
-    published = False  # whether torchortho has this family
+    accepts_interval: ClassVar[bool] = True
+    accepts_groups: ClassVar[bool] = True  # of channels, and gated use
+    published: bool = False  # whether torchortho has this family
+    starts: ClassVar[tuple[str, ...]] = ("variance_preserving",)  # beside torchortho and functions to imitate
 
     def __init__(
         self,
@@ -55,48 +62,115 @@ class LearnableActivation(nn.Module):
         interval: Any = None,
         glu: bool = False,
         init: Init = "variance_preserving",
+        device: torch.device | str | None = None,  # noqa: ARG002 (`learn` reads it)
+        dtype: torch.dtype | None = None,  # noqa: ARG002
     ) -> None:
         super().__init__()
         if isinstance(num_parameters, bool) or not isinstance(num_parameters, int) or num_parameters < 1:
             raise ValueError(f"num_parameters: expected an integer of at least 1, got {num_parameters!r}")
         if not isinstance(dim, int) or (glu and num_parameters > 1 and dim != -1):
             raise ValueError(f"dim: expected an integer, with glu -1, got {dim!r}")
-        if init == "torchortho" and not self.published:
-            raise ValueError(f"init: torchortho has no {name} activation; use variance_preserving")
+        if not self.accepts_groups and (num_parameters != 1 or dim != -1 or glu):
+            raise ValueError(f"num_parameters, dim and glu: not for {name}, which is not elementwise; leave them out")
+        if not self.accepts_interval and interval is not None:
+            raise ValueError(f"interval: not for {name}; leave it out")
         self.name = name
         self.degree = check_degree(degree)
         self.num_parameters = num_parameters
         self.dim = dim
         self.interval: Interval | None = check_interval(interval)
         self.glu = glu
-        self.init = init if init == "torchortho" else "variance_preserving"
+        self.init = self._named_start(init) or "variance_preserving"
+        self._learned: tuple[str, ...] = ()
+        self._initial: dict[str, Array] = {}
 
-    def learn(self, **initial: Any) -> None:
-        """Make these the learnable parameters, repeated for every group."""
-        for name, value in initial.items():
-            tensor = torch.as_tensor(value, dtype=torch.float64)
-            if self.num_parameters > 1:
-                tensor = tensor.expand(self.num_parameters, *tensor.shape)
-            self.register_parameter(name, nn.Parameter(tensor.to(torch.get_default_dtype()).clone()))
+    function: Callable[..., Tensor]  # of `functional`
 
-    def imitate(self, init: Init) -> None:
-        """Fit the parameters to another activation, where `init` is not one of the names of an initialisation."""
-        if init in ("variance_preserving", "torchortho"):
-            return
-        from polytrope.ops.interpolate import fit
+    def _named_start(self, init: Init) -> str | None:
+        """`init` where it is the name of an initialisation that this family has; None for a function to imitate."""
+        if init == "torchortho":
+            if not self.published:
+                raise ValueError(f"init: torchortho has no {self.name} activation; use variance_preserving")
+            return "torchortho"
+        if init == "stable" and init not in self.starts:
+            having = ", ".join(name for name, family in LEARNABLE.items() if "stable" in family.starts)
+            raise ValueError(f"init: stable is for {having}, not for {self.name}; use variance_preserving")
+        return str(init) if init in self.starts else None
 
+    def learn(self, function: Callable[..., Tensor], options: Mapping[str, Any], **initial: Any) -> None:
+        """Make these the learnable parameters, which `function` takes after x in this order.
+
+        Args:
+            options: what the module was made with: `init`, `device` and `dtype` are read.
+            initial: values for one group, which every group starts with. One number becomes a parameter `[1]`, because
+                none without dimensions can be sharded.
+        """
+        self.function = function
+        self._learned = tuple(initial)
+        self._initial = {name: np.array(value, dtype=np.float64, ndmin=1) for name, value in initial.items()}
+        init = options.get("init", self.init)
+        if self._named_start(init) is None:
+            with _ordinary_tensors():
+                self._initial |= {name: np.array(value, ndmin=1) for name, value in self.imitate(init).items()}
+        for name, value in self._initial.items():
+            shape = (self.num_parameters, *value.shape) if self.num_parameters > 1 else value.shape
+            empty = torch.empty(shape, device=options.get("device"), dtype=options.get("dtype"))
+            self.register_parameter(name, nn.Parameter(empty))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Put the parameters back to the values that the module was made with."""
+        for name, value in self._initial.items():
+            tensors.fill(self.get_parameter(name), torch.from_numpy(value))
+
+    def imitate(self, init: Init) -> dict[str, Array]:
+        """Parameters for which F is closest to another function in value and slope on the interval, or on [-4, 4].
+
+        Raises:
+            ValueError: no such function, or a degree whose rounding in float32 spoils it.
+        """
+        return self._imitate(init, self.name)
+
+    def _imitate(self, init: Init, family: str, denominator_degree: int | None = None) -> dict[str, Array]:
+        low, high = self.interval or (-4.0, 4.0)
+        with self._naming_starts():
+            found = solvers.imitate(init, family, self.degree, (low, high), denominator_degree)
+        x = np.linspace(low, high, 4001)
+        exact, _ = found.curve(x)
+        numbers = (torch.from_numpy(np.atleast_1d(value)) for value in {**self._initial, **found.parameters}.values())
+        rounded = self.function(torch.from_numpy(x).float(), *(part.float() for part in numbers)).double().numpy()
+        lost = float(np.abs(rounded - exact).max())
+        if not lost <= _ROUNDING * max(1.0, float(np.abs(exact).max())):
+            raise ValueError(
+                f"init: {self.name} of degree {self.degree} on ({low:.4g}, {high:.4g}) loses {lost:.2g} to rounding in "
+                f"float32 as an imitation; take a lower degree or another interval"
+            )
+        return found.parameters
+
+    @contextlib.contextmanager
+    def _naming_starts(self) -> Iterator[None]:
         try:
-            found = fit(init, self.name, self.degree, interval=self.interval or (-4.0, 4.0))
+            yield
         except ValueError as error:
-            known = "variance_preserving, torchortho or a function to imitate"
-            raise ValueError(f"init: expected {known}; {error}") from None
-        with torch.no_grad():
-            for name, value in found.parameters.items():
-                parameter = self.get_parameter(name)
-                parameter.copy_(torch.from_numpy(np.asarray(value)).expand_as(parameter))
+            published = ["torchortho"] if self.published else []
+            known = ", ".join([*self.starts, *published])
+            raise ValueError(f"init: expected {known} or a function to imitate; {error}") from None
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = self._arguments()
+        if type(x) is Tensor and not x.is_nested:
+            return self.function(x, *parameters, **self._options())
+        return tensors.call(self.function, x, *parameters, **self._options())
+
+    def _arguments(self) -> list[Tensor]:
+        """What `function` takes after x."""
+        return [getattr(self, name) for name in self._learned]
 
     def _options(self) -> dict[str, Any]:
-        return {"dim": self.dim, "interval": self.interval, "glu": self.glu}
+        """What `function` takes by name."""
+        if self.accepts_interval:
+            return {"dim": self.dim, "interval": self.interval, "glu": self.glu}
+        return {"dim": self.dim, "glu": self.glu}
 
     def config(self) -> dict[str, Any]:
         """What `build_activation` needs to make this module again; its parameters are in its state."""
@@ -109,6 +183,45 @@ class LearnableActivation(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.config().items() if name != "name")
+
+    def moments(self) -> Moments:
+        """See `polytrope.ops.moments`."""
+        self._refuse_groups("moments")
+        return moments_of_module(self, [*self.kinks(), *(self.interval or ())])
+
+    def kinks(self) -> list[float]:
+        """Where the slope may jump inside the interval."""
+        return []
+
+    def plain(self) -> PlainForm:
+        """The function as ordinary operations on constants.
+
+        Raises:
+            ValueError: the family has no such form, or this module is gated or has groups of channels.
+        """
+        raise ValueError(f"activation {self.name}: only elementwise activations with one set of coefficients")
+
+    def _refuse_groups(self, what: str) -> None:
+        if self.glu or self.num_parameters > 1:
+            raise ValueError(f"{what}: only activations with one set of coefficients that are not gated")
+
+    def _numbers(self) -> dict[str, Array]:
+        """The parameters of one group in float64."""
+        self._refuse_groups(f"activation {self.name}")
+        return {name: self.get_parameter(name).detach().double().cpu().numpy() for name in self._learned}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in self._learned:
+            saved, own = state_dict.get(prefix + name), self._parameters.get(name)
+            # Saved when one number was a parameter `[]`, or `[groups]`.
+            if (
+                isinstance(saved, Tensor)
+                and own is not None
+                and saved.dim() == own.dim() - 1
+                and saved.numel() == own.numel()
+            ):
+                state_dict[prefix + name] = saved.reshape(own.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
 
     def load_torchortho_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the parameters of the same activation of the package torchortho 0.1.2.
@@ -137,6 +250,13 @@ class LearnableActivation(nn.Module):
         return {}
 
 
+@contextlib.contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Inside, tensors are real and on the CPU, whatever modes (fake tensors) and default device are set."""
+    with torch.device("cpu"), _disable_current_modes():
+        yield
+
+
 class OrthogonalPolynomial(LearnableActivation):
     """sum_k coefficients[k] B_k(x).
 
@@ -145,33 +265,61 @@ class OrthogonalPolynomial(LearnableActivation):
         learnable_recurrence: learn the recurrence of the basis as well (`functional.favard`), starting from this one.
     """
 
+    starts = ("variance_preserving", "stable")
+
     def __init__(self, name: str, degree: int = 3, *, learnable_recurrence: bool = False, **options: Any) -> None:
-        if name not in reference.BASES:
-            raise ValueError(f"basis: expected one of {', '.join(reference.BASES)}, got {name!r}")
+        bases = {"hermite": functional.hermite, "chebyshev": functional.chebyshev, "legendre": functional.legendre}
+        if name not in bases:
+            raise ValueError(f"basis: expected one of {', '.join(bases)}, got {name!r}")
         self.published = name == "hermite"
         super().__init__(name, degree, **options)
         self.learnable_recurrence = learnable_recurrence
-        self.learn(coefficients=initialization.polynomial(name, self.degree, self.init))
+        coefficients = initialization.polynomial(name, self.degree, self.init, self.interval)
         if learnable_recurrence:
             scales, couplings = initialization.recurrence(name, self.degree)
-            self.learn(scales=scales, shifts=torch.zeros(self.degree), couplings=couplings)
-        self.imitate(options.get("init", self.init))
+            others = {"scales": scales, "shifts": np.zeros(self.degree), "couplings": couplings}
+            self.learn(functional.favard, options, coefficients=coefficients, **others)
+        else:
+            self.learn(bases[name], options, coefficients=coefficients)
 
     coefficients: nn.Parameter
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.learnable_recurrence:
-            recurrence = (self.scales, self.shifts, self.couplings)
-            return functional.favard(x, self.coefficients, *recurrence, **self._options())  # type: ignore[arg-type]
-        function: Callable[..., Tensor] = getattr(functional, self.name)
-        return function(x, self.coefficients, **self._options())
+    scales: nn.Parameter
+    shifts: nn.Parameter
+    couplings: nn.Parameter
 
     def config(self) -> dict[str, Any]:
         return super().config() | ({"learnable_recurrence": True} if self.learnable_recurrence else {})
 
+    def _powers(self) -> Array:
+        """Coefficients of 1, x, x², …"""
+        values = self._numbers()
+        if not self.learnable_recurrence:
+            powers: Array = values["coefficients"] @ initialization.to_powers(self.name, self.degree)
+            return powers
+        line = np.polynomial.Polynomial([0.0, 1.0])
+        before, now = 0.0 * line, 0.0 * line + 1.0
+        total = values["coefficients"][0] * now
+        for k in range(self.degree):
+            scale, shift, coupling = (values[name][k] for name in ("scales", "shifts", "couplings"))
+            now, before = (scale * line + shift) * now - coupling * before, now
+            total = total + values["coefficients"][k + 1] * now
+        return np.concatenate([total.coef, np.zeros(self.degree + 1)])[: self.degree + 1]
+
+    def moments(self) -> Moments:
+        if self.interval is not None:
+            return super().moments()
+        if self.name == "hermite" and not self.learnable_recurrence:
+            return moments_of_hermite(self._numbers()["coefficients"])
+        return moments_of_hermite(initialization.to_hermite(self._powers()))
+
+    def plain(self) -> PlainForm:
+        return plain.powers(self._powers(), self.interval)
+
 
 class Hermite(OrthogonalPolynomial):
     """sum_k coefficients[k] He_k(x) / k!, probabilists' Hermite polynomials."""
+
+    published = True
 
     def __init__(self, degree: int = 3, **options: Any) -> None:
         super().__init__("hermite", degree, **options)
@@ -207,18 +355,14 @@ class Fourier(LearnableActivation):
     def __init__(self, degree: int = 5, *, harmonic: bool = False, **options: Any) -> None:
         super().__init__("fourier", degree, **options)
         self.harmonic = harmonic
-        bias, amplitude = initialization.fourier(self.degree, self.init)
-        amplitudes = torch.full((self.degree,), amplitude, dtype=torch.float64)
+        bias, amplitude = initialization.fourier(self.degree, self.init, self.interval)
+        amplitudes = np.full(self.degree, amplitude)
         if harmonic:
             half = amplitudes / math.sqrt(2.0)  # cos(kx - π/4) = (cos kx + sin kx) / √2
-            self.learn(bias=bias, frequency=1.0, cosines=half, sines=half)
+            self.learn(functional.harmonic, options, bias=bias, frequency=1.0, cosines=half, sines=half)
         else:
-            frequencies = torch.arange(1, self.degree + 1)
-            phases = torch.full((self.degree,), math.pi / 4)
-            self.learn(bias=bias, amplitudes=amplitudes, frequencies=frequencies, phases=phases)
-            self.imitate(options.get("init", self.init))
-        if harmonic and options.get("init", self.init) != self.init:
-            raise ValueError("init: the harmonic mode imitates no other function; use harmonic=False")
+            waves = {"frequencies": np.arange(1, self.degree + 1), "phases": np.full(self.degree, math.pi / 4)}
+            self.learn(functional.fourier, options, bias=bias, amplitudes=amplitudes, **waves)
 
     bias: nn.Parameter
     frequency: nn.Parameter
@@ -228,13 +372,25 @@ class Fourier(LearnableActivation):
     frequencies: nn.Parameter
     phases: nn.Parameter
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.harmonic:
-            return functional.harmonic(x, self.bias, self.frequency, self.cosines, self.sines, **self._options())
-        return functional.fourier(x, self.bias, self.amplitudes, self.frequencies, self.phases, **self._options())
+    def imitate(self, init: Init) -> dict[str, Array]:
+        return self._imitate(init, "harmonic" if self.harmonic else "fourier")
 
     def config(self) -> dict[str, Any]:
         return super().config() | ({"harmonic": True} if self.harmonic else {})
+
+    def plain(self) -> PlainForm:
+        values = self._numbers()
+        order = np.arange(1, self.degree + 1)
+        shares = 1.0 / np.array([float(math.factorial(k)) for k in order])
+        if self.harmonic:
+            values = {
+                "bias": values["bias"],
+                "amplitudes": np.hypot(values["cosines"], values["sines"]),
+                "frequencies": order * values["frequency"],
+                "phases": np.arctan2(values["sines"], values["cosines"]),
+            }
+        values = values | {"bias": values["bias"].reshape(()), "amplitudes": values["amplitudes"] * shares}
+        return PlainForm(values, plain.waves, self.interval is not None)
 
     def _torchortho_keys(self) -> dict[str, str]:
         own = {"bias": "fundamental", "amplitudes": "coefficients", "frequencies": "grid", "phases": "phases"}
@@ -244,52 +400,65 @@ class Fourier(LearnableActivation):
 class Tropical(LearnableActivation):
     """(√2 / degree) max_k (k x + coefficients[k]): convex, piecewise linear."""
 
+    accepts_interval = False  # it ends in straight lines already
     published = True
 
     def __init__(self, degree: int = 5, **options: Any) -> None:
-        _refuse_interval(options)
         super().__init__("tropical", degree, **options)
-        self.learn(coefficients=initialization.tropical(self.degree, self.init))
-        self.imitate(options.get("init", self.init))
+        self.learn(functional.tropical, options, coefficients=initialization.tropical(self.degree, self.init))
 
     coefficients: nn.Parameter
 
     def _torchortho_keys(self) -> dict[str, str]:
         return {"coefficients": "coefficients"}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.tropical(x, self.coefficients, dim=self.dim, glu=self.glu)
+    def kinks(self) -> list[float]:
+        return _crossings(np.arange(self.degree + 1.0), self._numbers()["coefficients"])
+
+    def plain(self) -> PlainForm:
+        scale = math.sqrt(2.0) / self.degree
+        intercepts = scale * self._numbers()["coefficients"]
+        lines = {"slopes": scale * np.arange(self.degree + 1), "intercepts": intercepts}
+        return PlainForm(lines, plain.largest_line, False)
 
 
 class TropicalRational(LearnableActivation):
     """max_k (p_k x + c_k) - max_k (q_k x + d_k), all learnable: any continuous piecewise-linear function."""
 
+    accepts_interval = False  # it ends in straight lines already
+
     def __init__(self, degree: int = 6, **options: Any) -> None:
-        _refuse_interval(options)
         super().__init__("tropical_rational", degree, **options)
         slopes, intercepts, denominator_slopes, denominator_intercepts = initialization.tropical_rational(self.degree)
         self.learn(
+            functional.tropical_rational,
+            options,
             numerator_slopes=slopes,
             numerator_intercepts=intercepts,
             denominator_slopes=denominator_slopes,
             denominator_intercepts=denominator_intercepts,
         )
-        self.imitate(options.get("init", self.init))
-
-    def _torchortho_keys(self) -> dict[str, str]:
-        sides = (("numerator", "num"), ("denominator", "denom"))
-        own = {f"{side}_slopes": f"powers_{short}" for side, short in sides}
-        return own | {f"{side}_intercepts": f"coefficients_{short}" for side, short in sides}
 
     numerator_slopes: nn.Parameter
     numerator_intercepts: nn.Parameter
     denominator_slopes: nn.Parameter
     denominator_intercepts: nn.Parameter
 
-    def forward(self, x: Tensor) -> Tensor:
-        numerator = self.numerator_slopes, self.numerator_intercepts
-        denominator = self.denominator_slopes, self.denominator_intercepts
-        return functional.tropical_rational(x, *numerator, *denominator, dim=self.dim, glu=self.glu)
+    def _torchortho_keys(self) -> dict[str, str]:
+        sides = (("numerator", "num"), ("denominator", "denom"))
+        own = {f"{side}_slopes": f"powers_{short}" for side, short in sides}
+        return own | {f"{side}_intercepts": f"coefficients_{short}" for side, short in sides}
+
+    def kinks(self) -> list[float]:
+        values = self._numbers()
+        sides = [(values[f"{side}_slopes"], values[f"{side}_intercepts"]) for side in ("numerator", "denominator")]
+        return [crossing for slopes, intercepts in sides for crossing in _crossings(slopes, intercepts)]
+
+    def plain(self) -> PlainForm:
+        values = self._numbers()
+        names = {"numerator_": "", "denominator_": "lower_"}
+        lines = {new + what: values[old + what] for old, new in names.items() for what in ("slopes", "intercepts")}
+        return PlainForm(lines, plain.difference_of_largest_lines, False)
 
 
 class Rational(LearnableActivation):
@@ -297,31 +466,48 @@ class Rational(LearnableActivation):
 
     Args:
         degree: of the numerator.
-        denominator_degree: default: one less.
+        denominator_degree: default: one less. 0: a polynomial, without the parameter `denominator`.
     """
 
     def __init__(self, degree: int = 5, denominator_degree: int | None = None, **options: Any) -> None:
         super().__init__("rational", degree, **options)
-        default = self.degree - 1
-        self.denominator_degree = default if denominator_degree is None else denominator_degree
+        self.denominator_degree = self.degree - 1 if denominator_degree is None else denominator_degree
         if self.denominator_degree != 0:
             check_degree(self.denominator_degree, name="denominator_degree")
-        numerator, denominator = initialization.rational(self.degree, self.denominator_degree)
-        self.learn(numerator=numerator, denominator=denominator)
-        if self.denominator_degree == default:
-            self.imitate(options.get("init", self.init))
-        elif options.get("init", self.init) != self.init:
-            raise ValueError(f"denominator_degree: expected {default} with an init that imitates")
+        numerator, denominator = initialization.rational(self.degree, self.denominator_degree, self.interval)
+        if self.denominator_degree == 0:
+            # A parameter of no numbers has no gradient, which DistributedDataParallel waits for.
+            self.register_parameter("denominator", None)
+            self.learn(functional.polynomial, options, numerator=numerator)
+        else:
+            self.learn(functional.rational, options, numerator=numerator, denominator=denominator)
 
     numerator: nn.Parameter
-    denominator: nn.Parameter
+    denominator: nn.Parameter | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.rational(x, self.numerator, self.denominator, **self._options())
+    def imitate(self, init: Init) -> dict[str, Array]:
+        return self._imitate(init, "rational", self.denominator_degree)
 
     def config(self) -> dict[str, Any]:
         default = self.denominator_degree == self.degree - 1
         return super().config() | ({} if default else {"denominator_degree": self.denominator_degree})
+
+    def kinks(self) -> list[float]:
+        """Where the sum between the bars is 0."""
+        if self.denominator_degree == 0:
+            return []
+        roots = np.polynomial.Polynomial([0.0, *self._numbers()["denominator"]]).trim().roots()
+        return [float(root.real) for root in roots if abs(root.imag) <= 1e-9 * max(1.0, float(abs(root)))]
+
+    def plain(self) -> PlainForm:
+        values = self._numbers()
+        return PlainForm({"denominator": np.zeros(1), **values}, plain.quotient, self.interval is not None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        saved = state_dict.get(prefix + "denominator")
+        if self.denominator_degree == 0 and isinstance(saved, Tensor) and saved.numel() == 0:
+            del state_dict[prefix + "denominator"]  # saved when it was a parameter of no numbers
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class PolyReLU(LearnableActivation):
@@ -329,34 +515,56 @@ class PolyReLU(LearnableActivation):
 
     def __init__(self, degree: int = 3, **options: Any) -> None:
         super().__init__("polyrelu", degree, **options)
-        self.learn(coefficients=initialization.polyrelu(self.degree))
-        self.imitate(options.get("init", self.init))
+        coefficients = initialization.polyrelu(self.degree, self.interval)
+        self.learn(functional.polyrelu, options, coefficients=coefficients)
 
     coefficients: nn.Parameter
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.polyrelu(x, self.coefficients, **self._options())
+    def kinks(self) -> list[float]:
+        return [0.0]
+
+    def plain(self) -> PlainForm:
+        powers = {"powers": self._numbers()["coefficients"]}
+        return PlainForm(powers, plain.powers_of_relu, self.interval is not None)
 
 
 class PolyNorm(LearnableActivation):
-    """bias + sum_k coefficients[k] x^k / rms(x^k) over the last dimension (Zhuo et al., 2024): not elementwise."""
+    """bias + sum_k coefficients[k] x^k / rms(x^k) over the last dimension (Zhuo et al., 2024): not elementwise.
 
-    def __init__(self, degree: int = 3, *, epsilon: float = 1e-6, init: str = "variance_preserving") -> None:
-        if init != "variance_preserving":
-            raise ValueError(f"init: expected variance_preserving, got {init!r}")
-        super().__init__("polynorm", degree)
+    A function to start from is imitated where rows are long and normally distributed.
+    """
+
+    accepts_interval = False
+    accepts_groups = False
+
+    def __init__(self, degree: int = 3, *, epsilon: float = 1e-6, **options: Any) -> None:
+        super().__init__("polynorm", degree, **options)
         self.epsilon = epsilon
         coefficients, bias = initialization.polynorm(self.degree)
-        self.learn(coefficients=coefficients, bias=bias)
+        self.learn(functional.polynorm, options, coefficients=coefficients, bias=bias)
 
     coefficients: nn.Parameter
     bias: nn.Parameter
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.polynorm(x, self.coefficients, self.bias, epsilon=self.epsilon)
+    def imitate(self, init: Init) -> dict[str, Array]:
+        with self._naming_starts():
+            hermite = solvers.imitate(init, "hermite", self.degree, None).parameters["coefficients"]
+        powers = hermite @ initialization.to_powers("hermite", self.degree)
+        return {"coefficients": powers[1:] * initialization.polynorm_sizes(self.degree), "bias": powers[0]}
+
+    def _options(self) -> dict[str, Any]:
+        return {"epsilon": self.epsilon}
 
     def config(self) -> dict[str, Any]:
         return super().config() | ({} if self.epsilon == 1e-6 else {"epsilon": self.epsilon})
+
+    def moments(self) -> Moments:
+        """In rows of infinite length; what scales a row leaves F as it is, so the slope is 0."""
+        values = self._numbers()
+        sized = values["coefficients"] / initialization.polynorm_sizes(self.degree)
+        powers = np.concatenate([values["bias"], sized])
+        found = moments_of_hermite(initialization.to_hermite(powers))
+        return Moments(found.value, found.derivative, 0.0)
 
 
 class PiecewiseLinear(LearnableActivation):
@@ -372,31 +580,49 @@ class PiecewiseLinear(LearnableActivation):
         if self.interval is None:
             raise ValueError("interval: expected (lo, hi), the first and the last knot, got None")
         self.degree = check_degree(degree, MAX_PIECES)
-        knots = torch.linspace(*self.interval, self.degree + 1, dtype=torch.float64)
-        self.register_buffer("knots", knots, persistent=False)
-        self.learn(values=initialization.piecewise_linear(knots.numpy()))
-        self.imitate(options.get("init", self.init))
+        knots = np.linspace(*self.interval, self.degree + 1)
+        self.learn(_equidistant_lines, options, values=initialization.piecewise_linear(knots))
 
-    def imitate(self, init: Init) -> None:
-        if init != self.init:
-            from polytrope.ops.fitting.targets import resolve_target
+    @property
+    def knots(self) -> Tensor:
+        """`[degree + 1]`, float64. They follow from the interval, so that no change of dtype or device spoils them."""
+        return _knots(self.interval, self.degree + 1, self.values.device)
 
-            with torch.no_grad():
-                self.values.copy_(resolve_target(init)(self.knots).expand_as(self.values))
+    def imitate(self, init: Init) -> dict[str, Array]:
+        with self._naming_starts():
+            target = resolve_target(init)
+        with torch.no_grad():
+            return {"values": target(_knots(self.interval, self.degree + 1, torch.device("cpu"))).double().numpy()}
 
-    knots: Tensor
     values: nn.Parameter
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.piecewise_linear(x, self.knots, self.values, dim=self.dim, glu=self.glu)
+    def kinks(self) -> list[float]:
+        assert self.interval is not None
+        return [float(knot) for knot in np.linspace(*self.interval, self.degree + 1)]
+
+    def plain(self) -> PlainForm:
+        return plain.broken_line(np.asarray(self.kinks()), self._numbers()["values"])
 
 
-def _refuse_interval(options: Mapping[str, Any]) -> None:
-    if options.get("interval") is not None:
-        raise ValueError("interval: not for a function that ends in straight lines already; leave it out")
+def _equidistant_lines(
+    x: Tensor, values: Tensor, *, dim: int = -1, interval: Interval | None = None, glu: bool = False
+) -> Tensor:
+    """`functional.piecewise_linear` with equidistant knots from one end of the interval to the other."""
+    return functional.piecewise_linear(x, _knots(interval, values.shape[-1], values.device), values, dim=dim, glu=glu)
 
 
-LEARNABLE: dict[str, Callable[..., LearnableActivation]] = {
+def _knots(interval: Interval | None, count: int, device: torch.device) -> Tensor:
+    assert interval is not None
+    return torch.linspace(*interval, count, dtype=torch.float64, device=device)
+
+
+def _crossings(slopes: Array, intercepts: Array) -> list[float]:
+    """Where any two of these lines cross."""
+    rise, apart = slopes[None] - slopes[:, None], intercepts[:, None] - intercepts[None]
+    return [float(at) for at in np.unique(apart[rise != 0.0] / rise[rise != 0.0])]
+
+
+LEARNABLE: dict[str, type[Any]] = {  # of LearnableActivation, whose subclasses take arguments of their own
     "hermite": Hermite,
     "chebyshev": Chebyshev,
     "legendre": Legendre,
@@ -445,7 +671,8 @@ def build_activation(config: str | dict[str, Any]) -> nn.Module:
             raise ValueError(f"activation {name!r} takes no options, got {', '.join(options)}")
         return CLASSICAL[name]()
     try:
-        return LEARNABLE[name](**options)
+        module: nn.Module = LEARNABLE[name](**options)
+        return module
     except TypeError as error:
         raise ValueError(f"activation {name!r}: {error}") from None
 

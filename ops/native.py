@@ -14,11 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polytrope.ops.families import Family, Formula, result_shape
+from polytrope.ops.families import MAX_DEGREE, MAX_PIECES, Family, Formula, parameter_count, result_shape
 from polytrope.ops.packing import Packing
 
 DATA_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 MOST_PARTS, MOST_FACTORS = 4, 64
+
+
+class NoKernelError(RuntimeError):
+    """The operator has been called where its kernel is missing: no compiler, or kernels are turned off."""
+
+
 _FAILURES = {1: "no kernel for this family and degree", 2: "out of memory"}
 
 
@@ -72,13 +78,109 @@ class _Call(ctypes.Structure):
 _Addresses = ctypes.c_void_p * MOST_PARTS
 
 
-def make_problem(dtype: torch.dtype, shape: torch.Size, groups: int, formula: Formula) -> Problem:
-    """The problem of a contiguous x; sizes as csrc/problem.h says."""
-    outer, inner = 1, shape.numel()
+Strides = tuple[int, ...]
+_NEVER_WITH_INTERVAL = (Family.TROPICAL, Family.TROPICAL_RATIONAL, Family.PIECEWISE_LINEAR, Family.POLYNORM)
+
+
+def check(formula: Formula, dtype: torch.dtype, shape: torch.Size, widths: Sequence[int], groups: int) -> None:
+    """That a kernel with this formula stays inside its tables, an x of this shape and parts of these widths.
+
+    Raises:
+        ValueError: it would not.
+        TypeError: a dtype that no kernel reads.
+    """
+    if dtype not in DATA_TYPES:
+        raise TypeError(f"activations take float tensors (bfloat16, float16, float32, float64), got {dtype}")
+    if formula.family not in list(Family):
+        raise ValueError(f"family: expected 0 to {max(Family)}, got {formula.family}")
+    family, dims = Family(formula.family), len(shape)
+    largest = MAX_PIECES if family == Family.PIECEWISE_LINEAR else MAX_DEGREE
+    if not 1 <= formula.degree <= largest:
+        raise ValueError(f"coefficients: expected a degree from 1 to {largest}, got {formula.degree}")
+    low, high = (1, MAX_DEGREE) if family == Family.RATIONAL else (0, 0)
+    if not low <= formula.second_degree <= high:
+        raise ValueError(f"denominator: expected a degree from {low} to {high}, got {formula.second_degree}")
+    if formula.interval:
+        ends = formula.interval
+        if family in _NEVER_WITH_INTERVAL or len(ends) != 2 or not -math.inf < ends[0] < ends[1] < math.inf:
+            raise ValueError(f"interval: expected none, or finite lo < hi of a family that has one, got {list(ends)}")
+    if family == Family.POLYNORM and (dims == 0 or groups != 1 or formula.gated):
+        raise ValueError("x: polynorm takes at least one dimension, one group of coefficients and no gate")
+    if formula.gated and (dims == 0 or shape[-1] % 2 or formula.dim != -1):
+        raise ValueError(f"x: with glu the last dimension holds two halves, got shape {list(shape)}, dim {formula.dim}")
     if groups > 1:
-        outer, inner = math.prod(shape[: formula.dim]), math.prod(shape[formula.dim :]) // groups
-    elif formula.gated or formula.family == Family.POLYNORM:
-        outer, inner = math.prod(shape[:-1]), shape[-1]
+        if not -dims <= formula.dim < 0:
+            raise ValueError(f"dim: expected {-dims} to -1 for x of shape {list(shape)}, got {formula.dim}")
+        channels = shape[formula.dim] // (2 if formula.gated else 1)
+        if channels % groups:
+            raise ValueError(
+                f"coefficients: {groups} groups do not divide the {channels} channels of dimension {formula.dim}"
+            )
+    if groups < 1 or sum(widths) != parameter_count(formula):
+        raise ValueError(
+            f"coefficients: expected {parameter_count(formula)} in each of at least one group, "
+            f"got {sum(widths)} in each of {groups}"
+        )
+
+
+class Layout(NamedTuple):
+    """How a call's tensors lie in memory, without a gap: None stands for contiguous."""
+
+    x: Strides | None = None
+    result: Strides | None = None
+    returned: Strides | None = None  # PolyNorm where rows lie scattered: x and the like come and go with these strides
+
+
+def find_layout(shape: torch.Size, strides: Strides | None, formula: Formula) -> Layout:
+    """Of an x with these strides: as it lies where that is dense, else dense in the same order of dimensions."""
+    if strides is None:
+        return Layout()
+    x = torch.empty_like(torch.empty_strided(shape, strides, device="meta"))
+    if formula.family == Family.POLYNORM and shape[-1] > 1 and x.stride(-1) != 1:
+        return Layout(returned=x.stride())
+    return Layout(x.stride(), empty_result(x, formula).stride())
+
+
+def strides_of(x: Tensor) -> Strides | None:
+    """What `find_layout` and `prepare` take: None for a contiguous tensor."""
+    return None if x.is_contiguous() else x.stride()
+
+
+def empty_result(x: Tensor, formula: Formula) -> Tensor:
+    """For F(x): dense, with its dimensions in the order of x's."""
+    return torch.empty_like(x[..., : x.shape[-1] // 2] if formula.gated else x)
+
+
+def empty_for(x: Tensor, shape: torch.Size, formula: Formula, strides: Strides | None) -> Tensor:
+    """For F(x) of this shape and these strides (None: contiguous), x being placed as its layout says."""
+    if strides is not None:
+        return _empty(x, shape, strides)
+    return x.new_empty(shape) if formula.gated else torch.empty_like(x)
+
+
+def placed(x: Tensor, strides: Strides | None) -> Tensor:
+    """The same numbers with these strides; x itself where it has them."""
+    if strides is None:
+        return x.contiguous()
+    return x if x.stride() == strides else _empty(x, x.shape, strides).copy_(x)
+
+
+def _empty(like: Tensor, shape: torch.Size, strides: Strides) -> Tensor:
+    return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+
+
+def make_problem(
+    dtype: torch.dtype, shape: torch.Size, groups: int, formula: Formula, strides: Strides | None = None
+) -> Problem:
+    """The problem of a dense x with these strides; sizes as csrc/problem.h says, in the order of memory."""
+    order = list(range(len(shape)))
+    if strides is not None:
+        order.sort(key=lambda dim: strides[dim], reverse=True)
+    outer, inner = 1, shape.numel()
+    if groups > 1 or formula.gated or formula.family == Family.POLYNORM:
+        at = order.index(len(shape) + (formula.dim if groups > 1 else -1))
+        sizes = [shape[dim] for dim in order]
+        outer, inner = math.prod(sizes[:at]), math.prod(sizes[at:]) // groups
     return Problem(
         formula.family,
         formula.degree,
@@ -101,17 +203,26 @@ def make_task(
     shape: torch.Size,
     part_dtypes: Sequence[torch.dtype],
     part_shapes: Sequence[torch.Size],
+    strides: Strides | None = None,
 ) -> Task:
-    """What a kernel computes for a contiguous x of this dtype and shape and parts like these; see `prepare`."""
+    """What a kernel computes for a dense x of this dtype, shape and strides and parts like these; see `prepare`.
+
+    Raises:
+        ValueError, TypeError: sizes or dtypes that do not belong together.
+    """
     groups = packing.groups(part_shapes)
+    widths = [part.numel() // groups for part in part_shapes]
+    check(formula, dtype, shape, widths, groups)
+    if any(part not in DATA_TYPES for part in part_dtypes):
+        raise TypeError(f"coefficients: expected float tensors, got {', '.join(str(part) for part in part_dtypes)}")
     parts = Parts(
         len(part_shapes),
         (ctypes.c_int32 * MOST_PARTS)(*(DATA_TYPES[part] for part in part_dtypes)),
-        (ctypes.c_int64 * MOST_PARTS)(*(part.numel() // groups for part in part_shapes)),
+        (ctypes.c_int64 * MOST_PARTS)(*widths),
         bool(packing.factors),
         (ctypes.c_double * MOST_FACTORS)(*packing.factors),
     )
-    return Task(make_problem(dtype, shape, groups, formula), parts)
+    return Task(make_problem(dtype, shape, groups, formula, strides), parts)
 
 
 @functools.cache
@@ -159,6 +270,7 @@ class Call(NamedTuple):
     formula: Formula
     packing: Packing
     shape: torch.Size  # of the result
+    layout: Layout
     structure: ctypes.Structure
     forward: Callable[..., int]
     backward: Callable[..., int]
@@ -172,37 +284,41 @@ def prepare(
     shape: torch.Size,
     part_dtypes: tuple[torch.dtype, ...],
     part_shapes: tuple[torch.Size, ...],
+    strides: Strides | None = None,
 ) -> Call:
-    """A call for an x and parts of these dtypes and shapes, which fit the formula.
+    """A call for an x and parts of these dtypes and shapes.
 
     Args:
         dtype: of x; one of `DATA_TYPES`, as are those of the parts.
         shape: of x.
         part_dtypes: at most `MOST_PARTS`.
         part_shapes: as `packing` says.
+        strides: of x, where it is not contiguous (`strides_of`).
 
     Raises:
-        RuntimeError: there are no compiled kernels.
+        NoKernelError: there are no compiled kernels.
+        ValueError, TypeError: sizes or dtypes that do not belong together.
     """
+    layout = find_layout(shape, strides, formula)
+    task = make_task(formula, packing, dtype, shape, part_dtypes, part_shapes, layout.x)
     library = cpu_library()
     if library is None:
-        raise RuntimeError("polytrope has no compiled kernels here; polytrope.ops.functional does without")
-    task = make_task(formula, packing, dtype, shape, part_dtypes, part_shapes)
+        raise NoKernelError("polytrope has no compiled kernels here; polytrope.ops.functional does without")
     structure = _Call(task, last_level_cache(), _parallel_region())
     width = "float64" if dtype == torch.float64 else "float32"
     kind = "polynorm" if formula.family == Family.POLYNORM else width
     functions = (getattr(library, f"polytrope_{direction}_{kind}") for direction in ("forward", "backward"))
-    return Call(formula, packing, result_shape(shape, formula), structure, *functions)
+    return Call(formula, packing, result_shape(shape, formula), layout, structure, *functions)
 
 
 def prepare_for(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Formula) -> Call:
     """The call for these tensors."""
     dtypes, shapes = tuple(part.dtype for part in parts), tuple(part.shape for part in parts)
-    return prepare(formula, packing, x.dtype, x.shape, dtypes, shapes)
+    return prepare(formula, packing, x.dtype, x.shape, dtypes, shapes, strides_of(x))
 
 
 def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """F(x), contiguous, of the shape `call.shape` and of x's dtype.
+    """F(x), of the shape `call.shape`, of x's dtype and dense, its dimensions in memory in the order of x's.
 
     Args:
         call: prepared for tensors like these.
@@ -212,42 +328,49 @@ def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
     Raises:
         RuntimeError: out of memory, or no kernel for this family and degree.
     """
-    x, parts = x.contiguous(), [part.contiguous() for part in parts]
-    result = x.new_empty(call.shape)
+    strides, result_strides, returned = call.layout
+    x, parts = placed(x, strides), [part.contiguous() for part in parts]
+    result = empty_for(x, call.shape, call.formula, result_strides)
     if result.numel() > 0:
         status = call.forward(
             call.structure, x.data_ptr(), addresses(parts), result.data_ptr(), torch.get_num_threads()
         )
         _check(status, call)
-    return result
+    return result if returned is None else placed(result, returned)
 
 
-def backward(call: Call, gradient: Tensor, x: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Gradients of x and of the parts, in the shapes and dtypes of these; contiguous.
+def backward(
+    call: Call, gradient: Tensor, x: Tensor, parts: Sequence[Tensor], *, frozen: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of x and of the parts, in the shapes and dtypes of these; dense, that of x as `forward`'s result.
 
     Args:
         call: prepared for tensors like these.
         gradient: of F(x), in its shape and dtype; any strides, as those of x and the parts.
+        frozen: nobody wants the gradients of the parts, which are then not computed: an empty list.
 
     Raises:
         RuntimeError: out of memory, or no kernel for this family and degree.
     """
-    gradient, x, parts = gradient.contiguous(), x.contiguous(), [part.contiguous() for part in parts]
+    strides, result_strides, returned = call.layout
+    gradient, x = placed(gradient, result_strides), placed(x, strides)
+    parts = [part.contiguous() for part in parts]
     x_gradient = torch.empty_like(x)
     if gradient.numel() == 0:
-        return x_gradient, [torch.zeros_like(part) for part in parts]
-    part_gradients = [torch.empty_like(part) for part in parts]
-    status = call.backward(
-        call.structure,
-        gradient.data_ptr(),
-        x.data_ptr(),
-        addresses(parts),
-        x_gradient.data_ptr(),
-        addresses(part_gradients),
-        torch.get_num_threads(),
-    )
-    _check(status, call)
-    return x_gradient, part_gradients
+        part_gradients = [] if frozen else [torch.zeros_like(part) for part in parts]
+    else:
+        part_gradients = [] if frozen else [torch.empty_like(part) for part in parts]
+        status = call.backward(
+            call.structure,
+            gradient.data_ptr(),
+            x.data_ptr(),
+            addresses(parts),
+            x_gradient.data_ptr(),
+            None if frozen else addresses(part_gradients),
+            torch.get_num_threads(),
+        )
+        _check(status, call)
+    return x_gradient if returned is None else placed(x_gradient, returned), part_gradients
 
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

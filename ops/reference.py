@@ -2,13 +2,14 @@
 
 `evaluate` is differentiable any number of times, and is what runs where no kernel can be compiled. Parameters come
 *packed*: `[groups, count]` float64, in the order that each formula below names. Half precision is computed in float32
-and rounded once.
+(what has higher powers in float64) and rounded once.
 """
 
 # ruff: noqa: ARG001, ARG005 (all formulas have one signature)
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -159,11 +160,24 @@ def harmonic_slope(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
 
 def tropical(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
     """(√2 / n) max_k (k x + p[k]), k = 0…n; the lowest k wins a tie, and F(-∞) = √2 p[0] / n."""
-    best = p[0] + torch.zeros_like(x)
+    inside = torch.where(x > 1e30, 1e30, x).detach()  # beyond, lines overflow and would tie
+    best, slope, intercept = p[0] + torch.zeros_like(x), torch.zeros_like(x), p[0] + torch.zeros_like(x)
     for k in range(1, n + 1):
-        line = k * x + p[k]
-        best = torch.where(line > best, line, best)
-    return torch.where(torch.isnan(x), x, best * (math.sqrt(2.0) / n))
+        line = k * inside + p[k]
+        above = line > best
+        best = torch.where(above, line, best)
+        slope, intercept = torch.where(above, float(k), slope), torch.where(above, p[k], intercept)
+    missing = _nan_among(p)
+    # Where the line is flat, ±inf is as good as 0.
+    level = torch.where((slope == 0) & torch.isinf(x), torch.zeros_like(x), x)
+    value = (slope * level + intercept) * (math.sqrt(2.0) / n * missing)
+    return torch.where(torch.isnan(x), x, value)
+
+
+def _nan_among(numbers: Numbers) -> Tensor:
+    """1, or NaN where one of these is, which a maximum would pass over."""
+    missing = functools.reduce(torch.logical_or, [torch.isnan(number) for number in numbers])
+    return torch.where(missing, math.nan, torch.ones_like(numbers[0].detach()))
 
 
 def _maximum_of_lines(x: Tensor, slopes: Numbers, intercepts: Numbers) -> Tensor:
@@ -183,13 +197,33 @@ def tropical_rational(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
     groups = [p[i * count : (i + 1) * count] for i in range(4)]
     inside = torch.where(x > 1e30, 1e30, torch.where(x < -1e30, -1e30, x))
     value = _maximum_of_lines(inside, groups[0], groups[1]) - _maximum_of_lines(inside, groups[2], groups[3])
+    value = value * _nan_among(p)
     far = torch.where(value.abs() > 1e20, value * (x.abs() * 1e-30), value)
     return torch.where(x == inside, value, far)
 
 
 def rational(x: Tensor, p: Numbers, n: int, m: int) -> Tensor:
-    """(sum_k a[k] x^k) / (1 + |sum_j b[j] x^j|), k = 0…n, j = 1…m; packed: a[n + 1], b[m]. It has no poles."""
-    return _horner(x, p[: n + 1]) / (1 + torch.abs(x * _horner(x, p[n + 1 :])))
+    """(sum_k a[k] x^k) / (1 + |sum_j b[j] x^j|), k = 0…n, j = 1…m; packed: a[n + 1], b[m]. It has no poles.
+
+    Computed in float64, whose powers reach further. Where even they would overflow F goes on as its leading terms do,
+    which is all that is left of it there; ±∞ too.
+    """
+    dtype, x, p = x.dtype, x.double(), [number.double() for number in p]
+    end = 10.0 ** (280 // max(n, m))
+    inside = torch.where(x > end, end, torch.where(x < -end, -end, x))
+    value = _horner(inside, p[: n + 1]) / (1 + torch.abs(inside * _horner(inside, p[n + 1 :])))
+    is_far = x.abs() > end
+    growth = _true_degree(p[: n + 1]) - _true_degree([torch.zeros_like(p[0]), *p[n + 1 :]])
+    far = value * torch.where(is_far, x.abs() / end, 1.0) ** growth
+    return torch.where(is_far, far, value).to(dtype)
+
+
+def _true_degree(powers: Numbers) -> Tensor:
+    """The degree of a polynomial, without leading zeros."""
+    degree = torch.zeros_like(powers[0].detach())
+    for k, power in enumerate(powers):
+        degree = torch.where(power != 0, float(k), degree)
+    return degree
 
 
 def rational_slope(x: Tensor, p: Numbers, n: int, m: int) -> Tensor:
@@ -285,18 +319,26 @@ def _with_tails(x: Tensor, numbers: Numbers, formula: Formula) -> Tensor:
     low, high = formula.interval
     value = FORMULAS[family](torch.where(x < low, low, torch.where(x > high, high, x)), numbers, n, m)
     for end, outside in ((low, x < low), (high, x > high)):
-        at = torch.full_like(x[..., :1] if x.dim() else x, end)
-        tangent = FORMULAS[family](at, numbers, n, m) + (x - end) * SLOPES[family](at, numbers, n, m)
+        at = x.new_full((), end)
+        beyond = torch.where(outside, x - end, 0.0)  # not 0 · ∞ on the other side
+        tangent = FORMULAS[family](at, numbers, n, m) + beyond * SLOPES[family](at, numbers, n, m)
         value = torch.where(outside, tangent, value)
     return value
 
 
 def polynorm(x: Tensor, parameters: Tensor, epsilon: float) -> Tensor:
-    """b + sum_k a_k x^k / √(mean(x^2k) + epsilon), means over the last dimension; `parameters`: b, a_1 … a_n."""
-    wide = x.to(torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype)
-    numbers = parameters.to(wide.dtype).unbind()
-    value, power = numbers[0] * torch.ones_like(wide), torch.ones_like(wide)
-    for number in numbers[1:]:
-        power = power * wide
-        value = value + number * power * torch.rsqrt(power.square().mean(-1, keepdim=True) + epsilon)
+    """b + sum_k a_k x^k / √(mean(x^2k) + epsilon), means over the last dimension; `parameters`: b, a_1 … a_n.
+
+    With z = x / s it is z^k / √(mean(z^2k) + epsilon / s^2k), whatever s is: one about as large as the largest element,
+    and float64, keep powers in range.
+    """
+    numbers = parameters.double().unbind()
+    largest = x.detach().double().abs().amax(-1, keepdim=True) if x.shape[-1] else x.detach().double()[..., :0]
+    size = torch.where((largest > 0) & (largest < math.inf), largest, 1.0)
+    z = x.double() / size
+    value, power = numbers[0] * torch.ones_like(z), torch.ones_like(z)
+    for k, number in enumerate(numbers[1:], 1):
+        power = power * z
+        mean = power.square().mean(-1, keepdim=True)
+        value = value + number * power * torch.rsqrt(mean + epsilon * size ** (-2 * k) if epsilon else mean)
     return value.to(x.dtype)

@@ -49,7 +49,11 @@ def make_dataset(directory: Path, texts: list[str] | None = None) -> Artifact:
             "shards": shards,
         }
         (directory / name / "manifest.json").write_text(json.dumps(manifest))
-        splits[name] = {"manifest": f"{name}/manifest.json", "samples": sum(shard["samples"] for shard in shards)}
+        samples = sum(shard["samples"] for shard in shards)
+        splits[name] = {
+            "manifest": f"{name}/manifest.json", "documents": 1, "bytes": samples * SEQUENCE_LENGTH,
+            "tokens": samples * SEQUENCE_LENGTH, "samples": samples,
+        }  # fmt: skip
     description = {
         "format": 1,
         "kind": "text",
@@ -57,6 +61,8 @@ def make_dataset(directory: Path, texts: list[str] | None = None) -> Artifact:
         "tokenizer": {"kind": "bytes", "vocab_size": 257},
         "sequence_length": SEQUENCE_LENGTH,
         "splits": splits,
+        "unigram_entropy": 3.0,
+        "digest": "0" * 64,
     }
     (directory / "dataset.json").write_text(json.dumps(description))
     (directory / "tokenizer.json").write_text('{"kind": "bytes"}')

@@ -20,6 +20,7 @@ from torch import Tensor
 from polytrope.ops import build_activation
 from polytrope.ops.functional import chebyshev, hermite, legendre
 from polytrope.ops.interpolate import Fit, fit
+from polytrope.ops.modules import LEARNABLE
 
 # family → options of its module, degrees of the fits to GELU (none: the family is not fitted)
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -34,7 +35,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "piecewise_linear": ({"degree": 8}, ()),
     "polynorm": ({"degree": 3}, ()),
 }
-PUBLISHED = ("hermite", "fourier", "tropical")  # families with torchortho's initialisation as well
 INTERVAL = (-4.0, 4.0)
 SPAN = (-6.0, 6.0)
 
@@ -45,6 +45,12 @@ def all_plots() -> dict[str, str]:
     with plt.rc_context(style):
         families = {name: _family(name) for name in FAMILIES}
         return {**families, "bases": _bases(), "tails": _tails(), "errors": _errors()}
+
+
+def initializations(name: str) -> list[str]:
+    """The named starts of a family."""
+    family = LEARNABLE[name]
+    return [*family.starts, *(["torchortho"] if family.published else [])]
 
 
 @functools.cache
@@ -87,8 +93,7 @@ def _family(name: str) -> str:
     options, degrees = FAMILIES[name]
     figure, axes = plt.subplots(1, 3 if degrees else 2, figsize=(9, 2.8))
     x = _grid(-3.5, 3.5)
-    inits = ["variance_preserving", *(["torchortho"] if name in PUBLISHED else [])]
-    for init, style in zip(inits, ("-", "--"), strict=False):
+    for init, style in zip(initializations(name), ("-", "--", ":"), strict=False):
         module = build_activation({"name": name, **options, "init": init}).double()
         if name == "polynorm":
             value, slope = _row_of_normals(module, x)

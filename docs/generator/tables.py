@@ -9,35 +9,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import plots
 from reference_pages import code, plain, table
 
-from polytrope.ops import build_activation
+import polytrope.ops
+from polytrope.ops import Moments, build_activation
 from polytrope.ops.modules import CLASSICAL, LEARNABLE, LearnableActivation
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-_PANELS = np.linspace(-12.0, 12.0, 1537)  # with 8-point Gauss-Legendre quadrature each
 
 
 def moments(name: str, *degrees: str) -> str:
-    """E[F²] and E[F'²] under N(0, 1), by quadrature over the module itself, for each initialisation and degree."""
-    inits = ["variance_preserving", *(["torchortho"] if name in plots.PUBLISHED else [])]
+    """E[F²] and E[F'²] under N(0, 1) for each degree and start."""
+    inits = [init for init in plots.initializations(name) if init != "stable"]  # which has those of the first one
     heads = ["degree"] + [f"{what}, `{init}`" for init in inits for what in ("E[F²]", "E[F′²]")]
     rows = []
     for degree in degrees:
-        found = [_moments({"name": name, "degree": int(degree), "init": init}) for init in inits]
-        rows.append([degree, *(f"{value:.3f}" for pair in found for value in pair)])
+        found = [_moments(name, degree, init) for init in inits]
+        rows.append([degree, *(f"{value:.3f}" for one in found for value in (one.value, one.derivative))])
     return table([head.replace("[", "\\[").replace("]", "\\]") for head in heads], rows)
 
 
-def _moments(config: dict[str, Any]) -> tuple[float, float]:
-    nodes, weights = np.polynomial.legendre.leggauss(8)
-    half = np.diff(_PANELS)[:, None] / 2
-    x = (_PANELS[:-1, None] + half + half * nodes).ravel()
-    density = (half * weights).ravel() * np.exp(-0.5 * x * x) / np.sqrt(2 * np.pi)
-    value, slope = plots.value_and_slope(build_activation(config).double(), x)
-    return float(density @ value**2), float(density @ slope**2)
+def slopes(name: str, *degrees: str) -> str:
+    """Slope of the map of variances q → E[F(√q z)²] at q = 1, for each degree and start."""
+    inits = plots.initializations(name)
+    rows = [[degree, *(f"{_moments(name, degree, init).slope:.3f}" for init in inits)] for degree in degrees]
+    return table(["degree", *(f"slope, `{init}`" for init in inits)], rows)
+
+
+def _moments(name: str, degree: str, init: str) -> Moments:
+    return polytrope.ops.moments(build_activation({"name": name, "degree": int(degree), "init": init}))
 
 
 def fits(*names: str) -> str:
@@ -133,6 +134,7 @@ def _text(value: Any) -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     "moments": moments,
+    "slopes": slopes,
     "fits": fits,
     "activations": activations,
     "shared_options": shared_options,

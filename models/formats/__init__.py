@@ -4,15 +4,17 @@
 |---|---|---|
 | own directory (`model.json`) | `polytrope.models.checkpoint` | same |
 | Hugging Face directory (`config.json`) | `huggingface` | `huggingface` |
-| DeepSpeed ZeRO checkpoint, stages 1 to 3 | `deepspeed` | - |
-| state dict of nanoGPT, HF, ConvNeXt, timm, torchvision (`.safetensors`, `.pt`, `.pth`, `.bin`) | `states` | - |
+| DeepSpeed ZeRO checkpoint, stages 0 to 3 | `deepspeed` | - |
+| state dict of nanoGPT, HF, ConvNeXt, timm, torchvision (a file; `_STATE_SUFFIXES`) | `states` | - |
 | ONNX | - | `onnx` |
 
-No file is ever unpickled into anything but tensors and plain containers (`torch.load(weights_only=True)`).
+No file is ever unpickled into anything but tensors and plain containers (`torch.load(weights_only=True)`). What changes
+the function is taken over or refused by name; what a file does not say is asked for.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch import nn
 __all__ = ["detect_format", "read_model"]
 
 _STATE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_WEIGHTS_OF_DIRECTORIES = ("model.safetensors", "pytorch_model.bin")
 
 
 def detect_format(path: Path) -> str:
@@ -33,12 +36,20 @@ def detect_format(path: Path) -> str:
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or directory")
     if path.is_file():
+        for description in ("config.json", "model.json"):
+            if path.name in _WEIGHTS_OF_DIRECTORIES and (path.parent / description).exists():
+                raise ValueError(f"{path}: give the directory, whose {description} says what the weights do not")
+        if re.search(r"-\d+-of-\d+$", path.stem):
+            raise ValueError(f"{path} is one part of the weights; give the directory with all of them and config.json")
         if path.suffix in _STATE_SUFFIXES:
             return "state"
         raise ValueError(f"{path}: expected a file that ends in {', '.join(_STATE_SUFFIXES)}, or a model directory")
-    if (path / "model.json").exists():
+    own, huggingface = (path / "model.json").exists(), (path / "config.json").exists()
+    if own and huggingface:
+        raise ValueError(f"{path} holds two models: model.json (ours) and config.json (Hugging Face); move one away")
+    if own:
         return "own"
-    if (path / "config.json").exists():
+    if huggingface:
         return "huggingface"
     from polytrope.models.formats.deepspeed import checkpoint_directory
 
@@ -51,7 +62,7 @@ def detect_format(path: Path) -> str:
 
 
 def read_model(path: Path, config: Mapping[str, Any] | None = None) -> nn.Module:
-    """The model at `path`, in evaluation mode, float32 unless it is stored otherwise.
+    """The model at `path`, in evaluation mode, float32 whatever it is stored in.
 
     Args:
         path: a directory or file of any format above.
@@ -74,5 +85,5 @@ def read_model(path: Path, config: Mapping[str, Any] | None = None) -> nn.Module
         return load_huggingface(path)
     from polytrope.models.formats import deepspeed, states
 
-    state = deepspeed.read_state(path) if kind == "deepspeed" else states.read_state(path)
-    return states.build_from_state(state, config or {}, str(path)).eval()
+    content = deepspeed.read_state(path) if kind == "deepspeed" else states.load_content(path)
+    return states.build_from_weights(states.find_weights(content, str(path)), config or {}).eval()

@@ -1,7 +1,8 @@
-"""Directories of Hugging Face: `config.json` and safetensors, read and written, with or without converted activations.
+"""Directories of Hugging Face: `config.json` and weights, read and written, with or without converted activations.
 
-GPT-2 and ConvNeXt become the models of this package; every other architecture (BERT, ViT, …) is built by the installed
-`transformers`. Converted activations are described in `activations.json`, their weights in `activations.safetensors`.
+Models of this package become its own; every other architecture (BERT, ViT, …) is built by the installed `transformers`.
+Weights are read as float32. Converted activations are described in `activations.json`, their weights in
+`activations.safetensors`.
 """
 
 from __future__ import annotations
@@ -14,43 +15,90 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from polytrope.models.formats.states import State, load_safetensors, read_state
-from polytrope.models.surgery import restore_activations
+from polytrope.models import find_architecture, find_huggingface
+from polytrope.models.activations import normalised_activations
+from polytrope.models.architecture import Architecture
+from polytrope.models.checkpoint import activation_modules, compare_configs, model_config
+from polytrope.models.formats.deepspeed import checkpoint_directory
+from polytrope.models.formats.deepspeed import read_state as read_deepspeed
+from polytrope.models.formats.states import State, find_weights, load_content, load_safetensors
+from polytrope.models.special_tokens import kept_fields, token_fields
+from polytrope.models.surgery import replace_module, restore_activations
+from polytrope.models.weights import check_dtypes
+from polytrope.models.writing import appearing, compare_outputs, compare_weights
 from polytrope.ops import is_learnable_activation
 
 ACTIVATIONS_FILE = "activations.json"
 ACTIVATION_WEIGHTS = "activations.safetensors"
+# As transformers looks for them: the first that is there is read, also beside an index that an older save left.
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "preprocessor_config.json",
+    "generation_config.json",
 )
 
 
 def read_weights(directory: Path) -> State:
-    """The tensors of a directory: one safetensors file, several with an index, or `pytorch_model.bin`.
+    """The tensors of a directory, from the file that transformers would read, or from a DeepSpeed checkpoint in it.
 
     Raises:
         ValueError: no weights there, or a file that cannot be read.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} cannot be read, it may be truncated: {error}") from error
-        return {name: tensor for file in names for name, tensor in load_safetensors(directory / file).items()}
-    if (directory / "model.safetensors").exists():
-        return load_safetensors(directory / "model.safetensors")
-    if (directory / "pytorch_model.bin").exists():
-        return read_state(directory / "pytorch_model.bin")
-    raise ValueError(f"{directory}: no weights: neither model.safetensors nor pytorch_model.bin")
+    name = next((name for name in _WEIGHT_FILES if (directory / name).exists()), None)
+    if name is None:
+        if checkpoint_directory(directory) is not None:
+            return read_deepspeed(directory)
+        raise ValueError(
+            f"{directory}: no weights: neither {', '.join(_WEIGHT_FILES)} nor a DeepSpeed checkpoint "
+            "(*_model_states.pt)"
+        )
+    if name.endswith(".index.json"):
+        return _read_parts(directory / name)
+    return _tensors(load_content(directory / name))
+
+
+def _read_parts(index: Path) -> State:
+    try:
+        listed = dict(json.loads(index.read_text())["weight_map"])
+        files = sorted(set(listed.values()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} cannot be read, it may be truncated: {error}") from error
+    state: State = {}
+    for file in files:
+        if Path(file).name != file:
+            raise ValueError(f"{index}: weight_map names {file!r}, which is no file beside it")
+        part = _tensors(load_content(index.parent / file))
+        if twice := sorted(set(part) & set(state)):
+            raise ValueError(f"{index}: {twice[0]} is in {file} and in {listed.get(twice[0])}")
+        state |= part
+    if missing := sorted(set(listed) - set(state)):
+        raise ValueError(f"{index} lists {missing[0]} in {listed[missing[0]]}, which does not have it")
+    return state
+
+
+def _tensors(content: Any) -> State:
+    named = content.items() if isinstance(content, Mapping) else ()
+    return {str(name): value for name, value in named if isinstance(value, Tensor)}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -61,52 +109,59 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     try:
         config = json.loads((directory / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{directory / 'config.json'} cannot be read: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{directory / 'config.json'}: expected an object with a model_type")
     return config
 
 
 def load_huggingface(directory: Path) -> nn.Module:
-    """The model of the directory, in evaluation mode, its converted activations in their places.
+    """The model of the directory, float32, in evaluation mode, its converted activations in their places.
 
     Raises:
-        ValueError: a file that cannot be read, an architecture that cannot be built, weights that do not fit.
+        ValueError: a file that cannot be read, an architecture that cannot be built, settings that are not supported,
+            weights that do not fit or are left over.
     """
     config = read_config(directory)
-    activations = _read_activations(directory)
-    weights = read_weights(directory)
-    own = config["model_type"] in ("gpt2", "convnext")
-    model = _own_model(config, weights, directory) if own else _foreign_model(config, directory)
+    if (directory / "adapter_config.json").exists():
+        raise ValueError(f"{directory}: adapter_config.json: an adapter beside the weights is not read; merge it first")
+    activations, shared = _read_activations(directory)
+    record = find_huggingface(config["model_type"])
+    model = _foreign_model(config, directory) if record is None else _own_model(config, record, directory)
     _load_activations(model, activations, directory)
+    for name, first in shared.items():
+        replace_module(model, name, model.get_submodule(first))
     return model.eval()
 
 
-def _read_activations(directory: Path) -> dict[str, Any]:
+def _read_activations(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Configurations by module name; and further names of the same modules, each with the first one."""
     path = directory / ACTIVATIONS_FILE
     if not path.exists():
-        return {}
+        return {}, {}
     try:
         content = json.loads(path.read_text())
-        return dict(content["activations"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        return dict(content["activations"]), dict(content.get("shared", {}))
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _own_model(config: dict[str, Any], weights: State, directory: Path) -> nn.Module:
-    from polytrope.models import convnext, gpt2
-
+def _own_model(config: dict[str, Any], record: Architecture, directory: Path) -> nn.Module:
+    named, classes = config.get("architectures"), record.huggingface.classes
+    if named and named[0] not in classes:
+        raise ValueError(
+            f"{directory}: config.json: architectures = {json.dumps(named)} is not supported, only "
+            f"{' or '.join(classes)}"
+        )
     try:
-        if config["model_type"] == "gpt2":
-            language = gpt2.GPT2(gpt2.gpt2_config_from_huggingface(config))
-            gpt2.load_gpt2_state_dict(language, weights)
-            return language
-        vision = convnext.ConvNeXt(convnext.convnext_config_from_huggingface(config))
-        convnext.load_convnext_state_dict(vision, weights)
-        return vision
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{directory}: {error}") from error
+        model = record.build(record.huggingface.read(config))
+        weights = find_weights(read_weights(directory), str(directory), [record])
+        record.load(model, record.own_names(weights.state))
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(str(directory)) else f"{directory}: {text}") from error
+    return model
 
 
 def _foreign_model(config: dict[str, Any], directory: Path) -> nn.Module:
@@ -123,16 +178,30 @@ def _foreign_model(config: dict[str, Any], directory: Path) -> nn.Module:
     kind = getattr(transformers, str(named), None)
     if kind is None:
         raise ValueError(f"{directory / 'config.json'}: architectures: transformers has no {named}")
+    if config.get("quantization_config") is not None:
+        shown = json.dumps(config["quantization_config"])[:80]
+        raise ValueError(
+            f"{directory}: config.json: quantization_config = {shown} is not supported; give the model as it was before"
+        )
+    options: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
     try:
         with _without_progress_bars():
-            model, report = kind.from_pretrained(
-                directory, local_files_only=True, weights_only=True, output_loading_info=True
-            )
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f"{directory}: transformers cannot load it: {str(error).splitlines()[0]}") from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:8])
-        raise ValueError(f"{directory}: the weights do not fit {named}: missing {missing}")
+            if any((directory / name).exists() for name in _WEIGHT_FILES):
+                model, report = kind.from_pretrained(directory, local_files_only=True, weights_only=True, **options)
+            else:
+                settings = kind.config_class.from_pretrained(directory, local_files_only=True)
+                model, report = kind.from_pretrained(
+                    None, config=settings, state_dict=read_weights(directory), **options
+                )
+    except (RuntimeError, OSError, ValueError, ImportError) as error:
+        text = str(error)
+        if text.startswith(str(directory)):
+            raise ValueError(text) from error
+        raise ValueError(f"{directory}: transformers cannot load it: {text.splitlines()[0]}") from error
+    for problem in ("missing", "unexpected"):
+        if report[f"{problem}_keys"]:
+            names = ", ".join(sorted(report[f"{problem}_keys"])[:8])
+            raise ValueError(f"{directory}: the weights do not fit {named}: {problem} {names}")
     network: nn.Module = model
     for tensor in (*network.parameters(), *network.buffers()):
         # They lie in the file as it was mapped. From odd addresses oneDNN may add in another order, so the same weights
@@ -162,44 +231,58 @@ def _load_activations(model: nn.Module, activations: Mapping[str, Any], director
     tensors = load_safetensors(directory / ACTIVATION_WEIGHTS)
     own = model.state_dict()
     wanted = [name for name in own if _owner(name) in activations]
-    missing = sorted(set(wanted) - set(tensors))
-    if missing:
+    if missing := sorted(set(wanted) - set(tensors)):
         raise ValueError(f"{directory / ACTIVATION_WEIGHTS}: missing {', '.join(missing[:8])}")
+    if unexpected := sorted(set(tensors) - set(wanted)):
+        raise ValueError(f"{directory / ACTIVATION_WEIGHTS}: unexpected {', '.join(unexpected[:8])}")
+    check_dtypes({name: (tensors[name].dtype, own[name].dtype) for name in wanted})
     model.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
 
 
 def save_huggingface(directory: Path, model: nn.Module, activations: Mapping[str, Any], source: Path | None) -> None:
     """Write `config.json`, `model.safetensors`, the tokenizer's files, and the activations; equal weights, equal bytes.
 
+    The directory is read back and compared with the model before it appears.
+
     Args:
-        model: built by transformers, or a GPT-2 or ConvNeXt of this package.
-        activations: configuration of every converted activation, by module name; empty: transformers reads the
-            directory as it is.
-        source: a directory whose tokenizer is copied.
+        model: built by transformers, or a model of this package.
+        activations: configuration of every converted activation, by the first name of its module; empty: transformers
+            reads the directory as it is.
+        source: a directory whose tokenizer, names of tokens and names of classes are taken over.
+
+    Raises:
+        ValueError: what this format cannot say, or a model that does not come back from it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     learned = {name: state[name].detach().cpu().contiguous() for name in sorted(state) if _owner(name) in activations}
-    if hasattr(model, "architecture"):
-        config, weights = _exported(model, learned)
-        tensors = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    else:
-        # A module that is used at several places is in the state under each name, in `activations` under the first.
-        learnable = {
-            name for name, module in model.named_modules(remove_duplicate=False) if is_learnable_activation(module)
-        }
-        kept = {name: tensor for name, tensor in state.items() if _owner(name) not in learnable}
-        with _without_progress_bars():
-            model.save_pretrained(directory, state_dict=kept)  # type: ignore[operator]
-    if activations:
-        content = {"format": 1, "activations": dict(activations)}
-        (directory / ACTIVATIONS_FILE).write_text(json.dumps(content, indent=1) + "\n")
-        save_file(learned, directory / ACTIVATION_WEIGHTS, metadata={"format": "pt"})
-    for name in _COPIED:
-        if source is not None and (source / name).exists():
-            shutil.copyfile(source / name, directory / name)
+    shared = _shared(model, activations)
+    apart = {*activations, *shared}
+    kept = {name: tensor for name, tensor in state.items() if _owner(name) not in apart}
+    record = find_architecture(str(model.architecture)) if hasattr(model, "architecture") else None
+    with appearing(directory, "config.json") as aside:
+        if record is not None:
+            _write_own(aside, model, record, kept, source)
+        else:
+            with _without_progress_bars():
+                model.save_pretrained(aside, state_dict=kept)  # type: ignore[operator]
+        if activations:
+            content = {"format": 1, "activations": dict(activations)} | ({"shared": shared} if shared else {})
+            (aside / ACTIVATIONS_FILE).write_text(json.dumps(content, indent=1) + "\n")
+            save_file(learned, aside / ACTIVATION_WEIGHTS, metadata={"format": "pt"})
+        for name in _COPIED:
+            if source is not None and (source / name).exists() and not (aside / name).exists():
+                shutil.copyfile(source / name, aside / name)
+        with torch.random.fork_rng(devices=[]):
+            written = load_huggingface(aside)
+        what = f"{directory} is not written"
+        if record is not None:
+            compare_configs(written, model, what)
+        elif repr(written) != repr(model):
+            raise ValueError(f"{what}: {type(model).__name__} comes back with other modules")
+        compare_weights(written.state_dict(), state, what)
+        inputs = record.example(model.config) if record is not None else _example(model)
+        if inputs is not None:
+            compare_outputs(written, model, inputs, what)
 
 
 def _owner(name: str) -> str:
@@ -207,62 +290,63 @@ def _owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _exported(model: Any, learned: Mapping[str, Tensor]) -> tuple[dict[str, Any], State]:
-    """Configuration and weights of a model of this package, as transformers names them."""
-    state = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name not in model.tied_weights and name not in learned
-    }
+def _shared(model: nn.Module, activations: Mapping[str, Any]) -> dict[str, str]:
+    """Further names of the learned activations that several layers use, each with the first one.
+
+    Raises:
+        ValueError: a learned activation that is not among `activations`.
+    """
+    first = {model.get_submodule(name): name for name in activations}
+    shared = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if is_learnable_activation(module) and module not in first:
+            raise ValueError(f"{name} is a learned activation that `activations` does not describe")
+        if module in first and name not in activations:
+            shared[name] = first[module]
+    return shared
+
+
+def _write_own(aside: Path, model: nn.Module, record: Architecture, kept: State, source: Path | None) -> None:
+    tied: Mapping[str, str] = getattr(model, "tied_weights", {})
+    state = {name: tensor for name, tensor in kept.items() if name not in tied}
+    config, weights = record.huggingface.write(model.config, _classical_activation(model, record), state)
+    if record.data == "text":
+        config |= token_fields(source)
+    elif source is not None:
+        labels = kept_fields(source)
+        config |= {name: labels[name] for name in ("id2label", "label2id") if name in labels}
+    tensors = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}
+    save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+    (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _classical_activation(model: nn.Module, record: Architecture) -> str:
+    """The one classical activation of a model; any, where all are learned and described beside.
+
+    Raises:
+        ValueError: there are several, and `config.json` has one field.
+    """
+    modules = activation_modules(model)
+    entries = normalised_activations(model_config(model)["activation"], len(modules))
+    names = sorted(
+        {name for (name, _), module in zip(entries, modules, strict=True) if not is_learnable_activation(module)}
+    )
+    if len(names) > 1:
+        raise ValueError(
+            f"transformers' {record.title} has one activation for all blocks; this one has {', '.join(names)}: write "
+            "the own format instead"
+        )
+    return names[0] if names else str(record.config().activation)
+
+
+def _example(model: Any) -> dict[str, Tensor] | None:
+    """Inputs for a model of transformers whose one input is known, None for others."""
     config = model.config
-    if model.architecture == "gpt2":
-        transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-        weights = {name: tensor.t() if name.endswith(transposed) else tensor for name, tensor in state.items()}
-        described = {
-            "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
-            "vocab_size": config.vocab_size,
-            "n_positions": config.sequence_length,
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_embd": config.n_embd,
-            "activation_function": _classical(config.activation, {"gelu_tanh": "gelu_new"}, "gelu_new"),
-            "tie_word_embeddings": True,
-        }
-        if not config.bias:
-            raise ValueError("transformers' GPT-2 has biases; this one has none: write the own format instead")
-        return described, weights
-    described = {
-        "model_type": "convnext",
-        "architectures": ["ConvNextForImageClassification"],
-        "depths": config.depths,
-        "hidden_sizes": config.dims,
-        "num_channels": config.in_channels,
-        "patch_size": config.patch_size,
-        "num_stages": len(config.depths),
-        "layer_scale_init_value": config.layer_scale,
-        "hidden_act": _classical(config.activation, {"gelu_tanh": "gelu_pytorch_tanh"}, "gelu"),
-        "id2label": {str(index): f"LABEL_{index}" for index in range(config.num_classes)},
-        "label2id": {f"LABEL_{index}": index for index in range(config.num_classes)},
-    }
-    return described, {_convnext_name(name): tensor for name, tensor in state.items()}
-
-
-def _classical(activation: Any, names: Mapping[str, str], default: str) -> str:
-    return names.get(activation, activation) if isinstance(activation, str) else default
-
-
-def _convnext_name(name: str) -> str:
-    """HF's name of a parameter with the original code's name."""
-    parts = name.split(".")
-    if parts[0] == "head":
-        return name.replace("head.", "classifier.", 1)
-    if parts[0] == "norm":
-        return "convnext.layernorm." + parts[1]
-    if parts[0] == "downsample_layers":
-        if parts[1] == "0":
-            part = {"0": "patch_embeddings", "1": "layernorm"}[parts[2]]
-            return ".".join(["convnext.embeddings", part, *parts[3:]])
-        return ".".join(["convnext.encoder.stages", parts[1], "downsampling_layer", *parts[2:]])
-    leaf = ".".join(parts[3:]).replace("gamma", "layer_scale_parameter").replace("norm.", "layernorm.")
-    return ".".join(["convnext.encoder.stages", parts[1], "layers", parts[2], leaf])
+    if getattr(config, "is_encoder_decoder", False):
+        return None
+    if model.main_input_name == "input_ids" and getattr(config, "vocab_size", None):
+        return {"input_ids": torch.arange(8)[None] % config.vocab_size}
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    if model.main_input_name == "pixel_values" and isinstance(size, int) and isinstance(channels, int):
+        return {"pixel_values": torch.linspace(-2, 2, channels * size * size).sin().reshape(1, channels, size, size)}
+    return None

@@ -28,7 +28,7 @@ inline int64_t strip_parts(const Problem& problem) { return (problem.outer + str
 // Whether x is computed so: [outer, channels], where channels are [groups, inner]. Each channel needs a table of its own,
 // which must serve a number of rows.
 inline bool is_by_channel(const Problem& problem) {
-  return problem.groups > 1 && (problem.inner == 1 || (problem.inner < 1024 && problem.outer >= 256));
+  return may_be_by_channel(problem) && (problem.inner == 1 || problem.outer >= 256);
 }
 
 // ---- kernels over a patch of rows and whole vectors of channels; strides from row to row ----
@@ -36,9 +36,38 @@ inline bool is_by_channel(const Problem& problem) {
 template <class Family, class S>
 void forward_patch(const S* x, int64_t x_stride, S* y, int64_t y_stride, int rows, int channels, const Vector<S>* tables,
                    int n, int m) {
-  for (int c = 0; c < channels; c += lanes<S>, tables += Family::largest_table)
-    for (int i = 0; i < rows; ++i)
-      store(y + i * y_stride + c, Family::value(load<Vector<S>>(x + i * x_stride + c), tables, n, m));
+  using V = Vector<S>;
+  for (int c = 0; c < channels; c += lanes<S>, tables += Family::largest_table) {
+    Reach<Family, V> reach;
+    for (int i = 0; i < rows; ++i) {
+      const V v = load<V>(x + i * x_stride + c);
+      reach.note(v);
+      store(y + i * y_stride + c, value_near<Family>(v, tables, n, m));
+    }
+    for (int i = 0; reach.is_far() && i < rows; ++i)
+      store(y + i * y_stride + c, Family::value(load<V>(x + i * x_stride + c), tables, n, m));
+  }
+}
+
+// One vector of channels of what follows.
+template <class Family, class S, class Sums>
+POLYTROPE_FUNCTION bool slope_column(const S* x, int64_t x_stride, const S* g, int64_t g_stride, S* dx, int64_t dx_stride,
+                                     int rows, const Vector<S>* table, Sums sums, int n, int m) {
+  using V = Vector<S>;
+  Reach<Family, V> reach;
+  for (int i = 0; i < rows; ++i) {
+    const V v = load<V>(x + i * x_stride);
+    reach.note(v);
+    store(dx + i * dx_stride, backward_near<Family>(v, load<V>(g + i * g_stride), table, sums, n, m));
+  }
+  return reach.is_far();
+}
+template <class Family, class S, class Sums>
+void far_column(const S* x, int64_t x_stride, const S* g, int64_t g_stride, S* dx, int64_t dx_stride, int rows,
+                const Vector<S>* table, Sums sums, int n, int m) {
+  using V = Vector<S>;
+  for (int i = 0; i < rows; ++i)
+    store(dx + i * dx_stride, Family::backward(load<V>(x + i * x_stride), load<V>(g + i * g_stride), table, sums, n, m));
 }
 
 // Adds to totals[sum, channel].
@@ -50,24 +79,36 @@ void backward_patch(const S* x, int64_t x_stride, const S* g, int64_t g_stride, 
   for (int c = 0; c < channels; c += lanes<S>, tables += Family::largest_table) {
     V a[Family::largest_sums];
     for (int k = 0; k < sums; ++k) a[k] = V{};
-    for (int i = 0; i < rows; ++i)
-      store(dx + i * dx_stride + c,
-            Family::backward(load<V>(x + i * x_stride + c), load<V>(g + i * g_stride + c), tables, a, n, m));
+    if (slope_column<Family>(x + c, x_stride, g + c, g_stride, dx + c, dx_stride, rows, tables, a, n, m)) {
+      for (int k = 0; k < sums; ++k) a[k] = V{};
+      far_column<Family>(x + c, x_stride, g + c, g_stride, dx + c, dx_stride, rows, tables, a, n, m);
+    }
     for (int k = 0; k < sums; ++k) accumulate(a[k], totals + k * strip_channels + c);
   }
+}
+
+// The same without totals.
+template <class Family, class S>
+void slope_patch(const S* x, int64_t x_stride, const S* g, int64_t g_stride, S* dx, int64_t dx_stride, int rows, int channels,
+                 const Vector<S>* tables, int n, int m) {
+  for (int c = 0; c < channels; c += lanes<S>, tables += Family::largest_table)
+    if (slope_column<Family>(x + c, x_stride, g + c, g_stride, dx + c, dx_stride, rows, tables, NoSums{}, n, m))
+      far_column<Family>(x + c, x_stride, g + c, g_stride, dx + c, dx_stride, rows, tables, NoSums{}, n, m);
 }
 
 template <class S>
 struct ChannelKernel {
   void (*forward)(const S*, int64_t, S*, int64_t, int, int, const Vector<S>*, int, int);
   void (*backward)(const S*, int64_t, const S*, int64_t, S*, int64_t, int, int, const Vector<S>*, double*, int, int);
+  void (*slope)(const S*, int64_t, const S*, int64_t, S*, int64_t, int, int, const Vector<S>*, int, int);
   void (*prepare)(const double*, S*, int, int, Share);
   int table;  // entries
 };
 
 template <class Family, class S>
 ChannelKernel<S> channel_kernel_of() {
-  return {forward_patch<Family, S>, backward_patch<Family, S>, Family::template prepare<S>, Family::largest_table};
+  return {forward_patch<Family, S>, backward_patch<Family, S>, slope_patch<Family, S>, Family::template prepare<S>,
+          Family::largest_table};
 }
 
 // Of the same sums as the kernel that find_kernel finds.
@@ -161,25 +202,30 @@ struct StripPass {
     });
   }
 
-  // Adds to totals[sum, channel], those of the tails (as Pass has them) after the family's.
+  // Adds to totals[sum, channel], those of the tails (as Pass has them) after the family's; null: nobody wants them.
   void gradient(const S* x, int64_t x_stride, const S* g, int64_t g_stride, S* dx, int64_t dx_stride, int rows,
                 double* totals) const {
     const int n = problem.degree, m = problem.second_degree;
-    if (!problem.tails)
+    if (!problem.tails) {
+      if (!totals) return kernel.slope(x, x_stride, g, g_stride, dx, dx_stride, rows, width, tables, n, m);
       return kernel.backward(x, x_stride, g, g_stride, dx, dx_stride, rows, width, tables, totals, n, m);
+    }
     alignas(64) Patch<S> inside, inner_g;
     const S low = S(problem.low), high = S(problem.high);
-    double* const tails = totals + sums * strip_channels;
+    double* const tails = totals ? totals + sums * strip_channels : nullptr;
     each(rows, [&](int i, int c) {
       const V v = load<V>(x + i * x_stride + c), gv = load<V>(g + i * g_stride + c);
-      accumulate(v < low ? gv : V{}, tails + c);
-      accumulate(v < low ? gv * (v - low) : V{}, tails + strip_channels + c);
-      accumulate(v > high ? gv : V{}, tails + 2 * strip_channels + c);
-      accumulate(v > high ? gv * (v - high) : V{}, tails + 3 * strip_channels + c);
+      if (tails) {
+        accumulate(v < low ? gv : V{}, tails + c);
+        accumulate(v < low ? gv * (v - low) : V{}, tails + strip_channels + c);
+        accumulate(v > high ? gv : V{}, tails + 2 * strip_channels + c);
+        accumulate(v > high ? gv * (v - high) : V{}, tails + 3 * strip_channels + c);
+      }
       store(inside + i * strip_channels + c, limited(v));
       store(inner_g + i * strip_channels + c, v < low ? V{} : (v > high ? V{} : gv));
     });
-    kernel.backward(inside, strip_channels, inner_g, strip_channels, dx, dx_stride, rows, width, tables, totals, n, m);
+    if (!totals) kernel.slope(inside, strip_channels, inner_g, strip_channels, dx, dx_stride, rows, width, tables, n, m);
+    else kernel.backward(inside, strip_channels, inner_g, strip_channels, dx, dx_stride, rows, width, tables, totals, n, m);
     each(rows, [&](int i, int c) {
       const V v = load<V>(x + i * x_stride + c), gv = load<V>(g + i * g_stride + c);
       V slope = load<V>(dx + i * dx_stride + c);
@@ -251,7 +297,7 @@ int forward_channels(const Call& call, const Kernel<S>& kernel, const double* pa
   });
 }
 
-// Gives partial[part of the rows, channel, sum].
+// Gives partial[part of the rows, channel, sum], unless that is null.
 template <class S>
 int backward_channels(const Call& call, const Kernel<S>& kernel, const double* parameters, int sums, const void* g,
                       const void* x, void* dx, double* partial, int threads) {
@@ -264,7 +310,7 @@ int backward_channels(const Call& call, const Kernel<S>& kernel, const double* p
     const Strip<S, strip_channels> factor{problem.data_type, channels, channel_count + channel, stride};
     alignas(64) Patch<S> x_buffer, g_buffer, dx_buffer, gate_buffer, values, seeds;
     alignas(64) double totals[(largest_sums + tail_sums) * strip_channels];
-    std::fill(totals, totals + sums * strip_channels, 0.0);
+    if (partial) std::fill(totals, totals + sums * strip_channels, 0.0);
     for (int64_t row = first; row < last; row += patch_rows) {
       const int rows = int(std::min<int64_t>(patch_rows, last - row));
       in.template fetch<0>(x, row + rows, rows);
@@ -287,10 +333,10 @@ int backward_channels(const Call& call, const Kernel<S>& kernel, const double* p
         g_stride = strip_channels;
       }
       S* const dxs = in.place(dx, row, dx_buffer);
-      pass.gradient(xs, in.kernel_stride(), gs, g_stride, dxs, in.kernel_stride(), rows, totals);
+      pass.gradient(xs, in.kernel_stride(), gs, g_stride, dxs, in.kernel_stride(), rows, partial ? totals : nullptr);
       in.write(dx, row, rows, dxs);
     }
-    for (int c = 0; c < channels; ++c)
+    for (int c = 0; partial && c < channels; ++c)
       for (int k = 0; k < sums; ++k) partial[(part * channel_count + channel + c) * sums + k] = totals[k * strip_channels + c];
   });
 }

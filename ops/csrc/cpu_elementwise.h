@@ -129,7 +129,7 @@ void forward_groups(const Call& call, const Kernel<S>& kernel, const double* par
   });
 }
 
-// Gives partial[chunk, group, sum].
+// Gives partial[chunk, group, sum], unless that is null.
 template <class S>
 void backward_groups(const Call& call, const Kernel<S>& kernel, const double* parameters, int sums, const void* g,
                      const void* x, void* dx, double* partial, int threads) {
@@ -146,7 +146,8 @@ void backward_groups(const Call& call, const Kernel<S>& kernel, const double* pa
     const int64_t last = std::min(first + chunk, tasks.sequence), start = group * problem.inner;
     alignas(64) S xs[block], gs[block], dxs[block], gates[block], values[block];
     alignas(64) double total[(largest_sums + tail_sums) * lanes<S>];
-    std::fill(total, total + sums * lanes<S>, 0.0);
+    double* const wanted = partial ? total : nullptr;
+    if (wanted) std::fill(total, total + sums * lanes<S>, 0.0);
     std::optional<Pass<S>> own;
     const Pass<S>& pass = group == 0 ? first_pass : own.emplace(problem, kernel, parameters + group * kernel.parameters);
     for (int64_t at = first; at < last; at += block) {
@@ -154,7 +155,7 @@ void backward_groups(const Call& call, const Kernel<S>& kernel, const double* pa
       if (direct && count % (narrow ? 2 * lanes<S> : lanes<S>) == 0 && in.contiguous(at, count)) {
         const int64_t index = in.index(start, at);
         pass.gradient(address<S>(x, index, narrow), address<S>(g, index, narrow), address<S>(dx, index, narrow), count,
-                      total, access);
+                      wanted, access);
         continue;
       }
       read_block(in, type, x, start, at, count, xs);
@@ -170,11 +171,11 @@ void backward_groups(const Call& call, const Kernel<S>& kernel, const double* pa
         }
         write_block(in, type, dx, start + half, at, count, values);
       }
-      pass.gradient(xs, gs, dxs, width, total);
+      pass.gradient(xs, gs, dxs, width, wanted);
       write_block(in, type, dx, start, at, count, dxs);
     }
     if (access.past_cache) finish_stores();
-    for (int k = 0; k < sums; ++k)
+    for (int k = 0; wanted && k < sums; ++k)
       partial[task * sums + k] = std::accumulate(total + k * lanes<S>, total + (k + 1) * lanes<S>, 0.0);
   });
 }
@@ -193,6 +194,7 @@ int forward(const Call& call, const void* x, const void* const* parts, void* y, 
   return 0;
 }
 
+// `part_gradients` null: nobody wants them.
 template <class S>
 int backward(const Call& call, const void* g, const void* x, const void* const* parts, void* dx, void* const* part_gradients,
              int threads) {
@@ -205,6 +207,12 @@ int backward(const Call& call, const void* g, const void* x, const void* const* 
   const int64_t channels = by_channel ? problem.inner : 1;
   const int sums = kernel.sums + (problem.tails ? tail_sums : 0);
   const std::unique_ptr<double[]> parameters = pack(call.parts, problem.groups, parts);
+  if (!part_gradients) {
+    if (!parameters) return 2;
+    if (by_channel) return backward_channels(call, kernel, parameters.get(), sums, g, x, dx, nullptr, threads);
+    backward_groups(call, kernel, parameters.get(), sums, g, x, dx, nullptr, threads);
+    return 0;
+  }
   const std::unique_ptr<double[]> gradient(new (std::nothrow) double[size_t(problem.groups * kernel.parameters) + 1]);
   const std::unique_ptr<double[]> partial(new (std::nothrow) double[size_t(pieces * problem.groups * channels * sums) + 1]);
   if (!parameters || !gradient || !partial) return 2;

@@ -3,7 +3,7 @@
 
 extern "C" {
 
-// `parts`: addresses of the parts of the parameters; `part_gradients` likewise.
+// `parts`: addresses of the parts of the parameters; `part_gradients` likewise, or null where nobody wants them.
 int polytrope_forward_float64(const polytrope::Call* call, const void* x, const void* const* parts, void* y, int threads) {
   return polytrope::forward<double>(*call, x, parts, y, threads);
 }

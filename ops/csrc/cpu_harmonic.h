@@ -128,8 +128,8 @@ struct HarmonicPieces {
 
   // `backward` in two steps, over a block each: a processor looks too short a way ahead to overlap them.
   // The first returns g dF/dx and gives sin θ and cos θ to the second; their error is below 1e-8 before rounding.
-  POLYTROPE_FUNCTION static Float16 find_slope(Float16 x, Float16 g, const float* t, Float16* sums, Float16& s, Float16& c,
-                                               int n) {
+  template <class Sums>
+  POLYTROPE_FUNCTION static Float16 find_slope(Float16 x, Float16 g, const float* t, Sums sums, Float16& s, Float16& c, int n) {
     const Place place(x, t);
     const Float16 q = place.f * place.f, middle_s = place.own(t + sines), middle_c = place.own(t + cosines);
     const Float16 near_s = ((q * 7.7715597e-05f - 0.0100931786f) * q + 0.392699082f) * place.f;

@@ -67,6 +67,35 @@ POLYTROPE_FUNCTION void copy_table(const S* table, S* t) {
   for (int k = 0; k < Family::largest_table; k += lanes<S>) store(t + k, load<Vector<S>>(table + k));
 }
 
+// Families whose elements far from 0 are computed otherwise. `near_value` and `near_backward` are for those that are not; a
+// block in which there were others is computed again with `value` and `backward`, which ask for each vector.
+template <class Family>
+constexpr bool has_far = std::is_same_v<Family, Rational>;
+
+// The largest absolute values of a block so far.
+template <class Family, class V>
+struct Reach {
+  V largest{};
+  POLYTROPE_FUNCTION void note(V v) {
+    if constexpr (has_far<Family>) largest = larger(absolute(v), largest);
+  }
+  POLYTROPE_FUNCTION bool is_far() const {
+    if constexpr (has_far<Family>) return any(largest > Number<V>(Family::far));
+    return false;
+  }
+};
+
+template <class Family, class V, class T>
+POLYTROPE_FUNCTION V value_near(V v, const T* t, int n, int m) {
+  if constexpr (has_far<Family>) return Family::near_value(v, t, n, m);
+  else return Family::value(v, t, n, m);
+}
+template <class Family, class V, class T, class Sums>
+POLYTROPE_FUNCTION V backward_near(V v, V seed, const T* t, Sums sums, int n, int m) {
+  if constexpr (has_far<Family>) return Family::near_backward(v, seed, t, sums, n, m);
+  else return Family::backward(v, seed, t, sums, n, m);
+}
+
 // D, E: degree and second degree; 0: read at run time.
 template <class Family, class S, int D, int E>
 void forward_block(const void* __restrict x, void* __restrict y, int count, Access access, const S* table, int degree,
@@ -75,7 +104,14 @@ void forward_block(const void* __restrict x, void* __restrict y, int count, Acce
   const int n = D ? D : degree, m = D ? E : second;
   alignas(64) S t[padded(Family::largest_table, lanes<S>)];
   copy_table<Family>(table, t);
-  each_vector<S>(x, nullptr, y, count, access, [&](V v, V, int) { return Family::value(v, t, n, m); });
+  Reach<Family, V> reach;
+  each_vector<S>(x, nullptr, y, count, access, [&](V v, V, int) {
+    reach.note(v);
+    return value_near<Family>(v, t, n, m);
+  });
+  if constexpr (has_far<Family>)
+    if (reach.is_far())
+      each_vector<S>(x, nullptr, y, count, access, [&](V v, V, int) { return Family::value(v, t, n, m); });
 }
 
 // Adds to total[k * lanes …] the sums over lanes.
@@ -111,15 +147,49 @@ void backward_block(const void* __restrict x, const void* __restrict g, void* __
       return V{};
     });
   } else {
-    each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int) { return Family::backward(v, seed, t, a, n, m); });
+    Reach<Family, V> reach;
+    each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int) {
+      reach.note(v);
+      return backward_near<Family>(v, seed, t, a, n, m);
+    });
+    if constexpr (has_far<Family>)
+      if (reach.is_far()) {
+        for (int k = 0; k < sums; ++k) a[k] = V{};
+        each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int) { return Family::backward(v, seed, t, a, n, m); });
+      }
   }
   for (int k = 0; k < sums; ++k) accumulate(a[k], total + k * lanes<S>);
+}
+
+// The same without sums.
+template <class Family, class S, int D, int E>
+void slope_block(const void* __restrict x, const void* __restrict g, void* __restrict dx, int count, Access access,
+                 const S* table, int degree, int second) {
+  using V = Vector<S>;
+  const int n = D ? D : degree, m = D ? E : second;
+  alignas(64) S t[padded(Family::largest_table, lanes<S>)];
+  copy_table<Family>(table, t);
+  Reach<Family, V> reach;
+  each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int) {
+    if constexpr (std::is_same_v<Family, HarmonicPieces>) {
+      V sine, cosine;
+      return Family::find_slope(v, seed, t, NoSums{}, sine, cosine, n);
+    } else {
+      reach.note(v);
+      return backward_near<Family>(v, seed, t, NoSums{}, n, m);
+    }
+  });
+  if constexpr (has_far<Family>)
+    if (reach.is_far())
+      each_vector<S>(x, g, dx, count, access,
+                     [&](V v, V seed, int) { return Family::backward(v, seed, t, NoSums{}, n, m); });
 }
 
 template <class S>
 struct Kernel {
   void (*forward)(const void*, void*, int, Access, const S*, int, int);
   void (*backward)(const void*, const void*, void*, int, Access, const S*, double*, int, int);
+  void (*slope)(const void*, const void*, void*, int, Access, const S*, int, int);
   void (*prepare)(const double*, S*, int, int, Share);
   void (*finish)(const double*, const double*, double*, int, int, Share);
   Tangent (*tangent)(const double*, double, int, int);
@@ -129,8 +199,9 @@ struct Kernel {
 
 template <class Family, class S, int D = 0, int E = 0>
 Kernel<S> kernel_of(int n, int m) {
-  return {forward_block<Family, S, D, E>, backward_block<Family, S, D, E>, Family::template prepare<S>, Family::finish,
-          tangent<Family>, add_tail<Family>, Family::parameters(n, m), Family::sums(n, m)};
+  return {forward_block<Family, S, D, E>, backward_block<Family, S, D, E>, slope_block<Family, S, D, E>,
+          Family::template prepare<S>, Family::finish, tangent<Family>, add_tail<Family>, Family::parameters(n, m),
+          Family::sums(n, m)};
 }
 
 // Float64 kernels serve checks; they read the degree at run time.
@@ -154,9 +225,15 @@ Kernel<S> hermite_kernel(int n, int m) {
   return kernel;
 }
 
+// Whether groups are so narrow that their channels may share a vector (cpu_channels.h).
+inline bool may_be_by_channel(const Problem& problem) { return problem.groups > 1 && problem.inner < 1024; }
+
 template <class S>
 Kernel<S> find_kernel(const Problem& problem) {
   const int n = problem.degree, m = problem.second_degree;
+  // What tables have room for.
+  if (n < 1 || n > (problem.family == family_piecewise_linear ? max_pieces : max_degree)) return {};
+  if (m < (problem.family == family_rational ? 1 : 0) || m > (problem.family == family_rational ? max_degree : 0)) return {};
   switch (problem.family) {
     case family_polynomial: return kernel_of_degree<Polynomial, S>(n, m);
     case family_hermite: return hermite_kernel<S>(n, m);
@@ -165,8 +242,13 @@ Kernel<S> find_kernel(const Problem& problem) {
     case family_fourier: return kernel_of_degree<Fourier, S>(n, m);
     case family_harmonic:
       if constexpr (std::is_same_v<S, float>)
-        if (n <= HarmonicPowers::highest)
-          return kernel_of_degree<std::conditional_t<vector_bytes == 64, HarmonicPieces, HarmonicPowers>, S>(n, m);
+        if (n <= HarmonicPowers::highest) {
+          // Groups that are computed by channel where there are many rows: a row's bits are the same with few.
+          const bool by_powers = vector_bytes < 64 || may_be_by_channel(problem);
+          if constexpr (vector_bytes == 64)
+            if (!by_powers) return kernel_of_degree<HarmonicPieces, S>(n, m);
+          return kernel_of_degree<HarmonicPowers, S>(n, m);
+        }
       return kernel_of<Harmonic, S>(n, m);
     case family_tropical: return kernel_of_degree<Tropical, S>(n, m);
     case family_tropical_rational: return kernel_of_degree<TropicalRational, S>(n, m);
@@ -223,9 +305,11 @@ struct Pass {
     }
   }
 
-  // Sums over each lane: the family's own, then of g and of g (x - low) below the interval, and the same above it.
+  // Sums over each lane: the family's own, then of g and of g (x - low) below the interval, and the same above it; null:
+  // nobody wants them.
   void gradient(const void* from, const void* seed, void* to, int count, double* sums, Access access = {}) const {
     if (!problem.tails) {
+      if (!sums) return kernel.slope(from, seed, to, count, access, table, problem.degree, problem.second_degree);
       kernel.backward(from, seed, to, count, access, table, sums, problem.degree, problem.second_degree);
       return;
     }
@@ -235,7 +319,7 @@ struct Pass {
     enter(x, inside, count);
     const S low = S(left.at), high = S(right.at);
     V low_values = V{}, low_slopes = V{}, high_values = V{}, high_slopes = V{};
-    for (int i = 0; i < count; i += lanes<S>) {
+    for (int i = 0; sums && i < count; i += lanes<S>) {
       const V v = load<V>(x + i), gv = load<V>(g + i);
       low_values += v < low ? gv : V{};
       high_values += v > high ? gv : V{};
@@ -243,7 +327,8 @@ struct Pass {
       high_slopes += v > high ? gv * (v - high) : V{};
       store(inner_g + i, v < low ? V{} : (v > high ? V{} : gv));
     }
-    kernel.backward(inside, inner_g, dx, count, {}, table, sums, problem.degree, problem.second_degree);
+    if (sums) kernel.backward(inside, inner_g, dx, count, {}, table, sums, problem.degree, problem.second_degree);
+    else kernel.slope(inside, g, dx, count, {}, table, problem.degree, problem.second_degree);
     for (int i = 0; i < count; i += lanes<S>) {
       const V v = load<V>(x + i), gv = load<V>(g + i);
       V slope = load<V>(dx + i);
@@ -252,7 +337,7 @@ struct Pass {
       store(dx + i, slope);
     }
     const V tails[tail_sums] = {low_values, low_slopes, high_values, high_slopes};
-    for (int k = 0; k < tail_sums; ++k) accumulate(tails[k], sums + (kernel.sums + k) * lanes<S>);
+    for (int k = 0; sums && k < tail_sums; ++k) accumulate(tails[k], sums + (kernel.sums + k) * lanes<S>);
   }
 
  private:

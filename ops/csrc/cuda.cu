@@ -6,6 +6,9 @@ namespace {
 
 int dispatch(const Problem& p, const Call& c) {
   if (p.data_type == type_float64) return 1;
+  // What tables have room for.
+  if (p.degree < 1 || p.degree > (p.family == family_piecewise_linear ? max_pieces : max_degree)) return 1;
+  if (p.second_degree < 0 || p.second_degree > max_degree) return 1;
   switch (p.family) {
     case family_polynomial:
     case family_hermite: return launch_polynomial(p, c);
@@ -46,7 +49,7 @@ int64_t polytrope_cuda_workspace(const polytrope::Task* task) {
 }
 
 // `gradient` null: forward, `result` is y, and there is neither workspace nor part gradients; else `result` is the gradient
-// of x. x, gradient and result are device pointers at multiples of 16 bytes, those of the parts at any place.
+// of x; without workspace and part gradients nobody wants these. x, gradient and result are device pointers at multiples of 16 bytes, those of the parts at any place.
 // 0: enqueued on the stream; 1: no such kernel; 3: a launch failed.
 int polytrope_cuda_activation(const polytrope::Task* task, const void* gradient, const void* x, const void* const* parts,
                               void* result, void* workspace, void* const* part_gradients, void* stream) {

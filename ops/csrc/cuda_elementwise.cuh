@@ -16,7 +16,7 @@ struct Call {
   const void *gradient, *x;  // no gradient: forward
   Parameters parameters;
   void* result;
-  double* partial;  // groups * (sums + tail_sums) * blocks
+  double* partial;  // groups * (sums + tail_sums) * blocks; null: nobody wants the parameters' gradients
   Parameters parameter_gradients;
   cudaStream_t stream;
 };
@@ -198,6 +198,64 @@ struct Evaluation {
   }
 };
 
+// Elements far from 0 that `Family::backward` passes over.
+template <class Family>
+constexpr bool has_far = std::is_same_v<Family, Rational>;
+
+// Notes whether there are any among `count` elements.
+template <class Family, int count>
+__device__ __forceinline__ void note_far(const float* xs, bool& far) {
+  if constexpr (has_far<Family>) {
+#pragma unroll
+    for (int k = 0; k < count; ++k) far |= absolute(xs[k]) > Rational::far;
+  }
+}
+
+// These are computed one by one after all others, by the thread that has left something else in their places. With g, backward:
+// the result is dx, and what they add to the sums of a block is added to `partial`, unless nobody wants these. A function of
+// its own, which takes no registers from the kernel; all threads of a block call it together.
+template <bool flat>
+__device__ __noinline__ void compute_far(Problem p, Parameters parameters, bool tails, const void* g, const void* x,
+                                         void* result, double* partial, Function<Rational>* function, double* shared) {
+  const int n = p.degree, m = p.second_degree, type = p.data_type;
+  const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
+  for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
+    const Sequence s(p, group);
+    load_function(p, parameters, group, tails, *function);
+    float sums[Rational::largest_sums] = {};
+    const auto compute = [&](int64_t in, int64_t out) {
+      const float at = read(x, type, in);
+      if (!(absolute(at) > Rational::far) || (tails && (at < float(p.low) || at > float(p.high)))) return;
+      double own[Rational::largest_table];
+      for (int k = 0; k <= n + m; ++k) own[k] = function->table[k];
+      const FarRational f(at, own, n, m);
+      const float gate = p.gated ? read(x, type, in + s.half) : 1.0f;
+      if (!g) return write(result, type, out, float(f.value) * gate);
+      const float seed = read(g, type, out);
+      if (p.gated) write(result, type, in + s.half, float(f.value) * seed);
+      write(result, type, in, float(seed * gate * f.slope));
+      for (int k = 0; k <= n + m; ++k) sums[k] += float(seed * gate * f.sums[k]);
+    };
+    for (Walk<flat> walk(s, thread * width, all_threads * width); walk.at < s.packed; walk.advance())
+      for (int k = 0; k < width; ++k) compute(walk.in_x() + k, walk.in_result() + k);
+    for (Walk<flat> one(s, s.packed + thread, all_threads); one.at < s.count; one.advance())
+      compute(one.in_x(), one.in_result());
+    if (!partial) continue;
+    double* own = partial + group * (n + 1 + m + tail_sums) * gridDim.x + blockIdx.x;
+    block_sums(sums, n + 1 + m, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] += total; });
+  }
+}
+
+// Whether any thread of the block has found one. All threads of a block call it together.
+__device__ __forceinline__ bool any_thread(bool found) {
+  __shared__ bool any;
+  if (threadIdx.x == 0) any = false;
+  __syncthreads();
+  if (found) any = true;
+  __syncthreads();
+  return any;
+}
+
 // Blocks that a multiprocessor is to hold: bounds the registers of a thread, many of which are sums.
 template <class Family, int D, int E>
 constexpr int backward_blocks(Form form) {
@@ -216,6 +274,7 @@ __global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
   const Evaluation<Family> f{function.table, function.ends, float(p.low), float(p.high), n, m, tails};
   const int type = p.data_type;
   const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
+  bool far = false;  // whether this thread has met such elements
   for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
     const Sequence s(p, group);
     Walk<flat> walk(s, thread * width, all_threads * width);
@@ -229,6 +288,7 @@ __global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
       unpack(next, type, xs);
       walk.advance();
       if (flat && walk.at < s.packed) next = fetch(x, type, walk.in_x());
+      note_far<Family, width>(xs, far);
       f.template values<width>(xs, ys);
       if (gated) {
         float gates[width];
@@ -241,11 +301,14 @@ __global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
     for (Walk<flat> one(s, s.packed + thread, all_threads); one.at < s.count; one.advance()) {
       const float value = read(x, type, one.in_x());
       float result;
+      note_far<Family, 1>(&value, far);
       f.template values<1>(&value, &result);
       if (gated) result *= read(x, type, one.in_x() + s.half);
       write(y, type, one.in_result(), result);
     }
   }
+  if constexpr (has_far<Family>)
+    if (any_thread(far)) compute_far<flat>(p, parameters, tails, nullptr, x, y, nullptr, &function, nullptr);
 }
 
 template <class Family, int D, int E, Form form>
@@ -260,6 +323,7 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
   const Evaluation<Family> f{function.table, function.ends, float(p.low), float(p.high), n, m, tails};
   const int sums = Family::sums(n, m), row = sums + tail_sums, type = p.data_type;
   const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
+  bool far = false;  // whether this thread has met such elements
   for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
     const Sequence s(p, group);
     Walk<flat> walk(s, thread * width, all_threads * width);
@@ -295,12 +359,14 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
         }
         write_eight(dx, type, in + s.half, results);
       }
+      note_far<Family, width>(xs, far);
       f.template gradients<width>(xs, gs, results, a, tail);
       write_eight(dx, type, in, results);
     }
     for (Walk<flat> one(s, s.packed + thread, all_threads); one.at < s.count; one.advance()) {
       const float value = read(x, type, one.in_x());
       float seed = read(g, type, one.in_result()), result;
+      note_far<Family, 1>(&value, far);
       if (gated) {
         f.template values<1>(&value, &result);
         write(dx, type, one.in_x() + s.half, result * seed);
@@ -310,10 +376,13 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
       write(dx, type, one.in_x(), result);
     }
     double* own = partial + group * row * gridDim.x + blockIdx.x;
+    if (!partial) continue;
     block_sums(a, sums, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] = total; });
     if (tails)
       block_sums(tail, tail_sums, shared, [&](int k, double total) { own[int64_t(sums + k) * gridDim.x] = total; });
   }
+  if constexpr (has_far<Family>)
+    if (any_thread(far)) compute_far<flat>(p, parameters, tails, g, x, dx, partial, &function, shared);
 }
 
 template <class Family>
@@ -358,7 +427,8 @@ int launch_form(const Problem& p, const Call& c) {
     const dim3 grid(columns_of(p, resident), rows_of(p));
     backward_kernel<Inner, D, E, form><<<grid, threads, 0, c.stream>>>(p, c.gradient, c.x, c.parameters, c.result,
                                                                         c.partial);
-    finish_kernel<Family><<<rows_of(p), finish_threads, 0, c.stream>>>(p, c.parameters, c.partial, int(grid.x),
+    if (c.partial)
+      finish_kernel<Family><<<rows_of(p), finish_threads, 0, c.stream>>>(p, c.parameters, c.partial, int(grid.x),
                                                                 c.parameter_gradients);
   }
   return cudaGetLastError() == cudaSuccess ? 0 : 3;

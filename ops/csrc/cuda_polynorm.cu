@@ -1,4 +1,5 @@
-// PolyNorm on the GPU: the formulas of cpu_polynorm.cpp, a block for each row at a time.
+// PolyNorm on the GPU: the formulas of cpu_polynorm.cpp, a block for each row at a time; rows whose powers leave the range of
+// float are gone over again, scaled as there.
 //
 // A thread keeps its elements of a row of up to 4096 in registers between the sums over the row and what follows from them;
 // longer rows, and those whose length 8 does not divide, are read twice.
@@ -50,40 +51,84 @@ struct Rows {
   }
 };
 
+// mean(z^2k) + epsilon / s^2k of a row of z = x scale, and whether what is computed from it stays in the range of float.
+__device__ __forceinline__ double mean_of(const Rows& r, double squares, float scale, int k) {
+  double share = r.epsilon;
+  if (scale != 1.0f)
+    for (int i = 0; i < 2 * k; ++i) share *= double(scale);
+  return squares / double(r.columns) + share;
+}
+__device__ __forceinline__ bool is_in_range(double mean) { return mean < 1e20 && mean > 1e-20; }
+
+// A power of two that brings the largest element of a row of x near to 1; 1 for rows of zeros and those with ±inf or NaN.
+// `shared` holds a number for each warp. All threads of a block call it together.
+template <bool Kept>
+__device__ __noinline__ float scale_of(const Rows& r, const void* x, int64_t row, float* shared) {
+  float largest = 0;
+  for (int64_t at = threadIdx.x; at < r.columns; at += row_threads) {
+    const float size = absolute(read(x, r.type, row * r.columns + at));
+    largest = size <= largest ? largest : size;
+  }
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const float other = __shfl_down_sync(0xffffffffu, largest, offset);
+    largest = other <= largest ? largest : other;
+  }
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = largest;
+  __syncthreads();
+  largest = 0;
+  for (int warp = 0; warp < row_warps; ++warp) largest = shared[warp] <= largest ? largest : shared[warp];
+  __syncthreads();
+  if (!(largest > 0 && largest < INFINITY)) return 1;
+  const int exponent = 1 - ilogbf(largest);
+  return ldexpf(1.0f, exponent > 126 ? 126 : exponent < -126 ? -126 : exponent);
+}
+
 // D: the degree, 0: read at run time.
 template <int D, bool Kept>
 __global__ void __launch_bounds__(row_threads) forward_rows(Rows r, const void* x, Parameters parameters, void* y) {
   __shared__ double total[most], own[max_degree + 1];
   __shared__ float t[max_degree + 1], shared[row_warps * most];
+  __shared__ bool leaves[max_degree + 1];
   const int n = D ? D : r.n;
   for (int k = threadIdx.x; k <= n; k += row_threads) own[k] = parameters.get(0, k);
   for (int64_t row = blockIdx.x; row < r.rows; row += gridDim.x) {
     Packet packets[most_kept];
     r.keep<Kept>(x, row, packets);
-    float sums[most] = {};
-    r.each_packet<Kept>([&](int j, int64_t at) {
-      float xs[width];
-      r.values<Kept>(x, row, packets[j], at, xs);
+    float scale = 1;
+    for (bool again = true; again;) {
+      float sums[most] = {};
+      r.each_packet<Kept>([&](int j, int64_t at) {
+        float xs[width];
+        r.values<Kept>(x, row, packets[j], at, xs);
 #pragma unroll
-      for (int k = 0; k < width; ++k) {
-        const float squared = xs[k] * xs[k];
-        float square = 1.0f;
+        for (int k = 0; k < width; ++k) {
+          const float v = xs[k] * scale, squared = v * v;
+          float square = 1.0f;
 #pragma unroll
-        for (int power = 0; power < n; ++power) {
-          square *= squared;
-          sums[power] += square;
+          for (int power = 0; power < n; ++power) {
+            square *= squared;
+            sums[power] += square;
+          }
         }
+      });
+      block_sums<row_threads>(sums, n, shared, [&](int k, double sum) { total[k] = sum; });
+      for (int k = threadIdx.x; k <= n; k += row_threads) {
+        const double mean = k == 0 ? 1 : mean_of(r, total[k - 1], scale, k);
+        t[k] = float(k == 0 ? own[0] : own[k] / sqrt(mean));
+        leaves[k] = !is_in_range(mean);
       }
-    });
-    block_sums<row_threads>(sums, n, shared, [&](int k, double sum) { total[k] = sum; });
-    for (int k = threadIdx.x; k <= n; k += row_threads)
-      t[k] = float(k == 0 ? own[0] : own[k] / sqrt(total[k - 1] / double(r.columns) + r.epsilon));
-    __syncthreads();
+      __syncthreads();
+      again = false;
+      for (int k = 1; k <= n; ++k) again |= leaves[k];
+      if (!again || scale != 1.0f) break;
+      scale = scale_of<Kept>(r, x, row, shared);
+      again = scale != 1.0f;
+    }
     r.each_packet<Kept>([&](int j, int64_t at) {
       float xs[width];
       r.values<Kept>(x, row, packets[j], at, xs);
 #pragma unroll
-      for (int k = 0; k < width; ++k) xs[k] = Polynomial::value(xs[k], static_cast<const float*>(t), n, 0);
+      for (int k = 0; k < width; ++k) xs[k] = Polynomial::value(xs[k] * scale, static_cast<const float*>(t), n, 0);
       r.write_values<Kept>(y, row, at, xs);
     });
   }
@@ -95,6 +140,7 @@ __global__ void __launch_bounds__(row_threads)
   __shared__ double total[most], own[max_degree + 1], gradient[max_degree + 1];
   __shared__ float direct[max_degree + 1], through[max_degree + 1];  // of x^(k-1), and of x^(2k-1)
   __shared__ float shared[row_warps * most];
+  __shared__ bool leaves[max_degree + 1];
   const int n = D ? D : r.n;
   for (int k = threadIdx.x; k <= n; k += row_threads) own[k] = parameters.get(0, k), gradient[k] = 0;
   for (int64_t row = blockIdx.x; row < r.rows; row += gridDim.x) {
@@ -109,44 +155,56 @@ __global__ void __launch_bounds__(row_threads)
         visit(at, xs, gs);
       });
     };
-    float sums[most] = {};
-    each_pair([&](int64_t, float* xs, const float* gs) {
+    float scale = 1;
+    for (bool again = true; again;) {
+      float sums[most] = {};
+      each_pair([&](int64_t, float* xs, const float* gs) {
 #pragma unroll
-      for (int k = 0; k < width; ++k) {
-        const float squared = xs[k] * xs[k];
-        float square = 1.0f, product = gs[k];
-        sums[n] += product;
+        for (int k = 0; k < width; ++k) {
+          const float v = xs[k] * scale, squared = v * v;
+          float square = 1.0f, product = gs[k];
+          sums[n] += product;
 #pragma unroll
-        for (int power = 0; power < n; ++power) {
-          square *= squared;
-          product *= xs[k];
-          sums[power] += square;
-          sums[n + 1 + power] += product;
+          for (int power = 0; power < n; ++power) {
+            square *= squared;
+            product *= v;
+            sums[power] += square;
+            sums[n + 1 + power] += product;
+          }
         }
-      }
-    });
-    block_sums<row_threads>(sums, 2 * n + 1, shared, [&](int k, double sum) { total[k] = sum; });
+      });
+      block_sums<row_threads>(sums, 2 * n + 1, shared, [&](int k, double sum) { total[k] = sum; });
+      for (int k = threadIdx.x; k <= n; k += row_threads)
+        leaves[k] = k > 0 && !is_in_range(mean_of(r, total[k - 1], scale, k));
+      __syncthreads();
+      again = false;
+      for (int k = 1; k <= n; ++k) again |= leaves[k];
+      if (!again || scale != 1.0f) break;
+      scale = scale_of<Kept>(r, x, row, shared);
+      again = scale != 1.0f;
+    }
     for (int k = threadIdx.x; k <= n; k += row_threads) {
       if (k == 0) {
         gradient[0] += total[n];
         continue;
       }
-      const double scale = 1 / sqrt(total[k - 1] / double(r.columns) + r.epsilon), product = total[n + k];
-      gradient[k] += scale * product;
-      direct[k - 1] = float(k * own[k] * scale);
-      through[k - 1] = float(-k / double(r.columns) * own[k] * scale * scale * scale * product);
+      const double inverse = 1 / sqrt(mean_of(r, total[k - 1], scale, k)), product = total[n + k];
+      gradient[k] += inverse * product;
+      direct[k - 1] = float(k * own[k] * inverse);
+      through[k - 1] = float(-k / double(r.columns) * own[k] * inverse * inverse * inverse * product);
     }
     __syncthreads();
     each_pair([&](int64_t at, float* xs, const float* gs) {
 #pragma unroll
       for (int k = 0; k < width; ++k) {
-        const float v = xs[k];
-        xs[k] = gs[k] * Polynomial::value(v, static_cast<const float*>(direct), n - 1, 0) +
-                v * Polynomial::value(v * v, static_cast<const float*>(through), n - 1, 0);
+        const float v = xs[k] * scale;
+        xs[k] = scale * (gs[k] * Polynomial::value(v, static_cast<const float*>(direct), n - 1, 0) +
+                         v * Polynomial::value(v * v, static_cast<const float*>(through), n - 1, 0));
       }
       r.write_values<Kept>(dx, row, at, xs);
     });
   }
+  if (!partial) return;
   for (int k = threadIdx.x; k <= n; k += row_threads) partial[int64_t(k) * gridDim.x + blockIdx.x] = gradient[k];
 }
 
@@ -170,7 +228,8 @@ void launch_rows(const Rows& r, const Call& c) {
     return;
   }
   backward_rows<D, Kept><<<blocks, row_threads, 0, c.stream>>>(r, c.gradient, c.x, c.parameters, c.result, c.partial);
-  finish_rows<<<1, finish_threads, 0, c.stream>>>(c.partial, r.n + 1, int(blocks), c.parameter_gradients);
+  if (c.partial)
+    finish_rows<<<1, finish_threads, 0, c.stream>>>(c.partial, r.n + 1, int(blocks), c.parameter_gradients);
 }
 
 }  // namespace

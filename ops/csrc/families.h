@@ -6,7 +6,7 @@
 //   sums(n, m)         how many sums over all elements `backward` accumulates
 //   prepare(raw, t, share)   packed parameters -> table, in float64 before the last rounding
 //   value(x, t)        F(x), from the table alone
-//   backward(x, g, t, a)   returns g F'(x) and adds this element's contributions to the sums a
+//   backward(x, g, t, a)   returns g F'(x) and adds this element's contributions to the sums a, unless these are NoSums
 //   finish(sums, raw, grad, share)   sums -> gradient of the packed parameters, in float64; linear in the sums
 // Threads of a GPU divide the entries that prepare and finish write among themselves: each of them takes its share.
 // n is the degree, m the second degree (of a denominator); where they are constants the compiler unrolls.
@@ -18,9 +18,11 @@
 #ifdef __CUDACC__
 #define POLYTROPE_HOST_DEVICE __host__ __device__
 #define POLYTROPE_FUNCTION __host__ __device__ __forceinline__
+#define POLYTROPE_NOT_INLINE __noinline__
 #else
 #define POLYTROPE_HOST_DEVICE
 #define POLYTROPE_FUNCTION inline __attribute__((always_inline))
+#define POLYTROPE_NOT_INLINE __attribute__((noinline))
 #endif
 #if defined(__CUDA_ARCH__)
 #define POLYTROPE_UNROLL _Pragma("unroll")
@@ -62,6 +64,15 @@ struct ElementOf<T, decltype(void(T{}[0]))> {
 };
 template <class T>
 using Number = typename ElementOf<T>::type;
+template <class T>
+constexpr bool is_vector = !std::is_same_v<T, Number<T>>;
+
+// 0, or NaN where one of these is: a maximum would pass over it.
+POLYTROPE_FUNCTION double nan_among(const double* raw, int count) {
+  double found = 0;
+  for (int k = 0; k < count; ++k) found = raw[k] == raw[k] ? found : raw[k];
+  return found;
+}
 
 // Entries first, first + step, …
 struct Share {
@@ -96,6 +107,18 @@ template <class V>
 POLYTROPE_FUNCTION V smaller(V a, V b) {
   return a < b ? a : b;
 }
+
+// Stands for sums that nobody wants: nothing is computed for them.
+struct NoSums {
+  struct None {
+    template <class V>
+    POLYTROPE_FUNCTION void operator+=(V) const {}
+  };
+  POLYTROPE_FUNCTION None operator[](int) const { return {}; }
+  POLYTROPE_FUNCTION NoSums operator+(int) const { return {}; }
+};
+template <class V, class S>
+POLYTROPE_FUNCTION void add_where(V, S, V, NoSums::None) {}
 
 // Adds v to the sum where the indices are k: one masked addition, which compilers do not find.
 template <class V, class S>
@@ -196,8 +219,8 @@ struct Polynomial {
     for (int k = n - 1; k >= 0; --k) y = y * x + t[k];
     return y;
   }
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int) {
     V slope = broadcast<V>(t[n + n]), power = g;
     POLYTROPE_UNROLL
     for (int k = n - 1; k >= 1; --k) slope = slope * x + t[n + k];
@@ -234,8 +257,8 @@ struct Hermite {
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int m) {
     return Polynomial::value(x, t, n, m);
   }
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int m) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int m) {
     return Polynomial::backward(x, g, t, sums, n, m);
   }
   POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share share = {}) {
@@ -309,8 +332,8 @@ struct Recurrence {
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
     return clenshaw(x, t, n);
   }
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int) {
     using S = Number<T>;
     V before = g, now = g * x;
     sums[0] += before;
@@ -344,8 +367,8 @@ struct PolyReLU {
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int m) {
     return Polynomial::value(larger(V{}, x), t, n, m);
   }
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int m) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int m) {
     V slope = Polynomial::backward(larger(V{}, x), g, t, sums, n, m);
     return x <= 0 ? V{} : slope;
   }
@@ -481,8 +504,8 @@ struct FourierSeries {
     }
     return y;
   }
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int) {
     V slope = V{}, sine, cosine;
     sums[0] += g;
     POLYTROPE_UNROLL
@@ -540,8 +563,8 @@ struct HarmonicSeries {
     }
     return y;
   }
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int) {
     using S = Number<T>;
     V s, c, s_before = V{}, c_before = g, slope = V{};
     Waves::evaluate(x, t[2], t[3], T{}, s, c);
@@ -628,8 +651,8 @@ struct HarmonicPowers {
     sine_cosine(x, t[4 * n + 3], t[4 * n + 4], T{}, s, c);
     return combine((c + c) * c - S(1), s, c, t, n);
   }
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int) {
     using S = Number<T>;
     V s, c;
     sine_cosine(x, t[4 * n + 3], t[4 * n + 4], T{}, s, c);
@@ -639,8 +662,8 @@ struct HarmonicPowers {
     return slope * t[4 * n + 2];
   }
   // Adds to all sums but the last, of g x dF/dθ.
-  template <class V>
-  POLYTROPE_FUNCTION static void add(V g, V s, V c, V* sums, int n) {
+  template <class V, class Sums>
+  POLYTROPE_FUNCTION static void add(V g, V s, V c, Sums sums, int n) {
     const int half = n / 2, odd = (n + 1) / 2;
     const V w = (c + c) * c - 1.0f, gc = g * c, gs = g * s, gsc = gs * c;
     V power = w;
@@ -672,7 +695,7 @@ struct Tropical {
   POLYTROPE_FUNCTION static double scale(int n) { return 1.4142135623730951 / n; }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
-    for (int k = share.first; k <= n + 1; k += share.step) t[k] = S(k <= n ? raw[k] : scale(n));
+    for (int k = share.first; k <= n + 1; k += share.step) t[k] = S(k <= n ? raw[k] : scale(n) + nan_among(raw, n + 1));
   }
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
@@ -685,13 +708,14 @@ struct Tropical {
     }
     return x == x ? best * t[n + 1] : x;
   }
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int) {
     using S = Number<T>;
     V best = broadcast<V>(t[0]), slope = V{};
+    const V inside = smaller(broadcast<V>(S(1e30)), x);  // beyond, lines overflow and would tie
     POLYTROPE_UNROLL
     for (int k = 1; k <= n; ++k) {
-      V line = x * S(k) + t[k];
+      V line = inside * S(k) + t[k];
       slope = line > best ? broadcast<V>(S(k)) : slope;
       best = larger(line, best);
     }
@@ -712,7 +736,7 @@ struct TropicalRational {
   POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 4 * (n + 1); }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
-    for (int k = share.first; k < 4 * (n + 1); k += share.step) t[k] = S(raw[k]);
+    for (int k = share.first; k < 4 * (n + 1); k += share.step) t[k] = S(k ? raw[k] : raw[0] + nan_among(raw, 4 * (n + 1)));
   }
   template <class V, class S>
   POLYTROPE_FUNCTION static V limited(V x) {
@@ -736,8 +760,8 @@ struct TropicalRational {
     V far = absolute(y) > S(1e20) ? y * (absolute(x) * S(1e-30)) : y;
     return x == inside ? y : far;
   }
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V descend(V x, V g, const T* slopes, const T* intercepts, V* sums, int n) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V descend(V x, V g, const T* slopes, const T* intercepts, Sums sums, int n) {
     using S = Number<T>;
     V best = x * slopes[0] + intercepts[0], index = V{};
     POLYTROPE_UNROLL
@@ -755,19 +779,19 @@ struct TropicalRational {
     return entry(index, slopes, n);
   }
   // The slope of the numerator, and from it the result of `backward`: a CPU's registers hold the sums of one of the two.
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V descend_numerator(V x, V g, const T* t, V* sums, int n) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V descend_numerator(V x, V g, const T* t, Sums sums, int n) {
     using S = Number<T>;
     return descend(limited<V, S>(x), g, t, t + n + 1, sums, n);
   }
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V descend_denominator(V x, V g, V slope, const T* t, V* sums, int n) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V descend_denominator(V x, V g, V slope, const T* t, Sums sums, int n) {
     using S = Number<T>;
     slope -= descend(limited<V, S>(x), g, t + 2 * (n + 1), t + 3 * (n + 1), sums + 2 * (n + 1), n);
     return x == x ? g * slope : x;
   }
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int) {
     return descend_denominator(x, g, descend_numerator(x, g, t, sums, n), t, sums, n);
   }
   POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share share = {}) {
@@ -775,17 +799,95 @@ struct TropicalRational {
   }
 };
 
-// (sum_k a_k x^k) / (1 + |sum_{j≥1} b_j x^j|), k = 0…n, j = 1…m: no poles. packed: a[n + 1], b[m].
+// Whether a condition holds for any element.
+POLYTROPE_FUNCTION bool any(bool condition) { return condition; }
+template <class M>
+POLYTROPE_FUNCTION std::enable_if_t<(sizeof(M) > 8), bool> any(M condition) {
+#if defined(__AVX512F__) && !defined(__CUDACC__)
+  if constexpr (sizeof(M) == 64) return _mm512_test_epi32_mask(__m512i(condition), __m512i(condition)) != 0;
+#elif defined(__AVX__) && !defined(__CUDACC__)
+  if constexpr (sizeof(M) == 32) return _mm256_movemask_ps(__m256(condition)) != 0;
+#endif
+  uint64_t words[sizeof(M) / 8], all = 0;
+  __builtin_memcpy(words, &condition, sizeof(M));
+  for (uint64_t word : words) all |= word;
+  return all != 0;
+}
+
+// A number of a table: its own of an element, or the same for all.
+template <class S>
+POLYTROPE_FUNCTION std::enable_if_t<!is_vector<S>, S> number_of(S number, int) {
+  return number;
+}
+template <class V>
+POLYTROPE_FUNCTION std::enable_if_t<is_vector<V>, Number<V>> number_of(V numbers, int lane) {
+  return numbers[lane];
+}
+
+// A rational function far from 0, ±inf too, in powers of 1/x up from its leading terms: nothing overflows but what F does.
+struct FarRational {
+  double value, slope;          // F and dF/dx
+  double sums[2 * max_degree + 1];  // x^k / B, then F x^j sign(B's inner part) / B, for a denominator B
+
+  // v |x|^exponent, step by step: what lies between is between v and the result.
+  POLYTROPE_FUNCTION static double scaled(double v, double size, double inverse, int exponent) {
+    for (; exponent > 0; --exponent) v *= size;
+    for (; exponent < 0; ++exponent) v *= inverse;
+    return v;
+  }
+
+  // own: the coefficients of this element's function.
+  POLYTROPE_HOST_DEVICE POLYTROPE_NOT_INLINE FarRational(double x, const double* own, int n, int m) : sums{} {
+    const double *a = own, *b = own + n, size = absolute(x), u = 1 / x, inverse = absolute(u);
+    int top = n, low = m;  // the degrees without leading zeros
+    while (top > 0 && a[top] == 0) --top;
+    while (low > 0 && b[low] == 0) --low;
+    double p = a[0], p_slope = 0, q = low > 0 ? b[1] : 0;
+    for (int k = 1; k <= top; ++k) p = p * u + a[k], p_slope = p_slope * u + k * a[k];
+    for (int j = 2; j <= low; ++j) q = q * u + b[j];
+    // |x|^low below is B. `mixed` is p' q - p q' without the terms that cancel.
+    const double below = scaled(1, size, inverse, -low) + absolute(q), sign = q < 0 ? -1 : q > 0 ? 1 : 0;
+    double mixed = 0;
+    for (int k = 0; k <= top; ++k) {
+      double row = 0;
+      for (int j = 1; j <= low; ++j) row = row * u + (k - j) * b[j];
+      mixed = mixed * u + a[k] * row;
+    }
+    const auto odd = [&](int power) { return x < 0 && power % 2 ? -1.0 : 1.0; };
+    value = odd(top) * scaled(p / below, size, inverse, top - low);
+    slope = odd(top + 1) * scaled((scaled(p_slope, size, inverse, -low) + sign * mixed) / below / below, size, inverse,
+                                  top - low - 1);
+    for (int k = 0; k <= n; ++k) sums[k] = odd(k) * scaled(1 / below, size, inverse, k - low);
+    for (int j = 1; j <= m; ++j)
+      sums[n + j] = odd(top + low + j) * scaled(sign * p / below / below, size, inverse, top + j - 2 * low);
+  }
+};
+
+// (sum_k a_k x^k) / (1 + |sum_{j≥1} b_j x^j|), k = 0…n, j = 1…m: no poles. packed: a[n + 1], b[m]. Elements far from 0 are
+// computed by FarRational: on a CPU one by one where a vector holds any, on a GPU (V is float) by what calls this, for
+// which `backward` passes over them.
 struct Rational {
   static constexpr int largest_table = 2 * max_degree + 1, largest_sums = 2 * max_degree + 1;
+  static constexpr int far = 16;  // no power of what is nearer to 0 overflows
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int m) { return n + 1 + m; }
   POLYTROPE_FUNCTION static constexpr int sums(int n, int m) { return n + 1 + m; }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m, Share share = {}) {
     for (int k = share.first; k < n + 1 + m; k += share.step) t[k] = S(raw[k]);
   }
+  // visit(lane, FarRational) for each element of a vector that is far from 0.
+  template <class V, class T, class Visit>
+  POLYTROPE_FUNCTION static void each_far(V x, const T* t, int n, int m, const Visit& visit) {
+    for (int lane = 0; lane < int(sizeof(V) / sizeof(x[0])); ++lane) {
+      const double at = x[lane];
+      if (!(absolute(at) > far)) continue;
+      double own[largest_table];
+      for (int k = 0; k <= n + m; ++k) own[k] = number_of(t[k], lane);
+      visit(lane, FarRational(at, own, n, m));
+    }
+  }
   template <class V, class T>
-  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int m) {
+  POLYTROPE_FUNCTION static V near_value(V x, const T* t, int n, int m) {
     using S = Number<T>;
     V top = broadcast<V>(t[n]), below = broadcast<V>(t[n + m]);
     POLYTROPE_UNROLL
@@ -795,7 +897,43 @@ struct Rational {
     return top / (absolute(below * x) + S(1));
   }
   template <class V, class T>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int m) {
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int m) {
+    V y = near_value(x, t, n, m);
+    if constexpr (is_vector<V>)
+      if (__builtin_expect(any(absolute(x) > Number<V>(far)), 0))
+        each_far(x, t, n, m, [&](int lane, const FarRational& f) { y[lane] = Number<V>(f.value); });
+    return y;
+  }
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int m) {
+    using S = Number<V>;
+    if constexpr (std::is_same_v<V, Dual>) {
+      return near_backward(x, g, t, sums, n, m);
+    } else if constexpr (!is_vector<V>) {
+      const bool near = absolute(x) <= S(far) || x != x;
+      return near_backward(near ? x : V{}, near ? g : V{}, t, sums, n, m);
+    } else {
+      const bool some = __builtin_expect(any(absolute(x) > S(far)), 0);
+      const V all = x, seeds = g;
+      if (some) {
+        x = absolute(all) > S(far) ? V{} : x;
+        g = absolute(all) > S(far) ? V{} : g;
+      }
+      V slope = near_backward(x, g, t, sums, n, m);
+      if (some)
+        each_far(all, t, n, m, [&](int lane, const FarRational& f) {
+          slope[lane] = S(seeds[lane] * f.slope);
+          for (int k = 0; k <= n + m; ++k) {
+            V own = V{};
+            own[lane] = S(seeds[lane] * f.sums[k]);
+            sums[k] += own;
+          }
+        });
+      return slope;
+    }
+  }
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V near_backward(V x, V g, const T* t, Sums sums, int n, int m) {
     using S = Number<T>;
     V top = broadcast<V>(t[n]), top_slope = V{}, below = broadcast<V>(t[n + m]), below_slope = V{};
     POLYTROPE_UNROLL
@@ -853,8 +991,8 @@ struct PiecewiseLinear {
     V y = slope * x + intercept;
     return slope == 0 ? (x == x ? intercept : x) : y;
   }
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, V* sums, int n, int) {
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int) {
     using S = Number<T>;
     V slope = broadcast<V>(t[2 * n - 1]), index = V{}, product = g * x;
     for (int k = 1; k < n; ++k) {

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-Array = np.ndarray
-Curve = Callable[[Array], tuple[Array, Array]]  # x → value, slope
+from polytrope.ops.fitting.curves import Array, Curve
+
 _CELLS = 4000
 
 

@@ -51,6 +51,16 @@ class Cosines:
             "phases": np.arctan2(self.sine, self.cosine),
         }
 
+    def harmonic_parameters(self) -> dict[str, Array]:
+        """As the harmonic form writes it: bias + Σ_k (cosines[k] cos(k ω x) + sines[k] sin(k ω x)) / k!"""
+        factorials = np.array([float(math.factorial(k)) for k in range(1, len(self.frequencies) + 1)])
+        return {
+            "bias": np.array(self.bias),
+            "frequency": np.array(self.frequencies[0]),
+            "cosines": self.cosine * factorials,
+            "sines": self.sine * factorials,
+        }
+
 
 def fit_cosines(data: Data, degree: int, intervals: Sequence[Ends], free_ends: bool) -> tuple[Cosines, Ends, float]:
     """Least squares of value and slope at all points, along tangent lines outside the interval.
@@ -76,6 +86,22 @@ def fit_cosines(data: Data, degree: int, intervals: Sequence[Ends], free_ends: b
     return Cosines.of(flat), found, condition
 
 
+def fit_harmonics(data: Data, degree: int, ends: Ends) -> tuple[Cosines, float]:
+    """Least squares of value and slope by the harmonics of one frequency; and the condition number.
+
+    The problem is linear once the frequency is given, which is searched for among periods of 1.05 to 4 intervals.
+    """
+    stretches = list(np.geomspace(1.05, 4.0, 25))
+    best = min((_harmonics(data, degree, ends, stretch) for stretch in stretches), key=lambda start: start[0])
+    step = (4.0 / 1.05) ** (1 / 24)
+    while step > 1.0001:
+        step = math.sqrt(step)
+        stretch = 2 * math.pi / ((ends[1] - ends[0]) * best[1][2 * degree + 1])
+        beside = [_harmonics(data, degree, ends, stretch * factor) for factor in (1 / step, step)]
+        best = min([best, *beside], key=lambda start: start[0])
+    return Cosines.of(best[1]), best[3]
+
+
 def _refined(data: Data, degree: int, intervals: Sequence[Ends], free_ends: bool) -> tuple[Array, Ends, float, float]:
     """Parameters, ends, condition number and sum of squares of the best of two starts on each interval."""
     starts = []
@@ -88,20 +114,22 @@ def _refined(data: Data, degree: int, intervals: Sequence[Ends], free_ends: bool
 
 def _starts(data: Data, degree: int, ends: Ends) -> list[Start]:
     """Linear least squares for the harmonics of several periods."""
-    found = []
-    for stretch in (1.1, 1.5, 2.2, 4.0):
-        frequencies = 2 * math.pi / ((ends[1] - ends[0]) * stretch) * np.arange(1, degree + 1)
-        inside = np.clip(data.x, *ends)
-        values, slopes = _columns(inside, frequencies)
-        matrix = data.rows(values + (data.x - inside)[:, None] * slopes, slopes)
-        triangle, wanted, rest = triangle_of(matrix, data.right)
-        scale = np.linalg.norm(triangle, axis=0)
-        scale[scale == 0.0] = 1.0
-        solution, _, _, singular = np.linalg.lstsq(triangle / scale, wanted, rcond=1e-8)
-        missed = triangle @ (solution / scale) - wanted
-        flat = np.concatenate([solution / scale, frequencies])
-        found.append((rest + float(missed @ missed), flat, ends, float(singular[0] / max(singular[-1], 1e-300))))
-    return found
+    return [_harmonics(data, degree, ends, stretch) for stretch in (1.1, 1.5, 2.2, 4.0)]
+
+
+def _harmonics(data: Data, degree: int, ends: Ends, stretch: float) -> Start:
+    """Linear least squares for the harmonics of a period of so many intervals."""
+    frequencies = 2 * math.pi / ((ends[1] - ends[0]) * stretch) * np.arange(1, degree + 1)
+    inside = np.clip(data.x, *ends)
+    values, slopes = _columns(inside, frequencies)
+    matrix = data.rows(values + (data.x - inside)[:, None] * slopes, slopes)
+    triangle, wanted, rest = triangle_of(matrix, data.right)
+    scale = np.linalg.norm(triangle, axis=0)
+    scale[scale == 0.0] = 1.0
+    solution, _, _, singular = np.linalg.lstsq(triangle / scale, wanted, rcond=1e-8)
+    missed = triangle @ (solution / scale) - wanted
+    flat = np.concatenate([solution / scale, frequencies])
+    return rest + float(missed @ missed), flat, ends, float(singular[0] / max(singular[-1], 1e-300))
 
 
 def _columns(x: Array, frequencies: Array) -> tuple[Array, Array]:

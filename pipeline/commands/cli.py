@@ -267,6 +267,7 @@ def _run_commands(command: _AddCommand) -> None:
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's job server: http://head:8265")
     submit.add_argument("--run-id", metavar="ID", help="name the run (letters, digits, - and _)")
     submit.add_argument("--working-dir", metavar="DIR", default=".", help="directory to pack (default: this one)")
+    submit.add_argument("--dry-run", action="store_true", help="only list what would be sent, and what would not")
     submit.add_argument("--installed", action="store_true", help="use the cluster's polytrope; pack the workflow only")
     submit.add_argument("--wait", action="store_true", help="follow the log until the run ends")
 

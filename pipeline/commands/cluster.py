@@ -12,6 +12,7 @@ from polytrope.pipeline.commands.common import find_run, open_store, store_addre
 from polytrope.pipeline.engine.driver import RunElsewhereError, new_run_id
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch import submit as cluster
+from polytrope.pipeline.launch.package import Package, choose_files
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.workflow.graph import build_graph
 
@@ -21,6 +22,10 @@ def submit(options: argparse.Namespace) -> int:
     workflow = workflow_of(options)
     graph = build_graph(workflow, environment=False)
     store = _shared_store(options, store_address(options, workflow))
+    package = choose_files(Path(options.working_dir).resolve())
+    if options.dry_run:
+        _print_package(package)
+        return EXIT_SUCCESS
     client = cluster.connect(options.address)
     directory = Path(options.working_dir).resolve()
     file = Path(options.workflow).resolve()
@@ -38,11 +43,23 @@ def submit(options: argparse.Namespace) -> int:
     attempt = 1 + max((job.attempt for job in earlier if job.run_id == run_id), default=0)
     job_id = cluster.submit(
         client, arguments, run_id=run_id, attempt=attempt, store=store, workflow=workflow.name,
-        working_directory=directory, installed=options.installed,
+        package=package, installed=options.installed,
     )  # fmt: skip
     print(f"run {run_id}: {workflow.name}, {len(graph)} stages, Ray job {job_id}")
+    if kept := package.left_out.get("credentials"):
+        print(f"  not sent, since they may hold credentials: {', '.join(map(str, sorted(kept)[:8]))}")
     _print_next(run_id, options.address)
     return _follow(client, job_id) if options.wait else EXIT_SUCCESS
+
+
+def _print_package(package: Package) -> None:
+    """What `submit` would send, and what stays here."""
+    for path, size in sorted(package.files.items()):
+        print(f"{size:>12,}  {path}")
+    print(f"{len(package.files)} files, {package.size / 1e6:.1f} MB, from {package.directory}")
+    for reason, paths in package.left_out.items():
+        shown = ", ".join(map(str, sorted(paths)[:8])) + (" …" if len(paths) > 8 else "")
+        print(f"left out ({reason}): {shown}")
 
 
 def _shared_store(options: argparse.Namespace, store: str) -> str:
@@ -154,7 +171,7 @@ def resume(options: argparse.Namespace) -> int:
         arguments.append("--allow-code-change")
     job_id = cluster.submit(
         client, arguments, run_id=job.run_id, attempt=job.attempt + 1, store=store, workflow=job.workflow,
-        working_directory=Path.cwd(),
+        package=choose_files(Path.cwd()),
     )  # fmt: skip
     print(f"run {job.run_id}: attempt {job.attempt + 1}, Ray job {job_id}")
     _print_next(job.run_id, options.address)

@@ -36,6 +36,7 @@ def ui(options: argparse.Namespace) -> int:
             f"there are no results in {uri.removeprefix('sqlite:///')}",
             "`polytrope run WORKFLOW` makes some; `--store DIR` or `--uri URI` looks elsewhere",
         )
+    subprocess.run([sys.executable, "-m", "polytrope.pipeline.tracking.database", uri], check=True)
     port = free_port(options.port)
     print(f"MLflow: http://{options.host}:{port} (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -101,9 +102,16 @@ def _sync(store: Store, directory: Path) -> int:
         print(f"run {name} is being sent to MLflow by another process")
         return EXIT_SUCCESS
     if code == mlflow.EXIT_REFUSED:
-        print(f"run {name} is in MLflow, but for what the server refused:", file=sys.stderr)
-        for line in json.loads((directory / "mlflow.json").read_bytes())["refused"]:
-            print(f"  {line}", file=sys.stderr)
+        cursor = json.loads((directory / "mlflow.json").read_bytes())
+        if cursor["refused"]:
+            print(f"run {name} is in MLflow, but for what the server refused:", file=sys.stderr)
+            for line in cursor["refused"]:
+                print(f"  {line}", file=sys.stderr)
+        if cursor["postponed"]:
+            print(f"run {name} is in MLflow, but for what could not be uploaded:", file=sys.stderr)
+            for item in cursor["postponed"]:
+                print(f"  {item['what']}: {item['reason']}", file=sys.stderr)
+            print("  → try again when its artifact store is well", file=sys.stderr)
         return EXIT_RUN_FAILED
     print(f"polytrope: MLflow has not taken all of run {name}: {reason}", file=sys.stderr)
     print("  → nothing is lost; try again when the server is well", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from polytrope.pipeline.data.description import ImageSample, TokensSample, read_dataset, read_manifest
 from polytrope.pipeline.data.tarfiles import TAR_BLOCK, member_stride, npy_header
 from polytrope.pipeline.errors import UserError
 
@@ -43,14 +43,8 @@ class Reader:
     def __init__(self, directory: Path, cache: Path | None = None) -> None:
         self.directory, self.cache = directory, cache
         self._lock = threading.Lock()
-        try:
-            manifest = json.loads((directory / "manifest.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"cannot read {directory / 'manifest.json'}: {error}", "run the shard stage again"
-            ) from error
-        shards = manifest["shards"]
-        self.fields, self._stride = _layout(manifest["sample"])
+        sample, shards = read_manifest(directory)
+        self.fields, self._stride = _layout(sample)
         # Arrays, not objects: a manifest of a million shards takes tens of megabytes.
         self._paths = np.array([shard["path"] for shard in shards], dtype=np.bytes_)
         self._bytes = np.array([shard["bytes"] for shard in shards], dtype=np.int64)
@@ -172,14 +166,14 @@ class Reader:
         return self.directory / str(self._paths[number], "utf-8")
 
 
-def _layout(sample: dict[str, Any]) -> tuple[dict[str, Field], int]:
+def _layout(sample: TokensSample | ImageSample) -> tuple[dict[str, Field], int]:
     """The parts of a sample, and the bytes from one sample to the next."""
-    if "tokens" in sample:
-        dtype = np.dtype(sample["dtype"]).newbyteorder("<")
-        tokens = Field(TAR_BLOCK, (int(sample["tokens"]),), dtype)
+    if isinstance(sample, TokensSample):
+        dtype = np.dtype(sample.dtype).newbyteorder("<")
+        tokens = Field(TAR_BLOCK, (sample.tokens,), dtype)
         return {"tokens": tokens}, member_stride(tokens.shape[0] * dtype.itemsize)
-    shape = tuple(int(size) for size in sample["image"])
-    header, digits = len(npy_header(shape)), int(sample["label_digits"])
+    shape, digits = sample.image, sample.label_digits
+    header = len(npy_header(shape))
     image_bytes = header + math.prod(shape)
     label_at = member_stride(image_bytes) + TAR_BLOCK
     bytes_ = np.dtype(np.uint8)
@@ -193,12 +187,8 @@ def open_split(dataset_directory: Path, split: str) -> Reader:
     Raises:
         UserError: no such data set or split.
     """
-    path = Path(dataset_directory) / "dataset.json"
-    try:
-        splits = json.loads(path.read_text())["splits"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{dataset_directory} is not a dataset artifact: {error}", "name a `shard` stage") from error
+    splits = read_dataset(Path(dataset_directory)).splits
     if split not in splits:
         raise UserError(f"{dataset_directory} has no split `{split}`", f"it has {', '.join(splits)}")
     cache = os.environ.get(CACHE_VARIABLE)
-    return Reader(Path(dataset_directory) / str(Path(splits[split]["manifest"]).parent), Path(cache) if cache else None)
+    return Reader(Path(dataset_directory) / str(Path(splits[split].manifest).parent), Path(cache) if cache else None)

@@ -97,6 +97,32 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     return Tokenizer(Backend.from_str(text))
 
 
+def same_tokenizer(one: Path, other: Path) -> bool:
+    """Whether two `tokenizer.json` files give every text the same tokens: their content decides, not how it is written.
+
+    Two files of Hugging Face tokenizers are compared by their vocabulary, merges, and how they cut a text.
+    """
+    contents = [json.loads(path.read_bytes()) for path in (one, other)]
+    if contents[0] == contents[1]:
+        return True
+    if any(content.get("kind") == "bytes" for content in contents):
+        return False
+    return _parts(contents[0]) == _parts(contents[1])
+
+
+def _parts(content: dict[str, Any]) -> list[Any]:
+    """What decides the tokens, in one form."""
+    model = content["model"]
+    added = sorted((token["content"], token["id"]) for token in content.get("added_tokens") or [])
+    steps = [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
+    return [model.get("vocab"), _merges(model.get("merges")), added, *steps]
+
+
+def _merges(merges: Any) -> Any:
+    """Pairs, which older files write as one text."""
+    return [merge.split(" ") if isinstance(merge, str) else merge for merge in merges or []]
+
+
 def make_tokenizer(parameters: TokenizerParameters, texts: Iterable[str], directory: Path) -> Tokenizer:
     """Build the tokenizer; a BPE is trained on `texts`.
 

@@ -17,10 +17,14 @@ _ABSENT = "(none)"
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
-def record_environment(directory: Path | None = None) -> dict[str, Any]:
-    """Git state of `directory`, package versions, interpreter, processor, thread variables and command line."""
+def record_environment(directory: Path | None = None, *, keep_diff: bool = False) -> dict[str, Any]:
+    """Git state of `directory`, package versions, interpreter, processor, thread variables and command line.
+
+    Args:
+        keep_diff: see `git_state`.
+    """
     return {
-        "git": git_state(directory or Path.cwd()),
+        "git": git_state(directory or Path.cwd(), keep_diff=keep_diff),
         "packages": package_versions(),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
@@ -56,8 +60,12 @@ def compare_environments(before: Mapping[str, Any], after: Mapping[str, Any]) ->
     return lines
 
 
-def git_state(directory: Path) -> dict[str, Any]:
-    """Commit, whether the tree differs from it, and the difference; {} outside a repository or without git."""
+def git_state(directory: Path, *, keep_diff: bool = False) -> dict[str, Any]:
+    """Commit, whether the tree differs from it, in which files, and the difference's hash; {} without a repository.
+
+    Args:
+        keep_diff: keep the difference itself as well. It may hold what nobody wants to publish: keys in settings.
+    """
     commit = _git(directory, "rev-parse", "HEAD")
     if commit is None:
         return {}
@@ -67,19 +75,18 @@ def git_state(directory: Path) -> dict[str, Any]:
         "commit": commit.strip(),
         "dirty": bool(status.strip()),
         "status": status[:_DIFF_LIMIT],
-        "diff": diff[:_DIFF_LIMIT],
-        "diff_sha256": hashlib.sha256(diff.encode()).hexdigest(),
+        "diff": diff[:_DIFF_LIMIT] if keep_diff else "",
+        "diff_sha256": hashlib.sha256(diff.encode(errors="surrogateescape")).hexdigest(),
     }
 
 
 def _git(directory: Path, *arguments: str) -> str | None:
     try:
-        result = subprocess.run(
-            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=10, check=False
-        )
+        result = subprocess.run(["git", "-C", str(directory), *arguments], capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout if result.returncode == 0 else None
+    # names and content of files need not be UTF-8; what is kept must be text that every reader takes
+    return result.stdout.decode(errors="backslashreplace") if result.returncode == 0 else None
 
 
 def package_versions() -> dict[str, str]:

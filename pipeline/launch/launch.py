@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -24,7 +23,7 @@ from polytrope.pipeline.store.open import open_store
 from polytrope.pipeline.store.store import Store, store_error
 from polytrope.pipeline.support.files import replace_file, safe_name
 from polytrope.pipeline.support.text import format_duration
-from polytrope.pipeline.tracking.process import check_tracking, start_sync, tracking_uri, wait_for_sync
+from polytrope.pipeline.tracking.process import check_tracking, failed_sync, start_sync, tracking_uri, wait_for_sync
 from polytrope.pipeline.workflow.draw import layout, svg
 from polytrope.pipeline.workflow.graph import StageNode, build_graph
 from polytrope.pipeline.workflow.references import resolve_environment
@@ -87,7 +86,7 @@ def run(
         "argv": sys.argv,
         "overrides": list(overrides),
         "files": {} if "files" in options.record else workflow_files(workflow.source),
-        "environment": record_environment(workflow.directory),
+        "environment": record_environment(workflow.directory, keep_diff=workflow.tracking.git_diff),
     }
     try:
         return run_workflow(
@@ -227,9 +226,7 @@ class _Session:
     def _missing_in_mlflow(self, directory: Path) -> str | None:
         """Wait for MLflow; not long if nothing was computed: the process then ends by itself a little later."""
         if all(stage.state in ("cached", "skipped") for stage in self.state.stages.values()):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.sync.wait(_CACHED_PATIENCE)
-            return None
+            return failed_sync(self.sync, directory, _CACHED_PATIENCE)
         return wait_for_sync(self.sync, directory, _SYNC_PATIENCE)
 
 

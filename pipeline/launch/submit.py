@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.launch.package import Package, copy_files
 from polytrope.pipeline.workflow.keys import find_source
 
-_EXCLUDES = [".git", ".venv", "**/__pycache__", ".polytrope", "mlruns", "build", "dist", "*.egg-info", ".*_cache"]
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _MODULE = "python -m polytrope.pipeline.commands.cli"
 
@@ -134,7 +134,7 @@ def submit(
     attempt: int,
     store: str,
     workflow: str,
-    working_directory: Path,
+    package: Package,
     installed: bool = False,
 ) -> str:
     """Start `polytrope ARGUMENTS` as a Ray job; returns the job id.
@@ -146,11 +146,14 @@ def submit(
         attempt: 1 for the first.
         store: address of the store as the cluster sees it.
         workflow: name, for listings.
-        working_directory: packed and made the current directory of the driver (stages of one's own are found there).
+        package: what is sent and made the current directory of the driver (stages of one's own are found there).
         installed: use the polytrope that is installed on the cluster, instead of sending this one's source.
     """
-    environment: dict[str, Any] = {"working_dir": str(working_directory), "excludes": _EXCLUDES}
     with tempfile.TemporaryDirectory(prefix="polytrope-submit-") as temporary:
+        sent = Path(temporary) / "working"
+        sent.mkdir()
+        copy_files(package, sent)
+        environment: dict[str, Any] = {"working_dir": str(sent)}
         if not installed:
             environment["py_modules"] = [str(_package_source(Path(temporary)))]
         with _explained("this address"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import html
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -12,13 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.lineage import read_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import RunState, fold, read
 from polytrope.pipeline.store.manifest import StoredArtifact
 from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.support.pages import count, render_page
 from polytrope.pipeline.support.text import metric_text, suggest
 from polytrope.pipeline.tracking.names import flatten
 
+_TEMPLATE = Path(__file__).with_name("card.html")
 _PACKAGES = ("polytrope", "torch", "deepspeed", "ray", "numpy", "tokenizers", "datasets", "safetensors")
 _CURVES = 12  # of the activation plot
 
@@ -30,6 +31,7 @@ class Section:
     title: str
     text: str = ""
     table: list[list[str]] = field(default_factory=list)
+    code: str = ""
     picture: bytes | None = None
 
 
@@ -54,7 +56,9 @@ def write_card(store: Store, directory: Path, output: Path, stage: str | None = 
         _architecture(model),
         _activation(model),
         _training(model),
+        _lineage(model),
         _results(store, state, model),
+        _use(model),
         _environment(store, model, record),
         _reproduce(directory.name, name, model, record),
     ]
@@ -64,7 +68,8 @@ def write_card(store: Store, directory: Path, output: Path, stage: str | None = 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.suffix == ".html":
-            output.write_text(_html(title, summary, shown), encoding="utf-8")
+            page = render_page(_TEMPLATE, title=title, summary=summary, sections=shown)
+            output.write_text(page, encoding="utf-8")
         else:
             output.write_text(_markdown(title, summary, shown, output), encoding="utf-8")
     except OSError as error:
@@ -185,6 +190,31 @@ def _training(model: StoredArtifact) -> Section:
     return Section("Training", text, _rows(parameters))
 
 
+def _lineage(model: StoredArtifact) -> Section:
+    """What it was made from, and what all of that was trained on."""
+    lineage = read_lineage(model.path)
+    seen = f"{count(lineage.tokens)} tokens" if lineage.tokens is not None else f"{count(lineage.samples)} samples"
+    text = f"Trained on {seen} in all, those of the models it was made from included."
+    if lineage.unknown:
+        text = f"Made from a model from elsewhere; {seen} are what it was trained on here."
+    rows = [["made from", "digest"], *([ancestor.stage, ancestor.digest] for ancestor in lineage.ancestors)]
+    return Section("Lineage", text, rows if lineage.ancestors else [])
+
+
+def _use(model: StoredArtifact) -> Section:
+    """How to load it, and what it is not for."""
+    text = (
+        "A research model: it says what its training data says, and was checked for nothing but the results above. "
+        "It was trained at one size on one data set; what holds here need not hold elsewhere."
+    )
+    code = (
+        "from polytrope.models.checkpoint import load_model\n"
+        f'model = load_model("{model.path.name}")  # the directory of the artifact: polytrope export, or the store\n'
+        "outputs = model(inputs)"
+    )
+    return Section("Use and limits", text, code=code)
+
+
 def _results(store: Store, state: RunState, model: StoredArtifact) -> Section | None:
     """Of every evaluation that read this model, with the other models beside it."""
     for artifact in _artifacts(store, state).values():
@@ -201,7 +231,9 @@ def _results(store: Store, state: RunState, model: StoredArtifact) -> Section | 
         table = [["", *shown]]
         for label, result in evaluation["models"].items():
             mark = " (this model)" if labels.get(label) == model.digest else ""
-            table.append([label + mark, *(metric_text(result[key]) if key in result else "" for key in shown)])
+            table.append(
+                [label + mark, *(metric_text(result[key]) if result.get(key) is not None else "" for key in shown)]
+            )
         protocol = ", ".join(f"{key} {value}" for key, value in evaluation.get("protocol", {}).items())
         return Section("Results", f"On validation data that no training read: {protocol}.", table)
     return None
@@ -242,46 +274,10 @@ def _markdown(title: str, summary: str, sections: Sequence[Section], output: Pat
             head, *rows = section.table
             lines = [head, ["---"] * len(head), *rows]
             parts.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines))
+        if section.code:
+            parts.append(f"```python\n{section.code}\n```")
         if section.picture is not None:
             picture = output.with_name(f"{output.stem}-{section.title.lower()}.png")
             picture.write_bytes(section.picture)
             parts.append(f"![{section.title}]({picture.name})")
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#1c2430}"
-    "table{border-collapse:collapse;margin:.6rem 0}td,th{border:1px solid #e4e8ee;padding:.2rem .6rem;text-align:left}"
-    "code{background:#f4f6f9;padding:.1rem .25rem;overflow-wrap:anywhere}img{max-width:100%}"
-)
-
-
-def _html(title: str, summary: str, sections: Sequence[Section]) -> str:
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(summary)}</p>"]
-    for section in sections:
-        parts.append(f"<h2>{html.escape(section.title)}</h2>")
-        lines = section.text.strip().splitlines()
-        if lines and lines[0].startswith("- "):
-            parts.append("<ul>" + "".join(f"<li>{_code(line[2:])}</li>" for line in lines) + "</ul>")
-        elif lines:
-            parts.append(f"<p>{_code(' '.join(lines))}</p>")
-        if section.table:
-            head, *rows = section.table
-            parts.append("<table>")
-            if any(head):
-                parts.append("<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>")
-            for row in rows:
-                parts.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
-            parts.append("</table>")
-        if section.picture is not None:
-            data = base64.b64encode(section.picture).decode()
-            parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">')
-    body = "\n".join(parts)
-    preamble = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{preamble}</head><body>\n{body}\n</body></html>\n'
-
-
-def _code(text: str) -> str:
-    """Escaped, with `…` as code."""
-    pieces = html.escape(text).split("`")
-    return "".join(f"<code>{piece}</code>" if index % 2 else piece for index, piece in enumerate(pieces))

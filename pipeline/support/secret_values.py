@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import quote, quote_plus
+
+_SHORTEST_LINE = 12  # characters: a line of a longer secret (of a key in PEM form) that is hidden where it stands alone
 
 
 def hider(secrets: Mapping[str, str]) -> Callable[[str], str]:
-    """A function that replaces every secret value in a text by `${env.NAME}`."""
-    values = sorted(((value, name) for name, value in secrets.items() if value), key=lambda item: -len(item[0]))
+    """A function that replaces every secret value in a text by `${env.NAME}`, in whatever form it was written."""
+    forms = {form: name for name, value in secrets.items() for form in _forms(value)}
+    longest_first = sorted(forms.items(), key=lambda item: -len(item[0]))
 
     def hide(text: str) -> str:
-        for value, name in values:
-            text = text.replace(value, f"${{env.{name}}}")
+        for form, name in longest_first:
+            if form in text:
+                text = text.replace(form, f"${{env.{name}}}")
         return text
 
     return hide
+
+
+def _forms(value: str) -> set[str]:
+    """As it is, as in its `repr`, in JSON (of ASCII or not), in a URL; and each long line of one with several."""
+    if not value:
+        return set()
+    forms = {
+        value,
+        value.strip(),
+        repr(value)[1:-1],
+        json.dumps(value)[1:-1],
+        json.dumps(value, ensure_ascii=False)[1:-1],
+        quote(value, safe="", errors="surrogateescape"),
+        quote(value, errors="surrogateescape"),
+        quote_plus(value, errors="surrogateescape"),
+    }
+    lines = [line.strip() for line in value.splitlines()]
+    if len(lines) > 1:
+        forms.update(line for line in lines if len(line) >= _SHORTEST_LINE)
+    return {form for form in forms if form}
 
 
 def hide_in(value: Any, hide: Callable[[str], str], plain_keys: int = 0) -> Any:

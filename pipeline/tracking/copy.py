@@ -4,76 +4,36 @@ How far the copy is stands in the run's `mlflow.json`. Whoever goes on from ther
 every curve; MLflow itself ignores a point that it has already, so that what a server took without saying so (it hung,
 or died after the commit) is neither lost nor doubled. Runs that were made twice in that way are found and removed.
 
-An error is one of two kinds. A server that is away, slow or broken: everything stops and is tried again from the
-cursor. A request that this server will never take (a deleted run, a missing right to register models): it is noted in
-`refused` and the rest goes on.
+Files that the artifact store does not take are postponed: everything else arrives, and later passes try them again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlparse
+from typing import Any
 
-import requests
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Metric, Run, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import Event, JournalReader, RunState, fold
 from polytrope.pipeline.runs.lease import current
 from polytrope.pipeline.runs.spool import SpoolEvent, SpoolReader
 from polytrope.pipeline.store.store import Store
-from polytrope.pipeline.support.files import replace_file
 from polytrope.pipeline.tracking import description as mlflow_summary
-from polytrope.pipeline.tracking.names import (
-    METRICS_PER_REQUEST,
-    PARAMETER_LENGTH,
-    PARAMETERS_PER_REQUEST,
-    TAG_LENGTH,
-    flatten,
-    milliseconds,
-    mlflow_name,
-    number,
-    parent_folder,
-    step_number,
-)
+from polytrope.pipeline.tracking.cursor import Postponed, Shown, read_cursor
+from polytrope.pipeline.tracking.curves import Curves
+from polytrope.pipeline.tracking.names import METRICS_PER_REQUEST, TAG_LENGTH, milliseconds, printable
+from polytrope.pipeline.tracking.server import Server, is_permanent, one_line
+from polytrope.pipeline.tracking.shown import show
 
-CURSOR_FILE = "mlflow.json"
 GRAPH_FILE = "graph.svg"
 _STATUS = {"succeeded": "FINISHED", "cached": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the pages for training, not for prompts
-_REFUSALS = 50  # that are kept
-# Of MLflow's codes, those that no second try changes. Not BAD_REQUEST: a lost database connection is reported so.
-_PERMANENT = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "PERMISSION_DENIED"}
-_log = logging.getLogger("polytrope.mlflow")
-
-
-class Latest(NamedTuple):
-    """The newest point of a curve. `time` in milliseconds."""
-
-    step: int
-    time: int
-    value: float
-
-
-def is_permanent(error: Exception) -> bool:
-    """Whether the server will answer the same request in the same way for ever."""
-    if isinstance(error, MlflowException):
-        return error.error_code in _PERMANENT
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        status = error.response.status_code
-        return 400 <= status < 500 and status not in (401, 403, 408, 425, 429)
-    if isinstance(error, requests.RequestException):
-        return False
-    return isinstance(error, ValueError | TypeError | LookupError | AttributeError | ImportError | FileNotFoundError)
 
 
 class Copy:
@@ -88,23 +48,15 @@ class Copy:
     def __init__(self, run_directory: Path, uri: str, experiment: str = "") -> None:
         self.directory = run_directory
         self.store = Store(run_directory.parent.parent)
-        self.client = MlflowClient(tracking_uri=uri)
         self.uri = uri
         self.experiment_name = experiment
-        self.cursor: dict[str, Any] = {
-            "children": {},
-            "events": 0,
-            "spool": {},
-            "pending": {},
-            "ended": [],
-            "failed": [],
-            "refused": [],
-        }
-        self.cursor |= read_cursor(run_directory, uri)
-        self.cursor["server"] = server_name(uri)
+        self.cursor = read_cursor(run_directory, uri)
+        self.server = Server(uri, self.cursor)
+        self.client = self.server.client
+        self.curves = Curves(self.server)
         self.journal = JournalReader(run_directory)
         self.events: list[Event] = []
-        self.latest: dict[str, dict[str, Latest]] = {}  # MLflow run → curve → newest point
+        self.first = True
         self.found: dict[str | None, str] | None = None  # stage (None: the parent) → MLflow run, as the server has it
 
     # -- the pass --------------------------------------------------------------------------------------------------
@@ -114,59 +66,53 @@ class Copy:
         self.events += self.journal.read_new()
         if not self.events:
             return False
-        before = json.dumps(self.cursor)
+        before = self.cursor.model_copy(deep=True)
         self._ensure_parent()
-        for event in self.events[self.cursor["events"] :]:
+        for event in self.events[self.cursor.events :]:
             if event.type in ("stage_succeeded", "stage_failed", "stage_cancelled"):
                 self._copy_spool()  # what a stage said comes before its end
             self._copy_event(event)
-            self.cursor["events"] += 1
+            self.cursor.events += 1
             self._save()
         self._copy_spool()
-        return before != json.dumps(self.cursor)
+        if self.first or self.complete:
+            self._show_postponed()
+        self.first = False
+        return before != self.cursor
 
     @property
     def complete(self) -> bool:
         """Whether the run has ended and all of it has been sent."""
-        return fold(self.events, RunState()).done and self.cursor["events"] == len(self.events)
+        return fold(self.events, RunState()).done and self.cursor.events == len(self.events)
 
     def close(self) -> None:
         """The copy is complete: remove what a hanging server made twice, and say so in the cursor."""
         self.found = None
         self._existing()
-        self.cursor["closed"] = self.cursor["events"]
+        self.cursor.closed = self.cursor.events
         self._save()
 
     def interrupt(self) -> None:
         """The driver is gone without a last word: nothing stays RUNNING."""
-        if "parent" not in self.cursor:
+        if self.cursor.parent is None:
             return
         lease = current(self.directory)
         end = milliseconds(lease.renewed if lease is not None else self.events[-1].time)
-        for stage, run_id in self.cursor["children"].items():
-            if stage not in self.cursor["ended"]:
+        for stage, run_id in self.cursor.children.items():
+            if stage not in self.cursor.ended:
                 self._attempt(f"the end of {stage}", self._end, run_id, "KILLED", end)
-        self._attempt("the end of the run", self._end, self.cursor["parent"], "KILLED", end)
+        self._attempt("the end of the run", self._end, self.cursor.parent, "KILLED", end)
         self.close()
 
     def _end(self, run_id: str, status: str, end: int) -> None:
         self.client.set_terminated(run_id, status, end_time=end)
 
     def _save(self) -> None:
-        replace_file(self.directory / CURSOR_FILE, json.dumps(self.cursor, indent=1).encode())
+        self.cursor.save(self.directory)
 
     def _attempt(self, what: str, request: Callable[..., Any], *arguments: Any, **options: Any) -> None:
         """Send one thing; if the server will never take it, note that and go on."""
-        try:
-            request(*arguments, **options)
-        except Exception as error:
-            if not is_permanent(error):
-                raise
-            line = f"{what}: {' '.join(str(error).split())[:300]}"
-            _log.warning("MLflow refuses %s", line)
-            refused = self.cursor["refused"]
-            if line not in refused and len(refused) < _REFUSALS:
-                refused.append(line)
+        self.server.attempt(what, request, *arguments, **options)
 
     # -- runs ------------------------------------------------------------------------------------------------------
 
@@ -179,7 +125,7 @@ class Copy:
             return self.found
         began = milliseconds(self.events[0].time)
         all_runs = list(self._search(self.directory.name))
-        parents = {self.cursor.get("parent")} | {
+        parents = {self.cursor.parent} | {
             run.info.run_id
             for run in all_runs
             if "polytrope.stage" not in run.data.tags and run.info.start_time == began
@@ -190,7 +136,7 @@ class Copy:
                 runs.setdefault(run.data.tags.get("polytrope.stage"), []).append(run.info.run_id)
         self.found = {}
         for stage, identifiers in runs.items():
-            known = self.cursor.get("parent") if stage is None else self.cursor["children"].get(stage)
+            known = self.cursor.parent if stage is None else self.cursor.children.get(stage)
             kept = known if known in identifiers else min(identifiers)
             self.found[stage] = kept
             for identifier in identifiers:
@@ -202,7 +148,7 @@ class Copy:
         token = None
         while True:
             page = self.client.search_runs(
-                [self.cursor["experiment"]], f"tags.`polytrope.run_id` = '{run_id}'", max_results=1000, page_token=token
+                [self.cursor.experiment], f"tags.`polytrope.run_id` = '{run_id}'", max_results=1000, page_token=token
             )
             yield from page
             token = page.token
@@ -211,12 +157,12 @@ class Copy:
 
     def _create(self, name: str, moment: float, tags: Mapping[str, str]) -> str:
         run = self.client.create_run(
-            self.cursor["experiment"],
+            self.cursor.experiment,
             start_time=milliseconds(moment),
             run_name=name,
-            tags={key: value[:TAG_LENGTH] for key, value in tags.items()},
+            tags={key: printable(value)[:TAG_LENGTH] for key, value in tags.items()},
         )
-        self.latest[run.info.run_id] = {}
+        self.curves.begin(run.info.run_id)
         return str(run.info.run_id)
 
     def _ensure_parent(self) -> None:
@@ -224,12 +170,12 @@ class Copy:
             return
         record = self._record()
         workflow, run_id = record["workflow"], self.directory.name
-        if "experiment" not in self.cursor:
-            self.cursor["experiment"] = self._experiment(self.experiment_name or str(workflow["name"]))
+        if self.cursor.experiment is None:
+            self.cursor.experiment = self._experiment(self.experiment_name or str(workflow["name"]))
         existing = self._existing()
-        if "parent" in self.cursor:
+        if self.cursor.parent is not None:
             return
-        self.cursor["parent"] = existing.get(None) or self._create(
+        self.cursor.parent = existing.get(None) or self._create(
             run_id,
             self.events[0].time,
             {
@@ -269,13 +215,13 @@ class Copy:
 
     def _child(self, stage: str, moment: float, tags: Mapping[str, Any]) -> str:
         """The MLflow run of a stage; the same one for every attempt at it."""
-        children = self.cursor["children"]
+        children = self.cursor.children
         if stage not in children:
             children[stage] = self._existing().get(stage) or self._create(
                 stage,
                 moment,
                 {
-                    "mlflow.parentRunId": self.cursor["parent"],
+                    "mlflow.parentRunId": self.cursor.parent or "",
                     "polytrope.kind": "stage",
                     "polytrope.run_id": self.directory.name,
                     "polytrope.stage": stage,
@@ -283,7 +229,7 @@ class Copy:
             )
             self._save()
         child: str = children[stage]
-        texts = {key: str(value)[:TAG_LENGTH] for key, value in tags.items() if value not in (None, "")}
+        texts = {key: printable(str(value))[:TAG_LENGTH] for key, value in tags.items() if value not in (None, "")}
         if texts:
             entities = [RunTag(key, text) for key, text in texts.items()]
             self._attempt(f"tags of {stage}", self.client.log_batch, child, tags=entities)
@@ -302,16 +248,16 @@ class Copy:
                 stage, event.time, {"polytrope.key": event.get("key"), "polytrope.attempt": event.get("attempt", 1)}
             )
             self._attempt(f"the start of {stage}", self.client.update_run, child, status="RUNNING")
-            if stage in self.cursor["ended"]:
-                self.cursor["ended"].remove(stage)
-            self._params(child, (event.get("components") or {}).get("parameters", {}))
+            if stage in self.cursor.ended:
+                self.cursor.ended.remove(stage)
+            self.curves.parameters(child, (event.get("components") or {}).get("parameters", {}))
         elif stage is not None and event.type in ("stage_succeeded", "stage_cached"):
             self._copy_result(stage, event)
         elif stage is not None and event.type in ("stage_failed", "stage_cancelled"):
-            if event.type == "stage_failed" or stage in self.cursor["children"]:
+            if event.type == "stage_failed" or stage in self.cursor.children:
                 error = (event.get("error") or {}).get("message") or event.get("reason")
                 child = self._child(stage, event.time, {"polytrope.error": error})
-                self.cursor["failed"].append(stage)
+                self.cursor.failed.append(stage)
                 self._terminate(stage, child, _STATUS[event.type.removeprefix("stage_")], event.time)
         elif stage is not None and event.type == "stage_skipped":
             child = self._child(stage, event.time, {"polytrope.skipped": event.get("reason")})
@@ -319,30 +265,21 @@ class Copy:
 
     def _start(self, event: Event) -> None:
         """A new attempt at the run: (again) running, with what decides it."""
-        parent = self.cursor["parent"]
+        parent = self.cursor.parent
+        assert parent is not None  # `_ensure_parent` came before
         record = self._record()
         environment = record.get("environment") or {}
         git = environment.get("git") or {}
-        packages = environment.get("packages") or {}
-        texts = {
-            "workflow.json": json.dumps(record["workflow"], indent=2),
-            "environment.json": json.dumps({**environment, "git": {**git, "diff": "see git.diff"}}, indent=2),
-            "requirements.txt": "".join(f"{name}=={version}\n" for name, version in packages.items()),
-            "git.diff": git.get("diff") or "",
-        }
-        graph = self.directory / GRAPH_FILE
-        if graph.exists():
-            texts[GRAPH_FILE] = graph.read_text(encoding="utf-8")
         tags = {"polytrope.attempt": str(event.get("attempt", 1))}
         if git:
             tags |= {"mlflow.source.git.commit": git["commit"], "git.dirty": str(git["dirty"]).lower()}
         self._attempt("the start of the run", self.client.update_run, parent, status="RUNNING")
         entities = [RunTag(key, value[:TAG_LENGTH]) for key, value in tags.items()]
         self._attempt("tags of the run", self.client.log_batch, parent, tags=entities)
-        self._params(parent, record["workflow"].get("params", {}))
-        for name, text in texts.items():
+        self.curves.parameters(parent, record["workflow"].get("params", {}))
+        for name, text in self._texts().items():
             if text:
-                self._attempt(name, self.client.log_text, parent, text, name)
+                self._send_file(Postponed(what=name, name=name))
 
     def _copy_result(self, stage: str, event: Event) -> None:
         cached = event.type == "stage_cached"
@@ -358,81 +295,122 @@ class Copy:
         if cached:
             tags |= {"polytrope.source_run": source, "mlflow.note.content": self._origin(origin, source)}
         child = self._child(stage, event.time, tags)
-        if stage in self.cursor["failed"]:
-            self.cursor["failed"] = [name for name in self.cursor["failed"] if name != stage]
+        if stage in self.cursor.failed:
+            self.cursor.failed = [name for name in self.cursor.failed if name != stage]
             self._attempt(f"tags of {stage}", self.client.delete_tag, child, "polytrope.error")
         if artifact is not None:
-            self._params(child, artifact.components.get("parameters", {}))
+            self.curves.parameters(child, artifact.components.get("parameters", {}))
         if cached:
             self._repeat(stage, child, origin, source)
-        self._summary(child, event.get("summary") or {}, event.time)
-        for item in self.cursor["pending"].pop(stage, []):
+        self.curves.summary(child, event.get("summary") or {}, event.time)
+        for shown in self.cursor.pending.pop(stage, []):
             if artifact is not None:
-                self._attempt(
-                    f"{item['kind']} {item.get('path') or item.get('name')} of {stage}",
-                    self._show,
-                    stage,
-                    child,
-                    item,
-                    artifact.path,
-                    cached,
-                )
+                what = f"{shown.name} of {stage}"
+                self._send_file(Postponed(what=what, stage=stage, key=artifact.key, cached=cached, shown=shown))
         self._terminate(stage, child, "FINISHED", event.time)
 
     def _origin(self, stage: str, source: str) -> str:
         """Markdown that leads to the run that computed a cached stage."""
         text = f"Taken from the store: computed by run `{source}`."
         there = read_cursor(self.store.runs / source, self.uri)
-        if stage not in there.get("children", {}):
+        if there.experiment is None or stage not in there.children:
             return text
-        return f"{text} See [{stage}]({mlflow_summary.address(there['experiment'], there['children'][stage])}) there."
+        return f"{text} See [{stage}]({mlflow_summary.address(there.experiment, there.children[stage])}) there."
 
     def _repeat(self, stage: str, child: str, origin: str, source: str) -> None:
         """What a cached stage said when another run computed it: its curves can be seen and compared here, too."""
-        self.cursor["pending"].pop(stage, None)
+        self.cursor.pending.pop(stage, None)
         metrics: list[Metric] = []
         for said in SpoolReader(self.store.runs / source / "spool", stage=origin).read_new():
             if said.event["kind"] == "metrics":
-                metrics += self._new_points(child, said)
+                metrics += self.curves.new_points(child, said)
             elif said.event["kind"] == "params":
-                self._params(child, said.event["values"])
+                self.curves.parameters(child, said.event["values"])
             else:
                 self._keep_for_later(said._replace(stage=stage))
-        self._send(child, metrics)
+        self.curves.send(child, metrics)
 
-    def _show(self, stage: str, child: str, item: Mapping[str, Any], files: Path, cached: bool) -> None:
-        if item["kind"] == "artifact":
-            path = files / item["path"]
-            target = self.cursor["parent"] if item.get("parent") else child
-            if not path.exists():
-                raise FileNotFoundError(f"the stage wrote no {item['path']}")
-            if cached and not item.get("parent"):
-                return  # a cached stage's own artifacts are with the run that computed it
-            relative = Path(parent_folder(stage) if item.get("parent") else "") / item["path"]
-            place = relative if path.is_dir() else relative.parent
-            log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-            log(target, str(path), None if str(place) == "." else str(place))
-        elif item["kind"] == "dataset":
-            self._dataset(child, item)
-        elif item["kind"] == "model" and not cached:
-            self._register(child, item, files / item["path"], stage)
+    def _send_file(self, item: Postponed) -> None:
+        """Send a file; if only that fails (an artifact store that this machine cannot write), it waits."""
+        try:
+            if item.name is None:
+                self._show(item)
+            elif item.name.startswith("comparison/"):
+                self._compare(item.name.removeprefix("comparison/"))
+            else:
+                self.client.log_text(self.cursor.parent, self._texts()[item.name], item.name)
+        except Exception as error:
+            if is_permanent(error):
+                self.server.refuse(item.what, error)
+            else:
+                self.client.search_experiments(max_results=1)  # raises if it is the server itself that is away
+                self.cursor.postponed = [*self.cursor.postponed, item.model_copy(update={"reason": one_line(error)})]
+
+    def _show(self, item: Postponed) -> None:
+        artifact = self.store.load(item.key)
+        if artifact is None:
+            raise FileNotFoundError(f"its artifact {item.key[:12]} is no longer in the store")
+        assert item.shown is not None
+        show(
+            self.client,
+            item.shown,
+            stage=item.stage,
+            child=self.cursor.children[item.stage],
+            parent=self.cursor.parent or "",
+            run_id=self.directory.name,
+            files=artifact.path,
+            cached=item.cached,
+        )
+
+    def _texts(self) -> dict[str, str]:
+        """Files about the run as a whole, by name."""
+        record = self._record()
+        environment = record.get("environment") or {}
+        git = environment.get("git") or {}
+        packages = environment.get("packages") or {}
+        texts = {
+            "workflow.json": json.dumps(record["workflow"], indent=2),
+            "environment.json": json.dumps({**environment, "git": {**git, "diff": "see git.diff"}}, indent=2),
+            "requirements.txt": "".join(f"{name}=={version}\n" for name, version in packages.items()),
+            "git.diff": git.get("diff") or "",
+        }
+        graph = self.directory / GRAPH_FILE
+        if graph.exists():
+            texts[GRAPH_FILE] = graph.read_text(encoding="utf-8")
+        return texts
+
+    def _show_postponed(self) -> None:
+        """Try again what could not be shown."""
+        waiting = self.cursor.postponed
+        self.cursor.postponed = []
+        for number, item in enumerate(waiting):
+            try:
+                self._send_file(item)
+            except Exception:
+                self.cursor.postponed = [*self.cursor.postponed, *waiting[number:]]
+                self._save()
+                raise
+        if waiting:
+            self._save()
 
     def _finish(self, event: Event) -> None:
-        parent = self.cursor["parent"]
-        for stage, child in self.cursor["children"].items():
-            if stage not in self.cursor["ended"]:
+        parent, experiment = self.cursor.parent, self.cursor.experiment
+        assert parent is not None  # `_ensure_parent` came before
+        assert experiment is not None
+        for stage, child in self.cursor.children.items():
+            if stage not in self.cursor.ended:
                 self._terminate(stage, child, "KILLED", event.time)
         graph = self.directory / GRAPH_FILE
         if graph.exists() and any(earlier.type == "stages_returned" for earlier in self.events):
-            self._attempt(GRAPH_FILE, self.client.log_text, parent, graph.read_text(encoding="utf-8"), GRAPH_FILE)
+            self._send_file(Postponed(what=GRAPH_FILE, name=GRAPH_FILE))
         state = fold(self.events, RunState())
-        for name, stage in state.stages.items():
-            self._summary(parent, {f"{name}/{key}": value for key, value in stage.summary.items()}, event.time)
-        for name, comparison in mlflow_summary.comparisons(state).items():
-            self._attempt(f"comparison of {name}", self._compare, parent, name, comparison)
+        for name, ended in state.stages.items():
+            self.curves.summary(parent, {f"{name}/{key}": value for key, value in ended.summary.items()}, event.time)
+        for name in mlflow_summary.comparisons(state):
+            self._send_file(Postponed(what=f"comparison of {name}", name=f"comparison/{name}"))
         status = str(event.get("status", "failed"))
         note = mlflow_summary.describe(
-            state, self._record(), status, self.cursor["experiment"], parent, self.cursor["children"], TAG_LENGTH
+            state, self._record(), status, experiment, parent, self.cursor.children, TAG_LENGTH
         )
         self._attempt("the description", self.client.set_tag, parent, "mlflow.note.content", note)
         self._attempt(
@@ -443,164 +421,46 @@ class Copy:
             milliseconds(event.time),
         )
 
-    def _compare(self, parent: str, name: str, comparison: mlflow_summary.Comparison) -> None:
-        self.client.log_text(parent, comparison.csv(), f"comparison/{name}.csv")
+    def _compare(self, name: str) -> None:
+        comparison = mlflow_summary.comparisons(fold(self.events, RunState()))[name]
+        self.client.log_text(self.cursor.parent, comparison.csv(), f"comparison/{name}.csv")
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / f"{name}.png"
             path.write_bytes(mlflow_summary.draw(comparison))
-            self.client.log_artifact(parent, str(path), "comparison")
+            self.client.log_artifact(self.cursor.parent, str(path), "comparison")
 
     def _terminate(self, stage: str, child: str, status: str, moment: float) -> None:
         self._attempt(f"the end of {stage}", self._end, child, status, milliseconds(moment))
-        if stage not in self.cursor["ended"]:
-            self.cursor["ended"].append(stage)
+        if stage not in self.cursor.ended:
+            self.cursor.ended.append(stage)
 
     # -- what stages said --------------------------------------------------------------------------------------------
 
     def _copy_spool(self) -> None:
-        offsets = dict(self.cursor["spool"])
+        offsets = dict(self.cursor.spool)
         waiting: dict[str, list[Metric]] = {}
         for said in SpoolReader(self.directory / "spool", offsets).read_new():
-            child = self.cursor["children"].get(said.stage) or self._child(said.stage, said.event["time"], {})
+            child = self.cursor.children.get(said.stage) or self._child(said.stage, said.event["time"], {})
             if said.event["kind"] == "metrics":
                 metrics = waiting.setdefault(child, [])
-                metrics += self._new_points(child, said)
+                metrics += self.curves.new_points(child, said)
                 if len(metrics) >= METRICS_PER_REQUEST:
-                    self._send(child, waiting.pop(child))
+                    self.curves.send(child, waiting.pop(child))
             elif said.event["kind"] == "params":
-                self._params(child, said.event["values"])
+                self.curves.parameters(child, said.event["values"])
             else:
                 self._keep_for_later(said)
         for child, metrics in waiting.items():
-            self._send(child, metrics)
-        if offsets != self.cursor["spool"]:
-            self.cursor["spool"] = offsets
+            self.curves.send(child, metrics)
+        if offsets != self.cursor.spool:
+            self.cursor.spool = offsets
             self._save()
 
     def _keep_for_later(self, said: SpoolEvent) -> None:
         """Files can be shown when the stage has committed them; an earlier attempt's wishes are void."""
         if said.event["kind"] not in ("artifact", "dataset", "model"):
             return
-        item = {**said.event, "attempt": said.attempt}
-        kept = [old for old in self.cursor["pending"].get(said.stage, []) if old["attempt"] == said.attempt]
-        if item not in kept:
-            self.cursor["pending"][said.stage] = [*kept, item]
-
-    def _send(self, run_id: str, metrics: list[Metric]) -> None:
-        for start in range(0, len(metrics), METRICS_PER_REQUEST):
-            batch = metrics[start : start + METRICS_PER_REQUEST]
-            self._attempt(
-                f"{len(batch)} points of {batch[0].key} and others",
-                self.client.log_batch,
-                run_id,
-                metrics=batch,
-            )
-
-    def _new_points(self, child: str, said: SpoolEvent) -> Iterator[Metric]:
-        """The points of one event that MLflow does not have: a resumed training says some steps again."""
-        moment, step = milliseconds(said.event["time"]), said.event.get("step")
-        curves = self._curves(child)
-        for name, value in said.event["values"].items():
-            name, value = mlflow_name(name), number(value)
-            latest = curves.get(name)
-            point = Latest(step_number(step), moment, value)
-            if latest is not None:
-                old = point.step <= latest.step if step is not None else (moment < latest.time or point == latest)
-                if old:
-                    continue
-            curves[name] = point
-            yield Metric(name, value, moment, point.step)
-
-    def _curves(self, run_id: str) -> dict[str, Latest]:
-        """The newest point of every curve; the server is asked once for a run that somebody else began."""
-        if run_id not in self.latest:
-            self._attempt("a question for its curves", self._ask, run_id)
-        return self.latest.setdefault(run_id, {})
-
-    def _ask(self, run_id: str) -> None:
-        metrics = self.client.get_run(run_id).data._metric_objs
-        self.latest[run_id] = {item.key: Latest(item.step, item.timestamp, item.value) for item in metrics}
-
-    def _summary(self, run_id: str, values: Mapping[str, float], moment: float) -> None:
-        """Figures of a stage as a whole: sent if they differ from the newest ones, and never as a point of a curve."""
-        if not values:
-            return
-        curves, metrics = self._curves(run_id), []
-        for key, figure in values.items():
-            name, value = mlflow_name(key), number(figure)
-            latest = curves.get(name)
-            if latest is None or (latest.step == 0 and latest.value != value and value == value):
-                curves[name] = Latest(0, milliseconds(moment), value)
-                metrics.append(Metric(name, value, milliseconds(moment), 0))
-        self._send(run_id, metrics)
-
-    def _params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        if values:
-            self._attempt(f"parameter {next(iter(values))} and others", self._send_params, run_id, values)
-
-    def _send_params(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Parameters are immutable in MLflow: what it has already is left as it is."""
-        flat = {mlflow_name(key): text[:PARAMETER_LENGTH] for key, text in flatten(values).items()}
-        have = self.client.get_run(run_id).data.params
-        new = [Param(key, text) for key, text in flat.items() if key not in have]
-        for start in range(0, len(new), PARAMETERS_PER_REQUEST):
-            self.client.log_batch(run_id, params=new[start : start + PARAMETERS_PER_REQUEST])
-
-    def _dataset(self, child: str, item: Mapping[str, Any]) -> None:
-        dataset = Dataset(
-            name=item["name"][:500],
-            digest=item["digest"][:36],
-            source_type="polytrope",
-            source=json.dumps({"uri": item["source"]}),
-            profile=json.dumps(item["profile"])[:60_000],
-        )
-        self.client.log_inputs(child, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
-
-    def _register(self, child: str, item: Mapping[str, Any], directory: Path, stage: str) -> None:
-        """Upload the model directory and register it as a new version with the alias, once per MLflow run."""
-        from polytrope.pipeline.tracking.served_model import write_model
-
-        name, alias = item["name"], item["alias"]
-        try:
-            self.client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        versions = self._versions(name, child)
-        if not versions:
-            with tempfile.TemporaryDirectory() as temporary:
-                write_model(Path(temporary) / "model", directory)
-                self.client.log_artifacts(child, str(Path(temporary) / "model"), "model")
-            source = f"{self.client.get_run(child).info.artifact_uri}/model"
-            self.client.create_model_version(
-                name,
-                source,
-                run_id=child,
-                tags={"polytrope.run_id": self.directory.name, "polytrope.stage": stage},
-                description=f"stage `{stage}` of run `{self.directory.name}`",
-            )
-            versions = self._versions(name, child)
-        for double in versions[1:]:  # of a hanging server
-            self.client.delete_model_version(name, double)
-        self.client.set_registered_model_alias(name, alias, versions[0])
-
-    def _versions(self, name: str, child: str) -> list[str]:
-        found = self.client.search_model_versions(f"run_id = '{child}'")  # a name may hold quotes
-        return sorted((str(version.version) for version in found if version.name == name), key=int)
-
-
-def server_name(uri: str) -> str:
-    """Tells servers apart without keeping their passwords."""
-    parsed = urlparse(uri)
-    return hashlib.sha256(f"{parsed.scheme}://{parsed.netloc.rpartition('@')[2]}{parsed.path}".encode()).hexdigest()[
-        :16
-    ]
-
-
-def read_cursor(run_directory: Path, uri: str) -> dict[str, Any]:
-    """What has been sent of a run to this server; {} if nothing."""
-    try:
-        cursor = dict(json.loads((run_directory / CURSOR_FILE).read_bytes()))
-    except FileNotFoundError:
-        return {}
-    return cursor if cursor.get("server") == server_name(uri) else {}
+        shown = Shown(attempt=said.attempt, event=said.event)
+        kept = [old for old in self.cursor.pending.get(said.stage, []) if old.attempt == said.attempt]
+        if shown not in kept:
+            self.cursor.pending[said.stage] = [*kept, shown]

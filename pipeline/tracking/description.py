@@ -118,7 +118,7 @@ def describe(
     took = "" if state.started is None or state.ended is None else f" in {format_duration(state.ended - state.started)}"
     facts = [f"**{status}**{took}", f"run `{state.run_id or parent}`", f"workflow `{workflow['name']}`"]
     if git:
-        facts.append(f"commit `{git['commit'][:10]}`" + (" with changes (git.diff)" if git["dirty"] else ""))
+        facts.append(f"commit `{git['commit'][:10]}`" + (" with uncommitted changes" if git["dirty"] else ""))
     sections = [" · ".join(facts)]
     if workflow.get("description"):
         sections.insert(0, str(workflow["description"]))

@@ -12,6 +12,7 @@ from typing import Any
 PARAMETER_LENGTH, TAG_LENGTH, KEY_LENGTH = 6000, 5000, 250  # characters
 METRICS_PER_REQUEST, PARAMETERS_PER_REQUEST = 900, 100  # MLflow takes 1000 and 100
 _LARGEST_STEP = 2**63 - 1
+_CUT = " … (cut)"
 
 
 def mlflow_name(name: str) -> str:
@@ -22,6 +23,17 @@ def mlflow_name(name: str) -> str:
     if parts and parts[0].startswith(".."):
         parts[0] = "_" + parts[0][1:]
     return "/".join(parts) or "unnamed"
+
+
+def printable(text: str) -> str:
+    """A text that every database takes: NUL and halves of surrogate pairs are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def parameter_text(text: str) -> str:
+    """A parameter's value; one that is too long for MLflow is cut, and says so."""
+    text = printable(text)
+    return text if len(text) <= PARAMETER_LENGTH else text[: PARAMETER_LENGTH - len(_CUT)] + _CUT
 
 
 def parent_folder(stage: str) -> str:

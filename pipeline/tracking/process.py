@@ -37,6 +37,7 @@ EXIT_SENT, EXIT_FAILED, EXIT_UNFINISHED, EXIT_BUSY, EXIT_REFUSED = 0, 1, 3, 4, 5
 _CHECK_SECONDS = 1.8  # for all of `check_tracking`, names looked up included
 _FAILING_SECONDS = 2.0  # that a finished run waits for a server that is failing
 _LONGEST_WAIT = 120.0  # seconds that a finished run waits for a server that goes on taking
+_LONGEST_MIGRATION = 900.0  # seconds; no machine is so slow
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _START = "start it with `mlflow server --host 127.0.0.1`"
 
@@ -46,6 +47,11 @@ def error_file(run_directory: Path) -> Path:
     return run_directory / "mlflow.error"
 
 
+def busy_file(run_directory: Path) -> Path:
+    """Is there while the copying process makes MLflow's database, which nobody may interrupt."""
+    return run_directory / "mlflow.busy"
+
+
 def log_file(run_directory: Path) -> Path:
     """What the copying process printed."""
     return run_directory / "logs" / "mlflow.log"
@@ -53,7 +59,16 @@ def log_file(run_directory: Path) -> Path:
 
 def tracking_uri(uri: str | None, store: Path) -> str:
     """The MLflow tracking URI: as configured, else MLFLOW_TRACKING_URI, else a sqlite file in the store."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(store).absolute()}/mlflow.db"
+    configured = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if configured:
+        return configured
+    place = str(Path(store).absolute())
+    if odd := [character for character in "?#" if character in place]:
+        raise UserError(
+            f"the store {place} has `{odd[0]}` in its path, which the address of MLflow's database in it cannot hold",
+            "use another `store:`, set `tracking.uri` or MLFLOW_TRACKING_URI, or run with `--no-tracking`",
+        )
+    return f"sqlite:///{place}/mlflow.db"
 
 
 def check_tracking(uri: str) -> None:
@@ -192,15 +207,16 @@ def wait_for_sync(process: subprocess.Popen[bytes], run_directory: Path, seconds
     try:
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return {EXIT_SENT: None, EXIT_REFUSED: "it refused a part"}.get(
-                    process.wait(0.1), f"see {log_file(run_directory)}"
-                )
+                return _verdict(process.wait(0.1), run_directory)
             now = time.monotonic()
             with contextlib.suppress(FileNotFoundError):
                 if (latest := cursor.stat().st_mtime) != stamp:
                     stamp, moved = latest, now
             if now - start > _FAILING_SECONDS and failure.exists():
                 return _first(failure)
+            if busy_file(run_directory).exists() and now - start < _LONGEST_MIGRATION:
+                moved = now
+                continue
             if now - moved > seconds or now - start > _LONGEST_WAIT:
                 return "it is slow"
     finally:
@@ -208,6 +224,18 @@ def wait_for_sync(process: subprocess.Popen[bytes], run_directory: Path, seconds
         process.wait()
         if process.stdin:
             process.stdin.close()
+
+
+def failed_sync(process: subprocess.Popen[bytes], run_directory: Path, seconds: float) -> str | None:
+    """Wait a moment for MLflow and leave the process to end by itself; what is known to have gone wrong, else None."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return _verdict(process.wait(seconds), run_directory)
+    return _first(error_file(run_directory)) or None
+
+
+def _verdict(code: int, run_directory: Path) -> str | None:
+    """What an exit code of the copying process says."""
+    return {EXIT_SENT: None, EXIT_REFUSED: "a part was not taken"}.get(code, f"see {log_file(run_directory)}")
 
 
 def _first(file: Path, length: int = 160) -> str:

@@ -21,13 +21,16 @@ from pathlib import Path
 
 from polytrope.pipeline.runs.record import run_status
 from polytrope.pipeline.support.files import replace_file
-from polytrope.pipeline.tracking.copy import CURSOR_FILE, Copy, read_cursor
+from polytrope.pipeline.tracking.copy import Copy
+from polytrope.pipeline.tracking.cursor import CURSOR_FILE, read_cursor
+from polytrope.pipeline.tracking.database import ensure_database
 from polytrope.pipeline.tracking.process import (
     EXIT_BUSY,
     EXIT_FAILED,
     EXIT_REFUSED,
     EXIT_SENT,
     EXIT_UNFINISHED,
+    busy_file,
     error_file,
     log_file,
     tracking_uri,
@@ -52,6 +55,7 @@ def copy_once(run_directory: Path, uri: str, experiment: str = "") -> int:
     with _lock(run_directory, _LOCK_PATIENCE) as held:
         if not held:
             return EXIT_BUSY
+        ensure_database(uri, busy_file(run_directory))
         copy = Copy(run_directory, uri, experiment)
         copy.advance()
         code = _end(copy)
@@ -67,7 +71,7 @@ def _end(copy: Copy) -> int:
         copy.interrupt()
     else:
         return EXIT_UNFINISHED
-    return EXIT_REFUSED if copy.cursor["refused"] else EXIT_SENT
+    return EXIT_REFUSED if copy.cursor.refused or copy.cursor.postponed else EXIT_SENT
 
 
 def _is_driven(run_directory: Path) -> bool:
@@ -97,7 +101,9 @@ def follow(run_directory: Path, uri: str, experiment: str, orphaned: threading.E
         while held:
             gone = orphaned.is_set()
             try:
-                copy = copy or Copy(run_directory, uri, experiment)
+                if copy is None:
+                    ensure_database(uri, busy_file(run_directory))
+                    copy = Copy(run_directory, uri, experiment)
                 moved = copy.advance()
                 if copy.complete or gone:
                     code = _end(copy)
@@ -163,9 +169,9 @@ def needs_copy(directory: Path, uri: str) -> bool:
         if without_password(configured) != uri:
             return False
         cursor = read_cursor(directory, uri)
-        if not cursor and (directory / CURSOR_FILE).exists():
+        if cursor.parent is None and (directory / CURSOR_FILE).exists():
             return False  # another server has it
-        return cursor.get("closed", -1) != cursor.get("events") and run_status(directory) not in ("pending", "running")
+        return not cursor.complete and run_status(directory) not in ("pending", "running")
     except Exception:  # not for this process to judge
         return False
 

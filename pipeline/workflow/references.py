@@ -16,6 +16,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.text import suggest
 
 _REFERENCE = re.compile(r"\$\$\{|\$\{([^}]*)\}")
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
 _WHOLE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -37,10 +38,10 @@ def substitute(value: Any, scopes: Mapping[str, Mapping[str, Any]], *, keep: Ite
         value: dicts, lists, scalars.
         scopes: `{"params": {…}}`: what each name before the dot stands for.
         keep: scopes that stay as they are (`env`, or `matrix` before the expansion); `$${` stays too then.
-        quote: write values inside a longer text as JSON literals (for `when:` expressions).
+        quote: the text is a `when:` expression: values are written as JSON literals, and inside quotes as text.
 
     Raises:
-        UserError: unknown scope or name, with the nearest one; the caller adds file and field.
+        UserError: unknown scope or name, with the nearest one; a `${` without its `}`; the caller adds file and field.
     """
     kept = frozenset(keep)
 
@@ -83,22 +84,29 @@ def _singular(scope: str) -> str:
 
 
 def _replace_text(text: str, replace: Callable[[str, str], Any], *, quote: bool) -> Any:
+    if "${" in _REFERENCE.sub("", text):
+        raise UserError(f"`{text}` has a `${{` without its `}}`", "close it, or write `$${` for a plain `${`")
     whole = _WHOLE.fullmatch(text)
     if whole:
         return replace(whole.group(1), text)
 
-    def write(match: re.Match[str]) -> str:
+    def write(match: re.Match[str], literal: bool) -> str:
         if match.group(1) is None:
             return match.group(0)
         found = match.group(0)
         value = replace(match.group(1), found)
         if value == found:
             return found
-        if quote:
-            return json.dumps(value)
-        return value if isinstance(value, str) else json.dumps(value)
+        return json.dumps(value) if literal or not isinstance(value, str) else value
 
-    return _REFERENCE.sub(write, text)
+    def write_quoted(match: re.Match[str]) -> str:
+        inside = match.group(0)[1:-1]
+        written = _REFERENCE.sub(lambda found: write(found, False), inside)
+        return match.group(0) if written == inside else json.dumps(written, ensure_ascii=False)
+
+    if not quote:
+        return _REFERENCE.sub(lambda found: write(found, False), text)
+    return _REFERENCE.sub(lambda found: write(found, True), _QUOTED.sub(write_quoted, text))
 
 
 def environment_names(value: Any) -> set[str]:

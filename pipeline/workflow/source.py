@@ -163,13 +163,32 @@ def parse_source(text: str, name: str) -> Source:
 
 
 def parse_value(text: str) -> Any:
-    """One value as it would be read from a file: `1e-3` → 0.001, `[a, b]` → list, `true` → True."""
-    loader = _Loader(text)
+    """One value of a command line: `1e-3` → 0.001, `[a, b]` → list, `{a: b}` → mapping, `true` → True, `'5'` → text.
+
+    Only lists, mappings and quoted texts are read as YAML; anything else is one scalar, to its last character: nothing
+    is a comment, `a: b` is text, and so is nothing at all.
+
+    Raises:
+        UserError: a list or mapping that is not closed, or has something behind it.
+    """
+    stripped = text.strip()
+    loader = _Loader(stripped)
     try:
+        if not stripped.startswith(("[", "{", "'", '"')):
+            tag = loader.resolve(yaml.ScalarNode, stripped, (True, False)) if stripped else "tag:yaml.org,2002:str"
+            value = text if tag == "tag:yaml.org,2002:str" else stripped
+            start = yaml.Mark("--set", 0, 0, 0, None, 0)
+            return _scalar(yaml.ScalarNode(tag, value, start, start), (), "--set")
         node = loader.get_single_node()
-        return None if node is None else _construct(node, (), "--set", {}, [])
+        if node is None or node.end_mark.index != len(stripped):
+            raise yaml.YAMLError
+        return _construct(node, (), "--set", {}, [])
     except yaml.YAMLError:
-        return text
+        if stripped.startswith(("'", '"')):
+            return text  # a text that has quotes in it
+        raise UserError(
+            f"--set: `{text}` is not a whole list or mapping", "for example `[1, 2]` or `{name: hermite, degree: 3}`"
+        ) from None
     finally:
         loader.dispose()
 

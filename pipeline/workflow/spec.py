@@ -76,6 +76,11 @@ class TrackingSpec(BaseModel):
     required: bool = Field(
         default=True, description="true: refuse to start while MLflow does not answer; false: send everything later"
     )
+    git_diff: bool = Field(
+        default=False,
+        description="true: keep the repository's uncommitted changes in the record and in MLflow; by default only "
+        "their files' names and their hash",
+    )
 
 
 class StageSpec(BaseModel):

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from polytrope.models.checkpoint import save_model
 from polytrope.models.conversion import FitOptions, apply, fit_layers
 from polytrope.models.formats import detect_format, read_model
 from polytrope.models.formats.deepspeed import read_state
-from polytrope.models.formats.huggingface import save_huggingface
+from polytrope.models.formats.huggingface import read_weights, save_huggingface
 from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.plain import PlainActivation, save_table
 from polytrope.models.surgery import find_activations, replace_module
@@ -147,6 +148,10 @@ def test_an_activation_module_of_several_layers_is_written_once_and_comes_back_i
     assert model.get_submodule("encoder.layer.1.intermediate.intermediate_act_fn") is learned
     save_huggingface(tmp_path / "out", model, {found[0].name: learned.config()}, None)
     assert not any("act_fn" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    back = read_model(tmp_path / "out")
+    second = "encoder.layer.1.intermediate.intermediate_act_fn"
+    assert back.get_submodule(second) is back.get_submodule(found[0].name)
+    assert_same(back, model, tokens())
 
 
 def test_sharded_weights_and_pytorch_model_bin_are_read(tmp_path: Path) -> None:
@@ -208,9 +213,9 @@ def test_gpt2_state_dicts_with_their_sizes_read_off_the_shapes(tmp_path: Path) -
     model = own_model("gpt2")
     state = {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(state, tmp_path / "weights.safetensors")
-    read = read_model(tmp_path / "weights.safetensors", {"n_head": 2})
+    read = read_model(tmp_path / "weights.safetensors", {"n_head": 2, "activation": "gelu_tanh"})
     assert_same(read, model, tokens())
-    with pytest.raises(ValueError, match=r"weights.safetensors: n_head: the weights do not tell it"):
+    with pytest.raises(ValueError, match=r"weights.safetensors: n_head, activation: the file does not say"):
         read_model(tmp_path / "weights.safetensors")
 
 
@@ -228,13 +233,14 @@ def zero_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_checkpoints_of_two_ranks(zero_checkpoints: Path, stage: int) -> None:
-    path = zero_checkpoints / f"stage{stage}"
+@pytest.mark.parametrize("name", ["stage", "frozen"])
+def test_deepspeed_checkpoints_of_two_ranks(zero_checkpoints: Path, name: str, stage: int) -> None:
+    path = zero_checkpoints / f"{name}{stage}"
     assert detect_format(path) == "deepspeed"
-    expected = torch.load(zero_checkpoints / f"stage{stage}.pt", weights_only=True)
+    expected = torch.load(zero_checkpoints / f"{name}{stage}.pt", weights_only=True)
     state = read_state(path)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(state[key], tensor, rtol=0, atol=0)
     model = read_model(path, {"n_head": 2, "activation": {"name": "hermite", "degree": 3}})
     assert torch.equal(model.state_dict()["transformer.h.1.mlp.activation.coefficients"],
                        expected["transformer.h.1.mlp.activation.coefficients"])  # fmt: skip
@@ -245,6 +251,20 @@ def test_a_deepspeed_checkpoint_without_one_rank_is_refused(zero_checkpoints: Pa
     next((tmp_path / "copy").rglob("zero_pp_rank_1_*_optim_states.pt")).unlink()
     with pytest.raises(ValueError, match="1 of 2 ranks"):
         read_state(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_checkpoint_of_the_trainer_of_transformers_under_zero(
+    zero_checkpoints: Path, tmp_path: Path, stage: int
+) -> None:
+    """`config.json` beside `latest` and its folder, without any file of weights."""
+    shutil.copytree(zero_checkpoints / f"frozen{stage}", tmp_path / "checkpoint-1")
+    config = {"model_type": "gpt2", "vocab_size": 97, "n_positions": 24, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    (tmp_path / "checkpoint-1" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"unexpected transformer\.h\.0\.mlp\.activation\.coefficients"):
+        read_model(tmp_path / "checkpoint-1")  # it was trained with learned activations, which config.json cannot say
+    expected = torch.load(zero_checkpoints / f"frozen{stage}.pt", weights_only=True)
+    assert read_weights(tmp_path / "checkpoint-1").keys() >= expected.keys()
 
 
 class Dangerous:
@@ -327,6 +347,34 @@ def test_piecewise_linear_has_a_form_of_ordinary_operations() -> None:
         PlainActivation(build_activation({"name": "hermite", "num_parameters": 4}))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"name": "fourier", "degree": 5, "harmonic": True},
+        {"name": "fourier", "degree": 5, "harmonic": True, "interval": [-2.0, 3.0]},
+        {"name": "hermite", "degree": 5, "learnable_recurrence": True, "interval": [-2.0, 3.0]},
+        {"name": "legendre", "degree": 4, "learnable_recurrence": True},
+        {"name": "rational", "degree": 3, "denominator_degree": 0, "interval": [-2.0, 3.0]},
+        {"name": "polyrelu", "degree": 4, "interval": [-1.0, 2.0]},
+    ],
+    ids=str,
+)
+def test_variants_of_a_family_have_a_form_of_ordinary_operations(tmp_path: Path, config: dict[str, Any]) -> None:
+    module, generator = build_activation(config), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        x = torch.linspace(-6, 6, 240).reshape(2, 120)
+        torch.testing.assert_close(PlainActivation(module)(x), module(x), rtol=1e-4, atol=1e-4)
+    if config["name"] == "fourier":
+        assert save_onnx(tmp_path / "activation.onnx", module, [x]) <= 1e-4
+
+
+def test_what_is_not_elementwise_has_no_plain_form() -> None:
+    with pytest.raises(ValueError, match="activation polynorm: only elementwise activations"):
+        PlainActivation(build_activation("polynorm"))
+
+
 @pytest.mark.parametrize("family", ["hermite", "fourier", "rational", "tropical_rational"])
 def test_an_activation_runs_in_onnxruntime(tmp_path: Path, family: str) -> None:
     x = torch.linspace(-9, 9, 240).reshape(2, 120)
@@ -346,10 +394,39 @@ def test_a_converted_model_runs_in_onnxruntime_with_another_batch_size(
     path = tmp_path / "model.onnx"
     assert save_onnx(path, model, [batch]) <= 1e-3
     assert {node.domain for node in onnx.load(path).graph.node} == {""}  # ordinary operators only
+    if architecture == "gpt2":
+        batch = batch[:, :7]  # sequences of another length, too
     (output,) = onnxruntime.InferenceSession(str(path)).run(None, {"input_0": batch[:1].numpy()})
     with torch.no_grad():
         expected = model(batch[:1]).numpy()
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4 * max(1.0, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_written_to_onnx_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    for architecture, batch in (("gpt2", tokens()), ("convnext", images())):
+        assert save_onnx(tmp_path / "model.onnx", own_model(architecture).to(dtype), [batch]) <= 1e-3
+
+
+class Fixed(nn.Module):
+    """Its trace keeps the length it was traced with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(97, 4)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        places = torch.from_numpy(np.arange(tokens.size(1)))
+        mixed: torch.Tensor = self.table(tokens) * places[None, :, None]
+        return mixed
+
+
+def test_a_model_whose_trace_keeps_its_length_is_written_with_that_length(tmp_path: Path) -> None:
+    import onnxruntime
+
+    assert save_onnx(tmp_path / "model.onnx", Fixed(), [tokens()]) <= 1e-3
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    assert session.get_inputs()[0].shape == ["batch", 20]
 
 
 def test_a_model_that_onnx_cannot_express_leaves_no_file(tmp_path: Path) -> None:

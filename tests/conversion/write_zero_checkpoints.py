@@ -1,5 +1,7 @@
 """Written by two real DeepSpeed ranks: a checkpoint of each ZeRO stage, and beside it the whole weights.
 
+Once with all parameters trained (`stage1`), once with some frozen (`frozen1`).
+
 Run as a program: `write_zero_checkpoints.py DIRECTORY`.
 """
 
@@ -26,25 +28,29 @@ def rank_main(rank: int, directory: str, port: int) -> None:
 
     deepspeed = import_deepspeed(cpu=True)
     torch.set_num_threads(1)
-    for stage in (1, 2, 3):
+    for name, stage in [(name, stage) for name in ("stage", "frozen") for stage in (1, 2, 3)]:
         torch.manual_seed(stage)
         model = build_model("gpt2", GPT2 | {"activation": {"name": "hermite", "degree": 3}})
+        if name == "frozen":
+            model.transformer["wpe"].requires_grad_(False)
+            model.transformer["h"][0].requires_grad_(False)
         settings = {
             "train_micro_batch_size_per_gpu": 2,
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
         }
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         tokens = torch.randint(0, 97, (2, 8))
         engine.backward(engine(tokens, tokens))
         engine.step()
-        engine.save_checkpoint(f"{directory}/stage{stage}", tag="step1")
+        engine.save_checkpoint(f"{directory}/{name}{stage}", tag="step1")
         parameters = list(engine.module.named_parameters())
         with deepspeed.zero.GatheredParameters([p for _, p in parameters], enabled=stage == 3):
-            whole = {name: parameter.detach().clone() for name, parameter in parameters}
+            whole = {key: parameter.detach().clone() for key, parameter in parameters}
         if rank == 0:
-            torch.save(whole, f"{directory}/stage{stage}.pt")
+            torch.save(whole, f"{directory}/{name}{stage}.pt")
     torch.distributed.barrier()
     os._exit(0)  # no teardown: gloo's threads may abort a process whose peer is gone already
 

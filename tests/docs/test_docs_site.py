@@ -63,10 +63,15 @@ def test_public_functions_are_listed_with_their_docstrings() -> None:
 
 
 def test_moments_in_the_tables_are_those_of_the_modules() -> None:
-    from tables import moments
+    from tables import moments, slopes
 
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in moments("hermite", "3").splitlines()]
     assert rows[2] == ["3", "1.000", "1.000", "0.920", "0.920"]  # torchortho: 2.5 / e
+    heads, _, row, *_ = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in slopes("hermite", "3").splitlines()
+    )
+    assert heads == ["degree", *(f"slope, `{init}`" for init in ("variance_preserving", "stable", "torchortho"))]
+    assert row == ["3", "1.765", "0.235", "1.623"]
 
 
 def test_a_plot_is_drawn_from_the_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -367,13 +367,13 @@ def test_what_mlflow_refuses_is_named_and_the_rest_arrives(project: Path, server
     go_on(project, 10)
     output, _ = driver.communicate(timeout=60)
     assert driver.returncode == 0, output
-    assert "it refused a part" in output
+    assert "a part was not taken" in output
     runs = server.runs(project.name)
     assert runs["report"].info.status == "FINISHED"
     assert runs["parent"].info.status == "FINISHED"
     code, output = polytrope(project, "sync")
     assert code == 1
-    assert "points of" in output
+    assert "metric train/loss" in output
     assert "train" in output
 
 
@@ -412,7 +412,7 @@ def test_odd_names_and_numbers_arrive(project: Path, server: Server) -> None:
     assert run.data.metrics["a-b.c.d"] > 1e308
     assert run.data.metrics["x" * 250] == 2.0
     assert [item.path for item in server.client.list_artifacts(run.info.run_id)] == ["x"]
-    assert "it refused a part" in output  # the file that the stage never wrote
+    assert "a part was not taken" in output  # the file that the stage never wrote
 
 
 def test_address_with_a_password_shows_it_nowhere(project: Path, server: Server) -> None:

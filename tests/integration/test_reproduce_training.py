@@ -67,7 +67,17 @@ def test_the_model_card_says_what_the_files_say(project: Path) -> None:
     assert artifacts["evaluate"] is not None
     polytrope(project, "card", "--output", "cards/card.md")
     text = (project / "cards" / "card.md").read_text()
-    for title in ("Data", "Model", "Activation", "Training", "Results", "Environment", "How to reproduce"):
+    for title in (
+        "Data",
+        "Model",
+        "Activation",
+        "Training",
+        "Lineage",
+        "Use and limits",
+        "Results",
+        "Environment",
+        "How to reproduce",
+    ):
         assert f"## {title}" in text
     evaluation = json.loads((artifacts["evaluate"].path / "evaluation.json").read_text())
     assert f"| ours (this model) | {evaluation['models']['ours']['loss']:.4g} |" in text
@@ -83,7 +93,7 @@ def test_the_model_card_says_what_the_files_say(project: Path) -> None:
     polytrope(project, "card", "--output", "card.html")
     page = (project / "card.html").read_text()
     assert 'src="data:image/png;base64,' in page
-    assert "<td>ours (this model)</td>" in page
+    assert ">ours (this model)</td>" in page
     assert "http" not in page.split("</style>")[1]  # self-contained
 
 

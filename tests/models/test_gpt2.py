@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import math
+from pathlib import Path
 
 import psutil
 import pytest
@@ -12,7 +14,18 @@ import torch
 from torch import nn
 
 from polytrope.models import build_model
-from polytrope.models.gpt2 import GPT2, PRESETS, GPT2Config, gpt2_config_from_huggingface, load_gpt2_state_dict
+from polytrope.models.formats import read_model
+from polytrope.models.formats.huggingface import save_huggingface
+from polytrope.models.gpt2 import (
+    ARCHITECTURE,
+    GPT2,
+    HUGGINGFACE_ALIASES,
+    HUGGINGFACE_DEFAULTS,
+    PRESETS,
+    GPT2Config,
+    config_from_huggingface,
+)
+from polytrope.models.weights import load_published
 
 SIZES = {"vocab_size": 97, "sequence_length": 16, "n_layer": 3, "n_head": 2, "n_embd": 32}
 
@@ -43,11 +56,120 @@ def reference() -> nn.Module:
 
 
 def test_logits_equal_huggingface_on_the_same_weights(reference: nn.Module) -> None:
-    model = GPT2(gpt2_config_from_huggingface(reference.config.to_dict())).eval()
-    load_gpt2_state_dict(model, reference.state_dict())
+    model = GPT2(config_from_huggingface(reference.config.to_dict())).eval()
+    load_published(model, reference.state_dict(), ARCHITECTURE)
     tokens = random_tokens(2, 16)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), reference(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+# Fields that change another function only (generation, sampling, the loss, other heads) or none.
+WITHOUT_EFFECT = {
+    *(
+        "transformers_version",
+        "architectures",
+        "model_type",
+        "_name_or_path",
+        "dtype",
+        "initializer_range",
+        "use_cache",
+    ),
+    *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "reorder_and_upcast_attn", "output_hidden_states", "return_dict"),
+    *("output_attentions", "chunk_size_feed_forward", "id2label", "label2id", "problem_type"),
+}
+REFUSED = {"n_inner": 96, "add_cross_attention": True, "is_encoder_decoder": True}
+
+
+def test_every_field_of_transformers_configuration_is_known_with_its_default() -> None:
+    theirs = pytest.importorskip("transformers").GPT2Config()
+    fields = theirs.to_dict()
+    assert {name: fields[name] for name in HUGGINGFACE_DEFAULTS} == HUGGINGFACE_DEFAULTS
+    assert theirs.attribute_map == HUGGINGFACE_ALIASES
+    assert set(fields) == {*HUGGINGFACE_DEFAULTS, *REFUSED, *WITHOUT_EFFECT}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+        {"scale_attn_weights": False},
+        {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True},
+        {"layer_norm_epsilon": 1e-2},
+        {"tie_word_embeddings": False},
+        {"n_inner": 128},
+        *[
+            {"activation_function": name}
+            for name in (
+                *("gelu", "gelu_python", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate", "gelu_fast"),
+                *("relu", "silu", "swish", "tanh"),
+            )
+        ],
+    ],
+    ids=str,
+)
+def test_every_supported_field_gives_the_logits_of_transformers(tmp_path: Path, fields: dict[str, object]) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 97, "n_positions": 16, "n_layer": 3, "n_head": 2, "n_embd": 32}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    tokens = random_tokens(2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(read_model(tmp_path)(tokens), model(tokens).logits, rtol=1e-5, atol=2e-5)
+    read = read_model(tmp_path)
+    assert read.config.dropout == 0.1  # type: ignore[union-attr]
+    save_huggingface(tmp_path / "again", read, {}, tmp_path)
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *[
+            ({name: value}, rf"config\.json: {name} = {json.dumps(value)} is not supported")
+            for name, value in REFUSED.items()
+        ],
+        ({"is_causal": False}, "is_causal = false is not supported, only true"),
+        ({"quantization_config": {"quant_method": "gptq"}}, 'quantization_config = {"quant_method": "gptq"} is not'),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ({"activation_function": "mish"}, 'activation_function = "mish" is not supported, only gelu'),
+        ({"resid_pdrop": 0.3}, r"resid_pdrop = 0\.3, embd_pdrop = 0\.1, attn_pdrop = 0\.1 is not supported"),
+        ({"layer_norm_epsilon": None}, "layer_norm_epsilon = null: expected a finite number"),
+        ({"n_head": "2"}, 'n_head = "2": expected an integer'),
+        ({"hidden_size": 64}, "hidden_size = 64, but n_embd = 32"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Other"}}, "auto_map.AutoModelForCausalLM.* is not run"),
+    ],
+)
+def test_fields_that_this_model_does_not_have_are_refused_by_name(fields: dict[str, object], message: str) -> None:
+    sizes = {"vocab_size": 97, "n_positions": 16, "n_layer": 3, "n_head": 2, "n_embd": 32}
+    config_from_huggingface(sizes)
+    with pytest.raises(ValueError, match=message):
+        config_from_huggingface(sizes | fields)
+
+
+def test_second_names_of_fields_are_read() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 16}
+    config = config_from_huggingface(sizes)
+    assert (config.n_embd, config.n_layer, config.n_head, config.sequence_length) == (32, 3, 4, 16)
+
+
+def test_a_mask_that_is_not_causal_is_refused() -> None:
+    model = make_model()
+    state = model.state_dict() | {"transformer.h.1.attn.bias": torch.ones(1, 1, 16, 16)}
+    with pytest.raises(ValueError, match=r"transformer\.h\.1\.attn\.bias is not the causal mask"):
+        load_published(model, state, ARCHITECTURE)
+
+
+def test_an_untied_head_learns_on_its_own_and_its_embedding_is_no_operation() -> None:
+    tied, untied = make_model().eval(), make_model(tie_word_embeddings=False).eval()
+    assert untied.lm_head.weight is not untied.transformer["wte"].weight
+    assert untied.flops_per_token() == tied.flops_per_token()
 
 
 def test_loads_its_own_layout_and_that_of_a_compiled_nanogpt_model() -> None:
@@ -56,17 +178,17 @@ def test_loads_its_own_layout_and_that_of_a_compiled_nanogpt_model() -> None:
         for parameter in source.parameters():
             parameter.add_(1.0)
     state = {f"_orig_mod.{name}": tensor for name, tensor in source.state_dict().items()}
-    state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)  # nanoGPT's causal-mask buffer
-    load_gpt2_state_dict(target, state)
+    state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()  # nanoGPT's causal-mask buffer
+    load_published(target, state, ARCHITECTURE)
     for name, tensor in source.state_dict().items():
         assert torch.equal(tensor, target.state_dict()[name]), name
 
 
 def test_refuses_weights_of_another_size_and_says_which(reference: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"missing transformer\.h\.3\.ln_1\.weight"):
-        load_gpt2_state_dict(make_model(n_layer=4), reference.state_dict())
+        load_published(make_model(n_layer=4), reference.state_dict(), ARCHITECTURE)
     with pytest.raises(ValueError, match=r"wte\.weight is \[97, 32\], the model's is \[96, 32\]"):
-        load_gpt2_state_dict(make_model(vocab_size=96), reference.state_dict())
+        load_published(make_model(vocab_size=96), reference.state_dict(), ARCHITECTURE)
 
 
 def test_loss_is_the_cross_entropy_of_the_logits_and_skips_ignored_targets() -> None:
@@ -123,6 +245,26 @@ def test_sampling_is_reproducible_and_honours_top_k() -> None:
     first, second = (model.generate(prompt, 9, generator=torch.Generator().manual_seed(5)) for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(model.generate(prompt, 9, top_k=1), model.generate(prompt, 9, temperature=0.0))
+
+
+def test_sampling_towards_temperature_zero_is_greedy_and_impossible_settings_are_refused() -> None:
+    model, prompt = make_model(), random_tokens(1, 3)
+    model.train()
+    model.blocks[1].eval()  # frozen: generation gives each module its mode back
+    greedy = model.generate(prompt, 5, temperature=0.0)
+    for temperature in (1e-40, 1e-300, 1e-10):
+        assert torch.equal(model.generate(prompt, 5, temperature=temperature), greedy)
+    assert model.training
+    assert [block.training for block in model.blocks] == [True, False, True]
+    for settings, message in (
+        ({"temperature": -1.0}, "temperature: expected a finite number of at least 0, got -1.0"),
+        ({"temperature": math.nan}, "temperature: .* got nan"),
+        ({"top_k": 0}, "top_k: expected None or a number of at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(prompt, 5, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"tokens: expected at least one position to continue, got \[1, 0\]"):
+        model.generate(prompt[:, :0], 5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

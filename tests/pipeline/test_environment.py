@@ -39,9 +39,17 @@ def test_git_state_tells_commit_and_change(repository: Path) -> None:
     (repository / "new.py").write_text("y = 1\n")
     changed = git_state(repository)
     assert changed["dirty"] is True
-    assert "+x = 2" in changed["diff"]
+    assert changed["diff"] == ""  # it may hold what nobody wants to publish
+    assert "+x = 2" in git_state(repository, keep_diff=True)["diff"]
     assert "new.py" in changed["status"]
     assert changed["diff_sha256"] == hashlib.sha256(git(repository, "diff", "HEAD").encode()).hexdigest()
+
+
+def test_what_git_says_need_not_be_utf8(repository: Path) -> None:
+    (repository / "a.py").write_bytes(b"x = 'caf\xe9'\n")
+    state = git_state(repository, keep_diff=True)
+    assert "caf\\xe9" in state["diff"]
+    json.dumps(state).encode()
 
 
 def test_outside_a_repository_there_is_no_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from training_support import make_context, read_events
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.pipeline.data.reader import open_split
-from polytrope.pipeline.data.tokenization import BpeTokenizer, make_tokenizer
+from polytrope.pipeline.data.tokenization import BpeTokenizer, make_tokenizer, same_tokenizer
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, load_stage
 from polytrope.pipeline.stages.evaluate.evaluate import check, evaluate
@@ -205,18 +206,109 @@ def test_confusion_matrix_counts_true_classes_by_prediction() -> None:
     assert scores.figures()["top5"] == 1.0
 
 
-def test_a_model_of_another_tokenizer_is_refused(
+def copy_of(model: Artifact, directory: Path) -> Artifact:
+    """The same model in another directory, to be changed."""
+    shutil.copytree(model.path, directory)
+    return Artifact(directory, f"digest of {directory.name}", directory.name)
+
+
+def gpt2_of(directory: Path, dataset: Artifact, rows: int) -> Artifact:
+    """An untrained GPT-2 with so many rows in its embedding."""
+    torch.manual_seed(0)
+    config = {"vocab_size": rows, "sequence_length": SEQUENCE_LENGTH, "n_layer": 1, "n_head": 2, "n_embd": 32}
+    directory.mkdir()
+    save_model(directory, build_model("gpt2", config), tokenizer=dataset.path)
+    return Artifact(directory, f"digest of {directory.name}", directory.name)
+
+
+def test_one_model_that_cannot_be_evaluated_is_a_row_and_the_others_keep_theirs(
     tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
 ) -> None:
-    stranger = tmp_path / "stranger"
-    stranger.mkdir()
-    for path in models["gelu"].path.iterdir():
-        (stranger / path.name).write_bytes(path.read_bytes())
-    description = json.loads((stranger / "model.json").read_text())
-    description["tokenizer"] = {"kind": "bpe", "vocab_size": 300}
-    (stranger / "model.json").write_text(json.dumps(description))
-    with pytest.raises(UserError, match="tokenizer of `other`"):
-        run(tmp_path / "run", dataset, {"other": Artifact(stranger, "digest", "train")})
+    loud = copy_of(models["gelu"], tmp_path / "loud")
+    network = load_model(loud.path)
+    with torch.no_grad():
+        network.transformer.wte.weight.mul_(3000.0)
+    save_model(loud.path, network, tokenizer=dataset.path)
+    stranger = copy_of(models["gelu"], tmp_path / "stranger")
+    written = BytesAsBpe().backend().to_str()
+    (stranger.path / "tokenizer.json").write_text(written)
+    damaged = copy_of(models["gelu"], tmp_path / "damaged")
+    (damaged.path / "model.safetensors").write_bytes(b"no weights")
+    given = {
+        "loud": loud, "stranger": stranger, "damaged": damaged, "small": gpt2_of(tmp_path / "small", dataset, 200),
+        "gelu": models["gelu"],
+    }  # fmt: skip
+    content = run(tmp_path / "run", dataset, given, samples=8)
+    rows = content["models"]
+    assert rows["loud"]["loss"] > 709
+    assert rows["loud"]["perplexity"] is None
+    assert "loud/val_loss" in content["returned"]
+    assert "loud/perplexity" not in content["returned"]
+    assert "tokenizer of `stranger` is not the one" in rows["stranger"]["failure"]
+    assert rows["damaged"]["failure"]
+    assert rows["small"]["failure"] == "it has 200 outputs, the dataset 257 tokens"
+    assert rows["gelu"]["loss"] == run(tmp_path / "alone", dataset, models, samples=8)["models"]["gelu"]["loss"]
+    json.loads((tmp_path / "run/output/evaluation.json").read_text(), parse_constant=pytest.fail)
+
+
+class BytesAsBpe:
+    """A byte-level BPE of 257 tokens whose ids are other ones than those of the bytes."""
+
+    def backend(self, reverse: bool = False) -> Any:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
+        vocabulary = {token: number for number, token in enumerate([*alphabet, "<|endoftext|>"])}
+        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return backend
+
+
+def test_tokenizers_are_told_apart_by_what_they_do_not_by_how_they_are_written(tmp_path: Path) -> None:
+    text = BytesAsBpe().backend().to_str()
+    content = json.loads(text)
+    for name, value in {
+        "one": text,
+        "reformatted": json.dumps({**content, "version": "other", "truncation": None}, indent=3),
+        "reversed": BytesAsBpe().backend(reverse=True).to_str(),
+        "bytes": json.dumps({"kind": "bytes"}),
+    }.items():
+        (tmp_path / name).write_text(value)
+    assert same_tokenizer(tmp_path / "one", tmp_path / "reformatted")
+    assert not same_tokenizer(tmp_path / "one", tmp_path / "reversed")
+    assert not same_tokenizer(tmp_path / "one", tmp_path / "bytes")
+
+
+def test_models_whose_vocabularies_were_padded_differently_are_compared_on_the_tokens(
+    tmp_path: Path, dataset: Artifact
+) -> None:
+    wide = gpt2_of(tmp_path / "wide", dataset, 320)
+    narrow = copy_of(wide, tmp_path / "narrow")
+    network = build_model("gpt2", {**json.loads((wide.path / "model.json").read_text())["config"], "vocab_size": 257})
+    state = load_model(wide.path).state_dict()
+    state = {name: tensor[:257] if tensor.shape[:1] == (320,) else tensor for name, tensor in state.items()}
+    network.load_state_dict(state)
+    save_model(narrow.path, network, tokenizer=dataset.path)
+    content = run(tmp_path / "run", dataset, {"wide": wide, "narrow": narrow}, samples=4, drift={"wide": "narrow"})
+    assert content["models"]["wide"]["drift"]["kl_divergence"] == pytest.approx(0.0, abs=1e-6)
+    assert content["models"]["wide"]["drift"]["agreement"] == 1.0
+
+
+def test_a_model_may_have_more_outputs_than_there_are_classes() -> None:
+    scores = Scores(bins=5, classes=3)
+    scores.add(torch.eye(7)[[0, 6, 2]] * 5, torch.tensor([0, 1, 2]))
+    assert scores.figures()["top1"] == pytest.approx(2 / 3)
+    assert scores.figures()["confusion"] == [[1, 0, 0], [0, 0, 0], [0, 0, 1]]
+
+
+def test_of_many_classes_only_what_is_confused_most_is_kept() -> None:
+    scores = Scores(bins=5, classes=21_841)
+    logits = torch.zeros(6, 21_841)
+    for row, column in enumerate([5, 5, 5, 7, 21_840, 1]):
+        logits[row, column] = 9.0
+    scores.add(logits, torch.tensor([4, 4, 4, 7, 0, 1]))
+    assert scores.figures()["most_confused"] == [[4, 5, 3], [0, 21_840, 1]]
+    assert "confusion" not in scores.figures()
 
 
 def failed_training(directory: Path) -> Artifact:

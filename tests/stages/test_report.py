@@ -15,11 +15,12 @@ import pytest
 from scipy import stats
 from training_support import make_context, read_events
 
+from polytrope.pipeline.data.lineage import Lineage, write_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.stages.report.parameters import ReportParameters
 from polytrope.pipeline.stages.report.report import check, report
-from polytrope.pipeline.stages.report.statistics import mean_interval, paired_p_value, student_cdf
+from polytrope.pipeline.stages.report.statistics import holm, mean_interval, paired_p_value
 from polytrope.pipeline.support.figures import evenly, short_layer
 
 ENTROPY = 5.5
@@ -225,6 +226,25 @@ def test_the_same_inputs_give_the_same_bytes(made: tuple[Path, dict[str, float]]
         assert (made[0] / path).read_bytes() == (tmp_path / path).read_bytes()
 
 
+def test_models_of_different_budgets_are_marked_and_their_lineage_is_told(tmp_path: Path) -> None:
+    losses = {"gelu": 4.0, "tuned": 3.9}
+    models = {label: make_model(tmp_path / label, label, loss) for label, loss in losses.items()}
+    first = Lineage(samples=480, tokens=61_440)
+    write_lineage(models["gelu"].path, first)
+    tuned = first.then("train", "digest of gelu").then("convert", "digest of it", samples=160, tokens=20_480)
+    write_lineage(models["tuned"].path, tuned)
+    report(make_context(tmp_path), make_evaluation(tmp_path / "evaluate", losses), models, ReportParameters())
+    figures = json.loads((tmp_path / "output" / "report.json").read_text())
+    assert [row["budget"] for row in figures["table"]] == ["61.4 k tokens", "81.9 k tokens"]
+    assert figures["training"][1]["total_tokens"] == 81_920
+    text = read_page(tmp_path / "output" / "report.html").text
+    assert "These models were trained on different amounts of data" in text
+    assert "train → convert" in text
+    write_lineage(models["tuned"].path, first)
+    report(make_context(tmp_path / "same"), Artifact(tmp_path / "evaluate", "e", "e"), models, ReportParameters())
+    assert "different amounts" not in read_page(tmp_path / "same" / "output" / "report.html").text
+
+
 def make_study(directory: Path, **parameters: Any) -> dict[str, Any]:
     """Three activations, three seeds; the second is better than the baseline on every seed by nearly the same."""
     inputs = directory / "inputs"
@@ -250,6 +270,7 @@ def test_repeats_become_means_with_intervals_and_paired_differences(tmp_path: Pa
     expected = stats.t.interval(0.95, 2, loc=np.mean(gelu), scale=stats.sem(gelu))
     assert groups["gelu"]["loss"]["mean"] + groups["gelu"]["loss"]["half_width"] == pytest.approx(expected[1])
     assert groups["hermite"]["difference"]["p_value"] == pytest.approx(stats.ttest_rel(hermite, gelu).pvalue)
+    assert groups["hermite"]["difference"]["holm_p_value"] >= groups["hermite"]["difference"]["p_value"]
     assert groups["hermite"]["difference"]["pairs"] == 3
     assert "difference" not in groups["gelu"]
     assert figures["metrics"]["hermite/val_loss"] == pytest.approx(np.mean(hermite))
@@ -281,10 +302,9 @@ def test_failures_are_rows_of_their_own_and_in_no_mean(tmp_path: Path) -> None:
     assert "train[activation=fourier,seed=0]diverged at step 7: gradient norm is nan" in text
 
 
-def test_students_t_agrees_with_scipy() -> None:
-    for degrees in (1, 2, 3, 4, 7, 30):
-        for t in (-2.0, 0.0, 0.3, 5.0):
-            assert student_cdf(t, degrees) == pytest.approx(stats.t.cdf(t, degrees), abs=1e-12)
+def test_few_values_and_many_comparisons() -> None:
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.6, 0.9]) == pytest.approx([1.0, 1.0])
     assert mean_interval([2.0]).half_width is None
     assert paired_p_value([1.0]) is None
     assert paired_p_value([1.0, 1.0]) == 0.0

@@ -29,13 +29,18 @@ from training_support import (
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, load_stage
+from polytrope.pipeline.stage import Artifact, Resources, load_stage, stage_context
+from polytrope.pipeline.stages.evaluate.evaluate import evaluate
+from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
+from polytrope.pipeline.stages.shard.parameters import ShardImagesParameters
+from polytrope.pipeline.stages.shard.shard_images import shard_images
 from polytrope.pipeline.stages.train.activations import apply_activation_options
 from polytrope.pipeline.stages.train.best_weights import load_best
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, shipped_names, zero_stage_of
 from polytrope.pipeline.stages.train.parameters import TrainParameters
 from polytrope.pipeline.stages.train.train import check, fingerprint
 from polytrope.pipeline.stages.train.training_metrics import rank_metrics
+from polytrope.pipeline.stages.train.training_plan import steps_of_epochs
 from polytrope.pipeline.stages.train.workers import TrainingError
 
 
@@ -205,6 +210,62 @@ def test_bf16_with_averaged_weights_recomputed_blocks_and_statistics(tmp_path: P
     assert read_events(tmp_path, "model")[0]["name"] == "lines"
 
 
+def test_averaged_weights_are_averages_of_the_masters_and_stay_in_fp32(tmp_path: Path, dataset: Artifact) -> None:
+    """With a decay of 0 the average is the last step's masters: what a training without averages writes."""
+    changes = {"precision": "bf16", "zero_stage": 1, "steps": 6, "checkpoint_every": 0}
+    run_training(tmp_path / "plain", dataset, **changes)
+    run_training(tmp_path / "averaged", dataset, **changes, ema_decay=1e-9)
+    plain, averaged = (load_file(tmp_path / name / "output/model.safetensors") for name in ("plain", "averaged"))
+    for name, tensor in plain.items():
+        assert torch.allclose(averaged[name], tensor, rtol=1e-6, atol=1e-9), name
+        assert not torch.equal(averaged[name], averaged[name].bfloat16().float()) or tensor.numel() < 8, name
+
+
+def test_images_train_in_half_precision_and_seeds_may_be_large(tmp_path: Path) -> None:
+    context = stage_context(tmp_path / "digits", resources=Resources())
+    shard_images(context, ShardImagesParameters())
+    digits = Artifact(context.output, "digest", "digits")
+    summary = run_training(
+        tmp_path / "train", digits, workers=1, model=CONVNEXT, precision="bf16", steps=3, seed=2**62, warmup_steps=0,
+        validation_samples=20,
+    )  # fmt: skip
+    assert summary["val/loss"] < 3
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("architecture", ["gpt2", "convnext"])
+def test_every_architecture_trains_resumes_and_is_evaluated_in_every_precision_and_stage(
+    tmp_path: Path, dataset: Artifact, architecture: str, precision: str, stage: int
+) -> None:
+    if precision == "fp16" and (stage == 0 or not TRAINS_IN_FP16):
+        pytest.skip("DeepSpeed does not train so on this machine")
+    data, model = dataset, MODEL
+    if architecture == "convnext":
+        context = stage_context(tmp_path / "digits", resources=Resources())
+        shard_images(context, ShardImagesParameters())
+        data, model = Artifact(context.output, "digest", "digits"), CONVNEXT
+    settings = {
+        "model": model, "precision": precision, "zero_stage": stage, "checkpoint_every": 1, "warmup_steps": 0,
+        "validation_samples": 8, "validation_every": 0,
+    }  # fmt: skip
+    run_training(tmp_path / "whole", data, workers=1, steps=2, **settings)
+    whole = weights_hash(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole/output")
+    run_training(tmp_path / "whole", data, workers=1, steps=2, **settings)  # goes on from the checkpoint of step 1
+    assert any("checkpoint of step 1" in str(event.get("text")) for event in read_events(tmp_path / "whole", "message"))
+    assert weights_hash(tmp_path / "whole") == whole
+    trained = Artifact(tmp_path / "whole/output", "digest", "train")
+    for narrow in ("fp32", "bf16"):
+        directory = tmp_path / narrow
+        figures = evaluate(
+            stage_context(directory, resources=Resources()), data, {"a": trained},
+            EvaluateParameters(samples=4, precision=narrow, sample_tokens=4),
+        )  # fmt: skip
+        assert figures["a/val_loss"] < 10
+
+
 def test_the_best_weights_are_the_result_if_asked_for(tmp_path: Path) -> None:
     """Learning one text makes the model worse at another: the last validation loss is not the lowest."""
     dataset = make_dataset(tmp_path / "dataset", ["all work and no play " * 30] * 50 + ["9876543210!" * 40] * 10)
@@ -309,6 +370,65 @@ def test_what_cannot_work_is_refused_before_anything_starts() -> None:
     with pytest.raises(UserError, match="architecture comes from `initial`"):
         check(parameters(), {"dataset": shard, "initial": SimpleNamespace()})
     check(parameters(), {"dataset": shard, "initial": None})
+
+
+DIGITS = SimpleNamespace(source=SimpleNamespace(kind="digits"), image_size=8, channels=1)
+CONVNEXT = {"architecture": "convnext", "depths": [1, 1], "dims": [8, 16], "patch_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"num_classes": 3}, r"10 classes, the model 3 outputs \(`model\.num_classes`\)"),
+        ({"in_channels": 3}, r"1 channels \(`channels`\), the model takes 3 \(`model\.in_channels`\)"),
+        (
+            {"patch_size": 4, "depths": [1] * 4, "dims": [8] * 4},
+            r"8 × 8 \(`image_size`\) are too small for a stem of 4",
+        ),
+        ({"architecture": "gpt2"}, r"a gpt2 \(`model\.architecture`\) cannot be trained on images"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_images_is_refused_before_anything_starts(
+    model: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        check(parameters(model={**CONVNEXT, **model}), {"dataset": DIGITS})
+    check(parameters(model={**CONVNEXT, "num_classes": 1000, "in_channels": 1}), {"dataset": DIGITS})
+    text = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=300), sequence_length=16)
+    with pytest.raises(UserError, match=r"a convnext .* cannot be trained on text"):
+        check(parameters(model=CONVNEXT), {"dataset": text})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": math.inf}, "finite"),
+        ({"steps": None, "epochs": math.inf}, "finite"),
+        ({"betas": (0.9, 1.0)}, "less than 1"),
+        ({"betas": (-0.1, 0.9)}, "greater than or equal to 0"),
+        ({"gradient_clipping": math.nan}, "finite"),
+        ({"seed": 2**63}, "less than 9223372036854775808"),
+        ({"micro_batch_size": 1, "augmentation": {"mixup": 0.2}}, "which has only one"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        parameters(**changes)
+
+
+def test_epochs_count_steps_exactly() -> None:
+    assert steps_of_epochs(1.1, 100, 10) == 11
+    assert steps_of_epochs(0.3, 100, 10) == 3
+    assert steps_of_epochs(1.0, 101, 10) == 11
+
+
+def test_a_warm_up_longer_than_the_epochs_and_mixing_of_single_samples_are_refused(
+    tmp_path: Path, dataset: Artifact
+) -> None:
+    with pytest.raises(UserError, match=r"warmup_steps \(1000\) is more than the \d+ steps of 0\.1 epochs"):
+        run_training(tmp_path, dataset, steps=None, epochs=0.1, warmup_steps=1000)
+    with pytest.raises(UserError, match="each worker's has only one"):
+        run_training(tmp_path, dataset, workers=2, global_batch_size=2, augmentation={"mixup": 0.5})
 
 
 def test_a_shipped_deepspeed_configuration_that_is_missing_is_refused(

@@ -19,11 +19,13 @@ _LONGEST = 256
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """The first tensor of the model's output for a batch; models of this package take their input by position."""
-    if hasattr(model, "architecture"):
-        output = model(next(iter(batch.values())))
-    else:
-        output = model(**batch)
+    """The first tensor of the model's output for a batch; models of this package take their input by position.
+
+    Images come in float32 and go in with the type of the model's weights.
+    """
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    moved = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    output = model(next(iter(moved.values()))) if hasattr(model, "architecture") else model(**moved)
     if isinstance(output, Tensor):
         return output
     first = output[0]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.lineage import read_lineage, write_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, stage
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
@@ -42,8 +43,8 @@ def convert(
 ) -> dict[str, float]:
     """Calibrate on training samples, fit every layer, write the converted model and `conversion.json`.
 
-    `model`: of a train stage, or a Hugging Face directory. `dataset`: of a shard stage, or a directory with
-    `calibration.txt` (one text per line) or `calibration.npy` (images or token ids).
+    `model`: of a train stage, or a Hugging Face directory. `dataset`: of a shard or shard_images stage, or a
+    directory with `calibration.txt` (one text per line) or `calibration.npy` (images or token ids).
     """
     import torch
 
@@ -92,6 +93,7 @@ def convert(
             write_tables(context.output, chosen, calibrations)
     except ValueError as error:
         raise UserError(f"convert: {error}") from error
+    write_lineage(context.output, read_lineage(model.path).then(model.stage, model.digest))
     context.log_artifact("conversion.json")
     if parameters.page:
         from polytrope.pipeline.stages.convert.conversion_page import write_page
@@ -109,8 +111,11 @@ def calibration_batches(network: Any, model: Path, dataset: Path, parameters: Co
     import numpy as np
     import torch
 
+    from polytrope.models.convnext import normalise_images
+    from polytrope.pipeline.data.description import read_dataset
     from polytrope.pipeline.data.order import sample_indices
     from polytrope.pipeline.data.reader import open_split
+    from polytrope.pipeline.data.tokenization import same_tokenizer
     from polytrope.pipeline.stages.convert import calibration_data as data
 
     if (dataset / "calibration.npy").exists():
@@ -125,7 +130,14 @@ def calibration_batches(network: Any, model: Path, dataset: Path, parameters: Co
         return data.text_batches(tokenizer, texts, parameters.batch_size, longest, keywords)
     reader = open_split(dataset, "train")
     indices = sample_indices(0, 0, min(parameters.calibration_samples, len(reader)), len(reader))
-    return [
-        {"input_ids": torch.from_numpy(reader.samples(part)[:, :-1].astype(np.int64))}
-        for part in np.array_split(indices, -(-len(indices) // parameters.batch_size))
-    ]
+    parts = np.array_split(indices, -(-len(indices) // parameters.batch_size))
+    if read_dataset(dataset).kind == "images":
+        pixels = (torch.from_numpy(reader.images(part)[0]).float() / 255.0 for part in parts)
+        return [{"pixel_values": normalise_images(images)} for images in pixels]
+    own, other = model / "tokenizer.json", dataset / "tokenizer.json"
+    if own.exists() and other.exists() and not same_tokenizer(own, other):
+        raise UserError(
+            "convert: the model's tokenizer is not the one of the dataset, so its tokens would be other words to it",
+            "calibrate on a dataset that was sharded with the model's tokenizer",
+        )
+    return [{"input_ids": torch.from_numpy(reader.samples(part)[:, :-1].astype(np.int64))} for part in parts]

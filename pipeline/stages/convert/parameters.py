@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class ConvertParameters(BaseModel):
     """What replaces the activations, and how it is fitted."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     family: Literal[
         "hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from polytrope.models.checkpoint import load_model, read_description
 from polytrope.models.convnext import normalise_images
+from polytrope.pipeline.data.description import Dataset, read_dataset
 from polytrope.pipeline.data.reader import open_split
-from polytrope.pipeline.data.tokenization import Tokenizer, tokenizer_from_json
+from polytrope.pipeline.data.tokenization import Tokenizer, same_tokenizer, tokenizer_from_json
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.evaluate.drift import block_cosines
@@ -34,17 +36,19 @@ def evaluate_models(
 ) -> dict[str, float]:
     """Write `evaluation.json`; returns `LABEL/val_loss`, `LABEL/perplexity`, `LABEL/bits_per_byte`, … of all models.
 
+    A model that cannot be evaluated (it diverged, or does not fit the dataset) is a row with its `failure`.
+
     Raises:
-        UserError: no model is left, or one does not fit the dataset.
+        UserError: no model is left.
     """
     if not models:
         raise UserError("the stages of all `models` were skipped", f"give `{context.stage}` the same `when:`")
     torch.set_num_threads(parameters.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    description = json.loads((dataset.path / "dataset.json").read_text())
-    split = description["splits"]["validation"]
-    context.log_dataset("validation", dataset.digest, str(dataset.path), split)
-    samples = min(parameters.samples or int(split["samples"]), int(split["samples"]))
+    description = read_dataset(dataset.path)
+    split = description.splits["validation"]
+    context.log_dataset("validation", dataset.digest, str(dataset.path), dict(split))
+    samples = min(parameters.samples or split.samples, split.samples)
     if samples < 1:
         raise UserError(f"the dataset of `{dataset.stage}` has no validation samples", "use a larger corpus")
     task = Task(context, dataset, description, parameters, samples)
@@ -56,11 +60,7 @@ def evaluate_models(
         if reference is not None and recorded_failure(reference):
             reference = None
         failure = recorded_failure(model)
-        results[label] = (
-            {"stage": model.stage, "digest": model.digest, "failure": failure}
-            if failure
-            else task.evaluate(label, model, reference)
-        )
+        results[label] = _failed(model, failure) if failure else evaluate_one(task, label, model, reference)
         if "failure" in results[label]:
             context.message(f"{label}: {results[label]['failure']}")
             continue
@@ -76,24 +76,40 @@ def evaluate_models(
         )
     content = {
         "format": FORMAT,
-        "kind": description.get("kind", "text"),
+        "kind": description.kind,
         "dataset": {
-            "name": description.get("name", ""),
+            "name": description.name,
             "digest": dataset.digest,
-            "tokenizer": description.get("tokenizer"),
-            "sequence_length": description.get("sequence_length"),
+            "tokenizer": dict(description.tokenizer) if description.kind == "text" else None,
+            "sequence_length": description.sequence_length if description.kind == "text" else None,
+            "class_names": description.class_names if description.kind == "images" else None,
             "splits": {
-                name: {key: value for key, value in part.items() if isinstance(value, int | float)}
-                for name, part in description["splits"].items()
+                name: {key: value for key, value in dict(part).items() if isinstance(value, int | float)}
+                for name, part in description.splits.items()
             },
         },
-        "unigram_entropy": description.get("unigram_entropy"),
+        "unigram_entropy": description.unigram_entropy if description.kind == "text" else None,
         "protocol": {"samples": samples, "stride": parameters.stride, "precision": parameters.precision},
         "models": results,
     }
     (context.output / "evaluation.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     context.log_artifact("evaluation.json")
     return summary
+
+
+def evaluate_one(task: Task, label: str, model: Artifact, reference: Artifact | None) -> dict[str, Any]:
+    """All figures of one model; if it cannot be evaluated, the reason: the others do not depend on it."""
+    try:
+        return task.evaluate(label, model, reference)
+    except UserError as error:
+        return _failed(model, error.message)
+    except (RuntimeError, ValueError, ArithmeticError, LookupError, OSError) as error:  # a shape, a number, a file
+        traceback.print_exc()
+        return _failed(model, f"{type(error).__name__}: {error}")
+
+
+def _failed(model: Artifact, reason: str) -> dict[str, Any]:
+    return {"stage": model.stage, "digest": model.digest, "failure": reason}
 
 
 def recorded_failure(model: Artifact) -> str | None:
@@ -128,7 +144,7 @@ class Task:
         self,
         context: StageContext,
         dataset: Artifact,
-        description: dict[str, Any],
+        description: Dataset,
         parameters: EvaluateParameters,
         samples: int,
     ) -> None:
@@ -136,23 +152,27 @@ class Task:
         self.parameters, self.samples = parameters, samples
         self.device = torch.device("cuda" if context.resources.gpus > 0 and torch.cuda.is_available() else "cpu")
         self.reader = open_split(dataset.path, "validation")
-        self.images = description.get("kind", "text") == "images"
+        self.images = description.kind == "images"
         self.tokenizer: Tokenizer | None = None
-        if not self.images:
-            self.tokenizer = tokenizer_from_json((dataset.path / "tokenizer.json").read_text())
+        if description.kind == "images":
+            self.outputs, self.of = description.classes, "classes"
+        else:
+            self.tokenizer = tokenizer_from_json((dataset.path / "tokenizer.json").read_text(encoding="utf-8"))
             self.byte_lengths = byte_lengths(self.tokenizer)
+            self.outputs, self.of = self.tokenizer.vocab_size, "tokens"
 
     def evaluate(self, label: str, artifact: Artifact, reference: Artifact | None) -> dict[str, Any]:
         """All figures of one model."""
         about = read_description(artifact.path)
-        self._check(label, about)
+        self._check(label, artifact, about)
         model = load_model(artifact.path, self.device)
         other = load_model(reference.path, self.device) if reference else None
-        classes = int(self.description["classes"]) if self.images else 0
-        scores = Scores(self.parameters.calibration_bins, classes)
+        scores = Scores(self.parameters.calibration_bins, self.outputs if self.images else 0, self.outputs)
         bytes_scored, started = 0, time.perf_counter()
         for inputs, targets, mask in self._batches():
             logits, flat = self._logits(model, inputs)[mask], targets[mask]
+            if logits.size(1) < self.outputs:
+                raise UserError(f"it has {logits.size(1)} outputs, the dataset {self.outputs} {self.of}")
             scores.add(logits, flat, self._logits(other, inputs)[mask] if other is not None else None)
             if not math.isfinite(scores.loss):
                 break
@@ -161,8 +181,7 @@ class Task:
         seconds = time.perf_counter() - started
         unit = "images" if self.images else "tokens"
         if not math.isfinite(scores.loss):
-            failure = f"its validation loss is {scores.loss}"
-            return {"stage": artifact.stage, "digest": artifact.digest, "failure": failure}
+            return _failed(artifact, f"its validation loss is {scores.loss}")
         self.context.log_metrics({f"{label}/{unit}_per_second": scores.count / seconds})
         figures = scores.figures()
         result: dict[str, Any] = {"stage": artifact.stage, "digest": artifact.digest, **figures}
@@ -183,15 +202,20 @@ class Task:
             result["sample"] = self._sample(model, self.tokenizer)
         return result
 
-    def _check(self, label: str, about: dict[str, Any]) -> None:
+    def _check(self, label: str, artifact: Artifact, about: dict[str, Any]) -> None:
         wanted = "convnext" if self.images else "gpt2"
         if about["architecture"] != wanted:
             raise UserError(
                 f"`{label}` is a {about['architecture']}, which cannot be evaluated on "
-                f"{self.description.get('kind', 'text')} (`{self.dataset.stage}`)",
+                f"{self.description.kind} (`{self.dataset.stage}`)",
                 "give evaluate models and a dataset of one kind",
             )
-        if not self.images and about.get("tokenizer") not in (None, self.description["tokenizer"]):
+        if self.images:
+            return
+        own = artifact.path / "tokenizer.json"
+        if not own.exists():
+            self.context.message(f"{label}: holds no tokenizer, so its tokens are taken to be those of the dataset")
+        elif not same_tokenizer(own, self.dataset.path / "tokenizer.json"):
             raise UserError(
                 f"the tokenizer of `{label}` is not the one of `{self.dataset.stage}`",
                 "evaluate a model on a dataset that was sharded with its tokenizer",
@@ -215,7 +239,8 @@ class Task:
         if stride is None or limit is not None:
             windows = block_windows(self.reader.samples, samples, size)
         else:
-            length = int(self.description["sequence_length"])
+            assert self.description.kind == "text"
+            length = self.description.sequence_length
             windows = sliding_windows(self.reader.samples, samples, length, stride, size)
         for batch in windows:
             yield (

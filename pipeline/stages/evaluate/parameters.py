@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class EvaluateParameters(BaseModel):
     """What is measured, and on how much of the validation data."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     samples: int | None = Field(None, ge=1, description="validation samples to use (the first ones); default: all")
     batch_size: int = Field(16, ge=1, description="samples per forward pass")
@@ -27,7 +27,9 @@ class EvaluateParameters(BaseModel):
     )
     prompt: str = Field("", description="text: what the sampled text continues; empty: the start of a document")
     sample_tokens: int = Field(120, ge=0, description="text: length of the sampled text, 0 for none")
-    temperature: float = Field(0.8, ge=0, description="text: of sampling; 0 takes the most probable token")
+    temperature: float = Field(
+        0.8, ge=0, allow_inf_nan=False, description="text: of sampling; 0 takes the most probable token"
+    )
     top_k: int | None = Field(50, ge=1, description="text: sample among the k most probable tokens")
     activation_samples: int = Field(8, ge=0, description="validation samples that measure the activations' inputs")
     calibration_bins: int = Field(15, ge=1, description="confidence bins of the calibration error")
@@ -39,7 +41,7 @@ class EvaluateParameters(BaseModel):
 class MeasureSpeedParameters(BaseModel):
     """How often, and on batches of which size."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     batch_size: int = Field(8, ge=1, description="samples per training step and per forward pass for throughput")
     rounds: int = Field(5, ge=1, description="measurements of every model; the rounds go over all models in turn")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_LARGEST_LOSS = 709.0  # beyond it, exp overflows float64: there is no perplexity to give
+_MATRIX_CLASSES = 100  # with more, a matrix of all pairs is neither read nor drawn by anybody
+_MOST_CONFUSED = 100
+
 
 @dataclass
 class Scores:
@@ -18,11 +23,15 @@ class Scores:
 
     Args:
         bins: confidence bins of the calibration error (Guo et al., 2017: equal width).
-        classes: also keep a confusion matrix of this size; 0 for none.
+        classes: also count which class was taken for which, of so many; 0: not. A model may have further outputs,
+            which are never right.
+        compared_outputs: over how many of the first outputs the divergence from a reference is taken; both models are
+            normalised over them, so that embeddings that were padded differently can be compared.
     """
 
     bins: int
     classes: int = 0
+    compared_outputs: int | None = None
     count: int = 0
     loss: float = 0.0
     first: int = 0
@@ -33,11 +42,10 @@ class Scores:
     confidence: np.ndarray = field(init=False)
     correct: np.ndarray = field(init=False)
     filled: np.ndarray = field(init=False)
-    confusion: np.ndarray = field(init=False)
+    confusions: Counter[tuple[int, int]] = field(default_factory=Counter)  # (class, prediction) → how often
 
     def __post_init__(self) -> None:
         self.confidence, self.correct, self.filled = (np.zeros(self.bins) for _ in range(3))
-        self.confusion = np.zeros((self.classes, self.classes), dtype=np.int64)
 
     def add(self, logits: Tensor, targets: Tensor, reference: Tensor | None = None) -> None:
         """Count one batch.
@@ -59,11 +67,14 @@ class Scores:
         self.fifth += int(hits.any(dim=1).sum())
         self._calibrate(top.values[:, 0].exp().double().cpu().numpy(), hits[:, 0].cpu().numpy())
         if self.classes:
-            np.add.at(self.confusion, (targets.cpu().numpy(), top.indices[:, 0].cpu().numpy()), 1)
+            pairs = np.stack((targets.cpu().numpy(), top.indices[:, 0].cpu().numpy()), axis=1)
+            for (true, predicted), number in zip(*np.unique(pairs, axis=0, return_counts=True), strict=True):
+                self.confusions[int(true), int(predicted)] += int(number)
         if reference is not None:
-            other = F.log_softmax(reference.float(), dim=-1)
-            self.divergence += float((other.exp() * (other - log_probabilities)).double().sum())
-            self.agreements += int((other.argmax(dim=-1) == top.indices[:, 0]).sum())
+            ours = F.log_softmax(logits[:, : self.compared_outputs].float(), dim=-1)
+            other = F.log_softmax(reference[:, : self.compared_outputs].float(), dim=-1)
+            self.divergence += float((other.exp() * (other - ours)).double().sum())
+            self.agreements += int((other.argmax(dim=-1) == ours.argmax(dim=-1)).sum())
             self.compared += targets.numel()
 
     def _calibrate(self, confidence: np.ndarray, correct: np.ndarray) -> None:
@@ -73,11 +84,15 @@ class Scores:
         self.filled += np.bincount(index, minlength=self.bins)
 
     def figures(self) -> dict[str, Any]:
-        """Means: loss in nats, top-1 and top-5 accuracy, expected calibration error, and what was compared."""
+        """Means: loss in nats, top-1 and top-5 accuracy, expected calibration error, and what was compared.
+
+        Of up to 100 classes `confusion`, a matrix (class, prediction) of counts; of more, `most_confused`: the most
+        frequent (class, prediction, count).
+        """
         mean = self.loss / self.count
         result: dict[str, Any] = {
             "loss": mean,
-            "perplexity": math.exp(mean) if mean < 700 else math.inf,
+            "perplexity": math.exp(mean) if mean < _LARGEST_LOSS else None,
             "top1": self.first / self.count,
             "top5": self.fifth / self.count,
             "calibration_error": float(np.abs(self.correct - self.confidence).sum() / self.count),
@@ -87,8 +102,15 @@ class Scores:
                 "kl_divergence": self.divergence / self.compared,
                 "agreement": self.agreements / self.compared,
             }
-        if self.classes:
-            result["confusion"] = self.confusion.tolist()
+        if 0 < self.classes <= _MATRIX_CLASSES:
+            matrix = np.zeros((self.classes, self.classes), dtype=np.int64)
+            for (true, predicted), number in self.confusions.items():
+                if predicted < self.classes:
+                    matrix[true, predicted] = number
+            result["confusion"] = matrix.tolist()
+        elif self.classes:
+            wrong = Counter({pair: number for pair, number in self.confusions.items() if pair[0] != pair[1]})
+            result["most_confused"] = [[*pair, number] for pair, number in wrong.most_common(_MOST_CONFUSED)]
         return result
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from polytrope.models.checkpoint import load_model
 from polytrope.models.convnext import normalise_images
+from polytrope.pipeline.data.description import read_dataset
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
@@ -65,13 +66,13 @@ def measure_models(
 
 def read_batch(dataset: Artifact, size: int, device: torch.device) -> Batch:
     """Inputs and targets of the first samples: tokens `[size, length]`, or `[size, channels, height, width]` images."""
-    description = json.loads((dataset.path / "dataset.json").read_text())
+    description = read_dataset(dataset.path)
     reader: Any = open_split(dataset.path, "validation")
     size = min(size, len(reader))
     if size < 1:
         raise UserError(f"the dataset of `{dataset.stage}` has no validation samples", "use a larger corpus")
     indices = np.arange(size)
-    if description.get("kind", "text") == "images":
+    if description.kind == "images":
         pixels, labels = reader.images(indices)
         images = normalise_images(torch.from_numpy(pixels).float() / 255.0)
         return images.to(device), torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)

@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from polytrope.pipeline.data.lineage import Lineage, read_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.stages.report.parameters import ReportParameters, group_of
-from polytrope.pipeline.stages.report.statistics import mean_interval, paired_p_value
+from polytrope.pipeline.stages.report.statistics import holm, mean_interval, paired_p_value
+from polytrope.pipeline.support.pages import count
 
 FORMAT = 1
 Figures = dict[str, Any]
@@ -61,7 +63,7 @@ def collect(
             )
     results = {label: result for label, result in everything.items() if "failure" not in result}
     baseline = parameters.baseline or next(iter(results))
-    rows = [_row(label, result, parameters) for label, result in results.items()]
+    rows = [_row(label, result, parameters, models.get(label)) for label, result in results.items()]
     figures: Figures = {
         "format": FORMAT,
         "title": parameters.title,
@@ -96,8 +98,10 @@ def collect(
     return figures
 
 
-def _row(label: str, result: Mapping[str, Any], parameters: ReportParameters) -> Figures:
+def _row(label: str, result: Mapping[str, Any], parameters: ReportParameters, model: Artifact | None) -> Figures:
     row: Figures = {"label": label, "name": parameters.labels.get(label, label)}
+    if model is not None:
+        row["budget"] = budget(read_lineage(model.path))
     for key in (
         "activation",
         "parameters",
@@ -122,7 +126,22 @@ def _training(label: str, artifact: Artifact, parameters: ReportParameters) -> F
     if summary is None:
         return None
     kept = {key: value for key, value in summary.items() if isinstance(value, int | float) and key != "format"}
-    return {"label": label, "name": parameters.labels.get(label, label), **kept}
+    lineage = read_lineage(artifact.path)
+    made_from = {
+        "total_samples": lineage.samples,
+        "total_tokens": lineage.tokens,
+        "lineage": [ancestor.stage for ancestor in lineage.ancestors],
+    }
+    return {"label": label, "name": parameters.labels.get(label, label), **kept, **made_from}
+
+
+def budget(lineage: Lineage) -> str:
+    """What a model and all it was made from were trained on, for people: `1.2 M tokens`."""
+    if lineage.unknown:
+        return "trained on more than is known here" if lineage.samples else "trained elsewhere"
+    if lineage.tokens is not None:
+        return f"{count(lineage.tokens)} tokens"
+    return f"{count(lineage.samples)} samples"
 
 
 def _label_of(conversion: Artifact, models: Mapping[str, Artifact]) -> str | None:
@@ -197,10 +216,14 @@ def compare_groups(
                 "mean": interval.mean,
                 "half_width": interval.half_width,
                 "p_value": paired_p_value(differences),
+                "holm_p_value": None,
                 "pairs": len(differences),
                 "values": differences,
             }
         result.append(entry)
+    tested = [entry["difference"] for entry in result if entry.get("difference", {}).get("p_value") is not None]
+    for difference, corrected in zip(tested, holm([entry["p_value"] for entry in tested]), strict=True):
+        difference["holm_p_value"] = corrected
     only_failures = [{"group": name, "count": 0, "failed": failures[name]} for name in failures if name not in groups]
     return sorted(result, key=lambda entry: entry["loss"]["mean"]) + only_failures
 

@@ -10,7 +10,7 @@ from polytrope.pipeline.errors import UserError
 class ReportParameters(BaseModel):
     """What the page says beyond the figures."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     title: str = Field("Results", description="heading of the page")
     description: str = Field("", description="a paragraph below the heading")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stages.shard.text_files import TEXT, check_lines, column_of, read_files, write_table
+from polytrope.pipeline.support.file_digests import combined_digest, file_digests
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow
 
 HUB_HINT = "give local files instead (`source: {kind: files, paths: […]}`), or connect this machine and run again"
 
@@ -37,8 +40,12 @@ class FilesSource(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     kind: Literal["files"]
-    paths: list[str] = Field(min_length=1, description="files or globs, relative to the workflow file")
-    format: Literal["text", "jsonl", "parquet"] = Field("text", description="text: a file is a document")
+    paths: list[str] = Field(
+        min_length=1, description="files, globs, or directories (all files below), relative to the workflow file"
+    )
+    format: Literal["text", "jsonl", "parquet"] = Field(
+        "text", description="text: a file is a document; text and jsonl may be compressed (.gz, .bz2, .zst)"
+    )
     text_field: str = Field("text", description="jsonl and parquet: the field that holds the text")
     max_bytes: int | None = Field(None, ge=1, description="stop after this many bytes of text")
 
@@ -71,25 +78,9 @@ def source_fingerprint(source: Source, directory: Path) -> dict[str, str]:
     files = _named_files(source, directory)
     if isinstance(source, FilesSource) and source.format == "jsonl":
         for _, path in files:
-            _check_jsonl([path], source.text_field, lines=1)
-    return {"files": digest_files(files)}
-
-
-def digest_files(files: Iterable[tuple[str, Path]]) -> str:
-    """One sha256 over names and contents.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    for name, path in files:
-        try:
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"source: cannot read {path}: {error}", "mend its permissions or leave it out") from error
-        digest.update(f"{name}:{content}\n".encode())
-    return digest.hexdigest()
+            check_lines(path, source.text_field, most=1)
+    names, paths = zip(*files, strict=True)
+    return {"files": combined_digest(names, file_digests(paths, field="source"))}
 
 
 def refuse_offline_hub(dataset: str) -> None:
@@ -119,23 +110,43 @@ def _named_files(source: PythonSource | FilesSource, directory: Path) -> list[tu
 def find_files(patterns: list[str], directory: Path) -> list[Path]:
     """The files that the patterns name, sorted, each once.
 
+    A pattern that is the name of a file is that file, whatever characters it has; that of a directory stands for all
+    files below it that are not hidden; any other is a glob.
+
     Raises:
-        UserError: a pattern without a file, or a file without content.
+        UserError: a pattern without a file, a file without content, a link to nowhere.
     """
     found: list[Path] = []
     for pattern in patterns:
-        full = pattern if Path(pattern).is_absolute() else str(directory / pattern)
-        paths = sorted(Path(name) for name in glob.glob(full, recursive=True) if Path(name).is_file())
-        if not paths:
+        exact = directory / pattern
+        if exact.is_dir():
+            paths = [path for path in exact.rglob("*") if not _is_hidden(path.relative_to(exact))]
+        elif os.path.lexists(exact):
+            paths = [exact]
+        else:
+            names = glob.glob(pattern, root_dir=directory, recursive=True)
+            paths = [directory / name for name in names]
+        for path in paths:
+            if path.is_symlink() and not path.exists():
+                raise UserError(
+                    f"source.paths: {path} is a link to {os.readlink(path)}, which does not exist",
+                    "fetch the data (git-annex, DVC and Git LFS leave such links), or remove the link",
+                )
+        files = sorted(path for path in paths if path.is_file())
+        if not files:
             raise UserError(
                 f"source.paths: no file matches `{pattern}`",
-                f"paths are relative to the workflow file: looked for {full}",
+                f"paths are relative to the workflow file: looked for {exact}",
             )
-        found += paths
+        found += files
     for path in found:
         if path.stat().st_size == 0:
-            raise UserError(f"source.paths: {path} is empty", "leave it out, or give a file with text")
+            raise UserError(f"source.paths: {path} is empty", "leave it out, or give a file with content")
     return list(dict.fromkeys(found))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 @dataclass(frozen=True)
@@ -172,34 +183,40 @@ class Documents:
 
 def split_documents(
     documents: Documents, validation_fraction: float, max_bytes: int | None
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, int]]:
     """Deal the documents out by a hash of their text: equal texts are never on both sides.
 
     Blank documents are left out. Reading stops when `max_bytes` of text are reached.
 
     Returns:
-        For `train` and `validation` the rows of their documents and the documents' sizes in bytes, int64.
+        For `train` and `validation` the rows of their documents and the documents' sizes in bytes, int64; and what was
+        left out, with its count.
     """
     import numpy as np
 
     rows: dict[str, list[int]] = {"train": [], "validation": []}
     sizes: dict[str, list[int]] = {"train": [], "validation": []}
+    left_out: Counter[str] = Counter()
     row, left = -1, float("inf") if max_bytes is None else float(max_bytes)
     for chunk in documents.chunks():
         if left <= 0:
-            break
+            left_out["documents beyond max_bytes"] += len(chunk)
+            continue
         for text in chunk.to_pylist():
             row += 1
             if left <= 0:
-                break
+                left_out["documents beyond max_bytes"] += 1
+                continue
             if not text or text.isspace():
+                left_out["blank documents"] += 1
                 continue
             content = text.encode(errors="surrogatepass")
             name = "validation" if is_validation(content, validation_fraction) else "train"
             rows[name].append(row)
             sizes[name].append(len(content))
             left -= len(content)
-    return {name: (np.asarray(rows[name], np.int64), np.asarray(sizes[name], np.int64)) for name in rows}
+    splits = {name: (np.asarray(rows[name], np.int64), np.asarray(sizes[name], np.int64)) for name in rows}
+    return splits, dict(left_out)
 
 
 def is_validation(content: bytes, fraction: float) -> bool:
@@ -212,37 +229,30 @@ def read_documents(source: Source, directory: Path, cache: Path) -> Documents:
 
     Args:
         directory: the workflow file's, for relative paths.
-        cache: where `datasets` keeps its Arrow files; they must stay while the documents are used.
+        cache: gets Arrow files, which must stay while the documents are used.
 
     Raises:
         UserError: unreadable file or line, missing field, hub out of reach, no document at all.
     """
-    import datasets
-
-    datasets.disable_progress_bars()
-    field = "text"
     if isinstance(source, PythonSource):
-        loaded = datasets.Dataset.from_generator(
-            _python_documents, gen_kwargs={"source": source, "directory": directory}, cache_dir=str(cache)
-        )
-    elif isinstance(source, FilesSource):
-        loaded = _load_files(source, directory, cache)
-        field = "text" if source.format == "text" else source.text_field
-    else:
-        loaded = load_hub(source.dataset, source.config, source.split, source.revision, cache)
-        field = source.text_field
+        return Documents((str(write_table(_python_documents(source, directory), cache)),), TEXT)
+    if isinstance(source, FilesSource):
+        paths = find_files(source.paths, directory)
+        return Documents((str(write_table(read_files(paths, source.format, source.text_field), cache)),), TEXT)
+    loaded = load_hub(source.dataset, source.config, source.split, source.revision, cache)
+    field = source.text_field
     if field not in loaded.column_names:
         raise UserError(
             f"source.text_field: there is no field `{field}`", f"the fields are {', '.join(loaded.column_names)}"
         )
-    if not _is_text(loaded, field):
+    if getattr(loaded.features[field], "dtype", "") not in ("string", "large_string"):
         raise UserError(f"source.text_field: `{field}` is not text but {loaded.features[field]}", "name a text field")
     if not len(loaded):
-        raise UserError("source: there is no document", "give files with text in them")
+        raise UserError(f"source.dataset: {source.dataset} has no document", "name another split")
     return Documents(tuple(file["filename"] for file in loaded.cache_files), field)
 
 
-def _python_documents(source: PythonSource, directory: Path) -> Iterator[dict[str, str]]:
+def _python_documents(source: PythonSource, directory: Path) -> Iterator[pyarrow.ChunkedArray]:
     left = source.max_bytes if source.max_bytes is not None else float("inf")
     for name, path in _named_files(source, directory):
         if name == "pydoc_data/topics.py":
@@ -255,61 +265,7 @@ def _python_documents(source: PythonSource, directory: Path) -> Iterator[dict[st
             if left <= 0:
                 return
             left -= len(text.encode())
-            yield {"text": text}
-
-
-def _load_files(source: FilesSource, directory: Path, cache: Path) -> Any:
-    import datasets
-
-    paths = find_files(source.paths, directory)
-    builder = {"text": "text", "jsonl": "json", "parquet": "parquet"}[source.format]
-    options = {"sample_by": "document"} if source.format == "text" else {}
-    try:
-        loaded = datasets.load_dataset(
-            builder, data_files=[str(path) for path in paths], split="train", cache_dir=str(cache), **options
-        )
-    except Exception as error:  # the library raises many kinds for an unreadable file
-        if source.format == "jsonl":
-            _check_jsonl(paths, source.text_field)
-        cause = error.__cause__ or error
-        raise UserError(
-            f"source.paths: cannot read {', '.join(map(str, paths[:3]))} as {source.format}: {cause}",
-            "check `source.format` (text, jsonl or parquet) and the file",
-        ) from error
-    field = source.text_field
-    if source.format == "jsonl" and not _all_text(loaded, field):
-        _check_jsonl(paths, field)
-    return loaded
-
-
-def _all_text(loaded: Any, field: str) -> bool:
-    return field in loaded.column_names and _is_text(loaded, field) and not loaded.data.column(field).null_count
-
-
-def _is_text(loaded: Any, field: str) -> bool:
-    return getattr(loaded.features[field], "dtype", "") in ("string", "large_string")
-
-
-def _check_jsonl(paths: list[Path], field: str, lines: int | None = None) -> None:
-    """Name the first line that has no text in `field`. `lines`: look at so many lines with content per file."""
-    for path in paths:
-        seen = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:  # not JSON, or not UTF-8
-                    raise UserError(f"{path}:{number}: not JSON: {error}", "each line must be a JSON object") from error
-                if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                    fields = ", ".join(record) if isinstance(record, dict) else "no fields"
-                    raise UserError(
-                        f"{path}:{number}: no text in field `{field}`", f"set source.text_field; this line has {fields}"
-                    )
-                seen += 1
-                if seen == lines:
-                    break
+            yield column_of([text])
 
 
 def load_hub(dataset: str, config: str | None, split: str, revision: str | None, cache: Path) -> Any:

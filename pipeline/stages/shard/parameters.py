@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,11 +13,13 @@ from polytrope.pipeline.data.tokenization import (
 from polytrope.pipeline.stages.shard.corpus import PythonSource, Source
 from polytrope.pipeline.stages.shard.images import DigitsSource, ImageSource
 
+ColourValue = Annotated[int, Field(ge=0, le=255)]
+
 
 class ShardParameters(BaseModel):
     """A text data set."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str = Field("text", description="name of the data set, shown in MLflow")
     source: Source = Field(default_factory=PythonSource, description="where the documents come from")
@@ -32,7 +34,7 @@ class ShardParameters(BaseModel):
 class ShardImagesParameters(BaseModel):
     """An image data set."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str = Field("images", description="name of the data set, shown in MLflow")
     source: ImageSource = Field(default_factory=DigitsSource, description="where the images come from")
@@ -42,4 +44,7 @@ class ShardImagesParameters(BaseModel):
     validation_fraction: float = Field(0.2, gt=0, lt=1, description="share of the images, chosen by hash of the name")
     image_size: int = Field(8, ge=1, description="pixels per side: shorter side resized, middle square taken")
     channels: Literal[1, 3] = Field(1, description="1: grey, 3: RGB")
+    background: tuple[ColourValue, ColourValue, ColourValue] | None = Field(
+        None, description="red, green, blue (0 to 255) behind transparent pixels; default: such images are refused"
+    )
     shard_images: int = Field(4096, ge=1, description="images per shard")

@@ -6,12 +6,21 @@ Parameters and flow; the work is in corpus, tokenization and sharding.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
+from polytrope.pipeline.data.description import (
+    MANIFEST_FILE,
+    Shard,
+    TextDataset,
+    TextSplit,
+    TokenizerDescription,
+    TokensSample,
+    write_dataset,
+    write_manifest,
+)
 from polytrope.pipeline.data.tokenization import (
     Tokenizer,
     make_tokenizer,
@@ -59,7 +68,7 @@ def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float
     context.progress(0, 3, "reading documents")
     directory = Path.cwd()  # the workflow file's
     documents = read_documents(parameters.source, directory, context.scratch / "huggingface")
-    splits = split_documents(documents, parameters.validation_fraction, parameters.source.max_bytes)
+    splits, left_out = split_documents(documents, parameters.validation_fraction, parameters.source.max_bytes)
     count = sum(len(rows) for rows, _ in splits.values())
     for name, (rows, _) in splits.items():
         if not len(rows):
@@ -67,28 +76,33 @@ def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float
                 f"source: {count} documents with text, none for the {name} split",
                 "give more documents, or change validation_fraction",
             )
+    for what, number in left_out.items():
+        context.message(f"left out: {number} {what}")
     context.progress(1, 3, f"tokenizer from {count} documents")
     tokenizer = make_tokenizer(parameters.tokenizer, documents.texts(splits["train"][0]), directory)
     asked = parameters.tokenizer.vocab_size
     if tokenizer.vocab_size < asked:
         context.message(f"the corpus gives {tokenizer.vocab_size} tokens only, fewer than vocab_size {asked}")
-    (context.output / "tokenizer.json").write_text(tokenizer.to_json())
+    (context.output / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
 
     results = _write_shards(context, documents, splits, tokenizer, parameters)
-    description = _describe(parameters, tokenizer.vocab_size, results)
-    (context.output / "dataset.json").write_text(json.dumps(description, indent=1))
+    description = _describe(parameters, tokenizer.vocab_size, results, left_out)
+    write_dataset(context.output, description)
     seconds = time.perf_counter() - started
-    train, validation = description["splits"]["train"], description["splits"]["validation"]
+    train, validation = description.splits["train"], description.splits["validation"]
     context.log_dataset(
-        parameters.name, description["digest"], parameters.source.kind, {"train": train, "validation": validation}
+        parameters.name,
+        description.digest,
+        parameters.source.kind,
+        {"train": dict(train), "validation": dict(validation)},
     )
     return {
         "documents": float(count),
-        "train/tokens": float(train["tokens"]),
-        "validation/tokens": float(validation["tokens"]),
-        "unigram_entropy": description["unigram_entropy"],
+        "train/tokens": float(train.tokens),
+        "validation/tokens": float(validation.tokens),
+        "unigram_entropy": description.unigram_entropy,
         "vocab_size": float(tokenizer.vocab_size),
-        "tokens_per_second": (train["tokens"] + validation["tokens"]) / seconds,
+        "tokens_per_second": (train.tokens + validation.tokens) / seconds,
     }
 
 
@@ -103,7 +117,7 @@ def _write_shards(
     from polytrope.pipeline.stages.shard.parallel import parallel_map
     from polytrope.pipeline.stages.shard.text import ShardTask, group_rows, make_shard
 
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     content = tokenizer.to_json()
     groups = {name: list(group_rows(rows, sizes, parameters.shard_bytes)) for name, (rows, sizes) in splits.items()}
     for name in splits:
@@ -130,19 +144,20 @@ def _write_shards(
                 f"source: the {name} split has too little text for one sample of {parameters.sequence_length} tokens",
                 "give more text, a shorter sequence_length, or another validation_fraction",
             )
-        manifest = {
-            "format": 1,
-            "sample": {"tokens": parameters.sequence_length + 1, "dtype": dtype},
-            "shards": [
-                {"path": result.path, "bytes": result.bytes, "sha256": result.sha256, "samples": result.samples}
-                for result in results[name]
-            ],
-        }
-        (context.output / name / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        write_manifest(
+            context.output / name,
+            TokensSample(tokens=parameters.sequence_length + 1, dtype=dtype),
+            [Shard(path=r.path, bytes=r.bytes, sha256=r.sha256, samples=r.samples) for r in results[name]],
+        )
     return results
 
 
-def _describe(parameters: ShardParameters, vocab_size: int, results: Mapping[str, list[ShardResult]]) -> dict[str, Any]:
+def _describe(
+    parameters: ShardParameters,
+    vocab_size: int,
+    results: Mapping[str, list[ShardResult]],
+    left_out: dict[str, int],
+) -> TextDataset:
     """`dataset.json`. `digest`: sha256 over the shards' digests, the data's identity."""
     import hashlib
 
@@ -153,22 +168,21 @@ def _describe(parameters: ShardParameters, vocab_size: int, results: Mapping[str
     surprise = -np.log(train / train.sum())
     validation = np.asarray(counts["validation"], dtype=np.float64)
     digest = hashlib.sha256("".join(r.sha256 for members in results.values() for r in members).encode()).hexdigest()
-    return {
-        "format": 1,
-        "kind": "text",
-        "name": parameters.name,
-        "tokenizer": {"kind": parameters.tokenizer.kind, "vocab_size": vocab_size},
-        "sequence_length": parameters.sequence_length,
-        "splits": {
-            name: {
-                "manifest": f"{name}/manifest.json",
-                "documents": sum(result.documents for result in members),
-                "bytes": sum(result.text_bytes for result in members),
-                "tokens": sum(result.tokens for result in members),
-                "samples": sum(result.samples for result in members),
-            }
+    return TextDataset(
+        name=parameters.name,
+        tokenizer=TokenizerDescription(kind=parameters.tokenizer.kind, vocab_size=vocab_size),
+        sequence_length=parameters.sequence_length,
+        splits={
+            name: TextSplit(
+                manifest=f"{name}/{MANIFEST_FILE}",
+                documents=sum(result.documents for result in members),
+                bytes=sum(result.text_bytes for result in members),
+                tokens=sum(result.tokens for result in members),
+                samples=sum(result.samples for result in members),
+            )
             for name, members in results.items()
         },
-        "unigram_entropy": float((validation * surprise).sum() / validation.sum()),
-        "digest": digest,
-    }
+        unigram_entropy=float((validation * surprise).sum() / validation.sum()),
+        digest=digest,
+        left_out=left_out,
+    )

@@ -6,10 +6,19 @@ Parameters and flow; the work is in `polytrope.pipeline.stages.shard.images`.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.description import (
+    MANIFEST_FILE,
+    ImageDataset,
+    ImageSample,
+    ImageShape,
+    ImageSplit,
+    Shard,
+    write_dataset,
+    write_manifest,
+)
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext, stage
 from polytrope.pipeline.stages.shard.images import source_digest
@@ -17,7 +26,7 @@ from polytrope.pipeline.stages.shard.parameters import ShardImagesParameters
 
 
 def fingerprint(parameters: ShardImagesParameters, directory: Path) -> dict[str, str]:
-    """Names and sizes of the image files."""
+    """Names and contents of the image files."""
     found = source_digest(parameters.source, directory)
     if parameters.validation_source is not None:
         validation = source_digest(parameters.validation_source, directory)
@@ -34,47 +43,58 @@ def shard_images(context: StageContext, parameters: ShardImagesParameters) -> di
     """Decode, resize and pack labelled images into webdataset tar shards with a manifest."""
     from polytrope.pipeline.stages.shard.images import read_items, split_items
 
-    directory, cache = Path.cwd(), context.scratch / "huggingface"
-    items, classes = read_items(parameters.source, directory, cache)
-    validation = None
+    cache = context.scratch / "huggingface"
+    found = read_items(parameters.source, Path.cwd(), cache)
+    left_out, classes, names, validation = +found.left_out, found.classes, found.names, None
     if parameters.validation_source is not None:
-        validation, names = read_items(parameters.validation_source, directory, cache / "validation")
-        if names != classes:
+        separate = read_items(parameters.validation_source, Path.cwd(), cache / "validation")
+        if found.names is not None and separate.names is not None and found.names != separate.names:
+            differing = sorted(set(found.names) ^ set(separate.names))
             raise UserError(
-                f"validation_source: its {len(names)} classes are not the {len(classes)} of `source`",
+                f"validation_source: its {separate.classes} classes are not the {found.classes} of `source`: "
+                f"only one of both has {', '.join(differing[:5]) or 'this order'}",
                 "both need the same class names",
             )
-    splits = split_items(items, validation, parameters.validation_fraction)
+        names = found.names or separate.names
+        classes = max(found.classes, separate.classes)  # where only numbers are known, one may lack the highest
+        left_out, validation = left_out + separate.left_out, separate.items
+    if names is not None and len(names) < classes:
+        raise UserError(
+            f"source, validation_source: {classes} classes by number, but {len(names)} class names", "both must agree"
+        )
+    for what, count in left_out.items():
+        context.message(f"left out: {count} {what}")
+    splits = split_items(found.items, validation, parameters.validation_fraction)
     for name, part in splits.items():
         if not part:
-            raise UserError(f"source: {len(items)} images, none for the {name} split", "give more images")
-    described = {name: _write_split(context, name, part, len(classes), parameters) for name, part in splits.items()}
-    digest = hashlib.sha256("".join(entry.pop("digests") for entry in described.values()).encode()).hexdigest()
-    description = {
-        "format": 1,
-        "kind": "images",
-        "name": parameters.name,
-        "classes": len(classes),
-        "class_names": classes,
-        "image": {
-            "channels": parameters.channels,
-            "height": parameters.image_size,
-            "width": parameters.image_size,
-        },
-        "splits": described,
-        "digest": digest,
-    }
-    (context.output / "dataset.json").write_text(json.dumps(description, indent=1))
-    context.log_dataset(parameters.name, digest, parameters.source.kind, described)
+            raise UserError(f"source: {len(found.items)} images, none for the {name} split", "give more images")
+    described, digests = {}, ""
+    for name, part in splits.items():
+        described[name], shard_digests = _write_split(context, name, part, classes, parameters)
+        digests += shard_digests
+    dataset = ImageDataset(
+        name=parameters.name,
+        classes=classes,
+        class_names=names or [str(label) for label in range(classes)],
+        image=ImageShape(channels=parameters.channels, height=parameters.image_size, width=parameters.image_size),
+        splits=described,
+        digest=hashlib.sha256(digests.encode()).hexdigest(),
+        left_out=dict(left_out),
+    )
+    write_dataset(context.output, dataset)
+    profile = {name: dict(split) for name, split in described.items()}
+    context.log_dataset(parameters.name, dataset.digest, parameters.source.kind, profile)
     return {
-        "classes": float(len(classes)),
-        **{f"{name}/images": float(entry["samples"]) for name, entry in described.items()},
+        "classes": float(classes),
+        **{f"{name}/images": float(split.samples) for name, split in described.items()},
+        **({"left_out": float(left_out.total())} if left_out else {}),
     }
 
 
 def _write_split(
     context: StageContext, name: str, items: list[Any], classes: int, parameters: ShardImagesParameters
-) -> dict[str, Any]:
+) -> tuple[ImageSplit, str]:
+    """Shards and manifest of a split; returns what it holds, and its shards' digests one behind the other."""
     from polytrope.pipeline.stages.shard.images import ImageShardTask, make_image_shard
     from polytrope.pipeline.stages.shard.parallel import parallel_map
 
@@ -83,29 +103,26 @@ def _write_split(
     size, digits = parameters.shard_images, len(str(max(0, classes - 1)))
     groups = [items[start : start + size] for start in range(0, len(items), size)]
     tasks = (
-        ImageShardTask(directory / f"shard-{number:06d}.tar", group, parameters.channels, parameters.image_size, digits)
+        ImageShardTask(
+            directory / f"shard-{number:06d}.tar",
+            group,
+            parameters.channels,
+            parameters.image_size,
+            digits,
+            parameters.background,
+        )
         for number, group in enumerate(groups)
     )
     results = []
     for result in parallel_map(context, make_image_shard, tasks):
         results.append(result)
         context.progress(len(results), len(groups), f"{name}: {len(results)} of {len(groups)} shards")
-    manifest = {
-        "format": 1,
-        "sample": {
-            "image": [parameters.channels, parameters.image_size, parameters.image_size],
-            "label_digits": digits,
-        },
-        "shards": [
-            {"path": result.path, "bytes": result.bytes, "sha256": result.sha256, "samples": result.samples}
-            for result in results
-        ],
-    }
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    size_of_image = (parameters.channels, parameters.image_size, parameters.image_size)
+    write_manifest(
+        directory,
+        ImageSample(image=size_of_image, label_digits=digits),
+        [Shard(path=r.path, bytes=r.bytes, sha256=r.sha256, samples=r.samples) for r in results],
+    )
     counts = [sum(result.counts.get(label, 0) for result in results) for label in range(classes)]
-    return {
-        "manifest": f"{name}/manifest.json",
-        "samples": len(items),
-        "smallest_class": min(counts),
-        "digests": "".join(result.sha256 for result in results),
-    }
+    split = ImageSplit(manifest=f"{name}/{MANIFEST_FILE}", samples=len(items), smallest_class=min(counts))
+    return split, "".join(result.sha256 for result in results)

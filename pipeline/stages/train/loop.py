@@ -28,6 +28,7 @@ from polytrope.pipeline.stages.train.deepspeed_engine import (
     full_weights,
     gradient_norm,
     import_deepspeed,
+    master_weights,
     unsharded_gradient_norm,
 )
 from polytrope.pipeline.stages.train.modality import Task, make_task
@@ -58,8 +59,10 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     model = _create_model(plan)
     chosen = choose_checkpoint(context, rank, plan.workers, plan.zero_stage)
     engine = create_engine(plan, model, on_cpu, universal=chosen is not None and chosen.universal)
-    average = None if parameters.ema_decay is None else WeightAverage(model, parameters.ema_decay)
-    _seed(parameters.seed * 1_000_003 + 1 + rank)  # dropout differs between ranks
+    average = None
+    if parameters.ema_decay is not None:
+        average = WeightAverage(model, parameters.ema_decay, lambda: master_weights(engine))
+    _seed((parameters.seed * 1_000_003 + 1 + rank) % 2**63)  # dropout differs between ranks
     progress = restore(engine, average, chosen, context, rank, plan.workers)
     task = make_task(plan, rank, pin=not on_cpu)
     prefetcher = Prefetcher(
@@ -158,8 +161,10 @@ class _Run:
 
     def weights(self) -> dict[str, Tensor]:
         """What the model would be now: whole, fp32, averaged if `ema_decay` is set; a collective under ZeRO-3."""
-        with self.average.applied() if self.average else contextlib.nullcontext():
-            return full_weights(self.engine, masters=self.average is None)
+        weights = full_weights(self.engine)
+        if self.average is not None:
+            weights |= {name: tensor.cpu() for name, tensor in self.average.averages.items()}
+        return weights
 
     def _log_training(self, factor: float, norm: float) -> None:
         plan, progress = self.plan, self.progress
@@ -214,7 +219,9 @@ def validate(plan: TrainingPlan, task: Task, module: nn.Module, rank: int, devic
     with torch.no_grad():
         batches = validation_batches(task.validation_batch, samples, rank, plan.workers, plan.micro_batch_size)
         for (inputs, targets), counted in batches:
-            for name, value in task.measure(module, (inputs.to(device), targets.to(device)), counted).items():
+            for name, value in task.measure(
+                module, (to_model(inputs, module, device), targets.to(device)), counted
+            ).items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.double().cpu()
     module.train()
     names = sorted(sums)
@@ -294,7 +301,7 @@ def _train_step(
     losses: list[Tensor] = []
     units, unsharded = 0, math.nan
     for inputs, targets in micro_batches:
-        inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        inputs, targets = to_model(inputs, engine.module, device), targets.to(device, non_blocking=True)
         with stopwatch:
             loss = engine(inputs, targets)
         engine.backward(loss)
@@ -304,6 +311,12 @@ def _train_step(
         losses.append(loss.detach())
         units += inputs.size(0) if inputs.is_floating_point() else inputs.numel()
     return float(torch.stack(losses).double().mean()), gradient_norm(engine, unsharded), units
+
+
+def to_model(inputs: Tensor, module: nn.Module, device: torch.device) -> Tensor:
+    """Inputs on the device; images in the type of the model's weights, token ids as they are."""
+    dtype = next(module.parameters()).dtype if inputs.is_floating_point() else inputs.dtype
+    return inputs.to(device, dtype, non_blocking=True)
 
 
 def _write_result(
@@ -328,7 +341,7 @@ def _write_result(
         "val/best_loss": min(entry["val/loss"] for entry in progress.history if "val/loss" in entry),
     }
     if plan.architecture == "gpt2":
-        summary["tokens"] = samples * json.loads((plan.dataset / "dataset.json").read_text())["sequence_length"]
+        summary["tokens"] = samples * int(plan.facts["sequence_length"])
     if plan.skipped_batches:
         summary["skipped_batches"], summary["rollbacks"] = len(plan.skipped_batches), plan.skip_reasons
     (output / "training.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")

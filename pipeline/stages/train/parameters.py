@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Activation = str | dict[str, Any]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ActivationOptions(BaseModel):
     """Options for the learnable activations of a model; each goes to the families that have it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     init: str | None = Field(
         None,
@@ -28,7 +29,7 @@ class ActivationOptions(BaseModel):
 class ModelParameters(BaseModel):
     """The model to train from scratch. Fields that belong to the other architecture are refused."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     architecture: Literal["gpt2", "convnext"] = Field("gpt2", description="gpt2 (text) or convnext (images)")
     preset: str | None = Field(
@@ -63,7 +64,7 @@ class ModelParameters(BaseModel):
 class AugmentationParameters(BaseModel):
     """Image augmentation during training (images only)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     crop_padding: int = Field(0, ge=0, description="random crop after padding by this many pixels on each side")
     horizontal_flip: bool = Field(False, description="mirror half of the images")
@@ -77,7 +78,7 @@ class AugmentationParameters(BaseModel):
 class TrainParameters(BaseModel):
     """Everything that decides the result of a training."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: ModelParameters | None = Field(None, description="the model; not with an `initial` input (fine-tuning)")
     steps: int | None = Field(None, ge=1, description="optimizer steps; give steps or epochs")
@@ -93,7 +94,7 @@ class TrainParameters(BaseModel):
     minimum_learning_rate: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of the peak")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up before the cosine")
     weight_decay: float = Field(0.1, ge=0, description="AdamW's decay of matrices (never norms, biases, coefficients)")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's moment decays")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's moment decays")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm, 0: no clipping")
     zero_stage: Literal[0, 1, 2, 3] | None = Field(
@@ -102,7 +103,7 @@ class TrainParameters(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="arithmetic of forward and backward; fp16 scales the loss and needs zero_stage 1 or more"
     )
-    seed: int = Field(0, ge=0, description="of initialisation, data order and dropout")
+    seed: int = Field(0, ge=0, lt=2**63, description="of initialisation, data order and dropout")
     threads_per_worker: int = Field(1, ge=1, description="CPU threads per worker; part of the result's identity")
     data_threads: int = Field(1, ge=1, description="threads per worker that read and augment batches ahead")
     log_every: int = Field(10, ge=1, description="steps between logged training metrics")
@@ -162,6 +163,9 @@ class TrainParameters(BaseModel):
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
                 f"micro_batch_size ({self.micro_batch_size})"
             )
+        mixes = self.augmentation is not None and (self.augmentation.mixup > 0 or self.augmentation.cutmix > 0)
+        if mixes and 1 in (self.micro_batch_size, self.global_batch_size):
+            raise ValueError("augmentation: mixup and cutmix mix the samples of a micro-batch, which has only one here")
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
         return self

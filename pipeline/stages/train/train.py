@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.lineage import Lineage, read_lineage, write_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, stage
-from polytrope.pipeline.stages.train.parameters import (
-    TrainParameters,
-)
+from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters
 
 
 def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
@@ -29,23 +28,31 @@ def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
         raise UserError(
             "train: `model` and an `initial` input", "the architecture comes from `initial`: remove `model`"
         )
-    shard = upstream.get("dataset")
-    tokenizer = getattr(shard, "tokenizer", None)
-    tokens = getattr(tokenizer, "vocab_size", None)
-    rows = parameters.model.vocab_size if parameters.model else None
-    if tokens is not None and rows is not None and tokens > rows:
+    if parameters.model is not None:
+        _check_shapes(parameters.model, upstream.get("dataset"))
+
+
+def _check_shapes(given: ModelParameters, shard: Any) -> None:
+    """Compare the model with what the parameters of the stage that makes the data set say; it need not be ours."""
+    from polytrope.pipeline.stages.train.training_plan import fit_images, fit_text
+
+    model = given.model_dump(exclude_none=True)
+    architecture = model.pop("architecture")
+    size, length = getattr(shard, "image_size", None), getattr(shard, "sequence_length", None)
+    kind = "images" if isinstance(size, int) else "text" if isinstance(length, int) else None
+    wanted = {"text": "gpt2", "images": "convnext"}.get(kind or "", architecture)
+    if architecture != wanted:
         raise UserError(
-            f"train: the dataset's vocabulary ({tokens} tokens) is larger than the model's embedding "
-            f"(`model.vocab_size`: {rows})",
-            f"set `model.vocab_size` to at least {tokens}, or leave it out",
+            f"train: a {architecture} (`model.architecture`) cannot be trained on {kind}",
+            f"use `architecture: {wanted}`, or another dataset",
         )
-    length = getattr(shard, "sequence_length", None)
-    positions = parameters.model.sequence_length if parameters.model else None
-    if isinstance(length, int) and positions is not None and length > positions:
-        raise UserError(
-            f"train: the dataset's sequences ({length} tokens) are longer than `model.sequence_length` ({positions})",
-            f"set `model.sequence_length` to at least {length}, or leave it out",
-        )
+    if "preset" in model:
+        return  # a published size: looking it up would import torch; `make_plan` compares it
+    if kind == "text":
+        fit_text(model, getattr(getattr(shard, "tokenizer", None), "vocab_size", None), length)
+    elif kind == "images":
+        digits = getattr(getattr(shard, "source", None), "kind", None) == "digits"
+        fit_images(model, 10 if digits else None, getattr(shard, "channels", None), size)
 
 
 def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
@@ -85,7 +92,12 @@ def train(
     context.log_dataset("train", dataset.digest, str(dataset.path), plan.dataset_profile)
     context.log_params(plan.facts)
     run_workers(context, plan)
-    summary = json.loads((context.output / "training.json").read_text())
+    summary = json.loads((context.output / "training.json").read_text(encoding="utf-8"))
+    samples, tokens = int(summary.get("samples", 0)), summary.get("tokens")
+    lineage = Lineage(samples=samples, tokens=tokens)
+    if initial is not None:
+        lineage = read_lineage(initial.path).then(initial.stage, initial.digest, samples, tokens)
+    write_lineage(context.output, lineage)
     if parameters.register_as and "failure" not in summary:
         context.log_model(".", name=parameters.register_as, alias=parameters.register_alias)
-    return {name: value for name, value in summary.items() if isinstance(value, int | float)}
+    return {name: value for name, value in summary.items() if isinstance(value, int | float) and name != "format"}

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.description import Dataset, read_dataset
+from polytrope.pipeline.data.tokenization import same_tokenizer
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, EventWriter, Resources, StageContext
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
@@ -117,15 +121,26 @@ def make_plan(
     architecture, model = _resolve_model(description, dataset, initial, parameters)
     workers = context.resources.workers
     micro, accumulation = _split_batch(parameters, workers)
-    samples = int(description["splits"]["train"]["samples"])
+    samples = description.splits["train"].samples
     if samples < 1:
         raise UserError(f"the dataset of `{dataset.stage}` has no training samples", "use a larger corpus")
-    if int(description["splits"]["validation"]["samples"]) < 1:
+    if description.splits["validation"].samples < 1:
         raise UserError(
             f"the dataset of `{dataset.stage}` has no validation samples",
             "use a larger corpus, shorter sequences, or a larger validation fraction",
         )
-    steps = parameters.steps or math.ceil(float(parameters.epochs or 0) * samples / parameters.global_batch_size)
+    steps = parameters.steps or steps_of_epochs(parameters.epochs or 0.0, samples, parameters.global_batch_size)
+    if parameters.warmup_steps > steps:
+        raise UserError(
+            f"warmup_steps ({parameters.warmup_steps}) is more than the {steps} steps of {parameters.epochs:g} epochs",
+            "warm up for fewer steps, or train longer",
+        )
+    augmentation = parameters.augmentation
+    if augmentation is not None and micro == 1 and (augmentation.mixup > 0 or augmentation.cutmix > 0):
+        raise UserError(
+            "augmentation: mixup and cutmix mix the samples of a micro-batch, and each worker's has only one",
+            f"set global_batch_size to at least {2 * workers}, or leave micro_batch_size out",
+        )
     deepspeed = read_configuration(parameters)  # a stage runs in the workflow's directory
     return TrainingPlan(
         parameters=parameters,
@@ -143,9 +158,13 @@ def make_plan(
         zero_stage=zero_stage_of(deepspeed, parameters),
         skipped_batches=[],
         skip_reasons=[],
-        dataset_profile={"splits": description["splits"], "name": description.get("name", "")},
+        dataset_profile={
+            "splits": {name: dict(split) for name, split in description.splits.items()},
+            "name": description.name,
+        },
         facts={
             "architecture": architecture,
+            **({"sequence_length": description.sequence_length} if description.kind == "text" else {}),
             "steps": steps,
             "workers": workers,
             "micro_batch_size": micro,
@@ -155,15 +174,9 @@ def make_plan(
     )
 
 
-def read_dataset(directory: Path) -> dict[str, Any]:
-    """The content of `dataset.json`."""
-    try:
-        content: dict[str, Any] = json.loads((directory / "dataset.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{directory} is no dataset: dataset.json cannot be read: {error}", "`dataset` must name a `shard` stage"
-        ) from error
-    return content
+def steps_of_epochs(epochs: float, samples: int, batch: int) -> int:
+    """Optimizer steps of so many passes over the samples; 1.1 is eleven tenths, not the nearest binary fraction."""
+    return math.ceil(Fraction(repr(epochs)) * samples / batch)
 
 
 def _split_batch(parameters: TrainParameters, workers: int) -> tuple[int, int]:
@@ -184,45 +197,91 @@ def _split_batch(parameters: TrainParameters, workers: int) -> tuple[int, int]:
 
 
 def _resolve_model(
-    description: dict[str, Any], dataset: Artifact, initial: Artifact | None, parameters: TrainParameters
+    description: Dataset, dataset: Artifact, initial: Artifact | None, parameters: TrainParameters
 ) -> tuple[str, dict[str, Any]]:
-    kind = description.get("kind", "text")
     if initial is not None:
         architecture, model = _read_initial(initial)
     else:
         assert parameters.model is not None  # `check` saw to it
         model = parameters.model.model_dump(exclude_none=True)
         architecture = model.pop("architecture")
-        model = _expand_preset(architecture, model)
-    wanted = "gpt2" if kind == "text" else "convnext"
+        model = expand_preset(architecture, model)
+    wanted = "gpt2" if description.kind == "text" else "convnext"
     if architecture != wanted:
         raise UserError(
-            f"a {kind} dataset (`{dataset.stage}`) cannot train a {architecture}", f"use `architecture: {wanted}`"
+            f"a {description.kind} dataset (`{dataset.stage}`) cannot train a {architecture}",
+            f"use `architecture: {wanted}`",
         )
-    if kind == "text":
+    if description.kind == "text":
         if initial is not None:
             _same_tokenizer(initial, dataset)
-        tokens, length = int(description["tokenizer"]["vocab_size"]), int(description["sequence_length"])
+        tokens = description.tokenizer.vocab_size
         model.setdefault("vocab_size", -(-tokens // 64) * 64)
-        model.setdefault("sequence_length", length)
-        if tokens > model["vocab_size"]:
-            raise UserError(
-                f"the dataset's vocabulary ({tokens} tokens) is larger than the model's embedding "
-                f"({model['vocab_size']} rows)",
-                f"set `model.vocab_size` to at least {tokens}, or leave it out",
-            )
-        if length > model["sequence_length"]:
-            raise UserError(
-                f"the dataset's sequences ({length}) are longer than the model's context ({model['sequence_length']})",
-                "shard with a shorter sequence_length, or set `model.sequence_length`",
-            )
+        model.setdefault("sequence_length", description.sequence_length)
+        fit_text(model, tokens, description.sequence_length)
     else:
-        model.setdefault("num_classes", int(description["classes"]))
-        model.setdefault("in_channels", int(description["image"]["channels"]))
+        model.setdefault("num_classes", description.classes)
+        model.setdefault("in_channels", description.image.channels)
+        smallest = min(description.image.height, description.image.width)
+        fit_images(model, description.classes, description.image.channels, smallest)
     return architecture, model
 
 
-def _expand_preset(architecture: str, model: dict[str, Any]) -> dict[str, Any]:
+def fit_text(model: Mapping[str, Any], tokens: int | None, length: int | None) -> None:
+    """Compare a model's settings with a text data set; what is not known yet is None or left out.
+
+    Raises:
+        UserError: the vocabulary is larger than the embedding, or the sequences are longer than the context.
+    """
+    rows, positions = model.get("vocab_size"), model.get("sequence_length")
+    if tokens is not None and rows is not None and tokens > rows:
+        raise UserError(
+            f"the dataset's vocabulary ({tokens} tokens) is larger than the model's embedding "
+            f"(`model.vocab_size`: {rows})",
+            f"set `model.vocab_size` to at least {tokens}, or leave it out",
+        )
+    if length is not None and positions is not None and length > positions:
+        raise UserError(
+            f"the dataset's sequences ({length} tokens) are longer than `model.sequence_length` ({positions})",
+            f"shard with a shorter sequence_length, or set `model.sequence_length` to at least {length}",
+        )
+
+
+def fit_images(model: Mapping[str, Any], classes: int | None, channels: int | None, size: int | None) -> None:
+    """Compare a ConvNeXt's settings with an image data set; what is not known yet is None or left out.
+
+    Raises:
+        UserError: fewer outputs than classes, other channels, or images smaller than what the stages halve them to.
+    """
+    outputs, taken = model.get("num_classes"), model.get("in_channels")
+    if classes is not None and outputs is not None and outputs < classes:
+        raise UserError(
+            f"the dataset has {classes} classes, the model {outputs} outputs (`model.num_classes`)",
+            f"set `model.num_classes` to {classes}, or leave it out",
+        )
+    if channels is not None and taken is not None and taken != channels:
+        raise UserError(
+            f"the dataset's images have {channels} channels (`channels`), the model takes {taken} "
+            "(`model.in_channels`)",
+            f"set `model.in_channels` to {channels}, or leave it out",
+        )
+    patch, stages = model.get("patch_size", 4), len(model.get("depths", (3, 3, 9, 3)))
+    smallest = patch * 2 ** (stages - 1)
+    if size is not None and size < smallest:
+        raise UserError(
+            f"images of {size} × {size} (`image_size`) are too small for a stem of {patch} (`model.patch_size`) and "
+            f"{stages} stages (`model.depths`), which take at least {smallest} × {smallest}",
+            f"shard larger images, or use a smaller patch_size or fewer stages (for example patch_size: 1, "
+            f"{max(1, size.bit_length() - 1)} stages)",
+        )
+
+
+def expand_preset(architecture: str, model: dict[str, Any]) -> dict[str, Any]:
+    """The settings with those of `preset` below them.
+
+    Raises:
+        UserError: an unknown preset.
+    """
     preset = model.pop("preset", None)
     if preset is None:
         return model
@@ -246,13 +305,8 @@ def _read_initial(initial: Artifact) -> tuple[str, dict[str, Any]]:
 
 def _same_tokenizer(initial: Artifact, dataset: Artifact) -> None:
     """Token ids of another vocabulary would train on nonsense without any error."""
-    entries = [
-        json.loads((directory / name).read_text()).get("tokenizer")
-        for directory, name in ((initial.path, "model.json"), (dataset.path, "dataset.json"))
-    ]
-    files = [directory / "tokenizer.json" for directory in (initial.path, dataset.path)]
-    contents = [path.read_bytes() if path.exists() else b"" for path in files]
-    if entries[0] is not None and (entries[0] != entries[1] or contents[0] != contents[1]):
+    own, other = initial.path / "tokenizer.json", dataset.path / "tokenizer.json"
+    if own.exists() and not same_tokenizer(own, other):
         raise UserError(
             f"the tokenizer of `{initial.stage}` is not the one of `{dataset.stage}`",
             "fine-tune on a dataset that was sharded with the model's tokenizer",

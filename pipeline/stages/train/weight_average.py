@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+Masters = Callable[[], Mapping[str, Tensor]]
+
 
 class WeightAverage:
-    """fp32 averages of all parameters of `model`, updated after each step.
+    """fp32 averages of the weights that the optimizer works on, updated after each step; the same on every rank.
 
     The decay of update t is min(decay, (1 + t) / (10 + t)), so that the first steps do not weigh for ever (Tan & Le,
     2019, as in TensorFlow's `ExponentialMovingAverage` with `num_updates`).
+
+    Args:
+        model: whose weights are averaged.
+        decay: in [0, 1).
+        masters: all weights in fp32, by name: under bf16 and fp16 the optimizer's, of which the model's are roundings.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, masters: Masters) -> None:
         self.decay, self.updates = decay, 0
         self.parameters = dict(model.named_parameters())
-        self.averages = {name: parameter.detach().float().clone() for name, parameter in self.parameters.items()}
+        self._masters = masters
+        current = masters()
+        self.averages = {
+            name: current[name].to(parameter.device, torch.float32, copy=True)
+            for name, parameter in self.parameters.items()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
+        """Take in the weights as they are now; a collective where the masters are sharded."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [parameter.detach().float() for parameter in self.parameters.values()]
+        masters = self._masters()
+        current = [masters[name].to(average.device) for name, average in self.averages.items()]
         torch._foreach_lerp_(list(self.averages.values()), current, 1.0 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the averages into the model; the trained weights come back, bit for bit, afterwards."""
+        """Put the averages into the model, rounded to its type; the trained weights come back, bit for bit."""
         trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -43,9 +57,11 @@ class WeightAverage:
                     parameter.copy_(trained[name])
 
     def state(self) -> dict[str, Tensor | int]:
+        """For a checkpoint."""
         return {"updates": self.updates, **{f"average.{name}": tensor for name, tensor in self.averages.items()}}
 
     def load(self, state: dict[str, Tensor | int]) -> None:
+        """From a checkpoint."""
         self.updates = int(state["updates"])
         for name, average in self.averages.items():
             tensor = state[f"average.{name}"]

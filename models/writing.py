@@ -1,0 +1,86 @@
+"""Directories that appear whole: written aside, read back, compared, and only then put in their place."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polytrope.models.modes import measuring
+
+
+@contextmanager
+def appearing(directory: Path, description: str) -> Iterator[Path]:
+    """A folder that becomes `directory` if all went well, and vanishes otherwise.
+
+    Args:
+        directory: where it is there already, the files go into it one by one, and what else it holds stays.
+        description: the file that makes it a model directory. An older one goes first and the new one comes last, so
+            that no moment shows a description beside weights of another model.
+    """
+    within = directory if directory.exists() else directory.parent
+    within.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=within))
+    try:
+        yield aside
+        if within == directory:
+            (directory / description).unlink(missing_ok=True)
+            for path in sorted(aside.iterdir(), key=lambda path: (path.name == description, path.name)):
+                path.replace(directory / path.name)
+        else:
+            aside.chmod(0o755)
+            aside.replace(directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def compare_weights(written: Mapping[str, Tensor], meant: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights that are not, number by number, those that were meant.
+
+    Raises:
+        ValueError: a name that only one of them has, or other numbers.
+    """
+    if missing := sorted(set(written) ^ set(meant)):
+        raise ValueError(f"{what}: {missing[0]} is in the model or in what was written, but not in both")
+    for name, tensor in meant.items():
+        there, here = written[name].detach().cpu(), tensor.detach().cpu()
+        wide = torch.promote_types(there.dtype, here.dtype)
+        there, here = there.to(wide), here.to(wide)
+        if there.shape != here.shape or not bool(((there == here) | (there.isnan() & here.isnan())).all()):
+            raise ValueError(f"{what}: {name} does not come back as it was ({tensor.dtype} → {written[name].dtype})")
+
+
+def compare_outputs(written: nn.Module, meant: nn.Module, inputs: Mapping[str, Tensor] | Tensor, what: str) -> None:
+    """Refuse a model that computes something else than the one that was meant, on its device and in its dtype.
+
+    Raises:
+        ValueError: how far they are apart.
+    """
+    first = next(meant.parameters())
+    with measuring(meant):
+        there = _output(written.to(first.device, first.dtype).eval(), inputs, first)
+        here = _output(meant, inputs, first)
+    scale = max(1.0, float(here.nan_to_num().abs().max()))
+    tolerance = 64 * torch.finfo(first.dtype).eps * scale  # a thousandth of a percent in float32
+    if not torch.allclose(there, here, rtol=0, atol=tolerance, equal_nan=True):
+        off = float((there - here).abs().max())
+        raise ValueError(f"{what}: the model that was written computes something else: off by {off:.3g} of {scale:.3g}")
+
+
+def _output(model: nn.Module, inputs: Mapping[str, Tensor] | Tensor, like: Tensor) -> Tensor:
+    def placed(x: Tensor) -> Tensor:
+        return x.to(like.device, like.dtype if x.is_floating_point() else x.dtype)
+
+    result: Any = (
+        model(placed(inputs))
+        if isinstance(inputs, Tensor)
+        else model(**{name: placed(x) for name, x in inputs.items()})
+    )
+    tensor = result if isinstance(result, Tensor) else result[0]
+    return tensor.float()

@@ -1,0 +1,202 @@
+"""How each family is fitted: from data to the parameters of the module and the curve that they make.
+
+Polynomials are solved by SVD in Legendre polynomials of the interval, in float64, and written in the family's basis by
+exact rational arithmetic. The other families are linear problems with a few Gauss-Newton steps for what enters
+nonlinearly; broken lines are found by dynamic programming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from polytrope.ops.fitting import fourier, placement, polynomial, quadrature, rational, tropical
+from polytrope.ops.fitting.curves import Array, Curve
+from polytrope.ops.fitting.refinement import Data, Ends
+from polytrope.ops.fitting.targets import Target, find_kinks, resolve_target, sample
+
+Condition = tuple[float, Literal["value", "slope"]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What to fit to.
+
+    Args:
+        family: of `LINEAR` or `NONLINEAR`.
+        free_ends: the interval is one to start from.
+        denominator_degree: of a rational function; default: one less than the numerator's.
+    """
+
+    family: str
+    degree: int
+    interval: Ends | None
+    data: Data
+    kinks: list[float]
+    tails: bool
+    free_ends: bool
+    denominator_degree: int | None = None
+
+
+@dataclass(frozen=True)
+class Solution:
+    curve: Curve
+    parameters: dict[str, Array]
+    condition: float
+    interval: Ends | None = None  # where it differs from the problem's
+
+
+def interpolate(problem: Problem, exact: Curve, nodes: Sequence[float] | None) -> Solution:
+    """Confluent Hermite interpolation: the polynomial with the target's values and slopes at the nodes."""
+    assert problem.interval is not None
+    points = (
+        polynomial.chebyshev_nodes(*problem.interval, problem.degree // 2 + 1)
+        if nodes is None
+        else np.sort(np.asarray(nodes, dtype=np.float64))
+    )
+    _, with_slope = polynomial.interpolation_conditions(problem.degree, points)
+    value, slope = exact(points)
+    basis = polynomial.Basis(problem.degree, problem.interval)
+    at, slope_at = basis.evaluate(points)
+    matrix, right = np.concatenate([at, slope_at[with_slope]]), np.concatenate([value, slope[with_slope]])
+    coefficients, condition = polynomial.solve(matrix, right)
+    parameters = {"coefficients": basis.to_family(coefficients, problem.family)}
+    return Solution(_combination(basis.evaluate, coefficients), parameters, condition)
+
+
+def fit_linear(problem: Problem, exact: Curve, conditions: list[Condition]) -> Solution:
+    """Polynomials and PolyReLU: linear least squares under the conditions."""
+    data, degree = problem.data, problem.degree
+    columns = columns_of(problem.family, degree, problem.interval, problem.tails)
+    values, slopes = columns(data.x)
+    rows, fixed = None, None
+    if conditions:
+        points = np.array([x for x, _ in conditions])
+        (at_value, at_slope), (target_value, target_slope) = columns(points), exact(points)
+        is_slope = np.array([kind == "slope" for _, kind in conditions])
+        rows = np.where(is_slope[:, None], at_slope, at_value)
+        fixed = np.where(is_slope, target_slope, target_value)
+    coefficients, condition = polynomial.solve(data.rows(values, slopes), data.right, rows, fixed)
+    if problem.family == "polyrelu":
+        parameters = coefficients / _reach(problem.interval) ** np.arange(degree + 1)
+    else:
+        parameters = polynomial.Basis(degree, problem.interval).to_family(coefficients, problem.family)
+    inside = columns_of(problem.family, degree, problem.interval, tails=False)
+    return Solution(_combination(inside, coefficients), {"coefficients": parameters}, condition)
+
+
+def _combination(columns: Curve, coefficients: Array) -> Curve:
+    def curve(x: Array) -> tuple[Array, Array]:
+        values, slopes = columns(x)  # no `@`: see `triangle_of`
+        return np.einsum("xk,k->x", values, coefficients), np.einsum("xk,k->x", slopes, coefficients)
+
+    return curve
+
+
+def columns_of(family: str, degree: int, interval: Ends | None, tails: bool) -> Curve:
+    """Values and slopes of the functions that a linear family combines, on along their tangents with `tails`."""
+    if family != "polyrelu":
+        basis = polynomial.Basis(degree, interval)
+        return basis.evaluate_with_tangents if tails else basis.evaluate
+    assert interval is not None
+    reach, exponents = _reach(interval), np.arange(degree + 1)
+
+    def powers(x: Array) -> tuple[Array, Array]:
+        """(max(0, x) / reach)^k (PolyCom, 2024)."""
+        positive = np.maximum(x, 0.0)[:, None] / reach
+        values = positive**exponents
+        slopes = np.zeros_like(values)
+        slopes[:, 1:] = values[:, :-1] * exponents[1:] * (x > 0)[:, None] / reach
+        return values, slopes
+
+    def with_tangents(x: Array) -> tuple[Array, Array]:
+        inside = np.clip(x, *interval)
+        values, slopes = powers(inside)
+        return values + slopes * (x - inside)[:, None], slopes
+
+    return with_tangents if tails else powers
+
+
+def _reach(interval: Ends | None) -> float:
+    return max(interval[1], 1e-6) if interval is not None else 1.0
+
+
+def imitate(
+    target: str | Target, family: str, degree: int, ends: Ends | None, denominator_degree: int | None = None
+) -> Solution:
+    """The member of a family closest to `target` in value and slope.
+
+    Args:
+        ends: of the interval, all points of which count alike; None (polynomials): the whole line, as often as N(0, 1).
+
+    Raises:
+        ValueError: no such target, or one that is not finite or not elementwise there.
+    """
+    function = resolve_target(target)
+
+    def exact(x: Array) -> tuple[Array, Array]:
+        return sample(function, x)
+
+    low, high = ends or (-quadrature.GAUSSIAN_REACH, quadrature.GAUSSIAN_REACH)
+    kinks = find_kinks(function, low, high)
+    x, weights = quadrature.nodes(low, high, kinks, "uniform" if ends else "gaussian")
+    data = Data(x, weights, *exact(x), 1.0)
+    problem = Problem(family, degree, ends, data, kinks, True, False, denominator_degree)
+    if family in LINEAR:
+        return fit_linear(problem, exact, [])
+    if family not in NONLINEAR:
+        raise ValueError(f"a {family} activation imitates no function")
+    return NONLINEAR[family](problem)
+
+
+def _fit_tropical(problem: Problem) -> Solution:
+    line, parameters = tropical.fit_convex(problem.data, problem.degree)
+    return Solution(line.evaluate, parameters, 1.0)
+
+
+def _fit_tropical_rational(problem: Problem) -> Solution:
+    line, parameters = tropical.fit_rational(problem.data, problem.degree, problem.kinks)
+    return Solution(line.evaluate, parameters, 1.0)
+
+
+def _fit_fourier(problem: Problem) -> Solution:
+    intervals, data = _starting_points(problem)
+    cosines, ends, condition = fourier.fit_cosines(data, problem.degree, intervals, problem.free_ends)
+    return Solution(cosines.evaluate, cosines.parameters(), condition, ends)
+
+
+def _fit_harmonic(problem: Problem) -> Solution:
+    assert problem.interval is not None
+    cosines, condition = fourier.fit_harmonics(problem.data, problem.degree, problem.interval)
+    return Solution(cosines.evaluate, cosines.harmonic_parameters(), condition)
+
+
+def _fit_rational(problem: Problem) -> Solution:
+    intervals, data = _starting_points(problem)
+    below = problem.degree - 1 if problem.denominator_degree is None else problem.denominator_degree
+    quotient, ends, condition = rational.fit_quotient(data, (problem.degree, below), intervals, problem.free_ends)
+    parameters = {"numerator": quotient.numerator}
+    if below:
+        parameters["denominator"] = quotient.denominator
+    return Solution(quotient.evaluate, parameters, condition, ends)
+
+
+def _starting_points(problem: Problem) -> tuple[list[Ends], Data]:
+    """Intervals to start from, and the points that count."""
+    assert problem.interval is not None
+    if problem.free_ends:
+        return [problem.interval, *placement.starting_intervals(problem.data)], problem.data
+    return [problem.interval], problem.data if problem.tails else problem.data.within(problem.interval)
+
+
+LINEAR = (*polynomial.FAMILIES, "polyrelu")
+NONLINEAR: dict[str, Callable[[Problem], Solution]] = {
+    "fourier": _fit_fourier,
+    "harmonic": _fit_harmonic,
+    "tropical": _fit_tropical,
+    "tropical_rational": _fit_tropical_rational,
+    "rational": _fit_rational,
+}

@@ -1,0 +1,94 @@
+"""Activations as ordinary tensor operations (add, multiply, clamp, max, cos), for exporters and other runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polytrope.ops.fitting.curves import Array
+
+
+class PlainForm(NamedTuple):
+    """An elementwise function of x and of a few constants, for float32.
+
+    Args:
+        numbers: the constants by name, float64; they are rounded to float32.
+        formula: x, constants → F(x) inside the interval.
+        continues: outside the interval of its module, the formula does not hold, and tangents go on.
+    """
+
+    numbers: dict[str, Array]
+    formula: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    continues: bool
+
+
+def powers(coefficients: Array, interval: tuple[float, float] | None) -> PlainForm:
+    """sum_k coefficients[k] x^k, in powers of (x - middle) / half of the interval, where float32 loses nothing."""
+    low, high = interval or (-1.0, 1.0)
+    middle, half = (low + high) / 2, (high - low) / 2
+    shifted = np.zeros(len(coefficients))
+    for power in coefficients[::-1]:  # Horner's rule with the polynomial x = middle + half · t
+        shifted = middle * shifted + half * np.concatenate([[0.0], shifted[:-1]])
+        shifted[0] += power
+    formula = partial(_shifted_powers, middle=middle, half=half)
+    return PlainForm({"powers": shifted}, formula, interval is not None)
+
+
+def _shifted_powers(x: Tensor, numbers: Mapping[str, Tensor], middle: float, half: float) -> Tensor:
+    return _horner((x - middle) / half, numbers["powers"])
+
+
+def powers_of_relu(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+    """sum_k powers[k] max(x, 0)^k."""
+    return _horner(torch.relu(x), numbers["powers"])
+
+
+def quotient(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+    """(sum_k numerator[k] x^k) / (1 + |sum_j denominator[j] x^(j+1)|)."""
+    return _horner(x, numbers["numerator"]) / (1.0 + (x * _horner(x, numbers["denominator"])).abs())
+
+
+def waves(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+    """bias + sum_k amplitudes[k] cos(frequencies[k] x - phases[k])."""
+    angles = x.unsqueeze(-1) * numbers["frequencies"] - numbers["phases"]
+    return numbers["bias"] + (numbers["amplitudes"] * torch.cos(angles)).sum(-1)
+
+
+def largest_line(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+    """max_k (slopes[k] x + intercepts[k])."""
+    return (x.unsqueeze(-1) * numbers["slopes"] + numbers["intercepts"]).max(dim=-1).values
+
+
+def difference_of_largest_lines(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+    """`largest_line`, less that of lower_slopes and lower_intercepts."""
+    lower = (x.unsqueeze(-1) * numbers["lower_slopes"] + numbers["lower_intercepts"]).max(dim=-1).values
+    return largest_line(x, numbers) - lower
+
+
+def broken_line(knots: Array, heights: Array) -> PlainForm:
+    """Lines through (knots[k], heights[k]), the outer ones going on: a line and a bend at each inner knot."""
+    slopes = np.diff(heights) / np.diff(knots)
+    numbers = {
+        "offset": np.array(heights[0] - slopes[0] * knots[0]),
+        "slope": np.array(slopes[0]),
+        "breaks": knots[1:-1],
+        "changes": np.diff(slopes),
+    }
+    return PlainForm(numbers, _bent, False)
+
+
+def _bent(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+    bent = torch.relu(x.unsqueeze(-1) - numbers["breaks"]) * numbers["changes"]
+    return numbers["offset"] + numbers["slope"] * x + bent.sum(-1)
+
+
+def _horner(x: Tensor, coefficients: Tensor) -> Tensor:
+    value = torch.zeros_like(x) + coefficients[-1]
+    for index in range(len(coefficients) - 2, -1, -1):
+        value = value * x + coefficients[index]
+    return value

@@ -1,0 +1,158 @@
+"""What a data set says of itself: `dataset.json` beside its splits, and each split's `manifest.json`. Written and read
+here alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from polytrope.pipeline.errors import UserError
+
+DATASET_FILE = "dataset.json"
+MANIFEST_FILE = "manifest.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Shard(_Record):
+    """A tar file of a split, as its manifest lists it."""
+
+    path: str
+    bytes: int
+    sha256: str
+    samples: int
+
+
+class TokensSample(_Record):
+    """A sample of text: `tokens` ids (one more than the sequence length) of the unsigned integer type `dtype`."""
+
+    tokens: int
+    dtype: Literal["uint16", "uint32"]
+
+
+class ImageSample(_Record):
+    """A sample of images: uint8 `[channels, height, width]`, and its class in `label_digits` decimal digits."""
+
+    image: tuple[int, int, int]
+    label_digits: int
+
+
+class TextSplit(_Record):
+    """A split of a text data set. `bytes`: of the text behind its tokens."""
+
+    manifest: str
+    documents: int
+    bytes: int
+    tokens: int
+    samples: int
+
+
+class ImageSplit(_Record):
+    """A split of an image data set. `smallest_class`: images of the class that has the fewest."""
+
+    manifest: str
+    samples: int
+    smallest_class: int
+
+
+class TokenizerDescription(_Record):
+    """Which tokenizer made the tokens; the tokenizer itself is `tokenizer.json`."""
+
+    kind: str
+    vocab_size: int
+
+
+class ImageShape(_Record):
+    """Size of every image."""
+
+    channels: int
+    height: int
+    width: int
+
+
+class TextDataset(_Record):
+    """A text data set. `digest`: sha256 over its shards' digests. `unigram_entropy`: nats per validation token under
+    the token counts of the training split. `left_out`: what of the source was not taken, and how often."""
+
+    format: Literal[1] = 1
+    kind: Literal["text"] = "text"
+    name: str
+    tokenizer: TokenizerDescription
+    sequence_length: int
+    splits: dict[str, TextSplit]
+    unigram_entropy: float
+    digest: str
+    left_out: dict[str, int] = {}
+
+
+class ImageDataset(_Record):
+    """A data set of labelled images. `digest`: sha256 over its shards' digests. `left_out`: what of the source was not
+    taken, and how often."""
+
+    format: Literal[1] = 1
+    kind: Literal["images"] = "images"
+    name: str
+    classes: int
+    class_names: list[str]
+    image: ImageShape
+    splits: dict[str, ImageSplit]
+    digest: str
+    left_out: dict[str, int] = {}
+
+
+Dataset = TextDataset | ImageDataset
+_DATASET: TypeAdapter[Dataset] = TypeAdapter(Annotated[Dataset, Field(discriminator="kind")])
+
+
+def write_dataset(directory: Path, dataset: Dataset) -> None:
+    """Write `dataset.json`."""
+    (directory / DATASET_FILE).write_text(json.dumps(dataset.model_dump(mode="json"), indent=1), encoding="utf-8")
+
+
+def read_dataset(directory: Path) -> Dataset:
+    """Read `dataset.json`.
+
+    Raises:
+        UserError: not there, damaged, or of another version.
+    """
+    path = Path(directory) / DATASET_FILE
+    hint = "`dataset` must name a `shard` or `shard_images` stage"
+    try:
+        return _DATASET.validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{directory} is no data set: {path} cannot be read: {error.strerror}", hint) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"][1:])) or DATASET_FILE
+        raise UserError(f"{path} is not what a data set says of itself: {place}: {first['msg']}", hint) from error
+
+
+def write_manifest(directory: Path, sample: TokensSample | ImageSample, shards: Sequence[Shard]) -> None:
+    """Write a split's `manifest.json`."""
+    content = {"format": 1, "sample": sample.model_dump(mode="json"), "shards": [dict(shard) for shard in shards]}
+    (directory / MANIFEST_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> tuple[TokensSample | ImageSample, list[dict[str, Any]]]:
+    """A split's `manifest.json`: what a sample is, and the shards as mappings with the fields of `Shard`.
+
+    A data set may have a million shards, too many for objects.
+
+    Raises:
+        UserError: not there, damaged, or of another version.
+    """
+    path = directory / MANIFEST_FILE
+    try:
+        content = json.loads(path.read_bytes())
+        sample = content["sample"]
+        shards: list[dict[str, Any]] = content["shards"]
+        kind = TokensSample if "tokens" in sample else ImageSample
+        return kind.model_validate(sample), shards
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+        raise UserError(f"cannot read {path}: {error}", "run the shard stage again") from error

@@ -1,0 +1,56 @@
+"""What a model was made from, and what all of it was trained on: `lineage.json` beside a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+LINEAGE_FILE = "lineage.json"
+
+
+class Ancestor(BaseModel):
+    """An artifact that a model was made from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    digest: str
+
+
+class Lineage(BaseModel):
+    """How a model came to be.
+
+    Args:
+        ancestors: what it was made from, the oldest first; none for one from scratch.
+        samples: training samples that it and its ancestors have seen, each as often as it was seen.
+        tokens: the same in tokens; None for images.
+        unknown: an ancestor came from elsewhere, so the counts are what is known.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    ancestors: list[Ancestor] = []
+    samples: int = 0
+    tokens: int | None = None
+    unknown: bool = False
+
+    def then(self, stage: str, digest: str, samples: int = 0, tokens: int | None = None) -> Lineage:
+        """Of a model that is made from this one, which lies in the artifact of `stage`, by so much training."""
+        return Lineage(
+            ancestors=[*self.ancestors, Ancestor(stage=stage, digest=digest)],
+            samples=self.samples + samples,
+            tokens=None if self.tokens is None and tokens is None else (self.tokens or 0) + (tokens or 0),
+            unknown=self.unknown,
+        )
+
+
+def read_lineage(directory: Path) -> Lineage:
+    """Of the model in a directory; one that nothing is known of has `unknown`."""
+    path = Path(directory) / LINEAGE_FILE
+    return Lineage.model_validate_json(path.read_bytes()) if path.exists() else Lineage(unknown=True)
+
+
+def write_lineage(directory: Path, lineage: Lineage) -> None:
+    """Beside the model in a directory."""
+    (directory / LINEAGE_FILE).write_text(lineage.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,106 @@
+"""What of a working directory travels to a cluster: chosen here, so that it can be listed, and nothing else goes."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from polytrope.pipeline.errors import UserError
+
+LARGEST = 200_000_000  # bytes that are sent; data belongs into a store or a place that the cluster reaches
+# Names of files and directories, of any case, and why they stay here.
+_LEFT_OUT: dict[str, tuple[str, ...]] = {
+    "credentials": (
+        ".env", ".env.*", "*.env", ".envrc", ".netrc", ".npmrc", ".pypirc", ".pgpass", ".my.cnf", ".htpasswd", ".ssh",
+        ".aws", ".azure", ".gcloud", ".kube", ".docker", ".gnupg", ".git-credentials", "id_rsa*", "id_dsa*",
+        "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "credentials",
+        "credentials.*", "*credentials.json", "service-account*.json", "service_account*.json", "secrets.*",
+        "auth_token",
+    ),
+    "databases": ("*.db", "*.sqlite", "*.sqlite3", "*.db-wal", "*.db-shm", "*.dump", "*.mdb"),
+    "environments and products": (
+        ".git", ".hg", ".svn", ".venv", "venv", "node_modules", "__pycache__", "*.pyc", ".polytrope", "mlruns", "build",
+        "dist", "*.egg-info", ".*_cache", ".tox", ".nox", ".ipynb_checkpoints", ".ds_store",
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Package:
+    """Files that travel, relative to `directory`, with their sizes; and what stays, by reason."""
+
+    directory: Path
+    files: dict[Path, int] = field(default_factory=dict)
+    left_out: dict[str, list[Path]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes that travel."""
+        return sum(self.files.values())
+
+
+def choose_files(directory: Path) -> Package:
+    """All files below a directory but for credentials, databases, environments, and what git ignores.
+
+    Raises:
+        UserError: more than `LARGEST`; the largest files are named.
+    """
+    package = Package(directory)
+    for current, directories, names in os.walk(directory):
+        for name in list(directories):
+            path = Path(current, name)
+            reason = _reason(name) or ("environments and products" if (path / "pyvenv.cfg").exists() else None)
+            if reason is not None:
+                package.left_out.setdefault(reason, []).append(path.relative_to(directory))
+                directories.remove(name)
+        for name in names:
+            path = Path(current, name)
+            reason = _reason(name) if path.is_file() else "links to nowhere and special files"
+            if reason is not None:
+                package.left_out.setdefault(reason, []).append(path.relative_to(directory))
+            else:
+                package.files[path.relative_to(directory)] = path.stat().st_size
+    for path in _ignored(directory, list(package.files)):
+        del package.files[path]
+        package.left_out.setdefault("ignored by git", []).append(path)
+    if package.size > LARGEST:
+        largest = sorted(package.files, key=lambda path: -package.files[path])[:3]
+        raise UserError(
+            f"{directory} holds {package.size / 1e6:,.0f} MB to send, more than {LARGEST / 1e6:,.0f} MB; the largest: "
+            + ", ".join(f"{path} ({package.files[path] / 1e6:,.0f} MB)" for path in largest),
+            "keep data where the cluster reaches it, add it to .gitignore, or give a smaller `--working-dir`",
+        )
+    return package
+
+
+def copy_files(package: Package, target: Path) -> None:
+    """Put the chosen files below an empty directory."""
+    for path in package.files:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(package.directory / path, target / path)
+
+
+def _reason(name: str) -> str | None:
+    for reason, patterns in _LEFT_OUT.items():
+        if any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in patterns):
+            return reason
+    return None
+
+
+def _ignored(directory: Path, paths: list[Path]) -> list[Path]:
+    """Which of the files git ignores; none outside a repository."""
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(directory), "check-ignore", "-z", "--stdin"],
+            input=b"\0".join(os.fsencode(path) for path in paths),
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [Path(os.fsdecode(name)) for name in result.stdout.split(b"\0") if name]

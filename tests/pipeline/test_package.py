@@ -1,0 +1,67 @@
+"""What `submit` sends: the project, and neither credentials nor environments nor what git ignores."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.launch import package
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    files = [
+        "w.yaml", "st.py", "data/texts/a.txt", ".env", ".env.local", "conf/prod.env", ".ssh/config", "keys/id_rsa",
+        "server.pem", "aws/credentials", "gcp-credentials.json", "cache.sqlite3", "mine/pyvenv.cfg",
+        "mine/lib/big.py", ".git/config", "node_modules/x.js", "notes.ignored", "environment.yaml",
+    ]  # fmt: skip
+    for name in files:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "gone").symlink_to("/nowhere")
+    return tmp_path
+
+
+def test_only_the_project_is_chosen(project: Path) -> None:
+    subprocess.run(["rm", "-r", str(project / ".git")], check=True)
+    subprocess.run(["git", "init", "-q", str(project)], check=True)
+    (project / ".gitignore").write_text("*.ignored\n")
+    chosen = package.choose_files(project)
+    assert sorted(map(str, chosen.files)) == [".gitignore", "data/texts/a.txt", "environment.yaml", "st.py", "w.yaml"]
+    assert {str(path) for path in chosen.left_out["credentials"]} == {
+        ".env", ".env.local", "conf/prod.env", ".ssh", "keys/id_rsa", "server.pem", "aws/credentials",
+        "gcp-credentials.json",
+    }  # fmt: skip
+    assert {str(path) for path in chosen.left_out["ignored by git"]} == {"notes.ignored"}
+    assert {str(path) for path in chosen.left_out["databases"]} == {"cache.sqlite3"}
+    target = project / "sent"
+    target.mkdir()
+    package.copy_files(chosen, target)
+    assert sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()) == sorted(
+        map(str, chosen.files)
+    )
+
+
+def test_what_is_too_large_is_refused_with_the_largest_files(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "LARGEST", 1000)
+    (project / "data/huge.bin").write_bytes(b"x" * 2_000_000)
+    with pytest.raises(UserError, match=r"to send, more than .*; the largest: data/huge\.bin \(2 MB\)"):
+        package.choose_files(project)
+
+
+def test_a_dry_run_lists_what_would_be_sent_and_needs_no_cluster(project: Path) -> None:
+    (project / "st.py").write_text("def s() -> None: ...\n")
+    stages = {"s": {"uses": "st:s"}}
+    (project / "w.yaml").write_text(yaml.safe_dump({"name": "w", "stages": stages}))
+    command = [str(Path(sys.executable).parent / "polytrope"), "submit", "w.yaml", "--dry-run", "--store", "/shared"]
+    done = subprocess.run(
+        [*command, "--address", "http://127.0.0.1:1"], cwd=project, capture_output=True, text=True, check=True
+    )
+    assert "st.py" in done.stdout
+    assert "left out (credentials): .env, " in done.stdout
