@@ -130,7 +130,12 @@ def import_run(store: Store, source: Path) -> tuple[str, int]:
         UserError: not such a file, damaged, holding what no export writes, or the run is in the store already.
     """
     store.create()
-    workspace = store.root / "staging" / f"import.{unique_name()}"
+    with store.alone(f"import of {source.name}"):  # or a collection would remove what no run names yet
+        return _import(store, source)
+
+
+def _import(store: Store, source: Path) -> tuple[str, int]:
+    workspace = store.local("staging") / f"import.{unique_name()}"
     try:
         with tarfile.open(source) as archive:
             run_id, keys = _read_header(archive)
@@ -142,7 +147,7 @@ def import_run(store: Store, source: Path) -> tuple[str, int]:
         for key in keys:
             _check_artifact(unpacked, key)
         _check_run(unpacked.run_directory(run_id), run_id)
-        new = sum(store.adopt(key, unpacked.artifacts / key) for key in keys)
+        new = sum(store.adopt(key, unpacked.whole(key)) for key in keys)
         store.adopt_run(run_id, unpacked.run_directory(run_id))
         return run_id, new
     except FileNotFoundError:
@@ -233,7 +238,7 @@ def _check_artifact(unpacked: Store, key: str) -> None:
     artifact = unpacked.load(key)
     if artifact is not None:
         with contextlib.suppress(OSError):  # a missing file is found below
-            make_read_only(artifact.path, artifact.files)
+            make_read_only(unpacked.materialize(key), artifact.files)
     problems = unpacked.verify(key)
     if problems:
         raise _ArchiveError(f"artifact {key[:12]}: {problems[0]}")

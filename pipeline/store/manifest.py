@@ -50,11 +50,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class StoredArtifact:
-    """A committed artifact. `path`: where its files are. `duration` in seconds, `committed` in epoch seconds."""
+    """A committed artifact. `duration` in seconds, `committed` in epoch seconds. For its files: `Store.materialize`."""
 
     key: str
     digest: str
-    path: Path
     components: dict[str, Any]
     summary: dict[str, float]
     stage: str
@@ -117,12 +116,7 @@ def scan(directory: Path) -> dict[str, os.stat_result]:
 
 def _walk(directory: Path) -> tuple[dict[str, os.stat_result], list[str]]:
     """Files as `scan` returns them, and the directories below, parents first."""
-    try:
-        itself = os.lstat(directory)
-    except FileNotFoundError:
-        raise UserError(
-            "the directory of the stage's output is gone", "write below context.output, and keep it"
-        ) from None
+    itself = os.lstat(directory)
     if not stat.S_ISDIR(itself.st_mode):
         raise UserError(
             "the directory of the stage's output was replaced by "
@@ -170,7 +164,12 @@ def seal(directory: Path) -> list[FileEntry]:
         UserError: see `scan`.
         OutputChangedError: somebody writes to a file while it is hashed.
     """
-    found, directories = _walk(directory)
+    try:
+        found, directories = _walk(directory)
+    except FileNotFoundError:
+        raise UserError(
+            "the directory of the stage's output is gone", "write below context.output, and let it stay"
+        ) from None
     kept = {str(parent) for name in found for parent in PurePosixPath(name).parents}
     for name in ["", *directories]:
         _make_writable(directory / name)
@@ -191,7 +190,10 @@ def check_sealed(directory: Path, entries: Iterable[FileEntry]) -> None:
     Raises:
         OutputChangedError: names the files.
     """
-    found = {name: _state(status) for name, status in scan(directory).items()}
+    try:
+        found = {name: _state(status) for name, status in scan(directory).items()}
+    except FileNotFoundError:
+        raise OutputChangedError("files went away between the stage's end and its commit") from None
     expected = {entry.path: (entry.size, entry.mtime_ns, entry.inode, entry.executable) for entry in entries}
     if found != expected:
         names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
@@ -349,7 +351,7 @@ def build_manifest(
     digest = artifact_digest(files)
     return write_manifest(
         StoredArtifact(
-            key, digest, Path(), dict(components), dict(summary), stage, run_id, duration, time.time(), files, location
+            key, digest, dict(components), dict(summary), stage, run_id, duration, time.time(), files, location
         )
     )
 
@@ -382,8 +384,8 @@ def move_manifest(data: bytes, location: str) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=False).encode()
 
 
-def parse_manifest(data: bytes, key: str, path: Path) -> StoredArtifact | None:
-    """What a manifest describes, with its files at `path`; None if it is damaged, contradicts itself or the key.
+def parse_manifest(data: bytes, key: str) -> StoredArtifact | None:
+    """What a manifest describes; None if it is damaged, contradicts itself or the key.
 
     A manifest is of `key` if its components are: `stage_key` of them gives the key. So nobody can pass the result of
     one stage off as that of another by a file's name.
@@ -393,7 +395,6 @@ def parse_manifest(data: bytes, key: str, path: Path) -> StoredArtifact | None:
         artifact = StoredArtifact(
             key=content["key"],
             digest=content["digest"],
-            path=path,
             components=dict(content["components"]),
             summary={str(name): float(value) for name, value in content["summary"].items()},
             stage=str(content["stage"]),

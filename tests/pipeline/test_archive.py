@@ -20,8 +20,7 @@ from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import Event, Journal, encode, read
 from polytrope.pipeline.store.archive import export_run, import_run
-from polytrope.pipeline.store.open import open_store
-from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.store.store import Commit, Store
 from polytrope.pipeline.workflow.keys import stage_key
 
 COMPONENTS = {"uses": "m:f"}
@@ -37,9 +36,7 @@ def make_run(store: Store, *, log: str = "logs/lease-prices/1.log") -> Path:
         (output / name).parent.mkdir(exist_ok=True)
         (output / name).write_text(text)
     (output / "tool.sh").chmod(0o755)
-    digest = store.commit(
-        KEY, output, components=COMPONENTS, summary={}, stage="lease-prices", run_id="one", duration=1.0
-    ).digest
+    digest = store.commit(Commit(KEY, output, COMPONENTS, {}, "lease-prices", "one", 1.0)).digest
     directory = store.run_directory("one")
     for name, text in {
         "workflow.json": json.dumps({"run_id": "one", "directory": "/", "workflow": {"name": "demo"}}),
@@ -102,7 +99,7 @@ def test_hard_links_between_stores_are_exported_as_files(tmp_path: Path) -> None
     """As `reproduce` makes them."""
     store = Store(tmp_path / "store")
     directory = make_run(store)
-    shutil.copytree(store.artifacts / KEY, tmp_path / "linked", copy_function=os.link)
+    shutil.copytree(store.whole(KEY), tmp_path / "linked", copy_function=os.link)
     os.link(directory / "workflow.json", directory / "workflow.1.json")
     export_run(store, directory, tmp_path / "run.tar")
     assert f"artifacts/{KEY}/files/tool.sh" in names(tmp_path / "run.tar")
@@ -120,13 +117,13 @@ def server() -> Iterator[S3Server]:
 def test_executable_bits_survive_an_object_store(
     exported: Path, tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bucket = open_store(bucket_on(server, tmp_path, monkeypatch))
+    bucket = Store(bucket_on(server, tmp_path, monkeypatch))
     import_run(bucket, exported)
     bucket.pull_runs()
     check(bucket)
     export_run(bucket, bucket.run_directory("one"), tmp_path / "again.tar")
     monkeypatch.setenv("POLYTROPE_CACHE", str(tmp_path / "cold"))
-    check(open_store(bucket.address))
+    check(Store(bucket.address))
     import_run(Store(tmp_path / "other"), tmp_path / "again.tar")
     check(Store(tmp_path / "other"))
 
@@ -364,7 +361,7 @@ def test_nothing_of_an_imported_run_is_imported_as_code_or_asked_for_secrets(
     archive.add("runs/one/logs/evil_module.py", f"open({str(proof)!r}, 'w')\n".encode())
     archive.change_json(
         "runs/one/workflow.json",
-        directory=str(store.root / "runs" / "one" / "logs"),
+        directory=str(store.run_directory("one") / "logs"),
         source="/etc/passwd",
         workflow={
             "name": "demo",
@@ -379,7 +376,7 @@ def test_nothing_of_an_imported_run_is_imported_as_code_or_asked_for_secrets(
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert main(["resume", "one", "--store", str(store.root), "--no-tracking"]) == 2
+    assert main(["resume", "one", "--store", store.address, "--no-tracking"]) == 2
     assert "cannot import `evil_module`" in capsys.readouterr().err
     assert not proof.exists()
 

@@ -25,7 +25,7 @@ from polytrope.pipeline.store.manifest import (
     seal,
     write_manifest,
 )
-from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.store.store import Commit, Store
 from polytrope.pipeline.support.files import hash_file, remove_tree
 from polytrope.pipeline.workflow.keys import stage_key
 
@@ -187,9 +187,7 @@ def test_an_output_that_becomes_a_link_after_the_seal_is_not_committed(tmp_path:
     staging.rename(tmp_path / "elsewhere")
     staging.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="was replaced by a symbolic link"):
-        place.commit(
-            KEY, staging, components=COMPONENTS, summary={}, stage="s", run_id="r", duration=0, entries=entries
-        )
+        place.commit(Commit(KEY, staging, COMPONENTS, {}, "s", "r", 0, entries))
 
 
 def test_a_name_that_is_not_utf_8_is_refused_by_name(output: Path) -> None:
@@ -215,11 +213,11 @@ def test_executable_bits_are_part_of_the_result(output: Path) -> None:
     (output / "data.txt").chmod(0o755)
     entries = seal(output)
     assert mode(output / "data.txt") == 0o555
-    stored = parse_manifest(manifest(entries), KEY, output)
+    stored = parse_manifest(manifest(entries), KEY)
     assert stored is not None
     assert [row.get("executable") for row in stored.files] == [True, None]
     assert stored.digest != plain
-    assert parse_manifest(write_manifest(stored), KEY, output) == stored
+    assert parse_manifest(write_manifest(stored), KEY) == stored
 
 
 def forged(data: bytes, **changes: object) -> bytes:
@@ -234,15 +232,15 @@ def test_a_manifest_that_contradicts_its_key_or_itself_is_none(output: Path) -> 
     data = manifest(seal(output))
     rows = json.loads(data)["files"]
     outside = [{**rows[0], "path": "../../outside"}]
-    assert parse_manifest(forged(data), KEY, output) is not None
+    assert parse_manifest(forged(data), KEY) is not None
     other = stage_key({"uses": "m:other"})
-    assert parse_manifest(forged(data, key=other), other, output) is None, "the components are of another stage"
-    assert parse_manifest(forged(data, components={"uses": "m:other"}), KEY, output) is None
-    assert parse_manifest(forged(data, files=rows[:1]), KEY, output) is None, "the digest is of other files"
-    assert parse_manifest(forged(data, files=outside, digest=artifact_digest(outside)), KEY, output) is None
+    assert parse_manifest(forged(data, key=other), other) is None, "the components are of another stage"
+    assert parse_manifest(forged(data, components={"uses": "m:other"}), KEY) is None
+    assert parse_manifest(forged(data, files=rows[:1]), KEY) is None, "the digest is of other files"
+    assert parse_manifest(forged(data, files=outside, digest=artifact_digest(outside)), KEY) is None
     twice = [rows[0], rows[0]]
-    assert parse_manifest(forged(data, files=twice, digest=artifact_digest(twice)), KEY, output) is None
-    assert parse_manifest(forged(data, summary={"loss": [1]}), KEY, output) is None
+    assert parse_manifest(forged(data, files=twice, digest=artifact_digest(twice)), KEY) is None
+    assert parse_manifest(forged(data, summary={"loss": [1]}), KEY) is None
 
 
 def test_plain_paths() -> None:

@@ -35,13 +35,6 @@ def check(parameters: EvaluateParameters, upstream: Mapping[str, Any]) -> None:
 
 @stage(
     check=check,
-    code=(
-        "polytrope.pipeline.stages.evaluate",
-        "polytrope.pipeline.data.reader",
-        "polytrope.pipeline.data.tokenization",
-        "polytrope.models",
-        "polytrope.ops",
-    ),
 )
 def evaluate(
     context: StageContext, dataset: Artifact, models: dict[str, Artifact], parameters: EvaluateParameters

@@ -49,12 +49,6 @@ def fingerprint(parameters: ShardParameters, directory: Path) -> dict[str, str]:
 @stage(
     parallel=True,
     fingerprint=fingerprint,
-    code=(
-        "polytrope.pipeline.stages.shard.corpus",
-        "polytrope.pipeline.data.tokenization",
-        "polytrope.pipeline.stages.shard.text",
-        "polytrope.pipeline.data.tarfiles",
-    ),
 )
 def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float]:
     """Tokenize a corpus into webdataset tar shards with a manifest, split by document into train and validation."""

@@ -69,13 +69,6 @@ def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
     parallel=True,
     check=check,
     fingerprint=fingerprint,
-    code=(
-        "polytrope.models",
-        "polytrope.ops",
-        "polytrope.pipeline.stages.train",
-        "polytrope.pipeline.data.reader",
-        "polytrope.pipeline.data.order",
-    ),
 )
 def train(
     context: StageContext,
