@@ -24,7 +24,7 @@ from polytrope.pipeline.runs.journal import Event, JournalReader, RunState, fold
 from polytrope.pipeline.runs.lease import current
 from polytrope.pipeline.runs.spool import SpoolEvent, SpoolReader
 from polytrope.pipeline.store.store import Store
-from polytrope.pipeline.tracking import description as mlflow_summary
+from polytrope.pipeline.tracking import overview as mlflow_summary
 from polytrope.pipeline.tracking.cursor import Postponed, Shown, read_cursor
 from polytrope.pipeline.tracking.curves import Curves
 from polytrope.pipeline.tracking.names import METRICS_PER_REQUEST, TAG_LENGTH, milliseconds, printable

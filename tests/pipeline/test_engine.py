@@ -230,8 +230,8 @@ def test_a_clock_set_back_makes_no_negative_duration(
     assert 0.5 <= state.duration < 60
     for event in place.events:
         assert event.get("duration", 0.0) >= 0.0
-    assert main(["status", "mine", "--store", str(place.store.root)]) == 0
-    assert main(["runs", "--store", str(place.store.root)]) == 0
+    assert main(["status", "mine", "--store", place.store.address]) == 0
+    assert main(["runs", "--store", place.store.address]) == 0
     assert " -" not in capsys.readouterr().out
 
 

@@ -45,7 +45,7 @@ class Executor:
         task = make_task(
             node, identifier=self.number, run_id="run", key="0" * 64, components={}, attempt=1, inputs={},
             output=directory / "files", scratch=directory / "scratch", run_directory=directory, name="s",
-            executor="local", directory=self.place.directory, store=str(self.place.store.root),
+            executor="local", directory=self.place.directory, store=self.place.store.address,
         )  # fmt: skip
         self.executor.submit(task)
 

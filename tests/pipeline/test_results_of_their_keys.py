@@ -131,7 +131,7 @@ def test_a_changed_helper_is_computed_again_and_named(place: Place, name: str, c
     (place.directory / "w.yaml").write_text(
         f'name: w\nexecutor: local\ntracking: {{enabled: false}}\nstages: {{s: {{uses: "{name}:make"}}}}\n'
     )
-    arguments = [str(place.directory / "w.yaml"), "--store", str(place.store.root)]
+    arguments = [str(place.directory / "w.yaml"), "--store", place.store.address]
     assert main(["run", *arguments, "-q"]) == 0
     (place.directory / f"{name}_helper.py").write_text("VALUE = 1  # a comment\n")
     main(["plan", *arguments])
@@ -271,7 +271,7 @@ def test_an_input_that_is_only_touched_does_no_harm(place: Place, name: str) -> 
 
 
 def test_an_input_that_another_run_replaced_is_noticed(place: Place, name: str) -> None:
-    from polytrope.pipeline.executors.inputs import InputCheck
+    from polytrope.pipeline.executors.input_check import InputCheck
     from polytrope.pipeline.stage import Artifact
 
     state = place.run({"a": {"uses": f"{name}:make"}})
@@ -280,8 +280,8 @@ def test_an_input_that_another_run_replaced_is_noticed(place: Place, name: str) 
     artifact = place.store.find(key)
     assert artifact is not None
     with pytest.raises(UserError, match="was removed or replaced after this stage was planned"):
-        InputCheck(place.store, key, "source", Artifact(artifact.path, "another digest", "a"))
-    check = InputCheck(place.store, key, "source", Artifact(artifact.path, artifact.digest, "a"))
+        InputCheck(place.store, key, "source", Artifact(place.store.materialize(key), "another digest", "a"))
+    check = InputCheck(place.store, key, "source", Artifact(place.store.materialize(key), artifact.digest, "a"))
     check.repeat()
     place.store.quarantine(key, ["replaced"])
     with pytest.raises(UserError, match="text: is gone"):
