@@ -463,6 +463,12 @@ ARCHITECTURE = Architecture(
     huggingface=HuggingFace(
         model_type="convnext",
         classes=("ConvNextForImageClassification",),
+        config_class="ConvNextConfig",
+        auto_classes={
+            "AutoModel": "ConvNextModel",
+            "AutoModelForImageClassification": "ConvNextForImageClassification",
+        },
+        activation_name=_huggingface_name,
         tokens={},
         read=config_from_huggingface,
         write=to_huggingface,

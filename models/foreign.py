@@ -24,6 +24,10 @@ ACTIVATIONS = {
     "swish": "silu",
     "tanh": "tanh",
 }
+# Of a converted model, whose `model_type` and class transformers must not know: it would leave the activations out.
+CONVERSION = "polytrope"  # the field of `config.json` that describes them
+MODEL_TYPE_PREFIX = "polytrope_"
+CLASS_PREFIX = "Polytrope"
 # What no model of this package has, whatever its architecture: field of `config.json` and the values without effect.
 _WITHOUT: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
@@ -31,6 +35,18 @@ _WITHOUT: dict[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
     "is_encoder_decoder": (None, False),
 }
+
+
+def original_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `config.json` as it was before a conversion; what `save_huggingface` adds to it is undone."""
+    if CONVERSION not in content:
+        return dict(content)
+    kept = {name: value for name, value in content.items() if name not in (CONVERSION, "auto_map")}
+    classes = [str(name).removeprefix(CLASS_PREFIX) for name in content.get("architectures") or []]
+    return kept | {
+        "model_type": str(content.get("model_type")).removeprefix(MODEL_TYPE_PREFIX),
+        "architectures": classes,
+    }
 
 
 def read_settings(
