@@ -123,24 +123,26 @@ def load_huggingface(directory: Path) -> nn.Module:
     config = original_settings(content)
     activations, shared = _read_activations(content, directory)
     record = find_huggingface(config["model_type"])
-    state = _all_weights(directory) if activations or record is not None else None
-    apart = {*activations, *shared}
-    kept = None if state is None else {name: state[name] for name in state if _owner(name) not in apart}
     if record is None:
-        model = _foreign_model(config, directory, kept)
+        model = _foreign_model(config, directory, activations)
+        own: Callable[[str], str] = str
     else:
-        model = _own_model(config, record, directory, kept or {})
-    if state is not None:
-        learned = {name: state[name] for name in state if _owner(name) in activations}
-        own: Callable[[str], str] = str if record is None else _own_activation_names(model, record, directory)
+        state = _all_weights(directory)
+        kept = {name: tensor for name, tensor in state.items() if _owner(name) not in activations}
+        model = _own_model(config, record, directory, kept)
+        own = _own_activation_names(model, record, directory)
         _load_activations(
             model,
             {own(name): entry for name, entry in activations.items()},
-            {f"{own(_owner(name))}.{name.rpartition('.')[2]}": tensor for name, tensor in learned.items()},
+            {
+                f"{own(_owner(name))}.{name.rpartition('.')[2]}": tensor
+                for name, tensor in state.items()
+                if _owner(name) in activations
+            },
             directory,
         )
-        for name, first in shared.items():
-            replace_module(model, own(name), model.get_submodule(own(first)))
+    for name, first in shared.items():
+        replace_module(model, own(name), model.get_submodule(own(first)))
     return model.eval()
 
 
@@ -201,12 +203,8 @@ def _own_model(config: dict[str, Any], record: Architecture, directory: Path, st
     return model
 
 
-def _foreign_model(config: dict[str, Any], directory: Path, state: State | None) -> nn.Module:
-    """Built and loaded by transformers, which knows the names that older versions wrote.
-
-    Args:
-        state: the weights, where transformers is not to read them itself.
-    """
+def _foreign_model(config: dict[str, Any], directory: Path, activations: Mapping[str, Any]) -> nn.Module:
+    """Built and loaded by transformers, which knows the names that older versions wrote and those of its own files."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the directory
     try:
         import transformers
@@ -229,12 +227,14 @@ def _foreign_model(config: dict[str, Any], directory: Path, state: State | None)
     options: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
     try:
         with _without_progress_bars():
-            if state is None and any((directory / name).exists() for name in _WEIGHT_FILES):
+            if not activations and any((directory / name).exists() for name in _WEIGHT_FILES):
                 model, report = kind.from_pretrained(directory, local_files_only=True, weights_only=True, **options)
             else:
                 settings = kind.config_class.from_dict(config)
-                weights = read_weights(directory) if state is None else state
-                model, report = kind.from_pretrained(None, config=settings, state_dict=weights, **options)
+                model, report = _with_activations(kind, activations).from_pretrained(
+                    None, config=settings, state_dict=_all_weights(directory), **options
+                )
+                model.__class__ = kind
     except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
         text = str(error)
         if text.startswith(str(directory)):
@@ -250,6 +250,16 @@ def _foreign_model(config: dict[str, Any], directory: Path, state: State | None)
         # would not give the same bits.
         tensor.data = tensor.data.clone()
     return network
+
+
+def _with_activations(kind: Any, activations: Mapping[str, Any]) -> Any:
+    """A class of transformers whose models have these activations before their weights are loaded."""
+
+    def build(self: Any, settings: Any, *inputs: Any, **options: Any) -> None:
+        kind.__init__(self, settings, *inputs, **options)
+        restore_activations(self, activations)
+
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
 
 
 @contextmanager

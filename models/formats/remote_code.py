@@ -30,15 +30,15 @@ def describe_activation(module: nn.Module, config: Any) -> dict[str, Any]:
 
     Args:
         config: what `build_activation` makes the module of; it becomes `config`. `plain` is for the code beside: the
-            name of the function, its options, and of each parameter the shape and what each group of channels starts
-            with.
+            name of the function, its options, and in its order, of each parameter the name, the shape and what each
+            group of channels starts with.
     """
     assert isinstance(module, LearnableActivation)
     definition = module.definition()
-    parameters = {
-        name: {"shape": list(module.get_parameter(name).shape), "initial": value.tolist()}
+    parameters = [
+        {"name": name, "shape": list(module.get_parameter(name).shape), "initial": value.tolist()}
         for name, value in definition.initial.items()
-    }
+    ]
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in definition.options.items()}
     function = f"{definition.function.__module__}:{definition.function.__qualname__}"
     return {"config": config, "plain": {"function": function, "parameters": parameters, "options": options}}
@@ -124,7 +124,7 @@ def check_functions(model: nn.Module, activations: Mapping[str, Any]) -> None:
     for name, entry in activations.items():
         module: Any = copy.deepcopy(model.get_submodule(name)).double().cpu()
         plain = entry["plain"]
-        parameters = [module.get_parameter(part) for part in plain["parameters"]]
+        parameters = [module.get_parameter(part["name"]) for part in plain["parameters"]]
         inputs = _inputs(module.config())
         with torch.no_grad():
             meant = module(inputs)
@@ -181,9 +181,9 @@ class LearnedActivation(nn.Module):
         super().__init__()
         self.function = plain["function"]
         self.options = plain["options"]
-        self.initial = {name: part["initial"] for name, part in plain["parameters"].items()}
-        for name, part in plain["parameters"].items():
-            self.register_parameter(name, nn.Parameter(torch.empty(part["shape"])))
+        self.initial = {part["name"]: part["initial"] for part in plain["parameters"]}
+        for part in plain["parameters"]:
+            self.register_parameter(part["name"], nn.Parameter(torch.empty(part["shape"])))
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -248,7 +248,9 @@ def place_activations(model):
             shared[name] = first
             module = model.get_submodule(first)
             replace(model, name, module)
-            model.all_tied_weights_keys.update({f"{name}.{part}": f"{first}.{part}" for part in module.initial})
+            tied = {f"{name}.{part}": f"{first}.{part}" for part in module.initial}
+            model._tied_weights_keys = {**(model._tied_weights_keys or {}), **tied}
+            model.all_tied_weights_keys.update(tied)
     model.config.polytrope = {**described, "activations": activations, "shared": shared}
 
 
