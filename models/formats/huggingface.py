@@ -22,7 +22,7 @@ from polytrope.models import find_architecture, find_huggingface
 from polytrope.models.activations import normalised_activations
 from polytrope.models.architecture import Architecture
 from polytrope.models.checkpoint import activation_modules, compare_configs, model_config
-from polytrope.models.foreign import CONVERSION, original_settings
+from polytrope.models.foreign import CONVERSION, original_settings, with_activation_names
 from polytrope.models.formats.deepspeed import checkpoint_directory
 from polytrope.models.formats.deepspeed import read_state as read_deepspeed
 from polytrope.models.formats.remote_code import (
@@ -351,7 +351,9 @@ def _write_code(
     changed = converted_fields(config_class, config["model_type"], architecture, classes, content)
     needed = sorted({*classes.values(), architecture})
     (aside / MODELING_FILE).write_text(modeling_source(config_class, config["model_type"], needed, described))
-    (aside / "config.json").write_text(json.dumps(config | changed, indent=2, sort_keys=True) + "\n")
+    (aside / "config.json").write_text(
+        json.dumps(with_activation_names(config, replaced=True) | changed, indent=2, sort_keys=True) + "\n"
+    )
 
 
 def _known_class(instance: Any) -> str:

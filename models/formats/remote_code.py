@@ -22,6 +22,7 @@ from polytrope.ops import LearnableActivation
 
 MODELING_FILE = "modeling_polytrope.py"
 _FUNCTIONS = Place("polytrope.ops.functional", "_apply"), Place("polytrope.ops.plain", "apply")
+_SETTINGS = Place("polytrope.models.foreign", "with_activation_names")
 _POINTS = 257
 
 
@@ -74,7 +75,7 @@ def _functions_source(activations: Mapping[str, Any]) -> tuple[list[str], str]:
     """Imports, and the definitions that end in the table of functions by name."""
     names = sorted({str(entry["plain"]["function"]) for entry in activations.values()})
     places = {name: Place(*name.split(":")) for name in names}
-    extracted = extract(places.values(), dict([_FUNCTIONS]))
+    extracted = extract([*places.values(), _SETTINGS], dict([_FUNCTIONS]))
     table = "\n".join(f'    "{name}": {extracted.names[place]},' for name, place in places.items())
     return extracted.imports, f"{extracted.source}\n\n\nFUNCTIONS = {{\n{table}\n}}\n"
 
@@ -280,6 +281,15 @@ def replace(model, name, module):
 
 class ${prefix}$config(transformers.$config):
     model_type = "$model_type"
+
+    def __post_init__(self, *inputs, **keywords):
+        for name, value in with_activation_names(vars(self), replaced=False).items():
+            if value != vars(self)[name]:
+                setattr(self, name, value)
+        super().__post_init__(*inputs, **with_activation_names(keywords, replaced=False))
+
+    def to_dict(self):
+        return with_activation_names(super().to_dict(), replaced=True)
 
 
 $models

@@ -130,6 +130,8 @@ def test_transformers_loads_what_was_converted_or_refuses(cases: dict[str, Case]
     for auto in (case.auto, "AutoModel", "AutoConfig"):
         with pytest.raises(ValueError, match="custom code"):
             getattr(transformers, auto).from_pretrained(case.directory, trust_remote_code=False)
+    with pytest.raises(KeyError, match="replaced by polytrope: load with trust_remote_code=True"):
+        getattr(transformers, ARCHITECTURES[name][0]).from_pretrained(case.directory)
 
 
 def test_without_this_package_the_same_logits(cases: dict[str, Case], tmp_path: Path) -> None:
@@ -361,11 +363,18 @@ def test_a_folder_of_sentence_transformers_stays_one(tmp_path: Path) -> None:
         tokenizer_file=str(source / "tokenizer.json"), pad_token="[PAD]", unk_token="[UNK]"
     )
     loaded.save_pretrained(source)
-    parts = sentence_transformers.models
-    parts = [parts.Transformer(str(source)), parts.Pooling(16)]
-    sentence_transformers.SentenceTransformer(modules=parts, device="cpu").save(str(tmp_path / "sentences"))
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(kinds.items())
+    ]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 16, "do_lower_case": False}))
+    (source / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 16, "pooling_mode_mean_tokens": True}
+    (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     configs = convert(model, {"name": "hermite", "degree": 4, "interval": [-3, 3]})
-    save_huggingface(tmp_path / "out", model, configs, tmp_path / "sentences")
+    save_huggingface(tmp_path / "out", model, configs, source)
     texts = ["the cat sat", "on a mat because of all the fish"]
     opened = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu", trust_remote_code=True)
     inputs = loaded(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
