@@ -21,6 +21,7 @@ class HuggingFace:
         classes: the entries of `architectures` in `config.json` that are this model.
         config_class: transformers' configuration of it.
         auto_classes: its classes, by the `AutoModel…` that finds them.
+        tokenizer_class: its tokenizer there, where the directory names none.
         activation_name: the name of an activation module to transformers' name of it.
         tokens: ids of tokens that transformers takes where `config.json` says none.
         read: the content of `config.json` to the configuration. Raises ValueError for what it cannot take over.
@@ -32,6 +33,7 @@ class HuggingFace:
     classes: tuple[str, ...]
     config_class: str
     auto_classes: Mapping[str, str]
+    tokenizer_class: str | None
     activation_name: Callable[[str], str]
     tokens: Mapping[str, int | None]
     read: Callable[[Mapping[str, Any]], Any]

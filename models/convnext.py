@@ -468,6 +468,7 @@ ARCHITECTURE = Architecture(
             "AutoModel": "ConvNextModel",
             "AutoModelForImageClassification": "ConvNextForImageClassification",
         },
+        tokenizer_class=None,
         activation_name=_huggingface_name,
         tokens={},
         read=config_from_huggingface,

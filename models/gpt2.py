@@ -517,6 +517,7 @@ ARCHITECTURE = Architecture(
         classes=("GPT2LMHeadModel", "GPT2Model"),
         config_class="GPT2Config",
         auto_classes={"AutoModel": "GPT2Model", "AutoModelForCausalLM": "GPT2LMHeadModel"},
+        tokenizer_class="GPT2Tokenizer",
         activation_name=lambda name: name.removesuffix("activation") + "act",
         tokens={"bos_token_id": 50256, "eos_token_id": 50256, "pad_token_id": None},
         read=config_from_huggingface,

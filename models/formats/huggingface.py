@@ -32,6 +32,7 @@ from polytrope.models.formats.remote_code import (
     converted_fields,
     describe_activation,
     modeling_source,
+    tokenizer_class,
 )
 from polytrope.models.formats.states import State, find_weights, load_content, load_safetensors
 from polytrope.models.special_tokens import kept_fields, token_fields
@@ -344,11 +345,13 @@ def _write_code(
     }
     if record is None:
         config_class, classes = _known_class(model.config), auto_classes(config["model_type"])
-        architecture = _known_class(model)
+        architecture, tokenizer = _known_class(model), tokenizer_class(config["model_type"])
     else:
         config_class, classes = record.huggingface.config_class, dict(record.huggingface.auto_classes)
-        architecture = config["architectures"][0]
+        architecture, tokenizer = config["architectures"][0], record.huggingface.tokenizer_class
     changed = converted_fields(config_class, config["model_type"], architecture, classes, content)
+    if tokenizer is not None:  # which follows from the model's type otherwise
+        changed |= {"tokenizer_class": config.get("tokenizer_class") or tokenizer}
     needed = sorted({*classes.values(), architecture})
     (aside / MODELING_FILE).write_text(modeling_source(config_class, config["model_type"], needed, described))
     (aside / "config.json").write_text(

@@ -113,6 +113,14 @@ def auto_classes(model_type: str) -> dict[str, str]:
     return found
 
 
+def tokenizer_class(model_type: str) -> str | None:
+    """The tokenizer that transformers takes for an architecture whose directory names none."""
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    name = TOKENIZER_MAPPING_NAMES.get(model_type)
+    return name if isinstance(name, str) else None
+
+
 def check_functions(model: nn.Module, activations: Mapping[str, Any]) -> None:
     """Run the functions of the modeling file, and refuse one that is not what its activation computes.
 

@@ -258,6 +258,25 @@ def test_one_activation_of_several_layers_stays_one(tmp_path: Path) -> None:
     torch.testing.assert_close(again(tokens())[0], model(tokens())[0], rtol=0, atol=0)
 
 
+def test_the_tokenizer_is_the_one_of_the_architecture(tmp_path: Path) -> None:
+    model = write_bert(tmp_path / "bert")
+    save_huggingface(tmp_path / "out", model, convert(model, {"name": "hermite"}), tmp_path / "bert")
+    before, after = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / name, trust_remote_code=True) for name in ("bert", "out")
+    )
+    assert type(after) is type(before)
+    assert after("the cat sat").input_ids == before("the cat sat").input_ids
+
+
+def test_a_model_that_draws_random_numbers_is_written(tmp_path: Path) -> None:
+    sizes = {name: size for name, size in TEXT.items() if name != "vocab_size"} | {"image_size": 32, "patch_size": 8}
+    decoder = {f"decoder_{name}": size for name, size in TEXT.items() if name != "vocab_size"}
+    original = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**sizes, **decoder))
+    model = randomise(original, 0.05)
+    save_huggingface(tmp_path / "out", model, convert(model, {"name": "hermite"}), None)
+    assert (tmp_path / "out" / MODELING_FILE).exists()
+
+
 @pytest.mark.parametrize(
     ("architecture", "auto", "inputs"),
     [("gpt2", "AutoModelForCausalLM", tokens()), ("convnext", "AutoModelForImageClassification", images())],
