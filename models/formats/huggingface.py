@@ -148,6 +148,7 @@ def load_huggingface(directory: Path) -> nn.Module:
 
 
 def _all_weights(directory: Path) -> State:
+    """Those of the activations among the others, wherever they were written."""
     former = directory / _FORMER_WEIGHTS
     return read_weights(directory) | (load_safetensors(former) if former.exists() else {})
 
@@ -329,6 +330,8 @@ def save_huggingface(directory: Path, model: nn.Module, activations: Mapping[str
         inputs = record.example(model.config) if record is not None else _example(model)
         if inputs is not None:
             compare_outputs(written, model, inputs, what)
+    for name in (_FORMER_FILE, _FORMER_WEIGHTS):  # of another model that was there before
+        (directory / name).unlink(missing_ok=True)
 
 
 def _write_code(

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from conversion_support import images, own_model, randomise, read_json, tokens, write_bert, write_tokenizer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from polytrope.models.foreign import original_settings
 from polytrope.models.formats import read_model
 from polytrope.models.formats.huggingface import save_huggingface
 from polytrope.models.formats.remote_code import MODELING_FILE, check_functions, describe_activation, modeling_source
@@ -212,6 +214,9 @@ def test_other_heads_have_the_converted_activations(cases: dict[str, Case], tmp_
     back = load(case, "AutoModelForTokenClassification", tmp_path / "base")
     torch.testing.assert_close(back.bert(**case.inputs)[0], hidden, rtol=0, atol=0)  # type: ignore[operator]
     torch.testing.assert_close(read_model(tmp_path / "base")(**case.inputs)[0], hidden, rtol=1e-5, atol=1e-5)
+    encoder = load(cases["t5"], "AutoModelForTextEncoding")  # which has no decoder
+    expected = load(cases["t5"]).encoder(tokens())[0]  # type: ignore[operator]
+    torch.testing.assert_close(encoder(tokens())[0], expected, rtol=0, atol=0)
     fresh = transformers.AutoModel.from_config(base.config, trust_remote_code=True)
     module = fresh.get_submodule("encoder.layer.0.intermediate.intermediate_act_fn")
     torch.testing.assert_close(module.coefficients, build_activation(ARCHITECTURES["bert"][3]).coefficients)
@@ -241,6 +246,26 @@ def test_our_reader_runs_no_code_of_the_directory(cases: dict[str, Case], tmp_pa
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"config\.json: the converted activations cannot be read"):
         read_model(tmp_path / "model")
+
+
+def test_a_directory_with_the_former_description_is_read_and_replaced(cases: dict[str, Case], tmp_path: Path) -> None:
+    case = cases["bert"]
+    model = read_model(case.directory)
+    content = read_json(case.directory / "config.json")
+    described = {name: entry["config"] for name, entry in content["polytrope"]["activations"].items()}
+    (tmp_path / "config.json").write_text(json.dumps(original_settings(content)))
+    (tmp_path / "activations.json").write_text(json.dumps({"format": 1, "activations": described}))
+    weights = load_file(case.directory / "model.safetensors")
+    learned = {name: tensor for name, tensor in weights.items() if name.endswith(".coefficients")}
+    save_file(learned, tmp_path / "activations.safetensors")
+    save_file(
+        {name: weights[name] for name in set(weights) - set(learned)}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    torch.testing.assert_close(run(read_model(tmp_path), case.inputs), case.logits, rtol=0, atol=0)
+    for name in described:
+        model.get_submodule(name).reset_parameters()  # type: ignore[operator]
+    save_huggingface(tmp_path, model, described, case.source)
+    torch.testing.assert_close(run(read_model(tmp_path), case.inputs), run(model, case.inputs), rtol=0, atol=0)
 
 
 def test_one_activation_of_several_layers_stays_one(tmp_path: Path) -> None:
