@@ -185,7 +185,7 @@ def test_learned_activations_go_to_huggingface_onnx_and_tables_as_they_are(tmp_p
     arguments = ["--as-is", "--format", "huggingface", "--onnx", "--tables", "--data", str(tmp_path / "tokens.npy")]
     assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), *arguments]) == 0
     assert digests(tmp_path / "model") == before
-    assert {"config.json", "activations.json", "model.onnx"} <= set(digests(tmp_path / "out"))
+    assert {"config.json", "modeling_polytrope.py", "model.onnx"} <= set(digests(tmp_path / "out"))
     table = read_json(tmp_path / "out" / "tables" / "transformer.h.1.mlp.activation.json")
     x = torch.linspace(table["low"], table["high"], len(table["values"]), dtype=torch.float64)
     activation = model.get_submodule("transformer.h.1.mlp.activation").double()
