@@ -155,9 +155,9 @@ def _draw_activations(directory: Path) -> bytes:
     from matplotlib.figure import Figure
 
     from polytrope.models.checkpoint import load_model
-    from polytrope.pipeline.stages.evaluate.shapes import activation_modules
+    from polytrope.pipeline.stages.evaluate.shapes import named_activations
 
-    modules = activation_modules(load_model(directory))
+    modules = named_activations(load_model(directory))
     step = -(-len(modules) // _CURVES)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()

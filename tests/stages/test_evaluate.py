@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from training_support import make_context, read_events
 
 from polytrope.models import build_model
@@ -405,3 +406,11 @@ def test_labels_are_checked_before_anything_starts() -> None:
         check(EvaluateParameters(drift={"converted": "baseline"}), upstream)
     with pytest.raises(UserError, match="no models"):
         check(EvaluateParameters(), {"models": {}})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"top_k": 0}, {"temperature": -0.1}, {"temperature": math.inf}, {"sample_tokens": -1}, {"seed": 2**64}]
+)
+def test_what_sampling_refuses_is_refused_before_the_stage_starts(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        EvaluateParameters.model_validate(wrong)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polytrope.models import find_architecture
 from polytrope.models.checkpoint import load_model, read_description
-from polytrope.models.convnext import normalise_images
 from polytrope.pipeline.data.description import Dataset, read_dataset
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import Tokenizer, same_tokenizer, tokenizer_from_json
@@ -51,7 +51,7 @@ def evaluate_models(
     samples = min(parameters.samples or split.samples, split.samples)
     if samples < 1:
         raise UserError(f"the dataset of `{dataset.stage}` has no validation samples", "use a larger corpus")
-    task = Task(context, dataset, description, parameters, samples)
+    evaluator = Evaluator(context, dataset, description, parameters, samples)
     results: dict[str, Any] = {}
     summary: dict[str, float] = {}
     for index, (label, model) in enumerate(models.items()):
@@ -60,7 +60,7 @@ def evaluate_models(
         if reference is not None and recorded_failure(reference):
             reference = None
         failure = recorded_failure(model)
-        results[label] = _failed(model, failure) if failure else evaluate_one(task, label, model, reference)
+        results[label] = _failed(model, failure) if failure else evaluate_one(evaluator, label, model, reference)
         if "failure" in results[label]:
             context.message(f"{label}: {results[label]['failure']}")
             continue
@@ -97,10 +97,10 @@ def evaluate_models(
     return summary
 
 
-def evaluate_one(task: Task, label: str, model: Artifact, reference: Artifact | None) -> dict[str, Any]:
+def evaluate_one(evaluator: Evaluator, label: str, model: Artifact, reference: Artifact | None) -> dict[str, Any]:
     """All figures of one model; if it cannot be evaluated, the reason: the others do not depend on it."""
     try:
-        return task.evaluate(label, model, reference)
+        return evaluator.evaluate(label, model, reference)
     except UserError as error:
         return _failed(model, error.message)
     except (RuntimeError, ValueError, ArithmeticError, LookupError, OSError) as error:  # a shape, a number, a file
@@ -137,7 +137,7 @@ def metrics_of(label: str, figures: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-class Task:
+class Evaluator:
     """The validation data and the settings, shared by all models of the stage."""
 
     def __init__(
@@ -203,8 +203,7 @@ class Task:
         return result
 
     def _check(self, label: str, artifact: Artifact, about: dict[str, Any]) -> None:
-        wanted = "convnext" if self.images else "gpt2"
-        if about["architecture"] != wanted:
+        if find_architecture(about["architecture"]).data != self.description.kind:
             raise UserError(
                 f"`{label}` is a {about['architecture']}, which cannot be evaluated on "
                 f"{self.description.kind} (`{self.dataset.stage}`)",
@@ -222,7 +221,7 @@ class Task:
             )
 
     def _batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Inputs, targets, and which targets count, on the device."""
+        """Inputs as the data set gives them, targets, and which targets count, on the device."""
         size, stride = self.parameters.batch_size, self.parameters.stride
         samples = self.samples if limit is None else limit
         if limit is not None:
@@ -231,7 +230,7 @@ class Task:
             for start in range(0, samples, size):
                 indices = np.arange(start, min(samples, start + size))
                 pixels, labels = self.reader.images(indices)  # type: ignore[attr-defined]
-                images = normalise_images(torch.from_numpy(pixels).float() / 255.0)
+                images = torch.from_numpy(pixels).float() / 255.0
                 classes = torch.from_numpy(np.asarray(labels, dtype=np.int64))
                 yield self._move(images), self._move(classes), self._move(torch.ones(len(indices), dtype=torch.bool))
             return
@@ -255,6 +254,7 @@ class Task:
     @torch.no_grad()
     def _logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         narrow = self.parameters.precision == "bf16"
+        inputs = find_architecture(str(model.architecture)).prepare(inputs)
         with torch.autocast(self.device.type, torch.bfloat16) if narrow else nullcontext():
             logits: Tensor = model(inputs)
         return logits

@@ -13,7 +13,7 @@ from typing import Any
 from polytrope.pipeline.data.lineage import Lineage, read_lineage, write_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, stage
-from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters
+from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters, architectures_for
 
 
 def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
@@ -40,11 +40,10 @@ def _check_shapes(given: ModelParameters, shard: Any) -> None:
     architecture = model.pop("architecture")
     size, length = getattr(shard, "image_size", None), getattr(shard, "sequence_length", None)
     kind = "images" if isinstance(size, int) else "text" if isinstance(length, int) else None
-    wanted = {"text": "gpt2", "images": "convnext"}.get(kind or "", architecture)
-    if architecture != wanted:
+    if kind is not None and architecture not in architectures_for(kind):
         raise UserError(
             f"train: a {architecture} (`model.architecture`) cannot be trained on {kind}",
-            f"use `architecture: {wanted}`, or another dataset",
+            f"use `architecture: {' or '.join(architectures_for(kind))}`, or another dataset",
         )
     if "preset" in model:
         return  # a published size: looking it up would import torch; `make_plan` compares it
