@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.evaluation import EVALUATION_FILE, read_evaluation
 from polytrope.pipeline.data.lineage import read_lineage
+from polytrope.pipeline.data.training import read_history
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import RunState, fold, read
 from polytrope.pipeline.store.manifest import StoredArtifact
@@ -21,6 +23,7 @@ from polytrope.pipeline.tracking.names import flatten
 
 _TEMPLATE = Path(__file__).with_name("card.html")
 _PACKAGES = ("polytrope", "torch", "deepspeed", "ray", "numpy", "tokenizers", "datasets", "safetensors")
+_FIGURES = ("loss", "perplexity", "bits_per_byte", "top1", "top5", "calibration_error")  # of an evaluation
 _CURVES = 12  # of the activation plot
 
 
@@ -181,7 +184,7 @@ def _training(model: StoredArtifact) -> Section:
         key: value for key, value in (model.components.get("parameters") or {}).items() if key not in ("model",)
     }
     text = f"Stage `{model.stage}` (`uses: {model.components.get('uses')}`), {model.duration:.0f} s."
-    history = [entry for entry in _read(model, "history.json") or [] if entry.get("val/loss") is not None]
+    history = [entry for entry in read_history(model.path) if entry.get("val/loss") is not None]
     if history:
         points = dict.fromkeys(
             f"{entry['val/loss']:.4f} at step {entry['step']}" for entry in (history[0], history[-1])
@@ -221,20 +224,18 @@ def _results(store: Store, state: RunState, model: StoredArtifact) -> Section | 
         labels = _inputs(artifact).get("models")
         if not isinstance(labels, dict) or model.digest not in labels.values():
             continue
-        if (evaluation := _read(artifact, "evaluation.json")) is None:
+        if not (artifact.path / EVALUATION_FILE).exists():
             continue
-        shown = [
-            key
-            for key in ("loss", "perplexity", "bits_per_byte", "top1", "top5", "calibration_error")
-            if any(result.get(key) is not None for result in evaluation["models"].values())
-        ]
+        evaluation = read_evaluation(artifact.path)
+        found = {label: result.model_dump(include=set(_FIGURES)) for label, result in evaluation.models.items()}
+        shown = [key for key in _FIGURES if any(figures[key] is not None for figures in found.values())]
         table = [["", *shown]]
-        for label, result in evaluation["models"].items():
+        for label, figures in found.items():
             mark = " (this model)" if labels.get(label) == model.digest else ""
             table.append(
-                [label + mark, *(metric_text(result[key]) if result.get(key) is not None else "" for key in shown)]
+                [label + mark, *(metric_text(figures[key]) if figures[key] is not None else "" for key in shown)]
             )
-        protocol = ", ".join(f"{key} {value}" for key, value in evaluation.get("protocol", {}).items())
+        protocol = ", ".join(f"{key} {value}" for key, value in dict(evaluation.protocol).items())
         return Section("Results", f"On validation data that no training read: {protocol}.", table)
     return None
 

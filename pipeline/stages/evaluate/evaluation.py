@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import traceback
@@ -17,8 +16,17 @@ from torch import Tensor, nn
 from polytrope.models import find_architecture
 from polytrope.models.checkpoint import load_model, read_description
 from polytrope.pipeline.data.description import Dataset, read_dataset
+from polytrope.pipeline.data.evaluation import (
+    EVALUATION_FILE,
+    EvaluatedData,
+    EvaluatedModel,
+    Evaluation,
+    Protocol,
+    write_evaluation,
+)
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import Tokenizer, same_tokenizer, tokenizer_from_json
+from polytrope.pipeline.data.training import read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.evaluate.drift import block_cosines
@@ -27,8 +35,6 @@ from polytrope.pipeline.stages.evaluate.scores import Scores, seeded_generator
 from polytrope.pipeline.stages.evaluate.shapes import describe_activation, measure_activations
 from polytrope.pipeline.stages.evaluate.token_bytes import byte_lengths
 from polytrope.pipeline.stages.evaluate.windows import WindowBatch, block_windows, sliding_windows
-
-FORMAT = 1
 
 
 def evaluate_models(
@@ -52,7 +58,7 @@ def evaluate_models(
     if samples < 1:
         raise UserError(f"the dataset of `{dataset.stage}` has no validation samples", "use a larger corpus")
     evaluator = Evaluator(context, dataset, description, parameters, samples)
-    results: dict[str, Any] = {}
+    results: dict[str, EvaluatedModel] = {}
     summary: dict[str, float] = {}
     for index, (label, model) in enumerate(models.items()):
         context.progress(index, len(models), label)
@@ -61,43 +67,47 @@ def evaluate_models(
             reference = None
         failure = recorded_failure(model)
         results[label] = _failed(model, failure) if failure else evaluate_one(evaluator, label, model, reference)
-        if "failure" in results[label]:
-            context.message(f"{label}: {results[label]['failure']}")
+        if results[label].failure is not None:
+            context.message(f"{label}: {results[label].failure}")
             continue
         figures = metrics_of(label, results[label])
         context.log_metrics(figures)
         summary.update(figures)
     context.progress(len(models), len(models), "")
-    if all("failure" in result for result in results.values()):
+    if all(result.failure is not None for result in results.values()):
         label, result = next(iter(results.items()))
         raise UserError(
-            f"no model is left to evaluate; `{label}`: {result['failure']}",
-            f"look at the training of `{result['stage']}`",
+            f"no model is left to evaluate; `{label}`: {result.failure}",
+            f"look at the training of `{result.stage}`",
         )
-    content = {
-        "format": FORMAT,
-        "kind": description.kind,
-        "dataset": {
-            "name": description.name,
-            "digest": dataset.digest,
-            "tokenizer": dict(description.tokenizer) if description.kind == "text" else None,
-            "sequence_length": description.sequence_length if description.kind == "text" else None,
-            "class_names": description.class_names if description.kind == "images" else None,
-            "splits": {
-                name: {key: value for key, value in dict(part).items() if isinstance(value, int | float)}
-                for name, part in description.splits.items()
-            },
-        },
-        "unigram_entropy": description.unigram_entropy if description.kind == "text" else None,
-        "protocol": {"samples": samples, "stride": parameters.stride, "precision": parameters.precision},
-        "models": results,
-    }
-    (context.output / "evaluation.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    context.log_artifact("evaluation.json")
+    evaluation = Evaluation(
+        format=1,
+        kind=description.kind,
+        dataset=_evaluated_data(description, dataset.digest),
+        unigram_entropy=description.unigram_entropy if description.kind == "text" else None,
+        protocol=Protocol(samples=samples, stride=parameters.stride, precision=parameters.precision),
+        models=results,
+    )
+    write_evaluation(context.output, evaluation)
+    context.log_artifact(EVALUATION_FILE)
     return summary
 
 
-def evaluate_one(evaluator: Evaluator, label: str, model: Artifact, reference: Artifact | None) -> dict[str, Any]:
+def _evaluated_data(description: Dataset, digest: str) -> EvaluatedData:
+    return EvaluatedData(
+        name=description.name,
+        digest=digest,
+        tokenizer=dict(description.tokenizer) if description.kind == "text" else None,
+        sequence_length=description.sequence_length if description.kind == "text" else None,
+        class_names=description.class_names if description.kind == "images" else None,
+        splits={
+            name: {key: value for key, value in dict(part).items() if isinstance(value, int | float)}
+            for name, part in description.splits.items()
+        },
+    )
+
+
+def evaluate_one(evaluator: Evaluator, label: str, model: Artifact, reference: Artifact | None) -> EvaluatedModel:
     """All figures of one model; if it cannot be evaluated, the reason: the others do not depend on it."""
     try:
         return evaluator.evaluate(label, model, reference)
@@ -108,18 +118,17 @@ def evaluate_one(evaluator: Evaluator, label: str, model: Artifact, reference: A
         return _failed(model, f"{type(error).__name__}: {error}")
 
 
-def _failed(model: Artifact, reason: str) -> dict[str, Any]:
-    return {"stage": model.stage, "digest": model.digest, "failure": reason}
+def _failed(model: Artifact, reason: str) -> EvaluatedModel:
+    return EvaluatedModel(stage=model.stage, digest=model.digest, failure=reason)
 
 
 def recorded_failure(model: Artifact) -> str | None:
     """What `train` says of a training that diverged under `on_divergence: record`."""
-    path = model.path / "training.json"
-    failure = json.loads(path.read_text()).get("failure") if path.exists() else None
-    return None if failure is None else str(failure)
+    training = read_training(model.path)
+    return None if training is None else training.failure
 
 
-def metrics_of(label: str, figures: dict[str, Any]) -> dict[str, float]:
+def metrics_of(label: str, model: EvaluatedModel) -> dict[str, float]:
     """The figures of one model under their metric names."""
     names = {
         "loss": "val_loss",
@@ -129,11 +138,12 @@ def metrics_of(label: str, figures: dict[str, Any]) -> dict[str, float]:
         "top5": "top5",
         "calibration_error": "calibration_error",
     }
-    metrics = {f"{label}/{name}": figures[key] for key, name in names.items() if figures.get(key) is not None}
-    if "drift" in figures:
-        metrics[f"{label}/kl_divergence"] = figures["drift"]["kl_divergence"]
-        if figures["drift"].get("cosine"):
-            metrics[f"{label}/lowest_block_cosine"] = min(figures["drift"]["cosine"])
+    figures = {key: getattr(model, key) for key in names}
+    metrics = {f"{label}/{name}": figures[key] for key, name in names.items() if figures[key] is not None}
+    if model.drift is not None:
+        metrics[f"{label}/kl_divergence"] = model.drift.kl_divergence
+        if model.drift.cosine:
+            metrics[f"{label}/lowest_block_cosine"] = min(model.drift.cosine)
     return metrics
 
 
@@ -161,7 +171,7 @@ class Evaluator:
             self.byte_lengths = byte_lengths(self.tokenizer)
             self.outputs, self.of = self.tokenizer.vocab_size, "tokens"
 
-    def evaluate(self, label: str, artifact: Artifact, reference: Artifact | None) -> dict[str, Any]:
+    def evaluate(self, label: str, artifact: Artifact, reference: Artifact | None) -> EvaluatedModel:
         """All figures of one model."""
         about = read_description(artifact.path)
         self._check(label, artifact, about)
@@ -200,7 +210,7 @@ class Evaluator:
             result["bytes"] = bytes_scored
             result["bits_per_byte"] = scores.loss / math.log(2) / bytes_scored if bytes_scored else None
             result["sample"] = self._sample(model, self.tokenizer)
-        return result
+        return EvaluatedModel.model_validate(result)
 
     def _check(self, label: str, artifact: Artifact, about: dict[str, Any]) -> None:
         if find_architecture(about["architecture"]).data != self.description.kind:

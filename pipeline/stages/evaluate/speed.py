@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -16,12 +15,12 @@ from polytrope.models import find_architecture
 from polytrope.models.checkpoint import load_model
 from polytrope.pipeline.data.description import read_dataset
 from polytrope.pipeline.data.reader import open_split
+from polytrope.pipeline.data.speed import SPEED_FILE, Speed, SpeedProtocol, write_speed
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.evaluate.evaluation import recorded_failure
 from polytrope.pipeline.stages.evaluate.parameters import MeasureSpeedParameters
 
-FORMAT = 1
 Batch = tuple[Tensor, Tensor]
 
 
@@ -52,13 +51,10 @@ def measure_models(
             timer.measure(keep=number >= 0)
     results = {label: timer.figures() for label, timer in timers.items()}
     unit = "tokens" if batch[0].dtype == torch.int64 else "images"
-    content = {
-        "format": FORMAT,
-        "protocol": {**parameters.model_dump(), "device": device.type, "unit": unit, "units": units_of(batch)},
-        "models": results,
-    }
-    (context.output / "speed.json").write_text(json.dumps(content, indent=1) + "\n")
-    context.log_artifact("speed.json")
+    protocol = {**parameters.model_dump(), "device": device.type, "unit": unit, "units": units_of(batch)}
+    speed = Speed(format=1, protocol=SpeedProtocol.model_validate(protocol), models=results)
+    write_speed(context.output, speed)
+    context.log_artifact(SPEED_FILE)
     summary = {f"{label}/{name}": value for label, figures in results.items() for name, value in figures.items()}
     context.log_metrics(summary)
     return summary

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import random
 import statistics
@@ -16,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
-from polytrope.models.checkpoint import load_weights, save_model
+from polytrope.models.checkpoint import load_weights, read_description, save_model
+from polytrope.pipeline.data.training import Training, write_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train.activations import apply_activation_options
@@ -335,7 +335,7 @@ def _write_result(
     summary = {
         "format": 1,
         "architecture": plan.architecture,
-        "parameters": json.loads((output / "model.json").read_text())["parameters"],
+        "parameters": read_description(output)["parameters"],
         "steps": plan.steps,
         "samples": samples,
         **final,
@@ -346,25 +346,16 @@ def _write_result(
         summary["tokens"] = samples * int(plan.facts["sequence_length"])
     if plan.skipped_batches:
         summary["skipped_batches"], summary["rollbacks"] = len(plan.skipped_batches), plan.skip_reasons
-    (output / "training.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
-    (output / "history.json").write_text(json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n")
+    write_training(output, Training.model_validate(summary), progress.history)
 
 
 def _write_failure(plan: TrainingPlan, output: Path, model: nn.Module, progress: Progress, error: Diverged) -> None:
     """The artifact of a training that diverged: what was logged until then and what happened, but no weights."""
-    summary = {
-        "format": 1,
-        "architecture": plan.architecture,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "steps": progress.step,
-        "failure": f"diverged at {error}",
-    }
-    (output / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (output / "history.json").write_text(json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n")
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN: such values become null."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
-    }
+    training = Training(
+        format=1,
+        architecture=plan.architecture,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        steps=progress.step,
+        failure=f"diverged at {error}",
+    )
+    write_training(output, training, progress.history)

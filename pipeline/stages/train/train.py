@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.lineage import Lineage, read_lineage, write_lineage
+from polytrope.pipeline.data.training import read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, stage
 from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters, architectures_for
@@ -91,12 +92,13 @@ def train(
     context.log_dataset("train", dataset.digest, str(dataset.path), plan.dataset_profile)
     context.log_params(plan.facts)
     run_workers(context, plan)
-    summary = json.loads((context.output / "training.json").read_text(encoding="utf-8"))
-    samples, tokens = int(summary.get("samples", 0)), summary.get("tokens")
-    lineage = Lineage(samples=samples, tokens=tokens)
+    training = read_training(context.output)
+    assert training is not None  # rank 0 has written it
+    samples = training.samples or 0
+    lineage = Lineage(samples=samples, tokens=training.tokens)
     if initial is not None:
-        lineage = read_lineage(initial.path).then(initial.stage, initial.digest, samples, tokens)
+        lineage = read_lineage(initial.path).then(initial.stage, initial.digest, samples, training.tokens)
     write_lineage(context.output, lineage)
-    if parameters.register_as and "failure" not in summary:
+    if parameters.register_as and training.failure is None:
         context.log_model(".", name=parameters.register_as, alias=parameters.register_alias)
-    return {name: value for name, value in summary.items() if isinstance(value, int | float) and name != "format"}
+    return training.figures()
