@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from conversion_support import (
     write_bert,
     write_texts,
 )
+from pydantic import ValidationError
 from training_support import make_dataset
 
 from polytrope.models.calibration import calibrate
@@ -24,6 +26,7 @@ from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.formats import read_model
 from polytrope.models.surgery import find_activations
 from polytrope.ops import is_learnable_activation
+from polytrope.ops.interpolate import FAMILIES
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, stage_context
@@ -117,15 +120,21 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
         (["{model}"], "OUTPUT is missing"),
         (["{model}", "{model}"], "exists and is not empty"),
         (["{model}", "{out}", "--layers", "7-9"], "leaves none of"),
-        (["{model}", "{out}", "--layers", "one"], "--layers one: expected FIRST-LAST"),
+        (["{model}", "{out}", "--layers", "one"], "--layers one: expected 3, 0-5 or 6-"),
+        (["{model}", "{out}", "--layers", "5-2"], "--layers 5-2: expected 3, 0-5 or 6-"),
         (["{model}", "{out}", "--set", "n_head"], "expected FIELD=VALUE"),
         (["{model}", "{out}", "--data", "{out}.txt"], "cannot be read as text"),
         (["{model}", "{out}", "--data", "{nan}"], "an array of shape"),
-        (["{model}", "{out}", "--degree", "17"], "--degree: expected an integer from 1 to 16, got 17"),
-        (["{model}", "{out}", "--degree", "0"], "--degree: expected an integer from 1 to 16, got 0"),
-        (["{model}", "{out}", "--samples", "0"], "--samples: expected at least 1, got 0"),
-        (["{model}", "{out}", "--target-error", "-1"], "--target-error: expected a number above 0"),
-        (["{model}", "{out}", "--coverage", "2"], "--coverage: expected a share"),
+        (["{model}", "{out}", "--degree", "17"], "--degree 17: Input should be less than or equal to 16"),
+        (["{model}", "{out}", "--degree", "0"], "--degree 0: Input should be greater than or equal to 1"),
+        (["{model}", "{out}", "--samples", "0"], "--samples 0: Input should be greater than or equal to 1"),
+        (["{model}", "{out}", "--target-error", "-1"], "--target-error -1: Input should be greater than 0"),
+        (["{model}", "{out}", "--coverage", "2"], "--coverage 2: Input should be less than or equal to 1"),
+        (
+            ["{model}", "{out}", "--constraint", "ends", "--constraint", "middle"],
+            "--constraint middle: Input should be 'ends'",
+        ),
+        (["{model}", "{out}", "--family", "hermit"], "--family hermit: Input should be 'hermite'"),
         (["{model}", "{out}", "--as-is", "--dry-run"], "--as-is fits nothing"),
         (["{model}", "{out}", "--format", "own"], "own is for GPT-2 and ConvNeXt"),
         (["{model}", "{out}", "--type", "Swish"], "has no activation module to replace"),
@@ -163,18 +172,88 @@ def test_a_tokenizer_that_is_truncated_is_named(bert: Path, tmp_path: Path, caps
     assert "tokenizer.json cannot be read" in capsys.readouterr().err
 
 
-def test_a_failure_while_writing_leaves_no_output(
+def test_a_failure_while_writing_leaves_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "model", own_model("gpt2", bias=False))
+    np.save(tmp_path / "tokens.npy", tokens().numpy())
+    before = digests(tmp_path)
+    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), "--data", str(tmp_path / "tokens.npy")]
+    assert main(["convert", *arguments, "--format", "huggingface"]) == 2
+    assert "transformers' GPT-2 has biases" in capsys.readouterr().err
+    assert digests(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_onnx_that_fails_does_not_take_the_conversion_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_model(tmp_path / "model", own_model("gpt2"))
-    np.save(tmp_path / "tokens.npy", tokens().numpy())
-    before = digests(tmp_path)
+    np.save(tmp_path / "calibration.npy", tokens().numpy())
     monkeypatch.setattr("polytrope.models.formats.onnx.TOLERANCE", -1.0)  # a check that nothing passes
-    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), "--data", str(tmp_path / "tokens.npy"), "--onnx"]
-    assert main(["convert", *arguments]) == 2
-    assert "onnxruntime's output deviates" in capsys.readouterr().err
-    assert digests(tmp_path) == before
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "model"), str(out), "--data", str(tmp_path / "calibration.npy"), "--tables", "--onnx"]
+    assert main(["convert", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert f"wrote {out}" in captured.out
+    assert "model.onnx cannot be written: onnxruntime's output deviates" in captured.err
+    assert {"conversion.json", "conversion.html", "model.safetensors", "model.json"} <= set(digests(out))
+    assert not (out / "model.onnx").exists()
+    assert is_learnable_activation(load_model(out).blocks[0].mlp.activation)
+    with pytest.raises(UserError, match=r"model.onnx cannot be written: onnxruntime's output deviates"):
+        run_stage(tmp_path / "stage", tmp_path / "model", tmp_path, onnx=True)
+
+
+def test_the_options_are_the_fields_of_the_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["convert", "--help"], ["convert", "model", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        for name, field in ConvertParameters.model_fields.items():
+            if name in ("page", "register_as", "register_alias", "threads"):
+                continue
+            assert str(field.description) in shown
+        for option in ("--constraint ends|end_values|origin", "--samples N", "--type", "--layers", "--ray N", "--onnx"):
+            assert option in shown
+        assert "(default 256)" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "last"), [("6-", 6, sys.maxsize), ("0-5", 0, 5), (3, 3, 3), ("3", 3, 3), ([1, 2], 1, 2)]
+)
+def test_layers_are_one_a_range_or_all_from_one_on(given: Any, first: int, last: int) -> None:
+    assert ConvertParameters(layers=given).layer_range() == (first, last)
+    assert ConvertParameters().layer_range() is None
+
+
+@pytest.mark.parametrize("given", ["-3", "a-b", "5-2", True, 1.5, "1-2-3", [1], ""])
+def test_layers_that_are_none_are_refused(given: Any) -> None:
+    with pytest.raises(ValidationError, match="expected 3, 0-5 or 6-"):
+        ConvertParameters(layers=given)
+
+
+def test_a_target_error_alone_tries_all_degrees() -> None:
+    assert ConvertParameters().highest_degree() == 8
+    assert ConvertParameters(target_error=0.1).highest_degree() == 16
+    assert ConvertParameters(target_error=0.1, degree=4).highest_degree() == 4
+    family = ConvertParameters.model_json_schema()["properties"]["family"]["enum"]
+    assert family == [name for name in FAMILIES if name in family]
+    assert set(FAMILIES) - set(family) == set()
+
+
+def test_a_state_dict_is_converted_with_what_its_refusal_asks_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = own_model("gpt2", activation="gelu")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    np.save(tmp_path / "tokens.npy", tokens().numpy())
+    arguments = ["convert", str(tmp_path / "model.pt"), str(tmp_path / "out"), "--data", str(tmp_path / "tokens.npy")]
+    assert main(arguments) == 2
+    assert "--set n_head=VALUE --set activation=VALUE" in capsys.readouterr().err
+    assert main([*arguments, "--set", "n_head=2", "--set", "activation=gelu", "--layers", "1-"]) == 0
+    converted = load_model(tmp_path / "out")
+    assert [is_learnable_activation(block.mlp.activation) for block in converted.blocks] == [False, True]
+    with torch.no_grad():
+        assert 0 < float((converted(tokens()) - model(tokens())).abs().max()) < 0.5
 
 
 def test_learned_activations_go_to_huggingface_onnx_and_tables_as_they_are(tmp_path: Path) -> None:
@@ -201,8 +280,6 @@ def test_images_with_nan_are_refused_by_the_layer_that_receives_them(tmp_path: P
     np.save(tmp_path / "images.npy", images)
     images[2, 0, 5, 5] = np.nan
     np.save(tmp_path / "broken.npy", images)
-    with pytest.raises(SystemExit):
-        main(["convert", "--degree"])
     assert main(["convert", str(tmp_path / "model"), str(tmp_path / "a"), "--data", str(tmp_path / "images.npy")]) == 0
     assert is_learnable_activation(load_model(tmp_path / "a").blocks[0].act)
     assert main(["convert", str(tmp_path / "model"), str(tmp_path / "b"), "--data", str(tmp_path / "broken.npy")]) == 2

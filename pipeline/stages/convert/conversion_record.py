@@ -11,11 +11,12 @@ import torch
 
 from polytrope.models.conversion import FitOptions, LayerConversion, fit_layer
 from polytrope.models.surgery import Activation
+from polytrope.pipeline.data.conversion import Advice, ConversionRecord, ConvertedLayer
 
 _CURVE_POINTS = 161
 
 
-def describe(conversion: LayerConversion) -> dict[str, Any]:
+def describe(conversion: LayerConversion) -> ConvertedLayer:
     """One entry of `conversion.json`: certificate and curves, over all but one in 10,000 inputs and the interval."""
     calibration = conversion.calibration
     low = min(conversion.interval[0], calibration.quantile(0.00005))
@@ -26,7 +27,7 @@ def describe(conversion: LayerConversion) -> dict[str, Any]:
     with torch.no_grad():
         fitted = conversion.fit.build(torch.float64)(inputs)
         target = copy.deepcopy(conversion.module).double()(inputs)
-    return {
+    content = {
         "name": conversion.name,
         "target": type(conversion.module).__name__,
         "family": conversion.fit.config["name"],
@@ -44,24 +45,20 @@ def describe(conversion: LayerConversion) -> dict[str, Any]:
             "density": calibration.density(x).tolist(),
         },
     }
+    return ConvertedLayer.model_validate(content)
 
 
 def record(
     conversions: Sequence[LayerConversion],
     options: FitOptions,
-    costs: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
+    costs: Mapping[str, float],
+) -> ConversionRecord:
     """The whole of `conversion.json`; `costs` as of `layer_costs`."""
     layers = [describe(conversion) for conversion in conversions]
-    content: dict[str, Any] = {"format": 1, "layers": layers}
-    if costs:
-        content["advice"] = advise(conversions, costs, options)
-    return content
+    return ConversionRecord(format=1, layers=layers, advice=advise(conversions, costs, options))
 
 
-def advise(
-    conversions: Sequence[LayerConversion], costs: Mapping[str, float], options: FitOptions
-) -> list[dict[str, Any]]:
+def advise(conversions: Sequence[LayerConversion], costs: Mapping[str, float], options: FitOptions) -> list[Advice]:
     """Layers by what their conversion costs, the dearest first, and what a higher degree would bring.
 
     `cost`: how far the model's output moves when only this layer is converted, relative to the output. `share`: of the
@@ -69,7 +66,7 @@ def advise(
     """
     total = sum(cost**2 for cost in costs.values()) or 1.0
     ranked = sorted(conversions, key=lambda conversion: (-costs[conversion.name], conversion.name))
-    entries: list[dict[str, Any]] = []
+    entries: list[Advice] = []
     for rank, conversion in enumerate(ranked, start=1):
         cost = costs[conversion.name]
         entry: dict[str, Any] = {
@@ -82,7 +79,7 @@ def advise(
         }
         if rank <= 3:
             entry["advice"] = _suggestion(conversion, entry["share"], options)
-        entries.append(entry)
+        entries.append(Advice.model_validate(entry))
     return entries
 
 

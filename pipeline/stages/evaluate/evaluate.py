@@ -37,8 +37,7 @@ def check(parameters: EvaluateParameters, upstream: Mapping[str, Any]) -> None:
     check=check,
     code=(
         "polytrope.pipeline.stages.evaluate",
-        "polytrope.pipeline.data.reader",
-        "polytrope.pipeline.data.tokenization",
+        "polytrope.pipeline.data",
         "polytrope.models",
         "polytrope.ops",
     ),

@@ -25,7 +25,7 @@ def check(_parameters: MeasureSpeedParameters, upstream: Mapping[str, Any]) -> N
     code=(
         "polytrope.pipeline.stages.evaluate.evaluation",
         "polytrope.pipeline.stages.evaluate.speed",
-        "polytrope.pipeline.data.reader",
+        "polytrope.pipeline.data",
         "polytrope.models",
         "polytrope.ops",
     ),

@@ -73,8 +73,7 @@ def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
         "polytrope.models",
         "polytrope.ops",
         "polytrope.pipeline.stages.train",
-        "polytrope.pipeline.data.reader",
-        "polytrope.pipeline.data.order",
+        "polytrope.pipeline.data",
     ),
 )
 def train(
