@@ -26,6 +26,7 @@ lint: install build/typecheck ## format, style, types, rooms, declared imports
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/deptry ops models pipeline workflows
 
 # mypy sees the three top-level folders as polytrope.* through links.
 build/typecheck:

@@ -29,11 +29,11 @@ def newest_study(store: Store) -> tuple[Path, RunState]:
     Raises:
         SystemExit: there is none.
     """
-    for directory in sorted(store.runs.iterdir(), reverse=True) if store.runs.is_dir() else ():
+    for directory in store.run_directories():
         state = fold(read(directory))
         if all((stage := state.stages.get(f"report_{model}")) and stage.digest for model in MODELS):
             return directory, state
-    raise SystemExit(f"{store.root} holds no finished study: {COMMAND} --store {store.root}")
+    raise SystemExit(f"{store.address} holds no finished study: {COMMAND} --store {store.address}")
 
 
 def markdown(name: str, figures: dict[str, Any]) -> str:
@@ -104,11 +104,11 @@ def main() -> None:
         artifact = store.load(state.stages[f"report_{model}"].key or "")
         if artifact is None:
             sys.exit(f"the report of {model} is not in the store any more: polytrope resume {directory.name}")
-        figures = json.loads((artifact.path / "report.json").read_text())
+        figures = json.loads((store.materialize(artifact.key) / "report.json").read_text())
         content["results"][model] = {key: figures[key] for key in ("groups", "failures", "protocol", "speed")}
         tables.append(markdown(name, figures))
         for plot in PLOTS:
-            path = artifact.path / "plots" / f"{plot}.png"
+            path = store.materialize(artifact.key) / "plots" / f"{plot}.png"
             if path.exists():
                 shutil.copyfile(path, options.output / f"activation_study-{model}-{plot}.png")
     about = (

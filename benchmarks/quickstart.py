@@ -18,13 +18,15 @@ from pathlib import Path
 
 import psutil
 
+from polytrope.pipeline.support.executor_table import DEFAULT_EXECUTOR, EXECUTORS
+
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("loss", "perplexity", "bits_per_byte", "top1")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--executor", choices=("ray", "local"), default="ray")
+    parser.add_argument("--executor", choices=tuple(EXECUTORS), default=DEFAULT_EXECUTOR)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quickstart.json")
     options = parser.parse_args()
     command = [str(Path(sys.executable).with_name("polytrope")), "run", "workflows/quickstart.yaml", "--quiet"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration
-from polytrope.models.surgery import Activation, replace_module
+from polytrope.models.modes import measuring
+from polytrope.models.surgery import Activation, replace_module, replaced
+from polytrope.ops.fitting.targets import resolve_target, sample
 from polytrope.ops.interpolate import Fit, fit, fit_to_error
 
 
@@ -79,6 +81,8 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
         "weight": measure,
         "derivative_weight": options.derivative_weight,
         "constraints": options.constraints,
+        "held_out": calibration.held_out,
+        "dtype": calibration.dtype,
     }
     try:
         if options.target_error is None:
@@ -89,14 +93,13 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
             error = options.target_error * scale
             found = fit_to_error(activation.module, options.family, error, degrees=degrees, **settings)
     except ValueError as error:
-        raise ValueError(f"activation `{activation.name}`: {error}") from error
+        raise type(error)(f"activation `{activation.name}`: {error}") from error
     return LayerConversion(activation.name, activation.module, calibration, found)
 
 
 def _root_mean_square(module: nn.Module, measure: tuple[np.ndarray, np.ndarray]) -> float:
     points, counts = measure
-    with torch.no_grad():
-        values = copy.deepcopy(module).double()(torch.from_numpy(points)).numpy()
+    values, _ = sample(resolve_target(module), points)
     return math.sqrt(float(counts @ values**2) / float(counts.sum()))
 
 
@@ -108,11 +111,9 @@ def fit_layers(
 
 
 def apply(model: nn.Module, conversions: Sequence[LayerConversion]) -> None:
-    """Put the fitted activations in their places, in the model's floating-point format."""
-    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
-    built = [conversion.fit.build(torch.float32 if first is None else first.dtype) for conversion in conversions]
-    for conversion, module in zip(conversions, built, strict=True):
-        replace_module(model, conversion.name, module)
+    """Put the fitted activations in their places, in the floating-point format that their certificates are of."""
+    for conversion in conversions:
+        replace_module(model, conversion.name, conversion.fit.build())
 
 
 def layer_costs(
@@ -124,20 +125,79 @@ def layer_costs(
     """How far the model's output moves when only this layer is converted: |difference| / |output|, per layer.
 
     The model is as it was afterwards.
+
+    Raises:
+        ValueError: the model does not call the new module where it called the old one; names it.
     """
-    training = model.training
-    model.eval()
     costs: dict[str, float] = {}
-    try:
-        with torch.no_grad():
+    with measuring(model):
+        with _counting({conversion.name: conversion.module for conversion in conversions}) as before:
             original = forward(model, batch).double()
-            for conversion in conversions:
-                replace_module(model, conversion.name, conversion.fit.build())
-                try:
-                    moved = forward(model, batch).double()
-                finally:
-                    replace_module(model, conversion.name, conversion.module)
-                costs[conversion.name] = float((moved - original).norm() / original.norm())
-    finally:
-        model.train(training)
+        for conversion in conversions:
+            name = conversion.name
+            module = conversion.fit.build()
+            with replaced(model, name, module), _counting({name: module}) as after:
+                moved = forward(model, batch).double()
+            _check_effect(before, after, "before its conversion")
+            costs[name] = float((moved - original).norm() / original.norm())
     return costs
+
+
+def prove(
+    model: nn.Module, names: Sequence[str], batch: Any, forward: Callable[[nn.Module, Any], Any]
+) -> dict[str, int]:
+    """How often a forward pass in evaluation mode without gradients calls each converted activation; it must be as
+    often as in training mode, where no fused code stands in for the modules.
+
+    In training mode are the modules that are not random and keep no statistics; the model is as it was afterwards.
+
+    Raises:
+        ValueError: one that is called less often, or never: its conversion has no effect.
+    """
+    modules = {name: model.get_submodule(name) for name in names}
+    with measuring(model):
+        with _counting(modules) as evaluating:
+            forward(model, batch)
+        for module in model.modules():
+            module.training = not isinstance(module, _CHANGED_BY_TRAINING)
+        with _counting(modules) as training, torch.random.fork_rng():
+            forward(model, batch)
+    _check_effect(training, evaluating, "in training mode")
+    return evaluating
+
+
+_CHANGED_BY_TRAINING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
+
+@contextmanager
+def _counting(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """How often each module's forward runs. No hooks: fused code looks for them, and gives way if there are any."""
+    counts = dict.fromkeys(modules, 0)
+    kept = {name: vars(module).get("forward") for name, module in modules.items()}
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*arguments: Any, **keywords: Any) -> Any:
+            counts[name] += 1
+            return function(*arguments, **keywords)
+
+        return forward
+
+    try:
+        for name, module in modules.items():
+            vars(module)["forward"] = counted(name, module.forward)
+        yield counts
+    finally:
+        for name, module in modules.items():
+            del vars(module)["forward"]
+            if kept[name] is not None:
+                vars(module)["forward"] = kept[name]
+
+
+def _check_effect(wanted: Mapping[str, int], found: Mapping[str, int], where: str) -> None:
+    for name, count in found.items():
+        if count == 0 or count < wanted[name]:
+            raise ValueError(
+                f"activation `{name}`: converted without effect: the model calls it {count} times in evaluation mode, "
+                f"{wanted[name]} times {where}; something else of the model computes the old activation. Leave it out "
+                "by name, or let its owner call the module"
+            )

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
+
+from polytrope.models.rewriting import FunctionalActivation, Site, route, sites_of
 
 # By class name, so that the classes of transformers and timm are known without importing either.
 ACTIVATION_CLASSES = frozenset(
     {"GELU", "ReLU", "ReLU6", "SiLU", "Tanh", "Mish", "ELU", "Hardswish", "Softplus", "LeakyReLU", "QuickGELU", "Swish"}
+    | {"SELU", "CELU", "Softsign", "Hardtanh", "LogSigmoid", "Tanhshrink", "BloomGelu"}
     | {"GELUActivation", "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation", "PytorchGELUTanh"}
     | {"GELUTanh", "SiLUActivation", "MishActivation", "ReLUSquaredActivation", "AccurateGELUActivation"}
-    | {"HardSwish", "HardMish", "LaplaceActivation", "ClippedGELUActivation"}
+    | {"HardSwish", "HardMish", "LaplaceActivation", "ClippedGELUActivation", "FunctionalActivation"}
 )
+# Known, but converted only if asked for by type.
+GATE_CLASSES = frozenset({"Sigmoid", "Hardsigmoid", "HardSigmoid", "PReLU", "RReLU"})
+GATE_FUNCTIONS = frozenset({"sigmoid", "tanh", "hardsigmoid", "hardtanh", "logsigmoid", "softplus", "tanhshrink"})
+_HEADS = re.compile(r"(^|\.)((\w+_)?(pooler|classifier|head|heads)|cls|score|qa_outputs)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,81 @@ class Activation:
     module: nn.Module
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Which activations are meant. Unless `types` or a pattern of `include` names it, a gate stays as it is, and so
+    does what belongs to a pooler or a head.
+
+    Args:
+        types: class names that count as activations, their subclasses too, or names of functions; `GELU` is both;
+            default: `ACTIVATION_CLASSES` and the functions of `calls.FUNCTIONS` that are no gates.
+        include, exclude: shell patterns of module names: `encoder.*`, `*.pooler.*`.
+        layers: first and last number of a layer, counting from 0; the number is the first one in the module's name.
+    """
+
+    types: Sequence[str] = ()
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    layers: tuple[int, int] | None = None
+
+    def reason_to_stay(self, name: str, kinds: Sequence[str], gate: str | None) -> str | None:
+        """Why an activation is not converted; None if it is.
+
+        Args:
+            kinds: names of its classes, or of its function.
+            gate: why it would stay if it is not asked for.
+        """
+        if any(fnmatch(name, pattern) for pattern in self.exclude):
+            return "excluded"
+        named = any(fnmatch(name, pattern) for pattern in self.include)
+        if self.include and not named:
+            return "not among the names to convert"
+        if self.layers is not None and not self.layers[0] <= layer_number(name) <= self.layers[1]:
+            return "in another layer"
+        if self.types:
+            wanted = {_plain(kind) for kind in self.types}
+            return None if wanted & {_plain(kind) for kind in kinds} else "not of a type to convert"
+        if not named and gate is not None:
+            return f"{gate}; it stays unless its type or its name is asked for"
+        return None
+
+
+def _plain(kind: str) -> str:
+    return kind.lower().replace("_", "")
+
+
+def gate_module(model: nn.Module, name: str) -> str | None:
+    """Why a module stays unless it is asked for: a gate, or of a pooler or a head."""
+    module = model.get_submodule(name)
+    kinds = class_names(module)
+    if _HEADS.search(name):
+        return "part of a pooler or a head"
+    if GATE_CLASSES & kinds:
+        return f"{type(module).__name__} is mostly a gate, or has a slope per channel"
+    if "Tanh" in kinds:
+        neighbours = model.get_submodule(name.rpartition(".")[0]).children()
+        if any("Sigmoid" in class_names(neighbour) for neighbour in neighbours):
+            return "a gate beside a sigmoid"
+    return None
+
+
+def gate_call(name: str, kind: str) -> str | None:
+    """Why a function that is called stays unless it is asked for."""
+    if _HEADS.search(name):
+        return "part of a pooler or a head"
+    return f"{kind} called as a function is mostly a gate or a soft cap" if kind in GATE_FUNCTIONS else None
+
+
+def class_names(module: nn.Module) -> set[str]:
+    """Of its class and all their parents."""
+    return {parent.__name__ for parent in type(module).__mro__}
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module is of a class that is known as an activation, or one of this package's."""
+    return bool((ACTIVATION_CLASSES | GATE_CLASSES | {"LearnableActivation"}) & class_names(module))
+
+
 def find_activations(
     model: nn.Module,
     *,
@@ -35,38 +121,38 @@ def find_activations(
     exclude: Sequence[str] = (),
     layers: tuple[int, int] | None = None,
 ) -> list[Activation]:
-    """Classical activations, in the order of `named_modules`; a module used at several places appears once.
+    """The activation modules that are meant, in the order of `named_modules`; a module used at several places appears
+    once. Functions that are called are found by `selection.select_activations`, which runs the model.
 
     Args:
-        types: class names that count as activations, their subclasses too; default: `ACTIVATION_CLASSES`.
-        include, exclude: shell patterns of module names: `encoder.*`, `*.pooler.*`.
-        layers: first and last number of a layer, counting from 0; the number is the first one in the module's name.
+        types, include, exclude, layers: as of `Choice`.
 
     Raises:
-        ValueError: nothing is left (an activation called as a function cannot be replaced).
+        ValueError: nothing is left.
     """
-    classes = frozenset(types) or ACTIVATION_CLASSES
-    known = [
-        Activation(name, module)
-        for name, module in model.named_modules()
-        if any(parent.__name__ in classes for parent in type(module).__mro__)
-    ]
+    choice = Choice(types, include, exclude, layers)
+    classes = (frozenset(types) if types else ACTIVATION_CLASSES) | {"FunctionalActivation"}
+    known = [Activation(name, module) for name, module in model.named_modules() if classes & class_names(module)]
     if not known:
         raise ValueError(
             f"{type(model).__name__} has no activation module to replace; looked for the classes "
-            f"{', '.join(sorted(classes))}. An activation called as a function is not found"
+            f"{', '.join(sorted(classes))}. Activations called as functions are found by running the model: "
+            "polytrope.models.selection.select_activations"
         )
-    chosen = [
-        activation
-        for activation in known
-        if (not include or any(fnmatch(activation.name, pattern) for pattern in include))
-        and not any(fnmatch(activation.name, pattern) for pattern in exclude)
-        and (layers is None or layers[0] <= layer_number(activation.name) <= layers[1])
-    ]
+    reasons = {entry.name: stays(model, entry.name, choice) for entry in known}
+    chosen = [entry for entry in known if reasons[entry.name] is None]
     if not chosen:
-        names = ", ".join(activation.name for activation in known[:8])
+        names = ", ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:8])
         raise ValueError(f"the selection leaves none of {len(known)} activations: {names}" + ", …" * (len(known) > 8))
     return chosen
+
+
+def stays(model: nn.Module, name: str, choice: Choice) -> str | None:
+    """Why an activation module is not converted; None if it is."""
+    module = model.get_submodule(name)
+    if isinstance(module, FunctionalActivation):
+        return choice.reason_to_stay(name, (module.kind,), gate_call(name, module.kind))
+    return choice.reason_to_stay(name, sorted(class_names(module)), gate_module(model, name))
 
 
 def layer_number(name: str) -> int:
@@ -76,7 +162,10 @@ def layer_number(name: str) -> int:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at `name` and wherever else the same module is used, on the model's device.
+    """Put `module` at `name` and wherever else the same module is used, on the device of what is around it.
+
+    Owners keep no second record of what was there: references outside the module tree are exchanged, and torch's fused
+    encoder layers are told that their activation is no longer the one they know.
 
     Raises:
         ValueError: there is no such module.
@@ -85,22 +174,123 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
         old = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{type(model).__name__} has no module `{name}`") from None
-    first = next(iter(model.parameters()), None)
-    if first is not None:
-        module.to(device=first.device)
+    device = _device_around(model, name)
+    if device.type != "meta":  # what was fitted would be lost there
+        module.to(device=device)
     for owner in list(model.modules()):
-        for child_name, child in list(owner._modules.items()):
-            if child is old:
-                setattr(owner, child_name, module)
+        held = [child_name for child_name, child in owner._modules.items() if child is old]
+        for child_name in held:
+            setattr(owner, child_name, module)
+        if _exchange(vars(owner), old, module) or held:
+            leave_fast_path(model, owner)
+
+
+def _device_around(model: nn.Module, name: str) -> torch.device:
+    """That of the nearest parameter or buffer: a model may lie on several devices."""
+    while True:
+        owner = model.get_submodule(name)
+        tensor = next(itertools.chain(owner.parameters(), owner.buffers()), None)
+        if tensor is not None or not name:
+            return torch.device("cpu") if tensor is None else tensor.device
+        name = name.rpartition(".")[0]
+
+
+_OWN_RECORDS = frozenset(vars(nn.Module()))  # `_modules`, hooks, …: what torch keeps itself
+_DEPTH = 3  # of containers in containers
+
+
+def _exchange(attributes: dict[str, Any], old: nn.Module, new: nn.Module) -> bool:
+    """Let plain attributes that refer to `old` refer to `new`; whether there were any."""
+    referring = [name for name in attributes if name not in _OWN_RECORDS and _refers(attributes[name], old)]
+    for name in referring:
+        attributes[name] = _exchanged(attributes[name], old, new)
+    return bool(referring)
+
+
+def _refers(value: Any, old: nn.Module, depth: int = _DEPTH) -> bool:
+    if value is old or (isinstance(value, MethodType) and value.__self__ is old):
+        return True
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return depth > 0 and any(_refers(entry, old, depth - 1) for entry in entries)
+
+
+def _exchanged(value: Any, old: nn.Module, new: nn.Module, depth: int = _DEPTH) -> Any:
+    """`value` with `new` for `old`; lists and dicts are changed in place, as others may hold them too."""
+    if value is old:
+        return new
+    if isinstance(value, MethodType):
+        return getattr(new, value.__name__)
+    if isinstance(value, (list, dict)):
+        for key in range(len(value)) if isinstance(value, list) else list(value):
+            if _refers(value[key], old, depth - 1):
+                value[key] = _exchanged(value[key], old, new, depth - 1)
+        return value
+    entries = [_exchanged(entry, old, new, depth - 1) if _refers(entry, old, depth - 1) else entry for entry in value]
+    return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
+
+
+_FAST_PATH = ("activation_relu_or_gelu", "use_nested_tensor")
+
+
+def leave_fast_path(model: nn.Module, owner: nn.Module) -> None:
+    """`nn.TransformerEncoderLayer` notes which activation it has, and computes that one itself in evaluation mode; the
+    encoder around it hands it nested tensors, which only that fused code takes."""
+    if getattr(owner, "activation_relu_or_gelu", 0):
+        owner.activation_relu_or_gelu = 0  # type: ignore[assignment]
+    for encoder in model.modules():
+        if getattr(encoder, "use_nested_tensor", False) and any(part is owner for part in encoder.modules()):
+            encoder.use_nested_tensor = False  # type: ignore[assignment]
+
+
+@contextmanager
+def replaced(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+    """`module` at `name` for a while; the model is as it was afterwards."""
+    old = model.get_submodule(name)
+    notes = [
+        (owner, note, vars(owner)[note]) for owner in model.modules() for note in _FAST_PATH if note in vars(owner)
+    ]
+    replace_module(model, name, module)
+    try:
+        yield
+    finally:
+        replace_module(model, name, old)
+        for owner, note, value in notes:
+            setattr(owner, note, value)
+
+
+def describe_activations(model: nn.Module) -> dict[str, Any]:
+    """Of every learnable activation what `restore_activations` needs; one used at several places appears once.
+
+    That is the module's `config()`, and for one that is called where the source calls a function, the place: `call`.
+    """
+    from polytrope.ops import is_learnable_activation
+
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if is_learnable_activation(module):
+            owner, _, child = name.rpartition(".")
+            sites = [site.to_dict() for site in sites_of(model.get_submodule(owner)) if site.child == child]
+            found[name] = module.config() | ({"call": sites[0]} if sites else {})  # type: ignore[operator]
+    return found
 
 
 def restore_activations(model: nn.Module, configs: Mapping[str, Any]) -> None:
-    """Put activations built from their configurations in their places; their weights come with the model's.
+    """Put activations built from their descriptions in their places; their weights come with the model's.
 
     Raises:
-        ValueError: a name the model does not have, a configuration that cannot be built.
+        ValueError: a name the model does not have, a configuration that cannot be built, a source that has changed.
     """
     from polytrope.ops import build_activation
 
     for name, config in configs.items():
-        replace_module(model, name, build_activation(config))
+        if not isinstance(config, dict) or "call" not in config:
+            replace_module(model, name, build_activation(config))
+            continue
+        module = build_activation({key: value for key, value in config.items() if key != "call"})
+        try:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            route(owner, Site(**config["call"]), module)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"activation `{name}`: {error}") from error
+        leave_fast_path(model, owner)
+        replace_module(model, name, module)  # to the device of what is around it

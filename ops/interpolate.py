@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import nn
 
 from polytrope.ops.families import check_degree
 from polytrope.ops.fitting import placement, polynomial, quadrature
-from polytrope.ops.fitting.certificate import Certificate, certify
+from polytrope.ops.fitting.certificate import Built, Certificate, certify
 from polytrope.ops.fitting.curves import Array, Curve, with_tangents
 from polytrope.ops.fitting.refinement import Data
 from polytrope.ops.fitting.solvers import LINEAR, NONLINEAR, Condition, Problem, columns_of, fit_linear, interpolate
@@ -33,6 +33,7 @@ from polytrope.ops.modules import LEARNABLE, build_activation
 __all__ = ["FAMILIES", "Certificate", "Condition", "Fit", "fit", "fit_to_error", "parameter_count"]
 
 FAMILIES = tuple(name for name in LEARNABLE if name in LINEAR or name in NONLINEAR)
+_ROUNDED = 1.1  # of the error in exact arithmetic: beyond, rounding limits a fit
 _WIDER = tuple(1.5**k for k in range(1, 9))
 
 
@@ -43,23 +44,29 @@ class Fit:
     Args:
         config: for `build_activation`.
         parameters: the module's learnable tensors by name, float64.
-        certificate: how good it is.
+        certificate: how good it is, as a module of `dtype`.
         curve: x → value and slope in float64, independent of the module.
+        dtype: the floating-point format it is for.
     """
 
     config: dict[str, Any]
     parameters: dict[str, Array]
     certificate: Certificate = field(repr=False)
     curve: Curve = field(repr=False, compare=False)
+    dtype: torch.dtype = torch.float32
 
     @property
     def coefficients(self) -> Array:
         """All learnable numbers in one row; for a polynomial, its coefficients."""
         return np.concatenate([np.ravel(value) for value in self.parameters.values()])
 
-    def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The activation module with these parameters."""
-        return _build(self.config, self.parameters, dtype)
+    def build(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The activation module with these parameters; without `dtype` the one that the certificate is of."""
+        return _build(self.config, self.parameters, self.dtype if dtype is None else dtype)
+
+
+class RoundingError(ValueError):
+    """What a formula loses to rounding is too much for what it computes."""
 
 
 def fit(
@@ -75,7 +82,9 @@ def fit(
     nodes: Sequence[float] | None = None,
     derivative: Target | None = None,
     tails: bool = True,
-    float32_tolerance: float | None = 1e-3,
+    held_out: Array | None = None,
+    dtype: torch.dtype = torch.float32,
+    rounding_tolerance: float | None = 1e-3,
 ) -> Fit:
     """The member of a family that is closest to `target` in value and slope.
 
@@ -95,13 +104,73 @@ def fit(
         nodes: degree // 2 + 1 points; default: Chebyshev nodes. With an even degree the middle one has no slope.
         derivative: f', where autograd cannot give it.
         tails: tangent lines outside the interval, for families that can have them.
-        float32_tolerance: largest rounding error of the formula in float32, relative to the largest |f| on the interval
-            (at least 1); None: any.
+        held_out: raw inputs that are not in the weight; the certificate's root mean square counts them too.
+        dtype: the floating-point format that the module is for: of its parameters and inputs.
+        rounding_tolerance: largest rounding error of the formula in this format, relative to the largest |f| on the
+            interval, beyond the rounding of any result in it; None: any. With measured inputs, polynomials and PolyReLU
+            take fewer terms or a wider interval where these lose less.
 
     Raises:
         ValueError: an argument that is not as described; a target that is not finite or not elementwise; more
-            constraints than coefficients; a degree too high for float32 on this interval.
+            constraints than coefficients; a degree too high for the format on this interval.
     """
+    options: dict[str, Any] = {
+        "interval": interval,
+        "weight": weight,
+        "derivative_weight": derivative_weight,
+        "constraints": constraints,
+        "method": method,
+        "nodes": nodes,
+        "derivative": derivative,
+        "tails": tails,
+        "held_out": held_out,
+        "dtype": dtype,
+        "rounding_tolerance": rounding_tolerance,
+    }
+    if not isinstance(weight, tuple) or family not in LINEAR or rounding_tolerance is None:
+        return _fit(target, family, degree, **options)
+    best: Fit | None = None
+    refused: ValueError | None = None
+    for terms in range(check_degree(degree), 0, -1):
+        try:
+            found = _fit(target, family, terms, **options)
+        except RoundingError as error:
+            refused = refused or error
+            continue
+        except ValueError:
+            if best is None and refused is None:
+                raise
+            break  # constraints that need more terms
+        if best is None or found.certificate.rms < best.certificate.rms:
+            padded = {"coefficients": np.pad(found.parameters["coefficients"], (0, degree - terms))}
+            best = replace(found, config=found.config | {"degree": degree}, parameters=padded)
+        exact = math.sqrt(found.certificate.h1_mean_square)
+        if found.certificate.rms <= _ROUNDED * exact:
+            break  # rounding is not what limits it, so fewer terms are no better
+    if best is None:
+        assert refused is not None
+        raise refused
+    return best
+
+
+def _fit(
+    target: str | Target | nn.Module,
+    family: str,
+    degree: int,
+    *,
+    interval: tuple[float, float] | Literal["best"] | None,
+    weight: quadrature.Weight,
+    derivative_weight: float,
+    constraints: Sequence[str | Condition],
+    method: str,
+    nodes: Sequence[float] | None,
+    derivative: Target | None,
+    tails: bool,
+    held_out: Array | None,
+    dtype: torch.dtype,
+    rounding_tolerance: float | None,
+) -> Fit:
+    """As `fit`, with this very degree."""
     if family not in FAMILIES:
         raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
     degree = check_degree(degree)
@@ -155,51 +224,74 @@ def fit(
     if solution.interval is not None:
         ends = solution.interval
     low, high = ends or (low, high)
-    kinks = [kink for kink in kinks if low < kink < high]
+    kinks = [kink for kink in (*kinks, *_folds(solution.parameters)) if low < kink < high]
     config: dict[str, Any] = {"name": family, "degree": degree}
     curve = solution.curve
     if tails and ends is not None and LEARNABLE[family].accepts_interval:
         config["interval"] = [low, high]
         curve = with_tangents(curve, low, high)
-    module = _build(config, solution.parameters, torch.float32)
+    module = _build(config, solution.parameters, dtype)
 
-    def rounded(points: Array) -> Array:
+    def evaluate(points: Array) -> Array:
         with torch.no_grad():
-            result: Array = module(torch.from_numpy(points).float()).double().numpy()
+            result: Array = module(torch.from_numpy(points).to(dtype)).double().numpy()
         return result
 
     # On the whole line the maxima are those within four standard deviations: a polynomial leaves any bound further out.
     shown = ends or (-4.0, 4.0)
-    reach = shown if inputs is None else (float(x[0]), float(x[-1]))
-    certificate = certify(
-        exact, curve, rounded, shown, kinks, (x, weights), reach, derivative_weight, solution.condition
+    unseen = np.zeros(0) if held_out is None else np.asarray(held_out, dtype=np.float64)
+    reach = (
+        shown
+        if inputs is None
+        else (float(min(x[0], unseen.min(initial=x[0]))), float(max(x[-1], unseen.max(initial=x[-1]))))
     )
-    if float32_tolerance is not None:
-        scale = max(1.0, float(np.abs(value[(x >= shown[0]) & (x <= shown[1])]).max(initial=0.0)))
-        if not certificate.float32_error <= float32_tolerance * scale:
-            message = (
-                f"degree: {family} of degree {degree} on ({shown[0]:.4g}, {shown[1]:.4g}) loses "
-                f"{certificate.float32_error:.2g} to rounding in float32; take a lower degree or another interval"
+    certificate = certify(
+        exact,
+        curve,
+        Built(evaluate, dtype),
+        shown,
+        kinks,
+        (x, weights),
+        unseen,
+        reach,
+        derivative_weight,
+        solution.condition,
+    )
+    found = Fit(config, solution.parameters, certificate, curve, dtype)
+    if rounding_tolerance is None:
+        return found
+    smallest = float(torch.finfo(dtype).tiny)
+    largest = float(np.abs(value[(x >= shown[0]) & (x <= shown[1])]).max(initial=0.0))
+    if certificate.rounding_error <= (rounding_tolerance + 2 * torch.finfo(dtype).eps) * largest + smallest:
+        return found
+    refused = RoundingError(
+        f"degree: {family} of degree {degree} on ({shown[0]:.4g}, {shown[1]:.4g}) loses "
+        f"{certificate.rounding_error:.2g} to rounding in {str(dtype).removeprefix('torch.')}; take a lower degree or "
+        "another interval"
+    )
+    if interval != "best":
+        raise refused
+    # Around a kink the best interval shrinks until the format cannot take it: the next wider one that it can.
+    middle, half = (low + high) / 2, (high - low) / 2
+    for factor in _WIDER:
+        with contextlib.suppress(ValueError):
+            return _fit(
+                target,
+                family,
+                degree,
+                interval=(middle - factor * half, middle + factor * half),
+                weight=weight,
+                derivative_weight=derivative_weight,
+                constraints=constraints,
+                method=method,
+                nodes=nodes,
+                derivative=derivative,
+                tails=tails,
+                held_out=held_out,
+                dtype=dtype,
+                rounding_tolerance=rounding_tolerance,
             )
-            if interval != "best":
-                raise ValueError(message)
-            # Around a kink the best interval shrinks until float32 cannot take it: the next wider one that it can.
-            middle, half = (low + high) / 2, (high - low) / 2
-            for factor in _WIDER:
-                with contextlib.suppress(ValueError):
-                    return fit(
-                        target,
-                        family,
-                        degree,
-                        interval=(middle - factor * half, middle + factor * half),
-                        weight=weight,
-                        derivative_weight=derivative_weight,
-                        constraints=constraints,
-                        derivative=derivative,
-                        float32_tolerance=float32_tolerance,
-                    )
-            raise ValueError(message)
-    return Fit(config, solution.parameters, certificate, curve)
+    raise refused
 
 
 def fit_to_error(
@@ -256,6 +348,15 @@ def _conditions(constraints: Sequence[str | Condition], ends: tuple[float, float
         else:
             raise ValueError(f"constraints: expected (x, 'value' | 'slope'), got {entry!r}")
     return list(dict.fromkeys(result))
+
+
+def _folds(parameters: dict[str, Array]) -> list[float]:
+    """Where the absolute value in a rational function's denominator has its kinks."""
+    denominator = parameters.get("denominator")
+    if denominator is None:
+        return []
+    roots = np.roots(np.trim_zeros(np.append(denominator[::-1], 0.0), "f"))
+    return sorted(float(root.real) for root in roots if abs(root.imag) <= 1e-6 * max(abs(root), 1e-300))
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

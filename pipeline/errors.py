@@ -6,6 +6,7 @@ EXIT_SUCCESS = 0
 EXIT_RUN_FAILED = 1  # a stage failed after its retries
 EXIT_USER_ERROR = 2  # refused before anything started: bad workflow, parameter, store, address
 EXIT_RUN_ELSEWHERE = 3  # another driver holds the run
+EXIT_READER_LEFT = 141  # the reader of the output left before the command knew its result; as in any pipe of a shell
 EXIT_CANCELLED = 130  # Ctrl-C or `polytrope cancel`; the run can be resumed
 
 
@@ -27,3 +28,7 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:
         return type(self), (self.message, self.hint)
+
+
+class RunElsewhereError(UserError):
+    """Another driver holds the run (exit code 3)."""

@@ -18,6 +18,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import math
+import operator
 import os
 import re
 import socket
@@ -33,6 +35,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, create_model
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.support.executor_table import executor_kind
 from polytrope.pipeline.support.secret_values import hide_in, hider
 
 BUILTIN_STAGES: dict[str, str] = {
@@ -97,9 +100,13 @@ class Stages:
 
         def plain(value: Any) -> Any:
             if isinstance(value, BaseModel):
-                return value.model_dump(mode="json", by_alias=True, exclude_unset=True)
-            if callable(value) and hasattr(value, "__qualname__"):
-                return f"{value.__module__}:{value.__qualname__}"
+                return {
+                    info.alias or name: getattr(value, name)
+                    for name, info in type(value).model_fields.items()
+                    if name in value.model_fields_set
+                }
+            if callable(value):
+                return name_of_function(value)
             raise TypeError(f"`{value!r}` is no plain data")
 
         try:
@@ -172,9 +179,10 @@ class StageContext:
         attempt: 1 for the first try.
         output: the staging directory; its content becomes the artifact.
         scratch_directory: of `scratch`.
-        executor: `local` or `ray`; a stage that is parallel inside follows it.
+        executor: its name; a stage that is parallel inside follows it, see `starts_with_ray`.
         resources: what the workflow file granted.
         events: the writer behind the `log_*` methods; hand it to worker processes.
+        store: address of the store that the result goes to; for a stage that runs another workflow.
     """
 
     stage: str
@@ -183,9 +191,15 @@ class StageContext:
     attempt: int
     output: Path
     scratch_directory: Path
-    executor: Literal["local", "ray"]
+    executor: str
     resources: Resources
     events: EventWriter
+    store: str = ".polytrope"
+
+    @property
+    def starts_with_ray(self) -> bool:
+        """Whether what the stage does in parallel goes to Ray, not to child processes."""
+        return executor_kind(self.executor).starts_with_ray
 
     @property
     def scratch(self) -> Path:
@@ -194,32 +208,70 @@ class StageContext:
         return self.scratch_directory
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Metrics of one step (a curve), or without `step` of the stage as a whole."""
-        self.events.append("metrics", step=step, values={name: float(value) for name, value in metrics.items()})
+        """Metrics of one step (a curve), or without `step` of the stage as a whole.
+
+        Raises:
+            UserError: a value that is no number, or a step that is no integer; so do the other methods in their kind.
+        """
+        said = f"stage `{self.stage}`: log_metrics"
+        values = numbers(said, metrics)
+        self.events.append("metrics", step=None if step is None else _integer(f"{said}: step", step), values=values)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Facts worth a column in MLflow beyond the stage's own parameters (parameter counts, derived sizes)."""
-        self.events.append("params", values={name: str(value) for name, value in params.items()})
+        said = f"stage `{self.stage}`: log_params"
+        values = {_text(f"{said}: a name", name): str(value) for name, value in _mapping(said, params).items()}
+        self.events.append("params", values=values)
 
     def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
         """The data this stage read or made: MLflow's `log_input`. `profile`: counts and sizes."""
-        self.events.append("dataset", name=name, digest=digest, source=source, profile=dict(profile))
+        said = f"stage `{self.stage}`: log_dataset"
+        texts = {"name": name, "digest": digest, "source": os.fspath(source) if isinstance(source, Path) else source}
+        self.events.append(
+            "dataset",
+            **{field: _text(f"{said}: {field}", value) for field, value in texts.items()},
+            profile={
+                _text(f"{said}: a name in profile", key): _plain(f"{said}: profile `{key}`", value)
+                for key, value in _mapping(f"{said}: profile", profile).items()
+            },
+        )
 
     def log_artifact(self, path: str, *, parent: bool = False) -> None:
         """Show a path below `output` in MLflow: on this run, or on the workflow's (`parent`)."""
-        self.events.append("artifact", path=path, parent=parent)
+        self.events.append("artifact", path=self._below_output("log_artifact", path), parent=bool(parent))
 
     def log_model(self, path: str, *, name: str, alias: str) -> None:
         """Register the model directory `path` (relative to `output`) in MLflow's model registry under an alias."""
-        self.events.append("model", path=path, name=name, alias=alias)
+        said = f"stage `{self.stage}`: log_model"
+        self.events.append(
+            "model",
+            path=self._below_output("log_model", path),
+            name=_text(f"{said}: name", name),
+            alias=_text(f"{said}: alias", alias),
+        )
 
     def progress(self, done: float, total: float, message: str = "") -> None:
         """How far the stage is (any unit) and one short line such as `loss 2.31 · 18.2k tokens/s`."""
-        self.events.append("progress", done=done, total=total, message=message)
+        said = f"stage `{self.stage}`: progress"
+        values = {"done": _number(f"{said}: done", done), "total": _number(f"{said}: total", total)}
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(f"{said}: {name}: {value} is not finite", "give the end as a number, or use `message`")
+        self.events.append("progress", **values, message=str(message))
 
     def message(self, text: str) -> None:
         """One line for the log and the terminal."""
-        self.events.append("message", text=text)
+        self.events.append("message", text=str(text))
+
+    def _below_output(self, method: str, path: str | Path) -> str:
+        """A path relative to `output`, as text."""
+        said = f"stage `{self.stage}`: {method}: path"
+        text = _text(said, path.as_posix() if isinstance(path, Path) else path)
+        if os.path.isabs(text):
+            text = os.path.relpath(text, self.output)
+        if os.path.normpath(text).split(os.sep)[0] == "..":
+            raise UserError(f"{said}: `{path}` is not below context.output", "write the file below context.output")
+        return text
 
     def note(self, text: str) -> None:
         """A message that the run's journal keeps, within seconds: why the stage did something out of the ordinary."""
@@ -227,11 +279,78 @@ class StageContext:
         self.events.note(text)
 
 
+def numbers(said: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as plain floats.
+
+    Args:
+        said: by whom, for the message.
+        values: name → number of any kind: Python's, NumPy's, a tensor with one element.
+
+    Raises:
+        UserError: names the metric and its value.
+    """
+    return {
+        _text(f"{said}: the name of a metric", name): _number(f"{said}: `{name}`", value)
+        for name, value in _mapping(said, values).items()
+    }
+
+
+def _mapping(said: str, value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{said}: {_show(value)} is not a mapping", "give name: value pairs")
+    return value
+
+
+def _number(said: str, value: Any) -> float:
+    if not isinstance(value, str | bytes | bytearray):
+        try:
+            return float(value)
+        except Exception:  # a tensor may raise anything
+            pass
+    raise UserError(f"{said}: {_show(value)} is not a number", "give an int, a float, or something with one element")
+
+
+def _integer(said: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except Exception:  # as above
+        raise UserError(f"{said}: {_show(value)} is not an integer", "give the number of the step") from None
+
+
+def _text(said: str, value: Any) -> str:
+    if isinstance(value, str):
+        return str(value)
+    raise UserError(f"{said}: {_show(value)} is not a text", "give a str")
+
+
+def _plain(said: str, value: Any) -> Any:
+    """Something that JSON can hold."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Mapping):
+        return {_text(f"{said}: a name", key): _plain(said, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(said, item) for item in value]
+    if hasattr(value, "__index__"):
+        return _integer(said, value)
+    return _number(said, value)
+
+
+def _show(value: Any) -> str:
+    """A value in a message, with its type."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"(its repr raises {type(error).__name__})"
+    text = text if len(text) <= 80 else f"{text[:77]}…"
+    return text if value is None else f"{text} ({type(value).__name__})"
+
+
 def stage_context(
     directory: Path,
     *,
     stage: str = "stage",
-    executor: Literal["local", "ray"] = "local",
+    executor: str = "local",
     resources: Resources = Resources(),
 ) -> StageContext:
     """A context to call a stage function by hand, without an engine: in its test, or to measure it.
@@ -253,6 +372,7 @@ def stage_context(
         executor=executor,
         resources=resources,
         events=EventWriter(directory / "events"),
+        store=str(directory / "store"),
     )
 
 
@@ -264,7 +384,7 @@ FingerprintFunction = Callable[[Any, Path], Mapping[str, str]]
 class StageOptions:
     """What the `stage` decorator attaches. See `stage`."""
 
-    code: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     parallel: bool = False
     measured: bool = False
     check: CheckFunction | None = None
@@ -273,7 +393,7 @@ class StageOptions:
 
 def stage(
     *,
-    code: Iterable[str] = (),
+    reads: Iterable[str] = (),
     parallel: bool = False,
     measured: bool = False,
     check: CheckFunction | None = None,
@@ -282,7 +402,8 @@ def stage(
     """Optional decorator of a stage function.
 
     Args:
-        code: modules or packages, beside the function's own module, whose source is part of the stage key.
+        reads: data files, directories or globs whose content is part of the stage key, relative to the directory of
+            the function's module. (Its code, and that of all project modules that it imports, is so in any case.)
         parallel: the stage starts tasks or workers of its own for its `resources`; its own task reserves no CPU.
         measured: its result holds times, which no repetition can give again; `reproduce` does not compare it.
         check: `check(parameters, upstream)` raises `UserError` before anything starts. `upstream` maps each input name
@@ -291,7 +412,9 @@ def stage(
             of the files they name), as strings; part of the key. `directory`: the workflow file's, for relative paths.
             Raises `UserError` if a file is missing or empty.
     """
-    options = StageOptions(tuple(code), parallel, measured, check, fingerprint)
+    if isinstance(reads, str):
+        raise TypeError(f"reads={reads!r}: give a list of paths")
+    options = StageOptions(tuple(reads), parallel, measured, check, fingerprint)
 
     def attach(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__polytrope_stage__ = options  # type: ignore[attr-defined]
@@ -311,6 +434,13 @@ class StageDefinition:
     parameters_argument: str | None  # the argument that takes the whole model, or None: one argument per field
     context_argument: str | None
     options: StageOptions = field(default_factory=StageOptions)
+
+    @property
+    def modules(self) -> list[str]:
+        """Where the stage is defined: the module that `uses` names, the function's, and that of its parameters."""
+        named = BUILTIN_STAGES.get(self.uses, self.uses).partition(":")[0]
+        model = [self.parameters_model.__module__] if self.parameters_argument else []
+        return list(dict.fromkeys([named, self.function.__module__, *model]))
 
     @property
     def description(self) -> str:
@@ -338,10 +468,23 @@ class StageDefinition:
             result = result.summary
         if not isinstance(result, Mapping):
             raise UserError(
-                f"stage `{self.uses}` returned {type(result).__name__}",
+                f"stage `{context.stage}` returned {_show(result)}",
                 "return None, a dict of metric name → number, or `Stages`; write files below context.output",
             )
-        return {str(name): float(value) for name, value in result.items()}
+        return numbers(f"stage `{context.stage}` returned", result)
+
+
+def name_of_function(function: Any) -> str:
+    """`package.module:function`, as `uses:` names it.
+
+    Raises:
+        ValueError: something that another process cannot import by a name.
+    """
+    if not inspect.isfunction(function):
+        raise ValueError(f"{_show(function)} is not a function; write one with `def` that calls it")
+    if "." in function.__qualname__ or "<" in function.__qualname__:
+        raise ValueError(f"`{function.__qualname__}` does not stand at the top of its module: nobody can import it")
+    return f"{function.__module__}:{function.__qualname__}"
 
 
 def load_stage(uses: str) -> StageDefinition:
@@ -358,6 +501,11 @@ def load_stage(uses: str) -> StageDefinition:
             f"built-in stages: {', '.join(BUILTIN_STAGES)}; your own: `package.module:function`",
         )
     module_name, function_name = target.split(":")
+    if module_name == "__main__":
+        raise UserError(
+            f"stage `{uses}` is defined in a script or a notebook, which the stage's own process cannot import",
+            "move the function into a module file beside it, and import it from there",
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -368,8 +516,12 @@ def load_stage(uses: str) -> StageDefinition:
             "the module must be importable from the directory polytrope is started in, or installed",
         ) from error
     function = getattr(module, function_name, None)
-    if not callable(function):
+    if function is None:
         raise UserError(f"module `{module_name}` has no function `{function_name}` (stage `{uses}`)")
+    if not inspect.isfunction(function):
+        raise UserError(
+            f"`{uses}` is not a function: {_show(function)}", "write a function with `def`, and let it call this"
+        )
     return describe_stage(uses, function)
 
 

@@ -39,7 +39,7 @@ class Run:
         assert key is not None
         found = self.store.find(key)
         assert found is not None
-        return found.path
+        return self.store.materialize(key)
 
     def read(self, stage: str, name: str) -> Any:
         return json.loads((self.artifact(stage) / name).read_text())

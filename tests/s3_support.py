@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 
+import boto3
 import pytest
 
-from polytrope.pipeline.store.objects import Bucket
+from polytrope.pipeline.runs.journal import Event, decode_lines
 from polytrope.pipeline.tracking.process import free_port
 
 
@@ -93,6 +95,43 @@ class Door:
         self.process.wait()
 
 
+class Objects:
+    """What is in a bucket below a prefix, seen with AWS's own client: another one than that under test, and one that a
+    process may use before it forks.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.bucket, _, prefix = address.removeprefix("s3://").partition("/")
+        self.prefix = f"{prefix}/" if prefix else ""
+        self.client = boto3.client("s3")
+
+    def tags(self, prefix: str = "") -> dict[str, str]:
+        """Name → a tag that changes with the content, sorted."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
+        items = [item for page in pages for item in page.get("Contents", [])]
+        return {item["Key"].removeprefix(self.prefix): item["ETag"] for item in items}
+
+    def list(self, prefix: str = "") -> list[str]:
+        return list(self.tags(prefix))
+
+    def get(self, name: str) -> bytes:
+        return bytes(self.client.get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].read())
+
+    def put(self, name: str, data: bytes) -> None:
+        self.client.put_object(Bucket=self.bucket, Key=self.prefix + name, Body=data)
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.client.delete_object(Bucket=self.bucket, Key=self.prefix + name)
+
+
+def journal_events(address: str, run: str) -> list[Event]:
+    """All events of a run in a bucket."""
+    objects = Objects(address)
+    data = b"".join(objects.get(name) for name in sorted(objects.list(f"runs/{run}/journal/")))
+    return [event for event in decode_lines(data.splitlines()) if event is not None]
+
+
 def bucket_on(server: S3Server | Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in {
         "AWS_ENDPOINT_URL": server.endpoint,
@@ -104,5 +143,5 @@ def bucket_on(server: S3Server | Door, tmp_path: Path, monkeypatch: pytest.Monke
     }.items():
         monkeypatch.setenv(name, value)
     name = f"bucket-{time.time_ns()}"
-    Bucket(f"s3://{name}").client.create_bucket(Bucket=name)
+    Objects(f"s3://{name}").client.create_bucket(Bucket=name)
     return f"s3://{name}/polytrope"

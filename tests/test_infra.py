@@ -130,7 +130,7 @@ def test_image_copies_what_the_package_is_built_from() -> None:
     assert sent == copied
     extras = re.search(r"--editable '\.\[([\w,]+)\]'", (INFRA / "Containerfile").read_text())
     assert extras is not None
-    assert set(extras.group(1).split(",")) == {"s3", "postgres"}, "what compose.yaml uses of it"
+    assert set(extras.group(1).split(",")) == {"s3", "mlflow_s3", "postgres"}, "what compose.yaml uses of it"
 
 
 # -- Kubernetes --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,9 +83,7 @@ def write_shard(path: Path, texts: list[str]) -> dict[str, Any]:
     return {"path": path.name, "bytes": len(content), "sha256": digest, "samples": len(blocks)}
 
 
-def make_context(
-    directory: Path, workers: int = 2, executor: Literal["local", "ray"] = "local", cpus: float = 1.0
-) -> StageContext:
+def make_context(directory: Path, workers: int = 2, executor: str = "local", cpus: float = 1.0) -> StageContext:
     """A stage context with its directories below `directory`; the same directory continues the same training."""
     return stage_context(directory, stage="train", executor=executor, resources=Resources(workers=workers, cpus=cpus))
 
@@ -95,7 +93,7 @@ def run_training(
     dataset: Artifact,
     *,
     workers: int = 2,
-    executor: Literal["local", "ray"] = "local",
+    executor: str = "local",
     initial: Artifact | None = None,
     **changes: Any,
 ) -> dict[str, float]:

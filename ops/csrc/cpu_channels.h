@@ -36,9 +36,38 @@ inline bool is_by_channel(const Problem& problem) {
 template <class Family, class S>
 void forward_patch(const S* x, int64_t x_stride, S* y, int64_t y_stride, int rows, int channels, const Vector<S>* tables,
                    int n, int m) {
-  for (int c = 0; c < channels; c += lanes<S>, tables += Family::largest_table)
-    for (int i = 0; i < rows; ++i)
-      store(y + i * y_stride + c, Family::value(load<Vector<S>>(x + i * x_stride + c), tables, n, m));
+  using V = Vector<S>;
+  for (int c = 0; c < channels; c += lanes<S>, tables += Family::largest_table) {
+    Reach<Family, V> reach;
+    for (int i = 0; i < rows; ++i) {
+      const V v = load<V>(x + i * x_stride + c);
+      reach.note(v);
+      store(y + i * y_stride + c, value_near<Family>(v, tables, n, m));
+    }
+    for (int i = 0; reach.is_far() && i < rows; ++i)
+      store(y + i * y_stride + c, Family::value(load<V>(x + i * x_stride + c), tables, n, m));
+  }
+}
+
+// One vector of channels of what follows.
+template <class Family, class S, class Sums>
+POLYTROPE_FUNCTION bool slope_column(const S* x, int64_t x_stride, const S* g, int64_t g_stride, S* dx, int64_t dx_stride,
+                                     int rows, const Vector<S>* table, Sums sums, int n, int m) {
+  using V = Vector<S>;
+  Reach<Family, V> reach;
+  for (int i = 0; i < rows; ++i) {
+    const V v = load<V>(x + i * x_stride);
+    reach.note(v);
+    store(dx + i * dx_stride, backward_near<Family>(v, load<V>(g + i * g_stride), table, sums, n, m));
+  }
+  return reach.is_far();
+}
+template <class Family, class S, class Sums>
+void far_column(const S* x, int64_t x_stride, const S* g, int64_t g_stride, S* dx, int64_t dx_stride, int rows,
+                const Vector<S>* table, Sums sums, int n, int m) {
+  using V = Vector<S>;
+  for (int i = 0; i < rows; ++i)
+    store(dx + i * dx_stride, Family::backward(load<V>(x + i * x_stride), load<V>(g + i * g_stride), table, sums, n, m));
 }
 
 // Adds to totals[sum, channel].
@@ -50,9 +79,10 @@ void backward_patch(const S* x, int64_t x_stride, const S* g, int64_t g_stride, 
   for (int c = 0; c < channels; c += lanes<S>, tables += Family::largest_table) {
     V a[Family::largest_sums];
     for (int k = 0; k < sums; ++k) a[k] = V{};
-    for (int i = 0; i < rows; ++i)
-      store(dx + i * dx_stride + c,
-            Family::backward(load<V>(x + i * x_stride + c), load<V>(g + i * g_stride + c), tables, a, n, m));
+    if (slope_column<Family>(x + c, x_stride, g + c, g_stride, dx + c, dx_stride, rows, tables, a, n, m)) {
+      for (int k = 0; k < sums; ++k) a[k] = V{};
+      far_column<Family>(x + c, x_stride, g + c, g_stride, dx + c, dx_stride, rows, tables, a, n, m);
+    }
     for (int k = 0; k < sums; ++k) accumulate(a[k], totals + k * strip_channels + c);
   }
 }
@@ -61,11 +91,9 @@ void backward_patch(const S* x, int64_t x_stride, const S* g, int64_t g_stride, 
 template <class Family, class S>
 void slope_patch(const S* x, int64_t x_stride, const S* g, int64_t g_stride, S* dx, int64_t dx_stride, int rows, int channels,
                  const Vector<S>* tables, int n, int m) {
-  using V = Vector<S>;
   for (int c = 0; c < channels; c += lanes<S>, tables += Family::largest_table)
-    for (int i = 0; i < rows; ++i)
-      store(dx + i * dx_stride + c,
-            Family::backward(load<V>(x + i * x_stride + c), load<V>(g + i * g_stride + c), tables, NoSums{}, n, m));
+    if (slope_column<Family>(x + c, x_stride, g + c, g_stride, dx + c, dx_stride, rows, tables, NoSums{}, n, m))
+      far_column<Family>(x + c, x_stride, g + c, g_stride, dx + c, dx_stride, rows, tables, NoSums{}, n, m);
 }
 
 template <class S>

@@ -67,6 +67,35 @@ POLYTROPE_FUNCTION void copy_table(const S* table, S* t) {
   for (int k = 0; k < Family::largest_table; k += lanes<S>) store(t + k, load<Vector<S>>(table + k));
 }
 
+// Families whose elements far from 0 are computed otherwise. `near_value` and `near_backward` are for those that are not; a
+// block in which there were others is computed again with `value` and `backward`, which ask for each vector.
+template <class Family>
+constexpr bool has_far = std::is_same_v<Family, Rational>;
+
+// The largest absolute values of a block so far.
+template <class Family, class V>
+struct Reach {
+  V largest{};
+  POLYTROPE_FUNCTION void note(V v) {
+    if constexpr (has_far<Family>) largest = larger(absolute(v), largest);
+  }
+  POLYTROPE_FUNCTION bool is_far() const {
+    if constexpr (has_far<Family>) return any(largest > Number<V>(Family::far));
+    return false;
+  }
+};
+
+template <class Family, class V, class T>
+POLYTROPE_FUNCTION V value_near(V v, const T* t, int n, int m) {
+  if constexpr (has_far<Family>) return Family::near_value(v, t, n, m);
+  else return Family::value(v, t, n, m);
+}
+template <class Family, class V, class T, class Sums>
+POLYTROPE_FUNCTION V backward_near(V v, V seed, const T* t, Sums sums, int n, int m) {
+  if constexpr (has_far<Family>) return Family::near_backward(v, seed, t, sums, n, m);
+  else return Family::backward(v, seed, t, sums, n, m);
+}
+
 // D, E: degree and second degree; 0: read at run time.
 template <class Family, class S, int D, int E>
 void forward_block(const void* __restrict x, void* __restrict y, int count, Access access, const S* table, int degree,
@@ -75,7 +104,14 @@ void forward_block(const void* __restrict x, void* __restrict y, int count, Acce
   const int n = D ? D : degree, m = D ? E : second;
   alignas(64) S t[padded(Family::largest_table, lanes<S>)];
   copy_table<Family>(table, t);
-  each_vector<S>(x, nullptr, y, count, access, [&](V v, V, int) { return Family::value(v, t, n, m); });
+  Reach<Family, V> reach;
+  each_vector<S>(x, nullptr, y, count, access, [&](V v, V, int) {
+    reach.note(v);
+    return value_near<Family>(v, t, n, m);
+  });
+  if constexpr (has_far<Family>)
+    if (reach.is_far())
+      each_vector<S>(x, nullptr, y, count, access, [&](V v, V, int) { return Family::value(v, t, n, m); });
 }
 
 // Adds to total[k * lanes …] the sums over lanes.
@@ -111,7 +147,16 @@ void backward_block(const void* __restrict x, const void* __restrict g, void* __
       return V{};
     });
   } else {
-    each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int) { return Family::backward(v, seed, t, a, n, m); });
+    Reach<Family, V> reach;
+    each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int) {
+      reach.note(v);
+      return backward_near<Family>(v, seed, t, a, n, m);
+    });
+    if constexpr (has_far<Family>)
+      if (reach.is_far()) {
+        for (int k = 0; k < sums; ++k) a[k] = V{};
+        each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int) { return Family::backward(v, seed, t, a, n, m); });
+      }
   }
   for (int k = 0; k < sums; ++k) accumulate(a[k], total + k * lanes<S>);
 }
@@ -124,14 +169,20 @@ void slope_block(const void* __restrict x, const void* __restrict g, void* __res
   const int n = D ? D : degree, m = D ? E : second;
   alignas(64) S t[padded(Family::largest_table, lanes<S>)];
   copy_table<Family>(table, t);
+  Reach<Family, V> reach;
   each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int) {
     if constexpr (std::is_same_v<Family, HarmonicPieces>) {
       V sine, cosine;
       return Family::find_slope(v, seed, t, NoSums{}, sine, cosine, n);
     } else {
-      return Family::backward(v, seed, t, NoSums{}, n, m);
+      reach.note(v);
+      return backward_near<Family>(v, seed, t, NoSums{}, n, m);
     }
   });
+  if constexpr (has_far<Family>)
+    if (reach.is_far())
+      each_vector<S>(x, g, dx, count, access,
+                     [&](V v, V seed, int) { return Family::backward(v, seed, t, NoSums{}, n, m); });
 }
 
 template <class S>

@@ -86,14 +86,17 @@ struct Row {
   }
   // mean(z^2k) + epsilon / s^2k
   double mean(const double* squares, int k) const {
-    const double mean = squares[k] / double(problem.inner);
-    return problem.epsilon == 0 ? mean : mean + problem.epsilon * std::pow(scale, 2 * k);
+    const double mean = squares[k] / double(problem.inner), epsilon = problem.epsilon;
+    return mean + (scale == 1 || epsilon == 0 ? epsilon : epsilon * std::pow(scale, 2 * k));
   }
   // Sets the scale, where it must be another: squares or their inverses have left the range in which all that is computed
   // from them stays in that of float. Rows of zeros, and those with ±inf or NaN, stay as they are.
   bool rescale(const double* squares, S* buffer) {
     bool in_range = true;
-    for (int k = 1; k <= problem.degree; ++k) in_range &= mean(squares, k) < 1e20 && mean(squares, k) > 1e-20;
+    for (int k = 1; k <= problem.degree; ++k) {
+      const double own = mean(squares, k);
+      in_range &= own < 1e20 && own > 1e-20;
+    }
     if (in_range) return false;
     double largest = 0;
     each([&](const Strip<S, block>& strip, int width) {

@@ -212,41 +212,47 @@ __device__ __forceinline__ void note_far(const float* xs, bool& far) {
 }
 
 // These are computed one by one after all others, by the thread that has left something else in their places. With g, backward:
-// the result is dx, and this adds to the sums. A function of its own with all it needs, so that it takes no registers from
-// the kernel.
+// the result is dx, and what they add to the sums of a block is added to `partial`, unless nobody wants these. A function of
+// its own, which takes no registers from the kernel; all threads of a block call it together.
 template <bool flat>
-__device__ __noinline__ void compute_far(Problem p, int64_t group, bool tails, const void* g, const void* x,
-                                         const float* table, void* result, float* sums) {
-  const Sequence s(p, group);
+__device__ __noinline__ void compute_far(Problem p, Parameters parameters, bool tails, const void* g, const void* x,
+                                         void* result, double* partial, Function<Rational>* function, double* shared) {
   const int n = p.degree, m = p.second_degree, type = p.data_type;
   const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
-  const auto compute = [&](int64_t in, int64_t out) {
-    const float at = read(x, type, in);
-    if (!(absolute(at) > Rational::far) || (tails && (at < float(p.low) || at > float(p.high)))) return;
-    double own[Rational::largest_table];
-    for (int k = 0; k <= n + m; ++k) own[k] = table[k];
-    const FarRational f(at, own, n, m);
-    const float gate = p.gated ? read(x, type, in + s.half) : 1.0f;
-    if (!g) return write(result, type, out, float(f.value) * gate);
-    const float seed = read(g, type, out);
-    if (p.gated) write(result, type, in + s.half, float(f.value) * seed);
-    write(result, type, in, float(seed * gate * f.slope));
-    for (int k = 0; k <= n + m; ++k) sums[k] += float(seed * gate * f.sums[k]);
-  };
-  for (Walk<flat> walk(s, thread * width, all_threads * width); walk.at < s.packed; walk.advance())
-    for (int k = 0; k < width; ++k) compute(walk.in_x() + k, walk.in_result() + k);
-  for (Walk<flat> one(s, s.packed + thread, all_threads); one.at < s.count; one.advance())
-    compute(one.in_x(), one.in_result());
+  for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
+    const Sequence s(p, group);
+    load_function(p, parameters, group, tails, *function);
+    float sums[Rational::largest_sums] = {};
+    const auto compute = [&](int64_t in, int64_t out) {
+      const float at = read(x, type, in);
+      if (!(absolute(at) > Rational::far) || (tails && (at < float(p.low) || at > float(p.high)))) return;
+      double own[Rational::largest_table];
+      for (int k = 0; k <= n + m; ++k) own[k] = function->table[k];
+      const FarRational f(at, own, n, m);
+      const float gate = p.gated ? read(x, type, in + s.half) : 1.0f;
+      if (!g) return write(result, type, out, float(f.value) * gate);
+      const float seed = read(g, type, out);
+      if (p.gated) write(result, type, in + s.half, float(f.value) * seed);
+      write(result, type, in, float(seed * gate * f.slope));
+      for (int k = 0; k <= n + m; ++k) sums[k] += float(seed * gate * f.sums[k]);
+    };
+    for (Walk<flat> walk(s, thread * width, all_threads * width); walk.at < s.packed; walk.advance())
+      for (int k = 0; k < width; ++k) compute(walk.in_x() + k, walk.in_result() + k);
+    for (Walk<flat> one(s, s.packed + thread, all_threads); one.at < s.count; one.advance())
+      compute(one.in_x(), one.in_result());
+    if (!partial) continue;
+    double* own = partial + group * (n + 1 + m + tail_sums) * gridDim.x + blockIdx.x;
+    block_sums(sums, n + 1 + m, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] += total; });
+  }
 }
 
-// Whether any thread of the block has seen an element far from 0. All threads of a block call it together.
+// Whether any thread of the block has found one. All threads of a block call it together.
 __device__ __forceinline__ bool any_thread(bool found) {
-  __shared__ bool found_by[threads];
+  __shared__ bool any;
+  if (threadIdx.x == 0) any = false;
   __syncthreads();
-  found_by[threadIdx.x] = found;
+  if (found) any = true;
   __syncthreads();
-  bool any = false;
-  for (int k = 0; k < threads && !any; ++k) any = found_by[k];
   return any;
 }
 
@@ -268,13 +274,13 @@ __global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
   const Evaluation<Family> f{function.table, function.ends, float(p.low), float(p.high), n, m, tails};
   const int type = p.data_type;
   const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
+  bool far = false;  // whether this thread has met such elements
   for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
     const Sequence s(p, group);
     Walk<flat> walk(s, thread * width, all_threads * width);
     Packet next;
     if (flat && walk.at < s.packed) next = fetch(x, type, walk.in_x());
     load_function(p, parameters, group, tails, function);
-    bool far = false;
     while (walk.at < s.packed) {
       const int64_t in = walk.in_x(), out = walk.in_result();
       float xs[width], ys[width];
@@ -300,9 +306,9 @@ __global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
       if (gated) result *= read(x, type, one.in_x() + s.half);
       write(y, type, one.in_result(), result);
     }
-    if constexpr (has_far<Family>)
-      if (far) compute_far<flat>(p, group, tails, nullptr, x, function.table, y, nullptr);
   }
+  if constexpr (has_far<Family>)
+    if (any_thread(far)) compute_far<flat>(p, parameters, tails, nullptr, x, y, nullptr, &function, nullptr);
 }
 
 template <class Family, int D, int E, Form form>
@@ -317,6 +323,7 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
   const Evaluation<Family> f{function.table, function.ends, float(p.low), float(p.high), n, m, tails};
   const int sums = Family::sums(n, m), row = sums + tail_sums, type = p.data_type;
   const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
+  bool far = false;  // whether this thread has met such elements
   for (int64_t group = blockIdx.y; group < p.groups; group += gridDim.y) {
     const Sequence s(p, group);
     Walk<flat> walk(s, thread * width, all_threads * width);
@@ -327,7 +334,6 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
     }
     load_function(p, parameters, group, tails, function);
     float a[most] = {}, tail[tail_sums] = {};
-    bool far = false;
     while (walk.at < s.packed) {
       const int64_t in = walk.in_x();
       float xs[width], gs[width], results[width];
@@ -370,17 +376,13 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
       write(dx, type, one.in_x(), result);
     }
     double* own = partial + group * row * gridDim.x + blockIdx.x;
-    if (partial) block_sums(a, sums, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] = total; });
-    if constexpr (has_far<Family>)
-      if (any_thread(far)) {
-        float more[most] = {};
-        compute_far<flat>(p, group, tails, g, x, function.table, dx, more);
-        if (partial) block_sums(more, sums, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] += total; });
-      }
     if (!partial) continue;
+    block_sums(a, sums, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] = total; });
     if (tails)
       block_sums(tail, tail_sums, shared, [&](int k, double total) { own[int64_t(sums + k) * gridDim.x] = total; });
   }
+  if constexpr (has_far<Family>)
+    if (any_thread(far)) compute_far<flat>(p, parameters, tails, g, x, dx, partial, &function, shared);
 }
 
 template <class Family>

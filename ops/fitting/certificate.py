@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
 
 from polytrope.ops.fitting.curves import Array, Curve
 
 _CELLS = 4000
+_ROUNDING_MARGIN = 2.0  # rounding is measured at thousands of points; between them it may be a little more
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """How good a fit F of f is.
+    """How good a fit F of f is, F as the module computes it in its floating-point format, inputs in that format too.
 
-    Maxima are bounds over the whole interval, not only over sample points: each adds what the slope at the ends of a
-    grid cell allows inside it. Root mean squares and moments are under the weight of the fit.
+    Maxima of values are bounds over all inputs, not only over sample points. In a format of 16 bits every one of them
+    is computed. In float32 they are bounds of F in exact arithmetic, which add what the slope at the ends of a grid
+    cell allows inside it, and twice the largest rounding measured. Everything else is of F in exact arithmetic; means
+    are under the weight of the fit.
 
     Args:
-        maximum, rms: of |F - f| on the interval.
+        maximum: of |F - f| on the interval.
+        rms: root mean square of |F - f| over the inputs, or over those held out if that is more.
         maximum_derivative, rms_derivative: of |F' - f'| on the interval.
         maximum_outside, maximum_derivative_outside: the same maxima up to one interval length beyond each end, or
             as far as there are measured inputs.
-        h1_mean_square: rms² + λ rms_derivative², what the fit minimised.
+        h1_mean_square: the mean of |F - f|² + λ |F' - f'|², what the fit minimised.
         condition: condition number of the least-squares matrix in the basis it was solved in (columns of length 1).
-        float32_error: largest |F in float32 - F in float64| on the interval: rounding of the family's formula.
+        rounding_error: largest |F in its format - F in float64| measured on the interval.
         target_mean, fit_mean: E[f], E[F].
         target_mean_square, fit_mean_square: E[f²], E[F²].
         target_derivative_mean_square, fit_derivative_mean_square: E[f'²], E[F'²].
@@ -40,7 +46,7 @@ class Certificate:
     maximum_derivative_outside: float
     h1_mean_square: float
     condition: float
-    float32_error: float
+    rounding_error: float
     target_mean: float
     fit_mean: float
     target_mean_square: float
@@ -53,13 +59,39 @@ class Certificate:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Built:
+    """A fit as it will run.
+
+    Args:
+        evaluate: x → F(x), computed by the module; x are numbers of its format.
+        dtype: the format.
+    """
+
+    evaluate: Callable[[Array], Array]
+    dtype: torch.dtype
+
+    def representable(self, x: Array) -> Array:
+        """The numbers of the format nearest to x."""
+        rounded: Array = torch.from_numpy(np.ascontiguousarray(x)).to(self.dtype).double().numpy()
+        return rounded
+
+    def every_number(self, low: float, high: float) -> Array | None:
+        """All numbers of the format from low to high, if it has 16 bits."""
+        if self.dtype.itemsize != 2:
+            return None
+        numbers = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(self.dtype).double().numpy()
+        return np.unique(numbers[(numbers >= low) & (numbers <= high)])
+
+
 def certify(
     target: Curve,
     fitted: Curve,
-    rounded: Callable[[Array], Array],
+    built: Built,
     interval: tuple[float, float],
     kinks: list[float],
     nodes: tuple[Array, Array],
+    held_out: Array,
     reach: tuple[float, float],
     derivative_weight: float,
     condition: float,
@@ -68,9 +100,9 @@ def certify(
 
     Args:
         target, fitted: f and F with their slopes, in float64.
-        rounded: F as computed in float32.
-        kinks: where f' jumps; grid points are put on both sides of each.
+        kinks: where f' or F' jumps; grid points are put on both sides of each, and between them.
         nodes: points and weights (of sum 1) of the fit.
+        held_out: raw inputs that the fit has not seen.
         reach: smallest and largest measured input, or the interval again.
     """
     low, high = interval
@@ -92,18 +124,32 @@ def certify(
         _bounds(points, part, part_slope)
         for points, part, part_slope in zip((grid, left, right), error[:3], error_slope[:3], strict=True)
     )
-    rms = float(np.sqrt(weights @ error[3] ** 2))
-    rms_derivative = float(np.sqrt(weights @ error_slope[3] ** 2))
+    run, true = _as_run(target, fitted, built, (grid, left, right, x, held_out))
+    every = built.every_number(float(left[0]), float(right[-1]))
+    if every is None:
+        share = float(torch.finfo(built.dtype).eps)
+        maxima = [
+            bound[0] + _ROUNDING_MARGIN * float(np.abs(off).max()) + share * float(np.abs(values).max())
+            for bound, off, values in zip((inside, *outside), run[:3], fit_value[:3], strict=True)
+        ]
+    else:
+        errors = np.abs(built.evaluate(every) - target(every)[0])
+        within = (every >= low) & (every <= high)
+        maxima = [float(errors[part].max(initial=0.0)) for part in (within, every < low, every > high)]
+    counted = weights > 1e-30 * weights.max()  # far out a weight is nothing, and a polynomial may be anything
+    seen = float(np.sqrt(weights[counted] @ true[3][counted] ** 2))
+    unseen = float(np.sqrt(np.mean(true[4] ** 2))) if len(held_out) else 0.0
+    exact_rms, rms_derivative = (float(np.sqrt(weights @ part[3] ** 2)) for part in (error, error_slope))
     return Certificate(
-        maximum=inside[0],
-        rms=rms,
+        maximum=maxima[0],
+        rms=max(seen, unseen),
         maximum_derivative=inside[1],
         rms_derivative=rms_derivative,
-        maximum_outside=max(pair[0] for pair in outside),
+        maximum_outside=max(maxima[1:]),
         maximum_derivative_outside=max(pair[1] for pair in outside),
-        h1_mean_square=rms**2 + derivative_weight * rms_derivative**2,
+        h1_mean_square=exact_rms**2 + derivative_weight * rms_derivative**2,
         condition=float(condition),
-        float32_error=float(np.abs(rounded(grid) - fit_value[0]).max()),
+        rounding_error=float(np.abs(run[0]).max()),
         target_mean=float(weights @ value[3]),
         fit_mean=float(weights @ fit_value[3]),
         target_mean_square=float(weights @ value[3] ** 2),
@@ -113,9 +159,20 @@ def certify(
     )
 
 
+def _as_run(target: Curve, fitted: Curve, built: Built, parts: tuple[Array, ...]) -> tuple[list[Array], list[Array]]:
+    """For each part of the points, rounded to the format: F as run less F in float64, and less f."""
+    ends = np.cumsum([len(part) for part in parts])[:-1]
+    points = built.representable(np.concatenate(parts))
+    computed = built.evaluate(points)
+    off, wrong = computed - fitted(points)[0], computed - target(points)[0]
+    return np.split(off, ends), np.split(wrong, ends)
+
+
 def _grid(low: float, high: float, kinks: list[float]) -> Array:
     tiny = 1e-9 * (high - low)
-    sides = [point for kink in kinks for point in (kink - tiny, kink + tiny) if low < point < high]
+    between = [(left + right) / 2 for left, right in itertools.pairwise(sorted(kinks))]
+    sides = [point for kink in kinks for point in (kink - tiny, kink + tiny)] + between
+    sides = [point for point in sides if low < point < high]
     return np.unique(np.concatenate([np.linspace(low, high, _CELLS + 1), sides]))
 
 

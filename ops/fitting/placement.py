@@ -25,7 +25,7 @@ _SMALLEST_STEP = 0.01  # of the standard deviation
 def best_interval(data: Data, columns: Columns) -> Ends:
     """The ends (lo, hi) for which the best combination of functions with tangent lines has the least Sobolev error."""
     x = data.x
-    if x[-1] - x[0] < 1e-6:
+    if x[-1] - x[0] <= 1e-6 * max(abs(x[0]), abs(x[-1])):
         middle = float(x[0] + x[-1]) / 2
         return middle - 0.5, middle + 0.5
     data = compressed(data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,36 +28,67 @@ NAMED: dict[str, Target] = {
     "hardswish": functional.hardswish,
     "leaky_relu": functional.leaky_relu,
 }
+_TRAINING_PROBE = 1 << 14  # points: a dropout of one in a thousand drops some of them
 _KINK_GRID = 2049
 _KINK_CANDIDATES = 24
 _BISECTIONS = 44
 
 
 def resolve_target(target: str | Target | nn.Module) -> Target:
-    """The function to fit, ready for float64.
+    """The function to fit, ready for float64; it never writes to its argument, whatever the target does to its own.
 
     Args:
-        target: a name of `NAMED`, a function of a tensor, or an activation module (a float64 copy is made of it).
+        target: a name of `NAMED`, a function of a tensor, or an activation module (a float64 copy without its hooks is
+            made of it).
 
     Raises:
-        ValueError: unknown name, or a function that is not elementwise (a softmax, a norm, one slope per channel).
+        ValueError: unknown name, a function that is not elementwise (a softmax, a norm, one slope per channel), or one
+            that is not the same in training (a dropout of its own, `RReLU`): its fit would lose that.
     """
     if isinstance(target, str):
         if target not in NAMED:
             raise ValueError(f"target: expected one of {', '.join(NAMED)}, a function or a module, got {target!r}")
-        return NAMED[target]
-    function: Target = copy.deepcopy(target).double().eval() if isinstance(target, nn.Module) else target
+        return _guarded(NAMED[target])
+    module = _private_copy(target) if isinstance(target, nn.Module) else None
+    function = _guarded(target if module is None else module)
     probe = torch.linspace(-2.0, 3.0, 7, dtype=torch.float64)
     try:
         with torch.no_grad():
-            forwards, parts = function(probe.clone()), [function(part.clone()) for part in (probe[:3], probe[3:])]
+            forwards, parts = function(probe), [function(part) for part in (probe[:3], probe[3:])]
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"target: cannot be called on a float64 tensor of shape [7]: {error}") from error
     if not isinstance(forwards, Tensor) or forwards.shape != probe.shape:
         raise ValueError("target: expected a function from a tensor to a tensor of the same shape")
     if not torch.allclose(forwards, torch.cat(parts), rtol=1e-6, atol=1e-9, equal_nan=True):
         raise ValueError("target: the function is not elementwise, so no activation can stand for it")
+    if module is not None and not _same_in_training(module):
+        raise ValueError(
+            f"target: {type(target).__name__} does something else in training than in evaluation (a dropout of its "
+            "own?), which a fitted function would lose; make that a module of its own, or leave this activation out"
+        )
     return function
+
+
+def _guarded(function: Target) -> Target:
+    # A product: not the caller's memory, and not a leaf, so that an activation that works in place may do so.
+    return lambda x: function(x * 1.0)
+
+
+def _private_copy(module: nn.Module) -> nn.Module:
+    """On the CPU, in float64 and evaluation mode, without hooks: those of the user are for the model's own calls."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
+                memo[id(value)] = type(value)()
+    return copy.deepcopy(module, memo).cpu().double().eval()
+
+
+def _same_in_training(module: nn.Module) -> bool:
+    trained = copy.deepcopy(module).train()
+    probe = torch.linspace(-3.0, 3.0, _TRAINING_PROBE, dtype=torch.float64)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return torch.equal(_guarded(trained)(probe), _guarded(module)(probe))
 
 
 def sample(target: Target, x: Array, derivative: Target | None = None) -> tuple[Array, Array]:
@@ -67,7 +99,7 @@ def sample(target: Target, x: Array, derivative: Target | None = None) -> tuple[
     """
     inputs = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64)).requires_grad_(derivative is None)
     with torch.enable_grad():
-        outputs = target(inputs * 1.0)  # not a leaf: an activation that works in place may do so
+        outputs = target(inputs * 1.0)
         if derivative is not None:
             slopes = derivative(inputs.detach())
         elif outputs.requires_grad:

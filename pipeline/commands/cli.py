@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -15,12 +14,16 @@ from typing import Any, Protocol
 
 from polytrope.pipeline.errors import (
     EXIT_CANCELLED,
+    EXIT_READER_LEFT,
     EXIT_RUN_ELSEWHERE,
     EXIT_RUN_FAILED,
     EXIT_SUCCESS,
     EXIT_USER_ERROR,
+    RunElsewhereError,
     UserError,
 )
+from polytrope.pipeline.support.executor_table import EXECUTORS
+from polytrope.pipeline.support.streams import let_go, occupy_standard_descriptors
 
 EXIT_CODES = f"""\
 exit codes:
@@ -28,7 +31,8 @@ exit codes:
   {EXIT_RUN_FAILED:<4} a stage failed after its retries, or a check (verify, diff) found a difference
   {EXIT_USER_ERROR:<4} refused before anything started: workflow, parameter, store, address
   {EXIT_RUN_ELSEWHERE:<4} another process drives this run
-  {EXIT_CANCELLED:<4} cancelled by Ctrl-C or `polytrope cancel`; `polytrope resume` goes on
+  {EXIT_CANCELLED:<4} cancelled by Ctrl-C, SIGTERM or `polytrope cancel`; `polytrope resume` goes on
+  {EXIT_READER_LEFT:<4} the reader of the output left before the result was known (a run goes on without one)
 """
 
 
@@ -121,7 +125,7 @@ def _shared_options() -> dict[str, _Command]:
     run = group()
     run.add_argument("run", metavar="RUN", nargs="?", help="run id or its start; default: the newest run")
     execution = group()
-    execution.add_argument("--executor", choices=("ray", "local"), help="replace the workflow's `executor:`")
+    execution.add_argument("--executor", choices=tuple(EXECUTORS), help="replace the workflow's `executor:`")
     execution.add_argument("--ray-address", metavar="ADDRESS", help="use this Ray cluster, for example auto")
     execution.add_argument("--no-tracking", action="store_true", help="send nothing to MLflow")
     execution.add_argument("--concurrency", type=int, metavar="N", help="at most N stages at the same time")
@@ -218,7 +222,7 @@ def _run_commands(command: _AddCommand) -> None:
         metavar="X",
         help="relative difference of metrics that is accepted where packages or machine differ (default 0.001)",
     )
-    reproduce.add_argument("--executor", choices=("ray", "local"), help="default: that of the run")
+    reproduce.add_argument("--executor", choices=tuple(EXECUTORS), help="default: that of the run")
     reproduce.add_argument("--into", metavar="DIR", help="store of the new results (default: below the run's store)")
     verify_resume = command(
         "verify-resume",
@@ -233,7 +237,7 @@ def _run_commands(command: _AddCommand) -> None:
         "killed after the first checkpoint and resumed, and a worker is killed after the next one. Then the digests of "
         "all results are compared: exit code 1 if one differs or a finished stage ran again.",
     )
-    verify_resume.add_argument("--executor", choices=("ray", "local"), help="replace the workflow's `executor:`")
+    verify_resume.add_argument("--executor", choices=tuple(EXECUTORS), help="replace the workflow's `executor:`")
     verify_resume.add_argument(
         "--ray-address", metavar="ADDRESS", help="use this Ray cluster (only drivers are killed)"
     )
@@ -446,7 +450,7 @@ def _service_commands(command: _AddCommand) -> None:
     build.add_argument("--cuda", action="store_true", help="the CUDA kernels as well (needs nvcc)")
     convert = command(
         "convert",
-        "convert:convert",
+        "conversion:convert",
         "replace the activations of a model by a fitted basis",
         """
         polytrope convert model/ converted/ --degree 8
@@ -456,7 +460,7 @@ def _service_commands(command: _AddCommand) -> None:
         description="MODEL: a directory of polytrope, of Hugging Face or of DeepSpeed, or a file with a state dict. It "
         "stays as it is; OUTPUT gets the converted model, conversion.json and conversion.html.",
     )
-    convert.options_from = "convert:add_options"
+    convert.options_from = "conversion:add_options"
 
 
 class _AddCommand(Protocol):
@@ -469,6 +473,7 @@ class _AddCommand(Protocol):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
+    occupy_standard_descriptors()
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.version:
@@ -482,24 +487,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, function = options.function.split(":")
     try:
         command = getattr(importlib.import_module(f"polytrope.pipeline.commands.{module}"), function)
-        code = command(options)
-        sys.stdout.flush()
-        return int(code)
+        code = int(command(options))
     except UserError as error:
         print(f"polytrope: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"  → {error.hint}", file=sys.stderr)
-        engine = sys.modules.get("polytrope.pipeline.engine.driver")
-        elsewhere = engine is not None and isinstance(error, engine.RunElsewhereError)
-        return EXIT_RUN_ELSEWHERE if elsewhere else EXIT_USER_ERROR
+        return EXIT_RUN_ELSEWHERE if isinstance(error, RunElsewhereError) else EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("polytrope: interrupted", file=sys.stderr)
         return EXIT_CANCELLED
     except BrokenPipeError:  # `polytrope runs | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_SUCCESS
+        let_go(sys.stdout)
+        return EXIT_READER_LEFT
     except Exception as error:
         return _unexpected(error, debug=options.debug)
+    return _flushed(code)
+
+
+def _flushed(code: int) -> int:
+    """The exit code, when the last of the output is written; a result that is known stays what it is."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        let_go(sys.stdout)
+    except OSError as error:
+        let_go(sys.stdout)
+        print(f"polytrope: the output cannot be written: {error}", file=sys.stderr)
+        return code or EXIT_RUN_FAILED
+    return code
 
 
 def _unexpected(error: Exception, *, debug: bool) -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.commands.common import find_run, open_store, store_address, workflow_of
-from polytrope.pipeline.engine.driver import RunElsewhereError, new_run_id
-from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
+from polytrope.pipeline.engine.options import new_run_id
+from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, RunElsewhereError, UserError
 from polytrope.pipeline.launch import submit as cluster
 from polytrope.pipeline.launch.package import Package, choose_files
 from polytrope.pipeline.runs.journal import fold, read

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.store.open import open_store as place_at
 from polytrope.pipeline.store.store import Store, store_error
 from polytrope.pipeline.support.text import suggest
 from polytrope.pipeline.workflow.spec import Workflow, load_workflow
@@ -63,7 +62,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def open_store(options: argparse.Namespace, workflow: Workflow | None = None) -> Store:
     """The store a command works on; nothing is created in it."""
-    store = place_at(store_address(options, workflow))
+    store = Store(store_address(options, workflow))
     try:
         store.pull_runs()
     except OSError as error:
@@ -71,15 +70,9 @@ def open_store(options: argparse.Namespace, workflow: Workflow | None = None) ->
     return store
 
 
-def run_directories(store: Store) -> list[Path]:
-    """All runs of a store, newest first."""
-    found = [(path.stat().st_mtime, path.parent) for path in store.runs.glob("*/workflow.json")]
-    return [directory for _, directory in sorted(found, reverse=True)]
-
-
 def find_run(store: Store, text: str | None) -> Path:
     """The directory of the run whose id is, or starts with, `text`; without `text` the newest run."""
-    directories = run_directories(store)
+    directories = store.run_directories()
     if not directories:
         raise UserError(
             f"there are no runs in {store.address}", "`polytrope run WORKFLOW` makes one; `--store DIR` looks elsewhere"

@@ -16,7 +16,6 @@ from polytrope.pipeline.commands.common import (
     print_json,
     print_table,
     read_run_file,
-    run_directories,
 )
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.progress import counts
@@ -86,15 +85,15 @@ def _span(state: RunState) -> str:
     if state.started is None:
         return "not started"
     text = "started " + time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started))
-    if state.ended is not None:
-        text += f", took {format_duration(state.ended - state.started)}"
+    if state.duration is not None:
+        text += f", {'' if state.attempt <= 1 else 'the last attempt '}took {format_duration(state.duration)}"
     return text
 
 
 def _stage_row(stage: StageState) -> list[str]:
     seconds = stage.duration
     if stage.state == "running" and stage.started is not None:
-        seconds = time.time() - stage.started
+        seconds = max(0.0, time.time() - stage.started)  # its process has another clock that cannot jump
     result = stage.reason or " · ".join(
         f"{name} {metric_text(value)}" for name, value in list(stage.summary.items())[:5]
     )
@@ -110,11 +109,11 @@ def runs(options: argparse.Namespace) -> int:
     """A line per run, the newest first."""
     store = open_store(options)
     rows, data = [], []
-    for directory in run_directories(store)[: options.limit]:
+    for directory in store.run_directories()[: options.limit]:
         state, current = fold(read(directory)), run_status(directory)
         stages = counts(stage.state for stage in state.stages.values())
         started = "" if state.started is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started))
-        took = format_duration(state.ended - state.started) if state.ended and state.started else ""
+        took = "" if state.duration is None else format_duration(state.duration)
         rows.append([directory.name, state.workflow, current, started, took, stages])
         data.append({**_status_data(directory, state, current), "stages": stages})
     if options.json:

@@ -12,6 +12,7 @@ from polytrope.pipeline.errors import EXIT_SUCCESS, UserError
 from polytrope.pipeline.executors.base import machine_capacity
 from polytrope.pipeline.runs.history import Past, stage_history
 from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.support.executor_table import executor_kind
 from polytrope.pipeline.support.text import format_duration, suggest
 from polytrope.pipeline.workflow.graph import StageNode, build_graph
 from polytrope.pipeline.workflow.spec import Workflow
@@ -25,7 +26,7 @@ def plan(options: argparse.Namespace) -> int:
     store = open_store(options, workflow)
     graph, result, _ = _plan(workflow, store, options.force)
     check_stages(options.force, graph)
-    here = workflow.executor == "local" or workflow.ray_address in (None, "local")
+    here = executor_kind(workflow.executor).is_here(workflow.ray_address)
     predicted = result.predicted(graph, machine_capacity() if here else None, workflow.concurrency)
     if options.json:
         stages = [
@@ -67,7 +68,7 @@ def _plan(
     """The graph with what stored stages returned, its plan, and the past of its stages."""
     graph = build_graph(workflow)
     while True:
-        history = stage_history(store.runs, workflow.name, graph)
+        history = stage_history(store.run_directories(), workflow.name, graph)
         result = make_plan(graph, store, params=workflow.params, history=history, force=force)
         stored = {stage.name: stage.key for stage in result.stages.values() if stage.action == "hit"}
         before = len(workflow.returned)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polytrope.pipeline.commands.common import find_run, open_store, print_table, store_address, workflow_of
-from polytrope.pipeline.engine.driver import new_run_id
+from polytrope.pipeline.engine.options import new_run_id
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.proof.reproduce import Comparison, reproduce_run
 
@@ -19,7 +19,7 @@ def reproduce(options: argparse.Namespace) -> int:
     """Everything is computed again in a store of its own; exit code 1 if a result is another one."""
     store = open_store(options)
     directory = find_run(store, options.run)
-    place = Path(options.into) if options.into else store.root / "reproductions" / new_run_id()
+    place = Path(options.into) if options.into else store.local("reproductions") / new_run_id()
     rows = reproduce_run(
         store,
         directory,

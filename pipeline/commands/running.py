@@ -14,11 +14,10 @@ from polytrope.pipeline.commands.common import (
     find_run,
     open_store,
     read_run_file,
-    run_directories,
     store_address,
     workflow_of,
 )
-from polytrope.pipeline.engine.driver import CANCEL_FILE, RunOptions
+from polytrope.pipeline.engine.options import CANCEL_FILE, RunOptions
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.launch import Display, exit_code
 from polytrope.pipeline.launch.launch import run as launch
@@ -58,7 +57,7 @@ def resume(options: argparse.Namespace) -> int:
         return _resume(store, find_run(store, options.run), options)
     waiting = [
         directory
-        for directory in reversed(run_directories(store))
+        for directory in reversed(store.run_directories())
         if run_status(directory) in ("failed", "cancelled", "interrupted")
     ]
     if not waiting:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from polytrope.pipeline.commands.common import find_run, open_store, read_run_file, run_directories
+from polytrope.pipeline.commands.common import find_run, open_store, read_run_file
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.workflow.references import resolve_environment
@@ -21,19 +21,20 @@ from polytrope.pipeline.workflow.references import resolve_environment
 
 def ui(options: argparse.Namespace) -> int:
     """Start MLflow's server on the tracking database of a run and say where it is; ends with Ctrl-C."""
+    from polytrope.pipeline.tracking.database import database_file
     from polytrope.pipeline.tracking.process import free_port, server_command, tracking_uri
 
     store = open_store(options)
     configured = options.uri
-    if configured is None and (options.run is not None or run_directories(store)):
+    if configured is None and (options.run is not None or store.run_directories()):
         configured = _tracking(find_run(store, options.run)).get("uri")
-    uri = resolve_environment(tracking_uri(configured, store.root), os.environ)
+    uri = resolve_environment(tracking_uri(configured, store.local("")), os.environ)
     if uri.startswith(("http://", "https://")):
         print(f"the results are on the MLflow server {uri}")
         return EXIT_SUCCESS
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    if uri.startswith("sqlite:///") and not database_file(uri).exists():
         raise UserError(
-            f"there are no results in {uri.removeprefix('sqlite:///')}",
+            f"there are no results in {database_file(uri)}",
             "`polytrope run WORKFLOW` makes some; `--store DIR` or `--uri URI` looks elsewhere",
         )
     subprocess.run([sys.executable, "-m", "polytrope.pipeline.tracking.database", uri], check=True)
@@ -41,7 +42,7 @@ def ui(options: argparse.Namespace) -> int:
     print(f"MLflow: http://{options.host}:{port} (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, _interrupt)
     server = subprocess.Popen(
-        server_command(uri, store.root / "mlflow-artifacts", options.host, port),
+        server_command(uri, store.local("mlflow-artifacts"), options.host, port),
         env={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ},  # processes for features not used here
     )
     try:
@@ -78,7 +79,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 def sync(options: argparse.Namespace) -> int:
     """Send to MLflow what it has not received of one run, or of all."""
     store = open_store(options)
-    directories = run_directories(store) if options.all else [find_run(store, options.run)]
+    directories = store.run_directories() if options.all else [find_run(store, options.run)]
     return max((_sync(store, directory) for directory in directories), default=EXIT_SUCCESS)
 
 
@@ -89,9 +90,10 @@ def _sync(store: Store, directory: Path) -> int:
     if not tracking.get("enabled", True):
         print(f"run {name} was made without MLflow (`tracking.enabled: false`)")
         return EXIT_SUCCESS
-    uri = resolve_environment(mlflow.tracking_uri(tracking.get("uri"), store.root), os.environ)
+    uri = resolve_environment(mlflow.tracking_uri(tracking.get("uri"), store.local("")), os.environ)
     mlflow.check_tracking(uri)
-    code, reason = mlflow.sync_now(directory, uri, tracking.get("experiment"))
+    code, reason = mlflow.sync_now(store, directory, uri, tracking.get("experiment"))
+    store.push_run(name)
     if code == mlflow.EXIT_SENT:
         print(f"run {name} is complete in MLflow")
         return EXIT_SUCCESS

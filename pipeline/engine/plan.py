@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any, Literal, Protocol
 
+from polytrope.pipeline.engine.inputs import input_sources, input_values
+from polytrope.pipeline.engine.schedule import Schedule
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.executors.base import LOOK_AHEAD, Capacity, needs
+from polytrope.pipeline.executors.base import Capacity, Usage
 from polytrope.pipeline.runs.history import Past
 from polytrope.pipeline.workflow.conditions import condition_stages
 from polytrope.pipeline.workflow.graph import StageNode, condition_holds
@@ -93,46 +95,23 @@ class Plan:
             if stage.predicted is None:
                 return None
             seconds[stage.name] = stage.predicted
-        names = list(graph)
-        position = {name: index for index, name in enumerate(names)}
-        missing = {name: len(node.dependencies) for name, node in graph.items()}
-        followers: dict[str, list[str]] = {name: [] for name in graph}
-        for name, node in graph.items():
-            for source in node.dependencies:
-                followers[source].append(name)
-        ready = [position[name] for name in names if missing[name] == 0]  # heaps, both
-        running: list[tuple[float, int]] = []
-        used, now = (0.0, 0.0), 0.0
-
-        def end(index: int) -> None:
-            for follower in followers[names[index]]:
-                missing[follower] -= 1
-                if missing[follower] == 0:
-                    heappush(ready, position[follower])
-
-        while ready or running:
-            waiting: list[int] = []
-            while ready and len(waiting) < LOOK_AHEAD:
-                index = heappop(ready)
-                name, resources = names[index], graph[names[index]].resources
-                if seconds[name] == 0.0:  # stored or skipped
-                    end(index)
-                elif running and (
-                    len(running) == concurrency or (capacity is not None and not capacity.holds(used, resources))
-                ):
-                    waiting.append(index)
+        schedule, usage = Schedule(graph), Usage(capacity, concurrency)
+        running: list[tuple[float, int, str]] = []  # heap of (when it ends, its place in the file, name)
+        now = 0.0
+        while True:
+            while node := schedule.next_ready():
+                if seconds[node.name] == 0.0:  # stored or skipped
+                    schedule.end(node.name, "cached")
                 else:
-                    cpus, gpus = needs(resources)
-                    used = (used[0] + cpus, used[1] + gpus)
-                    heappush(running, (now + seconds[name], index))
-            for index in waiting:
-                heappush(ready, index)
-            if running:
-                now, index = heappop(running)
-                cpus, gpus = needs(graph[names[index]].resources)
-                used = (used[0] - cpus, used[1] - gpus)
-                end(index)
-        return now
+                    schedule.queue(node.name)
+            while node := schedule.next_fitting(usage):
+                usage.add(node.resources)
+                heappush(running, (now + seconds[node.name], schedule.position(node.name), node.name))
+            if not running:
+                return now
+            now, _, name = heappop(running)
+            usage.remove(graph[name].resources)
+            schedule.end(name, "succeeded")
 
 
 def make_plan(
@@ -165,7 +144,7 @@ def make_plan(
             action, reasons = decided
             plan[name] = PlannedStage(name, action, reasons, None, predicted)
             continue
-        components = key_components(node, _digests(node, digests))
+        components = key_components(node, input_values(node, digests))
         key = stage_key(components)
         artifact = store.find(key)
         if artifact is not None and name not in force and node.spec_name not in force:
@@ -182,7 +161,7 @@ def _dependencies(node: StageNode, plan: Mapping[str, PlannedStage]) -> tuple[Ac
     """Whether an upstream stage that runs or is skipped decides already."""
     pending: list[str] = []
     for label in node.inputs:
-        sources = _sources(node, label)
+        sources = input_sources(node, label)
         kind = node.definition.inputs[label]
         if kind == "required" and sources and plan[sources[0]].action == "skip":
             return "skip", [f"its input {label} comes from {sources[0]}, which is skipped"]
@@ -191,16 +170,10 @@ def _dependencies(node: StageNode, plan: Mapping[str, PlannedStage]) -> tuple[Ac
     if not pending:
         return None
     names = " and ".join(pending)
-    upstream = [plan[source] for label in pending for source in _sources(node, label)]
+    upstream = [plan[source] for label in pending for source in input_sources(node, label)]
     if any(stage.action == "run" and not stage.repeats for stage in upstream):
         return "run", [f"input {names} will be computed"]
     return "unknown", [f"input {names} will be computed again, perhaps with the same result"]
-
-
-def _sources(node: StageNode, label: str) -> list[str]:
-    """Names of the nodes behind one input."""
-    value = node.inputs[label]
-    return [value] if isinstance(value, str) else list((value or {}).values())
 
 
 def _condition(
@@ -218,17 +191,6 @@ def _condition(
     except UserError as error:
         return "skip", [error.message]
     return None if holds else ("skip", [f"`when: {node.when}` does not hold"])
-
-
-def _digests(node: StageNode, digests: Mapping[str, str]) -> dict[str, str | dict[str, str] | None]:
-    """Digest of every input; a skipped optional input is None, a skipped branch of a fan-in is left out."""
-    result: dict[str, str | dict[str, str] | None] = {}
-    for label, value in node.inputs.items():
-        if isinstance(value, dict):
-            result[label] = {branch: digests[name] for branch, name in value.items() if name in digests}
-        else:
-            result[label] = digests.get(value) if value else None
-    return result
 
 
 def _reasons(key: str, components: Mapping[str, Any], past: list[Past], store: ArtifactStore) -> list[str]:

@@ -12,8 +12,6 @@ from polytrope.pipeline.executors.worker import Outcome, StageTask
 from polytrope.pipeline.stage import Resources
 from polytrope.pipeline.workflow.graph import StageNode
 
-LOOK_AHEAD = 64  # ready stages that are tried when the first ones do not fit
-
 
 class Executor(Protocol):
     """Runs stage tasks somewhere. Used by one thread only."""
@@ -54,10 +52,46 @@ class Capacity:
     gpus: float
     memory: int = 0
 
-    def holds(self, used: tuple[float, float], resources: Resources) -> bool:
-        """Whether a stage fits beside what is `used` (CPUs, GPUs)."""
+
+@dataclass
+class Usage:
+    """What running stages have taken of a `capacity` (None: of one without limit), `concurrency` at a time at most."""
+
+    capacity: Capacity | None = None
+    concurrency: int | None = None
+    running: int = 0
+    cpus: float = 0.0
+    gpus: float = 0.0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further stage can be started."""
+        if self.concurrency is not None and self.running >= self.concurrency:
+            return True
+        return self.capacity is not None and self.running > 0 and self.cpus >= self.capacity.cpus
+
+    def fits(self, resources: Resources) -> bool:
+        """Whether a stage fits beside those that run; alone, any does: what never can was refused before."""
+        if self.is_full:
+            return False
+        if self.running == 0 or self.capacity is None:
+            return True
         cpus, gpus = needs(resources)
-        return used[0] + cpus <= self.cpus + 1e-9 and used[1] + gpus <= self.gpus + 1e-9
+        return self.cpus + cpus <= self.capacity.cpus + 1e-9 and self.gpus + gpus <= self.capacity.gpus + 1e-9
+
+    def add(self, resources: Resources) -> None:
+        """A stage has started."""
+        cpus, gpus = needs(resources)
+        self.running += 1
+        self.cpus += cpus
+        self.gpus += gpus
+
+    def remove(self, resources: Resources) -> None:
+        """It has ended."""
+        cpus, gpus = needs(resources)
+        self.running -= 1
+        self.cpus = self.cpus - cpus if self.running else 0.0  # no sum of rounding errors
+        self.gpus = self.gpus - gpus if self.running else 0.0
 
 
 def needs(resources: Resources) -> tuple[float, float]:

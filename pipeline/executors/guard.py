@@ -2,7 +2,7 @@
 
 Started by the Ray executor as `python -m polytrope.pipeline.executors.guard DRIVER_PID`, with a pipe from the driver as
 stdin. It keeps a list of the driver's Ray processes and their descendants. When the pipe closes it kills them at once;
-after a goodbye (Ray was shut down) it kills only those that do not end by themselves. Linux only (it reads /proc).
+after a goodbye (Ray was shut down) it kills only those that do not end by themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import select
 import signal
 import sys
 import time
-from pathlib import Path
+
+import psutil
 
 _INTERVAL = 1.0  # seconds between two looks
 _PATIENCE = 3.0  # seconds that processes of a cluster that was shut down may take to end
@@ -24,7 +25,7 @@ def main() -> None:
     driver = int(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    known: dict[int, str] = {}
+    known: set[psutil.Process] = set()
     while True:
         _look(driver, known)
         ready, _, _ = select.select([0], [], [], _INTERVAL)
@@ -38,54 +39,44 @@ def main() -> None:
         if not _living(known):
             return
     for _ in range(2):  # once more: what was just being started
-        for pid in _living(known):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for process in _living(known):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
         time.sleep(0.2)
         _look(driver, known)
 
 
-def _living(known: dict[int, str]) -> list[int]:
-    return [pid for pid, start in known.items() if _start_time(pid) == start]
+def _living(known: set[psutil.Process]) -> list[psutil.Process]:
+    living = []
+    for process in known:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                living.append(process)
+    return living
 
 
-def _look(driver: int, known: dict[int, str]) -> None:
-    """Add the driver's Ray processes, and all descendants of known ones, to `known` (process → start time)."""
-    rows: dict[int, tuple[int, str]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError, IndexError, ValueError):
-                fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
-                rows[int(name)] = (int(fields[1]), fields[19])
-    for pid, (parent, start) in rows.items():
-        if parent == driver and pid not in known and _is_ray(pid):
-            known[pid] = start
-    found = True
-    while found:
-        found = False
-        for pid, (parent, start) in rows.items():
-            if pid not in known and parent in known and rows.get(parent, (0, ""))[1] == known[parent]:
-                known[pid] = start
-                found = True
-    for pid in [pid for pid, start in known.items() if rows.get(pid, (0, ""))[1] != start]:
-        del known[pid]
+def _look(driver: int, known: set[psutil.Process]) -> None:
+    """Add the driver's Ray processes, and all descendants of known ones, to `known`; forget those that are gone."""
+    processes = {process.pid: process for process in psutil.process_iter()}
+    children: dict[int, list[psutil.Process]] = {}
+    for process in processes.values():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children.setdefault(process.ppid(), []).append(process)
+    known.intersection_update(processes.values())
+    known.update(process for process in children.get(driver, []) if process in known or _is_ray(process))
+    parents = list(known)
+    while parents:
+        further = [child for parent in parents for child in children.get(parent.pid, []) if child not in known]
+        known.update(further)
+        parents = further
 
 
-def _is_ray(pid: int) -> bool:
+def _is_ray(process: psutil.Process) -> bool:
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
+        command = process.cmdline()
+    except psutil.Error:
         return False
-    return any(b"/ray/" in part for part in command[:4]) or command[0].startswith(b"ray::")
-
-
-def _start_time(pid: int) -> str:
-    """Clock ticks at which a process started; nothing if it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
+    return any("/ray/" in part for part in command[:4]) or "".join(command[:1]).startswith("ray::")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The local executor: every stage has a process of its own, or one that a stage left clean. No Ray in the driver."""
+"""The local executor: every stage has a process of its own, which the nursery forks. No Ray in the driver."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from multiprocessing.connection import Connection, wait
 
 from polytrope.pipeline.executors.base import Capacity, machine_capacity
-from polytrope.pipeline.executors.nursery import GRACE, kill_tree
+from polytrope.pipeline.executors.descendants import signal_descendants
+from polytrope.pipeline.executors.nursery import GRACE
 from polytrope.pipeline.executors.worker import Outcome, StageError, StageTask, dump, dump_task, hide_secrets_in_file
 from polytrope.pipeline.support.faults import worker_dies
 from polytrope.pipeline.workflow.graph import StageNode
@@ -25,7 +26,7 @@ class LocalExecutor:
 
     name = "local"
 
-    def __init__(self, wake: int | None = None) -> None:
+    def __init__(self, _address: str | None = None, wake: int | None = None) -> None:
         self._capacity = machine_capacity()
         self._wake = wake
         self._process: subprocess.Popen[bytes] | None = None
@@ -47,7 +48,7 @@ class LocalExecutor:
 
     def submit(self, task: StageTask) -> None:
         self._tasks[task.identifier] = task
-        message = dump(("run", (task.identifier, task.uses, dump_task(task))))
+        message = dump(("run", (task.identifier, dump_task(task))))
         try:
             self._start().send_bytes(message)
         except (BrokenPipeError, ConnectionResetError):  # it died meanwhile; this task is not lost by it
@@ -88,9 +89,8 @@ class LocalExecutor:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+                self._end_keepers()
             self._process = None
-        for pid in self._pids.values():
-            kill_tree(pid, signal.SIGKILL)
         self._tasks.clear()
         self._pids.clear()
 
@@ -144,19 +144,31 @@ class LocalExecutor:
         self._ended.append((identifier, outcome))
 
     def _lose_all(self) -> None:
-        """The nursery itself was killed: so were its stages."""
+        """The nursery itself was killed: so are its stages."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
         if self._process is not None:
             self._process.wait()
             self._process = None
+        self._end_keepers()
         for identifier in list(self._tasks):
-            if identifier in self._pids:
-                kill_tree(self._pids[identifier], signal.SIGKILL)
             lost = StageError("worker lost", "the process that starts the stages was killed")
             cancelled = StageError("cancelled", "cancelled")
             self._finish(identifier, Outcome(error=cancelled if identifier in self._cancelled else lost))
+
+    def _end_keepers(self) -> None:
+        """Wait until those of a nursery that was killed have ended their stages; kill what is left after that."""
+        import psutil
+
+        keepers = []
+        for pid in self._pids.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                keepers.append(psutil.Process(pid))
+        for keeper in psutil.wait_procs(keepers, timeout=2 * GRACE)[1]:
+            signal_descendants(keeper.pid, signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                keeper.kill()
 
 
 def lost_worker(status: int) -> StageError:

@@ -1,16 +1,17 @@
-"""The process that forks the local executor's stages: started once per run, small, so that a stage costs a fork.
+"""The process that starts the local executor's stages: one per run, small, so that a stage costs a fork.
 
-It is the parent of all stage processes: it learns their exit status, sees the end of the driver (its socket closes) and
-then kills every stage with everything that stage started. Orphans of a stage come back to it (subreaper) and are killed
-with the stage's session. A process whose stage left no trace in it (see `traces`) waits for the next stage whose
-function was seen to leave none, since a fork is most of the price of a small stage; every other ends with its stage.
-Started as `python -m polytrope.pipeline.executors.nursery SOCKET`.
+    driver → nursery → keepers → a stage each → whatever it starts
+
+A keeper forks one stage after another; only code of this package runs in it, and small stage functions are imported
+there once. Nursery and keepers adopt orphans (`descendants`), so that nothing a stage starts gets out of their sight: a
+keeper reports a stage when nothing of it is left, whatever ended it. Keepers end, with all below them, when the nursery
+is killed; a stage is killed with its keeper; the nursery ends all of them when the driver's socket closes. Started as
+`python -m polytrope.pipeline.executors.nursery SOCKET`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import math
 import os
@@ -20,71 +21,42 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import time
-from collections.abc import Collection, Container
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
+from typing import NoReturn
 
-from polytrope.pipeline.executors.traces import differences, process_state, resident_memory
-from polytrope.pipeline.executors.worker import (
-    Outcome,
-    StageTask,
-    dump,
-    is_light,
-    load_task,
-    output_to,
-    preload,
-    run_task,
+from polytrope.pipeline.executors.descendants import (
+    adopt_orphans,
+    end_descendants,
+    signal_at_parents_end,
+    signal_descendants,
 )
+from polytrope.pipeline.executors.worker import dump, is_light, load_task, preload, run_logged
+from polytrope.pipeline.support.files import write_all
 
-# First byte of what a stage's process sends. It waits for another stage; it ends, but what it imported may be imported
-# before a fork; or not even that.
-_CLEAN, _LIGHT, _HEAVY = b"c", b"l", b"h"
-_LENGTH = struct.Struct("<Q")  # of what follows
-_FRAME = struct.Struct("!i")  # the same in the protocol of `multiprocessing.connection`
-_SMALL = 1 << 16  # bytes of a task that surely fit into a channel; a larger one goes with a fork
-GRACE = 3.0  # seconds between SIGTERM and SIGKILL
-_SET_PARENT_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36
+GRACE = 3.0  # seconds between SIGTERM and SIGKILL, and for killed processes to be gone
+_LIGHT, _HEAVY = b"l", b"h"  # first byte of what a stage leaves: whether what it imported may be imported before a fork
+_STATUS = struct.Struct("<i")  # first bytes of what a keeper sends: how the stage's process ended
+_FRAME = struct.Struct("!i")  # length of a message in the protocol of `multiprocessing.connection`
+_NURSERY_ENDED = signal.SIGUSR2
 
 
 @dataclass
-class Child:
-    """A stage process and what arrived from it so far. `identifier`: of its stage, None while it waits for one."""
+class Keeper:
+    """A keeper, and the task of its stage (None: it waits for one). `kill_at`: a cancelled stage's end by force."""
 
-    identifier: int | None
     pid: int
-    channel: socket.socket
-    uses: str
-    task: bytes
-    data: bytearray = field(default_factory=bytearray)
-    kill_at: float | None = None  # a cancelled one's end by force; infinite when that was done
-
-
-@dataclass
-class Known:
-    """What this process knows of modules and stage functions.
-
-    Args:
-        modules: its own.
-        loaded: stage functions loaded here, so that a fork need not.
-        clean: stage functions that left no trace in their process.
-    """
-
-    modules: frozenset[str]
-    loaded: set[str] = field(default_factory=set)
-    clean: set[str] = field(default_factory=set)
-
-
-def prctl(option: int, value: int) -> None:
-    """Linux process control; elsewhere nothing (a killed driver is then noticed by its closed socket only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+    channel: Connection
+    identifier: int | None = None
+    kill_at: float | None = None
 
 
 def main() -> None:
     driver = Connection(int(sys.argv[1]))
-    prctl(_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the driver decides
     read_end, write_end = os.pipe()
@@ -93,41 +65,33 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     gc.freeze()
-    children: dict[int, Child] = {}
+    keepers: dict[int, Keeper] = {}
     outbox = bytearray()  # to the driver, which may be writing itself: neither waits for the other to read
-    known = Known(frozenset(sys.modules))
     try:
         while True:
-            channels = {child.channel.fileno(): child for child in children.values()}
-            deadline = min(
-                (child.kill_at for child in children.values() if child.kill_at is not None), default=math.inf
-            )
+            channels = {keeper.channel.fileno(): keeper for keeper in keepers.values()}
+            deadline = min((item.kill_at for item in keepers.values() if item.kill_at is not None), default=math.inf)
             timeout = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
             full = [driver.fileno()] if outbox else []
             ready, _, _ = select.select([driver.fileno(), read_end, *channels], full, [], timeout)
             for descriptor in ready:
                 if descriptor in channels:
-                    _receive(channels[descriptor])
-                    _continue(outbox, channels[descriptor], children, known)
+                    _receive(outbox, channels[descriptor])
             if read_end in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(read_end, 4096)
-                _reap(outbox, children, known)
-            for child in children.values():
-                if child.kill_at is not None and time.monotonic() >= child.kill_at:
-                    child.kill_at = math.inf
-                    kill_tree(child.pid, signal.SIGKILL)
-            if driver.fileno() in ready and not _command(driver, outbox, children, (read_end, write_end), known):
+                _reap(outbox, keepers)
+            for keeper in keepers.values():
+                if keeper.kill_at is not None and time.monotonic() >= keeper.kill_at:
+                    keeper.kill_at = math.inf
+                    signal_descendants(keeper.pid, signal.SIGKILL)
+            if driver.fileno() in ready and not _command(driver, outbox, keepers, (read_end, write_end)):
                 return
             _post(driver, outbox)
     except (BrokenPipeError, ConnectionResetError):
         return  # the driver is gone
     finally:
-        for child in children.values():
-            kill_tree(child.pid, signal.SIGKILL)
-        for pid in _descendants(os.getpid()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end_descendants(GRACE)
 
 
 def _report(outbox: bytearray, kind: str, identifier: int, value: int, data: bytes | None) -> None:
@@ -142,154 +106,151 @@ def _post(driver: Connection, outbox: bytearray) -> None:
             del outbox[: channel.send(outbox, socket.MSG_DONTWAIT)]
 
 
-def _command(
-    driver: Connection, outbox: bytearray, children: dict[int, Child], private: tuple[int, int], known: Known
-) -> bool:
+def _command(driver: Connection, outbox: bytearray, keepers: dict[int, Keeper], private: tuple[int, int]) -> bool:
     """Follow one command of the driver; False: it is gone."""
     try:
         kind, value = pickle.loads(driver.recv_bytes())
     except (EOFError, ConnectionResetError):
         return False
     if kind == "run":
-        identifier, uses, data = value
-        child = None
-        if uses not in known.clean:
-            _dismiss(children)
-        elif len(data) < _SMALL:
-            child = _give(identifier, uses, data, children)
-        if child is None:
-            child = _fork(identifier, uses, data, driver, children, private, known)
-            children[child.pid] = child
-        _report(outbox, "started", identifier, child.pid, None)
+        identifier, data = value
+        keeper = _give(data, driver, keepers, private)
+        keeper.identifier = identifier
+        _report(outbox, "started", identifier, keeper.pid, None)
     elif kind == "cancel":
-        for child in children.values():
-            if child.identifier == value and child.kill_at is None:
-                child.kill_at = time.monotonic() + GRACE
-                kill_tree(child.pid, signal.SIGTERM)
+        for keeper in keepers.values():
+            if keeper.identifier == value and keeper.kill_at is None:
+                keeper.kill_at = time.monotonic() + GRACE
+                signal_descendants(keeper.pid, signal.SIGTERM)
     return True
 
 
-def _give(identifier: int, uses: str, data: bytes, children: dict[int, Child]) -> Child | None:
-    """Hand a task to a process that waits, if there is one."""
-    for child in children.values():
-        if child.identifier is None:
-            try:
-                child.channel.sendall(_LENGTH.pack(len(data)) + data)
-            except OSError:  # it was killed, or its channel is full: `_reap` will find it
-                kill_tree(child.pid, signal.SIGKILL)
-                continue
-            child.identifier, child.uses, child.task = identifier, uses, data
-            return child
-    return None
+def _give(data: bytes, driver: Connection, keepers: dict[int, Keeper], private: tuple[int, int]) -> Keeper:
+    """Hand a task to a keeper that waits, or to a new one."""
+    for keeper in keepers.values():
+        if keeper.identifier is None:
+            with contextlib.suppress(OSError):  # it was killed: `_reap` will find it
+                keeper.channel.send_bytes(data)
+                return keeper
+    keeper = _fork(driver, keepers.values(), private)
+    keepers[keeper.pid] = keeper
+    keeper.channel.send_bytes(data)
+    return keeper
 
 
-def _dismiss(children: dict[int, Child]) -> None:
-    """End the processes that wait, lest they hold memory beside a stage that may need it."""
-    for child in children.values():
-        if child.identifier is None:
-            with contextlib.suppress(OSError):
-                child.channel.shutdown(socket.SHUT_WR)
-
-
-def _fork(
-    identifier: int,
-    uses: str,
-    data: bytes,
-    driver: Connection,
-    children: dict[int, Child],
-    private: tuple[int, int],
-    known: Known,
-) -> Child:
+def _fork(driver: Connection, others: Iterable[Keeper], private: tuple[int, int]) -> Keeper:
+    """Start a keeper."""
     ours, theirs = socket.socketpair()
+    nursery = os.getpid()
     pid = os.fork()
     if pid:
         theirs.close()
-        ours.setblocking(False)
-        return Child(identifier, pid, ours, uses, data)
+        return Keeper(pid, Connection(ours.detach()))
     status = 1
     try:
-        os.setsid()
-        prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
         driver.close()
-        for channel in (ours, *(child.channel for child in children.values())):
-            channel.close()
+        ours.close()
+        for keeper in others:
+            keeper.channel.close()
         for descriptor in private:
             os.close(descriptor)
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.close(null)
-        _serve(theirs, data, known.modules)
+        _keep(Connection(theirs.detach()), nursery)
         status = 0
     finally:
         os._exit(status)
 
 
-def _serve(channel: socket.socket, data: bytes, modules: Collection[str]) -> None:
-    """Run the task; then others, as long as each leaves this process as it was."""
-    before, memory = process_state(modules), resident_memory()
-    while data:
-        outcome = _run(data)
-        kind = _LIGHT if is_light() else _HEAVY
-        if kind == _LIGHT and outcome.error is None and not differences(before, process_state(modules), memory):
-            kind = _CLEAN
-        channel.sendall(kind + _LENGTH.pack(len(body := dump(outcome))) + body)
-        data = _next_task(channel) if kind == _CLEAN else b""
+def _keep(nursery: Connection, nursery_pid: int) -> None:
+    """The keeper: run stages one after another, each in its own process; tell how it ended when nothing is left."""
+    awaited = {signal.SIGCHLD, _NURSERY_ENDED}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)  # they are waited for, and interrupt nothing
+    adopt_orphans()
+    signal_at_parents_end(_NURSERY_ENDED)
+    loaded: set[str] = set()  # stage functions that were imported here
+    nothing_left = True
+    while nothing_left:
+        try:
+            data = nursery.recv_bytes()
+        except (EOFError, ConnectionResetError):
+            return
+        with _memory() as memory:
+            stage = os.fork()
+            if not stage:
+                _run(data, memory)
+            ended = None
+            while ended is None and os.getppid() == nursery_pid:
+                signal.sigwait(awaited)
+                ended = _collect(stage)
+            nothing_left = end_descendants(GRACE)
+            if ended is None:
+                return
+            os.lseek(memory, 0, os.SEEK_SET)
+            left = os.read(memory, os.fstat(memory).st_size)
+        try:
+            nursery.send_bytes(_STATUS.pack(ended) + left[1:])
+        except BrokenPipeError:
+            return
+        if ended == 0 and left[:1] == _LIGHT:
+            _preload(data, loaded)
 
 
-def _next_task(channel: socket.socket) -> bytes:
-    """Empty: there is none, the nursery has ended."""
-    data, length = b"", _LENGTH.size
-    while len(data) < length:
-        block = channel.recv(length - len(data))
-        if not block:
-            return b""
-        data += block
-        if len(data) == _LENGTH.size == length:
-            length += _LENGTH.unpack(data)[0]
-    return data[_LENGTH.size :]
+@contextlib.contextmanager
+def _memory() -> Iterator[int]:
+    """A file in memory, where a stage leaves its outcome: whole if the stage ended well, and never in anybody's way."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("outcome")
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+    else:
+        with tempfile.TemporaryFile() as file:
+            yield file.fileno()
 
 
-def _run(data: bytes) -> Outcome:
-    task: StageTask = load_task(data)
-    with output_to(task.log):
-        return run_task(task)
+def _collect(stage: int) -> int | None:
+    """The exit status of the stage among all children that ended."""
+    found = None
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+            found = ended[1] if ended[0] == stage else found
+    return found
 
 
-def _receive(child: Child) -> None:
-    """Read what is there."""
-    with contextlib.suppress(BlockingIOError, ConnectionResetError):
-        while block := child.channel.recv(1 << 16):
-            child.data += block
+def _run(data: bytes, memory: int) -> NoReturn:
+    """The stage's process."""
+    status = 1
+    try:
+        signal_at_parents_end(signal.SIGKILL)
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD, _NURSERY_ENDED})
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        outcome = run_logged(load_task(data))
+        write_all(memory, (_LIGHT if is_light() else _HEAVY) + dump(outcome))
+        status = 0
+    finally:
+        os._exit(status)
 
 
-def _outcome(child: Child) -> bytes:
-    """What the process sent of its stage; empty until that is complete."""
-    start = 1 + _LENGTH.size
-    if len(child.data) < start or len(child.data) < start + _LENGTH.unpack_from(child.data, 1)[0]:
-        return b""
-    return bytes(child.data[start:])
-
-
-def _continue(outbox: bytearray, child: Child, children: dict[int, Child], known: Known) -> None:
-    """If the stage is complete and its process waits for another, report the one and keep the other."""
-    if child.data[:1] != _CLEAN or not (outcome := _outcome(child)):
+def _receive(outbox: bytearray, keeper: Keeper) -> None:
+    """Report the stage that ended; its keeper waits for another."""
+    try:
+        data = keeper.channel.recv_bytes()
+    except (EOFError, ConnectionResetError):  # it was killed: `_reap` reports its stage
         return
-    if child.kill_at is not None:  # cancelled meanwhile: `_reap` reports it
-        kill_tree(child.pid, signal.SIGKILL)
-        return
-    _kill_orphans(child.pid, children)
-    assert child.identifier is not None
-    _report(outbox, "ended", child.identifier, 0, outcome)
-    known.clean.add(child.uses)
-    child.identifier = None
-    child.data.clear()
+    assert keeper.identifier is not None
+    (status,) = _STATUS.unpack_from(data)
+    _report(outbox, "ended", keeper.identifier, status, data[_STATUS.size :])
+    keeper.identifier = keeper.kill_at = None
 
 
-def _reap(outbox: bytearray, children: dict[int, Child], known: Known) -> None:
-    """Collect ended children; report those that are stages; end what a stage left running."""
+def _reap(outbox: bytearray, keepers: dict[int, Keeper]) -> None:
+    """Report the stages of killed keepers. What these leave comes to this process, and is ended."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -297,18 +258,22 @@ def _reap(outbox: bytearray, children: dict[int, Child], known: Known) -> None:
             return
         if pid == 0:
             return
-        child = children.pop(pid, None)
-        if child is None:
-            continue  # an orphan of a stage
-        _receive(child)
-        child.channel.close()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
-        _kill_orphans(pid, children)
-        if child.identifier is not None:
-            _report(outbox, "ended", child.identifier, status, _outcome(child))
-        if child.data[:1] == _LIGHT:
-            _preload(child.task, known.loaded)
+        keeper = keepers.pop(pid, None)
+        if keeper is not None:
+            keeper.channel.close()
+            if keeper.identifier is not None:
+                _report(outbox, "ended", keeper.identifier, status, b"")
+        _end_strangers(keepers)
+
+
+def _end_strangers(keepers: Iterable[int]) -> None:
+    """Kill the children of this process that are no keepers; each of them that ends brings its own children here."""
+    import psutil
+
+    for child in psutil.Process().children():
+        if child.pid not in keepers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 def _preload(data: bytes, loaded: set[str]) -> None:
@@ -319,50 +284,6 @@ def _preload(data: bytes, loaded: set[str]) -> None:
             loaded.add(task.uses)
             preload(task)
             gc.freeze()
-
-
-def _table() -> list[tuple[int, int, int]]:
-    """(process, parent, session) of every process, from /proc."""
-    rows = []
-    for name in os.listdir("/proc") if os.path.isdir("/proc") else []:
-        if name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
-                rows.append((int(name), int(fields[1]), int(fields[3])))
-    return rows
-
-
-def _descendants(root: int) -> list[int]:
-    rows = _table()
-    found: list[int] = []
-    level = {root}
-    while level:
-        level = {pid for pid, parent, _ in rows if parent in level and pid not in found}
-        found.extend(level)
-    return found
-
-
-def kill_tree(pid: int, number: int) -> None:
-    """Signal a stage's process group and all its descendants, those in sessions of their own too."""
-    members = _descendants(pid)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)
-    for member in members:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(member, number)
-
-
-def _kill_orphans(session: int, children: Container[int]) -> None:
-    """Kill what a stage left in the session of its process: it came back to the nursery, which did not fork it."""
-    try:
-        found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        if all(int(pid) in children for pid in found):
-            return
-    except OSError:  # a kernel that does not list children
-        pass
-    for pid in [pid for pid, _, found in _table() if found == session and pid != session]:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

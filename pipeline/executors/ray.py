@@ -10,37 +10,25 @@ import contextlib
 import logging
 import os
 import select
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Iterable
 from typing import Any
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.executors.address import check_address
 from polytrope.pipeline.executors.base import Capacity, machine_capacity, needs, refuse_impossible
 from polytrope.pipeline.executors.guard import GOODBYE
 from polytrope.pipeline.executors.nursery import GRACE
-from polytrope.pipeline.executors.worker import (
-    Outcome,
-    StageError,
-    StageTask,
-    dump_task,
-    hide_secrets_in_file,
-    load_task,
-    output_to,
-    run_task,
-)
+from polytrope.pipeline.executors.ray_signals import handlers_kept
+from polytrope.pipeline.executors.ray_task import NAMESPACE, PATIENCE, execute
+from polytrope.pipeline.executors.worker import Outcome, StageError, StageTask, dump_task, hide_secrets_in_file
 from polytrope.pipeline.workflow.graph import StageNode
 
 _WORKER_PATIENCE = 30.0  # seconds that a cluster may have no CPU at all
 _SLICE = 0.2  # seconds between two looks for a signal while waiting
-_POLL = 0.25  # seconds between two looks of a stage for its cancellation
-_PATIENCE = 1.0  # seconds after which a cancelled task that has not started is taken for one that queues
-_NAMESPACE = b"polytrope"  # in Ray's key-value store
 
 
 def _cluster_resources(ray: Any) -> dict[str, float]:
@@ -49,62 +37,6 @@ def _cluster_resources(ray: Any) -> dict[str, float]:
     while "CPU" not in (total := ray.cluster_resources()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return dict(total)
-
-
-def execute(data: bytes, mark: bytes, submitted: float) -> Outcome:
-    """The body of the Ray task.
-
-    Args:
-        mark: the key in Ray's key-value store by which the driver cancels it.
-        submitted: when, by this machine's clock: only a task that has queued can have been cancelled; 0: not known.
-    """
-    if abs(time.time() - submitted) > _PATIENCE / 2 and _is_marked(mark):
-        return Outcome(error=StageError("cancelled", "cancelled"))
-    task = load_task(data)
-    claim, ended = threading.Lock(), threading.Event()
-    threading.Thread(target=_watch, args=(mark, claim, ended), name="polytrope-cancel", daemon=True).start()
-    try:
-        with output_to(task.log):
-            return run_task(task)
-    finally:
-        while True:
-            with contextlib.suppress(KeyboardInterrupt):
-                if claim.acquire(blocking=False):
-                    break
-                ended.set()
-                time.sleep(GRACE)  # cancelled: no reply any more, this process is about to be killed
-        ended.set()
-
-
-def _watch(mark: bytes, claim: threading.Lock, ended: threading.Event) -> None:
-    """Interrupt the stage when its mark is set, then end this process with all that it started.
-
-    `ray.cancel` is not used: Ray 2.60 ends the driver's process if a task is completed while it is being cancelled
-    ("Tried to complete task that was not pending"). Whoever gets `claim` first, this thread or the end of the stage,
-    decides whether there is a reply.
-    """
-    while not ended.wait(_POLL) and not _is_marked(mark):
-        pass
-    if not claim.acquire(blocking=False):
-        return
-    main = threading.main_thread().ident
-    assert main is not None
-    signal.pthread_kill(main, signal.SIGINT)
-    with contextlib.suppress(Exception):  # whatever happens here, the process must end
-        import psutil
-
-        ended.wait(GRACE)
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _is_marked(mark: bytes) -> bool:
-    with contextlib.suppress(Exception):  # Ray's control service is away: asked again
-        from ray.experimental import internal_kv
-
-        return bool(internal_kv._internal_kv_exists(mark, namespace=_NAMESPACE))
-    return False
 
 
 class RayExecutor:
@@ -203,14 +135,14 @@ class RayExecutor:
             from ray.experimental import internal_kv
 
             self._cancelled[identifier] = time.monotonic()
-            internal_kv._internal_kv_put(self._mark(identifier), b"", namespace=_NAMESPACE)
+            internal_kv._internal_kv_put(self._mark(identifier), b"", namespace=NAMESPACE)
 
     def _mark(self, identifier: int) -> bytes:
         return f"cancel/{self._name}/{identifier}".encode()
 
     def _drop_waiting(self) -> list[tuple[int, Outcome]]:
         """Cancelled tasks that still queue for resources: whenever they start, they find their mark and end."""
-        latest = time.monotonic() - _PATIENCE
+        latest = time.monotonic() - PATIENCE
         found = [item for item, when in self._cancelled.items() if when < latest and not self.has_started(item)]
         for identifier in found:
             del self._cancelled[identifier], self._tasks[identifier]
@@ -222,7 +154,7 @@ class RayExecutor:
             return
         for identifier in list(self._references.values()):
             self.cancel(identifier)
-        deadline = time.monotonic() + GRACE + 2 * _PATIENCE
+        deadline = time.monotonic() + GRACE + 2 * PATIENCE
         while self._references and time.monotonic() < deadline:
             self.wait(_SLICE)
         self._references.clear()
@@ -256,7 +188,7 @@ class RayExecutor:
         if self._cancelled.pop(identifier, None) is not None:
             from ray.experimental import internal_kv
 
-            internal_kv._internal_kv_del(self._mark(identifier), namespace=_NAMESPACE)
+            internal_kv._internal_kv_del(self._mark(identifier), namespace=NAMESPACE)
             outcome = Outcome(error=StageError("cancelled", "cancelled"))
         hide_secrets_in_file(task.log, task.secrets)
         return identifier, outcome
@@ -285,31 +217,6 @@ class RayExecutor:
         return StageError("worker lost", f"the stage's Ray worker or node died: {_first_line(error)}", "", kind)
 
 
-def check_address(address: str | None) -> None:
-    """Refuse an address where nothing listens, in two seconds at most and without Ray.
-
-    Raises:
-        UserError: Ray Client addresses, malformed ones, and those that do not answer.
-    """
-    if address is None or address in ("auto", "local"):
-        return
-    if address.startswith(("ray://", "http://", "https://")):
-        raise UserError(
-            f"ray_address: `{address}` is not the address of a cluster's head (host:port)",
-            f"run the driver on the cluster instead: `polytrope submit WORKFLOW --address {address}`",
-        )
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"ray_address: `{address}` is not `host:port`", "for example `ray_address: 10.0.0.1:6379`")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=1.5).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"ray_address: no Ray cluster answers at {address}: {error}",
-            "start one with `ray start --head`, mend the address, or leave it out for a private cluster",
-        ) from error
-
-
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -325,11 +232,12 @@ def _initialize(ray: Any, address: str | None) -> None:
         "logging_level": logging.ERROR,
         "namespace": f"polytrope-{os.getpid()}",
     }
-    if address is None or address == "local":
-        capacity = machine_capacity()
-        ray.init(address="local", include_dashboard=False, num_cpus=int(capacity.cpus), **common)
-    else:
-        ray.init(address=address, **common)
+    with handlers_kept():
+        if address is None or address == "local":
+            capacity = machine_capacity()
+            ray.init(address="local", include_dashboard=False, num_cpus=int(capacity.cpus), **common)
+        else:
+            ray.init(address=address, **common)
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,11 +20,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.executors.input_check import InputCheck
 from polytrope.pipeline.executors.system_metrics import sampled
 from polytrope.pipeline.stage import (
     RETURNED_STAGES,
@@ -36,18 +37,21 @@ from polytrope.pipeline.stage import (
     load_stage,
 )
 from polytrope.pipeline.store.manifest import FileEntry, build_manifest, seal
-from polytrope.pipeline.store.open import open_store
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.secret_values import hide_in, hider
-from polytrope.pipeline.workflow.graph import StageNode, resolve_parameters
+from polytrope.pipeline.workflow.code import Code
+from polytrope.pipeline.workflow.graph import StageNode, declared_reads, resolve_parameters
+from polytrope.pipeline.workflow.loaded import edited_files, guarded
 
-ErrorKind = Literal["user", "error", "timeout", "worker lost", "store", "cancelled"]
+Item = TypeVar("Item")
+ErrorKind = Literal["user", "bug", "error", "timeout", "worker lost", "store", "cancelled"]
+_BUGS = (NameError, TypeError, AttributeError, ImportError, AssertionError)  # the same happens again
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class StageError:
-    """Why an attempt failed. `kind` decides about a retry: `user` and `store` are never retried."""
+    """Why an attempt failed. `kind` decides about a retry: `user` and `store` never, `bug` only if the stage asks."""
 
     kind: ErrorKind
     message: str
@@ -77,6 +81,18 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class StoredInput:
+    """A committed artifact that a stage reads, wherever its files are. `stage`: that produced it."""
+
+    key: str
+    digest: str
+    stage: str
+
+
+StoredInputs = dict[str, StoredInput | dict[str, StoredInput] | None]
+
+
+@dataclass(frozen=True)
 class StageTask:
     """One attempt at one stage, picklable.
 
@@ -84,6 +100,8 @@ class StageTask:
         identifier: unique within the driver.
         components: of the key, for the manifest.
         uses: the stage function.
+        code: what the key says of it.
+        reads: file → sha256 of the data files in the key; `read_patterns`: those of the workflow file.
         parameters: (field values, names of the fields that were given).
         inputs: by input name.
         output, scratch, spool, log: where it writes.
@@ -103,13 +121,16 @@ class StageTask:
     components: dict[str, Any]
     attempt: int
     uses: str
+    code: Code
+    reads: dict[str, str]
+    read_patterns: tuple[str, ...]
     parameters: tuple[dict[str, Any], set[str]]
-    inputs: dict[str, Artifact | dict[str, Artifact] | None]
+    inputs: StoredInputs
     output: Path
     scratch: Path
     spool: Path
     log: Path
-    executor: Literal["local", "ray"]
+    executor: str
     resources: Resources
     parallel: bool
     directory: Path
@@ -127,17 +148,18 @@ def make_task(
     key: str,
     components: dict[str, Any],
     attempt: int,
-    inputs: dict[str, Artifact | dict[str, Artifact] | None],
+    inputs: StoredInputs,
     output: Path,
     scratch: Path,
     run_directory: Path,
     name: str,
-    executor: Literal["local", "ray"],
+    executor: str,
     directory: Path,
     store: str,
 ) -> StageTask:
     """The task of an attempt at `node`. `name`: the stage's name as a file name."""
     values = {field_name: getattr(node.parameters, field_name) for field_name in type(node.parameters).model_fields}
+    values.update(node.parameters.__pydantic_extra__ or {})
     return StageTask(
         identifier=identifier,
         run_id=run_id,
@@ -146,6 +168,9 @@ def make_task(
         components=components,
         attempt=attempt,
         uses=node.definition.uses,
+        code=node.code,
+        reads=node.reads,
+        read_patterns=node.read_patterns,
         parameters=(values, set(node.parameters.model_fields_set)),
         inputs=inputs,
         output=output,
@@ -169,8 +194,9 @@ _definitions: dict[str, StageDefinition] = {}
 def preload(task: StageTask) -> None:
     """Load the stage of a task once for all processes that are forked from this one."""
     sys.path[:0] = [path for path in task.search_path if path not in sys.path]
-    definition = load_stage(task.uses)
-    _parameters(definition, task)  # fills the caches on the way
+    with guarded(task.code):
+        definition = load_stage(task.uses)
+        _parameters(definition, task)  # fills the caches on the way
     _definitions[task.uses] = definition
 
 
@@ -193,8 +219,8 @@ def run_task(task: StageTask) -> Outcome:
     events = EventWriter(task.spool, task.secrets)
     random.seed()  # this process may have run other stages, and with a seed
     try:
-        store = open_store(task.store)
-        with _surroundings(task), store.scratch_mirrored(task.key):
+        store = Store(task.store)
+        with _surroundings(task), store.scratch_mirrored(task.key), guarded(task.code):
             definition = _definitions.get(task.uses) or load_stage(task.uses)
             context = StageContext(
                 stage=task.stage,
@@ -206,17 +232,38 @@ def run_task(task: StageTask) -> Outcome:
                 executor=task.executor,
                 resources=task.resources,
                 events=events,
+                store=task.store,
             )
             parameters = _parameters(definition, task)
             os.chdir(task.directory)
+            here = Path.cwd()
+            _check_reads(task, definition, here)
             inputs = _inputs_here(store, task)
-            with sampled(context):
-                summary = contextvars.copy_context().run(definition.call, context, parameters, inputs)
+            checks = [
+                InputCheck(store, stored.key, label, artifact)
+                for (label, stored), (_, artifact) in zip(_labelled(task.inputs), _labelled(inputs), strict=True)
+            ]
+            try:
+                with sampled(context):
+                    summary = contextvars.copy_context().run(definition.call, context, parameters, inputs)
+            except BaseException:
+                for check in checks:  # what it did to them is no news beside its error, but must be known
+                    with contextlib.suppress(UserError):
+                        check.repeat()
+                raise
+            _check_reads(task, definition, here)
+            for check in checks:
+                check.repeat()
+            _check_fingerprint(task, definition, here)
+            if task.parallel and (edited := edited_files(task.code)):  # its workers may have started before, or after
+                raise UserError(
+                    f"the code `{edited[0]}` was edited while the stage ran, and its workers may have run the new one",
+                    "put it back and `polytrope resume`, which goes on from what the stage kept, or run it with the "
+                    "new code: `polytrope resume --allow-code-change`",
+                )
             stages = _returned_stages(task)
             with contextlib.suppress(OSError):  # most stages leave it empty, or have none
                 task.scratch.rmdir()
-            sys.stdout.flush()
-            sys.stderr.flush()
             entries = seal(task.output)
             duration = time.monotonic() - started
             manifest = build_manifest(
@@ -227,10 +274,56 @@ def run_task(task: StageTask) -> Outcome:
             return Outcome(None, summary, entries, duration, stages)
     except BaseException as error:  # KeyboardInterrupt and SystemExit too: the driver decides what follows
         described = describe_error(error, task.secrets)
-        print(described.traceback or described.message, file=sys.stderr, flush=True)
+        _say(described.traceback or described.message)
         return Outcome(error=described, duration=time.monotonic() - started)
     finally:
         events.close()
+
+
+def run_logged(task: StageTask) -> Outcome:
+    """`run_task`, with all that this process prints in the task's log. What goes wrong around it is its outcome too."""
+    try:
+        with output_to(task.log):
+            return run_task(task)
+    except BaseException as error:
+        return Outcome(error=describe_error(error, task.secrets))
+
+
+def _say(text: str) -> None:
+    """Print to stderr, whatever the stage made of it."""
+    flush_output()
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode(errors="backslashreplace") + b"\n")
+
+
+def _check_reads(task: StageTask, definition: StageDefinition, directory: Path) -> None:
+    """The data files in the key must be what they were when it was made. `directory`: the workflow file's."""
+    if not task.reads:
+        return
+    found = declared_reads(definition, task.read_patterns, directory)
+    changed = [name for name in sorted(found.keys() | task.reads.keys()) if found.get(name) != task.reads.get(name)]
+    if changed:
+        raise UserError(
+            f"the file `{changed[0]}` (`reads:`) is not what it was when the run started: the result would not be "
+            "of the data in its key",
+            "it was edited meanwhile: put it back and `polytrope resume`, or go on with the new data: "
+            "`polytrope resume --allow-code-change`",
+        )
+
+
+def _check_fingerprint(task: StageTask, definition: StageDefinition, directory: Path) -> None:
+    """What the stage reads beyond its parameters must still be what is in the key. `directory`: the workflow file's."""
+    if definition.options.fingerprint is None:
+        return
+    values, given = task.parameters  # with `${env.NAME}` as written: so they were when the key was made
+    parameters = definition.parameters_model.model_construct(given, **values)
+    found = dict(definition.options.fingerprint(parameters, directory))
+    expected = task.components.get("fingerprint") or {}
+    if changed := [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]:
+        raise UserError(
+            f"what `{changed[0]}` of the stage says was read has changed while it ran: the result may be of either",
+            "leave the files alone until the stage has ended: `polytrope resume --allow-code-change` goes on with them",
+        )
 
 
 def _returned_stages(task: StageTask) -> dict[str, Any] | None:
@@ -265,15 +358,25 @@ def read_returned_stages(path: Path) -> dict[str, Any]:
 def _inputs_here(store: Store, task: StageTask) -> dict[str, Artifact | dict[str, Artifact] | None]:
     """The inputs, with their files on this machine."""
 
-    def here(artifact: Artifact) -> Artifact:
-        return Artifact(store.materialize(artifact.path.parent.name), artifact.digest, artifact.stage)
+    def here(stored: StoredInput) -> Artifact:
+        return Artifact(store.materialize(stored.key), stored.digest, stored.stage)
 
-    if store.address == str(store.root):
-        return task.inputs
-    return {
-        name: {label: here(item) for label, item in value.items()} if isinstance(value, dict) else value and here(value)
-        for name, value in task.inputs.items()
-    }
+    found: dict[str, Artifact | dict[str, Artifact] | None] = {}
+    for name, value in task.inputs.items():
+        if isinstance(value, dict):
+            found[name] = {label: here(item) for label, item in value.items()}
+        else:
+            found[name] = None if value is None else here(value)
+    return found
+
+
+def _labelled(inputs: Mapping[str, Item | dict[str, Item] | None]) -> Iterator[tuple[str, Item]]:
+    """Every artifact with the name of its input, those of a fan-in with their label."""
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{label}", artifact) for label, artifact in value.items())
+        elif value is not None:
+            yield name, value
 
 
 def _parameters(definition: StageDefinition, task: StageTask) -> BaseModel:
@@ -311,10 +414,21 @@ def describe_error(error: BaseException, secrets: Mapping[str, str]) -> StageErr
     name = type(error).__name__
     if isinstance(error, UserError):
         return StageError("user", hide(error.message), hide(error.hint), name)
+    message = _text_of(error).strip() or name
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return StageError("store", hide(str(error)), "free some space, then resume the run", name, hide(_frames(error)))
-    message = str(error).strip() or name
-    return StageError("error", hide(f"{name}: {message}" if message != name else name), "", name, hide(_frames(error)))
+        return StageError("store", hide(message), "free some space, then resume the run", name, hide(_frames(error)))
+    text = hide(f"{name}: {message}" if message != name else name)
+    if isinstance(error, _BUGS):
+        hint = "mend the function; it was not tried again, since that would end the same way"
+        return StageError("bug", text, hint, name, hide(_frames(error)))
+    return StageError("error", text, "", name, hide(_frames(error)))
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as inner:
+        return f"(its text cannot be shown: {type(inner).__name__})"
 
 
 def _frames(error: BaseException) -> str:
@@ -358,20 +472,34 @@ def dump_task(task: StageTask) -> bytes:
 
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """Send stdout and stderr of this process, down to the file descriptors, to the end of a file."""
+    """Send stdout and stderr of this process, down to the file descriptors, to the end of a file.
+
+    Inside, `sys.stdout` and `sys.stderr` are streams of their own: a stage may close or replace them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
+    flush_output()
+    streams, saved = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
+        for number in (1, 2):
+            os.dup2(descriptor, number)
+        sys.stdout, sys.stderr = (
+            os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
+            for number in (1, 2)
+        )
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(saved[0], 1)
-        os.dup2(saved[1], 2)
-        for item in (*saved, descriptor):
-            os.close(item)
+        flush_output()
+        sys.stdout, sys.stderr = streams
+        flush_output()
+        for number, before in zip((1, 2), saved, strict=True):
+            os.dup2(before, number)
+            os.close(before)
+        os.close(descriptor)
+
+
+def flush_output() -> None:
+    """Flush stdout and stderr; they may be closed, absent, or anything that a stage put in their place."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -58,6 +59,25 @@ def compare_environments(before: Mapping[str, Any], after: Mapping[str, Any]) ->
     elif old.get("diff_sha256") != new.get("diff_sha256"):
         lines.append("git: other uncommitted changes")
     return lines
+
+
+def changed_versions(directory: Path) -> list[str]:
+    """Packages and Python that are others than in the attempt before, a line each; [] at the first attempt.
+
+    Args:
+        directory: of the run; it holds the record of this attempt and those of the earlier ones.
+    """
+    earlier = sorted(directory.glob("workflow.*.json"), key=lambda path: int(path.suffixes[0][1:]))
+    if not earlier:
+        return []
+    before, now = (
+        {name: record.get(name) for name in ("packages", "python")}
+        for record in (
+            json.loads(path.read_bytes()).get("environment") or {}
+            for path in (earlier[-1], directory / "workflow.json")
+        )
+    )
+    return compare_environments(before, now) if before["packages"] and now["packages"] else []
 
 
 def git_state(directory: Path, *, keep_diff: bool = False) -> dict[str, Any]:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
-from polytrope.pipeline.engine.driver import Observer, RunOptions, run_workflow
+from polytrope.pipeline.engine.options import Observer, RunOptions
 from polytrope.pipeline.engine.returned import with_stored
+from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.errors import EXIT_CANCELLED, EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.executors import check_resources
-from polytrope.pipeline.launch.environment import record_environment
+from polytrope.pipeline.launch.environment import changed_versions, record_environment
 from polytrope.pipeline.launch.progress import Progress, counts, summary_rows
 from polytrope.pipeline.runs.journal import ENDED_STATES, Event, RunState, fold
 from polytrope.pipeline.runs.spool import SpoolReader
-from polytrope.pipeline.store.open import open_store
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
+from polytrope.pipeline.support.signal_mask import signals_blocked
+from polytrope.pipeline.support.streams import Output
 from polytrope.pipeline.support.text import format_duration
 from polytrope.pipeline.tracking.process import check_tracking, failed_sync, start_sync, tracking_uri, wait_for_sync
 from polytrope.pipeline.workflow.draw import layout, svg
@@ -36,7 +39,7 @@ _CACHED_PATIENCE = 1.5  # the same for a run that computed nothing
 def run(
     workflow: Workflow,
     *,
-    executor: Literal["local", "ray"] | None = None,
+    executor: str | None = None,
     store: str | Path | None = None,
     run_id: str | None = None,
     resume: bool | None = None,
@@ -71,7 +74,7 @@ def run(
         UserError: refused; nothing was started.
     """
     graph = build_graph(workflow) if graph is None else graph
-    place = open_store(store if store is not None else workflow.store)
+    place = Store(store if store is not None else workflow.store)
     place.create()
     tracked = tracking and workflow.tracking.enabled
     if tracked and workflow.tracking.required:
@@ -103,7 +106,7 @@ def exit_code(state: RunState) -> int:
 
 
 def _check_tracking(workflow: Workflow, store: Store) -> None:
-    uri = tracking_uri(workflow.tracking.uri, store.root)
+    uri = tracking_uri(workflow.tracking.uri, store.local(""))
     try:
         check_tracking(resolve_environment(uri, os.environ))
     except UserError as error:
@@ -112,7 +115,7 @@ def _check_tracking(workflow: Workflow, store: Store) -> None:
         raise UserError(f"{place}: {error.message}", f"{error.hint}; {ways}" if error.hint else ways) from None
 
 
-def _check_resources(workflow: Workflow, graph: dict[str, StageNode], executor: Literal["local", "ray"]) -> None:
+def _check_resources(workflow: Workflow, graph: dict[str, StageNode], executor: str) -> None:
     try:
         check_resources(graph, executor, workflow.ray_address)
     except UserError as error:
@@ -136,7 +139,8 @@ class _Session:
         stream: TextIO | None,
     ) -> None:
         self.workflow, self.graph, self.store = workflow, graph, store
-        self.tracked, self.display, self.stream = tracked, display, stream or sys.stdout
+        self.tracked, self.display = tracked, display
+        self.stream = cast(TextIO, Output(stream or sys.stdout))
         self.observer = observer
         self.state = RunState()
         self.directory: Path | None = None
@@ -161,9 +165,10 @@ class _Session:
     def start(self, directory: Path) -> None:
         """Lease and journal are held: start tracking and the display."""
         self.directory = directory
+        self._say_versions(directory)
         if self.tracked:
             self._draw()
-            self.sync = start_sync(directory, self.workflow.tracking)
+            self.sync = start_sync(self.store, directory, self.workflow.tracking)
         if self.display == "none":
             return
         if self.display != "quiet":
@@ -175,7 +180,20 @@ class _Session:
             if stage.state in ("succeeded", "cached") and name in self.progress.stages:
                 view = self.progress.stages[name]
                 view.state, view.duration, view.error = stage.state, stage.duration, "in an earlier attempt"
-        self.progress.__enter__()
+        with signals_blocked():  # it has threads
+            self.progress.__enter__()
+
+    def _say_versions(self, directory: Path) -> None:
+        """At a resume: what is finished was computed with other versions, and stays."""
+        changed = changed_versions(directory)
+        if not changed:
+            return
+        shown = "; ".join([*changed[:5], *([f"and {len(changed) - 5} more"] if len(changed) > 5 else [])])
+        text = f"finished stages stay, though versions are others than in the attempt before: {shown}"
+        if self.display == "none":
+            warnings.warn(text, stacklevel=2)
+        else:
+            print(f"polytrope: {text}", file=sys.stderr, flush=True)
 
     def _draw(self) -> None:
         """The graph, with the stages that were returned so far: MLflow shows it."""
@@ -254,7 +272,7 @@ def print_summary(
     def say(text: str = "") -> None:
         print(text, file=stream)
 
-    took = "" if state.started is None or state.ended is None else f" in {format_duration(state.ended - state.started)}"
+    took = "" if state.duration is None else f" in {format_duration(state.duration)}"
     stages = counts(stage.state for stage in state.stages.values())
     say()
     say(f"run {directory.name} {state.status}{took if state.attempt <= 1 else ''}: {stages}")
@@ -282,7 +300,7 @@ def print_summary(
 
 
 def _store_option(store: Store) -> str:
-    return "" if store.root == Path(".polytrope").absolute() else f" --store {store.address}"
+    return "" if store.address == Store(".polytrope").address else f" --store {store.address}"
 
 
 def _reports(state: RunState, store: Store) -> list[Path]:
@@ -290,5 +308,9 @@ def _reports(state: RunState, store: Store) -> list[Path]:
     for stage in state.stages.values():
         artifact = store.load(stage.key) if stage.key and stage.digest else None
         if artifact is not None:
-            found += [artifact.path / entry["path"] for entry in artifact.files if entry["path"] == "report.html"]
+            found += [
+                store.materialize(artifact.key) / entry["path"]
+                for entry in artifact.files
+                if entry["path"] == "report.html"
+            ]
     return found

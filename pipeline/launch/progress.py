@@ -56,7 +56,7 @@ class Progress:
     Args:
         names: all stages, in order.
         source: where the stages' events come from.
-        stream: terminal or file.
+        stream: terminal or file; `Output` where it may end before the run does.
         live: redraw a table (None: if `stream` is a terminal).
         quiet: show failures only.
     """
@@ -160,10 +160,7 @@ class Progress:
         view.printed = self._clock()
         if self._live or (self._quiet and view.state != "failed"):
             return
-        try:
-            print(f"{time.strftime('%H:%M:%S')}  {view.name}: {text}", file=self._stream, flush=True)
-        except OSError:  # a closed terminal or pipe must not end the run
-            self._quiet = True
+        print(f"{time.strftime('%H:%M:%S')}  {view.name}: {text}", file=self._stream, flush=True)
 
     def _state_text(self, view: StageView) -> str:
         text = view.state

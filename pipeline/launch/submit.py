@@ -20,7 +20,6 @@ from typing import Any
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.package import Package, copy_files
-from polytrope.pipeline.workflow.keys import find_source
 
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _MODULE = "python -m polytrope.pipeline.commands.cli"
@@ -176,7 +175,7 @@ def submit(
 def _package_source(directory: Path) -> Path:
     """A copy of this polytrope's source in the layout that Python imports."""
     root = directory / "polytrope"
-    source = find_source("polytrope.pipeline").parent  # the repository, or the installed package: of one layout
+    source = Path(__file__).parents[2]  # the repository, or the installed package: of one layout
     for folder in ("ops", "models", "pipeline", "infra/deepspeed"):
         shutil.copytree(
             source / folder,

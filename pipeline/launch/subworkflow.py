@@ -71,7 +71,7 @@ def subworkflow(
 
     path = Path(parameters.path) if workflow is None else workflow.path / parameters.file  # type: ignore[arg-type]
     inner, graph = _load(path, parameters, Path.cwd())
-    store = Store(context.scratch.parent.parent)
+    store = Store(context.store)
     ended = 0
 
     def show(event: Event) -> None:
@@ -82,7 +82,7 @@ def subworkflow(
 
     run_id = f"{context.run_id}-{context.key[:12]}"
     state = run(
-        inner, executor=context.executor, store=store.root, run_id=run_id, tracking=False, observer=show, graph=graph
+        inner, executor=context.executor, store=context.store, run_id=run_id, tracking=False, observer=show, graph=graph
     )
     if state.status != "succeeded":
         failed = [f"`{name}`: {(item.error or {}).get('message')}" for name, item in state.stages.items() if item.error]
@@ -91,7 +91,7 @@ def subworkflow(
     for name in parameters.outputs or [name for name in graph if name not in read]:
         artifact = store.find(state.stages[name].key or "")
         if artifact is not None:
-            shutil.copytree(artifact.path, context.output / name, copy_function=shutil.copyfile)
+            shutil.copytree(store.materialize(artifact.key), context.output / name, copy_function=shutil.copyfile)
     return {f"{name}/{key}": value for name, item in state.stages.items() for key, value in item.summary.items()}
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polytrope.pipeline.data.evaluation import EVALUATION_FILE, read_evaluation
+from polytrope.pipeline.data.evaluation_file import EVALUATION_FILE, read_evaluation
 from polytrope.pipeline.data.lineage import read_lineage
-from polytrope.pipeline.data.training import read_history
+from polytrope.pipeline.data.training_file import read_history
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import RunState, fold, read
 from polytrope.pipeline.store.manifest import StoredArtifact
@@ -56,12 +56,12 @@ def write_card(store: Store, directory: Path, output: Path, stage: str | None = 
     record = json.loads((directory / "workflow.json").read_bytes())
     sections = [
         _data(store, state, model),
-        _architecture(model),
-        _activation(model),
-        _training(model),
-        _lineage(model),
+        _architecture(store, model),
+        _activation(store, model),
+        _training(store, model),
+        _lineage(store, model),
         _results(store, state, model),
-        _use(model),
+        _use(),
         _environment(store, model, record),
         _reproduce(directory.name, name, model, record),
     ]
@@ -89,7 +89,7 @@ def _model(store: Store, state: RunState, run_id: str, stage: str | None) -> tup
     models = {
         name: artifact
         for name, artifact in _artifacts(store, state).items()
-        if (artifact.path / "model.json").exists() and (artifact.path / "model.safetensors").exists()
+        if {"model.json", "model.safetensors"} <= {entry["path"] for entry in artifact.files}
     }
     if not models:
         raise UserError(f"run {run_id} made no model", "name a run with a finished `train` or `convert` stage")
@@ -107,9 +107,14 @@ def _by_digest(store: Store, state: RunState, digest: Any) -> StoredArtifact | N
     return next((item for item in _artifacts(store, state).values() if item.digest == digest), None)
 
 
-def _read(artifact: StoredArtifact, name: str) -> Any:
-    path = artifact.path / name
-    return json.loads(path.read_bytes()) if path.exists() else None
+def _holds(artifact: StoredArtifact, name: str) -> bool:
+    return any(entry["path"] == name for entry in artifact.files)
+
+
+def _read(store: Store, artifact: StoredArtifact, name: str) -> Any:
+    if not _holds(artifact, name):
+        return None
+    return json.loads((store.materialize(artifact.key) / name).read_bytes())
 
 
 def _rows(values: Mapping[str, Any]) -> list[list[str]]:
@@ -121,7 +126,7 @@ def _data(store: Store, state: RunState, model: StoredArtifact) -> Section | Non
     dataset = _by_digest(store, state, _inputs(model).get("dataset"))
     if dataset is None:
         return None
-    description = _read(dataset, "dataset.json") or {}
+    description = _read(store, dataset, "dataset.json") or {}
     columns = ("documents", "bytes", "tokens", "samples", "images")
     used = [column for column in columns if any(column in part for part in description.get("splits", {}).values())]
     table = [["split", *used]]
@@ -137,19 +142,20 @@ def _data(store: Store, state: RunState, model: StoredArtifact) -> Section | Non
     return Section("Data", f"{text}. Digest `{dataset.digest}`.", table)
 
 
-def _architecture(model: StoredArtifact) -> Section:
-    description = _read(model, "model.json")
+def _architecture(store: Store, model: StoredArtifact) -> Section:
+    description = _read(store, model, "model.json")
     config = {key: value for key, value in description["config"].items() if key != "activation"}
     text = f"{description['architecture']} with {description.get('parameters', 0):,} parameters."
     return Section("Model", text, _rows(config))
 
 
-def _activation(model: StoredArtifact) -> Section:
+def _activation(store: Store, model: StoredArtifact) -> Section:
     """What the activations of the blocks are now, drawn from the stored weights."""
     from polytrope.pipeline.stages.evaluate.shapes import describe_activation
 
-    config = _read(model, "model.json")["config"].get("activation")
-    return Section("Activation", f"{describe_activation(config)}.", picture=_draw_activations(model.path))
+    config = _read(store, model, "model.json")["config"].get("activation")
+    picture = _draw_activations(store.materialize(model.key))
+    return Section("Activation", f"{describe_activation(config)}.", picture=picture)
 
 
 def _draw_activations(directory: Path) -> bytes:
@@ -179,12 +185,12 @@ def _draw_activations(directory: Path) -> bytes:
     return buffer.getvalue()
 
 
-def _training(model: StoredArtifact) -> Section:
+def _training(store: Store, model: StoredArtifact) -> Section:
     parameters = {
         key: value for key, value in (model.components.get("parameters") or {}).items() if key not in ("model",)
     }
     text = f"Stage `{model.stage}` (`uses: {model.components.get('uses')}`), {model.duration:.0f} s."
-    history = [entry for entry in read_history(model.path) if entry.get("val/loss") is not None]
+    history = [entry for entry in read_history(store.materialize(model.key)) if entry.get("val/loss") is not None]
     if history:
         points = dict.fromkeys(
             f"{entry['val/loss']:.4f} at step {entry['step']}" for entry in (history[0], history[-1])
@@ -193,9 +199,9 @@ def _training(model: StoredArtifact) -> Section:
     return Section("Training", text, _rows(parameters))
 
 
-def _lineage(model: StoredArtifact) -> Section:
+def _lineage(store: Store, model: StoredArtifact) -> Section:
     """What it was made from, and what all of that was trained on."""
-    lineage = read_lineage(model.path)
+    lineage = read_lineage(store.materialize(model.key))
     seen = f"{count(lineage.tokens)} tokens" if lineage.tokens is not None else f"{count(lineage.samples)} samples"
     text = f"Trained on {seen} in all, those of the models it was made from included."
     if lineage.unknown:
@@ -204,7 +210,7 @@ def _lineage(model: StoredArtifact) -> Section:
     return Section("Lineage", text, rows if lineage.ancestors else [])
 
 
-def _use(model: StoredArtifact) -> Section:
+def _use() -> Section:
     """How to load it, and what it is not for."""
     text = (
         "A research model: it says what its training data says, and was checked for nothing but the results above. "
@@ -212,7 +218,7 @@ def _use(model: StoredArtifact) -> Section:
     )
     code = (
         "from polytrope.models.checkpoint import load_model\n"
-        f'model = load_model("{model.path.name}")  # the directory of the artifact: polytrope export, or the store\n'
+        'model = load_model("files")  # the directory of the artifact: polytrope export, or the store\n'
         "outputs = model(inputs)"
     )
     return Section("Use and limits", text, code=code)
@@ -224,9 +230,9 @@ def _results(store: Store, state: RunState, model: StoredArtifact) -> Section | 
         labels = _inputs(artifact).get("models")
         if not isinstance(labels, dict) or model.digest not in labels.values():
             continue
-        if not (artifact.path / EVALUATION_FILE).exists():
+        if not _holds(artifact, EVALUATION_FILE):
             continue
-        evaluation = read_evaluation(artifact.path)
+        evaluation = read_evaluation(store.materialize(artifact.key))
         found = {label: result.model_dump(include=set(_FIGURES)) for label, result in evaluation.models.items()}
         shown = [key for key in _FIGURES if any(figures[key] is not None for figures in found.values())]
         table = [["", *shown]]

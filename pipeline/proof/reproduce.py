@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from polytrope.pipeline.engine.driver import new_run_id
+from polytrope.pipeline.engine.options import new_run_id
 from polytrope.pipeline.engine.returned import with_stored
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.environment import compare_environments
@@ -72,7 +70,7 @@ def reproduce_run(
     place: Path,
     *,
     stage: str | None = None,
-    executor: Literal["local", "ray"] | None = None,
+    executor: str | None = None,
     tolerance: float = 1e-3,
     display: Display = "none",
 ) -> list[Comparison]:
@@ -176,16 +174,7 @@ def _take_over(store: Store, place: Store, state: RunState, names: Iterable[str]
         stage = state.stages.get(name)
         if stage is None or stage.key is None or store.verify(stage.key):
             continue  # gone or damaged: it is computed again
-        target = place.artifacts / stage.key
-        if not target.exists():
-            shutil.copytree(store.artifacts / stage.key, target, copy_function=_link)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
+        place.copy_from(store, stage.key)
 
 
 def _compare(

@@ -117,8 +117,8 @@ def _disturb(
     """Watch a driver until it ends (False), or kill it (True)."""
     try:
         while driver.poll() is None:
-            for scratch in (store / "scratch").glob("*"):
-                key = scratch.name
+            for key in Store(store).names("scratch"):
+                scratch = Store(store).scratch(key)
                 newest = max(
                     (path.parent.name for path in scratch.glob("checkpoints/step-*/manifest.json")), default=""
                 )

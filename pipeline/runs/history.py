@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,12 @@ class Past:
 
 
 def stage_history(
-    runs: Path, workflow: str, names: Collection[str], *, skip: str | None = None
+    runs: Iterable[Path], workflow: str, names: Collection[str], *, skip: str | None = None
 ) -> dict[str, list[Past]]:
     """Node name → its past, newest first; reads only as many runs as it takes to know every name.
 
     Args:
-        runs: the `runs` directory of a store.
+        runs: the directories of the runs in a store.
         workflow: name of the workflow; other workflows' runs do not count.
         names: nodes that are asked for.
         skip: a run that does not count (the one about to be resumed).
@@ -56,12 +56,15 @@ def stage_history(
     return history
 
 
-def _newest_first(runs: Path, workflow: str) -> Iterator[Path]:
+def _newest_first(runs: Iterable[Path], workflow: str) -> Iterator[Path]:
     found: list[tuple[float, Path]] = []
-    for path in runs.glob(f"*/{FILE_NAME}"):
-        with path.open("rb") as file:
-            first = decode(file.readline().rstrip(b"\n"))
+    for directory in runs:
+        try:
+            with (directory / FILE_NAME).open("rb") as file:
+                first = decode(file.readline().rstrip(b"\n"))
+        except FileNotFoundError:  # it has not begun
+            continue
         if first is not None and first.get("workflow") == workflow:
-            found.append((first.time, path.parent))
+            found.append((first.time, directory))
     for _, directory in sorted(found, reverse=True):
         yield directory

@@ -18,9 +18,11 @@ Types and their fields beside `stage`:
 - `stage_cached` key, digest, hit_from (run id), summary, duration (of the original)
 - `stage_failed` attempt, error, log · `stage_skipped` reason · `stage_cancelled` reason
 - `artifact_quarantined` key, problems · `cancel_requested` by · `journal_damaged` lines
-- `run_finished` status (succeeded, failed, cancelled), error
+- `run_finished` status (succeeded, failed, cancelled), error, duration (seconds of this attempt)
 
-`error` is {"kind": user|error|timeout|worker lost|store, "class", "message", "hint", "traceback"}.
+`time` is the clock on the wall, for people: it may jump. Every `duration` is of a clock that cannot.
+
+`error` is {"kind": user|bug|error|timeout|worker lost|store, "class", "message", "hint", "traceback"}.
 """
 
 from __future__ import annotations
@@ -306,6 +308,7 @@ class RunState:
     pid: int = 0
     started: float | None = None
     ended: float | None = None
+    duration: float | None = None  # seconds that the last attempt took
     error: str | None = None
     stages: dict[str, StageState] = field(default_factory=dict)
     run_id: str = ""
@@ -338,7 +341,7 @@ def _apply(state: RunState, event: Event) -> None:
             for name in data.get("stages", []):
                 state.stages.setdefault(name, StageState(name))
         case "attempt_started":
-            state.status, state.ended, state.error = "running", None, None
+            state.status, state.ended, state.duration, state.error = "running", None, None, None
             state.attempt = data.get("attempt", state.attempt + 1)
             state.run_id = data.get("run_id", state.run_id)
             state.executor, state.host, state.pid = data.get("executor", ""), data.get("host", ""), data.get("pid", 0)
@@ -353,6 +356,9 @@ def _apply(state: RunState, event: Event) -> None:
                 state.stages.setdefault(name, StageState(name))
         case "run_finished":
             state.status, state.ended, state.error = data.get("status", "failed"), event.time, data.get("error")
+            state.duration = data.get("duration")
+            if state.duration is None and state.started is not None:  # written before this was recorded
+                state.duration = max(0.0, event.time - state.started)
         case _:
             name = data.get("stage")
             if name is not None and event.type.startswith("stage_"):

@@ -12,6 +12,7 @@ does no harm. A key's lease has no heartbeat of its own: it points to the lease 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -24,25 +25,92 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from polytrope.pipeline.support.files import unique_name
+from polytrope.pipeline.support.files import create_file, is_disk_full, replace_file, unique_name
 
 DEFAULT_TTL = 15.0  # seconds
 _KEPT = 3  # older numbers that stay, so that a slow contender sees them
 _FILE = re.compile(r"lease-(\d+)")
 
 
-class RemoteDirectory(Protocol):
-    """A place for lease files that is no directory of this machine; `create` writes only what does not exist."""
+class LeasePlace(Protocol):
+    """Where the files of one lease are; `create` writes only what does not exist."""
 
-    def names(self) -> list[str]: ...
-    def read(self, name: str) -> bytes | None: ...
-    def create(self, name: str, data: bytes) -> bool: ...
+    def names(self) -> list[str]:
+        """Names that start with `lease-`, and maybe others."""
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a file, None if there is none."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """False if there is such a file, or if the place went away in this moment."""
+
     def replace(self, name: str, data: bytes) -> None: ...
-    def remove(self, name: str) -> None: ...
-    def __truediv__(self, name: str) -> RemoteDirectory: ...
+
+    def remove(self, name: str) -> None:
+        """Nothing happens if there is no such file."""
+
+    def drop(self) -> None:
+        """Remove the place itself if it is empty."""
+
+    def __truediv__(self, name: str) -> LeasePlace: ...
 
 
-LeasePlace = Path | RemoteDirectory
+@dataclass(frozen=True)
+class LeaseDirectory:
+    """A place for a lease: a directory, made when it is needed (but not those above it: they may have been moved)."""
+
+    path: Path
+
+    def __truediv__(self, name: str) -> LeaseDirectory:
+        return LeaseDirectory(self.path / name)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def names(self) -> list[str]:
+        try:
+            return os.listdir(self.path)
+        except FileNotFoundError:
+            return []
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # NFS: replaced in this very moment
+                raise
+            return None
+
+    def create(self, name: str, data: bytes) -> bool:
+        try:
+            self.path.mkdir(exist_ok=True)
+        except FileExistsError:
+            if self.path.exists() and not self.path.is_dir():
+                raise
+            return False  # removed, and maybe made again, by other contenders in this very moment
+        try:
+            return create_file(self.path / name, data, durable=False)
+        except FileNotFoundError:  # the directory was removed by a holder that released it
+            return False
+        except OSError:  # the disk is full: nothing of this try stays
+            self.drop()
+            raise
+
+    def replace(self, name: str, data: bytes) -> None:
+        replace_file(self.path / name, data, durable=False)
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def drop(self) -> None:
+        with contextlib.suppress(OSError):  # another contender is already in it
+            self.path.rmdir()
+
+
+def _place(directory: LeasePlace | Path) -> LeasePlace:
+    return LeaseDirectory(directory) if isinstance(directory, Path) else directory
 
 
 class LeaseLostError(RuntimeError):
@@ -144,42 +212,18 @@ def _name(number: int) -> str:
     return f"lease-{number:06d}"
 
 
-def _numbers(directory: LeasePlace) -> list[int]:
-    if not isinstance(directory, Path):
-        names = directory.names()
-    else:
-        try:
-            names = os.listdir(directory)
-        except FileNotFoundError:
-            return []
-    return sorted(int(match.group(1)) for name in names if (match := _FILE.fullmatch(name)))
+def _numbers(place: LeasePlace) -> list[int]:
+    return sorted(int(match.group(1)) for name in place.names() if (match := _FILE.fullmatch(name)))
 
 
-def _bytes(directory: LeasePlace, number: int) -> bytes | None:
-    """What the lease file says, None if there is none."""
-    if not isinstance(directory, Path):
-        return directory.read(_name(number))
-    try:
-        return (directory / _name(number)).read_bytes()
-    except OSError:
-        return None
-
-
-def _remove(directory: LeasePlace, number: int) -> None:
-    if not isinstance(directory, Path):
-        directory.remove(_name(number))
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            (directory / _name(number)).unlink()
-
-
-def current(directory: LeasePlace) -> LeaseRecord | None:
+def current(directory: LeasePlace | Path) -> LeaseRecord | None:
     """The record of the highest number, None if nobody ever held this lease."""
-    numbers = _numbers(directory)
-    return _parse(_bytes(directory, numbers[-1])) if numbers else None
+    place = _place(directory)
+    numbers = _numbers(place)
+    return _parse(place.read(_name(numbers[-1]))) if numbers else None
 
 
-def liveness(record: LeaseRecord | None, root: LeasePlace | None = None) -> Liveness:
+def liveness(record: LeaseRecord | None, root: LeasePlace | Path | None = None) -> Liveness:
     """What can be said about a holder at once. `unknown`: its heartbeat must be watched (`Lease.acquire` does).
 
     Args:
@@ -199,17 +243,17 @@ def liveness(record: LeaseRecord | None, root: LeasePlace | None = None) -> Live
     return "alive" if 0 <= age < record.ttl else "unknown"
 
 
-def is_held(directory: LeasePlace) -> bool:
+def is_held(directory: LeasePlace | Path) -> bool:
     """Whether somebody seems to be alive behind this lease (a stopped holder counts as alive for its `ttl`)."""
     return liveness(current(directory)) == "alive"
 
 
-def is_alive(directory: LeasePlace) -> bool:
+def is_alive(directory: LeasePlace | Path) -> bool:
     """Like `is_held`, but a holder of whom nothing certain is known (another host) is watched for up to its `ttl`."""
     holder = current(directory)
     state = liveness(holder)
     return state == "alive" or (
-        state == "unknown" and holder is not None and not _is_dead(True, directory, holder, None)
+        state == "unknown" and holder is not None and not _is_dead(True, _place(directory), holder, None)
     )
 
 
@@ -252,13 +296,13 @@ class Lease:
     @classmethod
     def acquire(
         cls,
-        directory: LeasePlace,
+        directory: LeasePlace | Path,
         owner: str,
         ttl: float = DEFAULT_TTL,
         *,
         heartbeat: bool = True,
         watch: bool | HolderWatch = True,
-        via: tuple[LeasePlace, str, str] | None = None,
+        via: tuple[LeasePlace | Path, str, str] | None = None,
     ) -> Lease:
         """Take the lease, or take it over from a dead holder.
 
@@ -274,22 +318,15 @@ class Lease:
         Raises:
             LeaseHeldError: the holder is alive, or another process won the race.
         """
-        root = via[0] if via else None
+        place, root = _place(directory), _place(via[0]) if via else None
         for _ in range(100):
-            if isinstance(directory, Path):
-                try:
-                    directory.mkdir(parents=True, exist_ok=True)
-                except FileExistsError:
-                    if directory.exists() and not directory.is_dir():
-                        raise
-                    continue  # removed, and maybe made again, by other contenders in this very moment
-            numbers = _numbers(directory)
-            data = _bytes(directory, numbers[-1]) if numbers else None
+            numbers = _numbers(place)
+            data = place.read(_name(numbers[-1])) if numbers else None
             if data is None and numbers:
                 continue  # removed since it was listed: others have moved on
             holder = _parse(data)
             state = liveness(holder, root)
-            if state == "unknown" and holder is not None and _is_dead(watch, directory, holder, root):
+            if state == "unknown" and holder is not None and _is_dead(watch, place, holder, root):
                 state = "dead"
             if holder is not None and state in ("alive", "unknown"):
                 raise LeaseHeldError(holder)
@@ -306,19 +343,19 @@ class Lease:
                 via=via[1] if via else None,
                 via_token=via[2] if via else "",
             )
-            seen = current(directory) if numbers else None
+            seen = current(place) if numbers else None
             if (seen and seen.token) != (holder and holder.token):
                 continue  # somebody moved meanwhile
-            if _create(directory, record) and _numbers(directory)[-1:] == [record.number]:
-                lease = cls(directory, record)
+            if place.create(_name(record.number), _encode(record)) and _numbers(place)[-1:] == [record.number]:
+                lease = cls(place, record)
                 for number in numbers[: 1 - _KEPT]:
-                    _remove(directory, number)
+                    place.remove(_name(number))
                 if heartbeat and via is None:
                     lease._start_heartbeat()
                 return lease
-        winner = current(directory)
+        winner = current(place)
         if winner is None:
-            raise OSError(f"cannot create a lease in {directory}")
+            raise OSError(f"cannot create a lease in {place}")
         raise LeaseHeldError(winner)
 
     def check(self) -> None:
@@ -335,7 +372,7 @@ class Lease:
             )
 
     def _is_on_disk(self) -> bool:
-        data = _bytes(self.directory, self.number)
+        data = self.directory.read(_name(self.number))
         if data == self._written:  # the usual case, without parsing
             return True
         record = _parse(data)
@@ -357,25 +394,23 @@ class Lease:
             self._thread = None
         if self.lost:
             return
-        if remove:
-            for number in _numbers(self.directory):
-                _remove(self.directory, number)
-            if isinstance(self.directory, Path):
-                with contextlib.suppress(OSError):  # another contender is already in it
-                    self.directory.rmdir()
-        else:
-            self._renew(released=True)
+        if not remove:
+            try:
+                self._renew(released=True)
+                return
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+        # also where there is no space to say that it is released: no number at all says so too, to every earlier holder
+        for number in _numbers(self.directory):
+            self.directory.remove(_name(number))
+        self.directory.drop()
 
     def _renew(self, *, released: bool = False) -> None:
         with self._lock:
             record = replace(self.record, beat=self.record.beat + 1, renewed=time.time(), released=released)
             data = _encode(record)  # the file of this number is written by this process only
-            if isinstance(self.directory, Path):
-                temporary = self.directory / f".{_name(self.number)}.{unique_name()}"
-                temporary.write_bytes(data)
-                os.rename(temporary, self.directory / _name(self.number))
-            else:
-                self.directory.replace(_name(self.number), data)
+            self.directory.replace(_name(self.number), data)
             self.record, self._written = record, data
 
     def _start_heartbeat(self) -> None:
@@ -388,27 +423,6 @@ class Lease:
                 if self.lost:
                     return
                 self._renew()
-
-
-def _create(directory: LeasePlace, record: LeaseRecord) -> bool:
-    if not isinstance(directory, Path):
-        return directory.create(_name(record.number), _encode(record))
-    path = directory / _name(record.number)
-    temporary = directory / f".{path.name}.{unique_name()}"
-    try:
-        temporary.write_bytes(_encode(record))
-    except FileNotFoundError:  # the directory was removed by a holder that released it
-        return False
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except FileNotFoundError:
-        return False
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-    return True
 
 
 def _is_dead(watch: bool | HolderWatch, directory: LeasePlace, holder: LeaseRecord, root: LeasePlace | None) -> bool:

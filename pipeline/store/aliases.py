@@ -44,6 +44,15 @@ def set_alias(store: Store, name: str, directory: Path, stage: str) -> Alias:
     """
     if not name or safe_name(name) != name:
         raise UserError(f"`{name}` cannot be the name of an alias", "use letters, digits, `-` and `_`")
+    try:
+        store.create()
+        with store.alone(f"alias {name}"):  # or a collection would remove what is about to be named
+            return _set_alias(store, name, directory, stage)
+    except OSError as error:
+        raise store_error(store.address, error) from error
+
+
+def _set_alias(store: Store, name: str, directory: Path, stage: str) -> Alias:
     stages = fold(read(directory)).stages
     if stage not in stages:
         raise UserError(f"run {directory.name} has no stage `{stage}`", suggest(stage, stages))
@@ -55,11 +64,7 @@ def set_alias(store: Store, name: str, directory: Path, stage: str) -> Alias:
             f"compute it: `polytrope resume {directory.name}`",
         )
     alias = Alias(name, artifact.key, artifact.digest, directory.name, stage, time.time())
-    try:
-        store.create()
-        store.put_alias(name, json.dumps(asdict(alias), indent=2, ensure_ascii=False).encode() + b"\n")
-    except OSError as error:
-        raise store_error(store.address, error) from error
+    store.put_alias(name, json.dumps(asdict(alias), indent=2, ensure_ascii=False).encode() + b"\n")
     return alias
 
 

@@ -45,7 +45,7 @@ def export_run(store: Store, directory: Path, target: Path) -> int:
             archive.addfile(entry, io.BytesIO(header))
             archive.add(directory, f"runs/{directory.name}", filter=_plain)
             for key in keys:
-                archive.add(store.artifacts / key, f"artifacts/{key}", filter=_plain)
+                archive.add(store.whole(key), f"artifacts/{key}", filter=_plain)
         os.replace(temporary, target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -70,7 +70,12 @@ def import_run(store: Store, source: Path) -> tuple[str, int]:
         UserError: not such a file, damaged, or the run is in the store already.
     """
     store.create()
-    workspace = store.root / "staging" / f"import.{unique_name()}"
+    with store.alone(f"import of {source.name}"):  # or a collection would remove what no run names yet
+        return _import(store, source)
+
+
+def _import(store: Store, source: Path) -> tuple[str, int]:
+    workspace = store.local("staging") / f"import.{unique_name()}"
     try:
         with tarfile.open(source) as archive:
             member = archive.extractfile(_HEADER)
@@ -89,8 +94,8 @@ def import_run(store: Store, source: Path) -> tuple[str, int]:
             problems = unpacked.verify(key)
             if problems:
                 raise UserError(f"{source} is damaged: artifact {key[:12]}: {problems[0]}", "export the run again")
-        new = sum(store.adopt(key, unpacked.artifacts / key) for key in header["keys"])
-        store.adopt_run(run_id, workspace / "runs" / run_id)
+        new = sum(store.adopt(key, unpacked.whole(key)) for key in header["keys"])
+        store.adopt_run(run_id, unpacked.run_directory(run_id))
         return run_id, new
     except FileNotFoundError:
         raise UserError(f"there is no file `{source}`") from None

@@ -38,11 +38,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class StoredArtifact:
-    """A committed artifact. `path`: where its files are. `duration` in seconds, `committed` in epoch seconds."""
+    """A committed artifact. `duration` in seconds, `committed` in epoch seconds. For its files: `Store.materialize`."""
 
     key: str
     digest: str
-    path: Path
     components: dict[str, Any]
     summary: dict[str, float]
     stage: str
@@ -146,8 +145,8 @@ def move_manifest(data: bytes, location: str) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=False).encode()
 
 
-def parse_manifest(data: bytes, key: str, path: Path) -> StoredArtifact | None:
-    """What a manifest describes, with its files at `path`; None if it is damaged or of another key."""
+def parse_manifest(data: bytes, key: str) -> StoredArtifact | None:
+    """What a manifest describes; None if it is damaged or of another key."""
     try:
         content = json.loads(data)
         if content["checksum"] != _checksum(content) or content["key"] != key:
@@ -155,7 +154,6 @@ def parse_manifest(data: bytes, key: str, path: Path) -> StoredArtifact | None:
         return StoredArtifact(
             key=key,
             digest=content["digest"],
-            path=path,
             components=content["components"],
             summary=content["summary"],
             stage=content["stage"],

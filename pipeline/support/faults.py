@@ -5,6 +5,7 @@ effect. A plan says what happens there:
 
 - `7` or `seed:7`: at each point the driver dies (SIGKILL) with a small probability, and each worker now and then;
 - `at:12`: it dies at the 12th point; `error:12:ENOSPC`: the 12th point fails with that error instead;
+- `stop:NAME`: it stops (SIGSTOP) at the first point of this name, as if its machine hung;
 - `count:FILE`: nothing happens, but FILE holds the number of points passed.
 
 What a run must survive is tested by trying every point in turn (`tests/chaos`).
@@ -33,6 +34,7 @@ class FaultPlan:
         self.passed = 0
         self.kill_at: int | None = None
         self.error_at: tuple[int, int] | None = None
+        self.stop_at: str | None = None
         self.random: random.Random | None = None
         self.count_file: Path | None = None
 
@@ -48,13 +50,16 @@ class FaultPlan:
             elif kind == "error":
                 number, _, name = value.partition(":")
                 plan.error_at = (int(number), int(getattr(errno, name or "EIO")))
+            elif kind == "stop":
+                plan.stop_at = value
             elif kind == "count":
                 plan.count_file = Path(value)
             else:
                 raise ValueError(kind)
         except (ValueError, AttributeError):
             raise UserError(
-                f"fault plan `{text}` is not understood", "accepted: SEED, at:NUMBER, error:NUMBER:ERRNO, count:FILE"
+                f"fault plan `{text}` is not understood",
+                "accepted: SEED, at:NUMBER, error:NUMBER:ERRNO, stop:NAME, count:FILE",
             ) from None
         return plan
 
@@ -66,6 +71,9 @@ class FaultPlan:
             raise OSError(
                 self.error_at[1], f"{os.strerror(self.error_at[1])} (injected at point {self.passed}, {name})"
             )
+        if name == self.stop_at:
+            self.stop_at = None
+            os.kill(os.getpid(), signal.SIGSTOP)
         if self.passed == self.kill_at or (self.random is not None and self.random.random() < _KILL_PROBABILITY):
             print(
                 f"polytrope: fault injected: the driver dies at point {self.passed}, {name}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,11 @@ def safe_name(name: str) -> str:
         return text
     digest = hashlib.sha256(name.encode()).hexdigest()[:12]  # different names stay different
     return f"{text.lstrip('.')[:100].encode()[:100].decode(errors='ignore')}-{digest}"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there was no space left, on the disk or in a quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_file(path: Path) -> None:
@@ -98,6 +104,28 @@ def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def create_file(path: Path, data: bytes, *, durable: bool = True) -> bool:
+    """Write a file that does not exist, whole or not at all (by `link`, atomic on NFS as well); False if it exists.
+
+    `durable`: also after a power cut.
+    """
+    temporary = path.with_name(f".{path.name}.{unique_name()}")
+    try:
+        if durable:
+            write_bytes(temporary, data)
+        else:
+            temporary.write_bytes(data)
+        os.link(temporary, path)
+        if durable:
+            sync_directory(path.parent)
+    except FileExistsError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return True
 
 
 def replace_json(path: Path, value: Any, *, durable: bool = True) -> None:

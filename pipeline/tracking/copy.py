@@ -24,7 +24,7 @@ from polytrope.pipeline.runs.journal import Event, JournalReader, RunState, fold
 from polytrope.pipeline.runs.lease import current
 from polytrope.pipeline.runs.spool import SpoolEvent, SpoolReader
 from polytrope.pipeline.store.store import Store
-from polytrope.pipeline.tracking import description as mlflow_summary
+from polytrope.pipeline.tracking import overview as mlflow_summary
 from polytrope.pipeline.tracking.cursor import Postponed, Shown, read_cursor
 from polytrope.pipeline.tracking.curves import Curves
 from polytrope.pipeline.tracking.names import METRICS_PER_REQUEST, TAG_LENGTH, milliseconds, printable
@@ -40,14 +40,15 @@ class Copy:
     """One run's copy. `advance` sends what is new; if it raises, make a new `Copy` and go on.
 
     Args:
-        run_directory: `STORE/runs/RUN`.
+        store: that holds the run.
+        run_directory: of the run.
         uri: MLflow's tracking URI.
         experiment: its name; by default the workflow's.
     """
 
-    def __init__(self, run_directory: Path, uri: str, experiment: str = "") -> None:
+    def __init__(self, store: Store, run_directory: Path, uri: str, experiment: str = "") -> None:
         self.directory = run_directory
-        self.store = Store(run_directory.parent.parent)
+        self.store = store
         self.uri = uri
         self.experiment_name = experiment
         self.cursor = read_cursor(run_directory, uri)
@@ -171,7 +172,7 @@ class Copy:
                 "polytrope.kind": "workflow",
                 "polytrope.run_id": run_id,
                 "polytrope.workflow": str(workflow["name"]),
-                "polytrope.store": str(self.store.root),
+                "polytrope.store": self.store.address,
                 "mlflow.source.name": mlflow_summary.source_name(record),
                 "mlflow.source.type": "JOB",
                 "mlflow.user": os.environ.get("USER", "") or "polytrope",
@@ -187,7 +188,7 @@ class Copy:
         experiment = self.client.get_experiment_by_name(name)
         if experiment is None:
             local = self.uri.startswith("sqlite")
-            location = (self.store.root / "mlflow-artifacts").absolute().as_uri() if local else None
+            location = self.store.local("mlflow-artifacts").as_uri() if local else None
             try:
                 return str(self.client.create_experiment(name, artifact_location=location, tags=_EXPERIMENT_TAGS))
             except MlflowException:  # somebody else was faster
@@ -282,6 +283,7 @@ class Copy:
             "polytrope.duration": f"{event.get('duration') or 0:.3f}",
         }
         if cached:
+            self.store.pull_run(source)
             tags |= {"polytrope.source_run": source, "mlflow.note.content": self._origin(origin, source)}
         child = self._child(stage, event.time, tags)
         if stage in self.cursor.failed:
@@ -293,15 +295,14 @@ class Copy:
             self._repeat(stage, child, origin, source)
         self.curves.summary(child, event.get("summary") or {}, event.time)
         for shown in self.cursor.pending.pop(stage, []):
-            if artifact is not None:
-                what = f"{shown.name} of {stage}"
-                self._send_file(Postponed(what=what, stage=stage, key=artifact.key, cached=cached, shown=shown))
+            what, key = f"{shown.name} of {stage}", str(event.get("key"))
+            self._send_file(Postponed(what=what, stage=stage, key=key, cached=cached, shown=shown))
         self._terminate(stage, child, "FINISHED", event.time)
 
     def _origin(self, stage: str, source: str) -> str:
         """Markdown that leads to the run that computed a cached stage."""
         text = f"Taken from the store: computed by run `{source}`."
-        there = read_cursor(self.store.runs / source, self.uri)
+        there = read_cursor(self.store.run_directory(source), self.uri)
         if there.experiment is None or stage not in there.children:
             return text
         return f"{text} See [{stage}]({mlflow_summary.address(there.experiment, there.children[stage])}) there."
@@ -310,7 +311,7 @@ class Copy:
         """What a cached stage said when another run computed it: its curves can be seen and compared here, too."""
         self.cursor.pending.pop(stage, None)
         metrics: list[Metric] = []
-        for said in SpoolReader(self.store.runs / source / "spool", stage=origin).read_new():
+        for said in SpoolReader(self.store.run_directory(source) / "spool", stage=origin).read_new():
             if said.event["kind"] == "metrics":
                 metrics += self.curves.new_points(child, said)
             elif said.event["kind"] == "params":
@@ -336,10 +337,10 @@ class Copy:
                 self.cursor.postponed = [*self.cursor.postponed, item.model_copy(update={"reason": one_line(error)})]
 
     def _show(self, item: Postponed) -> None:
-        artifact = self.store.load(item.key)
-        if artifact is None:
-            raise FileNotFoundError(f"its artifact {item.key[:12]} is no longer in the store")
         assert item.shown is not None
+        if item.shown.kind != "dataset" and not self.store.exists(item.key):
+            raise FileNotFoundError(f"its artifact {item.key[:12]} is no longer in the store")
+        files = Path() if item.shown.kind == "dataset" else self.store.materialize(item.key)
         show(
             self.client,
             item.shown,
@@ -347,7 +348,7 @@ class Copy:
             child=self.cursor.children[item.stage],
             parent=self.cursor.parent or "",
             run_id=self.directory.name,
-            files=artifact.path,
+            files=files,
             cached=item.cached,
         )
 

@@ -7,6 +7,7 @@ import os
 import sqlite3
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 from polytrope.pipeline.support.files import unique_name
 
@@ -25,7 +26,7 @@ def ensure_database(uri: str, busy: Path | None = None) -> None:
     """
     if not uri.startswith(_SQLITE):
         return
-    path = Path(uri.removeprefix(_SQLITE))
+    path = database_file(uri)
     if path.exists() and not _is_half_made(path):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +39,15 @@ def ensure_database(uri: str, busy: Path | None = None) -> None:
     finally:
         if busy is not None:
             busy.unlink(missing_ok=True)
+
+
+def database_file(uri: str) -> Path:
+    """The file behind a `sqlite:///` address."""
+    return Path(unquote(uri.removeprefix(_SQLITE).partition("?")[0]))
+
+
+def _address(path: Path) -> str:
+    return _SQLITE + str(path).replace("%", "%25").replace("?", "%3F")  # as in every URL
 
 
 def _create(path: Path) -> None:
@@ -60,7 +70,7 @@ def _migrate(path: Path) -> None:
     """Let MLflow write its schema."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    store = SqlAlchemyStore(f"{_SQLITE}{path}", (path.parent / "mlflow-artifacts").absolute().as_uri())
+    store = SqlAlchemyStore(_address(path), (path.parent / "mlflow-artifacts").absolute().as_uri())
     store.engine.dispose()
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from polytrope.pipeline.workflow.encoding import readable
+
 PARAMETER_LENGTH, TAG_LENGTH, KEY_LENGTH = 6000, 5000, 250  # characters
 METRICS_PER_REQUEST, PARAMETERS_PER_REQUEST = 900, 100  # MLflow takes 1000 and 100
 _LARGEST_STEP = 2**63 - 1
@@ -56,10 +58,10 @@ def milliseconds(seconds: float) -> int:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as `a.b.c` → text; lists and scalars as JSON, text as it is."""
+    """Nested mappings as `a.b.c` → text; lists and scalars as JSON, text as it is; encoded values as one reads them."""
     flat: dict[str, str] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
+    for key, encoded in values.items():
+        name, value = f"{prefix}{key}", readable(encoded)
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{name}.")
         else:

@@ -20,6 +20,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.tracking.database import database_file
 from polytrope.pipeline.workflow.references import resolve_environment
 from polytrope.pipeline.workflow.spec import TrackingSpec
 
@@ -59,16 +61,8 @@ def log_file(run_directory: Path) -> Path:
 
 def tracking_uri(uri: str | None, store: Path) -> str:
     """The MLflow tracking URI: as configured, else MLFLOW_TRACKING_URI, else a sqlite file in the store."""
-    configured = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if configured:
-        return configured
-    place = str(Path(store).absolute())
-    if odd := [character for character in "?#" if character in place]:
-        raise UserError(
-            f"the store {place} has `{odd[0]}` in its path, which the address of MLflow's database in it cannot hold",
-            "use another `store:`, set `tracking.uri` or MLFLOW_TRACKING_URI, or run with `--no-tracking`",
-        )
-    return f"sqlite:///{place}/mlflow.db"
+    path = str(Path(store).absolute() / "mlflow.db").replace("%", "%25").replace("?", "%3F")  # as in every URL
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
 
 
 def check_tracking(uri: str) -> None:
@@ -111,7 +105,7 @@ def _check(uri: str) -> None:
             reason = getattr(error, "reason", error)
             raise UserError(f"MLflow at {_public(uri)} does not answer: {reason}", _START) from error
     elif parsed.scheme == "sqlite":
-        path = Path(uri.removeprefix("sqlite:///"))
+        path = database_file(uri)
         target = path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
         if not os.access(target, os.W_OK):
             raise UserError(f"MLflow's database {path} cannot be written", "choose another `tracking.uri`")
@@ -174,17 +168,16 @@ def _environment(uri: str, experiment: str | None) -> dict[str, str]:
     }
 
 
-def start_sync(run_directory: Path, tracking: TrackingSpec) -> subprocess.Popen[bytes]:
+def start_sync(store: Store, run_directory: Path, tracking: TrackingSpec) -> subprocess.Popen[bytes]:
     """Start the process that copies a run to MLflow while it goes on. It ends by itself after the run.
 
     Its standard input is a pipe that nobody writes to: it closes with this process, whatever ends it.
     """
-    store = Path(run_directory).parent.parent
-    uri = resolve_environment(tracking_uri(tracking.uri, store), os.environ)
+    uri = resolve_environment(tracking_uri(tracking.uri, store.local("")), os.environ)
     log_file(run_directory).parent.mkdir(exist_ok=True)
     with log_file(run_directory).open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "polytrope.pipeline.tracking.sync", str(run_directory), "--follow"],
+            [*_command(store, run_directory), "--follow"],
             env=_environment(uri, tracking.experiment),
             stdin=subprocess.PIPE,
             stdout=log,
@@ -246,10 +239,14 @@ def _first(file: Path, length: int = 160) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def sync_now(run_directory: Path, uri: str, experiment: str | None) -> tuple[int, str]:
+def _command(store: Store, run_directory: Path) -> list[str]:
+    return [sys.executable, "-m", "polytrope.pipeline.tracking.sync", str(run_directory), "--store", store.address]
+
+
+def sync_now(store: Store, run_directory: Path, uri: str, experiment: str | None) -> tuple[int, str]:
     """Bring MLflow up to date with a run: (one of the exit codes above, why it failed)."""
     process = subprocess.run(
-        [sys.executable, "-m", "polytrope.pipeline.tracking.sync", str(run_directory)],
+        _command(store, run_directory),
         env=_environment(uri, experiment),
         check=False,
     )

@@ -15,6 +15,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.tracking.cursor import Cursor
 
 # Of MLflow's codes, those that no second try changes. Not BAD_REQUEST: a lost database connection is reported so.
@@ -32,7 +33,9 @@ def is_permanent(error: Exception) -> bool:
         return 400 <= status < 500 and status not in (401, 403, 408, 425, 429)
     if isinstance(error, requests.RequestException):
         return False
-    return isinstance(error, ValueError | TypeError | LookupError | AttributeError | ImportError | FileNotFoundError)
+    return isinstance(
+        error, ValueError | TypeError | LookupError | AttributeError | ImportError | FileNotFoundError | UserError
+    )
 
 
 def one_line(error: Exception) -> str:

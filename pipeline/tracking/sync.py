@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from polytrope.pipeline.runs.record import run_status
+from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
 from polytrope.pipeline.tracking.copy import Copy
 from polytrope.pipeline.tracking.cursor import CURSOR_FILE, read_cursor
@@ -46,7 +47,7 @@ _REPAIR_SECONDS = 5.0  # that a finished run spends on the copies of others
 _log = logging.getLogger("polytrope.mlflow")
 
 
-def copy_once(run_directory: Path, uri: str, experiment: str = "") -> int:
+def copy_once(store: Store, run_directory: Path, uri: str, experiment: str = "") -> int:
     """Bring MLflow up to date with a run, whatever its state; returns the exit code of this process.
 
     Raises:
@@ -56,7 +57,7 @@ def copy_once(run_directory: Path, uri: str, experiment: str = "") -> int:
         if not held:
             return EXIT_BUSY
         ensure_database(uri, busy_file(run_directory))
-        copy = Copy(run_directory, uri, experiment)
+        copy = Copy(store, run_directory, uri, experiment)
         copy.advance()
         code = _end(copy)
         error_file(run_directory).unlink(missing_ok=True)
@@ -83,10 +84,11 @@ def _is_driven(run_directory: Path) -> bool:
     return True
 
 
-def follow(run_directory: Path, uri: str, experiment: str, orphaned: threading.Event) -> int:
+def follow(store: Store, run_directory: Path, uri: str, experiment: str, orphaned: threading.Event) -> int:
     """Copy a run until it ends; until then, every failure of the server is waited out.
 
     Args:
+        store: that holds the run.
         run_directory: of the run.
         uri: MLflow's tracking URI.
         experiment: its name; "": the workflow's.
@@ -96,24 +98,24 @@ def follow(run_directory: Path, uri: str, experiment: str, orphaned: threading.E
         Exception: the server failed in that last pass.
     """
     delay, copy = 1.0, None
-    others = _unfinished(run_directory, uri)
+    others = _unfinished(store, run_directory, uri)
     with _lock(run_directory, None, orphaned) as held:
         while held:
             gone = orphaned.is_set()
             try:
                 if copy is None:
                     ensure_database(uri, busy_file(run_directory))
-                    copy = Copy(run_directory, uri, experiment)
+                    copy = Copy(store, run_directory, uri, experiment)
                 moved = copy.advance()
                 if copy.complete or gone:
                     code = _end(copy)
                     error_file(run_directory).unlink(missing_ok=True)
-                    _repair_all(others, uri)
+                    _repair_all(store, others, uri)
                     return code
                 error_file(run_directory).unlink(missing_ok=True)
                 delay = 1.0
                 if not moved:
-                    _repair(next(others, None), uri)
+                    _repair(store, next(others, None), uri)
                     orphaned.wait(_POLL_SECONDS)
             except Exception as error:
                 _note(run_directory, error)
@@ -151,21 +153,21 @@ def _lock(run_directory: Path, patience: float | None, give_up: threading.Event 
 # -- runs that nobody finished -----------------------------------------------------------------------------------------
 
 
-def _unfinished(run_directory: Path, uri: str) -> Iterator[Path]:
+def _unfinished(store: Store, run_directory: Path, uri: str) -> Iterator[Path]:
     """Other runs of the store whose copies were cut short (a machine that died, a server that was away)."""
-    for directory in sorted(run_directory.parent.iterdir()):
-        if directory != run_directory and needs_copy(directory, uri):
+    for directory in reversed(store.run_directories()):
+        if directory != run_directory and needs_copy(store, directory, uri):
             yield directory
 
 
-def needs_copy(directory: Path, uri: str) -> bool:
+def needs_copy(store: Store, directory: Path, uri: str) -> bool:
     """Whether a run that has ended, in whatever way, was meant for this server and is not complete there."""
     try:
         if not log_file(directory).exists():
             return False  # it was never to be copied
         record = json.loads((directory / "workflow.json").read_bytes())
         tracking = TrackingSpec.model_validate(record["workflow"].get("tracking") or {})
-        configured = resolve_environment(tracking_uri(tracking.uri, directory.parent.parent), os.environ)
+        configured = resolve_environment(tracking_uri(tracking.uri, store.local("")), os.environ)
         if without_password(configured) != uri:
             return False
         cursor = read_cursor(directory, uri)
@@ -176,24 +178,24 @@ def needs_copy(directory: Path, uri: str) -> bool:
         return False
 
 
-def _repair(directory: Path | None, uri: str) -> None:
+def _repair(store: Store, directory: Path | None, uri: str) -> None:
     """Complete another run; what goes wrong there does not matter here."""
     if directory is None:
         return
     try:
         record = json.loads((directory / "workflow.json").read_bytes())
-        copy_once(directory, uri, (record["workflow"].get("tracking") or {}).get("experiment") or "")
+        copy_once(store, directory, uri, (record["workflow"].get("tracking") or {}).get("experiment") or "")
     except Exception:
         _log.warning("run %s stays incomplete in MLflow\n%s", directory.name, traceback.format_exc())
 
 
-def _repair_all(others: Iterator[Path], uri: str) -> None:
+def _repair_all(store: Store, others: Iterator[Path], uri: str) -> None:
     """Use the moment at the end, when nothing else is to be done, but do not keep the driver waiting."""
     end = time.monotonic() + _REPAIR_SECONDS
     for directory in others:
         if time.monotonic() > end:
             return
-        _repair(directory, uri)
+        _repair(store, directory, uri)
 
 
 def _watch_parent(orphaned: threading.Event) -> None:
@@ -206,16 +208,18 @@ def main() -> int:
     """The command; its exit codes are those of `polytrope.pipeline.tracking.process`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_directory", type=Path)
+    parser.add_argument("--store", required=True, help="its address")
     parser.add_argument("--follow", action="store_true", help="until the run ends")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    store = Store(options.store)
     uri, experiment = os.environ["MLFLOW_TRACKING_URI"], os.environ.get("POLYTROPE_EXPERIMENT", "")
     if options.follow:
         orphaned = threading.Event()
         threading.Thread(target=_watch_parent, args=(orphaned,), daemon=True).start()
-        return follow(options.run_directory, uri, experiment, orphaned)
+        return follow(store, options.run_directory, uri, experiment, orphaned)
     try:
-        return copy_once(options.run_directory, uri, experiment)
+        return copy_once(store, options.run_directory, uri, experiment)
     except Exception as error:
         _note(options.run_directory, error)
         _log.debug("", exc_info=True)

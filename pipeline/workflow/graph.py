@@ -9,16 +9,22 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import fields as dataclass_fields
 from heapq import heapify, heappop, heappush
+from pathlib import Path, PurePath
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import BUILTIN_STAGES, Resources, StageDefinition, load_stage
 from polytrope.pipeline.support.text import suggest
+from polytrope.pipeline.workflow.code import Code, read_code
 from polytrope.pipeline.workflow.conditions import condition_stages, evaluate_condition
+from polytrope.pipeline.workflow.encoding import encode_fields
+from polytrope.pipeline.workflow.loaded import stale_module
+from polytrope.pipeline.workflow.reads import read_digests
 from polytrope.pipeline.workflow.references import environment_names, has_reference, resolve_environment, substitute
 from polytrope.pipeline.workflow.source import KeyPath
 from polytrope.pipeline.workflow.spec import StageSpec, Workflow, validation_error
@@ -39,9 +45,13 @@ class StageNode:
         inputs: input name → node name, label → node name for a fan-in, None for an optional input that is absent.
         resources: what each worker gets.
         retries: further attempts after the first.
+        also_retry_bugs: a plain bug of the function counts as a reason for one.
         timeout: seconds per attempt, or None.
         when: condition, see `polytrope.pipeline.workflow.conditions`.
         environment: variables that belong to the key, with their values.
+        code: of the stage, as it was when the graph was built.
+        reads: file → sha256 of the data files that the stage or the workflow file names.
+        read_patterns: how the workflow file names them.
         fingerprint: what the stage says beyond its parameters decides the result.
         after: nodes that must end first, without being an input (`after:`, and stages read by `when:`).
         secrets: names of the environment variables that the worker needs for `${env.NAME}`.
@@ -60,11 +70,24 @@ class StageNode:
     timeout: float | None
     when: str | None
     environment: dict[str, str]
+    code: Code = field(kw_only=True)
+    reads: dict[str, str] = field(default_factory=dict, kw_only=True)
+    read_patterns: tuple[str, ...] = field(default=(), kw_only=True)
     fingerprint: dict[str, str] = field(default_factory=dict)
     after: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
     matrix: dict[str, Any] = field(default_factory=dict)
     open: bool = False
+    also_retry_bugs: bool = False
+
+    @functools.cached_property
+    def encoded_parameters(self) -> dict[str, Any]:
+        """As they stand in the key.
+
+        Raises:
+            UserError: a value without a lossless form.
+        """
+        return encode_fields(self.parameters)
 
     @property
     def input_nodes(self) -> tuple[str, ...]:
@@ -93,15 +116,46 @@ def resolve_parameters(parameters: BaseModel, environment: Mapping[str, str] | N
     Raises:
         UserError: a variable that is not set.
     """
-    data = parameters.model_dump(mode="python", by_alias=True)
-    if not has_reference(data):
-        return parameters
-    resolved = resolve_environment(data, os.environ if environment is None else environment)
+    values = os.environ if environment is None else environment
     try:
-        return type(parameters).model_validate(resolved)
+        resolved = _resolved(parameters, values)
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
         raise UserError(f"the value of an environment variable is not accepted for: {fields}") from None
+    assert isinstance(resolved, BaseModel)
+    return resolved
+
+
+def _resolved(value: Any, environment: Mapping[str, str]) -> Any:
+    """The value itself where it holds no reference; a model with one is validated anew."""
+    if isinstance(value, str):
+        return resolve_environment(value, environment) if type(value) is str and "${" in value else value
+    if isinstance(value, SecretStr):
+        secret = value.get_secret_value()
+        return type(value)(resolve_environment(secret, environment)) if "${" in secret else value
+    if isinstance(value, BaseModel):
+        model = type(value)
+        fields = {name: getattr(value, name) for name in model.model_fields} | (value.__pydantic_extra__ or {})
+        found = {name: _resolved(item, environment) for name, item in fields.items()}
+        if all(found[name] is item for name, item in fields.items()):
+            return value
+        aliases = {name: info.alias or name for name, info in model.model_fields.items()}
+        again = model.model_validate({aliases.get(name, name): item for name, item in found.items()})
+        again.model_fields_set.intersection_update(value.model_fields_set)
+        return again
+    if isinstance(value, PurePath):
+        return type(value)(resolve_environment(str(value), environment)) if "${" in str(value) else value
+    if is_dataclass(value) and not isinstance(value, type):
+        before = {item.name: getattr(value, item.name) for item in dataclass_fields(value) if item.init}
+        changed = {name: new for name, item in before.items() if (new := _resolved(item, environment)) is not item}
+        return replace(value, **changed) if changed else value
+    if type(value) is dict:
+        pairs = {name: _resolved(item, environment) for name, item in value.items()}
+        return value if all(pairs[name] is item for name, item in value.items()) else pairs
+    if type(value) in (list, tuple, set, frozenset):
+        items = [_resolved(item, environment) for item in value]
+        return value if all(new is old for new, old in zip(items, value, strict=True)) else type(value)(items)
+    return value
 
 
 def build_graph(
@@ -122,10 +176,11 @@ def build_graph(
         sys.path.append(str(workflow.directory))
     names = _Names({name: _branches(workflow, name, spec) for name, spec in workflow.stages.items()}, workflow.returned)
     drafts: dict[str, StageNode] = {}
+    stages = _Stages(workflow, known or {})
     for spec_name, spec in workflow.stages.items():
-        definition = _definition(workflow, spec_name, spec)
+        loaded = stages.load(spec_name, spec)
         for branch, matrix in names.branches[spec_name]:
-            node = _draft(workflow, spec_name, spec, definition, branch, matrix, names.seen_by(spec_name), environment)
+            node = _draft(workflow, spec_name, spec, loaded, branch, matrix, names.seen_by(spec_name), environment)
             drafts[node.name] = node
     ordered = _order(workflow, drafts)
     finished: dict[str, StageNode] = {}
@@ -239,48 +294,93 @@ def node_name(spec_name: str, branch: Mapping[str, str]) -> str:
     return f"{spec_name}[{','.join(f'{axis}={label}' for axis, label in branch.items())}]"
 
 
-def _definition(workflow: Workflow, name: str, spec: StageSpec) -> StageDefinition:
-    if "${" in spec.uses:
-        raise UserError(f"{workflow.where('stages', name, 'uses')}: only `${{params.x}}` can stand in `uses:`")
-    try:
-        return _load(spec.uses)
-    except UserError as error:
-        hint = error.hint
-        if ":" not in spec.uses:
-            hint = f"{suggest(spec.uses, BUILTIN_STAGES)} ({hint})"
-        raise UserError(f"{workflow.where('stages', name, 'uses')}: {error.message}", hint) from None
-    except Exception as error:  # the user's module is run by its import, and may raise anything
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames and not isinstance(error, SyntaxError) else ""
-        raise UserError(
-            f"{workflow.where('stages', name, 'uses')}: importing `{spec.uses}` failed: "
-            f"{type(error).__name__}: {error}{place}",
-            "mend the module, then run again",
-        ) from error
+@dataclass(frozen=True)
+class _Loaded:
+    """A stage function, its code, and the data files that it declares."""
+
+    definition: StageDefinition
+    code: Code
+    reads: dict[str, str]
 
 
-@functools.cache
-def _load(uses: str) -> StageDefinition:
-    """`load_stage`, once per function: 10,000 stages of one kind are read once."""
-    return load_stage(uses)
+class _Stages:
+    """The stage functions of a workflow, each loaded and its code read once: 10,000 stages of one kind are one."""
+
+    def __init__(self, workflow: Workflow, known: Mapping[str, StageNode]) -> None:
+        self._workflow = workflow
+        self._loaded: dict[str, _Loaded] = {}
+        self._known = {node.definition.uses: node for node in known.values()}  # one run, one state of the code
+
+    def load(self, name: str, spec: StageSpec) -> _Loaded:
+        if spec.uses not in self._loaded:
+            self._loaded[spec.uses] = self._load(name, spec.uses)
+        return self._loaded[spec.uses]
+
+    def _load(self, name: str, uses: str) -> _Loaded:
+        place = self._workflow.where("stages", name, "uses")
+        if "${" in uses:
+            raise UserError(f"{place}: only `${{params.x}}` can stand in `uses:`")
+        try:
+            definition = load_stage(uses)
+            before = self._known.get(definition.uses)
+            if before is not None:
+                return _Loaded(before.definition, before.code, _declared(definition))
+            for module in definition.modules:
+                if (path := stale_module(module)) is not None:
+                    raise UserError(
+                        f"{path} was edited after this process had imported it",
+                        f"`importlib.reload(sys.modules[{module!r}])`, or start a new session",
+                    )
+            return _Loaded(definition, read_code(definition.modules), _declared(definition))
+        except UserError as error:
+            hint = error.hint
+            if ":" not in uses:
+                hint = f"{suggest(uses, BUILTIN_STAGES)} ({hint})"
+            raise UserError(f"{place}: {error.message}", hint) from None
+        except Exception as error:  # the user's module is run by its import, and may raise anything
+            frames = traceback.extract_tb(error.__traceback__)
+            known = frames and not isinstance(error, SyntaxError)
+            where = f" ({frames[-1].filename}:{frames[-1].lineno})" if known else ""
+            raise UserError(
+                f"{place}: importing `{uses}` failed: {type(error).__name__}: {error}{where}",
+                "mend the module, then run again",
+            ) from error
+
+
+def _declared(definition: StageDefinition) -> dict[str, str]:
+    """Data files of `@stage(reads=…)`; their paths start where the stage's module stands."""
+    module = definition.function.__module__
+    directory = Path(str(sys.modules[module].__file__)).parent
+    return read_digests(definition.options.reads, directory, f"{module}:") if definition.options.reads else {}
+
+
+def declared_reads(definition: StageDefinition, patterns: Iterable[str], directory: Path) -> dict[str, str]:
+    """Data files of a stage with their sha256: those of `@stage(reads=…)`, and of `reads:` in the workflow file.
+
+    Args:
+        patterns: of the workflow file.
+        directory: the workflow file's.
+    """
+    return {**_declared(definition), **read_digests(patterns, directory)}
 
 
 def _draft(
     workflow: Workflow,
     spec_name: str,
     spec: StageSpec,
-    definition: StageDefinition,
+    loaded: _Loaded,
     branch: dict[str, str],
     matrix: dict[str, Any],
     names: _Names,
     environment: bool,
 ) -> StageNode:
+    definition = loaded.definition
     values = _expanded(workflow, spec_name, spec, matrix)
     inputs, after = _inputs(workflow, spec_name, spec, values, definition, branch, names)
     secrets = environment_names(values["with"])
     if parent := parent_stage(spec_name):
         after = tuple(dict.fromkeys((parent, *after)))
-    return StageNode(
+    node = StageNode(
         name=node_name(spec_name, branch),
         spec_name=spec_name,
         branch=branch,
@@ -289,14 +389,33 @@ def _draft(
         inputs=inputs,
         resources=values["resources"],
         retries=spec.retries,
+        also_retry_bugs=spec.also_retry_bugs,
         timeout=spec.timeout,
         when=values["when"],
         environment=_environment(workflow, spec_name, spec.environment, secrets) if environment else {},
+        code=loaded.code,
+        reads={**loaded.reads, **_reads(workflow, spec_name, values["reads"])},
+        read_patterns=tuple(map(str, values["reads"])),
         after=after,
         secrets=tuple(sorted(secrets)),
         matrix=matrix,
         open=any(map(names.is_open, _references(spec, values))),
     )
+    try:
+        _ = node.encoded_parameters
+    except UserError as error:
+        field, _, rest = error.message.partition(": ")
+        raise UserError(
+            f"{workflow.where('stages', spec_name, 'with', *field.split('.'))}: {rest}", error.hint
+        ) from None
+    return node
+
+
+def _reads(workflow: Workflow, name: str, patterns: list[str]) -> dict[str, str]:
+    try:
+        return read_digests(map(str, patterns), workflow.directory) if patterns else {}
+    except UserError as error:
+        raise UserError(f"{workflow.where('stages', name)}: {error.message}", error.hint) from None
 
 
 def _references(spec: StageSpec, values: Mapping[str, Any]) -> Iterator[str]:
@@ -323,7 +442,12 @@ def readers_of_returned(workflow: Workflow, nodes: Iterable[StageNode], name: st
 def _expanded(workflow: Workflow, name: str, spec: StageSpec, matrix: dict[str, Any]) -> dict[str, Any]:
     """The fields of the spec that may hold `${matrix.x}`, replaced."""
     result: dict[str, Any] = {}
-    for key, value in (("with", spec.parameters), ("inputs", spec.inputs), ("when", spec.when)):
+    for key, value in (
+        ("with", spec.parameters),
+        ("inputs", spec.inputs),
+        ("when", spec.when),
+        ("reads", spec.reads),
+    ):
         if has_reference(value):
             try:
                 value = substitute(value, {"matrix": matrix}, keep=("env",), quote=key == "when")

@@ -1,29 +1,24 @@
 """Stage keys: what decides a stage's result, hashed; and the explanation of why two keys differ.
 
-In the key: the code of the stage (its module and those named by `@stage(code=…)`, as syntax trees without comments,
-docstrings and positions), its parameters, the digests of its inputs, its fingerprint, and the environment variables
-that the workflow file names. Not in the key: resources, retries, timeouts, the executor, and the versions of Python,
-torch and other packages. Versions are written into each run's environment record and shown by `polytrope diff`:
-an upgrade does not throw away days of finished work unasked; `polytrope run --force STAGE` recomputes on purpose.
+In the key: the code of the stage (all first-party files that it reaches by import, see `code`), its parameters (see
+`encoding`), the digests of its inputs, its fingerprint, and the files and environment variables that it or the workflow
+file names. Not in the key: resources, retries, timeouts, the executor, and the versions of Python, torch and other
+packages. Versions are written into each run's environment record, shown by `polytrope diff`, and said at a resume: an
+upgrade does not throw away days of finished work unasked; `polytrope run --force STAGE` recomputes on purpose.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.workflow.encoding import canonical_json, readable
 from polytrope.pipeline.workflow.graph import StageNode
 
-_NATIVE_SUFFIXES = (".c", ".cc", ".cpp", ".cxx", ".cu", ".cuh", ".h", ".hpp")
-_VERSION = 1  # raised when the meaning of a key changes
+_VERSION = 2  # raised when the meaning of a key changes
 
 
 def key_components(node: StageNode, input_digests: Mapping[str, str | dict[str, str] | None]) -> dict[str, Any]:
@@ -33,16 +28,16 @@ def key_components(node: StageNode, input_digests: Mapping[str, str | dict[str, 
         node: the stage.
         input_digests: input name → digest of the artifact (label → digest for a fan-in, None for an absent one).
     """
-    modules = [node.definition.function.__module__, *node.definition.options.code]
     return {
         "version": _VERSION,
         "uses": node.definition.uses,
-        "code": {module: code_hash(module) for module in dict.fromkeys(modules)},
-        "parameters": node.parameters.model_dump(mode="json", by_alias=True),
+        "code": node.code.files,
+        "parameters": node.encoded_parameters,
         "inputs": {name: input_digests[name] for name in node.inputs},
         "fingerprint": dict(node.fingerprint),
+        "reads": node.reads,
         # hashed: a variable that decides the result may be a secret as well
-        "environment": {name: _sha256(value.encode())[:16] for name, value in node.environment.items()},
+        "environment": {name: _sha256(os.fsencode(value))[:16] for name, value in node.environment.items()},
     }
 
 
@@ -51,95 +46,22 @@ def stage_key(components: Mapping[str, Any]) -> str:
     return _sha256(canonical_json(components).encode())
 
 
-def canonical_json(value: Any) -> str:
-    """One text per value: sorted keys, no spaces, shortest float notation."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-@functools.cache
-def code_hash(module: str) -> str:
-    """sha256 over the source of a module, or over all Python, C, C++ and CUDA files of a package.
-
-    The module is found without being imported, so a plan does not import torch.
-
-    Raises:
-        UserError: a module without source.
-    """
-    location = find_source(module)
-    if location.is_file():
-        return _file_hash(location)
-    digest = hashlib.sha256()
-    for path in sorted(_source_files(location), key=lambda item: item.relative_to(location).as_posix()):
-        digest.update(f"{path.relative_to(location).as_posix()}\0{_file_hash(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _source_files(directory: Path) -> Iterator[Path]:
-    for root, directories, files in os.walk(directory):
-        directories[:] = [name for name in directories if not name.startswith((".", "__pycache__", "build"))]
-        for name in files:
-            if name.endswith((".py", *_NATIVE_SUFFIXES)):
-                yield Path(root) / name
-
-
-@functools.cache
-def find_source(module: str) -> Path:
-    """The file of a module or the directory of a package, without importing it or its parents."""
-    loaded = sys.modules.get(module)
-    if loaded is not None and getattr(loaded, "__file__", None):
-        path = Path(str(loaded.__file__))
-        return path.parent if path.name == "__init__.py" else path
-    search: Any = None
-    parts = module.split(".")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    for depth in range(1, len(parts) + 1):
-        name = ".".join(parts[:depth])
-        found = None
-        for finder in sys.meta_path:
-            found = finder.find_spec(name, search) if hasattr(finder, "find_spec") else None
-            if found is not None:
-                break
-        if found is None:
-            raise UserError(f"no source of module `{module}` (named in a stage's `code`)")
-        search = found.submodule_search_locations
-    if found is not None and found.origin and found.origin.endswith(".py"):
-        path = Path(found.origin)
-        return path.parent if path.name == "__init__.py" else path
-    if search:
-        return Path(next(iter(search)))
-    raise UserError(f"module `{module}` has no Python source, so its code cannot be part of a stage key")
-
-
-def _file_hash(path: Path) -> str:
-    data = path.read_bytes()
-    if path.suffix != ".py":
-        return _sha256(data)
-    tree = ast.parse(data, filename=str(path))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:]
-    return _sha256(ast.dump(tree, annotate_fields=False).encode())
-
-
 def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What changed between two sets of key components, a line each: `parameters.degree: 3 → 5`."""
+    if old.get("version") != new.get("version"):  # nothing else can be compared
+        return ["the meaning of stage keys changed with this version of polytrope"]
     lines: list[str] = []
     if old.get("uses") != new.get("uses"):
         lines.append(f"uses: {old.get('uses')} → {new.get('uses')}")
     for kind, name, before, after in _differences(old, new):
         if kind == "code":
             lines.append(f"code of {name} {_change(before, after, 'changed')}")
+        elif kind == "reads":
+            lines.append(f"file {name} {_change(before, after, 'changed')}")
         elif kind == "inputs":
             lines.append(f"input {name} {_change(before, after, f'changed ({_short(before)} → {_short(after)})')}")
         elif kind == "environment":
@@ -148,8 +70,6 @@ def explain(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             lines.append(f"{name} {_change(before, after, f'changed ({_short(before)} → {_short(after)})')}")
         else:
             lines.append(f"{kind}.{name}: {_short(before)} → {_short(after)}")
-    if old.get("version") != new.get("version"):
-        lines.append("the meaning of stage keys changed with this version of polytrope")
     return lines
 
 
@@ -166,18 +86,18 @@ def _change(before: Any, after: Any, changed: str) -> str:
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
-    for kind in ("parameters", "inputs", "fingerprint", "code", "environment"):
+    for kind in ("parameters", "inputs", "fingerprint", "reads", "code", "environment"):
         before, after = _flat(old.get(kind) or {}), _flat(new.get(kind) or {})
         for name in dict.fromkeys((*before, *after)):
             left, right = before.get(name, _ABSENT), after.get(name, _ABSENT)
-            if left is _ABSENT or right is _ABSENT or left != right:
+            if left is _ABSENT or right is _ABSENT or canonical_json(left) != canonical_json(right):
                 yield kind, name, left, right
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, item in value.items():
-        if isinstance(item, Mapping) and item:
+        if isinstance(item, Mapping) and item and not (len(item) == 1 and next(iter(item)).startswith("$")):
             result.update(_flat(item, f"{prefix}{name}."))
         else:
             result[prefix + str(name)] = item
@@ -187,7 +107,10 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     if value is _ABSENT:
         return "(none)"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    plain = readable(value)
+    text = plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
+    if isinstance(value, Mapping) and len(value) == 1:
+        text += f" ({next(iter(value)).removeprefix('$')})"
     if len(text) == 64 and all(character in "0123456789abcdef" for character in text):
         return text[:12]
     return text if len(text) <= 60 else text[:57] + "…"

@@ -26,7 +26,7 @@ def has_reference(value: Any) -> bool:
         return "${" in value
     if isinstance(value, Mapping):
         return any(has_reference(item) for item in value.values())
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set | frozenset):
         return any(has_reference(item) for item in value)
     return False
 
@@ -116,7 +116,7 @@ def environment_names(value: Any) -> set[str]:
         return {name.strip()[4:] for name in found if name.strip().startswith("env.")}
     if isinstance(value, Mapping):
         return set().union(*map(environment_names, value.values()))
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | set | frozenset):
         return set().union(*map(environment_names, value))
     return set()
 

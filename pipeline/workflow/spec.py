@@ -6,13 +6,25 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+)
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Resources
+from polytrope.pipeline.stage import Resources, name_of_function
+from polytrope.pipeline.support.executor_table import DEFAULT_EXECUTOR, EXECUTORS
 from polytrope.pipeline.support.text import suggest
+from polytrope.pipeline.workflow.encoding import decode, encode_plain_fields
 from polytrope.pipeline.workflow.references import has_reference, substitute
 from polytrope.pipeline.workflow.source import KeyPath, Source, locate, parse_value, read_source
 
@@ -48,7 +60,17 @@ def parse_memory(value: Any) -> Any:
 Duration = typing.Annotated[float, BeforeValidator(parse_duration)]
 Memory = typing.Annotated[int, BeforeValidator(parse_memory)]
 InputReference = str | list[str] | dict[str, str]
-Executor = Literal["local", "ray"]
+
+
+def _known_executor(name: str) -> str:
+    if name not in EXECUTORS:
+        raise ValueError(f"expected {' or '.join(EXECUTORS)}")
+    return name
+
+
+Executor = typing.Annotated[
+    str, AfterValidator(_known_executor), WithJsonSchema({"type": "string", "enum": list(EXECUTORS)})
+]
 
 _STRICT = ConfigDict(extra="forbid", strict=True, populate_by_name=True, validate_assignment=True)
 
@@ -92,28 +114,33 @@ class StageSpec(BaseModel):
     parameters: dict[str, Any] = Field(default={}, alias="with", description="the stage's parameters")
     resources: ResourceSpec = Field(default=ResourceSpec(), description="what each worker of the stage gets")
     retries: int = Field(default=2, ge=0, description="further attempts after a lost worker, timeout or crash")
+    also_retry_bugs: bool = Field(
+        default=False,
+        description="spend `retries` on NameError, TypeError, AttributeError, ImportError, AssertionError",
+    )
     timeout: Duration | None = Field(default=None, gt=0, description="limit per attempt, such as 600 or 10m")
     when: str | None = Field(default=None, description="condition; the stage is skipped where it is false")
     matrix: dict[str, list[Any]] = Field(default={}, description="axis → values: one branch per combination")
     after: list[str] = Field(default=[], description="stages that must end before this one, beside its inputs")
     environment: list[str] = Field(default=[], description="environment variables that decide the result")
+    reads: list[str] = Field(
+        default=[], description="data files, directories or globs whose content decides the result"
+    )
 
     @field_validator("uses", mode="before")
     @classmethod
     def _name_of_function(cls, value: Any) -> Any:
-        if callable(value) and hasattr(value, "__qualname__"):
-            return f"{value.__module__}:{value.__qualname__}"
-        return value
+        return name_of_function(value) if callable(value) else value
 
     @field_validator("when", mode="before")
     @classmethod
     def _condition(cls, value: Any) -> Any:
         return str(value).lower() if isinstance(value, bool) else value
 
-    @field_validator("inputs", "parameters", "matrix", "environment", "after", mode="before")
+    @field_validator("inputs", "parameters", "matrix", "environment", "reads", "after", mode="before")
     @classmethod
     def _empty(cls, value: Any, info: Any) -> Any:
-        return ([] if info.field_name in ("environment", "after") else {}) if value is None else value
+        return ([] if info.field_name in ("environment", "reads", "after") else {}) if value is None else value
 
     @field_validator("matrix")
     @classmethod
@@ -138,7 +165,10 @@ class Workflow(BaseModel):
     params: dict[str, Any] = Field(default={}, description="values for `${params.x}`; `--set params.x=…` replaces them")
     store: str = Field(default=".polytrope", description="directory or s3:// address of artifacts and runs")
     tracking: TrackingSpec = Field(default=TrackingSpec(), description="MLflow")
-    executor: Executor = Field(default="ray", description="ray, or local: child processes on this machine")
+    executor: Executor = Field(
+        default=DEFAULT_EXECUTOR,
+        description="; ".join(f"{name}: {kind.summary}" for name, kind in EXECUTORS.items()),
+    )
     ray_address: str | None = Field(default=None, description="an existing cluster; by default one is started here")
     concurrency: int | None = Field(default=None, ge=1, description="stages that run at the same time, at most")
     fail_fast: bool = Field(default=True, description="stop at the first failed stage; false: go on with the others")
@@ -211,13 +241,17 @@ class Workflow(BaseModel):
         return f"{location}: {field}" if location else field
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved workflow as JSON-able data; `${env.NAME}` is still a reference in it."""
-        return self.model_dump(mode="json", by_alias=True)
+        """The resolved workflow as JSON-able data without loss; `${env.NAME}` is still a reference in it.
+
+        Raises:
+            UserError: a value that was given in Python and cannot be read back.
+        """
+        return encode_plain_fields(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, directory: Path, source: Path | None = None) -> Workflow:
         """A workflow from `to_dict` (resume) or from data made in Python."""
-        located = Source(dict(data), {(): str(source)} if source else {})
+        located = Source(decode(dict(data)), {(): str(source)} if source else {})
         return _build(located, directory, source)
 
 

@@ -39,8 +39,8 @@ def store(request: pytest.FixtureRequest) -> Store:
     if given:
         return Store(given)
     store: Store = request.getfixturevalue("local_quickstart").store
-    run_quickstart(store.root, "local")
-    code, output = polytrope(store.root, "sync", "--all", "--store", str(store.root))
+    run_quickstart(Path(store.address), "local")
+    code, output = polytrope(Path(store.address), "sync", "--all", "--store", store.address)
     assert code == 0, output
     return store
 
@@ -50,7 +50,7 @@ def address(store: Store) -> Iterator[str]:
     """Of `polytrope ui` on the store."""
     port = free_port(0)
     server = subprocess.Popen(
-        [POLYTROPE, "ui", "--store", str(store.root), "--port", str(port)],
+        [POLYTROPE, "ui", "--store", store.address, "--port", str(port)],
         env={**os.environ, **QUICK},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -92,7 +92,7 @@ def browser() -> Iterator[webdriver.Chrome]:
 
 def runs_of(store: Store, run_id: str) -> dict[str, Run]:
     """Stage (`parent` for the workflow's) → MLflow run of a run."""
-    client = MlflowClient(tracking_uri=f"sqlite:///{store.root}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{store.address}/mlflow.db")
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     found = client.search_runs(experiments, f"tags.`polytrope.run_id` = '{run_id}'")
     return {run.data.tags.get("polytrope.stage", "parent"): run for run in found}
@@ -180,7 +180,7 @@ def test_a_training_shows_its_loss_curves(
 ) -> None:
     name, training = next((name, run) for name, run in sorted(runs.items()) if "train/loss" in run.data.metrics)
     page(browser, f"{run_url(address, training)}/model-metrics", "Model metrics", "train")
-    client = MlflowClient(tracking_uri=f"sqlite:///{store.root}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{store.address}/mlflow.db")
     for metric in ("val/loss", "train/loss"):
         section = browser.find_element(
             By.XPATH, f"//*[@aria-expanded='true'][starts-with(normalize-space(), '{metric.partition('/')[0]}')]"

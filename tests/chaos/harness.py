@@ -15,13 +15,13 @@ from typing import Any
 
 import psutil
 
-from polytrope.pipeline.engine import driver as engine
-from polytrope.pipeline.engine.driver import RunElsewhereError, RunOptions, run_workflow
-from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.engine import run as engine
+from polytrope.pipeline.engine.options import RunOptions
+from polytrope.pipeline.engine.run import run_workflow
+from polytrope.pipeline.errors import RunElsewhereError, UserError
 from polytrope.pipeline.executors.base import Capacity
 from polytrope.pipeline.executors.worker import Outcome, StageError, StageTask, dump_task, load_task, run_task
 from polytrope.pipeline.runs.journal import fold, read
-from polytrope.pipeline.store.open import open_store
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.workflow.graph import StageNode, build_graph
 from polytrope.pipeline.workflow.spec import Workflow
@@ -135,7 +135,7 @@ def drive(
         state = run_workflow(
             workflow,
             build_graph(workflow),
-            open_store(store or root / "store"),
+            Store(store or root / "store"),
             run_id=run_id,
             options=RunOptions(faults=faults, retry_delay=0.01, lease_ttl=ttl),
         )

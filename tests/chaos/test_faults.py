@@ -37,11 +37,9 @@ from harness import (
     start_process,
 )
 from mlflow_support import Server, polytrope, start
-from s3_support import Door, S3Server, bucket_on
+from s3_support import Door, Objects, S3Server, bucket_on, journal_events
 
 from polytrope.pipeline.runs.journal import fold, read
-from polytrope.pipeline.store.objects import Bucket
-from polytrope.pipeline.store.open import open_store
 
 
 @pytest.fixture(scope="module")
@@ -322,9 +320,7 @@ def test_the_s3_server_goes_away_at_random_moments(
                 assert in_a_process(lambda: drive(root, **how)) == 0, seed  # noqa: B023
             after = manifests(address)
             assert {key: after[key] for key in before} == before, f"seed {seed}: a stage was committed twice"
-            store = open_store(address)
-            store.pull_runs()
-            stages = fold(read(store.run_directory("run"))).stages
+            stages = fold(journal_events(address, "run")).stages
             assert {name: stage.digest for name, stage in stages.items()} == undisturbed_with_sleeps, seed
     finally:
         door.end()
@@ -408,9 +404,7 @@ def run_digests(store: Path) -> dict[str, str | None]:
 
 def manifests(address: str) -> dict[str, str]:
     """Every committed artifact of a bucket, with a tag that another commit would change."""
-    return {
-        name: info.tag for name, info in Bucket(address).list("artifacts/").items() if name.endswith("/manifest.json")
-    }
+    return {name: tag for name, tag in Objects(address).tags("artifacts/").items() if name.endswith("/manifest.json")}
 
 
 @slice_and_all("seeds", 2, 30)

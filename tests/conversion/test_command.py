@@ -13,6 +13,7 @@ import pytest
 import torch
 from conversion_support import (
     own_model,
+    randomise,
     read_json,
     tokens,
     write_bert,
@@ -21,19 +22,21 @@ from conversion_support import (
 from pydantic import ValidationError
 from training_support import make_dataset
 
-from polytrope.models.calibration import calibrate
+from polytrope.models.calibration import add, calibrate
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.formats import read_model
+from polytrope.models.selection import select_activations
 from polytrope.models.surgery import find_activations
 from polytrope.ops import is_learnable_activation
 from polytrope.ops.interpolate import FAMILIES
 from polytrope.pipeline.commands.cli import main
+from polytrope.pipeline.data.conversion_file import read_conversion
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, stage_context
 from polytrope.pipeline.stages.convert.calibration_data import array_batches, forward, text_batches, tokenizer_of
 from polytrope.pipeline.stages.convert.convert import convert
 from polytrope.pipeline.stages.convert.distillation import coefficients, distill, sentence_embeddings
-from polytrope.pipeline.stages.convert.parallel_calibration import calibrate_on_ray
+from polytrope.pipeline.stages.convert.parallel_calibration import calibrate_on_ray, calibrate_part
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 
 
@@ -137,7 +140,7 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
         (["{model}", "{out}", "--family", "hermit"], "--family hermit: Input should be 'hermite'"),
         (["{model}", "{out}", "--as-is", "--dry-run"], "--as-is fits nothing"),
         (["{model}", "{out}", "--format", "own"], "own is for GPT-2 and ConvNeXt"),
-        (["{model}", "{out}", "--type", "Swish"], "has no activation module to replace"),
+        (["{model}", "{out}", "--type", "Swish"], "(GELUActivation): not of a type to convert"),
         (["{model}", "{out}", "--data", "{empty}"], "holds nothing"),
         (["{model}", "{out}", "--data", "{large}"], "cannot run on the calibration data"),
         (["{model}", "{out}", "--data", "{images}"], "cannot run on the calibration data"),
@@ -328,6 +331,48 @@ def test_the_stage_refuses_a_model_without_tokenizer_for_texts(tmp_path: Path) -
         run_stage(tmp_path / "1", tmp_path / "model", tmp_path / "data")
 
 
+def test_functions_that_a_model_calls_are_converted_and_what_stays_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import RwkvConfig, RwkvModel
+
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    original = randomise(RwkvModel(RwkvConfig(vocab_size=97, context_length=40, **sizes)), 0.05)
+    original.save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", tokens().numpy())
+    arguments = ["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--data", str(tmp_path / "tokens.npy")]
+    assert main([*arguments, "--degree", "4", "--layers", "1-"]) == 0
+    printed = capsys.readouterr().out
+    assert "blocks.1.feed_forward.relu_call_1  relu() → hermite 4" in printed
+    record = read_conversion(tmp_path / "out")
+    assert [layer.name for layer in record.layers] == ["blocks.1.feed_forward.relu_call_1"]
+    reasons = {entry.name: entry.reason for entry in record.left or []}
+    assert reasons["blocks.0.feed_forward.relu_call_1"] == "in another layer"
+    assert "mostly a gate" in reasons["blocks.1.attention.sigmoid_call_1"]
+    assert all(f"{name} " in printed for name in reasons)
+    converted = read_model(tmp_path / "out")
+    with torch.no_grad():
+        difference = float((converted(tokens())[0] - original(tokens())[0]).abs().max())
+    assert 0 < difference < 0.05
+
+
+def test_parts_of_a_calibration_make_modules_of_the_same_functions(tmp_path: Path) -> None:
+    from ray import cloudpickle
+    from transformers import RwkvConfig, RwkvModel
+
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    RwkvModel(RwkvConfig(vocab_size=97, context_length=40, **sizes)).save_pretrained(tmp_path / "model")
+    model, batches = read_model(tmp_path / "model"), [{"input_ids": part} for part in tokens().split(2)]
+    selection = select_activations(model, batches, forward)
+    whole = calibrate(model, selection.activations, batches, forward)
+    names, calls = list(whole), cloudpickle.loads(cloudpickle.dumps(selection.calls))
+    parts = [calibrate_part(str(tmp_path / "model"), {}, names, [batch], 1, calls) for batch in batches]
+    summed = add(parts)
+    assert names == [f"blocks.{number}.feed_forward.relu_call_1" for number in range(2)]
+    assert all((summed[name].counts == whole[name].counts).all() for name in names)
+
+
 def test_distillation_trains_the_coefficients_only_and_brings_the_model_closer(bert: Path, tmp_path: Path) -> None:
     arguments = ["convert", str(bert), str(tmp_path / "out"), "--degree", "2", "--data", str(tmp_path / "texts.txt")]
     assert main(arguments) == 0
@@ -337,7 +382,7 @@ def test_distillation_trains_the_coefficients_only_and_brings_the_model_closer(b
     batches = text_batches(tokenizer_of(bert), texts, 20, 20, True)
     losses = distill(teacher, student, batches, steps=40, learning_rate=5e-3)
     assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
-    assert len(coefficients(student)) == 3
+    assert len(coefficients(student)) == 2  # the pooler's stays
     for name, parameter in student.named_parameters():
         if name in frozen:
             assert torch.equal(parameter, frozen[name])

@@ -58,12 +58,12 @@ def test_a_tiny_study_ends_with_both_reports_and_its_failures(tmp_path: Path) ->
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     store = Store(tmp_path / "store")
-    (run,) = store.runs.iterdir()
+    (run,) = store.run_directories()
     stages = fold(read(run)).stages
     for model in ("gpt", "convnext"):
         artifact = store.load(stages[f"report_{model}"].key or "")
         assert artifact is not None
-        figures = json.loads((artifact.path / "report.json").read_text())
+        figures = json.loads((store.materialize(artifact.key) / "report.json").read_text())
         groups = {group["group"]: group for group in figures["groups"]}
         assert set(groups) == {"gelu", "silu", "hermite3"}
         assert [groups[name]["count"] for name in ("gelu", "silu", "hermite3")] == [2, 2, 0]
@@ -75,9 +75,9 @@ def test_a_tiny_study_ends_with_both_reports_and_its_failures(tmp_path: Path) ->
         assert groups["gelu"]["loss"]["half_width"] > 0
         assert groups["gelu"]["speed"]["step_milliseconds"] > 0
         assert groups["gelu"]["speed"]["bytes_kept_for_backward"] > 0
-        plots = {path.stem for path in (artifact.path / "plots").iterdir()}
+        plots = {path.stem for path in (store.materialize(artifact.key) / "plots").iterdir()}
         assert {"groups", "losses", "gradients", "moments", "shapes"} <= plots
-        assert "diverged at step" in (artifact.path / "report.html").read_text()
+        assert "diverged at step" in (store.materialize(artifact.key) / "report.html").read_text()
 
 
 @pytest.mark.chaos
@@ -89,7 +89,7 @@ def test_every_ablation_trains_and_changes_what_it_should(tmp_path: Path) -> Non
     store = Store(tmp_path / "store")
 
     def losses(name: str, *flags: str) -> dict[str, float]:
-        command = [POLYTROPE, "run", str(WORKFLOW), "--store", str(store.root), "--no-tracking", "--quiet"]
+        command = [POLYTROPE, "run", str(WORKFLOW), "--store", store.address, "--no-tracking", "--quiet"]
         overrides = [*(f"params.{key}={value}" for key, value in settings.items()), *without_text, *flags]
         command += [f"--set={override}" for override in overrides]
         done = subprocess.run(
@@ -101,7 +101,7 @@ def test_every_ablation_trains_and_changes_what_it_should(tmp_path: Path) -> Non
             if label.startswith("convnext"):
                 artifact = store.load(stage.key or "")
                 assert artifact is not None
-                history = json.loads((artifact.path / "history.json").read_text())
+                history = json.loads((store.materialize(artifact.key) / "history.json").read_text())
                 found[label.split("=")[1].split(",")[0]] = history[-1]["val/loss"]
         return found
 

@@ -38,7 +38,7 @@ def test_both_executors_commit_the_same_bytes(local_quickstart: Run, ray: Run) -
 def test_mlflow_holds_the_parent_and_all_children_with_the_figures_of_the_report(ray: Run, tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{ray.store.root}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{ray.store.address}/mlflow.db")
     experiment = client.get_experiment_by_name("quickstart")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
@@ -70,7 +70,7 @@ def test_the_page_shows_what_the_evaluation_measured(local_quickstart: Run) -> N
 
 
 def test_a_second_run_finds_everything_done(local_quickstart: Run) -> None:
-    again = run_quickstart(local_quickstart.store.root, "local")
+    again = run_quickstart(Path(local_quickstart.store.address), "local")
     assert {stage.state for stage in again.state.stages.values()} == {"cached"}
     for name, stage in again.state.stages.items():
         assert stage.digest == local_quickstart.state.stages[name].digest

@@ -45,7 +45,7 @@ def test_a_stage_of_the_quickstart_is_bit_equal_and_says_what_is_other_than_reco
     local_quickstart: Run, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    shutil.copytree(local_quickstart.store.root, store, ignore=shutil.ignore_patterns("mlflow*"))
+    shutil.copytree(local_quickstart.store.address, store, ignore=shutil.ignore_patterns("mlflow*"))
     run_id = local_quickstart.state.run_id or ""
     edit_record(store / "runs" / run_id, "environment", "packages", "torch", value="1.0")
     code, output = polytrope(tmp_path, "reproduce", run_id, "--stage", "convert", f"--store={store}", threads=2)

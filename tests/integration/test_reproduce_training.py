@@ -60,7 +60,7 @@ def test_a_training_computed_again_is_bit_equal(project: Path) -> None:
 
 def test_the_model_card_says_what_the_files_say(project: Path) -> None:
     store = Store(project / ".polytrope")
-    (directory,) = store.runs.iterdir()
+    (directory,) = store.run_directories()
     stages = fold(read(directory)).stages
     artifacts = {name: store.load(stage.key or "") for name, stage in stages.items()}
     assert artifacts["train"] is not None
@@ -79,9 +79,10 @@ def test_the_model_card_says_what_the_files_say(project: Path) -> None:
         "How to reproduce",
     ):
         assert f"## {title}" in text
-    evaluation = json.loads((artifacts["evaluate"].path / "evaluation.json").read_text())
+    evaluation = json.loads((store.materialize(artifacts["evaluate"].key) / "evaluation.json").read_text())
     assert f"| ours (this model) | {evaluation['models']['ours']['loss']:.4g} |" in text
-    assert f"{json.loads((artifacts['train'].path / 'model.json').read_text())['parameters']:,} parameters" in text
+    model = json.loads((store.materialize(artifacts["train"].key) / "model.json").read_text())
+    assert f"{model['parameters']:,} parameters" in text
     assert "hermite, degree 3" in text
     assert "| steps | 6 |" in text
     assert "| torch | " in text

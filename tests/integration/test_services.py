@@ -17,12 +17,10 @@ import pytest
 from mlflow_support import Postgres, Server, wait_until
 from quickstart_support import REPOSITORY, SETTINGS
 from ray_support import PROGRAMS, Ray
-from s3_support import S3Server, bucket_on
+from s3_support import Objects, S3Server, bucket_on
 
 from polytrope.pipeline.runs.journal import RunState, fold, read
-from polytrope.pipeline.store.object_store import ObjectStore
-from polytrope.pipeline.store.objects import Bucket
-from polytrope.pipeline.store.open import open_store
+from polytrope.pipeline.store.store import Store
 
 SHORTER = {"sequence_length": 32, "corpus_bytes": 300_000, "n_layer": 1, "steps": 30, "finetune_steps": 12}
 
@@ -49,8 +47,7 @@ class Services:
     def state(self, run: str) -> RunState:
         """What the bucket says of a run, seen by a machine that has no copy of anything."""
         os.environ["POLYTROPE_CACHE"] = str(self.directory / "elsewhere")  # put back by `bucket_on`'s monkeypatch
-        store = open_store(self.store)
-        assert isinstance(store, ObjectStore)
+        store = Store(self.store)
         store.pull_run(run)
         return fold(read(store.run_directory(run)))
 
@@ -66,7 +63,7 @@ def services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Servic
     ray: Ray | None = None
     try:
         store = bucket_on(s3, tmp_path, monkeypatch)
-        Bucket("s3://mlflow").client.create_bucket(Bucket="mlflow")
+        Objects("s3://mlflow").client.create_bucket(Bucket="mlflow")
         mlflow = Server(tmp_path, postgres.uri, "s3://mlflow").start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow.uri)
         ray = Ray(tmp_path)
@@ -95,9 +92,9 @@ def test_the_quickstart_on_all_services_together(services: Services) -> None:
 
     state = services.state("all")
     assert {stage.state for stage in state.stages.values()} == {"succeeded"}
-    bucket = Bucket(services.store)
+    bucket = Objects(services.store)
     for stage in state.stages.values():
-        assert bucket.get(f"artifacts/{stage.key}/manifest.json") is not None
+        assert bucket.get(f"artifacts/{stage.key}/manifest.json")
     left = [name for name in bucket.list("") if name.startswith(("leases/", "scratch/"))]
     assert left == []
 
@@ -109,7 +106,7 @@ def test_the_quickstart_on_all_services_together(services: Services) -> None:
     )
     shown = {item.path for item in services.mlflow.client.list_artifacts(runs["parent"].info.run_id)}
     assert "report.html" in shown
-    assert Bucket("s3://mlflow").list(""), "MLflow's artifacts are in its own bucket"
+    assert Objects("s3://mlflow").list(""), "MLflow's artifacts are in its own bucket"
     model = services.mlflow.client.get_registered_model("quickstart-gpt2")
     assert model.latest_versions
 

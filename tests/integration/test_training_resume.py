@@ -30,7 +30,7 @@ from training_support import (
 )
 
 from polytrope.pipeline.data.order import sample_indices
-from polytrope.pipeline.engine.driver import run_workflow
+from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.stages.train.workers import TrainingError

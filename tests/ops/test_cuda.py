@@ -190,5 +190,91 @@ def test_tensors_that_begin_anywhere_and_long_rows(emulated: ctypes.CDLL) -> Non
 
 
 def test_another_number_of_parameters_is_refused(emulated: ctypes.CDLL) -> None:
-    with pytest.raises(RuntimeError, match="takes 4 parameters in each group, got 3"):
+    with pytest.raises(ValueError, match="expected 4 in each of at least one group, got 3"):
         cuda.describe(emulated, torch.zeros(8), [torch.zeros(1, 3)], Formula(Family.HERMITE, 3))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("interval", [(), (-40.0, 50.0)])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rational_far_from_zero(emulated: ctypes.CDLL, groups: int, interval: tuple[float, ...], gated: bool) -> None:
+    for degree, second in ((5, 4), (3, 5)):
+        formula = Formula(Family.RATIONAL, degree, second, interval, -1, gated)
+        generator = torch.Generator().manual_seed(1)
+        parameters = torch.randn(groups, degree + 1 + second, generator=generator, dtype=torch.float64)
+        x = torch.randn(40, 3 * 42 * (2 if gated else 1), generator=generator)
+        x[::7, ::3] *= 20
+        x[:, 1] = torch.logspace(1, 8, 40)
+        seed = torch.randn(result_shape(x.shape, formula), generator=generator)
+        call, own = (
+            native.prepare_for(x, [parameters], PLAIN, formula),
+            cuda.describe(emulated, x, [parameters], formula),
+        )
+        torch.testing.assert_close(
+            cuda.forward(own, x, [parameters]), native.forward(call, x, [parameters]), rtol=1e-4, atol=1e-5
+        )
+        (found, [found_sums]), (expected, [sums]) = (
+            cuda.backward(own, seed, x, [parameters]),
+            native.backward(call, seed, x, [parameters]),
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert (found_sums - sums).abs().max() <= 1e-4 * sums.abs().max()
+        assert torch.equal(cuda.backward(own, seed, x, [parameters], frozen=True)[0], found)
+
+
+@pytest.mark.parametrize("degree", [3, 8])
+@pytest.mark.parametrize("columns", [64, 1501])
+def test_polynorm_keeps_its_highest_powers(emulated: ctypes.CDLL, columns: int, degree: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, seed = torch.randn(7, columns, generator=generator), torch.randn(7, columns, generator=generator)
+    x *= torch.tensor([1.0, 300.0, 1e5, 1e-9, 1e9, 0.0, 1e3])[:, None]
+    parameters, formula = torch.linspace(0.5, -1.0, degree + 1)[None], Formula(Family.POLYNORM, degree, epsilon=1e-6)
+    leaves = (x.double().requires_grad_(), parameters.double().requires_grad_())
+    exact = reference.evaluate(*leaves, formula)
+    call = cuda.describe(emulated, x, [parameters], formula)
+    torch.testing.assert_close(cuda.forward(call, x, [parameters]).double(), exact, rtol=1e-5, atol=1e-5)
+    x_gradient, [gradient] = cuda.backward(call, seed, x, [parameters])
+    expected, sums = torch.autograd.grad(exact, leaves, seed.double())
+    for mine, right in zip(x_gradient, expected, strict=True):
+        assert (mine.double() - right).abs().max() <= 1e-4 * right.abs().max()
+    assert (gradient.double() - sums).abs().max() <= 1e-4 * sums.abs().max()
+    assert torch.equal(cuda.backward(call, seed, x, [parameters], frozen=True)[0], x_gradient)
+
+
+def test_maxima_with_nan_and_at_infinity(emulated: ctypes.CDLL) -> None:
+    x = torch.tensor([0.5, float("inf"), -float("inf"), 3e38, -1.0, 2.0, 0.0, 1.0])
+    for family, count in ((Family.TROPICAL, 7), (Family.TROPICAL_RATIONAL, 28)):
+        formula, parameters = Formula(family, 6), torch.linspace(1.0, -1.0, count, dtype=torch.float64)[None]
+        call, own = (
+            native.prepare_for(x, [parameters], PLAIN, formula),
+            cuda.describe(emulated, x, [parameters], formula),
+        )
+        torch.testing.assert_close(cuda.forward(own, x, [parameters]), native.forward(call, x, [parameters]))
+        found, exact = (
+            module.backward(c, torch.ones(8), x, [parameters])[0] for module, c in ((cuda, own), (native, call))
+        )
+        torch.testing.assert_close(found, exact)
+        assert found[1].isfinite()
+        parameters[0, count // 2] = float("nan")
+        assert cuda.forward(own, x, [parameters]).isnan().all()
+        assert cuda.backward(own, torch.ones(8), x, [parameters])[0].isnan().all()
+
+
+@pytest.mark.parametrize("groups", [1, 12, 3])
+def test_channels_last_stays_so(emulated: ctypes.CDLL, groups: int) -> None:
+    formula = Formula(Family.HERMITE, 3, dim=-3 if groups > 1 else -1)
+    x = torch.randn(2, 12, 5, 9, generator=torch.Generator().manual_seed(1)).to(memory_format=torch.channels_last)
+    seed = torch.randn(2, 12, 5, 9, generator=torch.Generator().manual_seed(2))
+    parameters = torch.randn(groups, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    call, own = native.prepare_for(x, [parameters], PLAIN, formula), cuda.describe(emulated, x, [parameters], formula)
+    found, expected = cuda.forward(own, x, [parameters]), native.forward(call, x, [parameters])
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    (gradient, [sums]), (exact, [exact_sums]) = (
+        cuda.backward(own, seed, x, [parameters]),
+        native.backward(call, seed, x, [parameters]),
+    )
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums, exact_sums, rtol=1e-4, atol=1e-4)
+    assert torch.equal(cuda.backward(own, seed, x, [parameters], frozen=True)[0], gradient)

@@ -112,7 +112,7 @@ def test_the_certificate_bounds_the_true_error_at_random_points(family: str, tar
     assert np.abs(evaluate(result, outside) - sample(function, outside)[0]).max() <= certificate.maximum_outside + 1e-9
     assert certificate.rms <= certificate.maximum
     in_float32 = result.build()(torch.from_numpy(inside).float()).detach().double().numpy()
-    assert np.abs(in_float32 - outputs.detach().numpy()).max() <= 4 * certificate.float32_error + 1e-6
+    assert np.abs(in_float32 - outputs.detach().numpy()).max() <= 4 * certificate.rounding_error + 1e-6
 
 
 def test_moments_are_those_of_target_and_fit() -> None:
@@ -168,7 +168,7 @@ def test_more_pieces_fit_a_broken_line_better_and_a_broken_line_itself_exactly()
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.004
     exact = fit("relu6", "tropical_rational", 2, interval=(-4, 9), derivative_weight=0.1)
-    assert exact.certificate.maximum < 1e-8
+    assert exact.certificate.maximum < 1e-5  # nothing but rounding in float32
 
 
 def test_the_tropical_fit_is_convex_with_its_fixed_slopes() -> None:
@@ -277,7 +277,7 @@ def test_the_best_interval_is_better_than_intervals_by_quantile_and_its_tails_ar
         assert best.certificate.h1_mean_square <= other.certificate.h1_mean_square * 1.01
     # The figure in the certificate is that of the module, tails included.
     error = evaluate(best, points) - sample(resolve_target("gelu"), points)[0]
-    assert np.sqrt(np.sum(counts * error**2) / counts.sum()) == pytest.approx(best.certificate.rms, rel=1e-6)
+    assert np.sqrt(np.sum(counts * error**2) / counts.sum()) == pytest.approx(best.certificate.rms, rel=1e-4)
     assert np.abs(error).max() < 3.0  # the polynomial itself is beyond 1e4 there
 
 
@@ -332,7 +332,7 @@ def test_free_ends_are_a_minimum(family: str) -> None:
 def test_certificates_bound_the_error_of_any_fit_at_random_points(
     target: str, family: str, degree: int, ends: tuple[float, float], seed: int
 ) -> None:
-    result = fit(target, family, degree, interval=ends, float32_tolerance=None)
+    result = fit(target, family, degree, interval=ends, rounding_tolerance=None)
     x = np.random.default_rng(seed).uniform(*ends, 20_000)
     (value, slope), (fitted, fitted_slope) = sample(resolve_target(target), x), result.curve(x)
     assert np.abs(fitted - value).max() <= result.certificate.maximum + 1e-12
@@ -343,7 +343,7 @@ def test_certificates_bound_the_error_of_any_fit_at_random_points(
 def test_around_a_kink_the_best_interval_stays_as_wide_as_float32_needs(degree: int) -> None:
     points, counts = outlier_inputs()
     result = fit("relu", "hermite", degree, interval="best", weight=(points, counts), derivative_weight=0.01)
-    assert result.certificate.float32_error < 2e-3
+    assert result.certificate.rounding_error < 2e-3
     assert result.certificate.rms < 0.07
 
 
@@ -368,9 +368,30 @@ def test_wrong_measured_inputs_are_refused(arguments: dict[str, object], message
 
 def test_polyrelu_fits_and_meets_its_constraints() -> None:
     result = fit("relu", "polyrelu", 3, interval=(-4, 4))
-    assert result.certificate.maximum < 1e-9
+    assert result.certificate.maximum < 1e-5  # nothing but rounding in float32
     bound = fit("silu", "polyrelu", 4, interval=(-4, 4), constraints=((4.0, "value"), (2.0, "slope")), tails=False)
     value, slope = sample(resolve_target("silu"), np.array([4.0, 2.0]))
     fitted, fitted_slope = bound.curve(np.array([4.0, 2.0]))
     assert fitted[0] == pytest.approx(value[0], abs=1e-12)
     assert fitted_slope[1] == pytest.approx(slope[1], abs=1e-12)
+
+
+def test_the_slope_between_two_folds_of_a_denominator_is_bounded() -> None:
+    result = fit("tanh", "rational", 7, interval=(-2.0, 3.0), rounding_tolerance=None)
+    x = np.linspace(-0.01, 0.01, 4001)  # the denominator's inner polynomial is zero at 0 and at -0.0036
+    error = np.abs(result.curve(x)[1] - sample(resolve_target("tanh"), x)[1]).max()
+    assert error <= result.certificate.maximum_derivative
+
+
+def test_rounding_counts_relative_to_the_function_and_is_certified_in_the_format_that_runs() -> None:
+    with pytest.raises(ValueError, match=r"loses .* to rounding in float32"):
+        fit("gelu", "hermite", 12, interval=(-0.01, 0.01))
+    points = np.linspace(-3.0, 3.0, 500)
+    exact = resolve_target("gelu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        result = fit("gelu", "legendre", 6, interval=(-3, 3), weight=(points, np.ones(500)), dtype=dtype)
+        x = torch.linspace(-3, 3, 9001).to(dtype)
+        with torch.no_grad():
+            error = float((result.build()(x).double() - exact(x.double())).abs().max())
+        assert next(result.build().parameters()).dtype == dtype
+        assert error <= result.certificate.maximum < error * 1.2 + 1e-3

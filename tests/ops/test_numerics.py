@@ -148,6 +148,18 @@ def test_the_error_in_units_of_the_last_place(config: dict[str, Any], dtype: tor
     assert error_in_ulps(found, exact) <= HALF_ULPS.get(dtype, WITHOUT_FUSED * FLOAT_ULPS[config["name"]])
 
 
+@pytest.mark.parametrize("degree", [1, 3, 8, 12, 16])
+@pytest.mark.parametrize("name", ["hermite", "chebyshev", "legendre"])
+def test_the_error_as_a_part_of_terms_that_cancel(name: str, degree: int) -> None:
+    function, x = getattr(functional, name), torch.linspace(-3.0, 3.0, 5_001)
+    wide, units = x.double(), torch.eye(degree + 1, dtype=torch.float64)
+    for seed in range(4):
+        coefficients = torch.randn(degree + 1, generator=torch.Generator().manual_seed(seed))
+        error = (function(x, coefficients).double() - function(wide, coefficients.double())).abs()
+        terms = torch.stack([function(wide, unit) for unit in units]).abs().T @ coefficients.double().abs()
+        assert float((error / terms.clamp(min=1e-3 * float(terms.max()))).max()) <= WITHOUT_FUSED * 10 * 2**-24
+
+
 @pytest.mark.parametrize("frequency", [1.0, 7.5, 300.0])
 def test_the_sine_of_large_arguments_is_as_exact_as_that_of_small_ones(frequency: float) -> None:
     x = torch.linspace(-1000.0, 1000.0, 100_001)

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
-import decimal
-import functools
-import gc
-import json
-import logging
 import os
-import random
-import resource
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-import warnings
 from pathlib import Path
 
 from polytrope.pipeline.errors import UserError
@@ -165,111 +155,47 @@ def will_not_end(context: StageContext) -> None:
             time.sleep(1000)
 
 
-COUNT = 0
-LIST: list[int] = []
-TABLE = {"count": 0}
+LEFT: list[str] = []
 
 
-TEXT = "0"
+def leave(context: StageContext, source: Artifact | None = None) -> dict[str, float]:
+    """Leaves something behind in its process and environment; returns how much it found there of others."""
+    found = len(LEFT) + ("LEFT_BEHIND" in os.environ)
+    LEFT.append(context.stage)
+    os.environ["LEFT_BEHIND"] = "1"
+    (context.output / "text").write_text(f"{source and source.digest}")
+    return {"process": float(os.getpid()), "found": float(found)}
 
 
-class Held:
-    """A class with state."""
+def descend(context: StageContext, pid_file: str, how: str) -> None:
+    """Starts processes in every way in which one may get out of sight, then ends as it is told.
 
-    count = 0
-
-
-class Box:
-    """An object with state, which nobody looks into."""
-
-    memory = b""
-
-
-BOX = Box()
-
-
-@functools.cache
-def cached(number: int) -> int:
-    return number
-
-
-def leave(context: StageContext, what: str, source: Artifact | None = None) -> dict[str, float]:
-    """Leaves something behind in its process; returns what it found there of others."""
-    global COUNT, TEXT
-    found = COUNT + len(LIST) + TABLE["count"] + Held.count + len(BOX.memory) + ("LEFT_BEHIND" in os.environ)
-    found += len(TEXT) - 1 + cached.cache_info().currsize
-    drawn, digits = random.random(), decimal.getcontext().prec
-    context.message("here")  # opens the file of its events
-    if what == "binding":
-        COUNT = 1
-    elif what == "binding, again and again":
-        for number in range(6):
-            TEXT = f"{TEXT}{number}"
-    elif what == "class":
-        Held.count = 1
-    elif what == "cache":
-        cached(1)
-    elif what == "patch":
-        json.dumps = functools.partial(json.dumps)
-    elif what == "forbidden import":
-        sys.modules["surely_absent"] = None  # type: ignore[assignment]
-    elif what == "timer":
-        signal.setitimer(signal.ITIMER_REAL, 3.0)
-    elif what == "blocked signal":
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    elif what == "directory of temporary files":
-        tempfile.tempdir = str(context.scratch)
-    elif what == "warnings":
-        warnings.simplefilter("error")
-    elif what == "log handler":
-        logging.getLogger("left behind").addHandler(logging.StreamHandler())
-    elif what == "socket":
-        socket.setdefaulttimeout(1.0)
-    elif what == "priority":
-        os.nice(1)
-    elif what == "collector":
-        gc.disable()
-    elif what == "standard input":
-        descriptor = os.open(__file__, os.O_RDONLY)
-        os.dup2(descriptor, 0)
-        os.close(descriptor)
-    elif what == "seed":
-        random.seed(0)
-    elif what == "decimal":
-        decimal.getcontext().prec = 3
-    elif what == "list":
-        LIST.append(1)
-    elif what == "dictionary":
-        TABLE["count"] = 1
-    elif what == "memory":
-        BOX.memory = b"x" * (100 * 2**20)
-    elif what == "environment":
-        os.environ["LEFT_BEHIND"] = "1"
-    elif what == "module":
-        import colorsys  # noqa: F401
-    elif what == "file":
-        os.dup(0)
-    elif what == "thread":
-        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
-    elif what == "child":
-        subprocess.Popen(["sleep", "600"])
-    elif what == "orphan":
-        orphan = subprocess.run(
-            "sleep 600 >/dev/null 2>&1 & echo $!", shell=True, capture_output=True, text=True, check=True
-        )
-        (context.output / "orphan").write_text(orphan.stdout)
-    elif what == "handler":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    elif what == "umask":
-        os.umask(0)
-    elif what == "limit":
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    elif what == "stream":
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    elif what == "error" and context.attempt == 1:
-        raise ValueError("the first try")
-    (context.output / "text").write_text(f"{what} {source and source.digest}")
-    return {"process": float(os.getpid()), "found": float(found), "drawn": drawn, "digits": float(digits)}
+    They ignore SIGTERM: one in a session of its own, one whose parent has ended, one of those without an environment,
+    and a fork that runs no other program.
+    """
+    sleep = "trap '' TERM; echo $$; exec sleep 600"
+    pids = [subprocess.Popen(["sh", "-c", sleep], stdout=subprocess.DEVNULL, start_new_session=True).pid]
+    orphan = ["sh", "-c", f'setsid sh -c "{sleep.replace("$", chr(92) + "$")}" & :']
+    for environment in (None, {"PATH": os.environ["PATH"]}):
+        started = subprocess.Popen(orphan, stdout=subprocess.PIPE, text=True, env=environment)
+        assert started.stdout is not None
+        pids.append(int(started.stdout.readline()))
+        started.wait()
+    read_end, write_end = os.pipe()
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.write(write_end, str(os.getpid()).encode())
+            time.sleep(600)
+        os._exit(0)
+    pids.append(int(os.read(read_end, 20)))
+    Path(pid_file).write_text(" ".join(map(str, [os.getpid(), *pids])))
+    (context.output / "text").write_text("done")
+    if how == "error":
+        raise ValueError("on purpose")
+    if how == "hang":
+        time.sleep(600)
 
 
 def say_much(text: str) -> dict[str, float]:
@@ -282,3 +208,26 @@ def count_calls(context: StageContext, file: str) -> None:
     path = Path(file)
     path.write_text(path.read_text() + "x" if path.exists() else "x")
     (context.output / "text").write_text(path.read_text())
+
+
+def fill(context: StageContext, kilobytes: int) -> None:
+    """Writes that much, printing as it goes."""
+    with (context.output / "text").open("wb") as file:
+        for number in range(kilobytes):
+            file.write(b"x" * 1024)
+            file.flush()
+            print(f"{number} of {kilobytes}")
+
+
+def fill_disk_beside(context: StageContext, ballast: str, free: int) -> None:
+    """Leaves `free` kilobytes on the disk, whose rest something else has taken, and goes on writing."""
+    with Path(ballast).open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    os.truncate(ballast, max(0, Path(ballast).stat().st_size - free * 1024))
+    fill(context, 100)
+
+
+def bug(name: str) -> None:
+    """Has a plain bug."""
+    raise getattr(builtins, name)("a bug")

@@ -274,9 +274,15 @@ def test_a_failure_says_why_where_and_what_to_do_and_resume_finishes(project: Pa
     (project / "cli_test_stages.py").write_text(STAGES.replace("if fail:", "if fail is None:"))
     refused = polytrope(project, "resume", "bad")
     assert refused.returncode == 2
-    assert "stage `make` is finished, but since then code of cli_test_stages changed" in refused.stderr
+    assert "stage `make` is finished, but since then code of cli_test_stages.py changed" in refused.stderr
     assert "--allow-code-change" in refused.stderr
-    assert polytrope(project, "resume", "bad", "--allow-code-change").returncode == 0
+    record = json.loads((project / ".polytrope" / "runs" / "bad" / "workflow.json").read_bytes())
+    record["environment"]["packages"]["torch"] = "0.1"
+    (project / ".polytrope" / "runs" / "bad" / "workflow.json").write_text(json.dumps(record))
+    allowed = polytrope(project, "resume", "bad", "--allow-code-change")
+    assert allowed.returncode == 0
+    assert "finished stages stay, though versions are others than in the attempt before" in allowed.stderr
+    assert "package torch: 0.1 → " in allowed.stderr
 
 
 def test_reproduce_computes_everything_again_and_compares_digests(project: Path) -> None:

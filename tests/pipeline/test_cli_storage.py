@@ -14,7 +14,7 @@ from polytrope.pipeline.runs.journal import Journal, fold, read
 from polytrope.pipeline.runs.lease import Lease
 from polytrope.pipeline.store.archive import export_run, import_run
 from polytrope.pipeline.store.garbage import collect_garbage
-from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.store.store import Commit, Store
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def artifact(store: Store, letter: str) -> str:
     key = letter * 64
     files = store.staging(key)
     (files / "data.txt").write_text(f"content of {letter}")
-    store.commit(key, files, components={"uses": letter}, summary={"x": 1.0}, stage=letter, run_id="r", duration=1.0)
+    store.commit(Commit(key, files, {"uses": letter}, {"x": 1.0}, letter, "r", 1.0))
     return key
 
 
@@ -55,7 +55,7 @@ def finished_run(store: Store, run_id: str, *keys: str, age: float = 0) -> Path:
 def test_gc_removes_what_no_run_names_and_keeps_the_rest(store: Store) -> None:
     kept, lost = artifact(store, "a"), artifact(store, "b")
     finished_run(store, "one", kept)
-    (store.root / "staging" / "dead.x" / "files").mkdir(parents=True)
+    (Path(store.address) / "staging" / "dead.x" / "files").mkdir(parents=True)
     store.scratch(kept).mkdir(parents=True)
     preview = collect_garbage(store, dry_run=True)
     assert (preview.artifacts, len(preview.leftovers)) == ([lost], 2)
@@ -63,7 +63,7 @@ def test_gc_removes_what_no_run_names_and_keeps_the_rest(store: Store) -> None:
     assert collect_garbage(store).artifacts == [lost]
     assert store.keys() == [kept]
     assert store.find(kept) is not None
-    assert not list((store.root / "staging").iterdir())
+    assert not list((Path(store.address) / "staging").iterdir())
     assert collect_garbage(store).bytes == 0
 
 
@@ -72,7 +72,7 @@ def test_an_alias_keeps_an_artifact_when_its_run_is_forgotten(store: Store, caps
     finished_run(store, "one", kept, lost)
 
     def command(*words: str, code: int = 0) -> str:
-        assert main([*words, "--store", str(store.root)]) == code
+        assert main([*words, "--store", store.address]) == code
         printed = capsys.readouterr()
         return printed.out + printed.err
 
@@ -95,16 +95,16 @@ def test_an_alias_keeps_an_artifact_when_its_run_is_forgotten(store: Store, caps
 
 def test_an_alias_does_not_pass_another_result_off_as_its_own(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     finished_run(store, "one", artifact(store, "a"))
-    assert main(["alias", "best", "one", "stage0", "--store", str(store.root)]) == 0
+    assert main(["alias", "best", "one", "stage0", "--store", store.address]) == 0
     moved = store.quarantine("a" * 64, ["replaced"])
     assert moved is not None
-    old = moved.with_name(moved.name.replace(time.strftime("%Y"), "2001"))
-    moved.rename(old)
+    old = Path(moved.replace(time.strftime("%Y"), "2001"))
+    Path(moved).rename(old)
     staging = store.staging("a" * 64)
     staging.mkdir(parents=True, exist_ok=True)
     (staging / "data.txt").write_text("another result")
-    store.commit("a" * 64, staging, components={}, summary={}, stage="stage0", run_id="one", duration=0.0)
-    assert main(["alias", "best", "--store", str(store.root)]) == 2
+    store.commit(Commit("a" * 64, staging, {}, {}, "stage0", "one", 0.0))
+    assert main(["alias", "best", "--store", store.address]) == 2
     assert "a forced run replaced it by another result" in capsys.readouterr().err
     collect_garbage(store)
     assert old.exists(), "what the alias named"
@@ -120,7 +120,7 @@ def test_an_alias_needs_a_result(store: Store, capsys: pytest.CaptureFixture[str
         (["x", "one"], "the stage is missing"),
         (["x", "two", "stage0"], "there is no run `two`"),
     ):
-        assert main(["alias", *words, "--store", str(store.root)]) == 2
+        assert main(["alias", *words, "--store", store.address]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -130,7 +130,7 @@ def test_gc_can_forget_old_runs_first(store: Store) -> None:
     finished_run(store, "new", new)
     result = collect_garbage(store, keep_runs=1)
     assert (result.runs, result.artifacts) == (["old"], [old])
-    assert [path.name for path in store.runs.iterdir()] == ["new"]
+    assert [path.name for path in store.run_directories()] == ["new"]
 
 
 def test_gc_refuses_while_a_run_is_going_on(store: Store) -> None:
@@ -175,7 +175,7 @@ def test_a_damaged_artifact_is_neither_exported_nor_imported(store: Store, tmp_p
         with pytest.raises(UserError, match=r"damaged|cut short"):
             import_run(Store(tmp_path / name), tmp_path / f"{name}.tar")
         assert Store(tmp_path / name).keys() == []
-    file = store.artifacts / key / "files" / "data.txt"
+    file = store.materialize(key) / "data.txt"
     file.chmod(0o644)
     file.write_text("content of y")
     with pytest.raises(UserError, match="is not intact"):
@@ -197,16 +197,16 @@ def test_an_archive_cannot_write_outside_the_store(store: Store, tmp_path: Path)
 def test_verify_finds_damage_and_moves_it_away(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     key = artifact(store, "a")
     finished_run(store, "one", key)
-    place = ["--store", str(store.root)]
+    place = ["--store", store.address]
     assert main(["verify", *place]) == 0
-    file = store.artifacts / key / "files" / "data.txt"
+    file = store.materialize(key) / "data.txt"
     file.chmod(0o644)
     file.write_text("content of y")
     os.utime(file, ns=(0, 0))
     assert main(["verify", *place]) == 1
     assert "data.txt: its bytes have changed" in capsys.readouterr().out
     assert not store.exists(key)
-    assert len(list((store.root / "quarantine").iterdir())) == 1
+    assert len(list((Path(store.address) / "quarantine").iterdir())) == 1
 
 
 def test_commands_of_an_empty_store_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

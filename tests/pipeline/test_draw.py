@@ -8,6 +8,7 @@ import pytest
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, describe_stage
+from polytrope.pipeline.workflow.code import Code
 from polytrope.pipeline.workflow.draw import layout, mermaid, save, svg
 from polytrope.pipeline.workflow.graph import StageNode, node_name
 
@@ -21,7 +22,7 @@ def graph(edges: dict[str, list[str]]) -> dict[str, StageNode]:
     return {
         name: StageNode(
             name, name, {}, definition, definition.parameters_model(), {"sources": {item: item for item in sources}},
-            Resources(), 0, None, None, {},
+            Resources(), 0, None, None, {}, code=Code({}, {}),
         )
         for name, sources in edges.items()
     }  # fmt: skip

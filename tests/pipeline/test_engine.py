@@ -19,8 +19,9 @@ import pytest
 from test_lease import forge
 
 from polytrope.pipeline.commands.cli import main
-from polytrope.pipeline.engine.driver import CANCEL_FILE, RunElsewhereError, RunOptions, run_workflow
-from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.engine.options import CANCEL_FILE, RunOptions
+from polytrope.pipeline.engine.run import run_workflow
+from polytrope.pipeline.errors import RunElsewhereError, UserError
 from polytrope.pipeline.runs.journal import Event, RunState, fold, read
 from polytrope.pipeline.runs.lease import Lease
 from polytrope.pipeline.store.store import Store
@@ -66,7 +67,7 @@ class Place:
         assert key is not None
         artifact = self.store.find(key, full=True)
         assert artifact is not None
-        return (artifact.path / "text").read_text()
+        return (self.store.materialize(key) / "text").read_text()
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_what_was_hashed_is_not_hashed_again_by_a_driver(place: Place, monkeypat
     stages = {"s": {"uses": "count_calls", "with": {"file": str(place.directory / "count")}}}
     place.run(stages)
     hashed: list[Path] = []
-    monkeypatch.setattr("polytrope.pipeline.store.store.hash_file", hashed.append)
+    monkeypatch.setattr("polytrope.pipeline.store.verification.hash_file", hashed.append)
     forced = place.run(stages, options=dataclasses.replace(FAST, force=frozenset({"s"})))
     assert {stage.state for stage in place.run(stages).stages.values()} == {"cached"}
     assert hashed == []
@@ -161,7 +162,7 @@ def test_a_failure_is_retried_with_its_scratch_kept(place: Place, how: str, kind
     assert retrying.get("error")["kind"] == kind
     assert message in retrying.get("error")["message"]
     assert "this is try 2" in (place.store.run_directory(state.run_id) / "logs" / "s" / "2.log").read_text()
-    assert not any((place.store.root / "scratch").iterdir())
+    assert not any((Path(place.store.address) / "scratch").iterdir())
 
 
 def test_what_a_stage_notes_is_in_the_journal_while_it_runs_and_once(
@@ -176,7 +177,7 @@ def test_what_a_stage_notes_is_in_the_journal_while_it_runs_and_once(
     place.run(stages, run_id="noted", resume=True)
     assert place.types("s")[-3:] == ["stage_started", "stage_noted", "stage_succeeded"]
     assert fold(read(place.store.run_directory("noted"))).stages["s"].notes == {"1.0": "first try", "2.0": "second try"}
-    assert main(["status", "noted", "--store", str(place.store.root)]) == 0
+    assert main(["status", "noted", "--store", place.store.address]) == 0
     assert "s: first try\n\ns: second try\n" in capsys.readouterr().out
 
 
@@ -199,6 +200,39 @@ def test_a_mistake_of_the_user_is_not_retried(place: Place) -> None:
     assert error is not None
     assert (error["kind"], error["message"], error["hint"]) == ("user", "the corpus is empty", "give another one")
     assert "stage_retrying" not in place.types("s")
+
+
+@pytest.mark.parametrize("name", ["NameError", "TypeError", "AttributeError", "ModuleNotFoundError", "AssertionError"])
+def test_a_plain_bug_is_retried_only_where_the_stage_asks_for_it(place: Place, name: str) -> None:
+    stages = {"s": {"uses": "bug", "retries": 2, "with": {"name": name}}}
+    error = place.run(stages).stages["s"].error
+    assert error is not None
+    assert (error["kind"], error["class"]) == ("bug", name)
+    assert "in bug" in error["traceback"]
+    assert "stage_retrying" not in place.types("s")
+    if name == "TypeError":
+        stages["s"]["also_retry_bugs"] = True
+        assert place.run(stages).status == "failed"
+        assert place.types("s").count("stage_retrying") == 2
+
+
+def test_a_clock_set_back_makes_no_negative_duration(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, began = time.time, time.monotonic()
+    monkeypatch.setattr(time, "time", lambda: real() - 3600 * (time.monotonic() - began > 0.3))
+    state = place.run({"s": {"uses": "make", "with": {"seconds": 0.5}}}, run_id="mine")
+    monkeypatch.undo()
+    assert state.started is not None
+    assert state.ended is not None
+    assert state.ended < state.started, "the journal has the clock on the wall"
+    assert state.duration is not None
+    assert 0.5 <= state.duration < 60
+    for event in place.events:
+        assert event.get("duration", 0.0) >= 0.0
+    assert main(["status", "mine", "--store", place.store.address]) == 0
+    assert main(["runs", "--store", place.store.address]) == 0
+    assert " -" not in capsys.readouterr().out
 
 
 def test_a_full_disk_in_a_stage_is_not_retried(place: Place) -> None:
@@ -302,7 +336,7 @@ def test_impossible_resources_are_refused_before_anything_starts(place: Place, e
     stages = {"s": {"uses": "make", "resources": {resource: 4096}}}
     with pytest.raises(UserError, match=r"stages\.s\.resources: stage `s` asks for 4096 .*, this machine has"):
         place.run(stages, executor=executor)
-    assert not place.store.root.exists()
+    assert not Path(place.store.address).exists()
 
 
 def test_a_changed_stage_is_refused_on_resume_unless_allowed(place: Place) -> None:
@@ -341,7 +375,7 @@ def test_a_damaged_artifact_is_set_aside_and_computed_again(place: Place) -> Non
     state = place.run(diamond(place))
     key = state.stages["a"].key
     assert key is not None
-    path = place.store.artifacts / key / "files" / "text"
+    path = place.store.materialize(key) / "text"
     path.chmod(0o644)
     path.write_text("X")
     again = place.run(diamond(place))
@@ -355,7 +389,7 @@ def test_a_full_verification_finds_what_the_cache_cannot(place: Place) -> None:
     state = place.run(diamond(place))
     key = state.stages["c"].key
     assert key is not None
-    path = place.store.artifacts / key / "files" / "text"
+    path = place.store.materialize(key) / "text"
     status = path.stat()
     path.chmod(0o644)
     path.write_text("X")
@@ -443,7 +477,8 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from polytrope.pipeline.engine.driver import RunOptions, run_workflow
+from polytrope.pipeline.engine.options import RunOptions
+from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.workflow.graph import build_graph
 from polytrope.pipeline.workflow.spec import Workflow
 from polytrope.pipeline.store.store import Store
@@ -533,7 +568,7 @@ def test_secrets_reach_the_stage_but_no_file_of_the_run(place: Place, monkeypatc
     assert error is not None
     assert error["message"] == "the server refuses ${env.TEST_TOKEN}"
     assert place.calls == Counter(["15"])
-    for path in place.store.root.rglob("*"):
+    for path in Path(place.store.address).rglob("*"):
         if path.is_file():
             assert b"hunter2" not in path.read_bytes(), path
     assert (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import pytest
 
-from polytrope.pipeline.launch.environment import compare_environments, git_state, record_environment
+from polytrope.pipeline.launch.environment import changed_versions, compare_environments, git_state, record_environment
 
 
 def git(directory: Path, *arguments: str) -> str:
@@ -103,3 +103,18 @@ def test_a_difference_is_one_line(change: dict[str, Any], line: str) -> None:
 
 def test_what_differs_in_every_run_is_no_difference() -> None:
     assert compare_environments(RECORD, RECORD | {"host": "two", "argv": ["y"], "platform": "Linux-6"}) == []
+
+
+def test_a_resume_says_which_versions_are_others(tmp_path: Path) -> None:
+    versions = {
+        "workflow.json": "2.14",
+        "workflow.1.json": "1.0",
+        "workflow.2.json": "2.13",
+        "workflow.10.json": "2.13.1",
+    }
+    for name, version in versions.items():
+        environment = {"packages": {"torch": version, "numpy": "2"}, "python": "3.11.7", "argv": [name]}
+        (tmp_path / name).write_text(json.dumps({"environment": environment}))
+        if name == "workflow.json":
+            assert changed_versions(tmp_path) == []  # the first attempt
+    assert changed_versions(tmp_path) == ["package torch: 2.13.1 → 2.14"]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from mlflow_support import wait_until
+from ray_support import Ray
 from test_engine import Place, gone, start_driver, wait_for, workflow_of
 
-from polytrope.pipeline.engine.driver import CANCEL_FILE
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors import check_resources
+from polytrope.pipeline.executors.guard import _is_ray
 from polytrope.pipeline.executors.ray import RayExecutor
 from polytrope.pipeline.executors.worker import make_task
+from polytrope.pipeline.runs.journal import RunState, fold, read
 from polytrope.pipeline.workflow.graph import build_graph
 
 
@@ -69,24 +73,97 @@ def test_a_run_on_a_private_cluster_gives_the_same_artifacts_and_leaves_nothing(
     }
 
 
-def test_cancelling_ends_the_tasks_and_the_cluster(place: Place) -> None:
-    pid_file = place.directory / "pids"
+SIGNALLED = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+from polytrope.pipeline.engine.run import run_workflow
+from polytrope.pipeline.launch.launch import exit_code
+from polytrope.pipeline.workflow.graph import build_graph
+from polytrope.pipeline.workflow.spec import Workflow
+from polytrope.pipeline.store.store import Store
+
+moment, root, fields = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+
+def end():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def observe(event):
+    if moment == "before" and event.type == "attempt_started":
+        end()
+
+if moment == "during":
+    import ray
+    connect = ray.init
+    def init(*arguments, **options):
+        threading.Timer(0.2, end).start()
+        return connect(*arguments, **options)
+    ray.init = init
+if moment == "after":
+    def wait():
+        while not (root / "pids").exists():
+            time.sleep(0.02)
+        end()
+    threading.Thread(target=wait, daemon=True).start()
+
+workflow = Workflow.from_dict(fields, directory=root)
+state = run_workflow(workflow, build_graph(workflow), Store(root / "store"), run_id="mine", observer=observe)
+sys.exit(exit_code(state))
+"""
+
+
+def signalled(place: Place, moment: str, stages: dict[str, Any], **fields: Any) -> RunState:
+    """The run after a driver of it got SIGTERM before, during or after its connection to Ray."""
+    workflow = workflow_of(place.directory, stages, executor="ray", **fields)
+    command = [sys.executable, "-c", SIGNALLED, moment, str(place.directory), json.dumps(workflow.to_dict())]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 130, done.stderr[-2000:]
+    return fold(read(place.store.run_directory("mine")))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a cluster that others started."""
+    ray = Ray(tmp_path_factory.mktemp("cluster"))
+    try:
+        ray.add_node()
+        wait_until(lambda: ray.nodes() == 2, "the node joins", 60)
+        yield f"127.0.0.1:{ray.port}"
+    finally:
+        ray.end()
+
+
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+def test_sigterm_cancels_a_run_on_ray_which_can_be_resumed(place: Place, cluster: str, moment: str) -> None:
+    stages: dict[str, Any] = {
+        "s": {"uses": "descend", "with": {"pid_file": str(place.directory / "pids"), "how": "hang"}}
+    }
+    state = signalled(place, moment, stages, ray_address=cluster)
+    assert (state.status, state.error) == ("cancelled", "SIGTERM")
+    assert {stage.state for stage in state.stages.values()} == {"cancelled"}
+    if moment == "after":
+        assert gone([int(pid) for pid in (place.directory / "pids").read_text().split()])
+    stages = {"s": {"uses": "make"}}
+    assert place.run(stages, run_id="mine", resume=True).status == "succeeded"
+
+
+def test_sigterm_ends_a_private_cluster_too(place: Place) -> None:
     stages = {
-        "s": {"uses": "spawn_and_hang", "with": {"pid_file": str(pid_file)}},
+        "s": {"uses": "descend", "with": {"pid_file": str(place.directory / "pids"), "how": "hang"}},
         "t": {"uses": "make", "with": {"seconds": 600}},
     }
+    before = {process.pid for process in psutil.process_iter() if _is_ray(process)}
+    assert signalled(place, "after", stages).status == "cancelled"
+    assert gone([int(pid) for pid in (place.directory / "pids").read_text().split()])
+    assert gone([process.pid for process in psutil.process_iter() if _is_ray(process) and process.pid not in before])
 
-    def request() -> None:
-        wait_for(pid_file)
-        (place.store.run_directory("mine") / CANCEL_FILE).write_text("{}")
 
-    thread = threading.Thread(target=request)
-    thread.start()
-    state = place.run(stages, run_id="mine", executor="ray")
-    thread.join()
-    assert state.status == "cancelled"
-    assert gone([int(pid) for pid in pid_file.read_text().split()])
-    assert gone(list(ray_processes()))
+def test_a_stage_on_ray_leaves_no_process(place: Place, cluster: str) -> None:
+    stages = {"s": {"uses": "descend", "with": {"pid_file": str(place.directory / "pids"), "how": "return"}}}
+    assert place.run(stages, executor="ray", fields={"ray_address": cluster}).status == "succeeded"
+    _, *pids = [int(pid) for pid in (place.directory / "pids").read_text().split()]
+    assert len(pids) == 4
+    assert gone(pids)
 
 
 CANCELLED_AT_ITS_END = """
@@ -218,7 +295,7 @@ def test_an_address_without_a_cluster_is_refused_fast(place: Place, address: str
         place.run({"s": {"uses": "make"}}, executor="ray", fields=fields)
     assert message in str(caught.value)
     assert time.monotonic() - started < 30
-    assert not place.store.root.exists()
+    assert not Path(place.store.address).exists()
     workflow = workflow_of(place.directory, {"s": {"uses": "make"}})
     with pytest.raises(UserError):
         check_resources(build_graph(workflow), "ray", address)

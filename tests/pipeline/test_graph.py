@@ -267,17 +267,8 @@ def test_ten_thousand_stages_are_planned_without_reading_each_function_again(mon
 
     loads: list[str] = []
     original = module.load_stage
-    module._load.cache_clear()
     monkeypatch.setattr(module, "load_stage", lambda uses: loads.append(uses) or original(uses))
     lines = ['s0: {uses: "graph_test_stages:make"}']
     lines += [f's{i}: {{uses: "graph_test_stages:use", inputs: {{source: s{i // 2}}}}}' for i in range(1, 10_000)]
     assert len(graph_from("\n".join(lines))) == 10_000
     assert loads == ["graph_test_stages:make", "graph_test_stages:use"]
-    module._load.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_definitions() -> None:
-    import polytrope.pipeline.workflow.graph as module
-
-    module._load.cache_clear()

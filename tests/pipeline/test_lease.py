@@ -142,6 +142,7 @@ def test_a_glance_at_a_time_is_enough_to_find_a_dead_holder(tmp_path: Path) -> N
 
 
 def test_a_key_lease_lives_as_long_as_its_run(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
     run = Lease.acquire(tmp_path / "runs" / "r", "run r")
     via = (tmp_path, "runs/r", run.record.token)
     key = Lease.acquire(tmp_path / "key", "run r", via=via)

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from engine_stages import __file__ as stages_file
-from s3_support import S3Server, bucket_on
+from s3_support import Door, Objects, S3Server, bucket_on
 from test_engine import Place, diamond, workflow_of
 
-from polytrope.pipeline.engine.driver import RunElsewhereError, run_workflow
-from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.engine.run import run_workflow
+from polytrope.pipeline.errors import RunElsewhereError, UserError
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.runs.lease import Lease, LeaseHeldError, LeaseLostError
 from polytrope.pipeline.store.aliases import find_alias, set_alias
 from polytrope.pipeline.store.archive import export_run, import_run
+from polytrope.pipeline.store.bucket import Bucket
 from polytrope.pipeline.store.garbage import collect_garbage
-from polytrope.pipeline.store.object_store import ObjectStore
-from polytrope.pipeline.store.objects import Bucket
-from polytrope.pipeline.store.open import open_store
+from polytrope.pipeline.store.scratch_mirror import ScratchMirror
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.tracking.process import free_port
 from polytrope.pipeline.workflow.graph import build_graph
@@ -54,16 +54,14 @@ def place(address: str, tmp_path: Path) -> Place:
     directory = tmp_path / "work"
     directory.mkdir()
     result = Place(directory)
-    result.store = open_store(address)
+    result.store = Store(address)
     return result
 
 
-def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str) -> ObjectStore:
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str) -> Store:
     """The same store as another machine sees it."""
     monkeypatch.setenv("POLYTROPE_CACHE", str(tmp_path / f"cache-{time.time_ns()}"))
-    store = open_store(address)
-    assert isinstance(store, ObjectStore)
-    return store
+    return Store(address)
 
 
 def test_a_conditional_write_succeeds_once(address: str) -> None:
@@ -104,7 +102,7 @@ def test_a_run_is_computed_once_and_found_by_another_machine(
     key = first.stages["d"].key or ""
     assert other.verify(key) == []
     assert (other.materialize(key) / "text").read_text() == (place.store.materialize(key) / "text").read_text()
-    left = Bucket(address).list("")
+    left = Objects(address).list("")
     assert not [name for name in left if name.startswith(("leases/", "scratch/"))]
 
 
@@ -137,7 +135,7 @@ def test_what_a_dead_driver_did_not_flush_is_written_again(place: Place, address
     """It had committed everything, but its last journal entries are in this machine's copy only."""
     done = place.run(diamond(place), run_id="mine")
     calls = place.calls
-    bucket = Bucket(address)
+    bucket = Objects(address)
     bucket.delete(sorted(bucket.list("runs/mine/journal/"))[flushes_left:])
     state = place.run(diamond(place), run_id="mine")
     assert state.status == "succeeded"
@@ -148,7 +146,7 @@ def test_what_a_dead_driver_did_not_flush_is_written_again(place: Place, address
     assert {name: stage.digest for name, stage in written.stages.items()} == {
         name: stage.digest for name, stage in done.stages.items()
     }
-    segments = b"".join(bucket.get(name) or b"" for name in sorted(bucket.list("runs/mine/journal/")))
+    segments = b"".join(bucket.get(name) for name in sorted(bucket.list("runs/mine/journal/")))
     assert segments == (place.store.run_directory("mine") / "journal.jsonl").read_bytes()
 
 
@@ -163,7 +161,7 @@ def start_driver(place: Place, address: str, stages: dict[str, Any], *options: s
 
 
 def test_one_driver_at_a_time_and_a_stale_one_cannot_write(address: str) -> None:
-    store = open_store(address)
+    store = Store(address)
     store.create()
     lease = Lease.acquire(store.run_lease_directory("r"), "run r", heartbeat=False)
     with pytest.raises(LeaseHeldError):
@@ -185,10 +183,9 @@ def test_one_driver_at_a_time_and_a_stale_one_cannot_write(address: str) -> None
 def test_damage_in_the_bucket_is_found_and_computed_again(place: Place, address: str) -> None:
     workflow = workflow_of(place.directory, diamond(place))
     first = run_workflow(workflow, build_graph(workflow), place.store, run_id="first")
-    bucket, key = Bucket(address), first.stages["a"].key or ""
+    bucket, key = Objects(address), first.stages["a"].key or ""
     (name,) = [name for name in bucket.list(f"artifacts/{key}/") if name.endswith("/text")]
     whole = bucket.get(name)
-    assert whole is not None
     bucket.put(name, whole[:-1])
     assert "bytes instead of" in place.store.verify(key, full=False)[0]
     bucket.put(name, bytes([whole[0] ^ 1]) + whole[1:])
@@ -228,7 +225,7 @@ def test_a_run_is_exported_collected_and_imported_again(
     changed["c"]["with"]["text"] = "other"
     workflow = workflow_of(place.directory, changed)
     run_workflow(workflow, build_graph(workflow), place.store, run_id="second")
-    bucket = Bucket(address)
+    bucket = Objects(address)
     bucket.put(f"artifacts/{first.stages['a'].key}/dead/text", b"of an attempt that was never committed")
     bucket.put(f"artifacts/{'f' * 64}/dead/text", b"another")
     only_first = sorted(first.stages[name].key or "" for name in "cd")
@@ -302,18 +299,128 @@ def test_the_server_goes_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, h
 
 def test_addresses_and_servers_that_cannot_be_used_are_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="is not `s3://bucket/prefix`"):
-        open_store("s3:///x")
+        Store("s3:///x")
     with pytest.raises(UserError, match="neither a directory nor"):
-        open_store("gs://bucket/x")
+        Store("ftp://bucket/x")
     with pytest.raises(UserError, match="NoSuchBucket"):
-        open_store("s3://no-such-bucket/x").create()
+        Store("s3://no-such-bucket/x").create()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port(0)}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(UserError, match="cannot be used"):
-        open_store(address).create()
+        Store(address).create()
 
 
 def test_the_format_of_the_bucket_is_checked(address: str) -> None:
-    Bucket(address).put("store.json", json.dumps({"format": 99}).encode())
+    Objects(address).put("store.json", json.dumps({"format": 99}).encode())
     with pytest.raises(UserError, match="has format 99"):
-        open_store(address).create()
+        Store(address).create()
+
+
+def machine(address: str, directory: Path) -> ScratchMirror:
+    """The scratch directory of a stage on one of several machines."""
+    return ScratchMirror(Bucket(address), "a" * 64, directory / "scratch", directory / "marks" / "a")
+
+
+def checkpoint(mirror: ScratchMirror, number: int, *, prune: int | None = None) -> None:
+    path = mirror.here / f"step-{number}" / "weights"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"of step {number}")
+    if prune is not None:
+        shutil.rmtree(mirror.here / f"step-{prune}")
+    mirror.push()
+
+
+def steps(names: Iterable[str]) -> list[str]:
+    return sorted(name.split("/")[-2] for name in names if name.endswith("/weights"))
+
+
+def test_the_scratch_in_the_bucket_mirrors_the_newest_attempt(address: str, tmp_path: Path) -> None:
+    here, there = machine(address, tmp_path / "here"), machine(address, tmp_path / "there")
+    objects = Objects(address)
+    here.pull()
+    checkpoint(here, 1)
+    checkpoint(here, 2, prune=1)
+    assert steps(objects.list("scratch/")) == ["step-2"], "what was pruned here goes there"
+    there.pull()
+    assert steps(map(str, there.here.rglob("*"))) == ["step-2"]
+    checkpoint(there, 3, prune=2)
+
+    again = machine(address, tmp_path / "here")  # the next attempt is where an old one was
+    again.pull()
+    assert steps(map(str, again.here.rglob("*"))) == ["step-3"], "newer than what lies here"
+    checkpoint(again, 4)
+    (again.here / "step-5").mkdir()
+    (again.here / "step-5" / "weights").write_text("written after the last upload")
+    same = machine(address, tmp_path / "here")
+    same.pull()
+    assert steps(map(str, same.here.rglob("*"))) == ["step-3", "step-4", "step-5"], "further than the bucket"
+    shutil.rmtree(same.here / "step-3")
+    same.push()
+    assert steps(objects.list("scratch/")) == ["step-4", "step-5"]
+
+    there.remove()
+    assert objects.list("scratch/") == []
+    last = machine(address, tmp_path / "here")
+    last.pull()
+    assert steps(map(str, last.here.rglob("*"))) == [], "its stage has been committed, or forgotten, elsewhere"
+
+
+def test_a_checkpoint_that_could_not_be_sent_goes_with_the_next(
+    shared_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    door = Door(shared_server)
+    try:
+        address = bucket_on(door, tmp_path, monkeypatch)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        mirror = machine(address, tmp_path)
+        mirror.pull()
+        door.end()
+        with pytest.raises(OSError, match="8"):
+            checkpoint(mirror, 1)
+        door.open()
+        mirror.push()
+        assert steps(Objects(address).list("scratch/")) == ["step-1"]
+    finally:
+        door.end()
+
+
+def test_a_process_forked_from_one_that_used_a_bucket_is_refused(address: str) -> None:
+    """The client would hang in it for ever."""
+    store = Store(address)
+    store.create()
+    child = os.fork()
+    if child == 0:
+        try:
+            store.keys()
+        except OSError as error:
+            os._exit(0 if "forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_names_with_any_character_come_back(address: str, tmp_path: Path) -> None:
+    bucket = Bucket(f"{address}/a b[1]%20?#")
+    names = ["train[degree=3]/1.log", "x%20y", "q?z", "h#h", "ü ~*", "a::b", ".hidden"]
+    for name in names:
+        (tmp_path / "file").write_text(name)
+        bucket.send([(tmp_path / "file", name)])
+    assert sorted(bucket.list("")) == sorted(names)
+    for number, name in enumerate(names):
+        bucket.fetch([(name, tmp_path / str(number))])
+        assert (tmp_path / str(number)).read_text() == name
+    assert "x%20y" in bucket.children("")
+    bucket.remove("train[degree=3]")
+    assert len(bucket.list("")) == len(names) - 1
+
+
+def test_keys_of_a_profile_are_used(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = "[work]\naws_access_key_id = test\naws_secret_access_key = test\n"
+    (tmp_path / "credentials").write_text(keys)
+    (tmp_path / "config").write_text(f"[profile work]\nendpoint_url = {os.environ['AWS_ENDPOINT_URL']}\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    assert Bucket(address).put("a", b"1")
+    assert Bucket(address).get("a") == b"1"

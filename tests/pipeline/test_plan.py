@@ -9,6 +9,7 @@ from polytrope.pipeline.engine.plan import make_plan
 from polytrope.pipeline.executors.base import Capacity
 from polytrope.pipeline.runs.history import Past
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, describe_stage
+from polytrope.pipeline.workflow.code import Code
 from polytrope.pipeline.workflow.graph import StageNode
 from polytrope.pipeline.workflow.keys import key_components, stage_key
 
@@ -30,7 +31,19 @@ def node(name: str, function: Any, inputs: Mapping[str, Any] | None = None, **ch
     parameters = definition.parameters_model(**changes.pop("parameters", {}))
     given = {key: (inputs or {}).get(key) for key in definition.inputs}
     return StageNode(
-        name, name, {}, definition, parameters, given, Resources(), 1, None, changes.pop("when", None), {}, **changes
+        name,
+        name,
+        {},
+        definition,
+        parameters,
+        given,
+        Resources(),
+        1,
+        None,
+        changes.pop("when", None),
+        {},
+        code=Code({}, {}),
+        **changes,
     )
 
 

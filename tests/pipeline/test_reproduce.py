@@ -51,7 +51,7 @@ stages:
 
 def package(directory: Path, version: str, factor: float) -> None:
     """An installed package `culprit` of this version, on which the training's result depends."""
-    place = directory / "packages"
+    place = directory / "packages" / "site-packages"
     for old in place.glob("*.dist-info/METADATA"):
         old.unlink()
         old.parent.rmdir()
@@ -65,7 +65,7 @@ def package(directory: Path, version: str, factor: float) -> None:
 def polytrope(directory: Path, *arguments: str, threads: int = 1) -> tuple[int, str]:
     environment = {
         **os.environ,
-        "PYTHONPATH": str(directory / "packages"),
+        "PYTHONPATH": str(directory / "packages" / "site-packages"),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": str(threads),
     }
@@ -203,7 +203,7 @@ def test_code_is_named(project: Path) -> None:
     code, output = polytrope(project, "reproduce")
     assert code == 1
     assert "first difference: train" in output
-    assert "because code of again_stages changed" in output
+    assert "because code of again_stages.py changed" in output
 
 
 def test_a_stage_that_is_not_deterministic_is_named(project: Path) -> None:

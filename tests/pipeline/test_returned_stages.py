@@ -13,7 +13,7 @@ import yaml
 from test_engine import FAST, Place, workflow_of
 
 from polytrope.pipeline.commands.cli import main
-from polytrope.pipeline.engine.driver import RunOptions
+from polytrope.pipeline.engine.options import RunOptions
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.workflow.graph import build_graph
@@ -180,7 +180,7 @@ def test_a_secret_that_a_stage_returns_stays_the_name_of_its_variable(
     kept = json.loads((place.store.materialize(state.stages["split"].key or "") / "returned-stages.json").read_text())
     assert kept == value
     if secret != "uses":
-        files = [path for path in place.store.root.rglob("*") if path.is_file()]
+        files = [path for path in Path(place.store.address).rglob("*") if path.is_file()]
         written = json.dumps(secret)[1:-1].encode()
         assert not [path for path in files if secret.encode() in path.read_bytes() or written in path.read_bytes()]
 
@@ -218,7 +218,7 @@ def test_plan_explain_status_and_graph_show_them(place: Place, capsys: pytest.Ca
     file.write_text(yaml.safe_dump(workflow.to_dict()))
 
     def command(*words: str) -> str:
-        assert main([*words, "--store", str(place.store.root)]) == 0
+        assert main([*words, "--store", place.store.address]) == 0
         return capsys.readouterr().out
 
     before = command("plan", str(file))
@@ -227,7 +227,7 @@ def test_plan_explain_status_and_graph_show_them(place: Place, capsys: pytest.Ca
     assert "split/part1: running" in command("run", str(file))
     assert "all 5 stages are stored" in command("plan", str(file))
     assert "split/part1  succeeded" in command("status")
-    assert "split/part1" in command("graph", str(file), "--run", fold(read(next(place.store.runs.iterdir()))).run_id)
+    assert "split/part1" in command("graph", str(file), "--run", fold(read(place.store.run_directories()[0])).run_id)
     key = next(stage for stage in command("explain", str(file), "split/part1").split() if len(stage) == 64)
     artifact = place.store.load(key)
     assert artifact is not None

@@ -211,3 +211,9 @@ def test_the_example_of_the_documentation_is_a_valid_workflow_file(tmp_path: Pat
         table = text.split(f"## Keys {name}")[1].split("##")[0]
         for field, info in model.model_fields.items():
             assert f"`{info.alias or field}`" in table
+
+
+def test_an_unknown_executor_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    data = {"name": "w", "executor": "slurm", "stages": {"s": {"uses": "shard"}}}
+    with pytest.raises(UserError, match=r"executor: expected ray or local \(got 'slurm'\)"):
+        Workflow.from_dict(data, directory=tmp_path)

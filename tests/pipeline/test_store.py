@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.store import store
-from polytrope.pipeline.store.manifest import StoredArtifact
-from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.runs.lease import Lease
+from polytrope.pipeline.store import verification
+from polytrope.pipeline.store.manifest import StoredArtifact, seal
+from polytrope.pipeline.store.store import Commit, OutputChangedError, Store, store_error
 from polytrope.pipeline.support import faults
+from polytrope.pipeline.tracking.process import database_file, tracking_uri
 
 KEY = "a" * 64
 
@@ -26,7 +31,12 @@ def commit(place: Store, key: str = KEY, text: str = "hello", **changes: object)
     values: dict[str, object] = {
         "components": {"uses": "m:f"}, "summary": {"loss": 1.5}, "stage": "s", "run_id": "r", "duration": 2.0,
     }  # fmt: skip
-    return place.commit(key, staging, **{**values, **changes})  # type: ignore[arg-type]
+    fence = changes.pop("fence", None)
+    return place.commit(Commit(key, staging, **{**values, **changes}), fence)  # type: ignore[arg-type]
+
+
+def files_of(place: Store) -> Path:
+    return place.materialize(commit(place).key)
 
 
 @pytest.fixture
@@ -38,13 +48,13 @@ def place(tmp_path: Path) -> Store:
 
 def test_a_committed_artifact_is_found_with_all_it_was_committed_with(place: Store) -> None:
     committed = commit(place)
-    found = Store(place.root).find(KEY)
+    found = Store(place.address).find(KEY)
     assert found == committed
-    assert (found.path / "result.txt").read_text() == "hello"
+    assert (place.materialize(KEY) / "result.txt").read_text() == "hello"
     assert (found.summary, found.stage, found.run_id, found.duration) == ({"loss": 1.5}, "s", "r", 2.0)
     assert [entry["path"] for entry in found.files] == ["result.txt", "sub/more.bin"]
     assert found.size == 5005
-    assert os.listdir(place.root / "staging") == []
+    assert os.listdir(Path(place.address) / "staging") == []
 
 
 def test_the_digest_depends_on_the_bytes_only(place: Store, tmp_path: Path) -> None:
@@ -63,7 +73,7 @@ def test_nothing_is_found_before_the_commit(place: Store) -> None:
 
 
 def test_the_files_are_read_only(place: Store) -> None:
-    assert (commit(place).path / "result.txt").stat().st_mode & 0o222 == 0
+    assert (files_of(place) / "result.txt").stat().st_mode & 0o222 == 0
 
 
 def change_bytes(path: Path) -> None:
@@ -103,19 +113,19 @@ def test_a_damaged_artifact_is_not_found_and_can_be_quarantined(
     place: Store, damage: Callable[[Path], None], problem: str
 ) -> None:
     artifact = commit(place)
-    damage(artifact.path / "result.txt")
+    damage(place.materialize(KEY) / "result.txt")
     assert place.find(KEY) is None
     problems = place.verify(KEY)
     assert problem in problems[0]
     moved = place.quarantine(KEY, problems)
     assert moved is not None
-    assert (moved / "problems.json").exists()
+    assert (Path(moved) / "problems.json").exists()
     assert not place.exists(KEY)
     assert commit(place).digest == artifact.digest
 
 
 def test_a_change_that_keeps_size_time_and_inode_is_seen_by_a_full_verification(place: Store) -> None:
-    path = commit(place).path / "result.txt"
+    path = files_of(place) / "result.txt"
     status = path.stat()
     with open(path, "r+b") as file:
         file.write(b"J")
@@ -125,7 +135,7 @@ def test_a_change_that_keeps_size_time_and_inode_is_seen_by_a_full_verification(
 
 
 def test_a_damaged_manifest_is_no_artifact(place: Store) -> None:
-    manifest = commit(place).path.parent / "manifest.json"
+    manifest = files_of(place).parent / "manifest.json"
     data = manifest.read_text()
     manifest.write_text(data.replace("1.5", "1.6"))
     assert place.find(KEY) is None
@@ -136,16 +146,16 @@ def test_a_damaged_manifest_is_no_artifact(place: Store) -> None:
 def test_unchanged_files_are_hashed_once(place: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(place)
     hashed: list[Path] = []
-    real = store.hash_file
+    real = verification.hash_file
 
     def counting(path: Path) -> str:
         hashed.append(path)
         return real(path)
 
-    monkeypatch.setattr(store, "hash_file", counting)
+    monkeypatch.setattr(verification, "hash_file", counting)
     assert place.find(KEY) is not None
     assert hashed == []
-    (place.root / "digests" / f"{KEY}.json").write_text("[damaged")
+    (Path(place.address) / "digests" / f"{KEY}.json").write_text("[damaged")
     assert place.find(KEY) is not None
     assert len(hashed) == 2
     assert place.find(KEY) is not None
@@ -171,17 +181,17 @@ def test_a_driver_that_lost_its_lease_commits_nothing(place: Store) -> None:
 def test_files_that_change_after_they_were_hashed_are_refused(place: Store) -> None:
     staging = place.staging(KEY)
     (staging / "result.txt").write_text("one")
-    entries = store.seal(staging)
+    entries = seal(staging)
     (staging / "late.txt").write_text("two")
-    with pytest.raises(store.OutputChangedError, match=r"late\.txt"):
-        place.commit(KEY, staging, components={}, summary={}, stage="s", run_id="r", duration=0, entries=entries)
+    with pytest.raises(OutputChangedError, match=r"late\.txt"):
+        place.commit(Commit(KEY, staging, {}, {}, "s", "r", 0, entries))
 
 
 def test_a_link_in_the_output_is_refused(place: Store) -> None:
     staging = place.staging(KEY)
     (staging / "link").symlink_to("/etc/passwd")
     with pytest.raises(UserError, match="`link`, which is not a plain file"):
-        store.seal(staging)
+        seal(staging)
 
 
 def test_an_error_at_any_point_of_a_commit_leaves_all_or_nothing(place: Store) -> None:
@@ -225,3 +235,89 @@ def test_reading_an_absent_store_creates_nothing(tmp_path: Path) -> None:
     assert absent.find(KEY) is None
     assert absent.keys() == []
     assert not (tmp_path / "absent").exists()
+
+
+STRANGE = "a b[1]::c%20d?x=1#{*}"
+
+
+def test_a_store_with_any_character_in_its_path_works(tmp_path: Path) -> None:
+    """Brackets, `::`, `%`, `?` and the like mean something to globs, to addresses of databases and of file systems."""
+    project = tmp_path / STRANGE
+    project.mkdir()
+    module = (
+        "from polytrope.pipeline.stage import StageContext\n\ndef write(context: StageContext) -> dict[str, float]:\n"
+    )
+    (project / "strange_stages.py").write_text(
+        module + "    (context.scratch / 'x').write_text('')\n    return {'a': 1.0}\n"
+    )
+    (project / "w.yaml").write_text(
+        "name: w\nexecutor: local\nstages:\n  s: {uses: 'strange_stages:write', retries: 1}\n"
+    )
+
+    def polytrope(*words: str) -> str:
+        command = [sys.executable, "-m", "polytrope.pipeline.commands.cli", *words]
+        done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    polytrope("run", "w.yaml", "--no-tracking", "--run-id", "one", "--store", str(project / STRANGE))
+    assert "1 stages are stored" in polytrope("plan", "w.yaml", "--store", str(project / STRANGE))
+    assert "one" in polytrope("runs", "--store", str(project / STRANGE))
+    assert "0 damaged" in polytrope("verify", "one", "--store", str(project / STRANGE))
+    assert "removed 0 runs, 0 artifacts, 0 left-overs" in polytrope("gc", "--store", str(project / STRANGE))
+    uri = tracking_uri(None, project / STRANGE)
+    engine = create_engine(uri)
+    with engine.connect() as connection:
+        connection.execute(text("CREATE TABLE t (x INTEGER)"))
+    engine.dispose()
+    assert (project / STRANGE / "mlflow.db").exists()
+    assert database_file(uri) == project / STRANGE / "mlflow.db"
+
+
+def test_a_file_system_without_hard_links_is_refused_by_that_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: object, target: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "link", link)  # as on FAT
+    with pytest.raises(UserError, match="its file system has no hard links"):
+        Store(tmp_path / "store").create()
+
+
+def test_a_store_that_was_renamed_meanwhile_is_not_made_again(place: Store) -> None:
+    root = Path(place.address)
+    root.rename(root.with_name("renamed"))
+    for action in (lambda: place.staging(KEY), lambda: Lease.acquire(place.key_lease_directory(KEY), "run r")):
+        with pytest.raises(FileNotFoundError) as caught:
+            action()
+        assert (
+            "is gone: was the store renamed or removed meanwhile?" in store_error(place.address, caught.value).message
+        )
+    assert not root.exists()
+    assert Store(root.with_name("renamed")).present
+
+
+@pytest.mark.parametrize("lost", ["manifest.json", "files/result.txt", "files"])
+def test_a_lost_permission_is_said_and_is_no_damage(place: Store, lost: str) -> None:
+    path = files_of(place).parent / lost
+    code = f"""
+import os, sys
+from polytrope.pipeline.store.store import Store, store_error
+if os.geteuid() == 0:
+    os.setuid(65534)
+try:
+    print(Store({place.address!r}).find({KEY!r}, full=True))
+except OSError as error:
+    print(store_error("X", error).message)
+"""
+    for parent in path.parents:
+        if str(parent).startswith("/tmp/"):
+            parent.chmod(0o755)
+    mode = path.stat().st_mode
+    path.chmod(0)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    finally:
+        path.chmod(mode)
+    assert done.stdout.strip() == f"the store X cannot be used: this user lacks the permission for `{path}`"

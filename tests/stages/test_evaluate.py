@@ -17,10 +17,10 @@ from training_support import make_context, read_events
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
-from polytrope.pipeline.data.evaluation import read_evaluation
+from polytrope.pipeline.data.evaluation_file import read_evaluation
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import BpeTokenizer, make_tokenizer, same_tokenizer
-from polytrope.pipeline.data.training import Training, write_training
+from polytrope.pipeline.data.training_file import Training, write_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, load_stage
 from polytrope.pipeline.stages.evaluate.evaluate import check, evaluate

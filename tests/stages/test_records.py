@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from polytrope.pipeline.data.conversion import read_conversion
-from polytrope.pipeline.data.evaluation import read_evaluation
+from polytrope.pipeline.data.conversion_file import read_conversion
+from polytrope.pipeline.data.evaluation_file import read_evaluation
 from polytrope.pipeline.data.records import OpenRecord, read_record, write_record
-from polytrope.pipeline.data.speed import read_speed
-from polytrope.pipeline.data.training import Training, read_history, read_training, write_training
+from polytrope.pipeline.data.speed_file import read_speed
+from polytrope.pipeline.data.training_file import Training, read_history, read_training, write_training
 from polytrope.pipeline.errors import UserError
 
 TRAINING = {"format": 1, "architecture": "gpt2", "parameters": 10, "steps": 3, "samples": 12, "tokens": 96}

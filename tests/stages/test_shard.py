@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +20,7 @@ from polytrope.pipeline.stages.shard.parameters import ShardParameters
 from polytrope.pipeline.stages.shard.shard import fingerprint, shard
 
 
-def run_shard(
-    directory: Path, parameters: Mapping[str, Any], workers: int = 1, executor: Literal["local", "ray"] = "local"
-) -> Path:
+def run_shard(directory: Path, parameters: Mapping[str, Any], workers: int = 1, executor: str = "local") -> Path:
     """Run the stage as the engine does; returns its output."""
     context = stage_context(directory, stage="shard", executor=executor, resources=Resources(workers=workers))
     validated = ShardParameters.model_validate(parameters)

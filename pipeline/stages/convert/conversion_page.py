@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from polytrope.pipeline.data.conversion import ConversionRecord
+from polytrope.pipeline.data.conversion_file import ConversionRecord
 from polytrope.pipeline.support.figures import THEMES, draw_conversion, render
 from polytrope.pipeline.support.pages import render_page
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from polytrope.models.conversion import FitOptions, LayerConversion, fit_layer
+from polytrope.models.rewriting import FunctionalActivation
+from polytrope.models.selection import Left
 from polytrope.models.surgery import Activation
-from polytrope.pipeline.data.conversion import Advice, ConversionRecord, ConvertedLayer
+from polytrope.ops.fitting.targets import resolve_target
+from polytrope.pipeline.data.conversion_file import Advice, ConversionRecord, ConvertedLayer, LeftActivation
 
 _CURVE_POINTS = 161
 
@@ -26,10 +30,10 @@ def describe(conversion: LayerConversion) -> ConvertedLayer:
     inputs = torch.from_numpy(x)
     with torch.no_grad():
         fitted = conversion.fit.build(torch.float64)(inputs)
-        target = copy.deepcopy(conversion.module).double()(inputs)
+        target = resolve_target(conversion.module)(inputs)
     content = {
         "name": conversion.name,
-        "target": type(conversion.module).__name__,
+        "target": _name_of(conversion.module),
         "family": conversion.fit.config["name"],
         "degree": conversion.fit.config["degree"],
         "interval": list(conversion.interval),
@@ -48,14 +52,24 @@ def describe(conversion: LayerConversion) -> ConvertedLayer:
     return ConvertedLayer.model_validate(content)
 
 
+def _name_of(module: nn.Module) -> str:
+    """Its class; of a function that was called, the function."""
+    return f"{module.kind}()" if isinstance(module, FunctionalActivation) else type(module).__name__
+
+
 def record(
     conversions: Sequence[LayerConversion],
     options: FitOptions,
     costs: Mapping[str, float],
+    left: Sequence[Left],
 ) -> ConversionRecord:
-    """The whole of `conversion.json`; `costs` as of `layer_costs`."""
-    layers = [describe(conversion) for conversion in conversions]
-    return ConversionRecord(format=1, layers=layers, advice=advise(conversions, costs, options))
+    """The whole of `conversion.json`; `costs` as of `layer_costs`, `left` as of `select_activations`."""
+    return ConversionRecord(
+        format=1,
+        layers=[describe(conversion) for conversion in conversions],
+        advice=advise(conversions, costs, options),
+        left=[LeftActivation.model_validate(asdict(entry)) for entry in left],
+    )
 
 
 def advise(conversions: Sequence[LayerConversion], costs: Mapping[str, float], options: FitOptions) -> list[Advice]:
@@ -93,6 +107,8 @@ def _suggestion(conversion: LayerConversion, share: float, options: FitOptions) 
         better = fit_layer(Activation(conversion.name, conversion.module), conversion.calibration, higher)
     except ValueError:
         return f"{opening}; degree {degree} cannot be fitted, leave this layer as it is if that is too much"
+    if better.relative_error >= conversion.relative_error:
+        return f"{opening}; degree {degree} does not lower its error of {conversion.relative_error:.2g}"
     return (
         f"{opening}; degree {degree} would lower its error from {conversion.relative_error:.2g} to "
         f"{better.relative_error:.2g}"

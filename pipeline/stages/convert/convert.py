@@ -27,12 +27,6 @@ def check(parameters: ConvertParameters, upstream: Mapping[str, Any]) -> None:
 
 @stage(
     check=check,
-    code=(
-        "polytrope.models",
-        "polytrope.ops",
-        "polytrope.pipeline.stages.convert",
-        "polytrope.pipeline.data",
-    ),
 )
 def convert(
     context: StageContext, model: Artifact, dataset: Artifact, parameters: ConvertParameters

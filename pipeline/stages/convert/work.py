@@ -12,11 +12,12 @@ from torch import nn
 
 from polytrope.models import ARCHITECTURES, conversion, find_architecture
 from polytrope.models.calibration import Calibration, calibrate
+from polytrope.models.calls import Call
 from polytrope.models.conversion import FitOptions
 from polytrope.models.formats import read_model
-from polytrope.models.surgery import Activation, find_activations
-from polytrope.ops import is_learnable_activation
-from polytrope.pipeline.data.conversion import ConversionRecord, write_conversion
+from polytrope.models.selection import select_activations
+from polytrope.models.surgery import Activation, describe_activations
+from polytrope.pipeline.data.conversion_file import ConversionRecord, write_conversion
 from polytrope.pipeline.stages.convert.calibration_data import Batch, forward
 from polytrope.pipeline.stages.convert.conversion_record import record
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
@@ -71,21 +72,26 @@ def convert_model(
         tell: is told what begins, by the number of the step, of 3.
 
     Raises:
-        ValueError: a model or data that cannot be read, a layer that cannot be fitted, a format it cannot have.
+        ValueError: a model or data that cannot be read, nothing to convert, a layer that cannot be fitted or whose
+            conversion has no effect, a format the model cannot have.
     """
     torch.set_num_threads(parameters.threads)
     model = read_model(source.path, source.config or None)
-    found = find_activations(
+    batches = source.batches(model)
+    samples = sum(map(_size, batches))
+    tell(0, f"looking for activations on {samples} samples")
+    selection = select_activations(
         model,
+        batches,
+        forward,
         types=parameters.types,
         include=parameters.include,
         exclude=parameters.exclude,
         layers=parameters.layer_range(),
     )
-    batches = source.batches(model)
-    samples = sum(map(_size, batches))
+    found = selection.activations
     tell(1, f"calibrating {len(found)} activations on {samples} samples")
-    calibrations = _calibrate(source, parameters, model, found, batches)
+    calibrations = _calibrate(source, parameters, model, found, batches, selection.calls)
     options = FitOptions(
         parameters.family,
         parameters.highest_degree(),
@@ -97,10 +103,11 @@ def convert_model(
     tell(2, f"fitting {options.family} of degree {options.degree}")
     fits = conversion.fit_layers(found, calibrations, options)
     rated = _rated(batches)
-    made = record(fits, options, conversion.layer_costs(model, fits, rated, forward))
+    made = record(fits, options, conversion.layer_costs(model, fits, rated, forward), selection.left)
     if output is None:
         return Outcome(made, samples)
     conversion.apply(model, fits)
+    conversion.prove(model, [entry.name for entry in fits], rated, forward)
     _write_model(model, source.path, parameters, output)
     write_conversion(output, made)
     if parameters.page:
@@ -122,7 +129,7 @@ def export_model(source: Source, parameters: ConvertParameters, output: Path) ->
     if not (parameters.onnx or parameters.tables):
         return Outcome(None, 0)
     batches = source.batches(model)
-    learned = [Activation(name, module) for name, module in _learned_activations(model).items()]
+    learned = [Activation(name, model.get_submodule(name)) for name in describe_activations(model)]
     calibrations = _calibrate(source, parameters, model, learned, batches)
     outcome = Outcome(None, sum(map(_size, batches)))
     return _write_extras(model, parameters, output, outcome, calibrations, _rated(batches))
@@ -134,13 +141,16 @@ def _calibrate(
     model: nn.Module,
     activations: Sequence[Activation],
     batches: Sequence[Batch],
+    calls: Sequence[Call] = (),
 ) -> dict[str, Calibration]:
+    """The inputs of the activations; `calls`: those that were made modules, which Ray tasks do again."""
     if not parameters.ray_tasks:
         return calibrate(model, activations, batches, forward)
     from polytrope.pipeline.stages.convert.parallel_calibration import calibrate_on_ray
 
     names = [activation.name for activation in activations]
-    return calibrate_on_ray(source.path, source.config, names, batches, parameters.ray_tasks, source.ray_address)
+    tasks, address = parameters.ray_tasks, source.ray_address
+    return calibrate_on_ray(source.path, source.config, names, batches, tasks, address, calls)
 
 
 def _size(batch: Batch) -> int:
@@ -170,13 +180,7 @@ def _write_model(model: nn.Module, source: Path, parameters: ConvertParameters, 
         return
     from polytrope.models.formats.huggingface import save_huggingface
 
-    learned = {name: module.config() for name, module in _learned_activations(model).items()}  # type: ignore[operator]
-    save_huggingface(output, model, learned, beside)
-
-
-def _learned_activations(model: nn.Module) -> dict[str, nn.Module]:
-    """The learnable activations of a model by name; one that is used at several places appears once."""
-    return {name: module for name, module in model.named_modules() if is_learnable_activation(module)}
+    save_huggingface(output, model, describe_activations(model), beside)
 
 
 def _write_extras(

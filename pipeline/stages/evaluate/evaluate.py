@@ -35,12 +35,6 @@ def check(parameters: EvaluateParameters, upstream: Mapping[str, Any]) -> None:
 
 @stage(
     check=check,
-    code=(
-        "polytrope.pipeline.stages.evaluate",
-        "polytrope.pipeline.data",
-        "polytrope.models",
-        "polytrope.ops",
-    ),
 )
 def evaluate(
     context: StageContext, dataset: Artifact, models: dict[str, Artifact], parameters: EvaluateParameters

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from polytrope.models import find_architecture
 from polytrope.models.checkpoint import load_model, read_description
 from polytrope.pipeline.data.description import Dataset, read_dataset
-from polytrope.pipeline.data.evaluation import (
+from polytrope.pipeline.data.evaluation_file import (
     EVALUATION_FILE,
     EvaluatedData,
     EvaluatedModel,
@@ -26,7 +26,7 @@ from polytrope.pipeline.data.evaluation import (
 )
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import Tokenizer, same_tokenizer, tokenizer_from_json
-from polytrope.pipeline.data.training import read_training
+from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.evaluate.drift import block_cosines

@@ -22,13 +22,6 @@ def check(_parameters: MeasureSpeedParameters, upstream: Mapping[str, Any]) -> N
 @stage(
     check=check,
     measured=True,
-    code=(
-        "polytrope.pipeline.stages.evaluate.evaluation",
-        "polytrope.pipeline.stages.evaluate.speed",
-        "polytrope.pipeline.data",
-        "polytrope.models",
-        "polytrope.ops",
-    ),
 )
 def measure_speed(
     context: StageContext, dataset: Artifact, models: dict[str, Artifact], parameters: MeasureSpeedParameters

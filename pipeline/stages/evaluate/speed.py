@@ -15,7 +15,7 @@ from polytrope.models import find_architecture
 from polytrope.models.checkpoint import load_model
 from polytrope.pipeline.data.description import read_dataset
 from polytrope.pipeline.data.reader import open_split
-from polytrope.pipeline.data.speed import SPEED_FILE, Speed, SpeedProtocol, write_speed
+from polytrope.pipeline.data.speed_file import SPEED_FILE, Speed, SpeedProtocol, write_speed
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.evaluate.evaluation import recorded_failure

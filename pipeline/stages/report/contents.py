@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from polytrope.pipeline.data.conversion import ConversionRecord, read_conversion
-from polytrope.pipeline.data.evaluation import EvaluatedModel, Evaluation
+from polytrope.pipeline.data.conversion_file import ConversionRecord, read_conversion
+from polytrope.pipeline.data.evaluation_file import EvaluatedModel, Evaluation
 from polytrope.pipeline.data.lineage import Lineage, read_lineage
-from polytrope.pipeline.data.speed import Speed
-from polytrope.pipeline.data.training import read_training
+from polytrope.pipeline.data.speed_file import Speed
+from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.stages.report.parameters import ReportParameters, group_of

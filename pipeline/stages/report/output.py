@@ -9,10 +9,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from polytrope.pipeline.data.conversion import read_conversion
-from polytrope.pipeline.data.evaluation import Evaluation, read_evaluation
-from polytrope.pipeline.data.speed import read_speed
-from polytrope.pipeline.data.training import read_history, read_training
+from polytrope.pipeline.data.conversion_file import read_conversion
+from polytrope.pipeline.data.evaluation_file import Evaluation, read_evaluation
+from polytrope.pipeline.data.speed_file import read_speed
+from polytrope.pipeline.data.training_file import read_history, read_training
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.report.contents import Figures, collect, summary_metrics
 from polytrope.pipeline.stages.report.parameters import ReportParameters, group_of

@@ -28,7 +28,7 @@ def check(parameters: ReportParameters, upstream: Mapping[str, Any]) -> None:
         )
 
 
-@stage(check=check, code=("polytrope.pipeline.stages.report",))
+@stage(check=check)
 def report(
     context: StageContext,
     evaluation: Artifact,

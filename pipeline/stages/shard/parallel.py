@@ -20,7 +20,7 @@ def parallel_map(context: StageContext, function: Callable[[Item], Result], item
     `function` and items travel by pickle. Results come in the order of the items, so that what is made of them does not
     depend on the number of workers or the executor. An exception of `function` is raised here.
     """
-    if context.executor == "ray":
+    if context.starts_with_ray:
         return _map_on_ray(context, function, items)
     return _map_in_processes(context, function, items)
 
@@ -28,7 +28,7 @@ def parallel_map(context: StageContext, function: Callable[[Item], Result], item
 def prepare_workers(context: StageContext, *modules: str) -> None:
     """Have `modules` imported beside what the stage does before its first `parallel_map`, so that no worker waits for
     them. Only for speed; on Ray nothing, its workers are there already."""
-    if context.executor == "local":
+    if not context.starts_with_ray:
         forkserver.set_forkserver_preload(list(modules))
         forkserver.ensure_running()
 

@@ -37,7 +37,6 @@ def fingerprint(parameters: ShardImagesParameters, directory: Path) -> dict[str,
 @stage(
     parallel=True,
     fingerprint=fingerprint,
-    code=("polytrope.pipeline.stages.shard.images", "polytrope.pipeline.data.tarfiles"),
 )
 def shard_images(context: StageContext, parameters: ShardImagesParameters) -> dict[str, float]:
     """Decode, resize and pack labelled images into webdataset tar shards with a manifest."""

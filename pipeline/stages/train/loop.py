@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
 from polytrope.models.checkpoint import load_weights, read_description, save_model
-from polytrope.pipeline.data.training import Training, write_training
+from polytrope.pipeline.data.training_file import Training, write_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train.activations import apply_activation_options

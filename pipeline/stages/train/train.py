@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.lineage import Lineage, read_lineage, write_lineage
-from polytrope.pipeline.data.training import read_training
+from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, stage
 from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters, architectures_for
@@ -69,12 +69,6 @@ def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
     parallel=True,
     check=check,
     fingerprint=fingerprint,
-    code=(
-        "polytrope.models",
-        "polytrope.ops",
-        "polytrope.pipeline.stages.train",
-        "polytrope.pipeline.data",
-    ),
 )
 def train(
     context: StageContext,

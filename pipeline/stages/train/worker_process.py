@@ -16,11 +16,12 @@ from typing import Any
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.rendezvous import join, take_place_under_ray
 from polytrope.pipeline.stages.train.training_plan import Diverged, TrainingPlan, context_from_json
+from polytrope.pipeline.support.executor_table import executor_kind
 
 
 def train_worker(task: dict[str, Any]) -> None:
     """Entry of every worker, under Ray Train and in a local process. `task` is what `launch` made."""
-    if task["context"]["executor"] == "ray":
+    if executor_kind(task["context"]["executor"]).starts_with_ray:
         take_place_under_ray()
     directory = Path(task["directory"])
     rank = _environment_integer("RANK")
@@ -93,7 +94,7 @@ def _failure_kind(error: BaseException) -> str:
 
 def _node(task: dict[str, Any]) -> str:
     """The machine this worker is on: address and Ray's id, or the host's name."""
-    if task["context"]["executor"] != "ray":
+    if not executor_kind(task["context"]["executor"]).starts_with_ray:
         return socket.gethostname()
     import ray
 

@@ -53,7 +53,7 @@ def run_workers(context: StageContext, plan: TrainingPlan) -> None:
         UserError: raised by a worker.
         TrainingError: anything else a worker raised, with its message and traceback.
     """
-    start = _start_ray if context.executor == "ray" else _start_local
+    start = _start_ray if context.starts_with_ray else _start_local
     context.progress(0, plan.steps, f"starting {plan.workers} worker{'s' if plan.workers > 1 else ''}")
     restarts, allowed = plan.parameters.worker_restarts, plan.parameters.maximum_rollbacks
     while True:

@@ -115,7 +115,7 @@ def describe(
     """
     workflow = record["workflow"]
     git = (record.get("environment") or {}).get("git") or {}
-    took = "" if state.started is None or state.ended is None else f" in {format_duration(state.ended - state.started)}"
+    took = "" if state.duration is None else f" in {format_duration(state.duration)}"
     facts = [f"**{status}**{took}", f"run `{state.run_id or parent}`", f"workflow `{workflow['name']}`"]
     if git:
         facts.append(f"commit `{git['commit'][:10]}`" + (" with uncommitted changes" if git["dirty"] else ""))

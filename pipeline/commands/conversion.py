@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from polytrope.pipeline.commands.common import print_table
 from polytrope.pipeline.commands.workflow_files import parameter_rows
-from polytrope.pipeline.data.conversion import ConversionRecord
+from polytrope.pipeline.data.conversion_file import ConversionRecord
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 
@@ -196,3 +196,8 @@ def print_record(conversion: ConversionRecord) -> None:
             for entry in conversion.advice[:_ADVICE]
         ]
         print_table(["", "layer", "output moves by", "advice"], shown)
+    if conversion.left:
+        print("\nactivations that stay as they are:")
+        print_table(
+            ["activation", "kind", "reason"], [[entry.name, entry.kind, entry.reason] for entry in conversion.left]
+        )

@@ -56,12 +56,23 @@ class Advice(Record):
     advice: str | None = None
 
 
+class LeftActivation(Record):
+    """An activation that stays as it is, and why; `count`: how often a function was called at its `place`."""
+
+    name: str
+    kind: str
+    place: str
+    count: int | None
+    reason: str
+
+
 class ConversionRecord(Record):
-    """All layers, and the advice where their costs were measured."""
+    """All layers, the advice where their costs were measured, and the activations that were not converted."""
 
     format: Literal[1] = 1
     layers: list[ConvertedLayer]
     advice: list[Advice] | None = None
+    left: list[LeftActivation] | None = None
 
     def metrics(self) -> dict[str, float]:
         """The worst layer's figures."""

@@ -1,0 +1,142 @@
+"""Which activations of a model are converted: its modules, and the functions it calls, made modules; and what stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polytrope.models.calls import Call, lift, observe_calls, plain_kind
+from polytrope.models.modes import measuring
+from polytrope.models.surgery import (
+    ACTIVATION_CLASSES,
+    GATE_CLASSES,
+    Activation,
+    Choice,
+    class_names,
+    gate_call,
+    gate_module,
+    stays,
+)
+from polytrope.ops.fitting.targets import resolve_target
+
+
+@dataclass(frozen=True)
+class Left:
+    """An activation that was seen and is not converted.
+
+    Args:
+        name: of its module, or of its owner and the function.
+        kind: its class or function.
+        place: class, method and line of a call; the class of a module.
+        count: how often it was called on the data; None for a module.
+        reason: why it stays.
+    """
+
+    name: str
+    kind: str
+    place: str
+    count: int | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Args:
+    activations: what is converted, in the order of `named_modules`.
+    calls: those of them that were functions; `lift` makes them modules in another copy of the model.
+    left: everything else that is an activation.
+    """
+
+    activations: list[Activation]
+    calls: list[Call]
+    left: list[Left]
+
+
+def select_activations(
+    model: nn.Module,
+    batches: Sequence[Any],
+    forward: Callable[[nn.Module, Any], Any],
+    *,
+    types: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: tuple[int, int] | None = None,
+) -> Selection:
+    """Run `forward(model, batch)` over the batches, find every activation, module or function, and choose.
+
+    Functions that are chosen are made modules; the model computes what it did. By default stay: sigmoid, tanh,
+    softplus, hardtanh, hardsigmoid and logsigmoid called as functions and `nn.Sigmoid` (gates, soft caps), a tanh
+    beside a sigmoid, slopes per channel, and whatever belongs to a pooler or a head.
+
+    Args:
+        types, include, exclude, layers: as of `Choice`.
+
+    Raises:
+        ValueError: nothing is left, or the model cannot run on the data; says what the model does contain.
+    """
+    choice = Choice(types, include, exclude, layers)
+    calls, own = observe_calls(model, batches, forward)
+    classes = ACTIVATION_CLASSES | GATE_CLASSES | set(types)
+    chosen: list[str] = []
+    left: list[Left] = []
+    for name, module in model.named_modules():
+        reason: str | None
+        if isinstance(module, torch.jit.ScriptModule):
+            left.append(Left(name, type(module).__name__, "TorchScript", None, "what it calls cannot be seen"))
+            continue
+        if name in own:
+            kind = plain_kind(resolve_target(module))
+            gate = gate_module(model, name) if kind is None else gate_call(name, kind)
+            reason = choice.reason_to_stay(name, [*class_names(module), kind or ""], gate)
+        elif classes & class_names(module):
+            reason = stays(model, name, choice)
+        else:
+            continue
+        if reason is None:
+            chosen.append(name)
+        else:
+            left.append(Left(name, type(module).__name__, type(module).__name__, None, reason))
+    lifted: list[Call] = []
+    for call in calls:
+        reason = call.obstacle or choice.reason_to_stay(call.name, [call.kind], gate_call(call.name, call.kind))
+        if reason is None:
+            lifted.append(call)
+        else:
+            left.append(Left(call.name, call.kind, call.place, call.count, reason))
+    if not chosen and not lifted:
+        raise ValueError(_nothing(model, left))
+    _lift_alike(model, lifted, batches[0], forward)
+    names = {*chosen, *(call.name for call in lifted)}
+    return Selection(
+        [Activation(name, module) for name, module in model.named_modules() if name in names], lifted, left
+    )
+
+
+def _nothing(model: nn.Module, left: Sequence[Left]) -> str:
+    if not left:
+        return (
+            f"{type(model).__name__} has no activation to convert: no module of a known class, and no call of a known "
+            "function was seen. A class of your own is taken by its name (types)"
+        )
+    lines = [f"{entry.name} ({entry.place}): {entry.reason}" for entry in left[:12]]
+    more = f"\n… and {len(left) - 12} more" if len(left) > 12 else ""
+    return f"the selection leaves none of {len(left)} activations:\n" + "\n".join(lines) + more
+
+
+def _lift_alike(model: nn.Module, calls: Sequence[Call], batch: Any, forward: Callable[[nn.Module, Any], Any]) -> None:
+    """Lift, and see that the model still says the same."""
+    if not calls:
+        return
+    with measuring(model), torch.random.fork_rng():
+        state = torch.get_rng_state()
+        before = forward(model, batch)
+        lift(model, calls)
+        torch.set_rng_state(state)
+        after = forward(model, batch)
+    if isinstance(before, Tensor) and not torch.allclose(before, after, rtol=1e-5, atol=1e-6, equal_nan=True):
+        places = ", ".join(call.place for call in calls[:4])
+        raise ValueError(f"calls could not be made modules without changing what the model computes: {places}")

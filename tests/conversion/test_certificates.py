@@ -1,0 +1,111 @@
+"""What is certified is what the built module does, whatever the scale of the inputs and the format they come in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from polytrope.models.calibration import Calibration, calibrate
+from polytrope.models.conversion import FitOptions, LayerConversion, apply, fit_layer, fit_layers
+from polytrope.models.surgery import Activation, find_activations
+from polytrope.ops.fitting.targets import resolve_target
+from polytrope.ops.interpolate import RoundingError
+
+TARGETS = {
+    "gelu": nn.GELU(),
+    "relu": nn.ReLU(),
+    "silu": nn.SiLU(),
+    "tanh": nn.Tanh(),
+    "relu6": nn.ReLU6(),
+    "hardswish": nn.Hardswish(),
+}
+FAMILIES = ("hermite", "chebyshev", "legendre", "fourier", "rational", "tropical", "tropical_rational", "polyrelu")
+
+
+def drawn(seed: int, scale: float, shift: float, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * (torch.randn(20_000, generator=generator) + shift)).to(dtype)
+
+
+def converted(target: nn.Module, inputs: Tensor, family: str, degree: int) -> LayerConversion:
+    return fit_layer(Activation("a", target), Calibration.of(inputs), FitOptions(family, degree))
+
+
+def errors(layer: LayerConversion, target: nn.Module, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Of the module as it is built, against the target in float64; and the target's values."""
+    with torch.no_grad():
+        values = resolve_target(target)(x.double())
+        return (layer.fit.build()(x).double() - values).numpy(), values.numpy()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(sorted(TARGETS)),
+    family=st.sampled_from(FAMILIES),
+    degree=st.integers(1, 12),
+    exponent=st.floats(-4, 3),
+    shift=st.floats(-1, 1),
+    dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_the_true_error_on_fresh_inputs_is_never_more_than_the_certified_one(
+    name: str, family: str, degree: int, exponent: float, shift: float, dtype: torch.dtype, seed: int
+) -> None:
+    target, scale = TARGETS[name], 10.0**exponent
+    try:
+        layer = converted(target, drawn(seed, scale, shift, dtype), family, degree)
+    except RoundingError:  # refused: nothing is certified
+        return
+    fresh = drawn(seed + 5000, scale, shift, dtype)
+    error, _ = errors(layer, target, fresh)
+    certificate = layer.fit.certificate
+    low, high = layer.interval
+    inside = ((fresh.double() >= low) & (fresh.double() <= high)).numpy()
+    assert np.abs(error[inside]).max(initial=0.0) <= certificate.maximum
+    inputs = fresh.double()
+    seen = ((inputs >= layer.calibration.minimum) & (inputs <= layer.calibration.maximum)).numpy()
+    assert np.abs(error[seen]).max(initial=0.0) <= max(certificate.maximum, certificate.maximum_outside)
+    # A mean over other inputs is another one: as far as samples of this size differ.
+    spread = np.sqrt(np.std(error**2) / np.sqrt(len(error) / 8)) if len(error) else 0.0
+    assert np.sqrt(np.mean(error**2)) <= 1.1 * certificate.rms + 2 * spread + 1e-300
+
+
+@pytest.mark.parametrize(("scale", "bound"), [(0.03, 1e-4), (0.001, 1e-4), (1e-4, 1e-4), (1.0, 3e-3), (100.0, 3e-2)])
+@pytest.mark.parametrize("family", ["hermite", "chebyshev", "legendre"])
+def test_small_and_large_inputs_are_fitted_as_well_as_it_says(scale: float, bound: float, family: str) -> None:
+    target = nn.GELU()
+    layer = converted(target, drawn(0, scale, 0.0, torch.float32), family, 8)
+    error, values = errors(layer, target, drawn(1, scale, 0.0, torch.float32))
+    measured = float(np.sqrt(np.mean(error**2) / np.mean(values**2)))
+    assert layer.relative_error < bound
+    assert measured <= 1.2 * layer.relative_error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["hermite", "chebyshev", "legendre"])
+@pytest.mark.parametrize("degree", [8, 12])
+def test_a_model_of_16_bits_gets_what_its_certificate_says(dtype: torch.dtype, family: str, degree: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 4))
+    nn.init.normal_(model[0].weight, std=0.25)
+    model = model.to(dtype).eval()
+    x = torch.randn(256, 64).to(dtype)
+
+    def run(network: nn.Module, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            return network(batch)
+
+    found = find_activations(model)
+    (layer,) = fit_layers(found, calibrate(model, found, [x], run), FitOptions(family, degree))
+    apply(model, [layer])
+    assert model[1].coefficients.dtype == dtype
+    every = torch.linspace(layer.calibration.minimum, layer.calibration.maximum, 4001).to(dtype)
+    wanted = torch.nn.functional.gelu(every.double())
+    largest = float((run(model[1], every).double() - wanted).abs().max())
+    certificate = layer.fit.certificate
+    assert largest <= max(certificate.maximum, certificate.maximum_outside)
+    assert layer.relative_error < {torch.bfloat16: 0.03, torch.float16: 0.01}[dtype]
