@@ -20,6 +20,12 @@ from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 
 _SINGULAR = {"constraints": "constraint", "types": "type", "calibration_samples": "samples", "ray_tasks": "ray"}
 _LEFT_OUT = ("page", "register_as", "register_alias")  # the page is always written; no run is there to register it
+_NOT_AS_IS = {"family", "degree", "target_error", "coverage", "derivative_weight", "constraints"} | {
+    "include",
+    "exclude",
+    "types",
+    "layers",
+}
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 _ADVICE = 8  # layers whose advice is printed
 
@@ -78,7 +84,7 @@ def convert(options: argparse.Namespace) -> int:
         UserError: a wrong option, a model or data that cannot be read, a layer that cannot be fitted.
     """
     parameters = read_parameters(options)
-    _check_paths(options)
+    _check(options)
     config = _read_config(options.config)
     from polytrope.models.writing import appearing
     from polytrope.pipeline.stages.convert.calibration_data import file_batches
@@ -143,7 +149,7 @@ def _option(field: str) -> str:
     return "--" + _SINGULAR.get(field, field).replace("_", "-")
 
 
-def _check_paths(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace) -> None:
     output = options.output
     if output is None and not options.dry_run:
         raise UserError("convert: OUTPUT is missing", "polytrope convert MODEL OUTPUT, or --dry-run to write nothing")
@@ -151,6 +157,9 @@ def _check_paths(options: argparse.Namespace) -> None:
         raise UserError(f"convert: {output} exists and is not empty", "name a new directory")
     if options.as_is and options.dry_run:
         raise UserError("convert: --as-is fits nothing, so there is nothing to see with --dry-run", "leave one out")
+    fitting = [field for field in sorted(_NOT_AS_IS) if getattr(options, field) is not None]
+    if options.as_is and fitting:
+        raise UserError(f"convert: --as-is fits nothing, so {_option(fitting[0])} means nothing", "leave one out")
 
 
 def _read_config(entries: Sequence[str]) -> dict[str, Any]:

@@ -139,6 +139,7 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
         ),
         (["{model}", "{out}", "--family", "hermit"], "--family hermit: Input should be 'hermite'"),
         (["{model}", "{out}", "--as-is", "--dry-run"], "--as-is fits nothing"),
+        (["{model}", "{out}", "--as-is", "--layers", "0-"], "--as-is fits nothing, so --layers means nothing"),
         (["{model}", "{out}", "--format", "own"], "own is for GPT-2 and ConvNeXt"),
         (["{model}", "{out}", "--type", "Swish"], "(GELUActivation): not of a type to convert"),
         (["{model}", "{out}", "--data", "{empty}"], "holds nothing"),
@@ -341,8 +342,10 @@ def test_functions_that_a_model_calls_are_converted_and_what_stays_is_said(
     original = randomise(RwkvModel(RwkvConfig(vocab_size=97, context_length=40, **sizes)), 0.05)
     original.save_pretrained(tmp_path / "model")
     np.save(tmp_path / "tokens.npy", tokens().numpy())
+    (tmp_path / "out").mkdir()  # an empty one is as good as none
     arguments = ["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--data", str(tmp_path / "tokens.npy")]
     assert main([*arguments, "--degree", "4", "--layers", "1-"]) == 0
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
     printed = capsys.readouterr().out
     assert "blocks.1.feed_forward.relu_call_1  relu() → hermite 4" in printed
     record = read_conversion(tmp_path / "out")
