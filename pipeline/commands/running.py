@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from polytrope.pipeline.commands.common import (
     find_run,
@@ -22,7 +24,7 @@ from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.launch import Display, exit_code
 from polytrope.pipeline.launch.launch import run as launch
 from polytrope.pipeline.runs.journal import fold, read
-from polytrope.pipeline.runs.record import run_status
+from polytrope.pipeline.runs.record import changed_workflow_files, run_status
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
 from polytrope.pipeline.workflow.spec import Workflow
@@ -89,6 +91,7 @@ def _resume(store: Store, directory: Path, options: argparse.Namespace) -> int:
         directory=origin if origin.is_dir() else Path.cwd(),
         source=Path(source) if source else None,
     )
+    _say_what_changed(store, directory, record)
     state = launch(
         workflow,
         executor=options.executor or record.get("executor"),
@@ -102,9 +105,26 @@ def _resume(store: Store, directory: Path, options: argparse.Namespace) -> int:
             start_from=options.from_stage,
             allow_code_change=options.allow_code_change,
             faults=options.inject_faults,
+            record={"files": record.get("files", {})},  # of the workflow that is used, not as they are by now
         ),
     )
     return exit_code(state)
+
+
+def _say_what_changed(store: Store, directory: Path, record: dict[str, Any]) -> None:
+    """A run goes on with the workflow that it was started with, whatever has become of its files."""
+    changed = changed_workflow_files(record.get("files", {}))
+    if not changed:
+        return
+    settings = [word for override in record.get("overrides", []) for word in ("--set", str(override))]
+    command = shlex.join(["polytrope", "run", str(record.get("source")), "--store", store.address, *settings])
+    verb = "has" if len(changed) == 1 else "have"
+    print(
+        f"polytrope: {', '.join(changed)} {verb} changed since run {directory.name} was started; "
+        f"the workflow is used as it was then\n"
+        f"  → the new one, in a run of its own that keeps what still fits: {command}",
+        file=sys.stderr,
+    )
 
 
 def cancel(options: argparse.Namespace) -> int:

@@ -118,12 +118,23 @@ class Copy:
     # -- runs ------------------------------------------------------------------------------------------------------
 
     def _existing(self) -> dict[str | None, str]:
-        """The MLflow runs of this run; of two for one stage, which a hanging server may have made, one is deleted."""
+        """The MLflow runs of this run; of two for one stage, which a hanging server may have made, one is deleted.
+
+        A run of another store may have the same id; it began at another time.
+        """
         if self.found is not None:
             return self.found
+        began = milliseconds(self.events[0].time)
+        all_runs = list(self._search(self.directory.name))
+        parents = {self.cursor.parent} | {
+            run.info.run_id
+            for run in all_runs
+            if "polytrope.stage" not in run.data.tags and run.info.start_time == began
+        }
         runs: dict[str | None, list[str]] = {}
-        for run in self._search(self.directory.name):
-            runs.setdefault(run.data.tags.get("polytrope.stage"), []).append(run.info.run_id)
+        for run in all_runs:
+            if run.data.tags.get("mlflow.parentRunId", run.info.run_id) in parents:
+                runs.setdefault(run.data.tags.get("polytrope.stage"), []).append(run.info.run_id)
         self.found = {}
         for stage, identifiers in runs.items():
             known = self.cursor.parent if stage is None else self.cursor.children.get(stage)
