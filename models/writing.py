@@ -85,7 +85,7 @@ def _module_directories(source: Path) -> set[str]:
     if not path.exists():
         return set()
     try:
-        modules = json.loads(path.read_text())
+        modules = json.loads(path.read_text(encoding="utf-8"))
         return {str(module["path"]).partition("/")[0] for module in modules if module["path"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}") from error

@@ -78,6 +78,6 @@ def compare_embeddings(
             values = torch.cat([(sentence_embeddings(model, batch) * wanted).sum(-1) for batch, wanted in pairs])
             table[label] = {"mean": float(values.double().mean()), "minimum": float(values.min())}
             context.message(f"{label}: mean cosine {table[label]['mean']:.6f}, smallest {table[label]['minimum']:.6f}")
-    (context.output / "cosines.json").write_text(json.dumps(table, indent=1) + "\n")
+    (context.output / "cosines.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     context.log_artifact("cosines.json")
     return {f"cosine/{label}": row["mean"] for label, row in table.items()}

@@ -74,7 +74,7 @@ def read_weights(directory: Path) -> State:
 
 def _read_parts(index: Path) -> State:
     try:
-        listed = dict(json.loads(index.read_text())["weight_map"])
+        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         files = sorted(set(listed.values()))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} cannot be read, it may be truncated: {error}") from error
@@ -103,7 +103,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         ValueError: missing or not JSON.
     """
     try:
-        config = json.loads((directory / "config.json").read_text())
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory / 'config.json'} cannot be read: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -182,7 +182,7 @@ def _read_activations(content: Mapping[str, Any], directory: Path) -> tuple[dict
         path = directory / _FORMER_FILE
         if not path.exists():
             return {}, {}
-        described = json.loads(path.read_text())
+        described = json.loads(path.read_text(encoding="utf-8"))
         return dict(described["activations"]), dict(described.get("shared", {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: the converted activations cannot be read: {error!r}") from error
@@ -415,7 +415,7 @@ def _write_own(aside: Path, model: nn.Module, record: Architecture, kept: State,
         config |= {name: labels[name] for name in ("id2label", "label2id") if name in labels}
     tensors = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}
     save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
-    (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _classical_activation(model: nn.Module, record: Architecture) -> str:

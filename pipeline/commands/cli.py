@@ -23,7 +23,7 @@ from polytrope.pipeline.errors import (
     UserError,
 )
 from polytrope.pipeline.support.executor_table import EXECUTORS
-from polytrope.pipeline.support.streams import let_go, occupy_standard_descriptors
+from polytrope.pipeline.support.streams import let_go, occupy_standard_descriptors, show_what_can_be_shown
 
 EXIT_CODES = f"""\
 exit codes:
@@ -474,6 +474,7 @@ class _AddCommand(Protocol):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
     occupy_standard_descriptors()
+    show_what_can_be_shown()
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.version:
@@ -526,7 +527,9 @@ def _unexpected(error: Exception, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
         return EXIT_RUN_FAILED
-    with tempfile.NamedTemporaryFile("w", prefix="polytrope-error-", suffix=".log", delete=False) as log:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", errors="backslashreplace", prefix="polytrope-error-", suffix=".log", delete=False
+    ) as log:
         traceback.print_exception(error, file=log)
     print(f"polytrope: unexpected {type(error).__name__}: {error}", file=sys.stderr)
     print(f"  → the traceback is in {log.name}; `--debug` prints it", file=sys.stderr)

@@ -155,7 +155,9 @@ def _machine() -> str:
     parts = [socket.gethostname()]
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         with contextlib.suppress(OSError):
-            parts.append(os.readlink(path) if path.endswith("ns/pid") else Path(path).read_text().strip())
+            parts.append(
+                os.readlink(path) if path.endswith("ns/pid") else Path(path).read_text(encoding="utf-8").strip()
+            )
     return "/".join(parts)
 
 
@@ -165,7 +167,7 @@ def _process_start(pid: int, processes: Path = Path("/proc")) -> str | None:
     "" if that cannot be known: no /proc, or one that hides the processes of other users (`hidepid`).
     """
     try:
-        fields = (processes / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        fields = (processes / str(pid) / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         try:

@@ -27,7 +27,7 @@ class PolytropeModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         directory = Path(context.artifacts["model"])
         self.model: Any = load_model(directory)
         vocabulary = directory / "tokenizer.json"
-        self.tokenizer = tokenizer_from_json(vocabulary.read_text()) if vocabulary.exists() else None
+        self.tokenizer = tokenizer_from_json(vocabulary.read_text(encoding="utf-8")) if vocabulary.exists() else None
 
     # no annotations: MLflow would read them as a signature of its own
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
