@@ -26,6 +26,7 @@ from pydantic import BaseModel
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors.inputs import InputCheck
+from polytrope.pipeline.executors.output import flush_output, output_to
 from polytrope.pipeline.executors.system_metrics import sampled
 from polytrope.pipeline.stage import (
     RETURNED_STAGES,
@@ -283,7 +284,7 @@ def run_task(task: StageTask) -> Outcome:
 def run_logged(task: StageTask) -> Outcome:
     """`run_task`, with all that this process prints in the task's log. What goes wrong around it is its outcome too."""
     try:
-        with output_to(task.log):
+        with output_to(task.log, task.secrets):
             return run_task(task)
     except BaseException as error:
         return Outcome(error=describe_error(error, task.secrets))
@@ -441,17 +442,6 @@ def _frames(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, frame)).rstrip()
 
 
-def hide_secrets_in_file(path: Path, secrets: Mapping[str, str]) -> None:
-    """Rewrite a log without the values of secrets."""
-    if not secrets:
-        return
-    with contextlib.suppress(FileNotFoundError):
-        text = path.read_text(errors="surrogateescape")
-        hidden = hider(secrets)(text)
-        if hidden != text:
-            path.write_text(hidden, errors="surrogateescape")
-
-
 def dump(value: Any) -> bytes:
     return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
 
@@ -468,38 +458,3 @@ def load_task(data: bytes) -> StageTask:
 
 def dump_task(task: StageTask) -> bytes:
     return dump((task.search_path, dump(task)))
-
-
-@contextlib.contextmanager
-def output_to(path: Path) -> Iterator[None]:
-    """Send stdout and stderr of this process, down to the file descriptors, to the end of a file.
-
-    Inside, `sys.stdout` and `sys.stderr` are streams of their own: a stage may close or replace them.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    flush_output()
-    streams, saved = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        for number in (1, 2):
-            os.dup2(descriptor, number)
-        sys.stdout, sys.stderr = (
-            os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
-            for number in (1, 2)
-        )
-        yield
-    finally:
-        flush_output()
-        sys.stdout, sys.stderr = streams
-        flush_output()
-        for number, before in zip((1, 2), saved, strict=True):
-            os.dup2(before, number)
-            os.close(before)
-        os.close(descriptor)
-
-
-def flush_output() -> None:
-    """Flush stdout and stderr; they may be closed, absent, or anything that a stage put in their place."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
