@@ -19,12 +19,14 @@ from polytrope.pipeline.commands.common import (
 )
 from polytrope.pipeline.engine.options import CANCEL_FILE, RunOptions
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
+from polytrope.pipeline.launch.failure import file_was_edited, run_command
 from polytrope.pipeline.launch.launch import Display, exit_code
 from polytrope.pipeline.launch.launch import run as launch
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.runs.record import run_status
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
+from polytrope.pipeline.support.text import command
 from polytrope.pipeline.workflow.spec import Workflow
 
 
@@ -37,9 +39,28 @@ def run(options: argparse.Namespace) -> int:
         run_id=options.run_id,
         display=_display(options),
         overrides=options.overrides,
-        options=RunOptions(force=frozenset(options.force), verify=options.verify, faults=options.inject_faults),
+        options=RunOptions(
+            force=frozenset(options.force),
+            verify=options.verify,
+            faults=options.inject_faults,
+            record={"run_options": _given(options)},
+        ),
     )
     return exit_code(state)
+
+
+def _given(options: argparse.Namespace) -> list[str]:
+    """The options of `run` that do not decide results, as they were typed."""
+    words = [
+        word
+        for name in ("executor", "ray_address", "concurrency")
+        if getattr(options, name) is not None
+        for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
+    ]
+    return [
+        *words,
+        *(f"--{name.replace('_', '-')}" for name in ("keep_going", "no_tracking") if getattr(options, name)),
+    ]
 
 
 def _display(options: argparse.Namespace) -> Display:
@@ -83,6 +104,13 @@ def _resume(store: Store, directory: Path, options: argparse.Namespace) -> int:
     if options.no_tracking:
         data["tracking"] = {**data.get("tracking", {}), "enabled": False}
     source = record.get("source")
+    if file_was_edited(record):
+        print(
+            f"polytrope: {source} was edited since; this run goes on with the workflow as it was. The edited one, with "
+            f"every result that still fits: {run_command(record, store)}",
+            file=sys.stderr,
+            flush=True,
+        )
     origin = Path(record.get("directory") or Path.cwd())
     workflow = Workflow.from_dict(
         data,
@@ -102,6 +130,7 @@ def _resume(store: Store, directory: Path, options: argparse.Namespace) -> int:
             start_from=options.from_stage,
             allow_code_change=options.allow_code_change,
             faults=options.inject_faults,
+            record={name: record.get(name) for name in ("source_digest", "run_options")},
         ),
     )
     return exit_code(state)
@@ -125,7 +154,8 @@ def cancel(options: argparse.Namespace) -> int:
     while time.monotonic() < end:
         store.pull_run(directory.name)
         if fold(read(directory)).done or run_status(directory) != "running":
-            print(f"run {directory.name} is {run_status(directory)}; go on: polytrope resume {directory.name}")
+            again = command("resume", directory.name, store=store.address)
+            print(f"run {directory.name} is {run_status(directory)}; go on: {again}")
             return EXIT_SUCCESS
         time.sleep(0.2)
     print(f"run {directory.name} was asked to stop and has not answered within {options.wait:g} s", file=sys.stderr)

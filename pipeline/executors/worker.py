@@ -14,6 +14,7 @@ import os
 import pickle
 import random
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,7 @@ from polytrope.pipeline.workflow.loaded import edited_files, guarded
 Item = TypeVar("Item")
 ErrorKind = Literal["user", "bug", "error", "timeout", "worker lost", "store", "cancelled"]
 _BUGS = (NameError, TypeError, AttributeError, ImportError, AssertionError)  # the same happens again
+_PACKAGE = str(Path(__file__).parents[2])  # polytrope
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -59,11 +61,12 @@ class StageError:
     hint: str = ""
     type: str = ""  # class of the exception
     traceback: str = ""  # of the stage's own frames
+    place: str = ""  # FILE:LINE in the user's own code
 
     def to_dict(self) -> dict[str, str]:
         return {
             "kind": self.kind, "class": self.type, "message": self.message, "hint": self.hint,
-            "traceback": self.traceback,
+            "traceback": self.traceback, "place": self.place,
         }  # fmt: skip
 
 
@@ -416,13 +419,28 @@ def describe_error(error: BaseException, secrets: Mapping[str, str]) -> StageErr
     if isinstance(error, UserError):
         return StageError("user", hide(error.message), hide(error.hint), name)
     message = _text_of(error).strip() or name
+    frames, place = hide(_frames(error)), hide(_own_place(error))
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return StageError("store", hide(message), "free some space, then resume the run", name, hide(_frames(error)))
+        return StageError("store", hide(message), "free some space, then resume the run", name, frames, place)
     text = hide(f"{name}: {message}" if message != name else name)
     if isinstance(error, _BUGS):
         hint = "mend the function; it was not tried again, since that would end the same way"
-        return StageError("bug", text, hint, name, hide(_frames(error)))
-    return StageError("error", text, "", name, hide(_frames(error)))
+        return StageError("bug", text, hint, name, frames, place)
+    return StageError("error", text, "", name, frames, place)
+
+
+def _own_place(error: BaseException) -> str:
+    """FILE:LINE of the last frame that is neither Python's, nor an installed package's, nor of polytrope; else ""."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    others = tuple(path + os.sep for path in (*paths, _PACKAGE))
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        path = frame.f_code.co_filename
+        if not path.startswith("<") and not os.path.abspath(path).startswith(others):
+            place = f"{path}:{line}"
+    return place
 
 
 def _text_of(error: BaseException) -> str:

@@ -22,7 +22,7 @@ Types and their fields beside `stage`:
 
 `time` is the clock on the wall, for people: it may jump. Every `duration` is of a clock that cannot.
 
-`error` is {"kind": user|bug|error|timeout|worker lost|store, "class", "message", "hint", "traceback"}.
+`error` is {"kind": user|bug|error|timeout|worker lost|store, "class", "message", "hint", "traceback", "place"}.
 """
 
 from __future__ import annotations
