@@ -23,7 +23,7 @@ from polytrope.pipeline.errors import (
     UserError,
 )
 from polytrope.pipeline.support.executor_table import EXECUTORS
-from polytrope.pipeline.support.streams import let_go, occupy_standard_descriptors
+from polytrope.pipeline.support.streams import let_go, occupy_standard_descriptors, replace_what_cannot_be_shown
 
 EXIT_CODES = f"""\
 exit codes:
@@ -450,6 +450,7 @@ class _AddCommand(Protocol):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
     occupy_standard_descriptors()
+    replace_what_cannot_be_shown()
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.version:

@@ -44,7 +44,9 @@ def store_address(options: argparse.Namespace, workflow: Workflow | None = None)
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """For programs: where the output cannot hold every character, they are written as JSON's escapes."""
+    whole = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, indent=2, ensure_ascii=not whole, default=str))
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -80,7 +82,7 @@ def find_run(store: Store, text: str | None) -> Path:
     if text is None:
         return directories[0]
     exact = [directory for directory in directories if directory.name == text]
-    matching = exact or [directory for directory in directories if directory.name.startswith(text)]
+    matching = exact or [directory for directory in directories if text and directory.name.startswith(text)]
     if len(matching) == 1:
         return matching[0]
     names = [directory.name for directory in matching or directories]

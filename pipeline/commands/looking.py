@@ -104,9 +104,14 @@ def _stage_row(stage: StageState) -> list[str]:
 def runs(options: argparse.Namespace) -> int:
     """A line per run, the newest first."""
     store = open_store(options)
-    rows, data = [], []
+    rows, data, unreadable = [], [], 0
     for directory in store.run_directories()[: options.limit]:
-        state, current = fold(read(directory)), run_status(directory)
+        try:
+            state, current = fold(read(directory)), run_status(directory)
+        except UserError as error:  # of this run alone
+            print(f"polytrope: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
         stages = counts(stage.state for stage in state.stages.values())
         started = "" if state.started is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started))
         took = "" if state.duration is None else format_duration(state.duration)
@@ -116,9 +121,9 @@ def runs(options: argparse.Namespace) -> int:
         print_json(data)
     elif rows:
         print_table(["run", "workflow", "status", "started", "took", "stages"], rows)
-    else:
+    elif not unreadable:
         print(f"there are no runs in {store.address}")
-    return EXIT_SUCCESS
+    return EXIT_RUN_FAILED if unreadable else EXIT_SUCCESS
 
 
 def logs(options: argparse.Namespace) -> int:

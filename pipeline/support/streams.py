@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from typing import TextIO
@@ -24,6 +25,13 @@ def occupy_standard_descriptors() -> None:
         except OSError:
             descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
             os.set_inheritable(descriptor, True)
+
+
+def replace_what_cannot_be_shown() -> None:
+    """A character that the terminal does not have must not end a run: stdout and stderr get `?` in its place."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 class Output:

@@ -453,3 +453,26 @@ def test_the_documentation_lists_every_command() -> None:
     text = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
     for name in commands():
         assert f"`{name}" in text, name
+
+
+def test_an_empty_run_id_is_refused(project: Path) -> None:
+    result = polytrope(project, "run", "w.yaml", "--run-id", "")
+    assert (result.returncode, result.stderr.splitlines()[0]) == (2, "polytrope: `` cannot be a run id")
+    assert not list(project.glob(".polytrope/runs/*"))
+    assert polytrope(project, "run", "w.yaml", "--run-id", "a").returncode == 0
+    assert "there is no run ``" in polytrope(project, "status", "").stderr
+
+
+def test_a_journal_that_is_a_directory_is_named_and_hides_no_other_run(project: Path) -> None:
+    assert polytrope(project, "run", "w.yaml", "--run-id", "good").returncode == 0
+    assert polytrope(project, "run", "w.yaml", "--run-id", "odd").returncode == 0
+    journal = project / ".polytrope" / "runs" / "odd" / "journal.jsonl"
+    journal.unlink()
+    journal.mkdir()
+    message = f"polytrope: {journal} is a directory and no journal"
+    for arguments in (("status", "odd"), ("run", "w.yaml", "--run-id", "odd"), ("logs", "odd")):
+        result = polytrope(project, *arguments)
+        assert (result.returncode, message in result.stderr) == (2, True), result.stderr
+    listed = polytrope(project, "runs")
+    assert (listed.returncode, message in listed.stderr) == (1, True)
+    assert "good" in listed.stdout
