@@ -57,7 +57,7 @@ def save_model(
             if (tokenizer / "tokenizer.json").exists():
                 shutil.copyfile(tokenizer / "tokenizer.json", aside / "tokenizer.json")
         save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
-        (aside / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+        (aside / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         with torch.random.fork_rng(devices=[]):  # a training goes on with the same random numbers
             written = load_model(aside)
         what = f"{directory} is not written"
@@ -110,7 +110,7 @@ def read_description(directory: Path) -> dict[str, Any]:
     """
     path = directory / "model.json"
     try:
-        description = json.loads(path.read_text())
+        description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory} is no model directory: {path} cannot be read: {error}") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -125,7 +125,7 @@ def read_tokenizer_entry(directory: Path) -> Any:
     """The `tokenizer` entry of a dataset or model directory, None if it has none (images)."""
     for name in ("dataset.json", "model.json"):
         if (directory / name).exists():
-            return json.loads((directory / name).read_text()).get("tokenizer")
+            return json.loads((directory / name).read_text(encoding="utf-8")).get("tokenizer")
     return None
 
 

@@ -20,7 +20,7 @@ def kept_fields(directory: Path) -> dict[str, Any]:
     """
     for name, read in (("model.json", _from_own), ("config.json", _from_huggingface)):
         if (directory / name).exists():
-            return read(json.loads((directory / name).read_text()))
+            return read(json.loads((directory / name).read_text(encoding="utf-8")))
     return {}
 
 
@@ -49,7 +49,7 @@ def token_fields(directory: Path | None) -> dict[str, Any]:
 def _end_of_text(path: Path) -> int | None:
     if not path.exists():
         return None
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     if content.get("kind") == "bytes":
         return 256
     known = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}

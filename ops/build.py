@@ -210,7 +210,9 @@ def _find(variable: str, *candidates: str) -> Compiler:
 @functools.cache
 def _version(compiler: Compiler) -> str:
     try:
-        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [*compiler, "--version"], capture_output=True, encoding="utf-8", errors="replace", check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise BuildError(f"{shlex.join(compiler)} does not run: {error}") from None
 
@@ -227,7 +229,7 @@ def _compiled(kind: str, compiler: Compiler, flags: Sequence[str], sources: Sequ
         return target
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with open(target.with_suffix(".lock"), "w") as lock:
+        with open(target.with_suffix(".lock"), "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not _is_whole(target):
                 _compile(compiler, flags, sources, target)
@@ -289,7 +291,7 @@ def _compile(compiler: Compiler, flags: Sequence[str], sources: Sequence[str], t
             outputs = [process.communicate()[0] for process in running]
             log = target.with_suffix(".log")
             written.extend(outputs)
-            log.write_text("\n".join(written))
+            log.write_text("\n".join(written), encoding="utf-8")
             if any(process.returncode for process in running):
                 raise BuildError(f"{shlex.join(compiler)} failed, see {log}")
         _seal(library)
@@ -302,4 +304,6 @@ def _compile(compiler: Compiler, flags: Sequence[str], sources: Sequence[str], t
 
 
 def _start(command: Sequence[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    )

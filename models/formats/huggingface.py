@@ -79,7 +79,7 @@ def read_weights(directory: Path) -> State:
 
 def _read_parts(index: Path) -> State:
     try:
-        listed = dict(json.loads(index.read_text())["weight_map"])
+        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         files = sorted(set(listed.values()))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} cannot be read, it may be truncated: {error}") from error
@@ -108,7 +108,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         ValueError: missing or not JSON.
     """
     try:
-        config = json.loads((directory / "config.json").read_text())
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory / 'config.json'} cannot be read: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
@@ -141,7 +141,7 @@ def _read_activations(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not path.exists():
         return {}, {}
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         return dict(content["activations"]), dict(content.get("shared", {}))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
@@ -267,7 +267,7 @@ def save_huggingface(directory: Path, model: nn.Module, activations: Mapping[str
                 model.save_pretrained(aside, state_dict=kept)  # type: ignore[operator]
         if activations:
             content = {"format": 1, "activations": dict(activations)} | ({"shared": shared} if shared else {})
-            (aside / ACTIVATIONS_FILE).write_text(json.dumps(content, indent=1) + "\n")
+            (aside / ACTIVATIONS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             save_file(learned, aside / ACTIVATION_WEIGHTS, metadata={"format": "pt"})
         for name in _COPIED:
             if source is not None and (source / name).exists() and not (aside / name).exists():
@@ -317,7 +317,7 @@ def _write_own(aside: Path, model: nn.Module, record: Architecture, kept: State,
         config |= {name: labels[name] for name in ("id2label", "label2id") if name in labels}
     tensors = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}
     save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
-    (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _classical_activation(model: nn.Module, record: Architecture) -> str:

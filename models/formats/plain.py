@@ -97,5 +97,5 @@ def tabulate(module: nn.Module, interval: tuple[float, float], points: int = 102
 def save_table(path: Path, module: nn.Module, interval: tuple[float, float], points: int = 1025) -> dict[str, Any]:
     """Write `tabulate` as JSON; see there."""
     table = tabulate(module, interval, points)
-    path.write_text(json.dumps(table) + "\n")
+    path.write_text(json.dumps(table) + "\n", encoding="utf-8")
     return table

@@ -511,7 +511,9 @@ def _unexpected(error: Exception, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
         return EXIT_RUN_FAILED
-    with tempfile.NamedTemporaryFile("w", prefix="polytrope-error-", suffix=".log", delete=False) as log:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", prefix="polytrope-error-", suffix=".log", delete=False
+    ) as log:
         traceback.print_exception(error, file=log)
     print(f"polytrope: unexpected {type(error).__name__}: {error}", file=sys.stderr)
     print(f"  → the traceback is in {log.name}; `--debug` prints it", file=sys.stderr)

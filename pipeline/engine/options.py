@@ -48,7 +48,7 @@ class RunOptions:
 def cancelled_by(directory: Path) -> str | None:
     """Who asked for the end of the run in this directory; None: nobody."""
     try:
-        return str(json.loads((directory / CANCEL_FILE).read_text()).get("by", "polytrope cancel"))
+        return str(json.loads((directory / CANCEL_FILE).read_text(encoding="utf-8")).get("by", "polytrope cancel"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError):  # it is being written, or by hand

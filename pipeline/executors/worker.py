@@ -338,7 +338,7 @@ def _returned_stages(task: StageTask) -> dict[str, Any] | None:
     stages = read_returned_stages(path)
     hidden: dict[str, Any] = hide_in(stages, hider(task.secrets), plain_keys=3)  # stages, fields, parameters
     if hidden != stages:
-        path.write_text(json.dumps(hidden, indent=1))
+        path.write_text(json.dumps(hidden, indent=1), encoding="utf-8")
     return hidden
 
 

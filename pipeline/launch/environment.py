@@ -118,7 +118,7 @@ def package_versions() -> dict[str, str]:
 def processor() -> str:
     """The processor's model name."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:

@@ -99,7 +99,7 @@ def _start(arguments: Iterable[str], store: Path) -> subprocess.Popen[bytes]:
 
 def _expect_success(code: int, store: Path) -> None:
     if code != 0:
-        log = (store / "driver.log").read_text(errors="replace").strip()
+        log = (store / "driver.log").read_text(errors="replace", encoding="utf-8").strip()
         raise UserError(f"the {store.name} run failed (exit code {code}):\n{log[-2000:]}")
 
 
@@ -151,7 +151,7 @@ def _newest_worker(scratch: Path) -> int | None:
     """The process of the last rank of the newest launch."""
     try:
         launch = sorted(scratch.glob("launch-*"))[-1]
-        return int(json.loads(sorted(launch.glob("worker-*.json"))[-1].read_text())["pid"])
+        return int(json.loads(sorted(launch.glob("worker-*.json"))[-1].read_text(encoding="utf-8"))["pid"])
     except (OSError, IndexError, ValueError, KeyError):
         return None
 

@@ -155,14 +155,16 @@ def _machine() -> str:
     parts = [socket.gethostname()]
     for path in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
         with contextlib.suppress(OSError):
-            parts.append(os.readlink(path) if path.endswith("ns/pid") else Path(path).read_text().strip())
+            parts.append(
+                os.readlink(path) if path.endswith("ns/pid") else Path(path).read_text(encoding="utf-8").strip()
+            )
     return "/".join(parts)
 
 
 def _process_start(pid: int) -> str | None:
     """Start time of a process in clock ticks, None if there is no such process (or it is a zombie)."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except FileNotFoundError:
         if Path("/proc/self/stat").exists():
             return None

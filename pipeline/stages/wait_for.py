@@ -51,7 +51,9 @@ def wait_for(context: StageContext, parameters: WaitForParameters) -> dict[str, 
             target = context.output / "content" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-    (context.output / "event.json").write_text(json.dumps({"path": parameters.path, "files": entries}, indent=1))
+    (context.output / "event.json").write_text(
+        json.dumps({"path": parameters.path, "files": entries}, indent=1), encoding="utf-8"
+    )
     return {"files": len(entries), "bytes": sum(int(str(entry["bytes"])) for entry in entries)}
 
 

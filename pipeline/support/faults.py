@@ -66,7 +66,7 @@ class FaultPlan:
     def reach(self, name: str) -> None:
         self.passed += 1
         if self.count_file is not None:
-            self.count_file.write_text(str(self.passed))
+            self.count_file.write_text(str(self.passed), encoding="utf-8")
         if self.error_at is not None and self.passed == self.error_at[0]:
             raise OSError(
                 self.error_at[1], f"{os.strerror(self.error_at[1])} (injected at point {self.passed}, {name})"

@@ -233,7 +233,7 @@ def _verdict(code: int, run_directory: Path) -> str | None:
 
 def _first(file: Path, length: int = 160) -> str:
     try:
-        text = file.read_text(errors="replace").strip()
+        text = file.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -28,7 +28,7 @@ class PolytropeModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         directory = Path(context.artifacts["model"])
         self.model: Any = load_model(directory)
         vocabulary = directory / "tokenizer.json"
-        self.tokenizer = tokenizer_from_json(vocabulary.read_text()) if vocabulary.exists() else None
+        self.tokenizer = tokenizer_from_json(vocabulary.read_text(encoding="utf-8")) if vocabulary.exists() else None
 
     # no annotations: MLflow would read them as a signature of its own
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
@@ -75,7 +75,7 @@ class PolytropeModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
 def signature_and_example(model_directory: Path) -> tuple[ModelSignature, Any]:
     """What the model takes and gives, and an input to try."""
-    description = json.loads((model_directory / "model.json").read_text())
+    description = json.loads((model_directory / "model.json").read_text(encoding="utf-8"))
     if description["architecture"] == "gpt2":
         parameters = [
             ParamSpec("max_new_tokens", DataType.long, _NEW_TOKENS),

@@ -139,7 +139,7 @@ def longest_input(model: nn.Module, directory: Path) -> int:
         if isinstance(value, int):
             return value - 2 if name == "max_position_embeddings" else value  # RoBERTa's positions begin at 2
     if (directory / "tokenizer_config.json").exists():
-        value = json.loads((directory / "tokenizer_config.json").read_text()).get("model_max_length")
+        value = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("model_max_length")
         if isinstance(value, int) and value < 1 << 20:
             return value
     return _LONGEST

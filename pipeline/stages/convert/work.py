@@ -71,7 +71,7 @@ def save(
     """
     conversion.apply(model, result.conversions)
     deviation = write_model(model, output, source, layout, onnx)
-    (output / "conversion.json").write_text(json.dumps(result.content, indent=1) + "\n")
+    (output / "conversion.json").write_text(json.dumps(result.content, indent=1) + "\n", encoding="utf-8")
     return deviation
 
 

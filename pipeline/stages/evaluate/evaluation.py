@@ -92,7 +92,9 @@ def evaluate_models(
         "protocol": {"samples": samples, "stride": parameters.stride, "precision": parameters.precision},
         "models": results,
     }
-    (context.output / "evaluation.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    (context.output / "evaluation.json").write_text(
+        json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
     context.log_artifact("evaluation.json")
     return summary
 
@@ -115,7 +117,7 @@ def _failed(model: Artifact, reason: str) -> dict[str, Any]:
 def recorded_failure(model: Artifact) -> str | None:
     """What `train` says of a training that diverged under `on_divergence: record`."""
     path = model.path / "training.json"
-    failure = json.loads(path.read_text()).get("failure") if path.exists() else None
+    failure = json.loads(path.read_text(encoding="utf-8")).get("failure") if path.exists() else None
     return None if failure is None else str(failure)
 
 

@@ -45,7 +45,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             raise UserError(
                 f"path={path}: no text model (tokenizer.json is missing)", "name the files of a `train` stage"
             )
-        self.tokenizer = tokenizer_from_json((directory / "tokenizer.json").read_text())
+        self.tokenizer = tokenizer_from_json((directory / "tokenizer.json").read_text(encoding="utf-8"))
         self.model: Any = load_model(directory, device).eval()
         self.length = int(read_description(directory)["config"]["sequence_length"])
         self.max_gen_toks = int(max_gen_toks)

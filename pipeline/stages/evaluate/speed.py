@@ -57,7 +57,7 @@ def measure_models(
         "protocol": {**parameters.model_dump(), "device": device.type, "unit": unit, "units": units_of(batch)},
         "models": results,
     }
-    (context.output / "speed.json").write_text(json.dumps(content, indent=1) + "\n")
+    (context.output / "speed.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     context.log_artifact("speed.json")
     summary = {f"{label}/{name}": value for label, figures in results.items() for name, value in figures.items()}
     context.log_metrics(summary)

@@ -30,7 +30,7 @@ def read_json(artifact: Artifact, name: str, *, required: bool = True) -> Any:
     if not path.exists() and not required:
         return None
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(
             f"`{artifact.stage}` holds no readable {name}: {error}", "name the stage that makes it"

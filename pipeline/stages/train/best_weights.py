@@ -23,7 +23,7 @@ def save_best(directory: Path, step: int, weights: dict[str, Tensor]) -> None:
     _hash_of(path).unlink(missing_ok=True)
     torch.save(weights, path)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(hash_file(path)))
+    temporary.write_text(json.dumps(hash_file(path)), encoding="utf-8")
     temporary.rename(_hash_of(path))
 
 
@@ -35,7 +35,7 @@ def load_best(directory: Path, step: int) -> dict[str, Tensor]:
     """
     path = _file(directory, step)
     try:
-        intact = hash_file(path) == json.loads(_hash_of(path).read_text())
+        intact = hash_file(path) == json.loads(_hash_of(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RuntimeError(f"the best weights, of step {step}, cannot be read: {error}") from error
     if not intact:

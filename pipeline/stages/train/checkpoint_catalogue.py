@@ -60,7 +60,7 @@ def files_below(directory: Path) -> list[str]:
 def write_hashes(directory: Path, rank: int, files: dict[str, dict[str, Any]]) -> None:
     """Tell rank 0 that this rank's files are on disk, where no collective can (a thread writes them)."""
     temporary = directory / f"hashes-{rank}.tmp"
-    temporary.write_text(json.dumps(files))
+    temporary.write_text(json.dumps(files), encoding="utf-8")
     temporary.rename(directory / f"hashes-{rank}.json")
 
 
@@ -78,7 +78,7 @@ def gather_hashes(directory: Path, workers: int, timeout: float) -> list[dict[st
             if time.monotonic() > deadline:
                 raise RuntimeError(f"timed out: worker {rank} did not write its part of {directory.name}")
             time.sleep(0.01)
-        gathered.append(json.loads(path.read_text()))
+        gathered.append(json.loads(path.read_text(encoding="utf-8")))
         path.unlink()
     return gathered
 
@@ -87,7 +87,7 @@ def commit(directory: Path, step: int, files: dict[str, dict[str, Any]], details
     """Make the checkpoint exist: manifest to a temporary name, fsync, rename, fsync of the directory."""
     content = {"format": FORMAT, "step": step, "files": dict(sorted(files.items())), **details}
     temporary = directory / f"{MANIFEST}.tmp"
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -113,7 +113,7 @@ def newest_valid(root: Path, report: Callable[[str], None]) -> Checkpoint | None
             shutil.rmtree(directory, ignore_errors=True)
             continue
         try:
-            content = json.loads((directory / MANIFEST).read_text())
+            content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
             _verify(directory, content)
         except (OSError, ValueError, KeyError, TypeError) as error:
             quarantine = root / "quarantine"
@@ -153,4 +153,4 @@ def prune(root: Path, keep: int) -> list[Checkpoint]:
         # The manifest goes first: a kill in between leaves an unfinished directory, never a wrong one.
         (path / MANIFEST).unlink()
         shutil.rmtree(path, ignore_errors=True)
-    return [_checkpoint(path, json.loads((path / MANIFEST).read_text())) for path in committed[-keep:]]
+    return [_checkpoint(path, json.loads((path / MANIFEST).read_text(encoding="utf-8"))) for path in committed[-keep:]]

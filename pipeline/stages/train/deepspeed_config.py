@@ -120,7 +120,7 @@ def _path_of(given: str, directory: Path) -> Path:
 
 def _read_file(path: Path, given: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"train: `deepspeed: {given}`: {path} cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -333,7 +333,7 @@ def _write_result(
     summary = {
         "format": 1,
         "architecture": plan.architecture,
-        "parameters": json.loads((output / "model.json").read_text())["parameters"],
+        "parameters": json.loads((output / "model.json").read_text(encoding="utf-8"))["parameters"],
         "steps": plan.steps,
         "samples": samples,
         **final,
@@ -344,8 +344,10 @@ def _write_result(
         summary["tokens"] = samples * int(plan.facts["sequence_length"])
     if plan.skipped_batches:
         summary["skipped_batches"], summary["rollbacks"] = len(plan.skipped_batches), plan.skip_reasons
-    (output / "training.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
-    (output / "history.json").write_text(json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n")
+    (output / "training.json").write_text(json.dumps(_finite(summary), indent=2) + "\n", encoding="utf-8")
+    (output / "history.json").write_text(
+        json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def _write_failure(plan: TrainingPlan, output: Path, model: nn.Module, progress: Progress, error: Diverged) -> None:
@@ -357,8 +359,10 @@ def _write_failure(plan: TrainingPlan, output: Path, model: nn.Module, progress:
         "steps": progress.step,
         "failure": f"diverged at {error}",
     }
-    (output / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (output / "history.json").write_text(json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n")
+    (output / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (output / "history.json").write_text(
+        json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

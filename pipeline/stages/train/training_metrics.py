@@ -104,7 +104,7 @@ class MetricsLog:
         self.context, self.rank = context, rank
         self._path = context.scratch / "logged-step"
         try:
-            self._logged = int(self._path.read_text())
+            self._logged = int(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             self._logged = -1
 
@@ -115,7 +115,7 @@ class MetricsLog:
     def finished(self, step: int) -> None:
         """All metrics of `step` were sent: a later attempt will not send them again."""
         if self.rank == 0 and step > self._logged:
-            self._path.write_text(str(step))
+            self._path.write_text(str(step), encoding="utf-8")
 
 
 def peak_memory(device: torch.device) -> float:

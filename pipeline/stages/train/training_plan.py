@@ -295,7 +295,7 @@ def expand_preset(architecture: str, model: dict[str, Any]) -> dict[str, Any]:
 
 def _read_initial(initial: Artifact) -> tuple[str, dict[str, Any]]:
     try:
-        content = json.loads((initial.path / "model.json").read_text())
+        content = json.loads((initial.path / "model.json").read_text(encoding="utf-8"))
         return str(content["architecture"]), dict(content["config"])
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise UserError(

@@ -267,5 +267,9 @@ def _convert_to_universal(source: Path, target: Path) -> None:
         strict=True,
         inject_missing_state=True,
     )
-    with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+    with (
+        open(os.devnull, "w", encoding="utf-8") as silence,
+        contextlib.redirect_stdout(silence),
+        contextlib.redirect_stderr(silence),
+    ):
         ds_to_universal.main(arguments)

@@ -107,7 +107,7 @@ def _environment_integer(name: str) -> int:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content))
+    temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.rename(path)
 
 
@@ -123,7 +123,7 @@ def main() -> None:
     the environment.
     """
     threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
-    train_worker(json.loads(Path(sys.argv[1]).read_text()))
+    train_worker(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     # No teardown: a peer may already be gone, and everything that counts is on disk.
     sys.stdout.flush()
     sys.stderr.flush()

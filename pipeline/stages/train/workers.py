@@ -81,12 +81,12 @@ def run_workers(context: StageContext, plan: TrainingPlan) -> None:
 
 def _read_rollbacks(scratch: Path) -> list[dict[str, Any]]:
     path = scratch / "rollbacks.json"
-    return list(json.loads(path.read_text())) if path.exists() else []
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
 
 
 def _write_rollbacks(scratch: Path, rollbacks: list[dict[str, Any]]) -> None:
     temporary = scratch / "rollbacks.tmp"
-    temporary.write_text(json.dumps(rollbacks))
+    temporary.write_text(json.dumps(rollbacks), encoding="utf-8")
     temporary.rename(scratch / "rollbacks.json")
 
 
@@ -101,7 +101,7 @@ def _start_local(task: dict[str, Any], plan: TrainingPlan, directory: Path) -> N
     """Own child processes on this machine; they end with this one, whatever ends it."""
     with tempfile.TemporaryDirectory(prefix="polytrope-") as temporary:
         task_file = directory / "task.json"
-        task_file.write_text(json.dumps({**task, "rendezvous": f"file://{temporary}/rendezvous"}))
+        task_file.write_text(json.dumps({**task, "rendezvous": f"file://{temporary}/rendezvous"}), encoding="utf-8")
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(plan.workers):
@@ -150,7 +150,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], directory: Path) -> None:
             deadline = time.monotonic() + 2.0
             while time.monotonic() < deadline and any(process.poll() is None for process in processes):
                 time.sleep(0.05)
-            log = (directory / f"worker-{failed[0]}.log").read_text(errors="replace")[-2000:]
+            log = (directory / f"worker-{failed[0]}.log").read_text(errors="replace", encoding="utf-8")[-2000:]
             raise _describe_failure(directory, len(processes), f"exit code {codes[failed[0]]}", log)
         if all(code == 0 for code in codes):
             return
@@ -229,7 +229,7 @@ def _describe_failure(directory: Path, workers: int, reason: str, details: str) 
     for rank in range(workers):
         path = directory / f"failure-{rank}.json"
         if path.exists():
-            failures.append(json.loads(path.read_text()))
+            failures.append(json.loads(path.read_text(encoding="utf-8")))
     causes = [failure for failure in failures if failure["kind"] != "communication"]
     if causes:
         first = min(causes, key=lambda failure: failure["time"])
@@ -254,4 +254,4 @@ def _describe_failure(directory: Path, workers: int, reason: str, details: str) 
 def _node_of(directory: Path, rank: int) -> str | None:
     """Where a worker ran, by its own word; None if it did not start."""
     path = directory / f"worker-{rank}.json"
-    return str(json.loads(path.read_text())["node"]) if path.exists() else None
+    return str(json.loads(path.read_text(encoding="utf-8"))["node"]) if path.exists() else None
