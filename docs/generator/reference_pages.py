@@ -86,7 +86,7 @@ def _stage(name: str, uses: str) -> list[str]:
 
 def commands_page() -> str:
     """Every option of every command."""
-    from polytrope.pipeline.commands.convert import build_parser as convert_parser
+    from polytrope.pipeline.commands.conversion import build_parser as convert_parser
 
     parser = build_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))

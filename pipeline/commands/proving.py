@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from polytrope.pipeline.commands.common import find_run, open_store, print_table
 from polytrope.pipeline.engine.options import new_run_id
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.proof.reproduce import Comparison, reproduce_run
+from polytrope.pipeline.support.files import remove_tree
 
 _SHOWN = 12  # lines of one kind
 
@@ -43,7 +43,7 @@ def reproduce(options: argparse.Namespace) -> int:
     if different or options.into:
         print(f"the new results are in {place}")
     else:
-        shutil.rmtree(place)  # the same bytes are in the run's own store
+        remove_tree(place)  # the same bytes are in the run's own store
     return EXIT_SUCCESS if all(row.accepted for row in rows) else EXIT_RUN_FAILED
 
 
@@ -110,7 +110,7 @@ def verify_resume(options: argparse.Namespace) -> int:
         f"\n{sum(row.equal for row in rows)} of {len(rows)} results are bit-equal; no finished stage ran again" * equal
     )
     if equal and not options.into:
-        shutil.rmtree(place)
+        remove_tree(place)
     else:
         print(f"both runs are in {place}")
     return EXIT_SUCCESS if equal else EXIT_RUN_FAILED

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from polytrope.pipeline.commands.common import (
     find_run,
@@ -19,11 +20,11 @@ from polytrope.pipeline.commands.common import (
 )
 from polytrope.pipeline.engine.options import CANCEL_FILE, RunOptions
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
-from polytrope.pipeline.launch.failure import file_was_edited, run_command
+from polytrope.pipeline.launch.failure import run_command
 from polytrope.pipeline.launch.launch import Display, exit_code
 from polytrope.pipeline.launch.launch import run as launch
 from polytrope.pipeline.runs.journal import fold, read
-from polytrope.pipeline.runs.record import run_status
+from polytrope.pipeline.runs.record import changed_workflow_files, run_status
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
 from polytrope.pipeline.support.text import command
@@ -104,19 +105,13 @@ def _resume(store: Store, directory: Path, options: argparse.Namespace) -> int:
     if options.no_tracking:
         data["tracking"] = {**data.get("tracking", {}), "enabled": False}
     source = record.get("source")
-    if file_was_edited(record):
-        print(
-            f"polytrope: {source} was edited since; this run goes on with the workflow as it was. The edited one, with "
-            f"every result that still fits: {run_command(record, store)}",
-            file=sys.stderr,
-            flush=True,
-        )
     origin = Path(record.get("directory") or Path.cwd())
     workflow = Workflow.from_dict(
         data,
         directory=origin if origin.is_dir() else Path.cwd(),
         source=Path(source) if source else None,
     )
+    _say_what_changed(store, directory, record)
     state = launch(
         workflow,
         executor=options.executor or record.get("executor"),
@@ -130,10 +125,27 @@ def _resume(store: Store, directory: Path, options: argparse.Namespace) -> int:
             start_from=options.from_stage,
             allow_code_change=options.allow_code_change,
             faults=options.inject_faults,
-            record={name: record.get(name) for name in ("source_digest", "run_options")},
+            record={  # of the workflow that is used, not as they are by now
+                "files": record.get("files", {}),
+                "run_options": record.get("run_options", []),
+            },
         ),
     )
     return exit_code(state)
+
+
+def _say_what_changed(store: Store, directory: Path, record: dict[str, Any]) -> None:
+    """A run goes on with the workflow that it was started with, whatever has become of its files."""
+    changed = changed_workflow_files(record.get("files", {}))
+    if not changed:
+        return
+    verb = "has" if len(changed) == 1 else "have"
+    print(
+        f"polytrope: {', '.join(changed)} {verb} changed since run {directory.name} was started; "
+        f"the workflow is used as it was then\n"
+        f"  → the new one, in a run of its own that keeps what still fits: {run_command(record, store)}",
+        file=sys.stderr,
+    )
 
 
 def cancel(options: argparse.Namespace) -> int:

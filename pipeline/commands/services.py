@@ -136,6 +136,6 @@ def build_ops(options: argparse.Namespace) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     """The rest of the line is parsed where the conversion is."""
-    from polytrope.pipeline.commands.convert import run
+    from polytrope.pipeline.commands.conversion import run
 
     return run(options.arguments)

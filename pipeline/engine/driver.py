@@ -33,8 +33,8 @@ from polytrope.pipeline.executors.worker import Outcome, StageError, make_task
 from polytrope.pipeline.runs.journal import RunState
 from polytrope.pipeline.runs.lease import HolderWatch, Lease, LeaseHeldError, LeaseLostError
 from polytrope.pipeline.runs.spool import read_notes
-from polytrope.pipeline.store.manifest import StoredArtifact
-from polytrope.pipeline.store.store import OutputChangedError, Store, store_error
+from polytrope.pipeline.store.manifest import OutputChangedError, StoredArtifact
+from polytrope.pipeline.store.store import Store, store_error
 from polytrope.pipeline.support.files import is_disk_full, safe_name
 from polytrope.pipeline.workflow.graph import StageNode
 from polytrope.pipeline.workflow.keys import key_components, stage_key

@@ -9,7 +9,7 @@ from polytrope.pipeline.engine.attempts import Attempt
 from polytrope.pipeline.engine.inputs import input_values
 from polytrope.pipeline.executors.worker import Outcome, StoredInput, StoredInputs
 from polytrope.pipeline.runs.lease import HolderWatch, Lease, LeaseHeldError
-from polytrope.pipeline.store.manifest import FileEntry, StoredArtifact, artifact_digest
+from polytrope.pipeline.store.manifest import FileEntry, StoredArtifact, artifact_digest, file_rows
 from polytrope.pipeline.store.store import Commit, Store
 from polytrope.pipeline.workflow.graph import StageNode
 
@@ -74,8 +74,7 @@ class Results:
     def make_way(self, key: str, entries: Sequence[FileEntry], problems: list[str]) -> str | None:
         """Set a stored result aside that a forced stage replaces; None: the new one is the same, or there was none."""
         stored = self.store.find(key)
-        files = [{"path": item.path, "size": item.size, "sha256": item.sha256} for item in entries]
-        if not self.store.exists(key) or (stored is not None and stored.digest == artifact_digest(files)):
+        if not self.store.exists(key) or (stored is not None and stored.digest == artifact_digest(file_rows(entries))):
             return None
         return self.store.quarantine(key, problems)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.runs.journal import RunState, StageState
+from polytrope.pipeline.runs.record import changed_workflow_files
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.text import command, complete_commands
 from polytrope.pipeline.workflow.code import Code, Finder, find_file
@@ -36,14 +36,6 @@ def failure_lines(state: RunState, directory: Path, store: Store) -> list[str]:
     return lines
 
 
-def file_digest(source: Path | None) -> str | None:
-    """sha256 of a workflow file; None: there is none."""
-    try:
-        return None if source is None else hashlib.sha256(source.read_bytes()).hexdigest()
-    except OSError:
-        return None
-
-
 def way_on(state: RunState, directory: Path, store: Store) -> list[str]:
     """The command that goes on with a run, by what was edited since; the first line is the one that fits now.
 
@@ -54,8 +46,12 @@ def way_on(state: RunState, directory: Path, store: Store) -> list[str]:
     again = command("resume", directory.name, store=store.address)
     anew = run_command(record, store)
     name = os.path.basename(record.get("source") or "")
-    if anew is not None and file_was_edited(record):
-        return [f"go on: {anew}", f"  {name} was edited since; it was run as it was before, and so would a resume"]
+    changed = changed_workflow_files(record.get("files") or {})
+    if anew is not None and changed:
+        return [
+            f"go on: {anew}",
+            f"  {os.path.basename(changed[0])} was edited since; it was run as it was before, and so would a resume",
+        ]
     edited = edited_code(state, store, record.get("directory") or "")
     if edited:
         label, stage = next(iter(edited.items()))
@@ -68,12 +64,6 @@ def way_on(state: RunState, directory: Path, store: Store) -> list[str]:
     if anew is not None:
         lines.append(f"  after an edit of {name}: {anew}")
     return lines
-
-
-def file_was_edited(record: Mapping[str, Any]) -> bool:
-    """Whether the workflow file is another than the one that the run was started with."""
-    before, source = record.get("source_digest"), record.get("source")
-    return before is not None and source is not None and file_digest(Path(source)) not in (None, before)
 
 
 def edited_code(state: RunState, store: Store, directory: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TextIO, cast
@@ -17,12 +17,13 @@ from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.errors import EXIT_CANCELLED, EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.executors import check_resources
 from polytrope.pipeline.launch.environment import changed_versions, record_environment
-from polytrope.pipeline.launch.failure import failure_lines, file_digest, way_on
+from polytrope.pipeline.launch.failure import failure_lines, way_on
 from polytrope.pipeline.launch.progress import Progress, counts, summary_rows
 from polytrope.pipeline.runs.journal import ENDED_STATES, Event, RunState, fold
+from polytrope.pipeline.runs.record import check_workflow, workflow_files
 from polytrope.pipeline.runs.spool import SpoolReader
-from polytrope.pipeline.store.store import Store
-from polytrope.pipeline.support.files import replace_file
+from polytrope.pipeline.store.store import Store, store_error
+from polytrope.pipeline.support.files import replace_file, safe_name
 from polytrope.pipeline.support.signal_mask import signals_blocked
 from polytrope.pipeline.support.streams import Output
 from polytrope.pipeline.support.text import command, complete_commands, format_duration
@@ -77,41 +78,61 @@ def run(
     graph = build_graph(workflow) if graph is None else graph
     place = Store(store if store is not None else workflow.store)
     place.create()
+    options = options or RunOptions()
+    if run_id is not None:
+        with _complete_hints(place, run_id):
+            _check_run(place, run_id, workflow, graph, options)
     tracked = tracking and workflow.tracking.enabled
     if tracked and workflow.tracking.required:
         _check_tracking(workflow, place)
     _check_resources(workflow, graph, executor or workflow.executor)
     session = _Session(workflow, graph, place, tracked, display, observer, stream)
-    environment = record_environment(workflow.directory, keep_diff=workflow.tracking.git_diff)
     record = {
         "argv": sys.argv,
         "overrides": list(overrides),
-        "source_digest": file_digest(workflow.source),
-        "environment": environment,
+        "files": {} if "files" in options.record else workflow_files(workflow.source),
+        "environment": record_environment(workflow.directory, keep_diff=workflow.tracking.git_diff),
     }
-    options = options or RunOptions()
     try:
-        return run_workflow(
-            workflow,
-            graph,
-            place,
-            run_id=run_id,
-            resume=resume,
-            executor=executor,
-            observer=session.observe,
-            on_start=session.start,
-            options=replace(options, record={**record, **options.record}),
-        )
-    except UserError as error:
-        error.hint = complete_commands(error.hint, place.address, run_id)
-        raise
+        with _complete_hints(place, run_id):
+            return run_workflow(
+                workflow,
+                graph,
+                place,
+                run_id=run_id,
+                resume=resume,
+                executor=executor,
+                observer=session.observe,
+                on_start=session.start,
+                options=replace(options, record={**record, **options.record}),
+            )
     finally:
         session.end()
+
+
+@contextlib.contextmanager
+def _complete_hints(store: Store, run_id: str | None) -> Iterator[None]:
+    """Commands in hints of an error name the store that they are for."""
+    try:
+        yield
+    except UserError as error:
+        error.hint = complete_commands(error.hint, store.address, run_id)
+        raise
 
 
 def exit_code(state: RunState) -> int:
     """Of the command, for a final state."""
     return {"succeeded": EXIT_SUCCESS, "cancelled": EXIT_CANCELLED}.get(state.status, EXIT_RUN_FAILED)
+
+
+def _check_run(store: Store, run_id: str, workflow: Workflow, graph: dict[str, StageNode], options: RunOptions) -> None:
+    if options.allow_code_change or safe_name(run_id) != run_id:  # a bad name is refused where the run begins
+        return
+    try:
+        store.pull_run(run_id)
+    except OSError as error:
+        raise store_error(store.address, error) from error
+    check_workflow(store.run_directory(run_id), workflow.name, graph.keys())
 
 
 def _check_tracking(workflow: Workflow, store: Store) -> None:

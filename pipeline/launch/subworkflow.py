@@ -91,7 +91,9 @@ def subworkflow(
     for name in parameters.outputs or [name for name in graph if name not in read]:
         artifact = store.find(state.stages[name].key or "")
         if artifact is not None:
-            shutil.copytree(store.materialize(artifact.key), context.output / name, copy_function=shutil.copyfile)
+            shutil.copytree(store.materialize(artifact.key), context.output / name, copy_function=shutil.copy)
+            for directory, _, _ in os.walk(context.output / name):  # read-only as in the store, and more may go into it
+                os.chmod(directory, 0o755)
     return {f"{name}/{key}": value for name, item in state.stages.items() for key, value in item.summary.items()}
 
 

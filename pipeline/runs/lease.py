@@ -161,23 +161,22 @@ def _machine() -> str:
     return "/".join(parts)
 
 
-def _process_start(pid: int) -> str | None:
-    """Start time of a process in clock ticks, None if there is no such process (or it is a zombie)."""
+def _process_start(pid: int, processes: Path = Path("/proc")) -> str | None:
+    """Start time of a process in clock ticks, None if there is no such process (or it is a zombie).
+
+    "" if that cannot be known: no /proc, or one that hides the processes of other users (`hidepid`).
+    """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-        try:  # no /proc: the process id alone must do
+        fields = (processes / str(pid) / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        try:
             os.kill(pid, 0)
         except ProcessLookupError:
             return None
         except PermissionError:
-            return ""
+            pass
         return ""
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
 
 
 @cache
@@ -186,8 +185,12 @@ def _own_identity(pid: int) -> str:
 
 
 def _process_is_gone(record: LeaseRecord) -> bool:
+    """Whether that is certain; else the heartbeat decides."""
     machine, pid, start = record.process.rsplit(" ", 2)
-    return machine == _machine() and str(_process_start(int(pid))) != start
+    if machine != _machine():
+        return False
+    found = _process_start(int(pid))
+    return found is None or ("" not in (found, start) and found != start)
 
 
 def _parse(data: bytes | None) -> LeaseRecord | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.store.manifest import is_key
 from polytrope.pipeline.store.store import Store, store_error
 from polytrope.pipeline.support.files import safe_name
 from polytrope.pipeline.support.text import suggest
@@ -83,7 +84,10 @@ def read_aliases(store: Store) -> dict[str, Alias]:
     for name, data in files.items():
         try:
             if data is not None:
-                found[name] = Alias(**json.loads(data))
+                alias = Alias(**json.loads(data))
+                if not is_key(alias.key):
+                    raise ValueError
+                found[name] = alias
         except (ValueError, TypeError):
             raise UserError(
                 f"{store.address}/aliases/{name}.json is damaged",

@@ -34,7 +34,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -52,12 +51,15 @@ from polytrope.pipeline.store.manifest import (
     FORMAT,
     MANIFEST,
     FileEntry,
+    OutputChangedError,
     StoredArtifact,
     artifact_digest,
     build_manifest,
+    check_sealed,
+    file_rows,
+    make_read_only,
     move_manifest,
     parse_manifest,
-    scan,
     seal,
 )
 from polytrope.pipeline.store.run_copies import RunCopies, journal_part
@@ -75,10 +77,6 @@ from polytrope.pipeline.support.files import (
 _DIGESTS = "digests.json"  # beside a delivered manifest: what the cache will say of its files
 _KEY_CHARACTERS = frozenset("0123456789abcdef")
 _RECORD = "workflow.json"  # of a run; a run without it never began
-
-
-class OutputChangedError(RuntimeError):
-    """The staging directory is not what was hashed at the end of the stage."""
 
 
 @dataclass(frozen=True)
@@ -394,7 +392,7 @@ class Store:
             path = target / entry["path"]
             if hash_file(path) != entry["sha256"]:
                 raise _damaged(f"{self.address}/{prefix}/{entry['path']}: its bytes have changed")
-            os.chmod(path, stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH)
+        make_read_only(target, artifact.files)
 
     def _keep(self, key: str, directory: Path) -> None:
         """Take an artifact's directory as this machine's copy, unless another process was faster."""
@@ -458,6 +456,7 @@ class Store:
         else:
             key, _, token = output.parent.name.partition(".")
             self._bucket.send((output / entry.path, f"artifacts/{key}/{token}/{entry.path}") for entry in entries)
+            check_sealed(output, entries)  # what was sent is what was hashed
 
     def commit(self, commit: Commit, fence: Callable[[], None] | None = None) -> StoredArtifact:
         """Turn a staging directory into the artifact of its key, atomically and durably.
@@ -475,7 +474,7 @@ class Store:
             entries = seal(commit.staging)
             self.deliver(commit.staging, entries, commit.manifest(entries))
         if self._bucket is None:
-            _check_sealed(commit.staging, entries)
+            check_sealed(commit.staging, entries)
             data = _delivered(attempt, key, entries)
             with contextlib.suppress(OSError):  # a cache, and there is none for no files
                 os.rename(attempt / _DIGESTS, self._digests_file(key))
@@ -630,19 +629,9 @@ def _delivered(attempt: Path, key: str, entries: list[FileEntry]) -> bytes:
     except FileNotFoundError:
         data = b""
     artifact = parse_manifest(data, key)
-    files = [{"path": entry.path, "size": entry.size, "sha256": entry.sha256} for entry in entries]
-    if artifact is None or artifact.digest != artifact_digest(files):
+    if artifact is None or artifact.digest != artifact_digest(file_rows(entries)):
         raise OutputChangedError("the manifest changed between the stage's end and its commit")
     return data
-
-
-def _check_sealed(staging: Path, entries: list[FileEntry]) -> None:
-    """What arrived here must be what was hashed where the stage ran."""
-    found = {name: status.st_size for name, status in scan(staging).items()}
-    expected = {entry.path: entry.size for entry in entries}
-    if found != expected:
-        names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-        raise OutputChangedError(f"files changed between the stage's end and its commit: {', '.join(names[:5])}")
 
 
 def store_error(address: Path | str, error: OSError) -> UserError:

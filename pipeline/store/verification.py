@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.store.manifest import FileEntry, StoredArtifact, scan
+from polytrope.pipeline.store.manifest import FileEntry, StoredArtifact, is_executable, scan
 from polytrope.pipeline.support.files import hash_file, replace_file
 
 
@@ -40,6 +40,8 @@ def find_problems(artifact: StoredArtifact, files: Path, cache: Path, *, full: b
             problems.append(f"{name}: is missing")
         elif status.st_size != entry["size"]:
             problems.append(f"{name}: has {status.st_size} bytes instead of {entry['size']}")
+        elif is_executable(status) != entry.get("executable", False):
+            problems.append(f"{name}: can{' no longer' if entry.get('executable') else ' now'} be executed")
         elif known.get(name) != (status.st_size, status.st_mtime_ns, status.st_ino, entry["sha256"]):
             changed = True
             if hash_file(files / name) != entry["sha256"]:

@@ -44,19 +44,23 @@ def sync_file(path: Path) -> None:
     """Flush a file's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fault_point("before fsync")
-        os.fsync(descriptor)
-        fault_point("after fsync")
+        flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush(descriptor: int, what: str = "fsync") -> None:
+    """Flush an open file's content, or an open directory's names, to the disk. `what`: its name as a fault point."""
+    fault_point(f"before {what}")
+    os.fsync(descriptor)
+    fault_point(f"after {what}")
 
 
 def sync_directory(path: Path) -> None:
     """Flush the names in a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fault_point("before directory fsync")
-        os.fsync(descriptor)
+        flush(descriptor, "directory fsync")
     finally:
         os.close(descriptor)
 
@@ -74,9 +78,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         write_all(descriptor, data)
-        fault_point("before fsync")
-        os.fsync(descriptor)
-        fault_point("after fsync")
+        flush(descriptor)
     finally:
         os.close(descriptor)
 
@@ -134,10 +136,19 @@ def replace_json(path: Path, value: Any, *, durable: bool = True) -> None:
 
 def hash_file(path: Path) -> str:
     """sha256 (hex) of a file's content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return hash_descriptor(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_descriptor(descriptor: int) -> str:
+    """sha256 (hex) of an open file's content, from its beginning."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    while block := os.read(descriptor, _BLOCK):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -146,10 +157,10 @@ def remove_tree(path: Path) -> None:
 
     def make_writable(function: Callable[[str], Any], name: str, _error: Any) -> None:
         with contextlib.suppress(FileNotFoundError):
-            parent = os.path.dirname(name)
-            os.chmod(parent, os.stat(parent).st_mode | stat.S_IRWXU)
-            if not os.path.islink(name):
-                os.chmod(name, os.stat(name).st_mode | stat.S_IRWXU)
+            for directory in (os.path.dirname(name), name):  # a file may have other names, which keep its permissions
+                mode = os.lstat(directory).st_mode
+                if stat.S_ISDIR(mode):
+                    os.chmod(directory, stat.S_IMODE(mode) | stat.S_IRWXU)
             if function in (os.open, os.scandir, os.listdir):  # the directory itself could not be read
                 shutil.rmtree(name, onerror=make_writable)
             else:

@@ -24,7 +24,7 @@ from polytrope.pipeline.runs.journal import Event, JournalReader, RunState, fold
 from polytrope.pipeline.runs.lease import current
 from polytrope.pipeline.runs.spool import SpoolEvent, SpoolReader
 from polytrope.pipeline.store.store import Store
-from polytrope.pipeline.tracking import description as mlflow_summary
+from polytrope.pipeline.tracking import overview as mlflow_summary
 from polytrope.pipeline.tracking.cursor import Postponed, Shown, read_cursor
 from polytrope.pipeline.tracking.curves import Curves
 from polytrope.pipeline.tracking.names import METRICS_PER_REQUEST, TAG_LENGTH, milliseconds, printable
@@ -118,12 +118,23 @@ class Copy:
     # -- runs ------------------------------------------------------------------------------------------------------
 
     def _existing(self) -> dict[str | None, str]:
-        """The MLflow runs of this run; of two for one stage, which a hanging server may have made, one is deleted."""
+        """The MLflow runs of this run; of two for one stage, which a hanging server may have made, one is deleted.
+
+        A run of another store may have the same id; it began at another time.
+        """
         if self.found is not None:
             return self.found
+        began = milliseconds(self.events[0].time)
+        all_runs = list(self._search(self.directory.name))
+        parents = {self.cursor.parent} | {
+            run.info.run_id
+            for run in all_runs
+            if "polytrope.stage" not in run.data.tags and run.info.start_time == began
+        }
         runs: dict[str | None, list[str]] = {}
-        for run in self._search(self.directory.name):
-            runs.setdefault(run.data.tags.get("polytrope.stage"), []).append(run.info.run_id)
+        for run in all_runs:
+            if run.data.tags.get("mlflow.parentRunId", run.info.run_id) in parents:
+                runs.setdefault(run.data.tags.get("polytrope.stage"), []).append(run.info.run_id)
         self.found = {}
         for stage, identifiers in runs.items():
             known = self.cursor.parent if stage is None else self.cursor.children.get(stage)

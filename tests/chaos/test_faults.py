@@ -40,6 +40,7 @@ from mlflow_support import Server, polytrope, start
 from s3_support import Door, Objects, S3Server, bucket_on, journal_events
 
 from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.support.files import remove_tree
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_a_crash_at_every_write_flush_and_rename(
             f"point {point}: done work was redone"
         )
         assert leftovers(root) == [], point
-        shutil.rmtree(root)
+        remove_tree(root)
 
 
 @slice_and_all("step", 12, 1)
@@ -103,7 +104,7 @@ def test_a_crash_anywhere_among_stages_that_a_stage_returned(tmp_path: Path, fau
         assert {key: after[key] for key in before} == before, f"point {point}: a stage was committed twice"
         assert sum((calls(root) - called).values()) == len(expected) - len(before), point
         assert leftovers(root) == [], point
-        shutil.rmtree(root)
+        remove_tree(root)
 
 
 @slice_and_all("step", 8, 1)
@@ -129,7 +130,7 @@ def test_a_failing_write_flush_or_rename_anywhere(
         assert in_a_process(lambda: drive(root)) == 0, point  # noqa: B023
         assert digests(root) == expected, point
         assert leftovers(root) == [], point
-        shutil.rmtree(root)
+        remove_tree(root)
 
 
 def damage(path: Path, random_: random.Random) -> str:
@@ -155,7 +156,7 @@ def check_damage(root: Path, expected: dict[str, str | None], seed: int) -> None
     what = [damage(path, random_) for path in random_.sample(files, min(len(files), random_.randrange(1, 5)))]
     assert in_a_process(lambda: drive(root)) == 0, (seed, first, what)
     assert digests(root) == expected, (seed, what)
-    shutil.rmtree(root)
+    remove_tree(root)
 
 
 def drive_with_crash(root: Path, random_: random.Random) -> int:
@@ -251,7 +252,7 @@ def kill_something(
     assert digests(root) == expected, seed
     after = committed(root)
     assert {key: after[key] for key in before} == before, f"seed {seed}: a stage was committed twice"
-    shutil.rmtree(root)
+    remove_tree(root)
 
 
 @pytest.fixture(scope="module")
@@ -482,7 +483,7 @@ def test_a_full_disk(small_disk: Path, faults: Counter[str]) -> None:
         ballast.unlink()
         assert in_a_process(lambda: drive(root)) == 0, free  # noqa: B023
         assert None not in digests(root).values()
-        shutil.rmtree(small_disk / "store")
+        remove_tree(small_disk / "store")
     assert statuses[0] != 0, "the disk was never full"
     assert statuses[-1] == 0, "the disk was always full"
 

@@ -377,6 +377,28 @@ def test_what_mlflow_refuses_is_named_and_the_rest_arrives(project: Path, server
     assert "train" in output
 
 
+def test_runs_of_two_stores_with_one_id_are_two_runs(project: Path, server: Server) -> None:
+    """Two people, two machines of a CI, or a store that was deleted: neither loses what it said."""
+    write(project, server, {"train": {"uses": "mlflow_stages:train", "with": {"steps": 2, "gates": "."}}})
+    for seed, store in ((1, "alice"), (2, "bob")):
+        place = ("--store", store)
+        code, output = polytrope(
+            project, "run", "w.yaml", "--run-id", "nightly", *place, "--set", f"params.seed={seed}"
+        )
+        assert code == 0, output
+    for store in ("alice", "bob"):  # again, without what is known of the first time
+        (project / store / "runs" / "nightly" / "mlflow.json").unlink()
+        code, output = polytrope(project, "sync", "nightly", "--store", store)
+        assert code == 0, output
+    experiment = server.client.get_experiment_by_name(project.name)
+    runs = server.client.search_runs([experiment.experiment_id])
+    parents = {run.info.run_id: run for run in runs if "mlflow.parentRunId" not in run.data.tags}
+    assert sorted(run.data.params["seed"] for run in parents.values()) == ["1", "2"]
+    children = [run for run in runs if run.info.run_id not in parents]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == set(parents)
+    assert len(children) == 2
+
+
 def test_odd_names_and_numbers_arrive(project: Path, server: Server) -> None:
     values = ["it's", 'a "quoted" one', "`back`"]
     stage = {"uses": "mlflow_stages:odd_names", "matrix": {"text": values}, "with": {"text": "${matrix.text}"}}

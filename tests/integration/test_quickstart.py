@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from quickstart_support import Run, run_quickstart
 
-LABELS = ("baseline", "hermite", "converted", "finetuned")
+LABELS = ("baseline", "hermite", "converted", "finetuned", "control")
 
 pytestmark = pytest.mark.timeout(600)
 

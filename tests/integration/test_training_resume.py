@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from training_support import (
     PARAMETERS,
     TRAINS_IN_FP16,
@@ -31,8 +33,11 @@ from training_support import (
 
 from polytrope.pipeline.data.order import sample_indices
 from polytrope.pipeline.engine.run import run_workflow
+from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.stage import Artifact
+from polytrope.pipeline.stages.train import checkpoint_catalogue as catalogue
+from polytrope.pipeline.stages.train.training_state import _convert_to_universal
 from polytrope.pipeline.stages.train.workers import TrainingError
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.workflow.graph import build_graph
@@ -191,6 +196,52 @@ def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_used(
     assert f"checkpoint {newest.name} is damaged" in messages(tmp_path)
     assert (tmp_path / "scratch/checkpoints/quarantine" / newest.name).is_dir()
     assert weights_hash(tmp_path) == weights_hash(uninterrupted)
+
+
+class RunsCode:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (self.path,)
+
+
+def test_a_checkpoint_that_somebody_else_wrote_runs_no_code(tmp_path: Path, dataset: Artifact) -> None:
+    """Neither where DeepSpeed loads it, nor where it is converted for another number of workers."""
+    changes: dict[str, Any] = {"workers": 1, "steps": 2, "checkpoint_every": 1}
+    run_training(tmp_path, dataset, **changes)
+    (directory,) = (tmp_path / "scratch" / "checkpoints").glob("step-*")
+    (victim,) = (directory / "state").glob("*optim_states.pt")
+    proof = tmp_path / "code ran"
+    content = torch.load(victim, weights_only=False)
+    torch.save({**content, "more": RunsCode(proof)}, victim)
+    torch.load(victim, weights_only=False)
+    proof.rmdir()  # it does run code
+    manifest = json.loads((directory / "manifest.json").read_text())
+    manifest["files"][str(victim.relative_to(directory))] = catalogue.hash_file(victim)
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(tmp_path / "output")
+    with pytest.raises(UserError, match=r"optim_states\.pt names `\w+\.mkdir`"):
+        run_training(tmp_path, dataset, **changes)
+    with pytest.raises(UserError, match=r"optim_states\.pt names `\w+\.mkdir`"):
+        _convert_to_universal(directory / "state", tmp_path / "universal")
+    assert not proof.exists()
+
+
+def test_a_file_that_was_added_to_a_checkpoint_is_not_loaded(tmp_path: Path) -> None:
+    for step in (1, 2):
+        directory = catalogue.checkpoint_directory(tmp_path, step)
+        (directory / "state").mkdir(parents=True)
+        (directory / "state" / "a.pt").write_bytes(b"x")
+        catalogue.commit(directory, step, {"state/a.pt": catalogue.hash_file(directory / "state" / "a.pt")}, {})
+    (directory / "state" / "b.pt").write_bytes(b"x")
+    said: list[str] = []
+    found = catalogue.newest_valid(tmp_path, said.append)
+    assert found is not None
+    assert found.step == 1
+    assert "state/b.pt is not in its manifest" in said[0]
 
 
 @pytest.mark.parametrize(

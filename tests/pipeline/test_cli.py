@@ -321,7 +321,7 @@ def test_a_failure_names_the_command_that_fits_what_was_edited_since(project: Pa
     (project / "w.yaml").write_text(WORKFLOW.replace("steps: 3", "steps: 4"))
     again = polytrope(project, "resume", "bad", "--store", store)
     assert again.returncode == 1
-    assert "w.yaml was edited since; this run goes on with the workflow as it was" in again.stderr
+    assert f"the new one, in a run of its own that keeps what still fits: {anew}\n" in again.stderr
     assert f"go on: {anew}\n  w.yaml was edited since" in again.stdout
     assert "polytrope resume" not in again.stdout + again.stderr
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tarfile
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from polytrope.pipeline.runs.lease import Lease
 from polytrope.pipeline.store.archive import export_run, import_run
 from polytrope.pipeline.store.garbage import collect_garbage
 from polytrope.pipeline.store.store import Commit, Store
+from polytrope.pipeline.workflow.keys import stage_key
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def store(tmp_path: Path) -> Store:
 
 def artifact(store: Store, letter: str) -> str:
     """Commit an artifact; returns its key."""
-    key = letter * 64
+    key = stage_key({"uses": letter})
     files = store.staging(key)
     (files / "data.txt").write_text(f"content of {letter}")
     store.commit(Commit(key, files, {"uses": letter}, {"x": 1.0}, letter, "r", 1.0))
@@ -84,6 +84,8 @@ def test_an_alias_keeps_an_artifact_when_its_run_is_forgotten(store: Store, caps
     assert (Path(command("alias", "best").strip()) / "data.txt").read_text() == "content of a"
     assert "did you mean `best`" in command("alias", "bst", code=2)
     assert "did you mean `best`" in command("alias", "--remove", "bst", code=2)
+    store.put_alias("broken", store.get_alias("best").replace(kept.encode(), b"../../elsewhere"))
+    assert "aliases/broken.json is damaged" in command("alias", "broken", code=2), "its key points outside"
     store.put_alias("broken", b"{")
     assert "aliases/broken.json is damaged" in command("gc", code=2)
     assert store.keys() == [kept], "nobody knows what the damaged one keeps"
@@ -96,14 +98,14 @@ def test_an_alias_keeps_an_artifact_when_its_run_is_forgotten(store: Store, caps
 def test_an_alias_does_not_pass_another_result_off_as_its_own(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     finished_run(store, "one", artifact(store, "a"))
     assert main(["alias", "best", "one", "stage0", "--store", store.address]) == 0
-    moved = store.quarantine("a" * 64, ["replaced"])
+    key = stage_key({"uses": "a"})
+    moved = store.quarantine(key, ["replaced"])
     assert moved is not None
     old = Path(moved.replace(time.strftime("%Y"), "2001"))
     Path(moved).rename(old)
-    staging = store.staging("a" * 64)
-    staging.mkdir(parents=True, exist_ok=True)
+    staging = store.staging(key)
     (staging / "data.txt").write_text("another result")
-    store.commit(Commit("a" * 64, staging, {}, {}, "stage0", "one", 0.0))
+    store.commit(Commit(key, staging, {"uses": "a"}, {}, "stage0", "one", 0.0))
     assert main(["alias", "best", "--store", store.address]) == 2
     assert "a forced run replaced it by another result" in capsys.readouterr().err
     collect_garbage(store)
@@ -111,8 +113,9 @@ def test_an_alias_does_not_pass_another_result_off_as_its_own(store: Store, caps
 
 
 def test_an_alias_needs_a_result(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    finished_run(store, "one", artifact(store, "a"), artifact(store, "b"))
-    store.remove(f"artifacts/{'b' * 64}")
+    lost = artifact(store, "b")
+    finished_run(store, "one", artifact(store, "a"), lost)
+    store.remove(f"artifacts/{lost}")
     for words, message in (
         (["a/b", "one", "stage0"], "`a/b` cannot be the name"),
         (["x", "one", "stag0"], "did you mean `stage0`"),
@@ -181,17 +184,6 @@ def test_a_damaged_artifact_is_neither_exported_nor_imported(store: Store, tmp_p
     with pytest.raises(UserError, match="is not intact"):
         export_run(store, directory, tmp_path / "again.tar")
     assert not (tmp_path / "again.tar").exists()
-
-
-def test_an_archive_cannot_write_outside_the_store(store: Store, tmp_path: Path) -> None:
-    header = tmp_path / "polytrope-run.json"
-    header.write_text(json.dumps({"format": 1, "run": "one", "keys": []}))
-    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
-        archive.add(header, "polytrope-run.json")
-        archive.add(header, "../../outside.json")
-    with pytest.raises(UserError):
-        import_run(store, tmp_path / "evil.tar")
-    assert not (tmp_path / "outside.json").exists()
 
 
 def test_verify_finds_damage_and_moves_it_away(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,3 +199,27 @@ def test_a_damaged_lease_holds_nothing(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"ttl": 15.0', b'"ttl": 95.0'))
     assert current(tmp_path) is None
     assert Lease.acquire(tmp_path, "other", watch=False).number == 2
+
+
+def test_where_processes_are_hidden_the_heartbeat_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `hidepid=2`: /proc shows no process of another user, who is alive nevertheless."""
+    holder = hold_elsewhere(tmp_path / "lease", ttl=0.6)
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    try:
+        assert leases._process_start(holder.pid, tmp_path) == ""
+        assert leases._process_start(gone.pid, tmp_path) is None
+        real = leases._process_start
+        monkeypatch.setattr(leases, "_process_start", lambda pid: real(pid, tmp_path))
+        assert is_held(tmp_path / "lease")
+        with pytest.raises(LeaseHeldError):
+            Lease.acquire(tmp_path / "lease", "late")
+        holder.send_signal(signal.SIGSTOP)
+        while is_held(tmp_path / "lease"):
+            time.sleep(0.05)
+        lease = Lease.acquire(tmp_path / "lease", "late")  # after its ttl, as of a holder on another host
+        assert lease.number == 2
+        lease.release()
+    finally:
+        holder.kill()
+        holder.wait()

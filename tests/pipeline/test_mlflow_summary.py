@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from polytrope.pipeline.tracking.description import source_name
+from polytrope.pipeline.tracking.overview import source_name
 
 
 def test_the_workflow_file_is_named_without_the_path_of_a_machine(tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def test_an_input_that_is_only_touched_does_no_harm(place: Place, name: str) -> 
 
 
 def test_an_input_that_another_run_replaced_is_noticed(place: Place, name: str) -> None:
-    from polytrope.pipeline.executors.inputs import InputCheck
+    from polytrope.pipeline.executors.input_check import InputCheck
     from polytrope.pipeline.stage import Artifact
 
     state = place.run({"a": {"uses": f"{name}:make"}})

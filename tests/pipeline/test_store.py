@@ -15,21 +15,24 @@ from sqlalchemy import create_engine, text
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.lease import Lease
 from polytrope.pipeline.store import verification
-from polytrope.pipeline.store.manifest import StoredArtifact, seal
-from polytrope.pipeline.store.store import Commit, OutputChangedError, Store, store_error
+from polytrope.pipeline.store.manifest import OutputChangedError, StoredArtifact, seal
+from polytrope.pipeline.store.store import Commit, Store, store_error
 from polytrope.pipeline.support import faults
 from polytrope.pipeline.tracking.process import database_file, tracking_uri
+from polytrope.pipeline.workflow.keys import stage_key
 
-KEY = "a" * 64
+COMPONENTS = {"uses": "m:f"}
+KEY = stage_key(COMPONENTS)
 
 
-def commit(place: Store, key: str = KEY, text: str = "hello", **changes: object) -> StoredArtifact:
+def commit(place: Store, uses: str = "m:f", text: str = "hello", **changes: object) -> StoredArtifact:
+    key = stage_key({"uses": uses})
     staging = place.staging(key)
     (staging / "sub").mkdir()
     (staging / "result.txt").write_text(text)
     (staging / "sub" / "more.bin").write_bytes(b"\0" * 5000)
     values: dict[str, object] = {
-        "components": {"uses": "m:f"}, "summary": {"loss": 1.5}, "stage": "s", "run_id": "r", "duration": 2.0,
+        "components": {"uses": uses}, "summary": {"loss": 1.5}, "stage": "s", "run_id": "r", "duration": 2.0,
     }  # fmt: skip
     fence = changes.pop("fence", None)
     return place.commit(Commit(key, staging, **{**values, **changes}), fence)  # type: ignore[arg-type]
@@ -60,8 +63,8 @@ def test_a_committed_artifact_is_found_with_all_it_was_committed_with(place: Sto
 def test_the_digest_depends_on_the_bytes_only(place: Store, tmp_path: Path) -> None:
     other = Store(tmp_path / "other")
     other.create()
-    assert commit(place, "b" * 64, stage="x", run_id="y").digest == commit(other, "c" * 64).digest
-    assert commit(place, "d" * 64, text="hullo").digest != commit(other, "e" * 64).digest
+    assert commit(place, "m:g", stage="x", run_id="y").digest == commit(other, "m:h").digest
+    assert commit(place, "m:i", text="hullo").digest != commit(other, "m:j").digest
 
 
 def test_nothing_is_found_before_the_commit(place: Store) -> None:
@@ -87,14 +90,21 @@ def truncate(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
+    path.parent.chmod(0o755)
     path.unlink()
 
 
 def add(path: Path) -> None:
+    path.parent.chmod(0o755)
     (path.parent / "extra").write_text("")
 
 
+def let_it_be_executed(path: Path) -> None:
+    path.chmod(0o555)
+
+
 def replace_by_link(path: Path) -> None:
+    path.parent.chmod(0o755)
     path.rename(path.parent.parent / "elsewhere")
     path.symlink_to(path.parent.parent / "elsewhere")
 
@@ -107,6 +117,7 @@ def replace_by_link(path: Path) -> None:
         (remove, "is missing"),
         (add, "extra: is not in the manifest"),
         (replace_by_link, "not a plain file"),
+        (let_it_be_executed, "can now be executed"),
     ],
 )
 def test_a_damaged_artifact_is_not_found_and_can_be_quarantined(
@@ -127,8 +138,10 @@ def test_a_damaged_artifact_is_not_found_and_can_be_quarantined(
 def test_a_change_that_keeps_size_time_and_inode_is_seen_by_a_full_verification(place: Store) -> None:
     path = files_of(place) / "result.txt"
     status = path.stat()
+    path.chmod(0o644)
     with open(path, "r+b") as file:
         file.write(b"J")
+    path.chmod(0o444)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert place.find(KEY) is not None, "the digest cache trusts size, time and inode"
     assert place.find(KEY, full=True) is None
@@ -182,9 +195,10 @@ def test_files_that_change_after_they_were_hashed_are_refused(place: Store) -> N
     staging = place.staging(KEY)
     (staging / "result.txt").write_text("one")
     entries = seal(staging)
+    staging.chmod(0o755)
     (staging / "late.txt").write_text("two")
     with pytest.raises(OutputChangedError, match=r"late\.txt"):
-        place.commit(Commit(KEY, staging, {}, {}, "s", "r", 0, entries))
+        place.commit(Commit(KEY, staging, COMPONENTS, {}, "s", "r", 0, entries))
 
 
 def test_a_link_in_the_output_is_refused(place: Store) -> None:
@@ -198,10 +212,11 @@ def test_an_error_at_any_point_of_a_commit_leaves_all_or_nothing(place: Store) -
     number = 0
     while True:
         number += 1
-        key = f"{number:064x}"
+        uses = f"m:f{number}"
+        key = stage_key({"uses": uses})
         faults.start_faults(f"error:{number}:ENOSPC")
         try:
-            commit(place, key)
+            commit(place, uses)
             break
         except OSError as error:
             if error.errno != errno.ENOSPC:
@@ -210,7 +225,7 @@ def test_an_error_at_any_point_of_a_commit_leaves_all_or_nothing(place: Store) -
             faults.start_faults(None)
         found = place.find(key, full=True)
         assert found is None or found.summary == {"loss": 1.5}
-        assert commit(place, key).digest == commit(place, "f" * 64).digest
+        assert commit(place, uses).digest == commit(place, "m:whole").digest
     assert number > 10, "the commit has no fault points"
 
 

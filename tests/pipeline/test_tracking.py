@@ -25,8 +25,8 @@ from mlflow.utils.validation import _validate_metric, _validate_param
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import RunState, StageState
-from polytrope.pipeline.tracking import description as mlflow_summary
 from polytrope.pipeline.tracking import names as mlflow_names
+from polytrope.pipeline.tracking import overview as mlflow_summary
 from polytrope.pipeline.tracking.process import check_tracking, free_port, tracking_uri, without_password
 from polytrope.pipeline.tracking.server import is_permanent
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from polytrope.pipeline.stages.shard.corpus import Documents
-    from polytrope.pipeline.stages.shard.text import ShardResult
+    from polytrope.pipeline.stages.shard.token_shards import ShardResult
 
 
 def fingerprint(parameters: ShardParameters, directory: Path) -> dict[str, str]:
@@ -56,9 +56,7 @@ def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float
     from polytrope.pipeline.stages.shard.parallel import prepare_workers
 
     started = time.perf_counter()
-    prepare_workers(
-        context, "polytrope.pipeline.executors.worker", "polytrope.pipeline.stages.shard.text", "pyarrow", "tokenizers"
-    )
+    prepare_workers(context, "polytrope.pipeline.stages.shard.token_shards", "pyarrow", "tokenizers")
     context.progress(0, 3, "reading documents")
     directory = Path.cwd()  # the workflow file's
     documents = read_documents(parameters.source, directory, context.scratch / "huggingface")
@@ -109,7 +107,7 @@ def _write_shards(
 ) -> dict[str, list[ShardResult]]:
     """Shards and manifest of every split. One map over all of them: no worker waits where a split ends."""
     from polytrope.pipeline.stages.shard.parallel import parallel_map
-    from polytrope.pipeline.stages.shard.text import ShardTask, group_rows, make_shard
+    from polytrope.pipeline.stages.shard.token_shards import ShardTask, group_rows, make_shard
 
     dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     content = tokenizer.to_json()

@@ -136,6 +136,9 @@ def _checkpoint(directory: Path, content: dict[str, Any]) -> Checkpoint:
 def _verify(directory: Path, content: dict[str, Any]) -> None:
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']!r}")
+    for name in files_below(directory):  # DeepSpeed loads the files that it finds
+        if name.endswith(".pt") and name not in content["files"]:
+            raise ValueError(f"{name} is not in its manifest")
     for name, expected in content["files"].items():
         path = directory / name
         if not path.is_file():

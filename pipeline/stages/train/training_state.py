@@ -8,17 +8,20 @@ import io
 import math
 import os
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train import checkpoint_catalogue as catalogue
 from polytrope.pipeline.stages.train.best_weights import prune_best
@@ -199,10 +202,11 @@ def restore(
     """
     if chosen is None:
         return Progress()
-    if chosen.universal:
-        _load_universal(engine, context.scratch)
-    else:
-        engine.load_checkpoint(str(chosen.directory), tag="state")
+    with safe_loading():
+        if chosen.universal:
+            _load_universal(engine, context.scratch)
+        else:
+            engine.load_checkpoint(str(chosen.directory), tag="state")
     if average is not None:
         average.load(torch.load(chosen.directory / "average.pt", map_location="cpu", weights_only=True))
     source = rank if rank < chosen.workers else 0
@@ -268,8 +272,44 @@ def _convert_to_universal(source: Path, target: Path) -> None:
         inject_missing_state=True,
     )
     with (
+        safe_loading(),
         open(os.devnull, "w", encoding="utf-8") as silence,
         contextlib.redirect_stdout(silence),
         contextlib.redirect_stderr(silence),
     ):
         ds_to_universal.main(arguments)
+
+
+@contextlib.contextmanager
+def safe_loading() -> Iterator[None]:
+    """Within, `torch.load` makes tensors, plain values and DeepSpeed's few records of them, and runs no foreign code.
+
+    DeepSpeed 0.19.8 loads the files of a checkpoint with `weights_only=False`: whoever may write into a shared store
+    could have any code run by the training that goes on from there.
+
+    Raises:
+        UserError: a file names anything else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    original = torch.load
+
+    def load(file: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return original(file, *arguments, **{**options, "weights_only": True})
+        except UnpicklingError as error:
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f"names `{named[1]}`" if named else f"cannot be read: {str(error).splitlines()[0]}"
+            raise UserError(
+                f"the checkpoint {file} {what}, which no checkpoint of a training does; nothing of it was run",
+                "find out who wrote it; without its directory the training goes on from an older one, or starts again",
+            ) from None
+
+    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+        torch.load = load  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            torch.load = original
