@@ -104,7 +104,7 @@ def main() -> None:
         artifact = store.load(state.stages[f"report_{model}"].key or "")
         if artifact is None:
             sys.exit(f"the report of {model} is not in the store any more: polytrope resume {directory.name}")
-        figures = json.loads((store.materialize(artifact.key) / "report.json").read_text())
+        figures = json.loads((store.materialize(artifact.key) / "report.json").read_text(encoding="utf-8"))
         content["results"][model] = {key: figures[key] for key in ("groups", "failures", "protocol", "speed")}
         tables.append(markdown(name, figures))
         for plot in PLOTS:
@@ -115,8 +115,8 @@ def main() -> None:
         f"`{content['command']}`, {content['seconds'] or 0:,} s on {content['cores']} cores of {content['processor']}."
     )
     page = "\n".join([about + "\n", *tables])
-    (options.output / "activation_study.json").write_text(json.dumps(content, indent=1) + "\n")
-    (options.output / "activation_study.md").write_text(page)
+    (options.output / "activation_study.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (options.output / "activation_study.md").write_text(page, encoding="utf-8")
     print(page)
 
 

@@ -101,7 +101,7 @@ def fitting_times(repeats: int) -> list[dict[str, Any]]:
 def _processor() -> str:
     """The processor's name, where Linux tells it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -249,13 +249,13 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(arguments)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "conversion.json").write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.output / "conversion.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sentences, machine = result["sentences"], result["machine"]
     heading = (
         f"Calibrated on {sentences['calibration']} sentences, compared on {sentences['held_out']} others; "
         f"{arguments.steps} steps of distillation; {machine['processor']}, {machine['cores']} cores."
     )
-    (arguments.output / "conversion.md").write_text(f"{heading}\n\n{table(result)}\n")
+    (arguments.output / "conversion.md").write_text(f"{heading}\n\n{table(result)}\n", encoding="utf-8")
     draw(result, arguments.output / "conversion.png")
     print(table(result))
 

@@ -60,7 +60,7 @@ def main() -> None:
         "results": results,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for title, values in results.items():
         print(title)
         for key, value in values.items():
@@ -78,7 +78,7 @@ def quickstart_consumes(store: Path, steps: int) -> float:
         raise SystemExit(f"the quickstart's training {state.status}")
     rates = []
     for path in store.rglob("*.jsonl"):
-        for line in path.read_text().splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
             if event.get("kind") == "metrics" and "tokens_per_second" in event["values"]:
                 rates.append(event["values"]["tokens_per_second"])
@@ -209,7 +209,7 @@ def seeking(directory: Path, shards: int) -> dict[str, float]:
     }
     manifest = {"format": 1, "sample": {"tokens": tokens, "dtype": "uint16"}, "shards": []}
     text = json.dumps(manifest).replace("[]", "[" + ", ".join([json.dumps(entry)] * shards) + "]")
-    (directory / "manifest.json").write_text(text)
+    (directory / "manifest.json").write_text(text, encoding="utf-8")
     del text
     started = time.perf_counter()
     reader = Reader(directory)
@@ -236,7 +236,7 @@ def seeking(directory: Path, shards: int) -> dict[str, float]:
 
 def _own_memory() -> int:
     """Bytes of this process without mapped files (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 

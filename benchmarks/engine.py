@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, Any] = {}
     if options.only and options.output.exists():
-        results = json.loads(options.output.read_text())["results"]
+        results = json.loads(options.output.read_text(encoding="utf-8"))["results"]
     # removed at the end only: removing thousands of files is no part of the next case
     with tempfile.TemporaryDirectory(prefix="polytrope-benchmark-") as directory:
         for name in options.only or CASES:
@@ -68,7 +68,7 @@ def save(results: Mapping[str, Any], output: Path) -> None:
         "results": results,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(record, indent=2) + "\n")
+    output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 # -- cases -------------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def ray(directory: Path, stages: int) -> dict[str, float]:
         place = Path(tempfile.mkdtemp(dir=directory))
         polytrope(place, "run", str(fan_out(place, stages)), "--executor", "ray", "--run-id", "measured")
         times: dict[str, list[float]] = {"stage_started": [], "stage_succeeded": []}
-        for line in (place / "store" / "runs" / "measured" / "journal.jsonl").read_text().splitlines():
+        for line in (place / "store" / "runs" / "measured" / "journal.jsonl").read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
             if event["type"] in times:
                 times[event["type"]].append(event["time"])
@@ -209,7 +209,9 @@ def fan_out(directory: Path, stages: int) -> Path:
 
 
 def write(file: Path, stages: dict[str, Any]) -> None:
-    file.write_text(yaml.safe_dump({"name": "benchmark", "stages": stages, "tracking": {"enabled": False}}))
+    file.write_text(
+        yaml.safe_dump({"name": "benchmark", "stages": stages, "tracking": {"enabled": False}}), encoding="utf-8"
+    )
 
 
 def polytrope(directory: Path, *arguments: str, quiet: bool = True) -> float:
@@ -272,7 +274,7 @@ def marginal(fan_out_of: Callable[[int], None], few: int = 100, many: int = 600)
 
 
 def _processor() -> str:
-    with open("/proc/cpuinfo") as file:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
         names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
     return names[0] if names else platform.processor()
 

@@ -370,7 +370,9 @@ def main() -> None:
     console, rows = Console(), []
     wanted = [options.dtype] if options.dtype else list(DTYPES)
     if options.out.exists():
-        rows = [row for row in json.loads(options.out.read_text())["rows"] if row["dtype"] not in wanted]
+        rows = [
+            row for row in json.loads(options.out.read_text(encoding="utf-8"))["rows"] if row["dtype"] not in wanted
+        ]
     for dtype in (getattr(torch, name) for name in wanted):
         for config, published, bar, published_bar in ROWS:
             row = measure_row(config, published, dtype, options.repeats)
@@ -387,7 +389,7 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     document = {"shape": list(SHAPE), "repeats": options.repeats, "machine": machine, "rows": rows}
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     plot(rows, options.out.with_suffix(".png"))
     console.print(table(rows))
 

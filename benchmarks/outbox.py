@@ -63,7 +63,9 @@ class Server:
             ):
                 return
             time.sleep(0.2)
-        raise SystemExit("the server does not start: " + (self.directory / "server.log").read_text()[-1000:])
+        raise SystemExit(
+            "the server does not start: " + (self.directory / "server.log").read_text(encoding="utf-8")[-1000:]
+        )
 
     def signal(self, number: int) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -117,7 +119,7 @@ def measure(case: str, steps: int, step_seconds: float) -> dict[str, Any]:
             "tracking": {"uri": uri, "required": False},
             "stages": {"train": stage},
         }
-        (directory / "w.yaml").write_text(yaml.safe_dump(workflow))
+        (directory / "w.yaml").write_text(yaml.safe_dump(workflow), encoding="utf-8")
         try:
             server.start()
             if case == "stopped":
@@ -129,7 +131,7 @@ def measure(case: str, steps: int, step_seconds: float) -> dict[str, Any]:
             if done.returncode:
                 raise SystemExit(done.stdout + done.stderr)
             (file,) = (directory / ".polytrope" / "artifacts").glob("*/files/calls.json")
-            calls = sorted(json.loads(file.read_text()))
+            calls = sorted(json.loads(file.read_text(encoding="utf-8")))
             if case == "stopped":
                 server.signal(signal.SIGCONT)
             elif case != "up":
@@ -181,7 +183,7 @@ def main() -> None:
         "results": results,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
+    options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     heads = ["server", "median, ms", "99 %", "99.9 %", "longest", "lost", "doubled"]
     rows = [
         [
@@ -193,7 +195,7 @@ def main() -> None:
         for case, figures in results.items()
     ]
     table = "\n".join("| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *rows))
-    options.output.with_suffix(".md").write_text(table + "\n")
+    options.output.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
     print(table)
 
 

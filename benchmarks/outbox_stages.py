@@ -16,5 +16,5 @@ def log_steps(context: StageContext, steps: int, step_seconds: float) -> dict[st
         started = time.perf_counter_ns()
         context.log_metrics({"train/loss": 1.0 / (step + 1), "learning_rate": 1e-3, "gradient_norm": 1.0}, step=step)
         calls.append(time.perf_counter_ns() - started)
-    (context.output / "calls.json").write_text(json.dumps(calls))
+    (context.output / "calls.json").write_text(json.dumps(calls), encoding="utf-8")
     return {"steps": float(steps)}

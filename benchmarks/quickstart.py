@@ -35,7 +35,7 @@ def main() -> None:
         first, memory = measured([*command, "--store", store])
         again, _ = measured([*command, "--store", store])
         (report,) = Path(store).glob("artifacts/*/files/report.json")
-        figures = json.loads(report.read_text())
+        figures = json.loads(report.read_text(encoding="utf-8"))
     results = {
         "command": "python -m benchmarks.quickstart",
         "executor": options.executor,
@@ -46,7 +46,7 @@ def main() -> None:
         "models": {row["name"]: {name: row[name] for name in SHOWN} for row in figures["table"]},
         "unigram_entropy": figures["unigram_entropy"],
     }
-    options.output.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    options.output.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"first run {first:.1f} s, {memory:.2f} GiB; second run {again:.1f} s")
     for name, row in results["models"].items():
         print(f"{name:<28} " + "  ".join(f"{figure} {value:.4f}" for figure, value in row.items()))

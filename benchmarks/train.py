@@ -78,7 +78,7 @@ def main() -> None:
         "gpu": gpu or {"device": None, "mfu": None, "hermite_over_gelu": None},
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for title, values in {**results, **({"gpu": gpu} if gpu else {})}.items():
         print(title)
         for key, value in values.items():
@@ -98,7 +98,9 @@ def make_dataset(directory: Path, sequence_length: int = 128, max_bytes: int = 5
 def run(directory: Path, dataset: Path, workers: int, turns: int, repeats: int) -> dict[str, float]:
     """Measure in `workers` processes of one thread each; what rank 0 found."""
     task = directory / f"task-{workers}.json"
-    task.write_text(json.dumps({"dataset": str(dataset), "directory": str(directory / f"run-{workers}")}))
+    task.write_text(
+        json.dumps({"dataset": str(dataset), "directory": str(directory / f"run-{workers}")}), encoding="utf-8"
+    )
     command = [sys.executable, "-m", "benchmarks.train"]
     processes = [
         subprocess.Popen(
@@ -125,7 +127,7 @@ def run(directory: Path, dataset: Path, workers: int, turns: int, repeats: int) 
 
 def measure(task: Path, turns: int, repeats: int) -> None:
     """One rank of both sides; rank 0 prints the figures as its last line."""
-    content = json.loads(task.read_text())
+    content = json.loads(task.read_text(encoding="utf-8"))
     rank, workers = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     from polytrope.pipeline.stages.train.rendezvous import join
 
@@ -269,7 +271,7 @@ def digits(store: Path) -> dict[str, float]:
     )
     figures = {"seconds": time.perf_counter() - started}
     (evaluation,) = (store / "artifacts").glob("*/files/evaluation.json")
-    for label, model in json.loads(evaluation.read_text())["models"].items():
+    for label, model in json.loads(evaluation.read_text(encoding="utf-8"))["models"].items():
         figures[f"top1 {label}"] = model["top1"]
     return figures
 

@@ -94,9 +94,11 @@ def results(*names: str) -> str:
             parts.append(f"Not measured yet: `{command}` writes `benchmarks/results/{name}.json`.\n")
             continue
         if path.with_suffix(".md").exists():
-            parts.append(re.sub(r"^#+ .*\n", "", path.with_suffix(".md").read_text(), flags=re.MULTILINE))
+            parts.append(
+                re.sub(r"^#+ .*\n", "", path.with_suffix(".md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+            )
             continue
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         about = {key: value for key, value in content.items() if key != "results"} if isinstance(content, dict) else {}
         measured = content.get("results", content) if isinstance(content, dict) else content
         parts.append(_about(about) if measured is not content else "")

@@ -492,7 +492,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"polytrope: {error.message}", file=sys.stderr)
         if error.hint:
-            print(f"  → {error.hint}", file=sys.stderr)
+            print(f"  → {_complete(error.hint, options)}", file=sys.stderr)
         return EXIT_RUN_ELSEWHERE if isinstance(error, RunElsewhereError) else EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("polytrope: interrupted", file=sys.stderr)
@@ -503,6 +503,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _unexpected(error, debug=options.debug)
     return _flushed(code)
+
+
+def _complete(hint: str, options: argparse.Namespace) -> str:
+    """A hint whose commands work on the store that this one was given."""
+    from polytrope.pipeline.support.text import complete_commands
+
+    store = getattr(options, "store", None)
+    return hint if store is None or getattr(options, "address", None) else complete_commands(hint, store)
 
 
 def _flushed(code: int) -> int:

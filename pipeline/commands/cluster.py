@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.commands.common import find_run, open_store, store_address, workflow_of
-from polytrope.pipeline.engine.options import new_run_id
+from polytrope.pipeline.engine.options import checked_run_id
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, RunElsewhereError, UserError
 from polytrope.pipeline.launch import submit as cluster
 from polytrope.pipeline.launch.package import Package, choose_files
@@ -34,7 +34,7 @@ def submit(options: argparse.Namespace) -> int:
             f"{options.workflow} is not below {directory}, the directory that is sent",
             "start from the project's directory, or give `--working-dir DIR`",
         )
-    run_id = options.run_id or new_run_id()
+    run_id = checked_run_id(options.run_id)
     arguments = ["run", str(file.relative_to(directory)), "--run-id", run_id, "--store", store, "--ray-address", "auto"]
     for override in options.overrides:
         arguments += ["--set", override]

@@ -86,7 +86,7 @@ def find_run(store: Store, text: str | None) -> Path:
     if text is None:
         return directories[0]
     exact = [directory for directory in directories if directory.name == text]
-    matching = exact or [directory for directory in directories if directory.name.startswith(text)]
+    matching = exact or [directory for directory in directories if text and directory.name.startswith(text)]
     if len(matching) == 1:
         return matching[0]
     names = [directory.name for directory in matching or directories]

@@ -18,6 +18,7 @@ from polytrope.pipeline.commands.common import (
     read_run_file,
 )
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
+from polytrope.pipeline.launch.failure import failure_lines, way_on
 from polytrope.pipeline.launch.progress import counts
 from polytrope.pipeline.runs.journal import RunState, StageState, fold, read
 from polytrope.pipeline.runs.record import run_status
@@ -32,13 +33,14 @@ def status(options: argparse.Namespace) -> int:
         from polytrope.pipeline.commands import cluster
 
         return cluster.status(options)
-    directory = find_run(open_store(options), options.run)
+    store = open_store(options)
+    directory = find_run(store, options.run)
     state = fold(read(directory))
     current = run_status(directory)
     if options.json:
         print_json(_status_data(directory, state, current))
     else:
-        _print_status(directory, state, current)
+        _print_status(store, directory, state, current)
     return EXIT_RUN_FAILED if current in ("failed", "cancelled", "interrupted") else EXIT_SUCCESS
 
 
@@ -59,7 +61,7 @@ def _status_data(directory: Path, state: RunState, current: str) -> dict[str, An
     }
 
 
-def _print_status(directory: Path, state: RunState, current: str) -> None:
+def _print_status(store: Store, directory: Path, state: RunState, current: str) -> None:
     print(
         f"{directory.name}: {state.workflow}, {current}, attempt {state.attempt}, {state.executor} executor, "
         f"{_span(state)}"
@@ -69,16 +71,10 @@ def _print_status(directory: Path, state: RunState, current: str) -> None:
     for stage in state.stages.values():
         for note in stage.notes.values():
             print(f"\n{stage.name}: {note}")
-    failed = [stage for stage in state.stages.values() if stage.state == "failed"]
-    for stage in failed:
-        error = stage.error or {}
-        print(f"\n{stage.name} failed: {error.get('message', '')}")
-        if error.get("hint"):
-            print(f"  → {error['hint']}")
-        if stage.log:
-            print(f"  log: {directory / stage.log}")
+    if failures := failure_lines(state, directory, store):
+        print("", *failures, sep="\n")
     if current in ("failed", "cancelled", "interrupted"):
-        print(f"\ngo on: polytrope resume {directory.name}")
+        print("", *way_on(state, directory, store), sep="\n")
 
 
 def _span(state: RunState) -> str:
@@ -108,9 +104,14 @@ def _stage_row(stage: StageState) -> list[str]:
 def runs(options: argparse.Namespace) -> int:
     """A line per run, the newest first."""
     store = open_store(options)
-    rows, data = [], []
+    rows, data, unreadable = [], [], 0
     for directory in store.run_directories()[: options.limit]:
-        state, current = fold(read(directory)), run_status(directory)
+        try:
+            state, current = fold(read(directory)), run_status(directory)
+        except UserError as error:  # of this run alone
+            print(f"polytrope: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
         stages = counts(stage.state for stage in state.stages.values())
         started = "" if state.started is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started))
         took = "" if state.duration is None else format_duration(state.duration)
@@ -120,9 +121,9 @@ def runs(options: argparse.Namespace) -> int:
         print_json(data)
     elif rows:
         print_table(["run", "workflow", "status", "started", "took", "stages"], rows)
-    else:
+    elif not unreadable:
         print(f"there are no runs in {store.address}")
-    return EXIT_SUCCESS
+    return EXIT_RUN_FAILED if unreadable else EXIT_SUCCESS
 
 
 def logs(options: argparse.Namespace) -> int:

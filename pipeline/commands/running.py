@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import socket
 import sys
 import time
@@ -21,12 +20,14 @@ from polytrope.pipeline.commands.common import (
 )
 from polytrope.pipeline.engine.options import CANCEL_FILE, RunOptions
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
+from polytrope.pipeline.launch.failure import run_command
 from polytrope.pipeline.launch.launch import Display, exit_code
 from polytrope.pipeline.launch.launch import run as launch
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.runs.record import changed_workflow_files, run_status
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
+from polytrope.pipeline.support.text import command
 from polytrope.pipeline.workflow.spec import Workflow
 
 
@@ -39,9 +40,28 @@ def run(options: argparse.Namespace) -> int:
         run_id=options.run_id,
         display=_display(options),
         overrides=options.overrides,
-        options=RunOptions(force=frozenset(options.force), verify=options.verify, faults=options.inject_faults),
+        options=RunOptions(
+            force=frozenset(options.force),
+            verify=options.verify,
+            faults=options.inject_faults,
+            record={"run_options": _given(options)},
+        ),
     )
     return exit_code(state)
+
+
+def _given(options: argparse.Namespace) -> list[str]:
+    """The options of `run` that do not decide results, as they were typed."""
+    words = [
+        word
+        for name in ("executor", "ray_address", "concurrency")
+        if getattr(options, name) is not None
+        for word in (f"--{name.replace('_', '-')}", str(getattr(options, name)))
+    ]
+    return [
+        *words,
+        *(f"--{name.replace('_', '-')}" for name in ("keep_going", "no_tracking") if getattr(options, name)),
+    ]
 
 
 def _display(options: argparse.Namespace) -> Display:
@@ -105,7 +125,10 @@ def _resume(store: Store, directory: Path, options: argparse.Namespace) -> int:
             start_from=options.from_stage,
             allow_code_change=options.allow_code_change,
             faults=options.inject_faults,
-            record={"files": record.get("files", {})},  # of the workflow that is used, not as they are by now
+            record={  # of the workflow that is used, not as they are by now
+                "files": record.get("files", {}),
+                "run_options": record.get("run_options", []),
+            },
         ),
     )
     return exit_code(state)
@@ -116,13 +139,11 @@ def _say_what_changed(store: Store, directory: Path, record: dict[str, Any]) -> 
     changed = changed_workflow_files(record.get("files", {}))
     if not changed:
         return
-    settings = [word for override in record.get("overrides", []) for word in ("--set", str(override))]
-    command = shlex.join(["polytrope", "run", str(record.get("source")), "--store", store.address, *settings])
     verb = "has" if len(changed) == 1 else "have"
     print(
         f"polytrope: {', '.join(changed)} {verb} changed since run {directory.name} was started; "
         f"the workflow is used as it was then\n"
-        f"  → the new one, in a run of its own that keeps what still fits: {command}",
+        f"  → the new one, in a run of its own that keeps what still fits: {run_command(record, store)}",
         file=sys.stderr,
     )
 
@@ -145,7 +166,8 @@ def cancel(options: argparse.Namespace) -> int:
     while time.monotonic() < end:
         store.pull_run(directory.name)
         if fold(read(directory)).done or run_status(directory) != "running":
-            print(f"run {directory.name} is {run_status(directory)}; go on: polytrope resume {directory.name}")
+            again = command("resume", directory.name, store=store.address)
+            print(f"run {directory.name} is {run_status(directory)}; go on: {again}")
             return EXIT_SUCCESS
         time.sleep(0.2)
     print(f"run {directory.name} was asked to stop and has not answered within {options.wait:g} s", file=sys.stderr)

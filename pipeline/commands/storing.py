@@ -13,6 +13,7 @@ from polytrope.pipeline.store.archive import export_run
 from polytrope.pipeline.store.archive import import_run as unpack
 from polytrope.pipeline.store.garbage import collect_garbage
 from polytrope.pipeline.support.files import safe_name
+from polytrope.pipeline.support.text import command, complete_commands
 
 
 def gc(options: argparse.Namespace) -> int:
@@ -36,7 +37,7 @@ def alias(options: argparse.Namespace) -> int:
         if safe_name(options.remove) != options.remove or store.get_alias(options.remove) is None:
             find_alias(store, options.remove)  # says which there are
         store.drop_alias(options.remove)
-        print(f"removed alias {options.remove}; `polytrope gc` may remove what it stood for")
+        print(f"removed alias {options.remove}; `{command('gc', store=store.address)}` may remove what it stood for")
     elif options.name is None:
         rows = [
             [item.name, item.run, item.stage, item.key[:12], "" if store.exists(item.key) else "its artifact is gone"]
@@ -104,5 +105,7 @@ def verify(options: argparse.Namespace) -> int:
             print(f"  moved to {moved}")
     print(f"{len(keys)} artifacts hashed, {damaged} damaged")
     if damaged:
-        print("compute them again: `polytrope resume RUN` or `polytrope run WORKFLOW`")
+        print(
+            complete_commands("compute them again: `polytrope resume RUN` or `polytrope run WORKFLOW`", store.address)
+        )
     return EXIT_RUN_FAILED if damaged else EXIT_SUCCESS

@@ -63,5 +63,6 @@ def _refuse_changes(graph: Mapping[str, StageNode], store: Store, state: RunStat
         raise UserError(
             f"run {state.run_id} cannot go on as it was: stage `{name}` is finished, but since then "
             + "; ".join(changes[:5]),
-            "`--allow-code-change` computes it again; `polytrope run` starts a new run that keeps what still fits",
+            f"`polytrope resume {state.run_id} --allow-code-change` computes it again; "
+            "`polytrope run WORKFLOW` starts a new run that keeps what still fits",
         )

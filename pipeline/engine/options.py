@@ -13,6 +13,7 @@ from typing import Any
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import Event
 from polytrope.pipeline.runs.lease import DEFAULT_TTL
+from polytrope.pipeline.support.files import safe_name
 from polytrope.pipeline.workflow.graph import StageNode
 
 Observer = Callable[[Event], None]
@@ -57,6 +58,19 @@ def cancelled_by(directory: Path) -> str | None:
 def new_run_id() -> str:
     """Sortable by time, unique: `20261123-174501-3f9a2c`."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+
+
+def checked_run_id(given: str | None) -> str:
+    """The id of a run; None: a new one.
+
+    Raises:
+        UserError: it cannot be the name of the run's directory.
+    """
+    if given is None:
+        return new_run_id()
+    if not given or safe_name(given) != given:
+        raise UserError(f"`{given}` cannot be a run id", "use letters, digits, `-` and `_`")
+    return given
 
 
 def check_names(graph: Mapping[str, StageNode], options: RunOptions) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from polytrope.pipeline.engine.changes import check_finished
 from polytrope.pipeline.engine.driver import Driver
 from polytrope.pipeline.engine.event_log import EventLog
-from polytrope.pipeline.engine.options import CANCEL_FILE, Observer, RunOptions, check_names, new_run_id
+from polytrope.pipeline.engine.options import CANCEL_FILE, Observer, RunOptions, check_names, checked_run_id
 from polytrope.pipeline.engine.signals import Signals
 from polytrope.pipeline.errors import RunElsewhereError, UserError
 from polytrope.pipeline.executors import check_resources, make_executor
@@ -20,7 +20,7 @@ from polytrope.pipeline.runs.journal import RunState, read
 from polytrope.pipeline.runs.lease import Lease, LeaseHeldError, LeaseLostError
 from polytrope.pipeline.store.store import Store, store_error
 from polytrope.pipeline.support.faults import ENVIRONMENT_VARIABLE, start_faults
-from polytrope.pipeline.support.files import replace_file, safe_name
+from polytrope.pipeline.support.files import replace_file
 from polytrope.pipeline.support.signal_mask import signals_blocked
 from polytrope.pipeline.workflow.graph import StageNode
 from polytrope.pipeline.workflow.spec import Workflow
@@ -117,9 +117,7 @@ def run_workflow(
 
 def _run_directory(store: Store, run_id: str | None, resume: bool | None) -> tuple[str, Path, bool]:
     """(run id, its directory, whether it existed). A new directory is created here, by exactly one process."""
-    identifier = run_id or new_run_id()
-    if safe_name(identifier) != identifier:
-        raise UserError(f"`{identifier}` cannot be a run id", "use letters, digits, `-` and `_`")
+    identifier = checked_run_id(run_id)
     directory = store.run_directory(identifier)
     try:
         store.pull_run(identifier)

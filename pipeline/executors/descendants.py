@@ -2,7 +2,8 @@
 
 On Linux a process may adopt orphans (child subreaper): whatever its descendants do (a session of their own, an end of
 their parent, another environment), they stay its descendants, and when it has no child it has none of them either.
-Elsewhere an orphan gets away.
+Elsewhere an orphan gets away. The filters between stages and their logs are signalled last: they end by themselves when
+nobody prints to them any more, and have the last words of a killed stage to write.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING
+
+from polytrope.pipeline.executors import log_filter
 
 if TYPE_CHECKING:  # its import would be half the price of a nursery, which seldom needs it
     import psutil
@@ -61,12 +64,18 @@ def living_descendants(pid: int | None = None) -> list[psutil.Process]:
 
 
 def signal_descendants(pid: int, number: int) -> None:
-    """Send a signal to everything below a process, not to itself."""
+    """Send a signal to everything below a process that is no log filter, not to itself."""
     import psutil
 
     for process in living_descendants(pid):
         with contextlib.suppress(psutil.Error):
-            process.send_signal(number)
+            if not is_log_filter(process):
+                process.send_signal(number)
+
+
+def is_log_filter(process: psutil.Process) -> bool:
+    """Whether it stands between a stage and its log."""
+    return log_filter.__file__ in process.cmdline()
 
 
 def kill_descendants(patience: float, spared: Collection[int] = ()) -> bool:
@@ -85,10 +94,12 @@ def kill_descendants(patience: float, spared: Collection[int] = ()) -> bool:
 
     deadline = time.monotonic() + patience
     while found := [process for process in living_descendants() if process.pid not in spared]:
+        overdue = time.monotonic() >= deadline
         for process in found:
             with contextlib.suppress(psutil.Error):
-                process.kill()
-        if time.monotonic() >= deadline:
+                if overdue or not is_log_filter(process):
+                    process.kill()
+        if overdue:
             return False
         time.sleep(0.002)
     return True

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from polytrope.pipeline.executors.base import Capacity, machine_capacity
 from polytrope.pipeline.executors.descendants import signal_descendants
 from polytrope.pipeline.executors.nursery import GRACE
-from polytrope.pipeline.executors.worker import Outcome, StageError, StageTask, dump, dump_task, hide_secrets_in_file
+from polytrope.pipeline.executors.worker import Outcome, StageError, StageTask, dump, dump_task
 from polytrope.pipeline.support.faults import worker_dies
 from polytrope.pipeline.workflow.graph import StageNode
 
@@ -137,10 +137,9 @@ class LocalExecutor:
         return Outcome(error=lost_worker(status))
 
     def _finish(self, identifier: int, outcome: Outcome) -> None:
-        task = self._tasks.pop(identifier)
+        del self._tasks[identifier]
         self._pids.pop(identifier, None)
         self._cancelled.discard(identifier)
-        hide_secrets_in_file(task.log, task.secrets)
         self._ended.append((identifier, outcome))
 
     def _lose_all(self) -> None:

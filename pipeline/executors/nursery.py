@@ -31,6 +31,7 @@ from typing import NoReturn
 from polytrope.pipeline.executors.descendants import (
     adopt_orphans,
     end_descendants,
+    is_log_filter,
     signal_at_parents_end,
     signal_descendants,
 )
@@ -272,8 +273,9 @@ def _end_strangers(keepers: Iterable[int]) -> None:
 
     for child in psutil.Process().children():
         if child.pid not in keepers:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+            with contextlib.suppress(psutil.Error):
+                if not is_log_filter(child):  # it ends when the rest has
+                    child.kill()
 
 
 def _preload(data: bytes, loaded: set[str]) -> None:

@@ -24,7 +24,7 @@ from polytrope.pipeline.executors.guard import GOODBYE
 from polytrope.pipeline.executors.nursery import GRACE
 from polytrope.pipeline.executors.ray_signals import handlers_kept
 from polytrope.pipeline.executors.ray_task import NAMESPACE, PATIENCE, execute
-from polytrope.pipeline.executors.worker import Outcome, StageError, StageTask, dump_task, hide_secrets_in_file
+from polytrope.pipeline.executors.worker import Outcome, StageError, StageTask, dump_task
 from polytrope.pipeline.workflow.graph import StageNode
 
 _WORKER_PATIENCE = 30.0  # seconds that a cluster may have no CPU at all
@@ -180,7 +180,7 @@ class RayExecutor:
 
     def _collect(self, reference: Any) -> tuple[int, Outcome]:
         identifier = self._references.pop(reference)
-        task = self._tasks.pop(identifier)
+        del self._tasks[identifier]
         try:
             outcome: Outcome = self._ray.get(reference)
         except Exception as error:
@@ -190,7 +190,6 @@ class RayExecutor:
 
             internal_kv._internal_kv_del(self._mark(identifier), namespace=NAMESPACE)
             outcome = Outcome(error=StageError("cancelled", "cancelled"))
-        hide_secrets_in_file(task.log, task.secrets)
         return identifier, outcome
 
     def _lost(self, error: Exception) -> StageError:

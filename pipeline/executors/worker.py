@@ -14,6 +14,7 @@ import os
 import pickle
 import random
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,7 @@ from pydantic import BaseModel
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors.input_check import InputCheck
+from polytrope.pipeline.executors.output import flush_output, output_to
 from polytrope.pipeline.executors.system_metrics import sampled
 from polytrope.pipeline.stage import (
     RETURNED_STAGES,
@@ -46,6 +48,7 @@ from polytrope.pipeline.workflow.loaded import edited_files, guarded
 Item = TypeVar("Item")
 ErrorKind = Literal["user", "bug", "error", "timeout", "worker lost", "store", "cancelled"]
 _BUGS = (NameError, TypeError, AttributeError, ImportError, AssertionError)  # the same happens again
+_PACKAGE = str(Path(__file__).parents[2])  # polytrope
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -58,11 +61,12 @@ class StageError:
     hint: str = ""
     type: str = ""  # class of the exception
     traceback: str = ""  # of the stage's own frames
+    place: str = ""  # FILE:LINE in the user's own code
 
     def to_dict(self) -> dict[str, str]:
         return {
             "kind": self.kind, "class": self.type, "message": self.message, "hint": self.hint,
-            "traceback": self.traceback,
+            "traceback": self.traceback, "place": self.place,
         }  # fmt: skip
 
 
@@ -283,7 +287,7 @@ def run_task(task: StageTask) -> Outcome:
 def run_logged(task: StageTask) -> Outcome:
     """`run_task`, with all that this process prints in the task's log. What goes wrong around it is its outcome too."""
     try:
-        with output_to(task.log):
+        with output_to(task.log, task.secrets):
             return run_task(task)
     except BaseException as error:
         return Outcome(error=describe_error(error, task.secrets))
@@ -415,13 +419,28 @@ def describe_error(error: BaseException, secrets: Mapping[str, str]) -> StageErr
     if isinstance(error, UserError):
         return StageError("user", hide(error.message), hide(error.hint), name)
     message = _text_of(error).strip() or name
+    frames, place = hide(_frames(error)), hide(_own_place(error))
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return StageError("store", hide(message), "free some space, then resume the run", name, hide(_frames(error)))
+        return StageError("store", hide(message), "free some space, then resume the run", name, frames, place)
     text = hide(f"{name}: {message}" if message != name else name)
     if isinstance(error, _BUGS):
         hint = "mend the function; it was not tried again, since that would end the same way"
-        return StageError("bug", text, hint, name, hide(_frames(error)))
-    return StageError("error", text, "", name, hide(_frames(error)))
+        return StageError("bug", text, hint, name, frames, place)
+    return StageError("error", text, "", name, frames, place)
+
+
+def _own_place(error: BaseException) -> str:
+    """FILE:LINE of the last frame that is neither Python's, nor an installed package's, nor of polytrope; else ""."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    others = tuple(path + os.sep for path in (*paths, _PACKAGE))
+    place = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        path = frame.f_code.co_filename
+        if not path.startswith("<") and not os.path.abspath(path).startswith(others):
+            place = f"{path}:{line}"
+    return place
 
 
 def _text_of(error: BaseException) -> str:
@@ -441,17 +460,6 @@ def _frames(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, frame)).rstrip()
 
 
-def hide_secrets_in_file(path: Path, secrets: Mapping[str, str]) -> None:
-    """Rewrite a log without the values of secrets."""
-    if not secrets:
-        return
-    with contextlib.suppress(FileNotFoundError):
-        text = path.read_text(errors="surrogateescape")
-        hidden = hider(secrets)(text)
-        if hidden != text:
-            path.write_text(hidden, errors="surrogateescape")
-
-
 def dump(value: Any) -> bytes:
     return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
 
@@ -468,38 +476,3 @@ def load_task(data: bytes) -> StageTask:
 
 def dump_task(task: StageTask) -> bytes:
     return dump((task.search_path, dump(task)))
-
-
-@contextlib.contextmanager
-def output_to(path: Path) -> Iterator[None]:
-    """Send stdout and stderr of this process, down to the file descriptors, to the end of a file.
-
-    Inside, `sys.stdout` and `sys.stderr` are streams of their own: a stage may close or replace them.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    flush_output()
-    streams, saved = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        for number in (1, 2):
-            os.dup2(descriptor, number)
-        sys.stdout, sys.stderr = (
-            os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
-            for number in (1, 2)
-        )
-        yield
-    finally:
-        flush_output()
-        sys.stdout, sys.stderr = streams
-        flush_output()
-        for number, before in zip((1, 2), saved, strict=True):
-            os.dup2(before, number)
-            os.close(before)
-        os.close(descriptor)
-
-
-def flush_output() -> None:
-    """Flush stdout and stderr; they may be closed, absent, or anything that a stage put in their place."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()

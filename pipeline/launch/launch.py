@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TextIO, cast
@@ -17,6 +17,7 @@ from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.errors import EXIT_CANCELLED, EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.executors import check_resources
 from polytrope.pipeline.launch.environment import changed_versions, record_environment
+from polytrope.pipeline.launch.failure import failure_lines, way_on
 from polytrope.pipeline.launch.progress import Progress, counts, summary_rows
 from polytrope.pipeline.runs.journal import ENDED_STATES, Event, RunState, fold
 from polytrope.pipeline.runs.record import check_workflow, workflow_files
@@ -25,7 +26,7 @@ from polytrope.pipeline.store.store import Store, store_error
 from polytrope.pipeline.support.files import replace_file, safe_name
 from polytrope.pipeline.support.signal_mask import signals_blocked
 from polytrope.pipeline.support.streams import Output
-from polytrope.pipeline.support.text import format_duration
+from polytrope.pipeline.support.text import command, complete_commands, format_duration
 from polytrope.pipeline.tracking.process import check_tracking, failed_sync, start_sync, tracking_uri, wait_for_sync
 from polytrope.pipeline.workflow.draw import layout, svg
 from polytrope.pipeline.workflow.graph import StageNode, build_graph
@@ -79,7 +80,8 @@ def run(
     place.create()
     options = options or RunOptions()
     if run_id is not None:
-        _check_run(place, run_id, workflow, graph, options)
+        with _complete_hints(place, run_id):
+            _check_run(place, run_id, workflow, graph, options)
     tracked = tracking and workflow.tracking.enabled
     if tracked and workflow.tracking.required:
         _check_tracking(workflow, place)
@@ -92,19 +94,30 @@ def run(
         "environment": record_environment(workflow.directory, keep_diff=workflow.tracking.git_diff),
     }
     try:
-        return run_workflow(
-            workflow,
-            graph,
-            place,
-            run_id=run_id,
-            resume=resume,
-            executor=executor,
-            observer=session.observe,
-            on_start=session.start,
-            options=replace(options, record={**record, **options.record}),
-        )
+        with _complete_hints(place, run_id):
+            return run_workflow(
+                workflow,
+                graph,
+                place,
+                run_id=run_id,
+                resume=resume,
+                executor=executor,
+                observer=session.observe,
+                on_start=session.start,
+                options=replace(options, record={**record, **options.record}),
+            )
     finally:
         session.end()
+
+
+@contextlib.contextmanager
+def _complete_hints(store: Store, run_id: str | None) -> Iterator[None]:
+    """Commands in hints of an error name the store that they are for."""
+    try:
+        yield
+    except UserError as error:
+        error.hint = complete_commands(error.hint, store.address, run_id)
+        raise
 
 
 def exit_code(state: RunState) -> int:
@@ -239,7 +252,7 @@ class _Session:
         problem = self._missing_in_mlflow(self.directory)
         if problem is not None and shown:
             print(f"MLflow has not received everything: {problem}", file=self.stream)
-            print(f"  → polytrope sync {self.directory.name}{_store_option(self.store)}", file=self.stream)
+            print(f"  → {command('sync', self.directory.name, store=self.store.address)}", file=self.stream)
 
     def _missing_in_mlflow(self, directory: Path) -> str | None:
         """Wait for MLflow; not long if nothing was computed: the process then ends by itself a little later."""
@@ -284,7 +297,7 @@ def print_summary(
     tracked: bool,
     stream: TextIO,
 ) -> None:
-    """Status, metrics, report, failures with what to do next, and where to browse."""
+    """What failed, why and where, and how to go on; then status, metrics, report, and where to browse."""
 
     def say(text: str = "") -> None:
         print(text, file=stream)
@@ -292,32 +305,21 @@ def print_summary(
     took = "" if state.duration is None else f" in {format_duration(state.duration)}"
     stages = counts(stage.state for stage in state.stages.values())
     say()
+    if state.status != "succeeded":
+        for line in (*failure_lines(state, directory, store), *way_on(state, directory, store)):
+            say(line)
+        say()
     say(f"run {directory.name} {state.status}{took if state.attempt <= 1 else ''}: {stages}")
     summaries = {name: stage.summary for name, stage in state.stages.items()}
     rows = summary_rows(summaries)
     width = max((len(row[0]) for row in rows), default=0)
     for name, text in rows[:40]:
         say(f"  {name.ljust(width)}  {text}")
-    for stage in state.stages.values():
-        if stage.state == "failed":
-            say(f"\n{stage.name} failed: {_message(stage.error)}")
-            hint = (stage.error or {}).get("hint")
-            if hint:
-                say(f"  → {hint}")
-            if stage.log:
-                say(f"  log: {directory / stage.log}")
     for report in _reports(state, store):
         say(f"report: {report}")
-    option = _store_option(store)
     if tracked:
-        say(f"MLflow: polytrope ui{option}")
-    if state.status != "succeeded":
-        say(f"go on: polytrope resume {directory.name}{option}")
+        say(f"MLflow: {command('ui', store=store.address)}")
     stream.flush()
-
-
-def _store_option(store: Store) -> str:
-    return "" if store.address == Store(".polytrope").address else f" --store {store.address}"
 
 
 def _reports(state: RunState, store: Store) -> list[Path]:

@@ -22,7 +22,7 @@ Types and their fields beside `stage`:
 
 `time` is the clock on the wall, for people: it may jump. Every `duration` is of a clock that cannot.
 
-`error` is {"kind": user|bug|error|timeout|worker lost|store, "class", "message", "hint", "traceback"}.
+`error` is {"kind": user|bug|error|timeout|worker lost|store, "class", "message", "hint", "traceback", "place"}.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.faults import fault_point
 from polytrope.pipeline.support.files import replace_file, sync_directory, write_all
 
@@ -139,6 +140,11 @@ class JournalReader:
                 data = file.read()
         except FileNotFoundError:
             return []
+        except IsADirectoryError:
+            raise UserError(
+                f"{self.path} is a directory and no journal: what the run did is not known",
+                f"put the journal back, or move {self.path.parent} out of the store",
+            ) from None
         complete = data.rfind(b"\n") + 1
         events = []
         for event in decode_lines(data[:complete].split(b"\n")[:-1]):

@@ -12,8 +12,7 @@ _SHORTEST_LINE = 12  # characters: a line of a longer secret (of a key in PEM fo
 
 def hider(secrets: Mapping[str, str]) -> Callable[[str], str]:
     """A function that replaces every secret value in a text by `${env.NAME}`, in whatever form it was written."""
-    forms = {form: name for name, value in secrets.items() for form in _forms(value)}
-    longest_first = sorted(forms.items(), key=lambda item: -len(item[0]))
+    longest_first = sorted(secret_forms(secrets).items(), key=lambda item: -len(item[0]))
 
     def hide(text: str) -> str:
         for form, name in longest_first:
@@ -22,6 +21,11 @@ def hider(secrets: Mapping[str, str]) -> Callable[[str], str]:
         return text
 
     return hide
+
+
+def secret_forms(secrets: Mapping[str, str]) -> dict[str, str]:
+    """Every form in which a secret may be written → the name of its variable."""
+    return {form: name for name, value in secrets.items() for form in _forms(value)}
 
 
 def _forms(value: str) -> set[str]:

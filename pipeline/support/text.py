@@ -4,7 +4,66 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import re
+import shlex
 from collections.abc import Iterable
+
+# the commands that look into a store
+STORE_COMMANDS = frozenset(
+    [
+        "run",
+        "resume",
+        "status",
+        "logs",
+        "cancel",
+        "runs",
+        "diff",
+        "plan",
+        "explain",
+        "graph",
+        "gc",
+        "alias",
+        "export",
+        "import",
+        "verify",
+        "ui",
+        "sync",
+        "card",
+        "reproduce",
+    ]
+)
+
+
+def command(*words: str, store: str) -> str:
+    """`polytrope WORDS`, to be typed as it stands; with `--store` where it would look into another store.
+
+    Args:
+        words: the command and its arguments.
+        store: the address it is to work on.
+    """
+    default = os.environ.get("POLYTROPE_STORE", ".polytrope")
+    option = () if _place(default) == _place(store) else ("--store", store)
+    return shlex.join(("polytrope", *words, *option))
+
+
+def _place(address: str) -> str:
+    return address.rstrip("/") if "://" in address else os.path.abspath(os.path.expanduser(address))
+
+
+def complete_commands(text: str, store: str, run_id: str | None = None) -> str:
+    """A hint whose commands (`polytrope …` in back quotes) name their store, and `polytrope resume` its run."""
+    option = command(store=store).removeprefix("polytrope")
+
+    def complete(match: re.Match[str]) -> str:
+        name, rest = match.groups()
+        if name not in STORE_COMMANDS or "--store" in rest or "--address" in rest:
+            return match[0]
+        if name == "resume" and run_id is not None and (not rest or rest.startswith(" --")):
+            rest = f" {run_id}{rest}"
+        return f"`polytrope {name}{rest}{option}`"
+
+    return re.sub(r"`polytrope ([a-z-]+)((?: [^`]*)?)`", complete, text)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

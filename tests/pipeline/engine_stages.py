@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, Stages, stage
@@ -231,3 +233,32 @@ def fill_disk_beside(context: StageContext, ballast: str, free: int) -> None:
 def bug(name: str) -> None:
     """Has a plain bug."""
     raise getattr(builtins, name)("a bug")
+
+
+def tell_secret(secret: str, there: str, wait: bool = False, first: str = "") -> None:
+    """Says its secret in every way, from a program that it starts as well; then waits to be killed."""
+    message = [
+        "connecting with",
+        secret,
+        repr(secret),
+        json.dumps({"token": secret}),
+        quote(secret),
+        quote_plus(secret),
+    ]
+    print(first, *message, sep="\n")
+    half = len(secret) // 2
+    os.write(1, b"in two parts: " + secret[:half].encode())
+    time.sleep(0.05)  # the first part must wait for the second
+    os.write(1, secret[half:].encode() + b"\n")
+    program = (
+        "import sys, time; print('child', sys.argv[1], flush=True); open(sys.argv[2], 'w').close(); time.sleep({})"
+    )
+    started = f"{there}-child"
+    subprocess.Popen([sys.executable, "-c", program.format(600 * wait), secret, started])
+    while not os.path.exists(started):
+        time.sleep(0.01)
+    print("at the end", secret, end="\n" if not wait else "", flush=True)
+    os.write(2, b"" if not wait else secret[:-2].encode())  # cut short by the kill
+    Path(there).write_text(str(os.getpid()))
+    if wait:
+        time.sleep(600)

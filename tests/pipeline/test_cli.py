@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from polytrope.pipeline.commands.cli import build_parser
+from polytrope.pipeline.support.text import STORE_COMMANDS, command, complete_commands
 
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
 
@@ -285,6 +286,69 @@ def test_a_failure_says_why_where_and_what_to_do_and_resume_finishes(project: Pa
     assert "package torch: 0.1 → " in allowed.stderr
 
 
+def test_a_failure_names_the_command_that_fits_what_was_edited_since(project: Path) -> None:
+    """Every line that is printed as a command is one that works as it stands."""
+    store = str(project / "my store")
+    given = ("--store", "my store", "--set", "params.fail=true", "--concurrency", "1")
+    failed = polytrope(project, "run", "w.yaml", *given, "--run-id", "bad")
+    assert failed.returncode == 1
+    anew = f"polytrope run w.yaml --set params.fail=true --concurrency 1 --store '{store}'"
+    block = [
+        "use failed: RuntimeError: made to fail",
+        f"  at {project / 'cli_test_stages.py'}:15",
+        f"  log: {store}/runs/bad/logs/use/1.log",
+        f"go on: polytrope resume bad --store '{store}'",
+        f"  after an edit of w.yaml: {anew}",
+        "",
+    ]
+    summary = failed.stdout.split("\n\n")[1]
+    assert [*summary.splitlines(), ""] == block
+    assert "run bad failed in" in failed.stdout.split("\n\n")[2]
+    assert summary.replace("go on:", "\ngo on:") in polytrope(project, "status", "bad", "--store", store).stdout
+
+    (project / "cli_test_stages.py").write_text(STAGES.replace("* steps", "* steps + ''"))
+    lines = polytrope(project, "status", "bad", "--store", store).stdout.split("\n\n")[-1].splitlines()
+    assert lines == [
+        f"go on: polytrope resume bad --store '{store}' --allow-code-change",
+        "  cli_test_stages.py was edited since: `make`, which is finished, is computed again",
+        f"  after an edit of w.yaml: {anew}",
+    ]
+    refused = polytrope(project, "resume", "bad", "--store", store)
+    assert f"`polytrope resume bad --allow-code-change --store '{store}'` computes it again" in refused.stderr
+    (project / "cli_test_stages.py").write_text(STAGES + "# a comment decides nothing\n")
+    assert f"go on: polytrope resume bad --store '{store}'\n" in polytrope(project, "status", "--store", store).stdout
+
+    (project / "w.yaml").write_text(WORKFLOW.replace("steps: 3", "steps: 4"))
+    again = polytrope(project, "resume", "bad", "--store", store)
+    assert again.returncode == 1
+    assert f"the new one, in a run of its own that keeps what still fits: {anew}\n" in again.stderr
+    assert f"go on: {anew}\n  w.yaml was edited since" in again.stdout
+    assert "polytrope resume" not in again.stdout + again.stderr
+
+
+def test_commands_name_the_store_that_they_would_not_find(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("POLYTROPE_STORE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert command("resume", "a", store=str(tmp_path / ".polytrope")) == "polytrope resume a"
+    assert command("resume", "a", store="s3://bucket/x") == "polytrope resume a --store s3://bucket/x"
+    monkeypatch.setenv("POLYTROPE_STORE", "s3://bucket/x/")
+    assert command("resume", "a", store="s3://bucket/x") == "polytrope resume a"
+    assert command("resume", "a", store=".polytrope") == "polytrope resume a --store .polytrope"
+    hint = "`polytrope resume` or `polytrope resume --allow-code-change`, `polytrope stages train`; `--store DIR`"
+    assert complete_commands(hint, "b", "run1") == (
+        "`polytrope resume run1 --store b` or `polytrope resume run1 --allow-code-change --store b`, "
+        "`polytrope stages train`; `--store DIR`"
+    )
+    done = "`polytrope resume RUN --address http://head --store x`"
+    assert complete_commands(done, "b", "run1") == done
+
+
+def test_the_commands_that_look_into_a_store_are_known() -> None:
+    actions = [action for action in build_parser()._actions if action.dest == "command"]
+    taking = {name for name, sub in (actions[0].choices or {}).items() if "--store" in sub._option_string_actions}
+    assert taking - {"submit", "verify-resume"} == STORE_COMMANDS
+
+
 def test_reproduce_computes_everything_again_and_compares_digests(project: Path) -> None:
     assert polytrope(project, "run", "w.yaml").returncode == 0
     same = polytrope(project, "reproduce")
@@ -387,5 +451,28 @@ def test_cancel_ends_a_run_from_another_terminal_and_it_can_be_resumed(project: 
 
 def test_the_documentation_lists_every_command() -> None:
     text = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
-    for command in commands():
-        assert f"`{command}" in text, command
+    for name in commands():
+        assert f"`{name}" in text, name
+
+
+def test_an_empty_run_id_is_refused(project: Path) -> None:
+    result = polytrope(project, "run", "w.yaml", "--run-id", "")
+    assert (result.returncode, result.stderr.splitlines()[0]) == (2, "polytrope: `` cannot be a run id")
+    assert not list(project.glob(".polytrope/runs/*"))
+    assert polytrope(project, "run", "w.yaml", "--run-id", "a").returncode == 0
+    assert "there is no run ``" in polytrope(project, "status", "").stderr
+
+
+def test_a_journal_that_is_a_directory_is_named_and_hides_no_other_run(project: Path) -> None:
+    assert polytrope(project, "run", "w.yaml", "--run-id", "good").returncode == 0
+    assert polytrope(project, "run", "w.yaml", "--run-id", "odd").returncode == 0
+    journal = project / ".polytrope" / "runs" / "odd" / "journal.jsonl"
+    journal.unlink()
+    journal.mkdir()
+    message = f"polytrope: {journal} is a directory and no journal"
+    for arguments in (("status", "odd"), ("run", "w.yaml", "--run-id", "odd"), ("logs", "odd")):
+        result = polytrope(project, *arguments)
+        assert (result.returncode, message in result.stderr) == (2, True), result.stderr
+    listed = polytrope(project, "runs")
+    assert (listed.returncode, message in listed.stderr) == (1, True)
+    assert "good" in listed.stdout

@@ -37,7 +37,9 @@ def ray_processes() -> set[int]:
     return {child.pid for child in children if any("ray" in part for part in child.cmdline()[:3])}
 
 
-def test_a_run_on_a_private_cluster_gives_the_same_artifacts_and_leaves_nothing(place: Place, tmp_path: Path) -> None:
+def test_a_run_on_a_private_cluster_gives_the_same_artifacts_and_leaves_nothing(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One cluster start for all that a run can meet: results, retries, lost workers, timeouts, secrets, logs."""
     stages = {
         "a": {"uses": "make", "with": {"text": "x"}},
@@ -48,13 +50,15 @@ def test_a_run_on_a_private_cluster_gives_the_same_artifacts_and_leaves_nothing(
         "user": {"uses": "fail_until", "retries": 3, "with": {"attempts": 1, "how": "user"}},
         "p": {"uses": "parallel", "resources": {"workers": 2, "cpus": 1}},
         "file": {"uses": "working_directory", "with": {"file": "data.txt"}},
+        "tell": {"uses": "tell_secret", "with": {"secret": "${env.TEST_TOKEN}", "there": str(tmp_path / "there")}},
     }
+    monkeypatch.setenv("TEST_TOKEN", "hunter2-hunter2")
     (tmp_path / "data.txt").write_text("relative")
     state = place.run(stages, executor="ray", fields={"fail_fast": False})
     states = {name: stage.state for name, stage in state.stages.items()}
     assert states == {
         "a": "succeeded", "b": "succeeded", "error": "succeeded", "killed": "succeeded", "late": "failed",
-        "user": "failed", "p": "succeeded", "file": "succeeded",
+        "user": "failed", "p": "succeeded", "file": "succeeded", "tell": "succeeded",
     }  # fmt: skip
     assert gone(list(ray_processes())), "the private cluster outlived the run"
     kinds = {name: (stage.error or {}).get("kind") for name, stage in state.stages.items() if stage.error}
@@ -63,6 +67,9 @@ def test_a_run_on_a_private_cluster_gives_the_same_artifacts_and_leaves_nothing(
     assert retried == {"error": "error", "killed": "worker lost"}
     log = place.store.run_directory(state.run_id) / "logs" / "error" / "2.log"
     assert log.read_text() == "this is try 2\n"
+    told = (log.parents[1] / "tell" / "1.log").read_text()
+    assert "in two parts: ${env.TEST_TOKEN}\nchild ${env.TEST_TOKEN}\nat the end ${env.TEST_TOKEN}\n" in told
+    assert "hunter2" not in told
 
     local = Place(tmp_path / "elsewhere")
     local.directory.mkdir()

@@ -87,7 +87,7 @@ def commit(directory: Path, step: int, files: dict[str, dict[str, Any]], details
     """Make the checkpoint exist: manifest to a temporary name, fsync, rename, fsync of the directory."""
     content = {"format": FORMAT, "step": step, "files": dict(sorted(files.items())), **details}
     temporary = directory / f"{MANIFEST}.tmp"
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

@@ -273,7 +273,7 @@ def _convert_to_universal(source: Path, target: Path) -> None:
     )
     with (
         safe_loading(),
-        open(os.devnull, "w") as silence,
+        open(os.devnull, "w", encoding="utf-8") as silence,
         contextlib.redirect_stdout(silence),
         contextlib.redirect_stderr(silence),
     ):
