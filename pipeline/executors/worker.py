@@ -27,7 +27,7 @@ from pydantic import BaseModel
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors.input_check import InputCheck
-from polytrope.pipeline.executors.output import flush_output, output_to
+from polytrope.pipeline.executors.stage_output import flush_output, output_to
 from polytrope.pipeline.executors.system_metrics import sampled
 from polytrope.pipeline.stage import (
     RETURNED_STAGES,

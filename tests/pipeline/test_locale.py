@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from polytrope.pipeline.support.streams import Output
 
 ROOT = Path(__file__).parents[2]
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
@@ -85,3 +88,11 @@ def test_what_the_terminal_cannot_show_ends_no_command(tmp_path: Path, environme
     assert polytrope("logs", "a").endswith("? ?\n")
     assert "a: ??, succeeded" in polytrope("status", "a")
     assert '"workflow": "\\u6f22\\u5b57"' in polytrope("status", "a", "--json")
+
+
+def test_a_run_from_python_prints_on_a_stream_that_lacks_characters() -> None:
+    raw = io.BytesIO()
+    output = Output(io.TextIOWrapper(raw, encoding="latin-1"))
+    assert output.write("é → 漢字\n") == 7
+    output.flush()
+    assert raw.getvalue() == b"\xe9 ? ??\n"

@@ -149,7 +149,7 @@ def test_what_cannot_be_the_beginning_of_a_secret_is_written_at_once() -> None:
 def test_a_log_that_cannot_be_written_fails_the_stage_with_the_reason() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    from polytrope.pipeline.executors.output import output_to
+    from polytrope.pipeline.executors.stage_output import output_to
 
     with pytest.raises(OSError, match="No space left"), output_to(Path("/dev/full"), {"T": SECRET}):
         print("x")
