@@ -175,7 +175,7 @@ def our_run(
     from polytrope.pipeline.stages.train import loop
     from polytrope.pipeline.stages.train.batches import Prefetcher
     from polytrope.pipeline.stages.train.deepspeed_engine import create_engine
-    from polytrope.pipeline.stages.train.modality import make_task
+    from polytrope.pipeline.stages.train.modality import make_modality
     from polytrope.pipeline.stages.train.training_plan import make_plan
     from polytrope.pipeline.stages.train.training_state import Progress
 
@@ -185,11 +185,11 @@ def our_run(
     settings = {**PARAMETERS, "model": model, "zero_stage": 0 if workers == 1 else 1, **changes}
     plan = make_plan(context, Artifact(dataset, "d", "shard"), None, TrainParameters.model_validate(settings))
     engine = create_engine(plan, loop._create_model(plan), cpu=not gpu)
-    task = make_task(plan, rank, pin=gpu)
-    prefetcher = Prefetcher(task.train_step, 0, plan.steps)
+    modality = make_modality(plan, rank, pin=gpu)
+    prefetcher = Prefetcher(modality.train_step, 0, plan.steps)
     progress = Progress()
     device = torch.device("cuda" if gpu else "cpu")
-    return loop._Run(plan, context, rank, device, engine, None, progress, task, prefetcher).step
+    return loop._Run(plan, context, rank, device, engine, None, progress, modality, prefetcher).step
 
 
 def bare_run(dataset: Path, rank: int, workers: int) -> Callable[[], None]:

@@ -19,6 +19,10 @@ class HuggingFace:
     Args:
         model_type: in `config.json`.
         classes: the entries of `architectures` in `config.json` that are this model.
+        config_class: transformers' configuration of it.
+        auto_classes: its classes, by the `AutoModel…` that finds them.
+        tokenizer_class: its tokenizer there, where the directory names none.
+        activation_name: the name of an activation module to transformers' name of it.
         tokens: ids of tokens that transformers takes where `config.json` says none.
         read: the content of `config.json` to the configuration. Raises ValueError for what it cannot take over.
         write: a model's configuration, the name of its classical activations and its weights by its own names, to
@@ -27,6 +31,10 @@ class HuggingFace:
 
     model_type: str
     classes: tuple[str, ...]
+    config_class: str
+    auto_classes: Mapping[str, str]
+    tokenizer_class: str | None
+    activation_name: Callable[[str], str]
     tokens: Mapping[str, int | None]
     read: Callable[[Mapping[str, Any]], Any]
     write: Callable[[Any, str, State], tuple[dict[str, Any], State]]

@@ -463,6 +463,13 @@ ARCHITECTURE = Architecture(
     huggingface=HuggingFace(
         model_type="convnext",
         classes=("ConvNextForImageClassification",),
+        config_class="ConvNextConfig",
+        auto_classes={
+            "AutoModel": "ConvNextModel",
+            "AutoModelForImageClassification": "ConvNextForImageClassification",
+        },
+        tokenizer_class=None,
+        activation_name=_huggingface_name,
         tokens={},
         read=config_from_huggingface,
         write=to_huggingface,

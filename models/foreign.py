@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,13 @@ ACTIVATIONS = {
     "swish": "silu",
     "tanh": "tanh",
 }
+# Of a converted model, whose `model_type` and class transformers must not know: it would leave the activations out.
+CONVERSION = "polytrope"  # the field of `config.json` that describes them
+MODEL_TYPE_PREFIX = "polytrope_"
+CLASS_PREFIX = "Polytrope"
+# Behind the names of activations there, so that no class of transformers that was asked for by name builds them.
+REPLACED = " (replaced by polytrope: load with trust_remote_code=True)"
+_ACTIVATION_FIELD = re.compile(r"(^|_)act(ivation)?(_|$)|^feed_forward_proj$")
 # What no model of this package has, whatever its architecture: field of `config.json` and the values without effect.
 _WITHOUT: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
@@ -31,6 +39,31 @@ _WITHOUT: dict[str, tuple[Any, ...]] = {
     "pruned_heads": (None, {}),
     "is_encoder_decoder": (None, False),
 }
+
+
+def original_settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `config.json` as it was before a conversion; what `save_huggingface` adds to it is undone."""
+    if CONVERSION not in content:
+        return dict(content)
+    kept = {name: value for name, value in content.items() if name not in (CONVERSION, "auto_map")}
+    classes = [str(name).removeprefix(CLASS_PREFIX) for name in content.get("architectures") or []]
+    return with_activation_names(kept, replaced=False) | {
+        "model_type": str(content.get("model_type")).removeprefix(MODEL_TYPE_PREFIX),
+        "architectures": classes,
+    }
+
+
+def with_activation_names(content: Mapping[str, Any], *, replaced: bool) -> dict[str, Any]:
+    """The settings with `REPLACED` behind the name of each activation, those of a model's parts too, or without it."""
+
+    def changed(name: Any, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return with_activation_names(value, replaced=replaced)
+        if isinstance(value, str) and _ACTIVATION_FIELD.search(str(name)):
+            return value.removesuffix(REPLACED) + (REPLACED if replaced else "")
+        return value
+
+    return {name: value if name == CONVERSION else changed(name, value) for name, value in content.items()}
 
 
 def read_settings(

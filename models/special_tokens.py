@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.models import find_huggingface
+from polytrope.models.foreign import original_settings
 
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id")
 _END_OF_TEXT = "<|endoftext|>"
@@ -29,6 +30,7 @@ def _from_own(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_huggingface(content: dict[str, Any]) -> dict[str, Any]:
+    content = original_settings(content)
     record = find_huggingface(content.get("model_type"))
     defaults = {} if record is None else dict(record.huggingface.tokens)
     return defaults | {name: content[name] for name in _KEPT if name in content}

@@ -250,7 +250,7 @@ def _apply(
             return kernels.call_directly(call, x, parts)
     if any(part.is_complex() for part in parts):
         raise TypeError(f"coefficients: expected real numbers, got {', '.join(str(part.dtype) for part in parts)}")
-    formula, packing = _describe(family, x.dtype, x.shape, shapes, dim, interval, glu, epsilon)
+    formula, packing = describe(family, x.dtype, x.shape, shapes, dim, interval, glu, epsilon)
     return kernels.activate(x, parts, packing, formula)
 
 
@@ -271,13 +271,13 @@ def _prepare(
     """None where the parameters are not of a dtype that kernels read, such as integers, or a GPU has no kernel."""
     if any(part not in native.DATA_TYPES for part in part_dtypes):
         return None
-    formula, packing = _describe(family, dtype, shape, part_shapes, dim, interval, glu, epsilon)
+    formula, packing = describe(family, dtype, shape, part_shapes, dim, interval, glu, epsilon)
     if index >= 0:
         return cuda.prepare(formula, packing, index, dtype, shape, part_dtypes, part_shapes, strides)
     return native.prepare(formula, packing, dtype, shape, part_dtypes, part_shapes, strides)
 
 
-def _describe(
+def describe(
     family: Family,
     dtype: torch.dtype,
     shape: torch.Size,

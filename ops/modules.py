@@ -10,7 +10,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,20 @@ from polytrope.ops.plain import PlainForm
 
 Init = str | Callable[[Tensor], Tensor]
 _ROUNDING = 1e-3  # of float32, relative to the largest |F| (at least 1): what a start that imitates may lose
+
+
+class Definition(NamedTuple):
+    """A module's function, which takes x, the parameters in the order of `initial`, and `options` by name.
+
+    Args:
+        function: of `functional`, or one that calls it.
+        options: such as `interval`.
+        initial: the values that every group of channels starts with, by the parameter's name, float64.
+    """
+
+    function: Callable[..., Tensor]
+    options: dict[str, Any]
+    initial: dict[str, Array]
 
 
 class LearnableActivation(nn.Module):
@@ -180,6 +194,10 @@ class LearnableActivation(nn.Module):
         defaults = {"num_parameters": 1, "dim": -1, "glu": False, "init": "variance_preserving"}
         own = {name: getattr(self, name) for name in defaults}
         return config | {name: value for name, value in own.items() if value != defaults[name]}
+
+    def definition(self) -> Definition:
+        """What this module computes, and how its parameters start."""
+        return Definition(self.function, self._options(), dict(self._initial))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.config().items() if name != "name")

@@ -249,10 +249,7 @@ def last_level_cache() -> int:
     """Bytes of this machine's largest cache; 32 MiB where the system does not say."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     try:
-        return max(
-            (int(size.read_text(encoding="utf-8").strip().removesuffix("K")) * 1024 for size in sizes),
-            default=32 * 2**20,
-        )
+        return max((int(size.read_text("ascii").rstrip("K\n")) * 1024 for size in sizes), default=32 * 2**20)
     except (OSError, ValueError):
         return 32 * 2**20
 

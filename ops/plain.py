@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polytrope.ops import functional, reference
+from polytrope.ops.families import Family
 from polytrope.ops.fitting.curves import Array
 
 
@@ -85,6 +87,22 @@ def broken_line(knots: Array, heights: Array) -> PlainForm:
 def _bent(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
     bent = torch.relu(x.unsqueeze(-1) - numbers["breaks"]) * numbers["changes"]
     return numbers["offset"] + numbers["slope"] * x + bent.sum(-1)
+
+
+def apply(
+    family: Family,
+    x: Tensor,
+    parts: tuple[Tensor, ...],
+    dim: int,
+    interval: tuple[float, float] | None,
+    glu: bool,
+    epsilon: float = 0.0,
+) -> Tensor:
+    """What every function of `functional` ends in, without kernels: for a file that does without this package."""
+    interval = None if interval is None else (interval[0], interval[1])
+    shapes = tuple([part.shape for part in parts])
+    formula, packing = functional.describe(family, x.dtype, x.shape, shapes, dim, interval, glu, epsilon)
+    return reference.evaluate(x, packing.pack(parts, packing.constant(x.device)), formula)
 
 
 def _horner(x: Tensor, coefficients: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ class StageContext:
         """
         said = f"stage `{self.stage}`: log_metrics"
         values = numbers(said, metrics)
-        self.events.append("metrics", step=None if step is None else _integer(f"{said}: step", step), values=values)
+        self.events.append("metrics", step=None if step is None else _step(f"{said}: step", step), values=values)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Facts worth a column in MLflow beyond the stage's own parameters (parameter counts, derived sizes)."""
@@ -290,8 +290,7 @@ def numbers(said: str, values: Mapping[str, Any]) -> dict[str, float]:
         UserError: names the metric and its value.
     """
     return {
-        _text(f"{said}: the name of a metric", name): _number(f"{said}: `{name}`", value)
-        for name, value in _mapping(said, values).items()
+        _metric_name(said, name): _number(f"{said}: `{name}`", value) for name, value in _mapping(said, values).items()
     }
 
 
@@ -302,11 +301,12 @@ def _mapping(said: str, value: Any) -> Mapping[Any, Any]:
 
 
 def _number(said: str, value: Any) -> float:
-    if not isinstance(value, str | bytes | bytearray):
-        try:
-            return float(value)
-        except Exception:  # a tensor may raise anything
-            pass
+    try:
+        element = value.item() if hasattr(value, "item") else value  # an array's or a tensor's, whatever its shape
+        if not isinstance(element, str | bytes | bytearray):
+            return float(element)
+    except Exception:  # a tensor may raise anything
+        pass
     raise UserError(f"{said}: {_show(value)} is not a number", "give an int, a float, or something with one element")
 
 
@@ -315,6 +315,22 @@ def _integer(said: str, value: Any) -> int:
         return operator.index(value)
     except Exception:  # as above
         raise UserError(f"{said}: {_show(value)} is not an integer", "give the number of the step") from None
+
+
+def _step(said: str, value: Any) -> int:
+    step = _integer(said, value)
+    if not -(2**63) <= step < 2**63:
+        raise UserError(f"{said}: {_show(step)} takes more than 64 bits", "give the number of the step")
+    return step
+
+
+def _metric_name(said: str, value: Any) -> str:
+    name = _text(f"{said}: the name of a metric", value)
+    if not name.strip():
+        raise UserError(f"{said}: the name of a metric is empty: {name!r}", "give it a name")
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise UserError(f"{said}: the name of a metric: {name!r} holds half of a surrogate pair", "leave it out")
+    return name
 
 
 def _text(said: str, value: Any) -> str:

@@ -9,10 +9,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_folder_with_modules_is_a_package_of_the_wheel() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    declared, named = settings["packages"], {folder: name for name, folder in settings["package-dir"].items()}
     folders = {
-        "polytrope." + ".".join(path.parent.relative_to(ROOT).parts)
+        named.get(folder.as_posix(), "polytrope." + ".".join(folder.parts))
         for top in ("ops", "models", "pipeline")
         for path in (ROOT / top).rglob("*.py")
+        for folder in [path.parent.relative_to(ROOT)]
     }
     assert set(declared) == folders | {"polytrope.infra.deepspeed"}  # configurations that `train` reads

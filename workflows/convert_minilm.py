@@ -42,9 +42,9 @@ def distill_coefficients(
 ) -> dict[str, float]:
     """Train the coefficients of the converted model on the calibration sentences, all weights frozen."""
     from polytrope.models.formats import read_model
-    from polytrope.models.formats.huggingface import save_huggingface
     from polytrope.pipeline.stages.convert.calibration_data import read_texts, text_batches, tokenizer_of
     from polytrope.pipeline.stages.convert.distillation import distill
+    from polytrope.pipeline.stages.convert.work import write_model
 
     student = read_model(converted.path)
     tokenizer = tokenizer_of(original.path)
@@ -52,8 +52,7 @@ def distill_coefficients(
     losses = distill(read_model(original.path), student, batches, steps=steps)
     for step, loss in enumerate(losses):
         context.log_metrics({"loss": loss}, step)
-    described = json.loads((converted.path / "activations.json").read_text())["activations"]
-    save_huggingface(context.output, student, described, original.path)
+    write_model(student, context.output, original.path)
     return {"loss": losses[-1]}
 
 
@@ -79,6 +78,6 @@ def compare_embeddings(
             values = torch.cat([(sentence_embeddings(model, batch) * wanted).sum(-1) for batch, wanted in pairs])
             table[label] = {"mean": float(values.double().mean()), "minimum": float(values.min())}
             context.message(f"{label}: mean cosine {table[label]['mean']:.6f}, smallest {table[label]['minimum']:.6f}")
-    (context.output / "cosines.json").write_text(json.dumps(table, indent=1) + "\n")
+    (context.output / "cosines.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     context.log_artifact("cosines.json")
     return {f"cosine/{label}": row["mean"] for label, row in table.items()}

@@ -33,7 +33,7 @@ def count_words(context: StageContext, text: Artifact, minimum_length: int = 4) 
             counts[word.lower()] += 1
         if index % 10_000 == 0:
             context.progress(index, len(words), f"{len(counts)} different words")
-    (context.output / "counts.json").write_text(json.dumps(dict(counts.most_common()), indent=1))
+    (context.output / "counts.json").write_text(json.dumps(dict(counts.most_common()), indent=1), encoding="utf-8")
     return {"words": counts.total(), "different_words": len(counts)}
 
 
@@ -41,8 +41,8 @@ def compare_counts(context: StageContext, counts: dict[str, Artifact], top: int 
     """One table of the most frequent words, a column per input."""
     lines = []
     for label, artifact in counts.items():
-        frequent = list(json.loads((artifact.path / "counts.json").read_text()).items())[:top]
+        frequent = list(json.loads((artifact.path / "counts.json").read_text(encoding="utf-8")).items())[:top]
         lines.append(f"{label}: " + ", ".join(f"{word} ({count})" for word, count in frequent))
         context.message(lines[-1])
-    (context.output / "table.txt").write_text("\n".join(lines) + "\n")
+    (context.output / "table.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {"columns": len(lines)}

@@ -86,8 +86,6 @@ def _stage(name: str, uses: str) -> list[str]:
 
 def commands_page() -> str:
     """Every option of every command."""
-    from polytrope.pipeline.commands.conversion import build_parser as convert_parser
-
     parser = build_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     lines = [
@@ -98,8 +96,8 @@ def commands_page() -> str:
         "",
     ]
     for name, command in commands.choices.items():
-        options = convert_parser() if name == "convert" else command
-        lines += _command(name, options)
+        command.complete()
+        lines += _command(name, command)
     return "\n".join(lines)
 
 

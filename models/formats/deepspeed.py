@@ -50,7 +50,7 @@ def checkpoint_directory(path: Path) -> Path | None:
         return path
     tags = sorted(part.name for part in path.iterdir() if part.is_dir() and any(part.glob(_MODEL_FILES)))
     if (path / "latest").is_file():
-        named = (path / "latest").read_text(errors="replace", encoding="utf-8").strip()
+        named = (path / "latest").read_text(encoding="utf-8", errors="replace").strip()
         if named not in tags:
             raise ValueError(
                 f"{path / 'latest'} names {named!r}, but {path / named} has no {_MODEL_FILES}; there "

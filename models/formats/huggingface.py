@@ -1,16 +1,15 @@
 """Directories of Hugging Face: `config.json` and weights, read and written, with or without converted activations.
 
 Models of this package become its own; every other architecture (BERT, ViT, …) is built by the installed `transformers`.
-Weights are read as float32. Converted activations are described in `activations.json`, their weights in
-`activations.safetensors`.
+Weights are read as float32. Converted activations are described in `config.json`, by the entry `polytrope`; see
+`remote_code` for how transformers comes to them. This reader runs no code of a directory.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,25 @@ from polytrope.models import find_architecture, find_huggingface
 from polytrope.models.activations import normalised_activations
 from polytrope.models.architecture import Architecture
 from polytrope.models.checkpoint import activation_modules, compare_configs, model_config
+from polytrope.models.foreign import CONVERSION, original_settings, with_activation_names
 from polytrope.models.formats.deepspeed import checkpoint_directory
 from polytrope.models.formats.deepspeed import read_state as read_deepspeed
+from polytrope.models.formats.remote_code import (
+    MODELING_FILE,
+    auto_classes,
+    check_functions,
+    converted_fields,
+    describe_activation,
+    modeling_source,
+    tokenizer_class,
+)
 from polytrope.models.formats.states import State, find_weights, load_content, load_safetensors
 from polytrope.models.special_tokens import kept_fields, token_fields
 from polytrope.models.surgery import replace_module, restore_activations
 from polytrope.models.weights import check_dtypes
-from polytrope.models.writing import appearing, compare_outputs, compare_weights
+from polytrope.models.writing import appearing, carry_over, compare_outputs, compare_weights
 from polytrope.ops import is_learnable_activation
 
-ACTIVATIONS_FILE = "activations.json"
-ACTIVATION_WEIGHTS = "activations.safetensors"
 # As transformers looks for them: the first that is there is read, also beside an index that an older save left.
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -41,21 +48,9 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "preprocessor_config.json",
-    "generation_config.json",
-)
+# Where converted activations were written before `config.json` described them.
+_FORMER_FILE = "activations.json"
+_FORMER_WEIGHTS = "activations.safetensors"
 
 
 def read_weights(directory: Path) -> State:
@@ -123,31 +118,77 @@ def load_huggingface(directory: Path) -> nn.Module:
         ValueError: a file that cannot be read, an architecture that cannot be built, settings that are not supported,
             weights that do not fit or are left over.
     """
-    config = read_config(directory)
+    content = read_config(directory)
     if (directory / "adapter_config.json").exists():
         raise ValueError(f"{directory}: adapter_config.json: an adapter beside the weights is not read; merge it first")
-    activations, shared = _read_activations(directory)
+    config = original_settings(content)
+    activations, shared = _read_activations(content, directory)
     record = find_huggingface(config["model_type"])
-    model = _foreign_model(config, directory) if record is None else _own_model(config, record, directory)
-    _load_activations(model, activations, directory)
+    if record is None:
+        model = _foreign_model(config, directory, activations)
+        own: Callable[[str], str] = str
+    else:
+        state = _all_weights(directory)
+        kept = {name: tensor for name, tensor in state.items() if _owner(name) not in activations}
+        model = _own_model(config, record, directory, kept)
+        own = _own_activation_names(model, record, directory)
+        _load_activations(
+            model,
+            {own(name): entry for name, entry in activations.items()},
+            {
+                f"{own(_owner(name))}.{name.rpartition('.')[2]}": tensor
+                for name, tensor in state.items()
+                if _owner(name) in activations
+            },
+            directory,
+        )
     for name, first in shared.items():
-        replace_module(model, name, model.get_submodule(first))
+        replace_module(model, own(name), model.get_submodule(own(first)))
     return model.eval()
 
 
-def _read_activations(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _all_weights(directory: Path) -> State:
+    """Those of the activations among the others, wherever they were written."""
+    former = directory / _FORMER_WEIGHTS
+    return read_weights(directory) | (load_safetensors(former) if former.exists() else {})
+
+
+def _own_activation_names(model: nn.Module, record: Architecture, directory: Path) -> Callable[[str], str]:
+    """transformers' name of an activation, or this package's, to this package's."""
+    own = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == record.activation]
+    theirs = {record.huggingface.activation_name(name): name for name in own}
+    without_head = {name.partition(".")[2]: found for name, found in theirs.items()}
+    known = without_head | theirs | {name: name for name in own}
+
+    def find(name: str) -> str:
+        if name not in known:
+            raise ValueError(
+                f"{directory}: config.json describes the activation {name}, which {record.title} does not have"
+            )
+        found: str = known[name]
+        return found
+
+    return find
+
+
+def _read_activations(content: Mapping[str, Any], directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Configurations by module name; and further names of the same modules, each with the first one."""
-    path = directory / ACTIVATIONS_FILE
-    if not path.exists():
-        return {}, {}
+    path = directory / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return dict(content["activations"]), dict(content.get("shared", {}))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        if CONVERSION in content:
+            entry = content[CONVERSION]
+            configs = {name: part["config"] for name, part in entry["activations"].items()}
+            return configs, dict(entry["shared"])
+        path = directory / _FORMER_FILE
+        if not path.exists():
+            return {}, {}
+        described = json.loads(path.read_text(encoding="utf-8"))
+        return dict(described["activations"]), dict(described.get("shared", {}))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: the converted activations cannot be read: {error!r}") from error
 
 
-def _own_model(config: dict[str, Any], record: Architecture, directory: Path) -> nn.Module:
+def _own_model(config: dict[str, Any], record: Architecture, directory: Path, state: State) -> nn.Module:
     named, classes = config.get("architectures"), record.huggingface.classes
     if named and named[0] not in classes:
         raise ValueError(
@@ -156,7 +197,7 @@ def _own_model(config: dict[str, Any], record: Architecture, directory: Path) ->
         )
     try:
         model = record.build(record.huggingface.read(config))
-        weights = find_weights(read_weights(directory), str(directory), [record])
+        weights = find_weights(state, str(directory), [record])
         record.load(model, record.own_names(weights.state))
     except (ValueError, TypeError) as error:
         text = str(error)
@@ -164,11 +205,13 @@ def _own_model(config: dict[str, Any], record: Architecture, directory: Path) ->
     return model
 
 
-def _foreign_model(config: dict[str, Any], directory: Path) -> nn.Module:
-    """Built and loaded by transformers, which knows the names that older versions wrote."""
+def _foreign_model(config: dict[str, Any], directory: Path, activations: Mapping[str, Any]) -> nn.Module:
+    """Built and loaded by transformers, which knows the names that older versions wrote and those of its own files."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the directory
     try:
         import transformers
+
+        import polytrope.integrations.transformers  # noqa: F401 (models that were made with names of ours)
     except ImportError as error:
         raise ValueError(
             f"{directory}: architecture {config['model_type']} is built by transformers, which is not installed: "
@@ -186,14 +229,15 @@ def _foreign_model(config: dict[str, Any], directory: Path) -> nn.Module:
     options: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
     try:
         with _without_progress_bars():
-            if any((directory / name).exists() for name in _WEIGHT_FILES):
+            if not activations and any((directory / name).exists() for name in _WEIGHT_FILES):
                 model, report = kind.from_pretrained(directory, local_files_only=True, weights_only=True, **options)
             else:
-                settings = kind.config_class.from_pretrained(directory, local_files_only=True)
-                model, report = kind.from_pretrained(
-                    None, config=settings, state_dict=read_weights(directory), **options
+                settings = kind.config_class.from_dict(config)
+                model, report = _with_activations(kind, activations).from_pretrained(
+                    None, config=settings, state_dict=_all_weights(directory), **options
                 )
-    except (RuntimeError, OSError, ValueError, ImportError) as error:
+                model.__class__ = kind
+    except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
         text = str(error)
         if text.startswith(str(directory)):
             raise ValueError(text) from error
@@ -210,6 +254,16 @@ def _foreign_model(config: dict[str, Any], directory: Path) -> nn.Module:
     return network
 
 
+def _with_activations(kind: Any, activations: Mapping[str, Any]) -> Any:
+    """A class of transformers whose models have these activations before their weights are loaded."""
+
+    def build(self: Any, settings: Any, *inputs: Any, **options: Any) -> None:
+        kind.__init__(self, settings, *inputs, **options)
+        restore_activations(self, activations)
+
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
+
+
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
     """Those of transformers, which go to stderr whatever it is."""
@@ -224,54 +278,47 @@ def _without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_activations(model: nn.Module, activations: Mapping[str, Any], directory: Path) -> None:
+def _load_activations(model: nn.Module, activations: Mapping[str, Any], tensors: State, directory: Path) -> None:
     restore_activations(model, activations)
-    if not activations:
-        return
-    tensors = load_safetensors(directory / ACTIVATION_WEIGHTS)
     own = model.state_dict()
     wanted = [name for name in own if _owner(name) in activations]
     if missing := sorted(set(wanted) - set(tensors)):
-        raise ValueError(f"{directory / ACTIVATION_WEIGHTS}: missing {', '.join(missing[:8])}")
+        raise ValueError(f"{directory}: the weights have no {', '.join(missing[:8])}")
     if unexpected := sorted(set(tensors) - set(wanted)):
-        raise ValueError(f"{directory / ACTIVATION_WEIGHTS}: unexpected {', '.join(unexpected[:8])}")
+        raise ValueError(f"{directory}: unexpected weights {', '.join(unexpected[:8])}")
     check_dtypes({name: (tensors[name].dtype, own[name].dtype) for name in wanted})
     model.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
 
 
 def save_huggingface(directory: Path, model: nn.Module, activations: Mapping[str, Any], source: Path | None) -> None:
-    """Write `config.json`, `model.safetensors`, the tokenizer's files, and the activations; equal weights, equal bytes.
+    """Write `config.json`, the weights, what else the source has, and code that places the activations.
 
-    The directory is read back and compared with the model before it appears.
+    Equal weights, equal bytes. The directory is read back and compared with the model before it appears.
 
     Args:
         model: built by transformers, or a model of this package.
         activations: configuration of every converted activation, by the first name of its module; empty: transformers
             reads the directory as it is.
-        source: a directory whose tokenizer, names of tokens and names of classes are taken over.
+        source: a directory whose tokenizer, names of tokens and names of classes are taken over; one of Hugging Face:
+            with everything but its weights.
 
     Raises:
         ValueError: what this format cannot say, or a model that does not come back from it.
     """
     state = model.state_dict()
-    learned = {name: state[name].detach().cpu().contiguous() for name in sorted(state) if _owner(name) in activations}
     shared = _shared(model, activations)
-    apart = {*activations, *shared}
-    kept = {name: tensor for name, tensor in state.items() if _owner(name) not in apart}
+    written_once = {name: tensor for name, tensor in state.items() if _owner(name) not in shared}
     record = find_architecture(str(model.architecture)) if hasattr(model, "architecture") else None
     with appearing(directory, "config.json") as aside:
         if record is not None:
-            _write_own(aside, model, record, kept, source)
+            _write_own(aside, model, record, written_once, source)
         else:
             with _without_progress_bars():
-                model.save_pretrained(aside, state_dict=kept)  # type: ignore[operator]
+                model.save_pretrained(aside, state_dict=written_once)  # type: ignore[operator]
+        if source is not None:
+            carry_over(source, aside)
         if activations:
-            content = {"format": 1, "activations": dict(activations)} | ({"shared": shared} if shared else {})
-            (aside / ACTIVATIONS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            save_file(learned, aside / ACTIVATION_WEIGHTS, metadata={"format": "pt"})
-        for name in _COPIED:
-            if source is not None and (source / name).exists() and not (aside / name).exists():
-                shutil.copyfile(source / name, aside / name)
+            _write_code(aside, model, record, activations, shared)
         with torch.random.fork_rng(devices=[]):
             written = load_huggingface(aside)
         what = f"{directory} is not written"
@@ -283,6 +330,50 @@ def save_huggingface(directory: Path, model: nn.Module, activations: Mapping[str
         inputs = record.example(model.config) if record is not None else _example(model)
         if inputs is not None:
             compare_outputs(written, model, inputs, what)
+    for name in (_FORMER_FILE, _FORMER_WEIGHTS):  # of another model that was there before
+        (directory / name).unlink(missing_ok=True)
+
+
+def _write_code(
+    aside: Path, model: Any, record: Architecture | None, activations: Mapping[str, Any], shared: Mapping[str, str]
+) -> None:
+    """The modeling file, and what `config.json` says of it and of the activations."""
+    config = read_config(aside)
+    described = {name: describe_activation(model.get_submodule(name), entry) for name, entry in activations.items()}
+    check_functions(model, described)
+    named: Callable[[str], str] = str if record is None else record.huggingface.activation_name
+    content = {
+        "activations": {named(name): entry for name, entry in described.items()},
+        "shared": {named(name): named(first) for name, first in shared.items()},
+    }
+    if record is None:
+        config_class, classes = _known_class(model.config), auto_classes(config["model_type"])
+        architecture, tokenizer = _known_class(model), tokenizer_class(config["model_type"])
+    else:
+        config_class, classes = record.huggingface.config_class, dict(record.huggingface.auto_classes)
+        architecture, tokenizer = config["architectures"][0], record.huggingface.tokenizer_class
+    changed = converted_fields(config_class, config["model_type"], architecture, classes, content)
+    if tokenizer is not None:  # which follows from the model's type otherwise
+        changed |= {"tokenizer_class": config.get("tokenizer_class") or tokenizer}
+    needed = sorted({*classes.values(), architecture})
+    (aside / MODELING_FILE).write_text(modeling_source(config_class, config["model_type"], needed, described))
+    (aside / "config.json").write_text(
+        json.dumps(with_activation_names(config, replaced=True) | changed, indent=2, sort_keys=True) + "\n"
+    )
+
+
+def _known_class(instance: Any) -> str:
+    """The name of a class of transformers.
+
+    Raises:
+        ValueError: it is not one of those that `transformers` itself has.
+    """
+    import transformers
+
+    name = type(instance).__name__
+    if getattr(transformers, name, None) is not type(instance):
+        raise ValueError(f"{name} is no class of transformers: only these are written with learned activations")
+    return name
 
 
 def _owner(name: str) -> str:
@@ -309,7 +400,14 @@ def _shared(model: nn.Module, activations: Mapping[str, Any]) -> dict[str, str]:
 def _write_own(aside: Path, model: nn.Module, record: Architecture, kept: State, source: Path | None) -> None:
     tied: Mapping[str, str] = getattr(model, "tied_weights", {})
     state = {name: tensor for name, tensor in kept.items() if name not in tied}
-    config, weights = record.huggingface.write(model.config, _classical_activation(model, record), state)
+    learned = {name for name, module in model.named_modules() if is_learnable_activation(module)}
+    plain = {name: tensor for name, tensor in state.items() if _owner(name) not in learned}
+    config, weights = record.huggingface.write(model.config, _classical_activation(model, record), plain)
+    weights |= {
+        f"{record.huggingface.activation_name(_owner(name))}.{name.rpartition('.')[2]}": tensor
+        for name, tensor in state.items()
+        if _owner(name) in learned
+    }
     if record.data == "text":
         config |= token_fields(source)
     elif source is not None:

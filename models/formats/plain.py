@@ -73,16 +73,16 @@ def tabulate(module: nn.Module, interval: tuple[float, float], points: int = 102
     `maximum_error` is what linear interpolation in the table loses inside, at ten times as many points.
 
     Raises:
-        ValueError: fewer than two points, or an interval that is none.
+        ValueError: fewer than two points, or an interval that is none or is infinite.
     """
     low, high = float(interval[0]), float(interval[1])
-    if points < 2 or not low < high:
-        raise ValueError(f"table: expected lo < hi and at least 2 points, got ({low}, {high}) and {points}")
+    if points < 2 or not -np.inf < low < high < np.inf:
+        raise ValueError(f"table: expected finite lo < hi and at least 2 points, got ({low}, {high}) and {points}")
     double = copy.deepcopy(module).double().cpu()
     x = np.linspace(low, high, points)
     dense = np.linspace(low, high, 10 * points)
     with torch.no_grad():
-        values, exact = (double(torch.from_numpy(part)).numpy() for part in (x, dense))
+        values, exact = (double(torch.tensor(part)).numpy() for part in (x, dense))  # copies: some work in place
     return {
         "format": 1,
         "low": low,

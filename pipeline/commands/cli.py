@@ -10,7 +10,7 @@ import importlib
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from polytrope.pipeline.errors import (
     EXIT_CANCELLED,
@@ -23,7 +23,7 @@ from polytrope.pipeline.errors import (
     UserError,
 )
 from polytrope.pipeline.support.executor_table import EXECUTORS
-from polytrope.pipeline.support.streams import let_go, occupy_standard_descriptors, replace_what_cannot_be_shown
+from polytrope.pipeline.support.streams import let_go, occupy_standard_descriptors, show_what_can_be_shown
 
 EXIT_CODES = f"""\
 exit codes:
@@ -34,6 +34,27 @@ exit codes:
   {EXIT_CANCELLED:<4} cancelled by Ctrl-C, SIGTERM or `polytrope cancel`; `polytrope resume` goes on
   {EXIT_READER_LEFT:<4} the reader of the output left before the result was known (a run goes on without one)
 """
+
+
+class _Command(argparse.ArgumentParser):
+    """A command.
+
+    `options_from` is the module:function that adds its options once it is chosen, where they are the fields of a
+    stage's parameters: pydantic would hold up every other command.
+    """
+
+    options_from = ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.complete()
+        return super().parse_known_args(args, namespace)
+
+    def complete(self) -> None:
+        """Add the options that are still missing."""
+        if self.options_from:
+            module, function = self.options_from.split(":")
+            self.options_from = ""
+            getattr(importlib.import_module(f"polytrope.pipeline.commands.{module}"), function)(self)
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -55,12 +76,10 @@ def build_parser() -> argparse.ArgumentParser:
         "  polytrope ui                                 browse the results in MLflow\n\n" + EXIT_CODES,
     )
     parser.add_argument("--version", action="store_true", help="print the version")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_Command)
     shared = _shared_options()
 
-    def command(
-        name: str, function: str, summary: str, example: str, *options: str, description: str = ""
-    ) -> argparse.ArgumentParser:
+    def command(name: str, function: str, summary: str, example: str, *options: str, description: str = "") -> _Command:
         """`function`: module:function below polytrope.pipeline.commands; `options`: names of shared option groups."""
         sub = commands.add_parser(
             name,
@@ -81,9 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _shared_options() -> dict[str, argparse.ArgumentParser]:
-    def group() -> argparse.ArgumentParser:
-        return argparse.ArgumentParser(add_help=False)
+def _shared_options() -> dict[str, _Command]:
+    def group() -> _Command:
+        return _Command(add_help=False)
 
     debug = group()
     debug.add_argument("--debug", action="store_true", help="show the traceback of an unexpected error")
@@ -431,12 +450,17 @@ def _service_commands(command: _AddCommand) -> None:
     build.add_argument("--cuda", action="store_true", help="the CUDA kernels as well (needs nvcc)")
     convert = command(
         "convert",
-        "services:convert",
+        "conversion:convert",
         "replace the activations of a model by a fitted basis",
-        "polytrope convert model/ converted/ --family hermite --degree 8",
-        description="The options are those of the `convert` stage: `polytrope stages convert`.",
+        """
+        polytrope convert model/ converted/ --degree 8
+        polytrope convert model/ --dry-run --target-error 0.01
+        polytrope convert trained/ serving/ --as-is --onnx --tables
+        """,
+        description="MODEL: a directory of polytrope, of Hugging Face or of DeepSpeed, or a file with a state dict. It "
+        "stays as it is; OUTPUT gets the converted model, conversion.json and conversion.html.",
     )
-    convert.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="model, output and options")
+    convert.options_from = "conversion:add_options"
 
 
 class _AddCommand(Protocol):
@@ -444,13 +468,13 @@ class _AddCommand(Protocol):
 
     def __call__(
         self, name: str, function: str, summary: str, example: str, *options: str, description: str = ""
-    ) -> argparse.ArgumentParser: ...
+    ) -> _Command: ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the command; returns the exit code."""
     occupy_standard_descriptors()
-    replace_what_cannot_be_shown()
+    show_what_can_be_shown()
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.version:
@@ -512,7 +536,7 @@ def _unexpected(error: Exception, *, debug: bool) -> int:
         traceback.print_exception(error)
         return EXIT_RUN_FAILED
     with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", prefix="polytrope-error-", suffix=".log", delete=False
+        "w", encoding="utf-8", errors="backslashreplace", prefix="polytrope-error-", suffix=".log", delete=False
     ) as log:
         traceback.print_exception(error, file=log)
     print(f"polytrope: unexpected {type(error).__name__}: {error}", file=sys.stderr)

@@ -44,9 +44,13 @@ def store_address(options: argparse.Namespace, workflow: Workflow | None = None)
 
 
 def print_json(value: Any) -> None:
-    """For programs: where the output cannot hold every character, they are written as JSON's escapes."""
-    whole = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
-    print(json.dumps(value, indent=2, ensure_ascii=not whole, default=str))
+    """As people read it; escaped where stdout cannot show it, for programs take a `?` for what is there."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2, default=str)
+    print(text)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -32,13 +32,13 @@ def reproduce(options: argparse.Namespace) -> int:
     print()
     table = [[row.stage, (row.before or "-")[:12], (row.after or "-")[:12], row.verdict] for row in rows]
     print_table(["stage", "digest then", "digest now", "verdict"], table)
-    different = [row for row in rows if row.verdict not in ("identical", "taken over", "measured")]
+    different = [row for row in rows if row.verdict not in ("identical", "taken over", "measured", "no result")]
     if different:
         _explain(different[0], options.tolerance)
     else:
         _print_harmless(rows)
     count = sum(row.verdict == "identical" for row in rows)
-    computed = sum(row.verdict != "taken over" for row in rows)
+    computed = sum(row.verdict not in ("taken over", "no result") for row in rows)
     print(f"\n{count} of {computed} results are bit-equal to run {directory.name}")
     if different or options.into:
         print(f"the new results are in {place}")

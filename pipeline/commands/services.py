@@ -1,4 +1,4 @@
-"""`polytrope ui`, `sync`, `build-ops` and `convert`: doors to MLflow, the kernels and the conversion of models."""
+"""`polytrope ui`, `sync` and `build-ops`: doors to MLflow and the kernels."""
 
 from __future__ import annotations
 
@@ -132,10 +132,3 @@ def build_ops(options: argparse.Namespace) -> int:
     result = build(cuda=options.cuda) if options.cuda else build()
     print(f"built {result}")
     return EXIT_SUCCESS
-
-
-def convert(options: argparse.Namespace) -> int:
-    """The rest of the line is parsed where the conversion is."""
-    from polytrope.pipeline.commands.conversion import run
-
-    return run(options.arguments)

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.evaluation_file import EVALUATION_FILE, read_evaluation
 from polytrope.pipeline.data.lineage import read_lineage
+from polytrope.pipeline.data.training_file import read_history
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import RunState, fold, read
 from polytrope.pipeline.store.manifest import StoredArtifact
@@ -21,6 +23,7 @@ from polytrope.pipeline.tracking.names import flatten
 
 _TEMPLATE = Path(__file__).with_name("card.html")
 _PACKAGES = ("polytrope", "torch", "deepspeed", "ray", "numpy", "tokenizers", "datasets", "safetensors")
+_FIGURES = ("loss", "perplexity", "bits_per_byte", "top1", "top5", "calibration_error")  # of an evaluation
 _CURVES = 12  # of the activation plot
 
 
@@ -104,8 +107,12 @@ def _by_digest(store: Store, state: RunState, digest: Any) -> StoredArtifact | N
     return next((item for item in _artifacts(store, state).values() if item.digest == digest), None)
 
 
+def _holds(artifact: StoredArtifact, name: str) -> bool:
+    return any(entry["path"] == name for entry in artifact.files)
+
+
 def _read(store: Store, artifact: StoredArtifact, name: str) -> Any:
-    if all(entry["path"] != name for entry in artifact.files):
+    if not _holds(artifact, name):
         return None
     return json.loads((store.materialize(artifact.key) / name).read_bytes())
 
@@ -157,9 +164,9 @@ def _draw_activations(directory: Path) -> bytes:
     from matplotlib.figure import Figure
 
     from polytrope.models.checkpoint import load_model
-    from polytrope.pipeline.stages.evaluate.shapes import activation_modules
+    from polytrope.pipeline.stages.evaluate.shapes import named_activations
 
-    modules = activation_modules(load_model(directory))
+    modules = named_activations(load_model(directory))
     step = -(-len(modules) // _CURVES)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
@@ -183,7 +190,7 @@ def _training(store: Store, model: StoredArtifact) -> Section:
         key: value for key, value in (model.components.get("parameters") or {}).items() if key not in ("model",)
     }
     text = f"Stage `{model.stage}` (`uses: {model.components.get('uses')}`), {model.duration:.0f} s."
-    history = [entry for entry in _read(store, model, "history.json") or [] if entry.get("val/loss") is not None]
+    history = [entry for entry in read_history(store.materialize(model.key)) if entry.get("val/loss") is not None]
     if history:
         points = dict.fromkeys(
             f"{entry['val/loss']:.4f} at step {entry['step']}" for entry in (history[0], history[-1])
@@ -223,20 +230,18 @@ def _results(store: Store, state: RunState, model: StoredArtifact) -> Section | 
         labels = _inputs(artifact).get("models")
         if not isinstance(labels, dict) or model.digest not in labels.values():
             continue
-        if (evaluation := _read(store, artifact, "evaluation.json")) is None:
+        if not _holds(artifact, EVALUATION_FILE):
             continue
-        shown = [
-            key
-            for key in ("loss", "perplexity", "bits_per_byte", "top1", "top5", "calibration_error")
-            if any(result.get(key) is not None for result in evaluation["models"].values())
-        ]
+        evaluation = read_evaluation(store.materialize(artifact.key))
+        found = {label: result.model_dump(include=set(_FIGURES)) for label, result in evaluation.models.items()}
+        shown = [key for key in _FIGURES if any(figures[key] is not None for figures in found.values())]
         table = [["", *shown]]
-        for label, result in evaluation["models"].items():
+        for label, figures in found.items():
             mark = " (this model)" if labels.get(label) == model.digest else ""
             table.append(
-                [label + mark, *(metric_text(result[key]) if result.get(key) is not None else "" for key in shown)]
+                [label + mark, *(metric_text(figures[key]) if figures[key] is not None else "" for key in shown)]
             )
-        protocol = ", ".join(f"{key} {value}" for key, value in evaluation.get("protocol", {}).items())
+        protocol = ", ".join(f"{key} {value}" for key, value in dict(evaluation.protocol).items())
         return Section("Results", f"On validation data that no training read: {protocol}.", table)
     return None
 

@@ -24,7 +24,7 @@ from polytrope.pipeline.workflow.graph import StageNode, build_graph
 from polytrope.pipeline.workflow.keys import explain
 from polytrope.pipeline.workflow.spec import Workflow
 
-Verdict = Literal["identical", "taken over", "measured", "within tolerance", "different", "not computed"]
+Verdict = Literal["identical", "taken over", "measured", "within tolerance", "different", "not computed", "no result"]
 # What a clock or another program's load decides is not a result.
 _MEASURED = re.compile(r"second|duration|(^|[/_])time|memory|throughput|latency", re.IGNORECASE)
 
@@ -36,7 +36,7 @@ class Comparison:
     Args:
         stage: its name.
         verdict: `taken over`: not computed again, its stored bytes were used (`--stage`). `measured`: it holds times
-            or shows those of a stage before it, and nothing else that decides it differs.
+            or shows those of a stage before it, and nothing else that decides it differs. `no result`: then and now.
         before: digest then. after: digest now.
         files: those that differ.
         metrics: `name: then → now` of the summary metrics beyond the tolerance.
@@ -59,7 +59,7 @@ class Comparison:
 
     @property
     def accepted(self) -> bool:
-        return self.verdict in ("identical", "taken over", "measured") or (
+        return self.verdict in ("identical", "taken over", "measured", "no result") or (
             self.verdict == "within tolerance" and self.excused
         )
 
@@ -201,7 +201,7 @@ def _compare(
         reason = (new.error or {}).get("message") or new.reason or ""
         cause = "the run did not finish it" if before is None else f"it {new.state} this time"
         if before is None and after is None:
-            return Comparison(name, "identical", None, None)  # skipped or unfinished both times
+            return Comparison(name, "no result", None, None)  # skipped or unfinished both times
         return Comparison(name, "not computed", before, after, causes=[f"{cause}: {reason}" if reason else cause])
     causes = _code_and_data(then, old, now)
     metrics = compare_metrics(old.summary, new.summary, tolerance)

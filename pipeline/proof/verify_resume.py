@@ -99,7 +99,7 @@ def _start(arguments: Iterable[str], store: Path) -> subprocess.Popen[bytes]:
 
 def _expect_success(code: int, store: Path) -> None:
     if code != 0:
-        log = (store / "driver.log").read_text(errors="replace", encoding="utf-8").strip()
+        log = (store / "driver.log").read_text(encoding="utf-8", errors="replace").strip()
         raise UserError(f"the {store.name} run failed (exit code {code}):\n{log[-2000:]}")
 
 

@@ -1,4 +1,5 @@
-"""Streams that may stop taking text while there is work to do: a pipe whose reader left, a full disk, a closed one."""
+"""Streams that may stop taking text while there is work to do: a pipe whose reader left, a full disk, a closed one;
+or that never took all of it: a terminal whose character set has no arrow."""
 
 from __future__ import annotations
 
@@ -27,10 +28,10 @@ def occupy_standard_descriptors() -> None:
             os.set_inheritable(descriptor, True)
 
 
-def replace_what_cannot_be_shown() -> None:
-    """A character that the terminal does not have must not end a run: stdout and stderr get `?` in its place."""
+def show_what_can_be_shown() -> None:
+    """Print `?` for a character that the locale's encoding lacks: what a person is told must not fail on an arrow."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="replace")
 
 
@@ -41,7 +42,8 @@ class Output:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._try("write", text)
+        shown = text.encode(self.encoding, "replace").decode(self.encoding)  # the stream may be another program's
+        self._try("write", shown)
         return len(text)
 
     def flush(self) -> None:
@@ -65,8 +67,6 @@ class Output:
         try:
             getattr(self._stream, method)(*arguments)
         except (OSError, ValueError) as error:
-            if isinstance(error, UnicodeError):
-                raise
             let_go(self._stream)
             self._stream = None
             with contextlib.suppress(OSError, ValueError):

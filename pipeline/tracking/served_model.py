@@ -6,7 +6,6 @@ mlflow models serve -m models:/NAME@ALIAS --env-manager local
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +65,22 @@ class PolytropeModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def _classify(self, pixels: np.ndarray) -> np.ndarray:
         import torch
 
-        from polytrope.models.convnext import normalise_images
+        from polytrope.models import find_architecture
 
+        prepare = find_architecture(self.model.architecture).prepare
         with torch.inference_mode():
-            logits = self.model(normalise_images(torch.from_numpy(pixels.astype(np.float32)) / 255.0))
+            logits = self.model(prepare(torch.from_numpy(pixels.astype(np.float32)) / 255.0))
         return np.asarray(logits.softmax(-1).numpy())
 
 
 def signature_and_example(model_directory: Path) -> tuple[ModelSignature, Any]:
     """What the model takes and gives, and an input to try."""
-    description = json.loads((model_directory / "model.json").read_text(encoding="utf-8"))
-    if description["architecture"] == "gpt2":
+    from polytrope.models import find_architecture
+    from polytrope.models.checkpoint import read_description
+
+    description = read_description(model_directory)
+    record = find_architecture(description["architecture"])
+    if record.data == "text":
         parameters = [
             ParamSpec("max_new_tokens", DataType.long, _NEW_TOKENS),
             ParamSpec("temperature", DataType.double, 0.8),
@@ -84,12 +88,12 @@ def signature_and_example(model_directory: Path) -> tuple[ModelSignature, Any]:
         ]
         text = Schema([ColSpec(DataType.string)])
         return ModelSignature(inputs=text, outputs=text, params=ParamSchema(parameters)), ["The "]
-    config = description["config"]
-    side = config["patch_size"] * 2 ** (len(config["dims"]) - 1)  # the smallest image with a pixel left at the end
+    config = record.config(**description["config"])
+    example = np.zeros(record.example(config).shape, np.uint8)
     return ModelSignature(
-        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, config["in_channels"], -1, -1))]),
-        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, config["num_classes"]))]),
-    ), np.zeros((1, config["in_channels"], side, side), np.uint8)
+        inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, example.shape[1], -1, -1))]),
+        outputs=Schema([TensorSpec(np.dtype("float32"), (-1, config.num_classes))]),
+    ), example
 
 
 def write_model(path: Path, model_directory: Path) -> None:

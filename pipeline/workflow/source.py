@@ -6,6 +6,7 @@ number, `no` and `10:30` are text); `include:` merges other files below the incl
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -264,7 +265,13 @@ def _scalar(node: yaml.ScalarNode, path: KeyPath, name: str) -> Any:
         case "int":
             return int(value.replace("_", ""), 0 if value.lstrip("+-")[:2] in ("0x", "0o") else 10)
         case "float":
-            return _SCALARS.construct_yaml_float(node)
+            number = _SCALARS.construct_yaml_float(node)
+            if math.isinf(number) and "inf" not in value.lower():
+                raise UserError(
+                    f"{name}:{node.start_mark.line + 1}: {_dotted(path)}: {value} is larger than any float",
+                    "write `.inf` for infinity, or quote it for text",
+                )
+            return number
         case _:
             raise _tag_refused(node, path, name)
 

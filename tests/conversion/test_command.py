@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,30 @@ import pytest
 import torch
 from conversion_support import (
     own_model,
+    randomise,
     read_json,
     tokens,
     write_bert,
     write_texts,
 )
+from pydantic import ValidationError
 from training_support import make_dataset
 
-from polytrope.models.calibration import calibrate
+from polytrope.models.calibration import add, calibrate
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.formats import read_model
+from polytrope.models.selection import select_activations
 from polytrope.models.surgery import find_activations
 from polytrope.ops import is_learnable_activation
+from polytrope.ops.interpolate import FAMILIES
 from polytrope.pipeline.commands.cli import main
+from polytrope.pipeline.data.conversion_file import read_conversion
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, stage_context
 from polytrope.pipeline.stages.convert.calibration_data import array_batches, forward, text_batches, tokenizer_of
 from polytrope.pipeline.stages.convert.convert import convert
 from polytrope.pipeline.stages.convert.distillation import coefficients, distill, sentence_embeddings
-from polytrope.pipeline.stages.convert.parallel_calibration import calibrate_on_ray
+from polytrope.pipeline.stages.convert.parallel_calibration import calibrate_on_ray, calibrate_part
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 
 
@@ -117,18 +123,25 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
         (["{model}"], "OUTPUT is missing"),
         (["{model}", "{model}"], "exists and is not empty"),
         (["{model}", "{out}", "--layers", "7-9"], "leaves none of"),
-        (["{model}", "{out}", "--layers", "one"], "--layers one: expected FIRST-LAST"),
+        (["{model}", "{out}", "--layers", "one"], "--layers one: expected 3, 0-5 or 6-"),
+        (["{model}", "{out}", "--layers", "5-2"], "--layers 5-2: expected 3, 0-5 or 6-"),
         (["{model}", "{out}", "--set", "n_head"], "expected FIELD=VALUE"),
         (["{model}", "{out}", "--data", "{out}.txt"], "cannot be read as text"),
         (["{model}", "{out}", "--data", "{nan}"], "an array of shape"),
-        (["{model}", "{out}", "--degree", "17"], "--degree: expected an integer from 1 to 16, got 17"),
-        (["{model}", "{out}", "--degree", "0"], "--degree: expected an integer from 1 to 16, got 0"),
-        (["{model}", "{out}", "--samples", "0"], "--samples: expected at least 1, got 0"),
-        (["{model}", "{out}", "--target-error", "-1"], "--target-error: expected a number above 0"),
-        (["{model}", "{out}", "--coverage", "2"], "--coverage: expected a share"),
+        (["{model}", "{out}", "--degree", "17"], "--degree 17: Input should be less than or equal to 16"),
+        (["{model}", "{out}", "--degree", "0"], "--degree 0: Input should be greater than or equal to 1"),
+        (["{model}", "{out}", "--samples", "0"], "--samples 0: Input should be greater than or equal to 1"),
+        (["{model}", "{out}", "--target-error", "-1"], "--target-error -1: Input should be greater than 0"),
+        (["{model}", "{out}", "--coverage", "2"], "--coverage 2: Input should be less than or equal to 1"),
+        (
+            ["{model}", "{out}", "--constraint", "ends", "--constraint", "middle"],
+            "--constraint middle: Input should be 'ends'",
+        ),
+        (["{model}", "{out}", "--family", "hermit"], "--family hermit: Input should be 'hermite'"),
         (["{model}", "{out}", "--as-is", "--dry-run"], "--as-is fits nothing"),
+        (["{model}", "{out}", "--as-is", "--layers", "0-"], "--as-is fits nothing, so --layers means nothing"),
         (["{model}", "{out}", "--format", "own"], "own is for GPT-2 and ConvNeXt"),
-        (["{model}", "{out}", "--type", "Swish"], "has no activation module to replace"),
+        (["{model}", "{out}", "--type", "Swish"], "(GELUActivation): not of a type to convert"),
         (["{model}", "{out}", "--data", "{empty}"], "holds nothing"),
         (["{model}", "{out}", "--data", "{large}"], "cannot run on the calibration data"),
         (["{model}", "{out}", "--data", "{images}"], "cannot run on the calibration data"),
@@ -163,18 +176,88 @@ def test_a_tokenizer_that_is_truncated_is_named(bert: Path, tmp_path: Path, caps
     assert "tokenizer.json cannot be read" in capsys.readouterr().err
 
 
-def test_a_failure_while_writing_leaves_no_output(
+def test_a_failure_while_writing_leaves_no_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "model", own_model("gpt2", bias=False))
+    np.save(tmp_path / "tokens.npy", tokens().numpy())
+    before = digests(tmp_path)
+    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), "--data", str(tmp_path / "tokens.npy")]
+    assert main(["convert", *arguments, "--format", "huggingface"]) == 2
+    assert "transformers' GPT-2 has biases" in capsys.readouterr().err
+    assert digests(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_onnx_that_fails_does_not_take_the_conversion_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_model(tmp_path / "model", own_model("gpt2"))
-    np.save(tmp_path / "tokens.npy", tokens().numpy())
-    before = digests(tmp_path)
+    np.save(tmp_path / "calibration.npy", tokens().numpy())
     monkeypatch.setattr("polytrope.models.formats.onnx.TOLERANCE", -1.0)  # a check that nothing passes
-    arguments = [str(tmp_path / "model"), str(tmp_path / "out"), "--data", str(tmp_path / "tokens.npy"), "--onnx"]
-    assert main(["convert", *arguments]) == 2
-    assert "onnxruntime's output deviates" in capsys.readouterr().err
-    assert digests(tmp_path) == before
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "model"), str(out), "--data", str(tmp_path / "calibration.npy"), "--tables", "--onnx"]
+    assert main(["convert", *arguments]) == 1
+    captured = capsys.readouterr()
+    assert f"wrote {out}" in captured.out
+    assert "model.onnx cannot be written: onnxruntime's output deviates" in captured.err
+    assert {"conversion.json", "conversion.html", "model.safetensors", "model.json"} <= set(digests(out))
+    assert not (out / "model.onnx").exists()
+    assert is_learnable_activation(load_model(out).blocks[0].mlp.activation)
+    with pytest.raises(UserError, match=r"model.onnx cannot be written: onnxruntime's output deviates"):
+        run_stage(tmp_path / "stage", tmp_path / "model", tmp_path, onnx=True)
+
+
+def test_the_options_are_the_fields_of_the_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["convert", "--help"], ["convert", "model", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        for name, field in ConvertParameters.model_fields.items():
+            if name in ("page", "register_as", "register_alias", "threads"):
+                continue
+            assert str(field.description) in shown
+        for option in ("--constraint ends|end_values|origin", "--samples N", "--type", "--layers", "--ray N", "--onnx"):
+            assert option in shown
+        assert "(default 256)" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "last"), [("6-", 6, sys.maxsize), ("0-5", 0, 5), (3, 3, 3), ("3", 3, 3), ([1, 2], 1, 2)]
+)
+def test_layers_are_one_a_range_or_all_from_one_on(given: Any, first: int, last: int) -> None:
+    assert ConvertParameters(layers=given).layer_range() == (first, last)
+    assert ConvertParameters().layer_range() is None
+
+
+@pytest.mark.parametrize("given", ["-3", "a-b", "5-2", True, 1.5, "1-2-3", [1], ""])
+def test_layers_that_are_none_are_refused(given: Any) -> None:
+    with pytest.raises(ValidationError, match="expected 3, 0-5 or 6-"):
+        ConvertParameters(layers=given)
+
+
+def test_a_target_error_alone_tries_all_degrees() -> None:
+    assert ConvertParameters().highest_degree() == 8
+    assert ConvertParameters(target_error=0.1).highest_degree() == 16
+    assert ConvertParameters(target_error=0.1, degree=4).highest_degree() == 4
+    family = ConvertParameters.model_json_schema()["properties"]["family"]["enum"]
+    assert family == [name for name in FAMILIES if name in family]
+    assert set(FAMILIES) - set(family) == set()
+
+
+def test_a_state_dict_is_converted_with_what_its_refusal_asks_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = own_model("gpt2", activation="gelu")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    np.save(tmp_path / "tokens.npy", tokens().numpy())
+    arguments = ["convert", str(tmp_path / "model.pt"), str(tmp_path / "out"), "--data", str(tmp_path / "tokens.npy")]
+    assert main(arguments) == 2
+    assert "--set n_head=VALUE --set activation=VALUE" in capsys.readouterr().err
+    assert main([*arguments, "--set", "n_head=2", "--set", "activation=gelu", "--layers", "1-"]) == 0
+    converted = load_model(tmp_path / "out")
+    assert [is_learnable_activation(block.mlp.activation) for block in converted.blocks] == [False, True]
+    with torch.no_grad():
+        assert 0 < float((converted(tokens()) - model(tokens())).abs().max()) < 0.5
 
 
 def test_learned_activations_go_to_huggingface_onnx_and_tables_as_they_are(tmp_path: Path) -> None:
@@ -185,7 +268,7 @@ def test_learned_activations_go_to_huggingface_onnx_and_tables_as_they_are(tmp_p
     arguments = ["--as-is", "--format", "huggingface", "--onnx", "--tables", "--data", str(tmp_path / "tokens.npy")]
     assert main(["convert", str(tmp_path / "model"), str(tmp_path / "out"), *arguments]) == 0
     assert digests(tmp_path / "model") == before
-    assert {"config.json", "activations.json", "model.onnx"} <= set(digests(tmp_path / "out"))
+    assert {"config.json", "modeling_polytrope.py", "model.onnx"} <= set(digests(tmp_path / "out"))
     table = read_json(tmp_path / "out" / "tables" / "transformer.h.1.mlp.activation.json")
     x = torch.linspace(table["low"], table["high"], len(table["values"]), dtype=torch.float64)
     activation = model.get_submodule("transformer.h.1.mlp.activation").double()
@@ -201,8 +284,6 @@ def test_images_with_nan_are_refused_by_the_layer_that_receives_them(tmp_path: P
     np.save(tmp_path / "images.npy", images)
     images[2, 0, 5, 5] = np.nan
     np.save(tmp_path / "broken.npy", images)
-    with pytest.raises(SystemExit):
-        main(["convert", "--degree"])
     assert main(["convert", str(tmp_path / "model"), str(tmp_path / "a"), "--data", str(tmp_path / "images.npy")]) == 0
     assert is_learnable_activation(load_model(tmp_path / "a").blocks[0].act)
     assert main(["convert", str(tmp_path / "model"), str(tmp_path / "b"), "--data", str(tmp_path / "broken.npy")]) == 2
@@ -249,6 +330,50 @@ def test_the_stage_refuses_a_model_without_tokenizer_for_texts(tmp_path: Path) -
     write_texts(tmp_path / "data").rename(tmp_path / "data" / "calibration.txt")
     with pytest.raises(UserError, match=r"no tokenizer.json"):
         run_stage(tmp_path / "1", tmp_path / "model", tmp_path / "data")
+
+
+def test_functions_that_a_model_calls_are_converted_and_what_stays_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import RwkvConfig, RwkvModel
+
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    original = randomise(RwkvModel(RwkvConfig(vocab_size=97, context_length=40, **sizes)), 0.05)
+    original.save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", tokens().numpy())
+    (tmp_path / "out").mkdir()  # an empty one is as good as none
+    arguments = ["convert", str(tmp_path / "model"), str(tmp_path / "out"), "--data", str(tmp_path / "tokens.npy")]
+    assert main([*arguments, "--degree", "4", "--layers", "1-"]) == 0
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    printed = capsys.readouterr().out
+    assert "blocks.1.feed_forward.relu_call_1  relu() → hermite 4" in printed
+    record = read_conversion(tmp_path / "out")
+    assert [layer.name for layer in record.layers] == ["blocks.1.feed_forward.relu_call_1"]
+    reasons = {entry.name: entry.reason for entry in record.left or []}
+    assert reasons["blocks.0.feed_forward.relu_call_1"] == "in another layer"
+    assert "mostly a gate" in reasons["blocks.1.attention.sigmoid_call_1"]
+    assert all(f"{name} " in printed for name in reasons)
+    converted = read_model(tmp_path / "out")
+    with torch.no_grad():
+        difference = float((converted(tokens())[0] - original(tokens())[0]).abs().max())
+    assert 0 < difference < 0.05
+
+
+def test_parts_of_a_calibration_make_modules_of_the_same_functions(tmp_path: Path) -> None:
+    from ray import cloudpickle
+    from transformers import RwkvConfig, RwkvModel
+
+    sizes = {"hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    RwkvModel(RwkvConfig(vocab_size=97, context_length=40, **sizes)).save_pretrained(tmp_path / "model")
+    model, batches = read_model(tmp_path / "model"), [{"input_ids": part} for part in tokens().split(2)]
+    selection = select_activations(model, batches, forward)
+    whole = calibrate(model, selection.activations, batches, forward)
+    names, calls = list(whole), cloudpickle.loads(cloudpickle.dumps(selection.calls))
+    parts = [calibrate_part(str(tmp_path / "model"), {}, names, [batch], 1, calls) for batch in batches]
+    summed = add(parts)
+    assert names == [f"blocks.{number}.feed_forward.relu_call_1" for number in range(2)]
+    assert all((summed[name].counts == whole[name].counts).all() for name in names)
 
 
 def test_distillation_trains_the_coefficients_only_and_brings_the_model_closer(bert: Path, tmp_path: Path) -> None:

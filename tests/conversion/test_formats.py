@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -23,7 +24,7 @@ from polytrope.models.formats import detect_format, read_model
 from polytrope.models.formats.deepspeed import read_state
 from polytrope.models.formats.huggingface import read_weights, save_huggingface
 from polytrope.models.formats.onnx import save_onnx
-from polytrope.models.formats.plain import PlainActivation, save_table
+from polytrope.models.formats.plain import PlainActivation, save_table, tabulate
 from polytrope.models.surgery import find_activations, replace_module
 from polytrope.ops import build_activation
 from polytrope.ops.interpolate import fit
@@ -147,7 +148,8 @@ def test_an_activation_module_of_several_layers_is_written_once_and_comes_back_i
     replace_module(model, found[0].name, learned)
     assert model.get_submodule("encoder.layer.1.intermediate.intermediate_act_fn") is learned
     save_huggingface(tmp_path / "out", model, {found[0].name: learned.config()}, None)
-    assert not any("act_fn" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    saved = [name for name in load_file(tmp_path / "out" / "model.safetensors") if "act_fn" in name]
+    assert saved == [f"{found[0].name}.coefficients"]
     back = read_model(tmp_path / "out")
     second = "encoder.layer.1.intermediate.intermediate_act_fn"
     assert back.get_submodule(second) is back.get_submodule(found[0].name)
@@ -448,5 +450,8 @@ def test_a_table_says_how_exact_it_is(tmp_path: Path) -> None:
         beyond = float(module(torch.tensor([7.0], dtype=torch.float64)))
     assert np.abs(inside - exact).max() <= stored["maximum_error"] * 1.01 + 1e-12
     assert stored["values"][-1] + 2.0 * stored["slopes_outside"][1] == pytest.approx(beyond, abs=1e-9)
-    with pytest.raises(ValueError, match="lo < hi"):
-        save_table(tmp_path / "other.json", module, (1.0, 1.0))
+    for interval in ((1.0, 1.0), (-math.inf, 1.0), (0.0, math.nan)):
+        with pytest.raises(ValueError, match="finite lo < hi"):
+            save_table(tmp_path / "other.json", module, interval)
+    plain, in_place = (tabulate(nn.SiLU(inplace=inplace), (-2.0, 3.0), 9) for inplace in (False, True))
+    assert plain == in_place

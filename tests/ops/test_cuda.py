@@ -166,7 +166,7 @@ def test_parameters_come_in_parts(emulated: ctypes.CDLL, family: Family) -> None
         for size, dtype in zip(sizes, dtypes, strict=True)
     ]
     shapes = tuple(part.shape for part in parts)
-    formula, packing = functional._describe(family, x.dtype, x.shape, shapes, -1, None, False, 0.0)
+    formula, packing = functional.describe(family, x.dtype, x.shape, shapes, -1, None, False, 0.0)
     call, own = native.prepare_for(x, parts, packing, formula), cuda.describe(emulated, x, parts, formula, packing)
     torch.testing.assert_close(cuda.forward(own, x, parts), native.forward(call, x, parts), rtol=1e-4, atol=1e-4)
     (found, found_parts), (expected, expected_parts) = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -50,6 +51,18 @@ def test_a_value_of_the_command_line_is_read_to_its_end(text: str, value: Any) -
 def test_a_list_or_mapping_that_is_not_whole_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a whole list or mapping"):
         parse_value(text)
+
+
+def test_a_number_that_no_float_holds_is_not_infinity() -> None:
+    assert [parse_value(text) for text in (".inf", "-.INF", "1e308", "'1e400'")] == [
+        math.inf,
+        -math.inf,
+        1e308,
+        "1e400",
+    ]
+    for text in ("1e400", "-1e400", "[1e999]"):
+        with pytest.raises(UserError, match="is larger than any float"):
+            parse_value(text)
 
 
 def workflow_with(tmp_path: Path, **stage: Any) -> Path:

@@ -139,6 +139,7 @@ def test_stages_that_a_stage_returned_are_compared_too(tmp_path: Path) -> None:
     (tmp_path / "w.yaml").write_text(
         "name: further\nexecutor: local\ntracking: {enabled: false}\nstages:\n"
         "  split: {uses: 'further_stages:split'}\n  alone: {uses: 'further_stages:part'}\n"
+        "  never: {uses: 'further_stages:part', when: 'false'}\n"
     )
     code, output = polytrope(tmp_path, "run", "w.yaml")
     assert code == 0, output
@@ -148,6 +149,10 @@ def test_stages_that_a_stage_returned_are_compared_too(tmp_path: Path) -> None:
     code, output = polytrope(tmp_path, "reproduce", "--stage", "split")
     assert code == 0, output
     assert verdicts(output) == {"split": "identical"}
+    code, output = polytrope(tmp_path, "reproduce")
+    assert code == 0, output
+    assert verdicts(output)["never"] == "no result"
+    assert "2 of 2 results are bit-equal" in output  # the rest has the key of `alone`
     (tmp_path / "other").touch()
     code, output = polytrope(tmp_path, "reproduce")
     assert code == 1, output

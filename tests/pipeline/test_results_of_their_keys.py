@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import decimal
 import importlib
 import json
 import subprocess
@@ -417,8 +418,11 @@ def test_what_a_stage_says_is_checked_where_it_says_it(tmp_path: Path) -> None:
     context.progress(numpy.int64(1), 2)  # type: ignore[arg-type]
     context.log_dataset("d", "1", "s", {"rows": numpy.int64(7), "mean": numpy.float32(0.5), "of": ["a"]})
     context.log_artifact(context.output / "plot.svg")  # type: ignore[arg-type]
+    of_one_element = {"vector": numpy.ones(1), "matrix": numpy.full((1, 1), 2), "exact": decimal.Decimal("0.5")}
+    context.log_metrics(of_one_element, step=-(2**63))  # type: ignore[arg-type]
     found = events(context)
-    assert [event.get("step") for event in found] == [3, None, None, None]
+    assert [event.get("step") for event in found] == [3, None, None, None, -(2**63)]
+    assert found[4]["values"] == {"vector": 1.0, "matrix": 2.0, "exact": 0.5}
     assert found[0]["values"] == {"loss": 1.5}
     assert (found[1]["done"], found[1]["total"]) == (1.0, 2.0)
     assert found[2]["profile"] == {"rows": 7, "mean": 0.5, "of": ["a"]}
@@ -429,6 +433,10 @@ def test_what_a_stage_says_is_checked_where_it_says_it(tmp_path: Path) -> None:
         (lambda: context.log_metrics({1: 1.0}), r"log_metrics: the name of a metric: 1 \(int\) is not a text"),  # type: ignore[dict-item]
         (lambda: context.log_metrics([1.0]), r"log_metrics: \[1\.0\] \(list\) is not a mapping"),  # type: ignore[arg-type]
         (lambda: context.log_metrics({"a": 1.0}, step=1.5), r"log_metrics: step: 1\.5 \(float\) is not an integer"),  # type: ignore[arg-type]
+        (lambda: context.log_metrics({"a": 1.0}, step=2**63), r"log_metrics: step: 9223372036854775808 .* 64 bits"),
+        (lambda: context.log_metrics({" ": 1.0}), r"log_metrics: the name of a metric is empty: ' '"),
+        (lambda: context.log_metrics({"\udce9": 1.0}), r"log_metrics: the name of a metric: '.udce9' holds half of a"),
+        (lambda: context.log_metrics({"a": numpy.ones(2)}), r"log_metrics: `a`: array\(.* is not a number"),
         (lambda: context.progress(5, None), r"progress: total: None is not a number"),  # type: ignore[arg-type]
         (lambda: context.progress(float("nan"), 1), r"progress: done: nan is not finite"),
         (lambda: context.log_params({1: 2}), r"log_params: a name: 1 \(int\) is not a text"),  # type: ignore[dict-item]
@@ -443,7 +451,7 @@ def test_what_a_stage_says_is_checked_where_it_says_it(tmp_path: Path) -> None:
     for say, expected in wrong:
         with pytest.raises(UserError, match=rf"^stage `train\[degree=3\]`: {expected}"):
             say()
-    assert len(events(context)) == 4
+    assert len(events(context)) == 5
 
 
 LOUD = """

@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from training_support import make_context, read_events
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
+from polytrope.pipeline.data.evaluation_file import read_evaluation
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import BpeTokenizer, make_tokenizer, same_tokenizer
+from polytrope.pipeline.data.training_file import Training, write_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, load_stage
 from polytrope.pipeline.stages.evaluate.evaluate import check, evaluate
@@ -70,6 +73,7 @@ def run(directory: Path, dataset: Artifact, models: dict[str, Artifact], **param
     settings = {"sample_tokens": 8, "activation_samples": 2, **parameters}
     returned = evaluate(make_context(directory), dataset, models, EvaluateParameters.model_validate(settings))
     content: dict[str, Any] = json.loads((directory / "output" / "evaluation.json").read_text())
+    assert read_evaluation(directory / "output").model_dump(exclude_unset=True) == content
     return {**content, "returned": returned}
 
 
@@ -314,7 +318,9 @@ def test_of_many_classes_only_what_is_confused_most_is_kept() -> None:
 def failed_training(directory: Path) -> Artifact:
     """What `train` leaves under `on_divergence: record`."""
     directory.mkdir()
-    (directory / "training.json").write_text(json.dumps({"failure": "diverged at step 3: gradient norm is nan"}))
+    failure = "diverged at step 3: gradient norm is nan"
+    training = Training(architecture="gpt2", parameters=1000, steps=2, failure=failure)
+    write_training(directory, training, [])
     return Artifact(directory, "digest of the failure", "train-failed")
 
 
@@ -405,3 +411,11 @@ def test_labels_are_checked_before_anything_starts() -> None:
         check(EvaluateParameters(drift={"converted": "baseline"}), upstream)
     with pytest.raises(UserError, match="no models"):
         check(EvaluateParameters(), {"models": {}})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"top_k": 0}, {"temperature": -0.1}, {"temperature": math.inf}, {"sample_tokens": -1}, {"seed": 2**64}]
+)
+def test_what_sampling_refuses_is_refused_before_the_stage_starts(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        EvaluateParameters.model_validate(wrong)

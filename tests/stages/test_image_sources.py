@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from polytrope.pipeline.data.description import ImageDataset, read_dataset
 from polytrope.pipeline.data.reader import open_split
@@ -203,6 +203,20 @@ def test_sixteen_bit_grey_is_scaled_and_values_without_white_are_refused(tmp_pat
         Image.fromarray(values).save(tmp_path / "wide.tif")
         with pytest.raises(UserError, match=r"wide\.tif has 32-bit values"):
             load_pixels(ImageItem("k", 0, tmp_path / "wide.tif"), 1, 16)
+
+
+def test_lab_is_read_as_grey_too_and_what_is_no_image_is_described_alike_every_time(tmp_path: Path) -> None:
+    image = Image.fromarray(np.tile(np.arange(0, 256, 17, dtype=np.uint8)[:, None, None], (1, 16, 3)))
+    profiles = [ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")]
+    lab = ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+    assert lab is not None
+    lab.save(tmp_path / "lab.tif")
+    colour, grey = (load_pixels(ImageItem("k", 0, tmp_path / "lab.tif"), channels, 16) for channels in (3, 1))
+    assert np.abs(grey[0, :, 0].astype(int) - np.arange(0, 256, 17)).max() <= 1
+    assert np.abs(colour.astype(int) - grey.astype(int)).max() <= 1
+    (tmp_path / "pointer.png").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(UserError, match=r"pointer\.png is no readable image: no format that Pillow knows"):
+        load_pixels(ImageItem("k", 0, tmp_path / "pointer.png"), 1, 16)
 
 
 def test_photographs_stand_upright(tmp_path: Path) -> None:

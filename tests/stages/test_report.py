@@ -62,6 +62,8 @@ def make_evaluation(directory: Path, losses: dict[str, float]) -> Artifact:
         "protocol": {"samples": 100, "stride": None, "precision": "fp32"},
         "models": {
             label: {
+                "stage": f"train-{label}",
+                "digest": f"digest of {label}",
                 "loss": loss,
                 "perplexity": float(np.exp(loss)),
                 "bits_per_byte": loss / 2,
@@ -87,7 +89,15 @@ def make_evaluation(directory: Path, losses: dict[str, float]) -> Artifact:
 def make_model(directory: Path, label: str, loss: float) -> Artifact:
     directory.mkdir(parents=True)
     (directory / "model.json").write_text(json.dumps({"format": 1, "architecture": "gpt2", "config": {"n_layer": 2}}))
-    summary = {"format": 1, "steps": 20, "tokens": 1000, "train/loss": loss - 0.1, "val/loss": loss}
+    summary = {
+        "format": 1,
+        "architecture": "gpt2",
+        "parameters": 123_456,
+        "steps": 20,
+        "tokens": 1000,
+        "train/loss": loss - 0.1,
+        "val/loss": loss,
+    }
     (directory / "training.json").write_text(json.dumps(summary))
     history: list[dict[str, Any]] = [{"step": step, "train/loss": loss + 1 / step} for step in (5, 10, 15, 20)]
     history += [{"step": step, "val/loss": loss + 1 / step} for step in (10, 20)]
@@ -105,6 +115,11 @@ def make_conversion(directory: Path) -> Artifact:
             "family": "hermite",
             "degree": 8,
             "interval": [-2.5, 2.5],
+            "config": {"name": "hermite", "degree": 8, "interval": [-2.5, 2.5]},
+            "coefficients": [0.1] * 9,
+            "relative_error": 0.01,
+            "inputs": {"inputs": 1000, "minimum": -3.0, "maximum": 3.0},
+            "certificate": {"maximum": 0.02, "rms": 0.01},
             "curve": {
                 "x": x.tolist(),
                 "target": np.tanh(x).tolist(),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,50 @@ def test_parquet_names_file_field_and_row(tmp_path: Path) -> None:
     (tmp_path / "d.parquet").write_text("no parquet")
     with pytest.raises(UserError, match=r"d\.parquet cannot be read as parquet"):
         texts(tmp_path, ["d.parquet"], format="parquet")
+
+
+def test_a_signature_of_utf8_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("from Windows", encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + lines(rows(0, 2)))
+    assert texts(tmp_path, ["a.txt"]) == ["from Windows"]
+    assert texts(tmp_path, ["a.jsonl"], format="jsonl") == ["document 0", "document 1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "way"),
+    [
+        ("words".encode("utf-16"), "it is UTF-16: convert it"),
+        (gzip.compress(b"words"), "let its name end in .gz"),
+        (bz2.compress(b"words" * 99), "let its name end in .bz2"),
+        (lzma.compress(b"words"), "unpack it (`unxz`)"),
+        (b"caf\xe9", None),
+    ],
+)
+def test_a_file_that_is_no_text_says_what_it_is(tmp_path: Path, content: bytes, way: str | None) -> None:
+    (tmp_path / "x.text").write_bytes(content)
+    for file_format, otherwise in (("text", "iconv -f LATIN1"), ("jsonl", "JSON is UTF-8")):
+        with pytest.raises(UserError, match=r"x\.text:1: not UTF-8") as caught:
+            texts(tmp_path, ["x.text"], format=file_format)
+        assert (way or otherwise) in str(caught.value.hint)
+
+
+def test_parquet_takes_every_kind_of_text_column(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    column = pyarrow.array(["a", "b", "a"])
+    kinds = [
+        column,
+        column.dictionary_encode(),
+        column.cast(pyarrow.large_string()),
+        column.cast(pyarrow.string_view()),
+    ]
+    for number, kind in enumerate(kinds):
+        parquet.write_table(pyarrow.table({"text": kind}), tmp_path / f"{number}.parquet")
+    assert texts(tmp_path, ["*.parquet"], format="parquet") == ["a", "b", "a"] * 4
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([b"a"])}), tmp_path / "bytes.parquet")
+    with pytest.raises(UserError, match=r"bytes\.parquet: field `text` is not text but binary"):
+        texts(tmp_path, ["bytes.parquet"], format="parquet")
 
 
 def test_links_to_nowhere_are_refused(tmp_path: Path) -> None:

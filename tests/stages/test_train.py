@@ -26,7 +26,7 @@ from training_support import (
     weights_hash,
 )
 
-from polytrope.models import build_model
+from polytrope.models import ARCHITECTURES, build_model, find_architecture
 from polytrope.models.checkpoint import load_model
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, load_stage, stage_context
@@ -37,7 +37,7 @@ from polytrope.pipeline.stages.shard.shard_images import shard_images
 from polytrope.pipeline.stages.train.activations import apply_activation_options
 from polytrope.pipeline.stages.train.best_weights import load_best
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, shipped_names, zero_stage_of
-from polytrope.pipeline.stages.train.parameters import TrainParameters
+from polytrope.pipeline.stages.train.parameters import TRAINED_ON, ModelParameters, TrainParameters
 from polytrope.pipeline.stages.train.train import check, fingerprint
 from polytrope.pipeline.stages.train.training_metrics import rank_metrics
 from polytrope.pipeline.stages.train.training_plan import steps_of_epochs
@@ -320,6 +320,12 @@ def test_options_of_activations_go_to_the_families_that_have_them() -> None:
         {"name": "rational", "interval": [-5, 5], "num_parameters": 64},
     ]
     assert build_model("gpt2", model).blocks[1].mlp.activation.coefficients.shape == (64, 4)
+    every = ["legendre2", "fourier2", "polynorm3", "piecewise_linear8", "relu"]
+    for init, having in (("stable", {"legendre2"}), ("gelu", set(every) - {"relu"}), ("torchortho", {"fourier2"})):
+        given = apply_activation_options("gpt2", {**sizes, "activation": every, "activation_options": {"init": init}})
+        entries = zip(every, given["activation"], strict=True)
+        assert {name for name, entry in entries if isinstance(entry, dict) and entry.get("init") == init} == having
+        build_model("gpt2", given)
     images = {"depths": [1, 1], "dims": [8, 16], "num_classes": 2, "in_channels": 1, "activation": "hermite3"}
     model = apply_activation_options("convnext", {**images, "activation_options": {"per_channel": True}})
     assert [entry["num_parameters"] for entry in model["activation"]] == [32, 64]
@@ -370,6 +376,13 @@ def test_what_cannot_work_is_refused_before_anything_starts() -> None:
     with pytest.raises(UserError, match="architecture comes from `initial`"):
         check(parameters(), {"dataset": shard, "initial": SimpleNamespace()})
     check(parameters(), {"dataset": shard, "initial": None})
+
+
+def test_what_models_are_trained_on_is_what_their_records_say() -> None:
+    records = {name: find_architecture(name).data for name in ARCHITECTURES}
+    assert records == TRAINED_ON
+    schema = ModelParameters.model_json_schema()["properties"]["architecture"]
+    assert schema["enum"] == list(ARCHITECTURES)
 
 
 DIGITS = SimpleNamespace(source=SimpleNamespace(kind="digits"), image_size=8, channels=1)

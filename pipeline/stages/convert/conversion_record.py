@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from polytrope.models.conversion import FitOptions, LayerConversion, fit_layer
+from polytrope.models.rewriting import FunctionalActivation
+from polytrope.models.selection import Left
 from polytrope.models.surgery import Activation
+from polytrope.ops.fitting.targets import resolve_target
+from polytrope.pipeline.data.conversion_file import Advice, ConversionRecord, ConvertedLayer, LeftActivation
 
 _CURVE_POINTS = 161
 
 
-def describe(conversion: LayerConversion) -> dict[str, Any]:
+def describe(conversion: LayerConversion) -> ConvertedLayer:
     """One entry of `conversion.json`: certificate and curves, over all but one in 10,000 inputs and the interval."""
     calibration = conversion.calibration
     low = min(conversion.interval[0], calibration.quantile(0.00005))
@@ -25,10 +30,10 @@ def describe(conversion: LayerConversion) -> dict[str, Any]:
     inputs = torch.from_numpy(x)
     with torch.no_grad():
         fitted = conversion.fit.build(torch.float64)(inputs)
-        target = copy.deepcopy(conversion.module).double()(inputs)
-    return {
+        target = resolve_target(conversion.module)(inputs)
+    content = {
         "name": conversion.name,
-        "target": type(conversion.module).__name__,
+        "target": _name_of(conversion.module),
         "family": conversion.fit.config["name"],
         "degree": conversion.fit.config["degree"],
         "interval": list(conversion.interval),
@@ -44,24 +49,30 @@ def describe(conversion: LayerConversion) -> dict[str, Any]:
             "density": calibration.density(x).tolist(),
         },
     }
+    return ConvertedLayer.model_validate(content)
+
+
+def _name_of(module: nn.Module) -> str:
+    """Its class; of a function that was called, the function."""
+    return f"{module.kind}()" if isinstance(module, FunctionalActivation) else type(module).__name__
 
 
 def record(
     conversions: Sequence[LayerConversion],
     options: FitOptions,
-    costs: Mapping[str, float] | None = None,
-) -> dict[str, Any]:
-    """The whole of `conversion.json`; `costs` as of `layer_costs`."""
-    layers = [describe(conversion) for conversion in conversions]
-    content: dict[str, Any] = {"format": 1, "layers": layers}
-    if costs:
-        content["advice"] = advise(conversions, costs, options)
-    return content
+    costs: Mapping[str, float],
+    left: Sequence[Left],
+) -> ConversionRecord:
+    """The whole of `conversion.json`; `costs` as of `layer_costs`, `left` as of `select_activations`."""
+    return ConversionRecord(
+        format=1,
+        layers=[describe(conversion) for conversion in conversions],
+        advice=advise(conversions, costs, options),
+        left=[LeftActivation.model_validate(asdict(entry)) for entry in left],
+    )
 
 
-def advise(
-    conversions: Sequence[LayerConversion], costs: Mapping[str, float], options: FitOptions
-) -> list[dict[str, Any]]:
+def advise(conversions: Sequence[LayerConversion], costs: Mapping[str, float], options: FitOptions) -> list[Advice]:
     """Layers by what their conversion costs, the dearest first, and what a higher degree would bring.
 
     `cost`: how far the model's output moves when only this layer is converted, relative to the output. `share`: of the
@@ -69,7 +80,7 @@ def advise(
     """
     total = sum(cost**2 for cost in costs.values()) or 1.0
     ranked = sorted(conversions, key=lambda conversion: (-costs[conversion.name], conversion.name))
-    entries: list[dict[str, Any]] = []
+    entries: list[Advice] = []
     for rank, conversion in enumerate(ranked, start=1):
         cost = costs[conversion.name]
         entry: dict[str, Any] = {
@@ -82,7 +93,7 @@ def advise(
         }
         if rank <= 3:
             entry["advice"] = _suggestion(conversion, entry["share"], options)
-        entries.append(entry)
+        entries.append(Advice.model_validate(entry))
     return entries
 
 
@@ -96,6 +107,8 @@ def _suggestion(conversion: LayerConversion, share: float, options: FitOptions) 
         better = fit_layer(Activation(conversion.name, conversion.module), conversion.calibration, higher)
     except ValueError:
         return f"{opening}; degree {degree} cannot be fitted, leave this layer as it is if that is too much"
+    if better.relative_error >= conversion.relative_error:
+        return f"{opening}; degree {degree} does not lower its error of {conversion.relative_error:.2g}"
     return (
         f"{opening}; degree {degree} would lower its error from {conversion.relative_error:.2g} to "
         f"{better.relative_error:.2g}"

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+import sys
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _read_layers(value: Any) -> Any:
+    """`3`, `0-5` or `6-` as text; YAML makes a number of 3, and [0, 5] is another way to write 0-5."""
+    if isinstance(value, list | tuple) and len(value) == 2:
+        value = f"{value[0]}-{value[1]}"
+    text = str(value).replace(" ", "")
+    match = re.fullmatch(r"(\d+)(?:-(\d*))?", text)
+    if isinstance(value, bool) or match is None or (match[2] and int(match[2]) < int(match[1])):
+        raise ValueError("expected 3, 0-5 or 6- (layers count from 0; 6- goes to the last one)")
+    return text
 
 
 class ConvertParameters(BaseModel):
@@ -15,7 +28,12 @@ class ConvertParameters(BaseModel):
     family: Literal[
         "hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu"
     ] = Field("hermite", description="family of the new activations")
-    degree: int = Field(8, ge=1, le=16, description="degree; with target_error the highest one tried")
+    degree: int | None = Field(
+        None,
+        ge=1,
+        le=16,
+        description="degree, 8 if not given; with target_error the highest one tried, 16 if not given",
+    )
     target_error: float | None = Field(
         None,
         gt=0,
@@ -35,8 +53,10 @@ class ConvertParameters(BaseModel):
     include: list[str] = Field(default_factory=list, description="patterns of module names to convert; default: all")
     exclude: list[str] = Field(default_factory=list, description="patterns of module names to leave as they are")
     types: list[str] = Field(default_factory=list, description="class names to convert; default: all known activations")
-    layers: tuple[int, int] | None = Field(
-        None, description="first and last layer to convert, from 0: the first number in the module's name"
+    layers: Annotated[str, BeforeValidator(_read_layers)] | None = Field(
+        None,
+        description="layers to convert: 3, 0-5, or 6- for all from 6 on; they count from 0: the first number in the "
+        "module's name",
     )
     calibration_samples: int = Field(256, ge=1, description="training samples that measure the layers' inputs")
     batch_size: int = Field(32, ge=1, description="samples per forward pass of the calibration")
@@ -48,10 +68,21 @@ class ConvertParameters(BaseModel):
     )
     format: Literal["own", "huggingface"] | None = Field(
         None,
-        description="of the output; default: own for GPT-2 and ConvNeXt, which other stages read, else huggingface",
+        description="of the output; default: own for models of this package, which other stages read, else huggingface",
     )
     onnx: bool = Field(False, description="write model.onnx as well, checked with onnxruntime")
     tables: bool = Field(False, description="write every new activation as a table, tables/NAME.json")
     page: bool = Field(False, description="write conversion.html and plots/ as well")
     register_as: str | None = Field(None, description="name in MLflow's model registry")
     register_alias: str = Field("converted", description="alias of the registered version")
+
+    def highest_degree(self) -> int:
+        """The degree of the fits, or the highest one that is tried for the target error."""
+        return self.degree or (8 if self.target_error is None else 16)
+
+    def layer_range(self) -> tuple[int, int] | None:
+        """The numbers of the first and the last layer; None: all of them."""
+        if self.layers is None:
+            return None
+        first, dash, last = self.layers.partition("-")
+        return int(first), int(last) if last else sys.maxsize if dash else int(first)

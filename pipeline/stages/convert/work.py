@@ -1,114 +1,219 @@
-"""The conversion itself, for the stage and the command: read, calibrate, fit, rate, replace, save."""
+"""The conversion of a model, for the stage and the command alike: read, calibrate, fit, rate, replace, write."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
 from torch import nn
 
-from polytrope.models import conversion
-from polytrope.models.calibration import Calibration
-from polytrope.models.conversion import FitOptions, LayerConversion
-from polytrope.models.surgery import Activation
-from polytrope.ops import is_learnable_activation
+from polytrope.models import ARCHITECTURES, conversion, find_architecture
+from polytrope.models.calibration import Calibration, calibrate
+from polytrope.models.calls import Call
+from polytrope.models.conversion import FitOptions
+from polytrope.models.formats import read_model
+from polytrope.models.selection import select_activations
+from polytrope.models.surgery import Activation, describe_activations
+from polytrope.pipeline.data.conversion_file import ConversionRecord, write_conversion
 from polytrope.pipeline.stages.convert.calibration_data import Batch, forward
 from polytrope.pipeline.stages.convert.conversion_record import record
+from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 
-Layout = Literal["as_read", "own", "huggingface"]
+_RATED_SAMPLES = 8
 
 
 @dataclass(frozen=True)
-class Result:
-    """Fits of all layers, and the content of `conversion.json`."""
-
-    conversions: list[LayerConversion]
-    content: dict[str, Any]
-
-    def metrics(self) -> dict[str, float]:
-        """The worst layer's figures."""
-        return {
-            "layers": float(len(self.conversions)),
-            "maximum_error": max(entry.fit.certificate.maximum for entry in self.conversions),
-            "rms_error": max(entry.fit.certificate.rms for entry in self.conversions),
-        }
-
-
-def fit_model(
-    model: nn.Module,
-    activations: Sequence[Activation],
-    calibrations: dict[str, Calibration],
-    options: FitOptions,
-    batch: Batch | None,
-) -> Result:
-    """Fit all layers, and rate what each costs on `batch`. The model stays as it is.
-
-    Raises:
-        ValueError: a layer that cannot be fitted.
-    """
-    fits = conversion.fit_layers(activations, calibrations, options)
-    costs = None if batch is None else conversion.layer_costs(model, fits, batch, forward)
-    return Result(fits, record(fits, options, costs))
-
-
-def save(
-    model: nn.Module, result: Result, output: Path, source: Path, layout: Layout = "as_read", onnx: Batch | None = None
-) -> float | None:
-    """Replace the activations and write the model to the empty directory `output`, with `conversion.json`.
+class Source:
+    """A model to convert, and what to calibrate it on.
 
     Args:
-        source: a directory whose tokenizer is copied.
-        onnx: inputs to trace `model.onnx` with; None: no such file.
+        path: a directory or file that `read_model` reads.
+        batches: reads the calibration data for the model.
+        title: of the page.
+        config: fields of the model's configuration that its file does not tell.
+        ray_address: of the cluster for `ray_tasks`; None: the one at hand, or this machine.
+    """
 
-    Returns:
-        How far onnxruntime deviates, if `onnx` is given.
+    path: Path
+    batches: Callable[[nn.Module], list[Batch]]
+    title: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    ray_address: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a model.
+
+    Args:
+        record: of the conversion; None where nothing was converted.
+        samples: of the calibration.
+        deviation: of onnxruntime's outputs from the model's, where `model.onnx` was written.
+        onnx_failure: why it was not; everything else is there.
+    """
+
+    record: ConversionRecord | None
+    samples: int
+    deviation: float | None = None
+    onnx_failure: str | None = None
+
+
+def convert_model(
+    source: Source, parameters: ConvertParameters, output: Path | None, tell: Callable[[int, str], None]
+) -> Outcome:
+    """Replace the activations of a model, and write it to the empty directory `output`.
+
+    Args:
+        output: gets the model, `conversion.json`, and what else the parameters ask for; None: nothing is replaced
+            or written.
+        tell: is told what begins, by the number of the step, of 3.
 
     Raises:
-        ValueError: a layout that the model cannot have, or no ONNX.
+        ValueError: a model or data that cannot be read, nothing to convert, a layer that cannot be fitted or whose
+            conversion has no effect, a format the model cannot have.
     """
-    conversion.apply(model, result.conversions)
-    deviation = write_model(model, output, source, layout, onnx)
-    (output / "conversion.json").write_text(json.dumps(result.content, indent=1) + "\n", encoding="utf-8")
-    return deviation
+    torch.set_num_threads(parameters.threads)
+    model = read_model(source.path, source.config or None)
+    batches = source.batches(model)
+    samples = sum(map(_size, batches))
+    tell(0, f"looking for activations on {samples} samples")
+    selection = select_activations(
+        model,
+        batches,
+        forward,
+        types=parameters.types,
+        include=parameters.include,
+        exclude=parameters.exclude,
+        layers=parameters.layer_range(),
+    )
+    found = selection.activations
+    tell(1, f"calibrating {len(found)} activations on {samples} samples")
+    calibrations = _calibrate(source, parameters, model, found, batches, selection.calls)
+    options = FitOptions(
+        parameters.family,
+        parameters.highest_degree(),
+        parameters.target_error,
+        parameters.coverage,
+        parameters.derivative_weight,
+        tuple(parameters.constraints),
+    )
+    tell(2, f"fitting {options.family} of degree {options.degree}")
+    fits = conversion.fit_layers(found, calibrations, options)
+    rated = _rated(batches)
+    made = record(fits, options, conversion.layer_costs(model, fits, rated, forward), selection.left)
+    if output is None:
+        return Outcome(made, samples)
+    conversion.apply(model, fits)
+    conversion.prove(model, [entry.name for entry in fits], rated, forward)
+    _write_model(model, source.path, parameters, output)
+    write_conversion(output, made)
+    if parameters.page:
+        from polytrope.pipeline.stages.convert.conversion_page import write_page
+
+        write_page(output, made, source.title)
+    return _write_extras(model, parameters, output, Outcome(made, samples), calibrations, rated)
 
 
-def write_model(
-    model: nn.Module, output: Path, source: Path, layout: Layout = "as_read", onnx: Batch | None = None
-) -> float | None:
-    """As `save`, for a model whose activations are in their places already."""
-    ours = hasattr(model, "architecture")
-    if layout == "own" and not ours:
-        raise ValueError("format: own is for GPT-2 and ConvNeXt; this architecture is written as huggingface")
-    if ours and layout != "huggingface":
+def export_model(source: Source, parameters: ConvertParameters, output: Path) -> Outcome:
+    """Write a model whose activations are learned already to the empty directory `output`; nothing is replaced.
+
+    Raises:
+        ValueError: as of `convert_model`.
+    """
+    torch.set_num_threads(parameters.threads)
+    model = read_model(source.path, source.config or None)
+    _write_model(model, source.path, parameters, output)
+    if not (parameters.onnx or parameters.tables):
+        return Outcome(None, 0)
+    batches = source.batches(model)
+    learned = [Activation(name, model.get_submodule(name)) for name in describe_activations(model)]
+    calibrations = _calibrate(source, parameters, model, learned, batches)
+    outcome = Outcome(None, sum(map(_size, batches)))
+    return _write_extras(model, parameters, output, outcome, calibrations, _rated(batches))
+
+
+def _calibrate(
+    source: Source,
+    parameters: ConvertParameters,
+    model: nn.Module,
+    activations: Sequence[Activation],
+    batches: Sequence[Batch],
+    calls: Sequence[Call] = (),
+) -> dict[str, Calibration]:
+    """The inputs of the activations; `calls`: those that were made modules, which Ray tasks do again."""
+    if not parameters.ray_tasks:
+        return calibrate(model, activations, batches, forward)
+    from polytrope.pipeline.stages.convert.parallel_calibration import calibrate_on_ray
+
+    names = [activation.name for activation in activations]
+    tasks, address = parameters.ray_tasks, source.ray_address
+    return calibrate_on_ray(source.path, source.config, names, batches, tasks, address, calls)
+
+
+def _size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def _rated(batches: Sequence[Batch]) -> Batch:
+    """What layers are rated and graphs are traced on: the start of the batch with the most numbers in it."""
+    largest = max(batches, key=lambda batch: next(iter(batch.values())).numel())
+    return {name: tensor[:_RATED_SAMPLES] for name, tensor in largest.items()}
+
+
+def _is_ours(model: nn.Module) -> bool:
+    return hasattr(model, "architecture")
+
+
+def _write_model(model: nn.Module, source: Path, parameters: ConvertParameters, output: Path) -> None:
+    """The model with what lies beside it in the directory `source`."""
+    if parameters.format == "own" and not _is_ours(model):
+        titles = " and ".join(find_architecture(name).title for name in ARCHITECTURES)
+        raise ValueError(f"format: own is for {titles}; this architecture is written as huggingface")
+    beside = source if source.is_dir() else None
+    if _is_ours(model) and parameters.format != "huggingface":
         from polytrope.models.checkpoint import save_model
 
-        save_model(output, model, tokenizer=source if source.is_dir() else None)
-    else:
-        from polytrope.models.formats.huggingface import save_huggingface
+        save_model(output, model, tokenizer=beside)
+        return
+    from polytrope.models.formats.huggingface import save_huggingface
 
-        learned = {name: module.config() for name, module in learned_activations(model).items()}  # type: ignore[operator]
-        save_huggingface(output, model, learned, source if source.is_dir() else None)
-    if onnx is None:
-        return None
+    save_huggingface(output, model, describe_activations(model), beside)
+
+
+def _write_extras(
+    model: nn.Module,
+    parameters: ConvertParameters,
+    output: Path,
+    outcome: Outcome,
+    calibrations: Mapping[str, Calibration],
+    traced: Batch,
+) -> Outcome:
+    """Tables and ONNX. No failure of ONNX takes away what is there already: the outcome says it."""
+    if parameters.tables:
+        _write_tables(output, model, calibrations)
+    if not parameters.onnx:
+        return outcome
     from polytrope.models.formats.onnx import save_onnx
 
-    return save_onnx(output / "model.onnx", model, list(onnx.values()), None if ours else list(onnx))
+    path = output / "model.onnx"
+    try:
+        deviation = save_onnx(path, model, list(traced.values()), None if _is_ours(model) else list(traced))
+    except Exception as error:  # the exporter runs the model's own code, which raises anything
+        path.unlink(missing_ok=True)
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        failure = kind + str(error).removeprefix(f"{path}: ")
+        return Outcome(outcome.record, outcome.samples, onnx_failure=failure)
+    return Outcome(outcome.record, outcome.samples, deviation)
 
 
-def learned_activations(model: nn.Module) -> dict[str, nn.Module]:
-    """The learnable activations of a model by name; one that is used at several places appears once."""
-    return {name: module for name, module in model.named_modules() if is_learnable_activation(module)}
-
-
-def write_tables(output: Path, activations: Mapping[str, nn.Module], calibrations: Mapping[str, Calibration]) -> None:
+def _write_tables(output: Path, model: nn.Module, calibrations: Mapping[str, Calibration]) -> None:
     """`tables/NAME.json` for every activation, over the range of the inputs it was seen to receive."""
     from polytrope.models.formats.plain import save_table
 
     (output / "tables").mkdir()
-    for name, module in activations.items():
-        seen = calibrations[name]
+    for name, seen in calibrations.items():
         reach = (seen.minimum, seen.maximum) if seen.minimum < seen.maximum else (seen.minimum - 1, seen.maximum + 1)
-        save_table(output / "tables" / f"{name}.json", module, reach)
+        save_table(output / "tables" / f"{name}.json", model.get_submodule(name), reach)

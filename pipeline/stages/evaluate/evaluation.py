@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import traceback
@@ -14,11 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polytrope.models import find_architecture
 from polytrope.models.checkpoint import load_model, read_description
-from polytrope.models.convnext import normalise_images
 from polytrope.pipeline.data.description import Dataset, read_dataset
+from polytrope.pipeline.data.evaluation_file import (
+    EVALUATION_FILE,
+    EvaluatedData,
+    EvaluatedModel,
+    Evaluation,
+    Protocol,
+    write_evaluation,
+)
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import Tokenizer, same_tokenizer, tokenizer_from_json
+from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.evaluate.drift import block_cosines
@@ -27,8 +35,6 @@ from polytrope.pipeline.stages.evaluate.scores import Scores, seeded_generator
 from polytrope.pipeline.stages.evaluate.shapes import describe_activation, measure_activations
 from polytrope.pipeline.stages.evaluate.token_bytes import byte_lengths
 from polytrope.pipeline.stages.evaluate.windows import WindowBatch, block_windows, sliding_windows
-
-FORMAT = 1
 
 
 def evaluate_models(
@@ -51,8 +57,8 @@ def evaluate_models(
     samples = min(parameters.samples or split.samples, split.samples)
     if samples < 1:
         raise UserError(f"the dataset of `{dataset.stage}` has no validation samples", "use a larger corpus")
-    task = Task(context, dataset, description, parameters, samples)
-    results: dict[str, Any] = {}
+    evaluator = Evaluator(context, dataset, description, parameters, samples)
+    results: dict[str, EvaluatedModel] = {}
     summary: dict[str, float] = {}
     for index, (label, model) in enumerate(models.items()):
         context.progress(index, len(models), label)
@@ -60,49 +66,51 @@ def evaluate_models(
         if reference is not None and recorded_failure(reference):
             reference = None
         failure = recorded_failure(model)
-        results[label] = _failed(model, failure) if failure else evaluate_one(task, label, model, reference)
-        if "failure" in results[label]:
-            context.message(f"{label}: {results[label]['failure']}")
+        results[label] = _failed(model, failure) if failure else evaluate_one(evaluator, label, model, reference)
+        if results[label].failure is not None:
+            context.message(f"{label}: {results[label].failure}")
             continue
         figures = metrics_of(label, results[label])
         context.log_metrics(figures)
         summary.update(figures)
     context.progress(len(models), len(models), "")
-    if all("failure" in result for result in results.values()):
+    if all(result.failure is not None for result in results.values()):
         label, result = next(iter(results.items()))
         raise UserError(
-            f"no model is left to evaluate; `{label}`: {result['failure']}",
-            f"look at the training of `{result['stage']}`",
+            f"no model is left to evaluate; `{label}`: {result.failure}",
+            f"look at the training of `{result.stage}`",
         )
-    content = {
-        "format": FORMAT,
-        "kind": description.kind,
-        "dataset": {
-            "name": description.name,
-            "digest": dataset.digest,
-            "tokenizer": dict(description.tokenizer) if description.kind == "text" else None,
-            "sequence_length": description.sequence_length if description.kind == "text" else None,
-            "class_names": description.class_names if description.kind == "images" else None,
-            "splits": {
-                name: {key: value for key, value in dict(part).items() if isinstance(value, int | float)}
-                for name, part in description.splits.items()
-            },
-        },
-        "unigram_entropy": description.unigram_entropy if description.kind == "text" else None,
-        "protocol": {"samples": samples, "stride": parameters.stride, "precision": parameters.precision},
-        "models": results,
-    }
-    (context.output / "evaluation.json").write_text(
-        json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    evaluation = Evaluation(
+        format=1,
+        kind=description.kind,
+        dataset=_evaluated_data(description, dataset.digest),
+        unigram_entropy=description.unigram_entropy if description.kind == "text" else None,
+        protocol=Protocol(samples=samples, stride=parameters.stride, precision=parameters.precision),
+        models=results,
     )
-    context.log_artifact("evaluation.json")
+    write_evaluation(context.output, evaluation)
+    context.log_artifact(EVALUATION_FILE)
     return summary
 
 
-def evaluate_one(task: Task, label: str, model: Artifact, reference: Artifact | None) -> dict[str, Any]:
+def _evaluated_data(description: Dataset, digest: str) -> EvaluatedData:
+    return EvaluatedData(
+        name=description.name,
+        digest=digest,
+        tokenizer=dict(description.tokenizer) if description.kind == "text" else None,
+        sequence_length=description.sequence_length if description.kind == "text" else None,
+        class_names=description.class_names if description.kind == "images" else None,
+        splits={
+            name: {key: value for key, value in dict(part).items() if isinstance(value, int | float)}
+            for name, part in description.splits.items()
+        },
+    )
+
+
+def evaluate_one(evaluator: Evaluator, label: str, model: Artifact, reference: Artifact | None) -> EvaluatedModel:
     """All figures of one model; if it cannot be evaluated, the reason: the others do not depend on it."""
     try:
-        return task.evaluate(label, model, reference)
+        return evaluator.evaluate(label, model, reference)
     except UserError as error:
         return _failed(model, error.message)
     except (RuntimeError, ValueError, ArithmeticError, LookupError, OSError) as error:  # a shape, a number, a file
@@ -110,18 +118,17 @@ def evaluate_one(task: Task, label: str, model: Artifact, reference: Artifact | 
         return _failed(model, f"{type(error).__name__}: {error}")
 
 
-def _failed(model: Artifact, reason: str) -> dict[str, Any]:
-    return {"stage": model.stage, "digest": model.digest, "failure": reason}
+def _failed(model: Artifact, reason: str) -> EvaluatedModel:
+    return EvaluatedModel(stage=model.stage, digest=model.digest, failure=reason)
 
 
 def recorded_failure(model: Artifact) -> str | None:
     """What `train` says of a training that diverged under `on_divergence: record`."""
-    path = model.path / "training.json"
-    failure = json.loads(path.read_text(encoding="utf-8")).get("failure") if path.exists() else None
-    return None if failure is None else str(failure)
+    training = read_training(model.path)
+    return None if training is None else training.failure
 
 
-def metrics_of(label: str, figures: dict[str, Any]) -> dict[str, float]:
+def metrics_of(label: str, model: EvaluatedModel) -> dict[str, float]:
     """The figures of one model under their metric names."""
     names = {
         "loss": "val_loss",
@@ -131,15 +138,16 @@ def metrics_of(label: str, figures: dict[str, Any]) -> dict[str, float]:
         "top5": "top5",
         "calibration_error": "calibration_error",
     }
-    metrics = {f"{label}/{name}": figures[key] for key, name in names.items() if figures.get(key) is not None}
-    if "drift" in figures:
-        metrics[f"{label}/kl_divergence"] = figures["drift"]["kl_divergence"]
-        if figures["drift"].get("cosine"):
-            metrics[f"{label}/lowest_block_cosine"] = min(figures["drift"]["cosine"])
+    figures = {key: getattr(model, key) for key in names}
+    metrics = {f"{label}/{name}": figures[key] for key, name in names.items() if figures[key] is not None}
+    if model.drift is not None:
+        metrics[f"{label}/kl_divergence"] = model.drift.kl_divergence
+        if model.drift.cosine:
+            metrics[f"{label}/lowest_block_cosine"] = min(model.drift.cosine)
     return metrics
 
 
-class Task:
+class Evaluator:
     """The validation data and the settings, shared by all models of the stage."""
 
     def __init__(
@@ -163,7 +171,7 @@ class Task:
             self.byte_lengths = byte_lengths(self.tokenizer)
             self.outputs, self.of = self.tokenizer.vocab_size, "tokens"
 
-    def evaluate(self, label: str, artifact: Artifact, reference: Artifact | None) -> dict[str, Any]:
+    def evaluate(self, label: str, artifact: Artifact, reference: Artifact | None) -> EvaluatedModel:
         """All figures of one model."""
         about = read_description(artifact.path)
         self._check(label, artifact, about)
@@ -202,11 +210,10 @@ class Task:
             result["bytes"] = bytes_scored
             result["bits_per_byte"] = scores.loss / math.log(2) / bytes_scored if bytes_scored else None
             result["sample"] = self._sample(model, self.tokenizer)
-        return result
+        return EvaluatedModel.model_validate(result)
 
     def _check(self, label: str, artifact: Artifact, about: dict[str, Any]) -> None:
-        wanted = "convnext" if self.images else "gpt2"
-        if about["architecture"] != wanted:
+        if find_architecture(about["architecture"]).data != self.description.kind:
             raise UserError(
                 f"`{label}` is a {about['architecture']}, which cannot be evaluated on "
                 f"{self.description.kind} (`{self.dataset.stage}`)",
@@ -224,7 +231,7 @@ class Task:
             )
 
     def _batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Inputs, targets, and which targets count, on the device."""
+        """Inputs as the data set gives them, targets, and which targets count, on the device."""
         size, stride = self.parameters.batch_size, self.parameters.stride
         samples = self.samples if limit is None else limit
         if limit is not None:
@@ -233,7 +240,7 @@ class Task:
             for start in range(0, samples, size):
                 indices = np.arange(start, min(samples, start + size))
                 pixels, labels = self.reader.images(indices)  # type: ignore[attr-defined]
-                images = normalise_images(torch.from_numpy(pixels).float() / 255.0)
+                images = torch.from_numpy(pixels).float() / 255.0
                 classes = torch.from_numpy(np.asarray(labels, dtype=np.int64))
                 yield self._move(images), self._move(classes), self._move(torch.ones(len(indices), dtype=torch.bool))
             return
@@ -257,6 +264,7 @@ class Task:
     @torch.no_grad()
     def _logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         narrow = self.parameters.precision == "bf16"
+        inputs = find_architecture(str(model.architecture)).prepare(inputs)
         with torch.autocast(self.device.type, torch.bfloat16) if narrow else nullcontext():
             logits: Tensor = model(inputs)
         return logits

@@ -33,7 +33,7 @@ class EvaluateParameters(BaseModel):
     top_k: int | None = Field(50, ge=1, description="text: sample among the k most probable tokens")
     activation_samples: int = Field(8, ge=0, description="validation samples that measure the activations' inputs")
     calibration_bins: int = Field(15, ge=1, description="confidence bins of the calibration error")
-    seed: int = Field(0, ge=0, description="of sampling")
+    seed: int = Field(0, ge=0, lt=2**63, description="of sampling")
     threads: int = Field(1, ge=1, description="CPU threads; part of the result's identity")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward pass")
 

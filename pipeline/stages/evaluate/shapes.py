@@ -9,18 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polytrope.models.checkpoint import activation_modules
+
 POINTS = 121  # of each curve
 BINS = 60  # of each density
 _SUBSAMPLE = 200_000  # values per layer and pass from which quantiles are taken
 
 
-def activation_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def named_activations(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of the activation of each block, first block first."""
-    found: list[tuple[str, nn.Module]] = []
-    for index, block in enumerate(model.blocks):  # type: ignore[arg-type]
-        mlp = getattr(block, "mlp", None)
-        found.append((f"block {index + 1}", block.act if mlp is None else mlp.activation))
-    return found
+    return [(f"block {number}", module) for number, module in enumerate(activation_modules(model), start=1)]
 
 
 def describe_activation(config: Any) -> str:
@@ -46,7 +44,7 @@ def measure_activations(model: nn.Module, forward: Callable[[], Any]) -> list[di
     """
     records: dict[str, dict[str, Any]] = {}
     handles = []
-    for name, module in activation_modules(model):
+    for name, module in named_activations(model):
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
             if name not in records:  # a module shared by several blocks is met more than once
@@ -58,7 +56,7 @@ def measure_activations(model: nn.Module, forward: Callable[[], Any]) -> list[di
     finally:
         for handle in handles:
             handle.remove()
-    names = dict(activation_modules(model))
+    names = dict(named_activations(model))
     for name, record in records.items():
         record.update(_curve(names[name], record.pop("channels"), record["edges"], next(model.parameters())))
     return list(records.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -12,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polytrope.models import find_architecture
 from polytrope.models.checkpoint import load_model
-from polytrope.models.convnext import normalise_images
 from polytrope.pipeline.data.description import read_dataset
 from polytrope.pipeline.data.reader import open_split
+from polytrope.pipeline.data.speed_file import SPEED_FILE, Speed, SpeedProtocol, write_speed
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.evaluate.evaluation import recorded_failure
 from polytrope.pipeline.stages.evaluate.parameters import MeasureSpeedParameters
 
-FORMAT = 1
 Batch = tuple[Tensor, Tensor]
 
 
@@ -52,20 +51,17 @@ def measure_models(
             timer.measure(keep=number >= 0)
     results = {label: timer.figures() for label, timer in timers.items()}
     unit = "tokens" if batch[0].dtype == torch.int64 else "images"
-    content = {
-        "format": FORMAT,
-        "protocol": {**parameters.model_dump(), "device": device.type, "unit": unit, "units": units_of(batch)},
-        "models": results,
-    }
-    (context.output / "speed.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    context.log_artifact("speed.json")
+    protocol = {**parameters.model_dump(), "device": device.type, "unit": unit, "units": units_of(batch)}
+    speed = Speed(format=1, protocol=SpeedProtocol.model_validate(protocol), models=results)
+    write_speed(context.output, speed)
+    context.log_artifact(SPEED_FILE)
     summary = {f"{label}/{name}": value for label, figures in results.items() for name, value in figures.items()}
     context.log_metrics(summary)
     return summary
 
 
 def read_batch(dataset: Artifact, size: int, device: torch.device) -> Batch:
-    """Inputs and targets of the first samples: tokens `[size, length]`, or `[size, channels, height, width]` images."""
+    """Inputs and targets of the first samples: tokens `[size, length]`, or pixels `[size, channels, height, width]`."""
     description = read_dataset(dataset.path)
     reader: Any = open_split(dataset.path, "validation")
     size = min(size, len(reader))
@@ -74,7 +70,7 @@ def read_batch(dataset: Artifact, size: int, device: torch.device) -> Batch:
     indices = np.arange(size)
     if description.kind == "images":
         pixels, labels = reader.images(indices)
-        images = normalise_images(torch.from_numpy(pixels).float() / 255.0)
+        images = torch.from_numpy(pixels).float() / 255.0
         return images.to(device), torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
     blocks = torch.from_numpy(np.asarray(reader.samples(indices), dtype=np.int64)).to(device)
     return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
@@ -90,7 +86,9 @@ class Timer:
     """One model's measurements. A training step is forward, backward and AdamW at a learning rate of 0."""
 
     def __init__(self, model: nn.Module, batch: Batch, steps: int) -> None:
-        self.model, self.batch, self.steps = model, batch, steps
+        inputs, targets = batch
+        self.model, self.steps = model, steps
+        self.batch = find_architecture(str(model.architecture)).prepare(inputs), targets
         # At a learning rate of 0 the step costs the same and leaves the weights as they are.
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
         self.seconds: dict[str, list[float]] = {"step": [], "forward": [], "single": []}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from polytrope.pipeline.data.conversion_file import ConversionRecord, read_conversion
+from polytrope.pipeline.data.evaluation_file import EvaluatedModel, Evaluation
 from polytrope.pipeline.data.lineage import Lineage, read_lineage
+from polytrope.pipeline.data.speed_file import Speed
+from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.stages.report.parameters import ReportParameters, group_of
@@ -18,79 +21,62 @@ from polytrope.pipeline.support.pages import count
 
 FORMAT = 1
 Figures = dict[str, Any]
-
-
-def read_json(artifact: Artifact, name: str, *, required: bool = True) -> Any:
-    """A JSON file of an artifact; None where it may be absent.
-
-    Raises:
-        UserError: absent or unreadable.
-    """
-    path = artifact.path / name
-    if not path.exists() and not required:
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"`{artifact.stage}` holds no readable {name}: {error}", "name the stage that makes it"
-        ) from error
+_ACCURACY = {"loss", "perplexity", "bits_per_byte", "top1", "top5", "calibration_error", "drift"}
+_COUNTS = {"parameters", "tokens", "images", "bytes"}
 
 
 def collect(
-    evaluation: Mapping[str, Any],
+    evaluation: Evaluation,
     models: Mapping[str, Artifact],
     conversion: Artifact | None,
     parameters: ReportParameters,
-    speed: Mapping[str, Any] | None = None,
+    speed: Speed | None = None,
 ) -> Figures:
     """Everything the page shows as numbers or text.
 
     Args:
-        evaluation: content of `evaluation.json`.
         models: label → artifact; those with a `history.json` have curves.
         conversion: the artifact with `conversion.json`.
-        speed: content of `speed.json`.
 
     Raises:
         UserError: a model that was not evaluated.
     """
-    everything: Mapping[str, Any] = evaluation["models"]
+    everything = evaluation.models
     for label in models:
         if label not in everything:
             raise UserError(
                 f"report: the model `{label}` was not evaluated", f"evaluated were: {', '.join(everything)}"
             )
-    results = {label: result for label, result in everything.items() if "failure" not in result}
+    results = {label: result for label, result in everything.items() if result.failure is None}
     baseline = parameters.baseline or next(iter(results))
     rows = [_row(label, result, parameters, models.get(label)) for label, result in results.items()]
     figures: Figures = {
         "format": FORMAT,
         "title": parameters.title,
         "description": parameters.description,
-        "kind": evaluation.get("kind", "text"),
-        "unigram_entropy": evaluation.get("unigram_entropy"),
+        "kind": evaluation.kind,
+        "unigram_entropy": evaluation.unigram_entropy,
         "baseline": baseline,
         "table": rows,
         "failures": [
-            {"label": label, "name": parameters.labels.get(label, label), "failure": result["failure"]}
+            {"label": label, "name": parameters.labels.get(label, label), "failure": result.failure}
             for label, result in everything.items()
-            if "failure" in result
+            if result.failure is not None
         ],
-        "speed": None if speed is None else speed["protocol"],
+        "speed": None if speed is None else speed.protocol.model_dump(),
         "training": [entry for label in models if (entry := _training(label, models[label], parameters))],
-        "conversion": [] if conversion is None else _conversion(read_json(conversion, "conversion.json")),
+        "conversion": [] if conversion is None else _conversion(read_conversion(conversion.path)),
         "converted": None if conversion is None else _label_of(conversion, models),
-        "samples": {label: result["sample"] for label, result in results.items() if result.get("sample")},
-        "dataset": evaluation["dataset"],
-        "protocol": evaluation["protocol"],
+        "samples": {label: result.sample for label, result in results.items() if result.sample},
+        "dataset": evaluation.dataset.model_dump(exclude_unset=True),
+        "protocol": evaluation.protocol.model_dump(),
     }
     if speed is not None:
         for row in rows:
-            row["speed"] = speed["models"].get(row["label"])
+            row["speed"] = speed.models.get(row["label"])
     if parameters.group_by is not None:
         failed = [failure["label"] for failure in figures["failures"]]
-        figures["groups"] = compare_groups(rows, parameters.group_by, baseline, evaluation.get("kind", "text"), failed)
+        figures["groups"] = compare_groups(rows, parameters.group_by, baseline, evaluation.kind, failed)
     else:
         losses = {row["label"]: row["loss"] for row in rows}
         for row in rows:
@@ -98,41 +84,24 @@ def collect(
     return figures
 
 
-def _row(label: str, result: Mapping[str, Any], parameters: ReportParameters, model: Artifact | None) -> Figures:
+def _row(label: str, result: EvaluatedModel, parameters: ReportParameters, model: Artifact | None) -> Figures:
     row: Figures = {"label": label, "name": parameters.labels.get(label, label)}
     if model is not None:
         row["budget"] = budget(read_lineage(model.path))
-    for key in (
-        "activation",
-        "parameters",
-        "loss",
-        "perplexity",
-        "bits_per_byte",
-        "top1",
-        "top5",
-        "calibration_error",
-        "tokens",
-        "images",
-        "bytes",
-        "drift",
-    ):
-        if result.get(key) is not None:
-            row[key] = result[key]
-    return row
+    return row | result.model_dump(include={"activation"} | _ACCURACY | _COUNTS, exclude_none=True)
 
 
 def _training(label: str, artifact: Artifact, parameters: ReportParameters) -> Figures | None:
-    summary = read_json(artifact, "training.json", required=False)
-    if summary is None:
+    training = read_training(artifact.path)
+    if training is None:
         return None
-    kept = {key: value for key, value in summary.items() if isinstance(value, int | float) and key != "format"}
     lineage = read_lineage(artifact.path)
     made_from = {
         "total_samples": lineage.samples,
         "total_tokens": lineage.tokens,
         "lineage": [ancestor.stage for ancestor in lineage.ancestors],
     }
-    return {"label": label, "name": parameters.labels.get(label, label), **kept, **made_from}
+    return {"label": label, "name": parameters.labels.get(label, label), **training.figures(), **made_from}
 
 
 def budget(lineage: Lineage) -> str:
@@ -148,22 +117,22 @@ def _label_of(conversion: Artifact, models: Mapping[str, Artifact]) -> str | Non
     return next((label for label, model in models.items() if model.digest == conversion.digest), None)
 
 
-def _conversion(content: Mapping[str, Any]) -> list[Figures]:
+def _conversion(conversion: ConversionRecord) -> list[Figures]:
     """Per layer: how far the fit is from the activation it replaces, on the inputs that occur."""
     rows: list[Figures] = []
-    for layer in content["layers"]:
-        curve = layer["curve"]
-        errors = [abs(fit - target) for fit, target in zip(curve["fit"], curve["target"], strict=True)]
-        density = curve.get("density") or [1.0] * len(errors)
-        weight = math.fsum(density) or 1.0
-        mean_square = math.fsum(part * error * error for part, error in zip(density, errors, strict=True)) / weight
+    for layer in conversion.layers:
+        curve = layer.curve
+        errors = [abs(fit - target) for fit, target in zip(curve.fit, curve.target, strict=True)]
+        weight = math.fsum(curve.density) or 1.0
+        squares = (part * error * error for part, error in zip(curve.density, errors, strict=True))
+        mean_square = math.fsum(squares) / weight
         rows.append(
             {
-                "layer": layer["name"],
-                "target": layer.get("target"),
-                "family": layer["family"],
-                "degree": layer.get("degree"),
-                "interval": layer.get("interval"),
+                "layer": layer.name,
+                "target": layer.target,
+                "family": layer.family,
+                "degree": layer.degree,
+                "interval": list(layer.interval),
                 "rms_error": math.sqrt(mean_square),
                 "maximum_error": max(errors),
             }

@@ -9,8 +9,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from polytrope.pipeline.data.conversion_file import read_conversion
+from polytrope.pipeline.data.evaluation_file import Evaluation, read_evaluation
+from polytrope.pipeline.data.speed_file import read_speed
+from polytrope.pipeline.data.training_file import read_history, read_training
 from polytrope.pipeline.stage import Artifact, StageContext
-from polytrope.pipeline.stages.report.contents import Figures, collect, read_json, summary_metrics
+from polytrope.pipeline.stages.report.contents import Figures, collect, summary_metrics
 from polytrope.pipeline.stages.report.parameters import ReportParameters, group_of
 from polytrope.pipeline.stages.report.report_page import build_page, name_of
 from polytrope.pipeline.stages.report.statistics import mean_interval
@@ -27,10 +31,8 @@ def write_report(
     speed: Artifact | None,
 ) -> dict[str, float]:
     """Write `report.json`, `plots/*.png`, `report.html`; returns the metrics of the result table."""
-    content = read_json(evaluation, "evaluation.json")
-    summary = collect(
-        content, models, conversion, parameters, None if speed is None else read_json(speed, "speed.json")
-    )
+    content = read_evaluation(evaluation.path)
+    summary = collect(content, models, conversion, parameters, None if speed is None else read_speed(speed.path))
     drawings = _drawings(content, summary, models, conversion, parameters)
     pictures: dict[str, dict[str, bytes]] = {}
     (context.output / "plots").mkdir()
@@ -41,7 +43,7 @@ def write_report(
     inputs = _inputs(evaluation, models, conversion, dataset, speed)
     page = build_page(summary, pictures, _configurations(models), inputs, parameters.command)
     (context.output / "report.html").write_text(page, encoding="utf-8")
-    (context.output / "report.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (context.output / "report.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     context.log_artifact("report.html", parent=True)
     context.log_artifact("report.json", parent=True)
     if drawings:
@@ -51,7 +53,7 @@ def write_report(
 
 
 def _drawings(
-    content: Mapping[str, Any],
+    content: Evaluation,
     summary: Figures,
     models: Mapping[str, Artifact],
     conversion: Artifact | None,
@@ -60,7 +62,7 @@ def _drawings(
     """Plot name → what draws it, in the order of the page."""
     drawings: dict[str, Callable[[plots.Theme], Any]] = {}
     unit = "token" if summary["kind"] == "text" else "image"
-    evaluated = {label: result for label, result in content["models"].items() if "failure" not in result}
+    evaluated = {label: result for label, result in content.models.items() if result.failure is None}
     if "groups" in summary:
         drawings["groups"] = partial(
             plots.draw_groups,
@@ -72,9 +74,7 @@ def _drawings(
     histories = {
         label: history
         for label, artifact in models.items()
-        if label in evaluated
-        and (artifact.path / "training.json").exists()
-        and (history := read_json(artifact, "history.json", required=False))
+        if label in evaluated and read_training(artifact.path) is not None and (history := read_history(artifact.path))
     }
     curves = _curves(histories, summary, parameters)
     if curves:
@@ -90,14 +90,14 @@ def _drawings(
             plots.draw_moments, moments=moments, blocks=plots.evenly(list(moments), min(4, parameters.maximum_layers))
         )
     if conversion is not None:
-        layers = read_json(conversion, "conversion.json")["layers"]
-        if layers:
+        converted = [layer.model_dump() for layer in read_conversion(conversion.path).layers]
+        if converted:
             drawings["conversion"] = partial(
-                plots.draw_conversion, layers=plots.evenly(layers, min(8, parameters.maximum_layers))
+                plots.draw_conversion, layers=plots.evenly(converted, min(8, parameters.maximum_layers))
             )
     shown = _representatives(evaluated, summary, parameters)
     summary["samples"] = {label: text for label, text in summary["samples"].items() if label in shown.values()}
-    records = {name: layers for name, label in shown.items() if (layers := evaluated[label].get("layers"))}
+    records = {name: layers for name, label in shown.items() if (layers := evaluated[label].layers)}
     if records:
         density_of = summary["baseline"] if "groups" not in summary else shown.get(summary["baseline"])
         if density_of not in shown.values():
@@ -111,9 +111,9 @@ def _drawings(
             density_of=next(name for name, label in shown.items() if label == density_of),
         )
     confusion = {
-        name_of(summary, label): result["confusion"]
+        name_of(summary, label): result.confusion
         for label, result in evaluated.items()
-        if "confusion" in result and label in shown.values()
+        if result.confusion is not None and label in shown.values()
     }
     if confusion:
         drawings["confusion"] = partial(plots.draw_confusion, matrices=confusion)
@@ -199,8 +199,8 @@ def _moments(histories: Histories, summary: Figures, parameters: ReportParameter
 
 
 def _configurations(models: Mapping[str, Artifact]) -> dict[str, Any]:
-    found = {label: read_json(artifact, "model.json", required=False) for label, artifact in list(models.items())[:12]}
-    return {label: content for label, content in found.items() if content is not None}
+    paths = {label: artifact.path / "model.json" for label, artifact in list(models.items())[:12]}
+    return {label: json.loads(path.read_bytes()) for label, path in paths.items() if path.exists()}
 
 
 def _inputs(

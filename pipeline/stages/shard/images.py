@@ -384,7 +384,7 @@ def load_pixels(
 
 def _open_image(item: ImageItem) -> Any:
     """Decoded and upright."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     assert item.path is not None
     try:
@@ -400,6 +400,10 @@ def _open_image(item: ImageItem) -> Any:
         pixels = f"{int(size.group()):,}" if size else "too many"
         raise UserError(
             f"source: {item} has {pixels} pixels, more than Pillow decodes", "make it smaller or remove it"
+        ) from None
+    except UnidentifiedImageError:  # its text shows the address of a buffer
+        raise UserError(
+            f"source: {item} is no readable image: no format that Pillow knows", "remove it from the source"
         ) from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError) as error:  # what Pillow raises
         raise UserError(f"source: {item} is no readable image: {error}", "remove it from the source") from error
@@ -417,6 +421,8 @@ def _eight_bits(image: Any, item: ImageItem, background: tuple[int, int, int] | 
             f"source: {item} has 32-bit values, for which nothing says what is black and what is white",
             "convert it to 8 or 16 bits per value",
         )
+    if image.mode == "LAB":  # which Pillow turns into nothing but RGB
+        return image.convert("RGB")
     if not image.has_transparency_data:
         return image
     image = image.convert("RGBA")

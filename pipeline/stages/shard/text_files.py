@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,15 @@ TEXT = "text"  # the column of what is written
 _LINES_BLOCK = 1 << 24  # bytes that pyarrow parses at a time
 _WRITE_BLOCK = 1 << 25  # bytes of small columns that are written together, at the most
 _WRITE_COLUMNS = 500
+_NO_TEXT = {  # what a file begins with → what to do
+    codecs.BOM_UTF16_LE: "it is UTF-16: convert it (`iconv -f UTF-16 -t UTF-8`)",
+    codecs.BOM_UTF16_BE: "it is UTF-16: convert it (`iconv -f UTF-16 -t UTF-8`)",
+    b"\x1f\x8b": "it is compressed: let its name end in .gz",
+    b"BZh": "it is compressed: let its name end in .bz2",
+    b"\x28\xb5\x2f\xfd": "it is compressed: let its name end in .zst",
+    b"\xfd7zXZ\0": "it is compressed: unpack it (`unxz`)",
+    b"PK\3\4": "it is a zip archive: unpack it (`unzip`)",
+}
 
 
 def read_files(
@@ -25,7 +35,8 @@ def read_files(
     """The documents of the files, in order, as columns of text.
 
     Args:
-        paths: the files; text and jsonl may be compressed, by their suffix (.gz, .bz2, .zst, …).
+        paths: the files; text and jsonl may be compressed, by their suffix (.gz, .bz2, .zst, …). A UTF-8
+            signature at their start (byte order mark) is no text.
         file_format: text: a file is a document; jsonl: a line; parquet: a row.
         field: jsonl and parquet: the field that holds the text. Other fields may differ from file to file.
 
@@ -75,14 +86,21 @@ def _table(columns: Sequence[pyarrow.ChunkedArray]) -> pyarrow.Table:
 def _read_text(path: Path, _field: str) -> Iterator[pyarrow.ChunkedArray]:
     content = _content(path)
     try:
-        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()  # with \n for every kind of line end
+        # with \n for every kind of line end
+        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8").read()
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(
             f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x} at {error.start}",
-            "convert it (`iconv -f LATIN1 -t UTF-8`), or leave it out",
+            _way_to_text(content, "convert it (`iconv -f LATIN1 -t UTF-8`), or leave it out"),
         ) from None
-    yield column_of([text])
+    yield column_of([text.removeprefix(codecs.BOM_UTF8.decode())])
+
+
+def _way_to_text(content: bytes, otherwise: str) -> str:
+    """What to do with a file that is no UTF-8, by what it begins with."""
+    ways = (way for start, way in _NO_TEXT.items() if content.startswith(start))
+    return next(ways, otherwise)
 
 
 def _content(path: Path) -> bytes:
@@ -130,12 +148,14 @@ def _texts_of_lines(path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         place = f"{path}:{number}"
         try:
             record = json.loads(line.decode())
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{place}: not UTF-8: byte 0x{line[error.start]:02x}", "JSON is UTF-8: convert the file"
+                f"{place}: not UTF-8: byte 0x{line[error.start]:02x}",
+                _way_to_text(line if number == 1 else b"", "JSON is UTF-8: convert the file"),
             ) from None
         except ValueError as error:
             raise UserError(f"{place}: not JSON: {error}", "each line must be a JSON object") from None
@@ -172,7 +192,8 @@ def _read_parquet(path: Path, field: str) -> Iterator[pyarrow.ChunkedArray]:
                     f"set source.text_field; the fields are {', '.join(file.schema_arrow.names)}",
                 )
             kind = file.schema_arrow.field(field).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if values not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                 raise UserError(f"{path}: field `{field}` is not text but {kind}", "set source.text_field")
             row = 0
             for batch in file.iter_batches(columns=[field]):

@@ -4,64 +4,55 @@ from __future__ import annotations
 
 from typing import Any
 
+from polytrope.models import find_architecture, make_config
 from polytrope.models.activations import ActivationConfig, activation_configs
-from polytrope.models.convnext import ConvNeXtConfig
-from polytrope.models.gpt2 import GPT2Config
 from polytrope.ops.modules import LEARNABLE, LearnableActivation, read_activation
-
-_NO_INTERVAL = ("tropical", "tropical_rational")  # they end in straight lines already
-_NO_OPTIONS = (
-    "polynorm",
-)  # not elementwise: it has neither an interval, groups of channels, nor a function to imitate
 
 
 def apply_activation_options(architecture: str, model: dict[str, Any]) -> dict[str, Any]:
     """The model's settings with its `activation_options` written into each block's activation.
 
-    An option goes to the families that have it: classical activations take none, tropical ones no interval, and
-    `init: torchortho` is for the published families. What an activation says itself comes first.
+    An option goes to the families that have it: classical activations take none, tropical ones no interval, `stable` is
+    for polynomials and `torchortho` for the published families. What an activation says itself comes first.
 
     Args:
-        architecture: `gpt2` or `convnext`.
+        architecture: a name in `ARCHITECTURES`.
         model: what `build_model` takes, and maybe `activation_options`.
 
     Raises:
-        ValueError, TypeError: whatever the model's own configuration refuses.
+        ValueError: whatever the model's own configuration refuses.
     """
     model = dict(model)
     given = model.pop("activation_options", None) or {}
     if not any(value not in (None, False) for value in given.values()):
         return model
-    if architecture == "gpt2":
-        gpt2 = GPT2Config(**model)
-        configured, widths = gpt2.activation, [4 * gpt2.n_embd] * gpt2.n_layer
-    else:
-        convnext = ConvNeXtConfig(**model)
-        configured = convnext.activation
-        widths = [4 * dim for depth, dim in zip(convnext.depths, convnext.dims, strict=True) for _ in range(depth)]
+    record = find_architecture(architecture)
+    config = make_config(record.config, model)
+    widths = record.activation_widths(config)
     entries = [
-        _with_options(config, given, width)
-        for config, width in zip(activation_configs(configured, len(widths)), widths, strict=True)
+        _with_options(activation, given, width)
+        for activation, width in zip(activation_configs(config.activation, len(widths)), widths, strict=True)
     ]
     return {**model, "activation": entries[0] if all(entry == entries[0] for entry in entries) else entries}
 
 
 def _with_options(config: ActivationConfig, given: dict[str, Any], width: int) -> ActivationConfig:
     name, own = read_activation(config)
-    if name not in LEARNABLE or name in _NO_OPTIONS:
+    if name not in LEARNABLE:
         return config
+    family: type[LearnableActivation] = LEARNABLE[name]
     options: dict[str, Any] = {}
-    init = given.get("init")
-    if init is not None and (init != "torchortho" or _is_published(name)):
-        options["init"] = init
-    if given.get("interval") is not None and name not in _NO_INTERVAL:
+    if given.get("init") is not None and _starts_from(family, given["init"]):
+        options["init"] = given["init"]
+    if given.get("interval") is not None and family.accepts_interval:
         options["interval"] = list(given["interval"])
-    if given.get("per_channel"):
+    if given.get("per_channel") and family.accepts_groups:
         options["num_parameters"] = width
-    return {"name": name, **options, **own}
+    return {"name": name, **options, **own} if options else config
 
 
-def _is_published(name: str) -> bool:
-    module = LEARNABLE[name]()
-    assert isinstance(module, LearnableActivation)
-    return module.published
+def _starts_from(family: type[LearnableActivation], init: str) -> bool:
+    """Whether the family has this start; every family can imitate a function."""
+    if init == "torchortho":
+        return family.published
+    return init in family.starts or not any(init in other.starts for other in LEARNABLE.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import random
 import statistics
@@ -15,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from polytrope.models import build_model
-from polytrope.models.checkpoint import load_weights, save_model
+from polytrope.models import build_model, find_architecture
+from polytrope.models.checkpoint import load_weights, read_description, save_model
+from polytrope.pipeline.data.training_file import Training, write_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train.activations import apply_activation_options
@@ -31,7 +31,7 @@ from polytrope.pipeline.stages.train.deepspeed_engine import (
     master_weights,
     unsharded_gradient_norm,
 )
-from polytrope.pipeline.stages.train.modality import Task, make_task
+from polytrope.pipeline.stages.train.modality import Modality, make_modality
 from polytrope.pipeline.stages.train.optimization import learning_rate_factor, set_learning_rate
 from polytrope.pipeline.stages.train.training_metrics import (
     Meter,
@@ -64,14 +64,14 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
         average = WeightAverage(model, parameters.ema_decay, lambda: master_weights(engine))
     _seed((parameters.seed * 1_000_003 + 1 + rank) % 2**63)  # dropout differs between ranks
     progress = restore(engine, average, chosen, context, rank, plan.workers)
-    task = make_task(plan, rank, pin=not on_cpu)
+    modality = make_modality(plan, rank, pin=not on_cpu)
     prefetcher = Prefetcher(
-        lambda step: task.train_step(data_position(step, plan.skipped_batches)),
+        lambda step: modality.train_step(data_position(step, plan.skipped_batches)),
         progress.step,
         plan.steps,
         parameters.data_threads,
     )
-    run = _Run(plan, context, rank, device, engine, average, progress, task, prefetcher)
+    run = _Run(plan, context, rank, device, engine, average, progress, modality, prefetcher)
     try:
         while progress.step < plan.steps:
             run.step()
@@ -105,11 +105,11 @@ class _Run:
         engine: Any,
         average: WeightAverage | None,
         progress: Progress,
-        task: Task,
+        modality: Modality,
         prefetcher: Prefetcher,
     ) -> None:
         self.plan, self.context, self.rank, self.device = plan, context, rank, device
-        self.engine, self.average, self.progress, self.task = engine, average, progress, task
+        self.engine, self.average, self.progress, self.modality = engine, average, progress, modality
         self.prefetcher, self.meter, self.metrics = prefetcher, Meter(), MetricsLog(context, rank)
         parameters = plan.parameters
         self.checkpoints = CheckpointWriter(
@@ -181,22 +181,22 @@ class _Run:
         }
         progress.history.append({"step": progress.step, **values})
         observed = {
-            f"{self.task.unit}_per_second": rate,
+            f"{self.modality.unit}_per_second": rate,
             "data_wait_fraction": min(1.0, wait / seconds),
             "peak_memory": peak_memory(self.device),
             **rank_metrics([row[1] for row in ranks], [row[2] for row in ranks]),
         }
         if plan.parameters.peak_flops:
-            flops = self.task.flops_per_unit(self.engine.module)
+            flops = self.modality.flops_per_unit(self.engine.module)
             observed["mfu"] = rate * flops / (plan.parameters.peak_flops * plan.workers)
         self.metrics.log({**values, **observed}, progress.step)
         if self.rank == 0:
-            message = f"loss {values['train/loss']:.3f} · {human(rate)} {self.task.unit}/s"
+            message = f"loss {values['train/loss']:.3f} · {human(rate)} {self.modality.unit}/s"
             self.context.progress(progress.step, plan.steps, message)
 
     def _log_validation(self) -> None:
         with self.average.applied() if self.average else contextlib.nullcontext():
-            values = validate(self.plan, self.task, self.engine.module, self.rank, self.device)
+            values = validate(self.plan, self.modality, self.engine.module, self.rank, self.device)
         progress = self.progress
         progress.history.append({"step": progress.step, **values})
         self.metrics.log(values, progress.step)
@@ -208,18 +208,20 @@ class _Run:
         self.meter.restart()
 
 
-def validate(plan: TrainingPlan, task: Task, module: nn.Module, rank: int, device: torch.device) -> dict[str, float]:
-    """`val/loss` (per token or image), and what else the task measures, over the first validation samples.
+def validate(
+    plan: TrainingPlan, modality: Modality, module: nn.Module, rank: int, device: torch.device
+) -> dict[str, float]:
+    """`val/loss` (per token or image), and what else is measured of text or images, over the first validation samples.
 
     The same on every rank.
     """
-    samples = min(plan.parameters.validation_samples, task.validation_samples)
+    samples = min(plan.parameters.validation_samples, modality.validation_samples)
     sums: dict[str, Tensor] = {}
     module.eval()
     with torch.no_grad():
-        batches = validation_batches(task.validation_batch, samples, rank, plan.workers, plan.micro_batch_size)
+        batches = validation_batches(modality.validation_batch, samples, rank, plan.workers, plan.micro_batch_size)
         for (inputs, targets), counted in batches:
-            for name, value in task.measure(
+            for name, value in modality.measure(
                 module, (to_model(inputs, module, device), targets.to(device)), counted
             ).items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.double().cpu()
@@ -333,40 +335,27 @@ def _write_result(
     summary = {
         "format": 1,
         "architecture": plan.architecture,
-        "parameters": json.loads((output / "model.json").read_text(encoding="utf-8"))["parameters"],
+        "parameters": read_description(output)["parameters"],
         "steps": plan.steps,
         "samples": samples,
         **final,
         **({"result_step": progress.best_step} if progress.best_step else {}),
         "val/best_loss": min(entry["val/loss"] for entry in progress.history if "val/loss" in entry),
     }
-    if plan.architecture == "gpt2":
+    if find_architecture(plan.architecture).data == "text":
         summary["tokens"] = samples * int(plan.facts["sequence_length"])
     if plan.skipped_batches:
         summary["skipped_batches"], summary["rollbacks"] = len(plan.skipped_batches), plan.skip_reasons
-    (output / "training.json").write_text(json.dumps(_finite(summary), indent=2) + "\n", encoding="utf-8")
-    (output / "history.json").write_text(
-        json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n", encoding="utf-8"
-    )
+    write_training(output, Training.model_validate(summary), progress.history)
 
 
 def _write_failure(plan: TrainingPlan, output: Path, model: nn.Module, progress: Progress, error: Diverged) -> None:
     """The artifact of a training that diverged: what was logged until then and what happened, but no weights."""
-    summary = {
-        "format": 1,
-        "architecture": plan.architecture,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "steps": progress.step,
-        "failure": f"diverged at {error}",
-    }
-    (output / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    (output / "history.json").write_text(
-        json.dumps([_finite(entry) for entry in progress.history], indent=1) + "\n", encoding="utf-8"
+    training = Training(
+        format=1,
+        architecture=plan.architecture,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        steps=progress.step,
+        failure=f"diverged at {error}",
     )
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN: such values become null."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
-    }
+    write_training(output, training, progress.history)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polytrope.models import find_architecture
 from polytrope.pipeline.data.order import sample_indices
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.stages.train.augment import augment, mix
@@ -18,7 +19,7 @@ from polytrope.pipeline.stages.train.training_plan import TrainingPlan
 
 
 @dataclass(frozen=True)
-class Task:
+class Modality:
     """Data of one rank.
 
     Args:
@@ -38,10 +39,11 @@ class Task:
     flops_per_unit: Callable[[Any], float]
 
 
-def make_task(plan: TrainingPlan, rank: int, pin: bool) -> Task:
-    """The task that fits the architecture. `pin`: put batches into page-locked memory, for asynchronous copies."""
+def make_modality(plan: TrainingPlan, rank: int, pin: bool) -> Modality:
+    """What fits the architecture. `pin`: put batches into page-locked memory, for asynchronous copies."""
     train, validation = open_split(plan.dataset, "train"), open_split(plan.dataset, "validation")
-    load = _load_text if plan.architecture == "gpt2" else _load_images
+    text = find_architecture(plan.architecture).data == "text"
+    load = _load_text if text else _load_images
 
     def train_step(batch: int) -> list[Batch]:
         size = plan.parameters.global_batch_size
@@ -55,15 +57,15 @@ def make_task(plan: TrainingPlan, rank: int, pin: bool) -> Task:
         batches = [load(train, part, plan, part_positions) for part, part_positions in parts]
         return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches] if pin else batches
 
-    return Task(
+    return Modality(
         train_step=train_step,
         validation_batch=lambda indices: load(validation, indices, plan, None),
         validation_samples=len(validation),
-        measure=_measure_text if plan.architecture == "gpt2" else _measure_images,
-        unit="tokens" if plan.architecture == "gpt2" else "images",
+        measure=_measure_text if text else _measure_images,
+        unit="tokens" if text else "images",
         flops_per_unit=(
             (lambda model: float(model.flops_per_token()))
-            if plan.architecture == "gpt2"
+            if text
             else (lambda model: float(model.flops_per_image(*train.fields["pixels"].shape[1:])))
         ),
     )
@@ -75,14 +77,13 @@ def _load_text(reader: Any, indices: np.ndarray, _plan: TrainingPlan, _positions
 
 def _load_images(reader: Any, indices: np.ndarray, plan: TrainingPlan, positions: np.ndarray | None) -> Batch:
     """Images `[samples, channels, height, width]` float and classes; augmented if they have `positions`."""
-    from polytrope.models.convnext import normalise_images
-
+    prepare = find_architecture(plan.architecture).prepare
     pixels, labels = reader.images(indices)
     images, classes = torch.from_numpy(pixels).float() / 255.0, torch.from_numpy(np.asarray(labels, dtype=np.int64))
     options = plan.parameters.augmentation
     if positions is None or options is None:
-        return normalise_images(images), classes
-    images = normalise_images(augment(images, options, plan.parameters.seed, positions))
+        return prepare(images), classes
+    images = prepare(augment(images, options, plan.parameters.seed, positions))
     if options.mixup or options.cutmix:
         number = int(plan.model["num_classes"])
         return mix(images, classes, options, number, plan.parameters.seed, int(positions[0]))

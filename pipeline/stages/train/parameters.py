@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from polytrope.models import ARCHITECTURES
+
+if TYPE_CHECKING:
+    ArchitectureName = str
+else:
+    ArchitectureName = Literal[tuple(ARCHITECTURES)]
+
+# What each is trained on. Its record says so too, but imports torch, which a plan does without.
+TRAINED_ON = {"gpt2": "text", "convnext": "images"}
 
 Activation = str | dict[str, Any]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -17,8 +27,8 @@ class ActivationOptions(BaseModel):
 
     init: str | None = Field(
         None,
-        description="variance_preserving, torchortho (as published, where there is one), or a function to imitate: "
-        "gelu, relu, silu, …",
+        description="variance_preserving, stable (polynomials: nets without normalisation stay there), torchortho (as "
+        "published, where there is one), or a function to imitate: gelu, relu, silu, …",
     )
     interval: tuple[float, float] | None = Field(
         None, description="beyond it the function goes on along its tangents; default: its formula everywhere"
@@ -31,7 +41,7 @@ class ModelParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    architecture: Literal["gpt2", "convnext"] = Field("gpt2", description="gpt2 (text) or convnext (images)")
+    architecture: ArchitectureName = Field("gpt2", description="gpt2 (text) or convnext (images)")
     preset: str | None = Field(
         None, description="published size: gpt2, gpt2-medium, gpt2-large, gpt2-xl; convnext-atto … convnext-large"
     )
@@ -59,6 +69,11 @@ class ModelParameters(BaseModel):
     patch_size: int | None = Field(None, ge=1, description="convnext: stride of the stem")
     drop_path: float | None = Field(None, ge=0, lt=1, description="convnext: stochastic depth of the last block")
     layer_scale: float | None = Field(None, ge=0, description="convnext: initial layer scale, 0 for none")
+
+
+def architectures_for(kind: str) -> list[str]:
+    """The models that are trained on such data sets: `text` or `images`."""
+    return [name for name, data in TRAINED_ON.items() if data == kind]
 
 
 class AugmentationParameters(BaseModel):

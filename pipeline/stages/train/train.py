@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.lineage import Lineage, read_lineage, write_lineage
+from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, stage
-from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters
+from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters, architectures_for
 
 
 def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
@@ -40,11 +41,10 @@ def _check_shapes(given: ModelParameters, shard: Any) -> None:
     architecture = model.pop("architecture")
     size, length = getattr(shard, "image_size", None), getattr(shard, "sequence_length", None)
     kind = "images" if isinstance(size, int) else "text" if isinstance(length, int) else None
-    wanted = {"text": "gpt2", "images": "convnext"}.get(kind or "", architecture)
-    if architecture != wanted:
+    if kind is not None and architecture not in architectures_for(kind):
         raise UserError(
             f"train: a {architecture} (`model.architecture`) cannot be trained on {kind}",
-            f"use `architecture: {wanted}`, or another dataset",
+            f"use `architecture: {' or '.join(architectures_for(kind))}`, or another dataset",
         )
     if "preset" in model:
         return  # a published size: looking it up would import torch; `make_plan` compares it
@@ -85,12 +85,13 @@ def train(
     context.log_dataset("train", dataset.digest, str(dataset.path), plan.dataset_profile)
     context.log_params(plan.facts)
     run_workers(context, plan)
-    summary = json.loads((context.output / "training.json").read_text(encoding="utf-8"))
-    samples, tokens = int(summary.get("samples", 0)), summary.get("tokens")
-    lineage = Lineage(samples=samples, tokens=tokens)
+    training = read_training(context.output)
+    assert training is not None  # rank 0 has written it
+    samples = training.samples or 0
+    lineage = Lineage(samples=samples, tokens=training.tokens)
     if initial is not None:
-        lineage = read_lineage(initial.path).then(initial.stage, initial.digest, samples, tokens)
+        lineage = read_lineage(initial.path).then(initial.stage, initial.digest, samples, training.tokens)
     write_lineage(context.output, lineage)
-    if parameters.register_as and "failure" not in summary:
+    if parameters.register_as and training.failure is None:
         context.log_model(".", name=parameters.register_as, alias=parameters.register_alias)
-    return {name: value for name, value in summary.items() if isinstance(value, int | float) and name != "format"}
+    return training.figures()

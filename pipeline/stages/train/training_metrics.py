@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from polytrope.models.checkpoint import activation_modules
 from polytrope.pipeline.stage import StageContext
 
 
@@ -129,21 +130,13 @@ def peak_memory(device: torch.device) -> float:
     return float(peak if sys.platform == "darwin" else peak * 1024)
 
 
-def activation_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The activation modules of the blocks, by block number."""
-    blocks: Any = model.blocks
-    return {
-        str(index): block.mlp.activation if hasattr(block, "mlp") else block.act for index, block in enumerate(blocks)
-    }
-
-
 @contextmanager
 def watch_activations(model: nn.Module, into: dict[str, float]) -> Iterator[None]:
     """Collect mean and deviation of each block's activation's input, mean square of its output, its coefficients' norm.
 
     Costs three reductions per layer, in the steps where it is on; the values are of this rank's last micro-batch.
     """
-    modules = activation_modules(model)
+    modules = {str(index): module for index, module in enumerate(activation_modules(model))}
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def hook(name: str) -> Any:

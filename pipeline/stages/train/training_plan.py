@@ -11,12 +11,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from polytrope.models import find_architecture
 from polytrope.pipeline.data.description import Dataset, read_dataset
 from polytrope.pipeline.data.tokenization import same_tokenizer
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, EventWriter, Resources, StageContext
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
-from polytrope.pipeline.stages.train.parameters import TrainParameters
+from polytrope.pipeline.stages.train.parameters import TrainParameters, architectures_for
 
 
 class Diverged(ArithmeticError):
@@ -206,11 +207,10 @@ def _resolve_model(
         model = parameters.model.model_dump(exclude_none=True)
         architecture = model.pop("architecture")
         model = expand_preset(architecture, model)
-    wanted = "gpt2" if description.kind == "text" else "convnext"
-    if architecture != wanted:
+    if find_architecture(architecture).data != description.kind:
         raise UserError(
             f"a {description.kind} dataset (`{dataset.stage}`) cannot train a {architecture}",
-            f"use `architecture: {wanted}`",
+            f"use `architecture: {' or '.join(architectures_for(description.kind))}`",
         )
     if description.kind == "text":
         if initial is not None:
@@ -285,9 +285,7 @@ def expand_preset(architecture: str, model: dict[str, Any]) -> dict[str, Any]:
     preset = model.pop("preset", None)
     if preset is None:
         return model
-    from polytrope.models import convnext, gpt2
-
-    presets: dict[str, Any] = dict(gpt2.PRESETS if architecture == "gpt2" else convnext.PRESETS)
+    presets = find_architecture(architecture).presets
     if preset not in presets:
         raise UserError(f"unknown `model.preset: {preset}` for {architecture}", f"there are: {', '.join(presets)}")
     return {**presets[preset], **model}

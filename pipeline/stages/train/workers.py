@@ -150,7 +150,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], directory: Path) -> None:
             deadline = time.monotonic() + 2.0
             while time.monotonic() < deadline and any(process.poll() is None for process in processes):
                 time.sleep(0.05)
-            log = (directory / f"worker-{failed[0]}.log").read_text(errors="replace", encoding="utf-8")[-2000:]
+            log = (directory / f"worker-{failed[0]}.log").read_text(encoding="utf-8", errors="replace")[-2000:]
             raise _describe_failure(directory, len(processes), f"exit code {codes[failed[0]]}", log)
         if all(code == 0 for code in codes):
             return

@@ -1,0 +1,97 @@
+"""`conversion.json`: what the `convert` stage put in the place of every activation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from polytrope.pipeline.data.records import OpenRecord, Record, read_record, write_record
+
+CONVERSION_FILE = "conversion.json"
+
+
+class Curves(Record):
+    """An activation and its replacement at the points `x`, and the density of the inputs there."""
+
+    x: list[float]
+    target: list[float]
+    fit: list[float]
+    density: list[float]
+
+
+class ConvertedLayer(OpenRecord):
+    """One activation.
+
+    Args:
+        name: of the module; target: its class before.
+        family, degree, config, coefficients: of what replaces it.
+        interval: where the fit holds.
+        relative_error: root mean square over the inputs, relative to that of the target.
+        inputs: extremes and quantiles of what it receives.
+        certificate: bounds of the errors by name.
+    """
+
+    name: str
+    target: str
+    family: str
+    degree: int | list[int]
+    interval: tuple[float, float]
+    config: dict[str, Any]
+    coefficients: list[Any]
+    relative_error: float | None
+    inputs: dict[str, Any]
+    certificate: dict[str, Any]
+    curve: Curves
+
+
+class Advice(Record):
+    """What the conversion of one layer costs; the dearest have `advice`. A figure that is not finite is None."""
+
+    rank: int
+    name: str
+    cost: float | None
+    share: float | None
+    relative_error: float | None
+    degree: int | list[int]
+    advice: str | None = None
+
+
+class LeftActivation(Record):
+    """An activation that stays as it is, and why; `count`: how often a function was called at its `place`."""
+
+    name: str
+    kind: str
+    place: str
+    count: int | None
+    reason: str
+
+
+class ConversionRecord(Record):
+    """All layers, the advice where their costs were measured, and the activations that were not converted."""
+
+    format: Literal[1] = 1
+    layers: list[ConvertedLayer]
+    advice: list[Advice] | None = None
+    left: list[LeftActivation] | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """The worst layer's figures."""
+        return {
+            "layers": float(len(self.layers)),
+            "maximum_error": max(float(layer.certificate["maximum"]) for layer in self.layers),
+            "rms_error": max(float(layer.certificate["rms"]) for layer in self.layers),
+        }
+
+
+def write_conversion(directory: Path, conversion: ConversionRecord) -> None:
+    """Write `conversion.json`."""
+    write_record(directory / CONVERSION_FILE, conversion)
+
+
+def read_conversion(directory: Path) -> ConversionRecord:
+    """Read `conversion.json`.
+
+    Raises:
+        UserError: not there, damaged, or of another version.
+    """
+    return read_record(directory / CONVERSION_FILE, ConversionRecord, "name a `convert` stage")

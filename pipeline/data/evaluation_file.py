@@ -1,0 +1,95 @@
+"""`evaluation.json`: what the `evaluate` stage found out about its models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from polytrope.pipeline.data.records import OpenRecord, Record, read_record, write_record
+
+EVALUATION_FILE = "evaluation.json"
+
+
+class EvaluatedData(Record):
+    """The data set: a tokenizer and a length where it is text, names of classes where it is images."""
+
+    name: str
+    digest: str
+    tokenizer: dict[str, Any] | None = None
+    sequence_length: int | None = None
+    class_names: list[str] | None = None
+    splits: dict[str, dict[str, int | float]]
+
+
+class Protocol(Record):
+    """How it was measured: on how many samples, with which stride of the window, in which arithmetic."""
+
+    samples: int
+    stride: int | None
+    precision: str
+
+
+class Drift(Record):
+    """How far the model's predictions are from its reference's; `cosine` of the outputs of each block."""
+
+    kl_divergence: float
+    agreement: float
+    cosine: list[float] | None = None
+
+
+class EvaluatedModel(OpenRecord):
+    """One model: its figures, or the `failure` that left none.
+
+    Args:
+        stage, digest: of the artifact.
+        loss: nats per token or image; perplexity is its exponential, None where that overflows.
+        layers: of each activation, the curve and the distribution of its inputs.
+        sample: a text that the model wrote.
+        confusion: a matrix (class, prediction) of counts; of more than 100 classes `most_confused` has the most
+            frequent [class, prediction, count].
+    """
+
+    stage: str
+    digest: str
+    failure: str | None = None
+    activation: str | None = None
+    parameters: int | None = None
+    loss: float | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    calibration_error: float | None = None
+    tokens: int | None = None
+    images: int | None = None
+    bytes: int | None = None
+    drift: Drift | None = None
+    layers: list[dict[str, Any]] | None = None
+    sample: str | None = None
+    confusion: list[list[int]] | None = None
+    most_confused: list[list[int]] | None = None
+
+
+class Evaluation(Record):
+    """All models on one data set. `unigram_entropy`: nats per token, for text."""
+
+    format: Literal[1] = 1
+    kind: Literal["text", "images"]
+    dataset: EvaluatedData
+    unigram_entropy: float | None
+    protocol: Protocol
+    models: dict[str, EvaluatedModel]
+
+
+def write_evaluation(directory: Path, evaluation: Evaluation) -> None:
+    """Write `evaluation.json`."""
+    write_record(directory / EVALUATION_FILE, evaluation)
+
+
+def read_evaluation(directory: Path) -> Evaluation:
+    """Read `evaluation.json`.
+
+    Raises:
+        UserError: not there, damaged, or of another version.
+    """
+    return read_record(directory / EVALUATION_FILE, Evaluation, "name an `evaluate` stage")

@@ -1,0 +1,74 @@
+"""`training.json` and `history.json`: what a training came to, and what was logged on the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from polytrope.pipeline.data.records import OpenRecord, read_record, write_json, write_record
+from polytrope.pipeline.errors import UserError
+
+TRAINING_FILE = "training.json"
+HISTORY_FILE = "history.json"
+_HINT = "name a `train` stage"
+
+
+class Training(OpenRecord):
+    """The end of a training; its metrics stand beside these fields by their names (`val/loss`).
+
+    Args:
+        failure: how it diverged, under `on_divergence: record`.
+        samples, tokens: that it has seen.
+        result_step: the step whose weights are the model, where that is not the last one.
+        skipped_batches, rollbacks: how many batches were left out, and why.
+    """
+
+    format: Literal[1] = 1
+    architecture: str
+    parameters: int
+    steps: int
+    samples: int | None = None
+    tokens: int | None = None
+    failure: str | None = None
+    result_step: int | None = None
+    skipped_batches: int | None = None
+    rollbacks: list[str] | None = None
+
+    def figures(self) -> dict[str, int | float]:
+        """Everything in it that is a number."""
+        content = self.model_dump(exclude={"format"}, exclude_none=True)
+        return {name: value for name, value in content.items() if isinstance(value, int | float)}
+
+
+def write_training(directory: Path, training: Training, history: Sequence[Mapping[str, Any]]) -> None:
+    """Write both files; `history` as of `read_history`."""
+    write_record(directory / TRAINING_FILE, training)
+    write_json(directory / HISTORY_FILE, history)
+
+
+def read_training(directory: Path) -> Training | None:
+    """Of the model in a directory; None where it was not trained here.
+
+    Raises:
+        UserError: damaged, or of another version.
+    """
+    path = directory / TRAINING_FILE
+    return read_record(path, Training, _HINT) if path.exists() else None
+
+
+def read_history(directory: Path) -> list[dict[str, Any]]:
+    """What was logged, as {step, name: value, …} in the order of the steps; empty for a model not trained here.
+
+    Raises:
+        UserError: damaged.
+    """
+    path = directory / HISTORY_FILE
+    if not path.exists():
+        return []
+    try:
+        history: list[dict[str, Any]] = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}", _HINT) from error
+    return history
