@@ -356,9 +356,12 @@ def _write_code(
     if tokenizer is not None:  # which follows from the model's type otherwise
         changed |= {"tokenizer_class": config.get("tokenizer_class") or tokenizer}
     needed = sorted({*classes.values(), architecture})
-    (aside / MODELING_FILE).write_text(modeling_source(config_class, config["model_type"], needed, described))
+    (aside / MODELING_FILE).write_text(
+        modeling_source(config_class, config["model_type"], needed, described), encoding="utf-8"
+    )
     (aside / "config.json").write_text(
-        json.dumps(with_activation_names(config, replaced=True) | changed, indent=2, sort_keys=True) + "\n"
+        json.dumps(with_activation_names(config, replaced=True) | changed, indent=2, sort_keys=True) + "\n",
+        encoding="utf-8",
     )
 
 

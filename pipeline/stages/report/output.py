@@ -43,7 +43,7 @@ def write_report(
     inputs = _inputs(evaluation, models, conversion, dataset, speed)
     page = build_page(summary, pictures, _configurations(models), inputs, parameters.command)
     (context.output / "report.html").write_text(page, encoding="utf-8")
-    (context.output / "report.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    (context.output / "report.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     context.log_artifact("report.html", parent=True)
     context.log_artifact("report.json", parent=True)
     if drawings:
