@@ -226,7 +226,7 @@ def run(
     command: list[str], directory: Path, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     everything = {**os.environ, **(environment or {})}
-    ended = subprocess.run(command, cwd=directory, env=everything, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, cwd=directory, env=everything, capture_output=True, encoding="utf-8", check=False)
     if ended.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}")
     return ended

@@ -101,7 +101,7 @@ def refusing(port: int) -> Iterator[None]:
 def polytrope(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A `polytrope` command in a process of its own."""
     command = [sys.executable, "-m", "polytrope.pipeline.commands.cli", *arguments]
-    return subprocess.run(command, cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=directory, env=ENVIRONMENT, capture_output=True, encoding="utf-8", check=False)
 
 
 def measure(case: str, steps: int, step_seconds: float) -> dict[str, Any]:

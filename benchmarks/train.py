@@ -115,7 +115,7 @@ def run(directory: Path, dataset: Path, workers: int, turns: int, repeats: int) 
                 "OMP_NUM_THREADS": "1",
             },
             stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            text=True,
+            encoding="utf-8",
         )
         for rank in range(workers)
     ]
@@ -226,7 +226,7 @@ def memory() -> dict[str, float]:
     for mode in ("none", "mlp", "block"):
         command = [sys.executable, "-m", "benchmarks.train", "--forward", mode]
         done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            command, capture_output=True, encoding="utf-8", check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
         figures[f"{mode}_megabytes"] = float(done.stdout.split()[-1]) / 1e6
     figures["mlp_saves"] = 1 - figures["mlp_megabytes"] / figures["none_megabytes"]

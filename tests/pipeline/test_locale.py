@@ -1,21 +1,15 @@
-"""A locale without UTF-8 (de_DE@euro on a cluster): files are UTF-8 all the same, and no output ends a command."""
+"""In a terminal of Latin-1 (de_DE@euro on a cluster) or ASCII no output ends a command, and its files are UTF-8."""
 
 from __future__ import annotations
 
-import ast
-import io
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline.support.streams import Output
-
-ROOT = Path(__file__).parents[2]
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
 STAGE = "from polytrope.pipeline.stage import StageContext as C\ndef s(context: C, n: int = 1) -> None: print('→ 漢')\n"
 WORKFLOW = """
@@ -25,33 +19,6 @@ executor: local
 params: {n: 1}
 stages: {s: {uses: "st:s", with: {n: "${params.n}"}}}
 """
-
-
-def without_encoding(path: Path) -> Iterator[int]:
-    """Lines of calls that read or write text in whatever encoding the locale has."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
-        if not isinstance(node, ast.Call) or any(keyword.arg in ("encoding", None) for keyword in node.keywords):
-            continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        texts = [item.value for item in node.args if isinstance(item, ast.Constant) and isinstance(item.value, str)]
-        is_text = {
-            "read_text": isinstance(node.func, ast.Attribute),
-            "write_text": isinstance(node.func, ast.Attribute),
-            "open": isinstance(node.func, ast.Name) and not any("b" in text[-3:] for text in texts[-1:]),
-            "NamedTemporaryFile": any(text in ("w", "w+", "a") for text in texts),
-            "fdopen": any(text in ("w", "w+", "a", "r") for text in texts),
-        }
-        if is_text.get(name, False):
-            yield node.lineno
-
-
-def test_every_text_file_is_read_and_written_in_utf_8() -> None:
-    paths = [
-        path for room in ("pipeline", "models", "ops", "benchmarks", "docs") for path in (ROOT / room).rglob("*.py")
-    ]
-    assert len(paths) > 200
-    found = [f"{path.relative_to(ROOT)}:{line}" for path in paths for line in without_encoding(path)]
-    assert not found
 
 
 @pytest.fixture(scope="module", params=["latin1", "ascii"])
@@ -88,11 +55,3 @@ def test_what_the_terminal_cannot_show_ends_no_command(tmp_path: Path, environme
     assert polytrope("logs", "a").endswith("? ?\n")
     assert "a: ??, succeeded" in polytrope("status", "a")
     assert '"workflow": "\\u6f22\\u5b57"' in polytrope("status", "a", "--json")
-
-
-def test_a_run_from_python_prints_on_a_stream_that_lacks_characters() -> None:
-    raw = io.BytesIO()
-    output = Output(io.TextIOWrapper(raw, encoding="latin-1"))
-    assert output.write("é → 漢字\n") == 7
-    output.flush()
-    assert raw.getvalue() == b"\xe9 ? ??\n"
