@@ -16,6 +16,7 @@ from polytrope.models.surgery import find_activations, replace_module
 from polytrope.ops import build_activation
 from polytrope.ops.fitting.targets import resolve_target, sample
 from polytrope.ops.interpolate import fit
+from polytrope.pipeline.stages.convert.conversion_record import describe
 
 
 def run(model: nn.Module, batch: Tensor) -> Tensor:
@@ -139,7 +140,9 @@ def test_an_activation_that_works_in_place_is_fitted_like_one_that_does_not(kind
         reached = float((run(entry.fit.build(torch.float64), inputs) - wanted).norm() / wanted.norm())
         assert reached == pytest.approx(entry.relative_error, rel=0.15)
         assert entry.relative_error <= 0.02
-        results.append((entry.fit.config, entry.relative_error))
+        curve = describe(entry).curve.model_dump()
+        np.testing.assert_allclose(curve["target"], kind()(torch.tensor(curve["x"], dtype=torch.float64)), rtol=1e-12)
+        results.append((entry.fit.config, entry.relative_error, curve["x"]))
     assert results[0] == results[1]
 
 
