@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polytrope.models.modes import evaluation_mode
 from polytrope.ops import is_learnable_activation
 from polytrope.pipeline.stages.convert.calibration_data import Batch, forward
 
@@ -51,24 +52,23 @@ def distill(
     for parameter in frozen:
         parameter.requires_grad_(False)
     optimizer = torch.optim.Adam(learned, lr=learning_rate, betas=(0.9, 0.99))
-    teacher.eval()
-    student.eval()  # no dropout: the target has none
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
     losses: list[float] = []
     try:
-        for step in range(steps):
-            batch = batches[order[step % len(order)]]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            with torch.no_grad():
-                target = forward(teacher, batch)
-            output = forward(student, batch)
-            mask = batch["attention_mask"].unsqueeze(-1) if "attention_mask" in batch else torch.ones_like(target)
-            loss = ((output - target) ** 2 * mask).sum() / (target**2 * mask).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
+        with evaluation_mode(teacher), evaluation_mode(student):  # no dropout: the target has none
+            for step in range(steps):
+                batch = batches[order[step % len(order)]]
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+                with torch.no_grad():
+                    target = forward(teacher, batch)
+                output = forward(student, batch)
+                mask = batch["attention_mask"].unsqueeze(-1) if "attention_mask" in batch else torch.ones_like(target)
+                loss = ((output - target) ** 2 * mask).sum() / (target**2 * mask).sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss.detach()))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
