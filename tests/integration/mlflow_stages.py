@@ -55,7 +55,9 @@ def report(context: StageContext, models: dict[str, Artifact]) -> dict[str, floa
 
 def odd_names(context: StageContext, text: str) -> dict[str, float]:
     """Says things that MLflow does not accept as they are."""
-    context.log_metrics({"/a//b/../c": 1.0, "a=b[c,d]": float("inf"), "ü|ü": float("nan"), "x" * 400: 2.0}, step=2**63 - 1)
+    context.log_metrics(
+        {"/a//b/../c": 1.0, "a=b[c,d]": float("inf"), "ü|ü": float("nan"), "x" * 400: 2.0}, step=2**63 - 1
+    )
     context.log_params({"../long": text * 2000, "": "empty"})
     (context.output / "x").write_text(text)
     context.log_artifact("no-such-file")
