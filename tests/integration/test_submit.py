@@ -241,7 +241,7 @@ def test_what_is_sent_of_polytrope_gives_the_same_keys(tmp_path: Path) -> None:
         for place, variables in ((root, {}), (tmp_path, {"PYTHONPATH": str(tmp_path)}))
     )  # fmt: skip
     assert here == there
-    assert len(here.split()) == 7
+    assert len(here.split()) == 8
 
 
 def test_an_address_where_nothing_answers_is_refused_at_once(project: Path, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def drive(directory: Path, *arguments: str) -> list[str]:
 
 
 def result(directory: Path) -> RunState:
-    (run,) = Store(directory / "store").runs.iterdir()
+    (run,) = Store(directory / "store").run_directories()
     return fold(read(run))
 
 
@@ -137,7 +137,7 @@ def test_a_node_is_killed_in_the_middle_of_a_training_and_replaced(
     state = result(tmp_path)
     assert state.stages["train"].digest == undisturbed.stages["train"].digest
     assert state.stages["shard"].digest == undisturbed.stages["shard"].digest
-    (run,) = Store(tmp_path / "store").runs.iterdir()
+    (run,) = Store(tmp_path / "store").run_directories()
     events = [(event.type, event.stage) for event in read(run)]
     assert events.count(("stage_started", "shard")) == 1
     said = "\n".join(path.read_text() for path in run.rglob("*.jsonl"))

@@ -506,10 +506,17 @@ def wait_for(path: Path) -> str:
     return path.read_text()
 
 
+def is_running(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def gone(pids: list[int]) -> bool:
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
-        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+        if not any(is_running(pid) for pid in pids):
             return True
         time.sleep(0.05)
     return False

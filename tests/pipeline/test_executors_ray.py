@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -33,8 +34,12 @@ def place(tmp_path: Path) -> Place:
 
 
 def ray_processes() -> set[int]:
-    children = psutil.Process().children(recursive=True)
-    return {child.pid for child in children if any("ray" in part for part in child.cmdline()[:3])}
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile: a zombie has no command line
+            if any("ray" in part for part in child.cmdline()[:3]):
+                found.add(child.pid)
+    return found
 
 
 def test_a_run_on_a_private_cluster_gives_the_same_artifacts_and_leaves_nothing(
