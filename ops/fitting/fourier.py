@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.refinement import Data, Ends, best_of
 from polytrope.ops.fitting.triangle import triangle_of
 
-Array = np.ndarray
 Start = tuple[float, Array, Ends, float]  # sum of squares, parameters, ends, condition number
 _REFINED = 2
 

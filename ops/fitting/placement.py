@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.refinement import Data, Ends
 from polytrope.ops.fitting.triangle import triangle_of
 
-Array = np.ndarray
 # The ends → points → values and slopes `[points, functions]` of the functions that are combined, tangents included.
 Columns = Callable[[Ends], Callable[[Array], tuple[Array, Array]]]
 SHARES = (0.03, 0.003, 0.0002)  # of the inputs beyond each end, to start from

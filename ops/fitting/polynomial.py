@@ -10,9 +10,9 @@ from functools import cache
 
 import numpy as np
 
+from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.triangle import triangle_of
 
-Array = np.ndarray
 FAMILIES = ("hermite", "chebyshev", "legendre")
 
 

@@ -8,7 +8,8 @@ from functools import cache
 import numpy as np
 from numpy.polynomial import legendre
 
-Array = np.ndarray
+from polytrope.ops.fitting.curves import Array
+
 Measure = tuple[Array, Array]
 Weight = str | Callable[[Array], Array] | Measure
 GAUSSIAN_REACH = 14.0  # |x| beyond which even x^32 exp(-x²/2) is below the last digit of its integral

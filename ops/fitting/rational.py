@@ -13,9 +13,8 @@ from functools import partial
 
 import numpy as np
 
+from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.refinement import Data, Ends, best_of
-
-Array = np.ndarray
 
 
 @dataclass(frozen=True)

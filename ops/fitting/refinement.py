@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.triangle import triangle_of
 
-Array = np.ndarray
 Ends = tuple[float, float]
 Residuals = Callable[[Array], tuple[Array, Array]]  # parameters → residuals [m], Jacobian [m, parameters]
 # parameters, points → values, slopes, and the derivatives of both by the parameters

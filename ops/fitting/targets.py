@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from polytrope.ops.fitting.curves import Array
+
 Target = Callable[[Tensor], Tensor]
-Array = np.ndarray
 
 NAMED: dict[str, Target] = {
     "gelu": functional.gelu,

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-Array = np.ndarray
+from polytrope.ops.fitting.curves import Array
+
 _BLOCK = 64
 
 

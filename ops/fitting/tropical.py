@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.refinement import Data, refine
 from polytrope.ops.fitting.triangle import triangle_of
 
-Array = np.ndarray
 _GRID = 120  # candidate breakpoints
 _INSERTED = 3  # breakpoints that are added at most to what the dynamic programming chose
 _SWEEPS = 4
