@@ -35,7 +35,8 @@ def appearing(directory: Path, description: str) -> Iterator[Path]:
     """A folder that becomes `directory` if all went well, and vanishes otherwise.
 
     Args:
-        directory: where it is there already, the files go into it one by one, and what else it holds stays.
+        directory: where it is there already, the files go into it one by one, those of folders too, and what else it
+            holds stays.
         description: the file that makes it a model directory. An older one goes first and the new one comes last, so
             that no moment shows a description beside weights of another model.
     """
@@ -48,8 +49,12 @@ def appearing(directory: Path, description: str) -> Iterator[Path]:
             path.chmod(0o644)  # which the library writes for its owner alone
         if within == directory:
             (directory / description).unlink(missing_ok=True)
-            for path in sorted(aside.iterdir(), key=lambda path: (path.name == description, path.name)):
-                path.replace(directory / path.name)
+            for path in sorted(aside.rglob("*"), key=lambda path: (path == aside / description, path)):
+                target = directory / path.relative_to(aside)
+                if path.is_dir():
+                    target.mkdir(exist_ok=True)
+                else:
+                    path.replace(target)
         else:
             aside.chmod(0o755)
             aside.replace(directory)
