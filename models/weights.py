@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from polytrope.models.architecture import Architecture
 
 _SHOWN = 8  # problems named in an error
 # Modules that wrap others: DDP and DataParallel, torch.compile, FSDP and its checkpointing, Lightning Fabric.
@@ -58,18 +54,6 @@ def unwrap(state: Mapping[str, Tensor], landmark: str) -> dict[str, Tensor] | No
         if not (tensor.numel() == 1 and name.rpartition(".")[2] in _COUNTERS):
             found[name] = tensor
     return found
-
-
-def load_published(model: nn.Module, state: Mapping[str, Tensor], record: Architecture) -> None:
-    """Copy weights by names of any layout, wrapped or not, into a model.
-
-    Raises:
-        ValueError: names or shapes that do not fit, listed; numbers that the model's dtypes do not hold exactly.
-    """
-    bare = unwrap(state, record.landmark)
-    if bare is None:
-        raise ValueError(f"not the weights of this {record.title}: they begin with {', '.join(list(state)[:4])}")
-    record.load(model, record.own_names(bare))
 
 
 def load_renamed(model: nn.Module, tensors: Mapping[str, Tensor], *, tied: Collection[str], what: str) -> None:

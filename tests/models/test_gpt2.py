@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from architecture_support import WITHOUT_EFFECT, load_published
 from torch import nn
 
 from polytrope.models import build_model
@@ -25,7 +26,6 @@ from polytrope.models.gpt2 import (
     GPT2Config,
     config_from_huggingface,
 )
-from polytrope.models.weights import load_published
 
 SIZES = {"vocab_size": 97, "sequence_length": 16, "n_layer": 3, "n_head": 2, "n_embd": 32}
 
@@ -64,19 +64,10 @@ def test_logits_equal_huggingface_on_the_same_weights(reference: nn.Module) -> N
 
 
 # Fields that change another function only (generation, sampling, the loss, other heads) or none.
-WITHOUT_EFFECT = {
-    *(
-        "transformers_version",
-        "architectures",
-        "model_type",
-        "_name_or_path",
-        "dtype",
-        "initializer_range",
-        "use_cache",
-    ),
+UNUSED = {
     *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "reorder_and_upcast_attn", "output_hidden_states", "return_dict"),
-    *("output_attentions", "chunk_size_feed_forward", "id2label", "label2id", "problem_type"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "reorder_and_upcast_attn", "id2label", "problem_type"),
+    "use_cache",
 }
 REFUSED = {"n_inner": 96, "add_cross_attention": True, "is_encoder_decoder": True}
 
@@ -86,7 +77,7 @@ def test_every_field_of_transformers_configuration_is_known_with_its_default() -
     fields = theirs.to_dict()
     assert {name: fields[name] for name in HUGGINGFACE_DEFAULTS} == HUGGINGFACE_DEFAULTS
     assert theirs.attribute_map == HUGGINGFACE_ALIASES
-    assert set(fields) == {*HUGGINGFACE_DEFAULTS, *REFUSED, *WITHOUT_EFFECT}
+    assert set(fields) == {*HUGGINGFACE_DEFAULTS, *REFUSED, *WITHOUT_EFFECT, *UNUSED}
 
 
 @pytest.mark.parametrize(
