@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from kernels_support import without_kernels
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from polytrope.ops import Hermite, build_activation, functional, kernels, native
+from polytrope.ops import Hermite, build_activation, functional, native
 
 CONFIGS: list[dict[str, Any]] = [
     {"name": "hermite", "degree": 5},
@@ -47,16 +47,6 @@ def activation(config: dict[str, Any]) -> nn.Module:
         for parameter in module.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return module
-
-
-@contextmanager
-def without_kernels() -> Iterator[None]:
-    original = kernels.has_kernel
-    kernels.has_kernel = lambda *_: False
-    try:
-        yield
-    finally:
-        kernels.has_kernel = original
 
 
 @pytest.fixture(scope="module", autouse=True)

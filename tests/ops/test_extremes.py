@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from kernels_support import without_kernels
 from torch import Tensor
 
-from polytrope.ops import functional, kernels, native
+from polytrope.ops import functional, native
 
 INF = math.inf
 HALVES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@contextmanager
-def without_kernels() -> Iterator[None]:
-    original = kernels.has_kernel
-    kernels.has_kernel = lambda *_: False
-    try:
-        yield
-    finally:
-        kernels.has_kernel = original
 
 
 @pytest.fixture(params=["kernels", "reference"])

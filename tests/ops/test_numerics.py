@@ -12,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels_support import without_kernels
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from polytrope.ops import build_activation, functional, kernels, native, reference
+from polytrope.ops import build_activation, functional, native, reference
 from polytrope.ops.build import best_level
 from polytrope.ops.families import Family, Formula, parameter_count
 
@@ -61,13 +62,9 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 def by_reference(module: nn.Module, x: Tensor) -> Tensor:
     """The same module through plain torch."""
-    original = kernels.has_kernel
-    kernels.has_kernel = lambda *_: False
-    try:
+    with without_kernels():
         result: Tensor = module(x)
         return result
-    finally:
-        kernels.has_kernel = original
 
 
 @pytest.fixture(scope="module", autouse=True)
