@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from polytrope.models.modes import measuring
+from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.rewriting import (
     FunctionalActivation,
     HiddenError,
@@ -334,16 +334,8 @@ def _following(model: nn.Module, stack: list[tuple[str, nn.Module]]) -> Iterator
     followed = [
         (name, module) for name, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule)
     ]
-    kept = {name: vars(module).get("forward") for name, module in followed}
-    try:
-        for name, module in followed:
-            vars(module)["forward"] = _followed(name, module, stack)
+    with wrapped_forward(followed, lambda name, module: _followed(name, module, stack)):
         yield
-    finally:
-        for name, module in followed:
-            del vars(module)["forward"]
-            if kept[name] is not None:
-                vars(module)["forward"] = kept[name]
 
 
 def _followed(name: str, module: nn.Module, stack: list[tuple[str, nn.Module]]) -> Callable[..., Any]:

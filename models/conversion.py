@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration
-from polytrope.models.modes import measuring
+from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.surgery import Activation, replace_module, replaced
 from polytrope.ops.fitting.targets import resolve_target, sample
 from polytrope.ops.interpolate import Fit, fit, fit_to_error
@@ -171,26 +171,20 @@ _CHANGED_BY_TRAINING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._Drop
 
 @contextmanager
 def _counting(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
-    """How often each module's forward runs. No hooks: fused code looks for them, and gives way if there are any."""
+    """How often each module's forward runs."""
     counts = dict.fromkeys(modules, 0)
-    kept = {name: vars(module).get("forward") for name, module in modules.items()}
 
-    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(name: str, module: nn.Module) -> Callable[..., Any]:
+        function = module.forward
+
         def forward(*arguments: Any, **keywords: Any) -> Any:
             counts[name] += 1
             return function(*arguments, **keywords)
 
         return forward
 
-    try:
-        for name, module in modules.items():
-            vars(module)["forward"] = counted(name, module.forward)
+    with wrapped_forward(modules.items(), counted):
         yield counts
-    finally:
-        for name, module in modules.items():
-            del vars(module)["forward"]
-            if kept[name] is not None:
-                vars(module)["forward"] = kept[name]
 
 
 def _check_effect(wanted: Mapping[str, int], found: Mapping[str, int], where: str) -> None:
