@@ -180,8 +180,10 @@ def cuda_library_path_for(capabilities: Collection[str]) -> Path:
         BuildError: no compiler, or it failed.
     """
     of_all = _target("cuda", _nvcc(), _cuda_flags(CUDA_ARCHITECTURES))
+    if _is_whole(of_all):
+        return of_all
     present = tuple(architecture for architecture in CUDA_ARCHITECTURES if architecture in capabilities)
-    if _is_whole(of_all) or not present or len(present) < len(capabilities):
+    if not present or len(present) < len(capabilities):
         return cuda_library_path()
     return cuda_library_path(present)
 
