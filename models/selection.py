@@ -45,10 +45,12 @@ class Left:
 
 @dataclass(frozen=True)
 class Selection:
-    """Args:
-    activations: what is converted, in the order of `named_modules`.
-    calls: those of them that were functions; `lift` makes them modules in another copy of the model.
-    left: everything else that is an activation.
+    """What is converted, and what is not.
+
+    Args:
+        activations: what is converted, in the order of `named_modules`.
+        calls: those of them that were functions; `lift` makes them modules in another copy of the model.
+        left: everything else that is an activation.
     """
 
     activations: list[Activation]

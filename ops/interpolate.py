@@ -2,10 +2,7 @@
 
 `fit` minimises ∫ w(x) (|f - F|² + λ |f' - F'|²) dx (Sobolev least squares) or interpolates value and slope at nodes
 (confluent Hermite interpolation). With measured inputs as the weight, the tangent lines outside the interval are part
-of what is minimised, and `interval="best"` chooses where they begin. Polynomials are solved by SVD in Legendre
-polynomials of the interval, in float64, and written in the family's basis by exact rational arithmetic. The other
-families are linear problems with a few Gauss-Newton steps for what enters nonlinearly; broken lines are found by
-dynamic programming.
+of what is minimised, and `interval="best"` chooses where they begin. How each family is solved: `fitting.solvers`.
 """
 
 from __future__ import annotations

@@ -43,10 +43,19 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
+    """The member of a family that was found.
+
+    Args:
+        curve: F and F' inside the interval, float64.
+        parameters: of the module, by name.
+        condition: condition number of the least-squares matrix (columns of length 1).
+        interval: None: that of the problem.
+    """
+
     curve: Curve
     parameters: dict[str, Array]
     condition: float
-    interval: Ends | None = None  # where it differs from the problem's
+    interval: Ends | None = None
 
 
 def interpolate(problem: Problem, exact: Curve, nodes: Sequence[float] | None) -> Solution:
