@@ -43,7 +43,7 @@ from typing import Any
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import FILE_NAME, Journal
-from polytrope.pipeline.runs.lease import Lease, LeaseHeldError, LeasePlace, current, liveness
+from polytrope.pipeline.runs.lease import DEFAULT_TTL, Lease, LeaseHeldError, LeasePlace, current, liveness
 from polytrope.pipeline.store.backend import Backend
 from polytrope.pipeline.store.bucket import SCHEMES, Bucket
 from polytrope.pipeline.store.directory import Directory, make_folders
@@ -67,6 +67,7 @@ from polytrope.pipeline.store.scratch_mirror import ScratchMirror
 from polytrope.pipeline.store.verification import find_problems, keep_digests
 from polytrope.pipeline.support.files import (
     hash_file,
+    is_disk_full,
     remove_tree,
     rename,
     sync_directory,
@@ -76,7 +77,7 @@ from polytrope.pipeline.support.files import (
 
 _DIGESTS = "digests.json"  # beside a delivered manifest: what the cache will say of its files
 _KEY_CHARACTERS = frozenset("0123456789abcdef")
-_RECORD = "workflow.json"  # of a run; a run without it never began
+RECORD_FILE = "workflow.json"  # of a run; a run without it never began
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class Store:
         found = []
         for name in Directory(self._here).children("runs"):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                found.append(((self.run_directory(name) / _RECORD).stat().st_mtime, self.run_directory(name)))
+                found.append(((self.run_directory(name) / RECORD_FILE).stat().st_mtime, self.run_directory(name)))
         return [directory for _, directory in sorted(found, reverse=True)]
 
     @property
@@ -248,7 +249,7 @@ class Store:
     # -- the store as a whole ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def alone(self, owner: str, ttl: float = 15.0) -> Iterator[Lease]:
+    def alone(self, owner: str, ttl: float = DEFAULT_TTL) -> Iterator[Lease]:
         """Hold the lease of the whole store: nobody else does, and no run begins. Waits for another holder.
 
         Args:
@@ -284,7 +285,7 @@ class Store:
         been stopped, it finds that out before it removes anything more.
         """
         if liveness(current(self._backend.place("leases/store"))) != "free":
-            self._take(f"run {run_id}", 15.0, heartbeat=False).release(remove=True)
+            self._take(f"run {run_id}", DEFAULT_TTL, heartbeat=False).release(remove=True)
         if self._bucket is not None:
             self._copies.settle_journal(run_id)
 
@@ -553,8 +554,8 @@ class Store:
             raise UserError(f"run {run_id} is in {self.address} already", "nothing was changed")
         paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != FILE_NAME]
         files = [(path, f"runs/{run_id}/{path.relative_to(directory).as_posix()}") for path in paths]
-        self._bucket.send(pair for pair in files if not pair[1].endswith(f"/{_RECORD}"))
-        self._bucket.send(pair for pair in files if pair[1].endswith(f"/{_RECORD}"))
+        self._bucket.send(pair for pair in files if not pair[1].endswith(f"/{RECORD_FILE}"))
+        self._bucket.send(pair for pair in files if pair[1].endswith(f"/{RECORD_FILE}"))
 
     def put_alias(self, name: str, data: bytes) -> None:
         """Keep what an alias stands for, see `polytrope.pipeline.store.aliases`."""
@@ -649,7 +650,7 @@ def store_error(address: Path | str, error: OSError) -> UserError:
         errno.EIO: f"{error.strerror}{where}",
     }
     reason = reasons.get(error.errno or 0, str(error))
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         hint = (
             "free some space (`polytrope gc` removes what no run needs), or use another place: `--set store=DIRECTORY`"
         )
