@@ -71,6 +71,7 @@ from polytrope.pipeline.support.files import (
     remove_tree,
     rename,
     sync_directory,
+    sync_file,
     unique_name,
     write_bytes,
 )
@@ -538,6 +539,8 @@ class Store:
             prefix = f"artifacts/{key}/{location}"
             self._bucket.send((directory / "files" / entry["path"], f"{prefix}/{entry['path']}") for entry in files)
             data = move_manifest(data, location)
+        else:
+            _flush_tree(directory)
         return self._backend.publish(directory, f"artifacts/{key}", MANIFEST, data)
 
     def adopt_run(self, run_id: str, directory: Path) -> None:
@@ -547,6 +550,7 @@ class Store:
             UserError: it is.
         """
         if self._bucket is None:
+            _flush_tree(directory)
             rename(directory, self.run_directory(run_id))
             return
         # the journal first: only one process can put it; last the record by which runs are listed
@@ -617,6 +621,14 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another file system, or one without hard links
         shutil.copy2(source, target)
+
+
+def _flush_tree(directory: Path) -> None:
+    """Flush files and names that were not written by a stage: what is renamed into a store must survive a power cut."""
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            sync_file(Path(folder, file))
+        sync_directory(Path(folder))
 
 
 def _damaged(message: str) -> UserError:
