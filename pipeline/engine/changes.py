@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from polytrope.pipeline.engine.inputs import input_sources, input_values
 from polytrope.pipeline.engine.returned import with_stored
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.runs.journal import RunState
+from polytrope.pipeline.runs.journal import RESULT_STATES, RunState
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.workflow.graph import StageNode
 from polytrope.pipeline.workflow.keys import explain, key_components, stage_key
 from polytrope.pipeline.workflow.spec import Workflow
-
-_FINISHED = ("succeeded", "cached")
 
 
 def check_finished(
@@ -31,7 +29,7 @@ def check_finished(
     Raises:
         UserError: one has changed, naming it and what is other than before.
     """
-    done = {name: stage.key for name, stage in state.stages.items() if stage.state in _FINISHED}
+    done = {name: stage.key for name, stage in state.stages.items() if stage.state in RESULT_STATES}
     try:
         _, grown = with_stored(workflow, graph, store, done)
     except UserError:
@@ -47,7 +45,7 @@ def _refuse_changes(graph: Mapping[str, StageNode], store: Store, state: RunStat
     digests: dict[str, str] = {}
     for name, node in graph.items():
         before = state.stages.get(name)
-        if before is None or before.state not in _FINISHED or before.key is None:
+        if before is None or before.state not in RESULT_STATES or before.key is None:
             continue
         digests[name] = before.digest or ""
         components = key_components(node, input_values(node, digests))

@@ -10,7 +10,7 @@ from polytrope.pipeline.workflow.graph import parent_stage
 
 
 def end_broken(log: EventLog, message: str) -> None:
-    """The same where the run itself cannot go on: what was running is cancelled, the rest keeps its state."""
+    """Journal the end of a run that cannot go on itself: what was running is cancelled, the rest keeps its state."""
     for name, stage in log.state.stages.items():
         if stage.state in ("running", "retrying"):
             log.emit("stage_cancelled", stage=name, reason=message)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from polytrope.pipeline.engine.options import Observer
-from polytrope.pipeline.runs.journal import Event, Journal, RunState, fold
+from polytrope.pipeline.runs.journal import RESULT_STATES, Event, Journal, RunState, fold
 from polytrope.pipeline.store.manifest import StoredArtifact
 
 
@@ -30,7 +30,7 @@ class EventLog:
     def emit_stored(self, name: str, artifact: StoredArtifact) -> None:
         """A stage's result was found in the store; nothing if the journal knows this very result."""
         before = self.state.stages.get(name)
-        known = before is not None and before.state in ("succeeded", "cached") and before.digest == artifact.digest
+        known = before is not None and before.state in RESULT_STATES and before.digest == artifact.digest
         if known and before is not None and before.key == artifact.key:
             return
         result: dict[str, Any] = {"key": artifact.key, "digest": artifact.digest, "summary": artifact.summary}

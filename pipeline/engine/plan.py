@@ -12,12 +12,12 @@ from polytrope.pipeline.engine.schedule import Schedule
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors.base import Capacity, Usage
 from polytrope.pipeline.runs.history import Past
+from polytrope.pipeline.runs.journal import RESULT_STATES
 from polytrope.pipeline.workflow.conditions import condition_stages
 from polytrope.pipeline.workflow.graph import StageNode, condition_holds
 from polytrope.pipeline.workflow.keys import explain, key_components, stage_key
 
 Action = Literal["hit", "run", "unknown", "skip"]
-_DONE = ("succeeded", "cached")
 
 
 class Artifact(Protocol):
@@ -152,7 +152,7 @@ def make_plan(
             plan[name] = PlannedStage(name, "hit", [f"stored by run {artifact.run_id}"], key, artifact.duration)
         else:
             reasons = ["forced"] if artifact is not None else _reasons(key, components, past, store)
-            repeats = artifact is not None or any(item.key == key and item.state in _DONE for item in past)
+            repeats = artifact is not None or any(item.key == key and item.state in RESULT_STATES for item in past)
             plan[name] = PlannedStage(name, "run", reasons, key, predicted, repeats)
     return Plan(plan)
 
@@ -198,7 +198,7 @@ def _reasons(key: str, components: Mapping[str, Any], past: list[Past], store: A
         return ["first run"]
     same = [item for item in past if item.key == key]
     if same:
-        if any(item.state in _DONE for item in same):
+        if any(item.state in RESULT_STATES for item in same):
             return ["its artifact is missing or damaged"]
         return [f"did not finish in run {same[0].run_id} ({same[0].state})"]
     for item in past:

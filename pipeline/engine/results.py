@@ -68,7 +68,7 @@ class Results:
         if not self.store.exists(key):
             return None, [], None
         problems = self.store.verify(key, full=full)
-        artifact = None if problems else self.store.find(key)
+        artifact = None if problems else self.store.load(key)
         return artifact, problems, None if artifact is not None else self.store.quarantine(key, problems)
 
     def make_way(self, key: str, entries: Sequence[FileEntry], problems: list[str]) -> str | None:

@@ -18,14 +18,12 @@ from polytrope.pipeline.errors import RunElsewhereError, UserError
 from polytrope.pipeline.executors import check_resources, make_executor
 from polytrope.pipeline.runs.journal import RunState, read
 from polytrope.pipeline.runs.lease import Lease, LeaseHeldError, LeaseLostError
-from polytrope.pipeline.store.store import Store, store_error
+from polytrope.pipeline.store.store import RECORD_FILE, Store, store_error
 from polytrope.pipeline.support.faults import ENVIRONMENT_VARIABLE, start_faults
 from polytrope.pipeline.support.files import replace_file
 from polytrope.pipeline.support.signal_mask import signals_blocked
 from polytrope.pipeline.workflow.graph import StageNode
 from polytrope.pipeline.workflow.spec import Workflow
-
-RECORD_FILE = "workflow.json"
 
 
 def run_workflow(

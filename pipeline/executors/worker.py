@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +40,7 @@ from polytrope.pipeline.stage import (
 )
 from polytrope.pipeline.store.manifest import FileEntry, build_manifest, seal
 from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.support.files import is_disk_full
 from polytrope.pipeline.support.secret_values import hide_in, hider
 from polytrope.pipeline.workflow.code import Code
 from polytrope.pipeline.workflow.graph import StageNode, declared_reads, resolve_parameters
@@ -49,7 +50,6 @@ Item = TypeVar("Item")
 ErrorKind = Literal["user", "bug", "error", "timeout", "worker lost", "store", "cancelled"]
 _BUGS = (NameError, TypeError, AttributeError, ImportError, AssertionError)  # the same happens again
 _PACKAGE = str(Path(__file__).parents[2])  # polytrope
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class StageTask:
         environment: variables that the stage gets on every host.
         secrets: values for `${env.NAME}`; never shown.
         store: address of the store that the result goes to.
-        reserved: the executor keeps the task's own process free of resources (`StageOptions.parallel`).
+        parallel: its workers reserve the resources, its own process none (`StageOptions.parallel`).
     """
 
     identifier: int
@@ -197,11 +197,17 @@ _definitions: dict[str, StageDefinition] = {}
 
 def preload(task: StageTask) -> None:
     """Load the stage of a task once for all processes that are forked from this one."""
-    sys.path[:0] = [path for path in task.search_path if path not in sys.path]
+    _extend_search_path(task.search_path)
     with guarded(task.code):
         definition = load_stage(task.uses)
         _parameters(definition, task)  # fills the caches on the way
     _definitions[task.uses] = definition
+
+
+def _extend_search_path(paths: Iterable[str]) -> None:
+    """Put those of the driver's paths that this process does not have before its own."""
+    known = set(sys.path)
+    sys.path[:0] = [path for path in paths if path not in known]
 
 
 def is_light() -> bool:
@@ -398,8 +404,7 @@ def _surroundings(task: StageTask) -> Iterator[None]:
     try:
         if os.path.isdir(driver_directory):  # on another host it may be absent; there the package is installed
             os.chdir(driver_directory)
-        known = set(sys.path)
-        sys.path[:0] = [path for path in task.search_path if path not in known]
+        _extend_search_path(task.search_path)
         os.environ.update(task.environment)
         yield
     finally:
@@ -420,7 +425,7 @@ def describe_error(error: BaseException, secrets: Mapping[str, str]) -> StageErr
         return StageError("user", hide(error.message), hide(error.hint), name)
     message = _text_of(error).strip() or name
     frames, place = hide(_frames(error)), hide(_own_place(error))
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    if is_disk_full(error) or (isinstance(error, OSError) and error.errno == errno.EROFS):
         return StageError("store", hide(message), "free some space, then resume the run", name, frames, place)
     text = hide(f"{name}: {message}" if message != name else name)
     if isinstance(error, _BUGS):
@@ -453,8 +458,7 @@ def _text_of(error: BaseException) -> str:
 def _frames(error: BaseException) -> str:
     """The traceback from the stage function on; the engine's own frames above it are no news."""
     frame: TracebackType | None = error.__traceback__
-    own = os.path.dirname(os.path.abspath(__file__))
-    engine = {os.path.join(own, name) for name in ("worker.py", "stage.py", "graph.py")}
+    engine = {function.__code__.co_filename for function in (run_task, StageDefinition.call, resolve_parameters)}
     while frame is not None and frame.tb_next is not None and frame.tb_frame.f_code.co_filename in engine:
         frame = frame.tb_next
     return "".join(traceback.format_exception(type(error), error, frame)).rstrip()
@@ -467,8 +471,7 @@ def dump(value: Any) -> bytes:
 def load_task(data: bytes) -> StageTask:
     """Unpickle a task; its parameters may be of classes that only the driver's search path finds."""
     search_path, body = pickle.loads(data)
-    known = set(sys.path)
-    sys.path[:0] = [path for path in search_path if path not in known]
+    _extend_search_path(search_path)
     task = pickle.loads(body)
     assert isinstance(task, StageTask)
     return task

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polytrope.pipeline.runs.journal import FILE_NAME, decode, fold, read
+from polytrope.pipeline.runs.journal import FILE_NAME, RESULT_STATES, decode, fold, read
 
 _MOST_RUNS = 20  # looked at, newest first
 
@@ -47,7 +47,7 @@ def stage_history(
         for name, stage in fold(read(directory)).stages.items():
             if stage.state in ("pending", "skipped") or name not in names:
                 continue
-            done = stage.state in ("succeeded", "cached")
+            done = stage.state in RESULT_STATES
             history.setdefault(name, []).append(
                 Past(directory.name, stage.key, stage.components, stage.duration if done else None, stage.state)
             )

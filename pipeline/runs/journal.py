@@ -46,7 +46,8 @@ FILE_NAME = "journal.jsonl"
 _CHECKSUM = b',"checksum":"'
 _TAIL = len(_CHECKSUM) + len('xxxxxxxx"}')
 
-DONE_STATES = frozenset({"succeeded", "cached", "skipped"})
+RESULT_STATES = frozenset({"succeeded", "cached"})  # of a stage: its result is in the store
+DONE_STATES = RESULT_STATES | {"skipped"}
 ENDED_STATES = DONE_STATES | {"failed", "cancelled"}
 
 
@@ -355,7 +356,7 @@ def _apply(state: RunState, event: Event) -> None:
             if "stages" in data:  # the stages of this attempt, in order
                 state.stages = {name: state.stages.get(name, StageState(name)) for name in data["stages"]}
             for stage in state.stages.values():
-                if stage.state not in ("succeeded", "cached"):
+                if stage.state not in RESULT_STATES:
                     stage.state, stage.reason, stage.error, stage.ended = "pending", None, None, None
         case "stages_returned":  # by a stage, while the run goes on
             for name in data.get("stages", []):

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.runs.journal import RESULT_STATES, fold, read
 from polytrope.pipeline.runs.lease import is_held
 from polytrope.pipeline.workflow.source import parse_source, read_source
 
@@ -39,7 +39,7 @@ def check_workflow(directory: Path, workflow: str, stages: Collection[str]) -> N
     hidden = [
         name
         for name, stage in state.stages.items()
-        if stage.state in ("succeeded", "cached") and not any(start in stages for start in _name_and_parents(name))
+        if stage.state in RESULT_STATES and not any(start in stages for start in _name_and_parents(name))
     ]
     if hidden:
         names = ", ".join(f"`{name}`" for name in hidden[:5])

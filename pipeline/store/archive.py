@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.runs.journal import FILE_NAME, fold, read
+from polytrope.pipeline.runs.journal import FILE_NAME, RESULT_STATES, fold, read
 from polytrope.pipeline.store.manifest import MANIFEST, is_key, is_plain_path, make_read_only, write_manifest
-from polytrope.pipeline.store.store import Store, store_error
+from polytrope.pipeline.store.store import RECORD_FILE, Store, store_error
 from polytrope.pipeline.support.files import remove_tree, replace_json, safe_name, unique_name
 
 _HEADER = "polytrope-run.json"
@@ -51,9 +51,7 @@ def export_run(store: Store, directory: Path, target: Path) -> int:
     """
     state = fold(read(directory))
     keys = list(
-        dict.fromkeys(
-            stage.key for stage in state.stages.values() if stage.key and stage.state in ("succeeded", "cached")
-        )
+        dict.fromkeys(stage.key for stage in state.stages.values() if stage.key and stage.state in RESULT_STATES)
     )
     temporary = target.with_name(f".{target.name}.{unique_name()}")
     try:
@@ -250,7 +248,7 @@ def _check_run(directory: Path, run_id: str) -> None:
     A resume looks for modules of stages in the workflow's directory: of an imported run it is the one the resume is
     started in. Its MLflow server, which would be asked with values of `${env.NAME}`, is this store's own.
     """
-    if not (directory / FILE_NAME).exists() or not (directory / "workflow.json").exists():
+    if not (directory / FILE_NAME).exists() or not (directory / RECORD_FILE).exists():
         raise _ArchiveError(f"it has no journal or no record of run {run_id}")
     events = read(directory)
     fold(events)

@@ -77,7 +77,7 @@ class Bucket:
                 client = _client(os.environ.get("AZURE_ENDPOINT", ""))
                 return AzureStore(self.name, prefix=prefix, client_options=client, retry_config=retries)
             settings, provider = profile_settings()
-            endpoint = settings.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL", "")
+            endpoint = settings.get("endpoint", "")
             return S3Store(
                 self.name,
                 prefix=prefix,

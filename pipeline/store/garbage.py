@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import read
-from polytrope.pipeline.runs.lease import LeaseLostError, is_alive
+from polytrope.pipeline.runs.lease import DEFAULT_TTL, LeaseLostError, is_alive
 from polytrope.pipeline.store.aliases import read_aliases
 from polytrope.pipeline.store.store import Store, store_error
 from polytrope.pipeline.support.faults import fault_point
@@ -43,7 +43,7 @@ class Collected:
 
 
 def collect_garbage(
-    store: Store, *, keep_runs: int | None = None, dry_run: bool = False, lease_ttl: float = 15.0
+    store: Store, *, keep_runs: int | None = None, dry_run: bool = False, lease_ttl: float = DEFAULT_TTL
 ) -> Collected:
     """Remove artifacts that no run or alias names, scratch of finished stages, staging of dead ones, old quarantine.
 

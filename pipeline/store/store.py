@@ -43,7 +43,7 @@ from typing import Any
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import FILE_NAME, Journal
-from polytrope.pipeline.runs.lease import Lease, LeaseHeldError, LeasePlace, current, liveness
+from polytrope.pipeline.runs.lease import DEFAULT_TTL, Lease, LeaseHeldError, LeasePlace, current, liveness
 from polytrope.pipeline.store.backend import Backend
 from polytrope.pipeline.store.bucket import SCHEMES, Bucket
 from polytrope.pipeline.store.directory import Directory, make_folders
@@ -67,16 +67,18 @@ from polytrope.pipeline.store.scratch_mirror import ScratchMirror
 from polytrope.pipeline.store.verification import find_problems, keep_digests
 from polytrope.pipeline.support.files import (
     hash_file,
+    is_disk_full,
     remove_tree,
     rename,
     sync_directory,
+    sync_file,
     unique_name,
     write_bytes,
 )
 
 _DIGESTS = "digests.json"  # beside a delivered manifest: what the cache will say of its files
 _KEY_CHARACTERS = frozenset("0123456789abcdef")
-_RECORD = "workflow.json"  # of a run; a run without it never began
+RECORD_FILE = "workflow.json"  # of a run; a run without it never began
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class Store:
         found = []
         for name in Directory(self._here).children("runs"):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                found.append(((self.run_directory(name) / _RECORD).stat().st_mtime, self.run_directory(name)))
+                found.append(((self.run_directory(name) / RECORD_FILE).stat().st_mtime, self.run_directory(name)))
         return [directory for _, directory in sorted(found, reverse=True)]
 
     @property
@@ -248,7 +250,7 @@ class Store:
     # -- the store as a whole ------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def alone(self, owner: str, ttl: float = 15.0) -> Iterator[Lease]:
+    def alone(self, owner: str, ttl: float = DEFAULT_TTL) -> Iterator[Lease]:
         """Hold the lease of the whole store: nobody else does, and no run begins. Waits for another holder.
 
         Args:
@@ -284,7 +286,7 @@ class Store:
         been stopped, it finds that out before it removes anything more.
         """
         if liveness(current(self._backend.place("leases/store"))) != "free":
-            self._take(f"run {run_id}", 15.0, heartbeat=False).release(remove=True)
+            self._take(f"run {run_id}", DEFAULT_TTL, heartbeat=False).release(remove=True)
         if self._bucket is not None:
             self._copies.settle_journal(run_id)
 
@@ -537,6 +539,8 @@ class Store:
             prefix = f"artifacts/{key}/{location}"
             self._bucket.send((directory / "files" / entry["path"], f"{prefix}/{entry['path']}") for entry in files)
             data = move_manifest(data, location)
+        else:
+            _flush_tree(directory)
         return self._backend.publish(directory, f"artifacts/{key}", MANIFEST, data)
 
     def adopt_run(self, run_id: str, directory: Path) -> None:
@@ -546,6 +550,7 @@ class Store:
             UserError: it is.
         """
         if self._bucket is None:
+            _flush_tree(directory)
             rename(directory, self.run_directory(run_id))
             return
         # the journal first: only one process can put it; last the record by which runs are listed
@@ -553,8 +558,8 @@ class Store:
             raise UserError(f"run {run_id} is in {self.address} already", "nothing was changed")
         paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != FILE_NAME]
         files = [(path, f"runs/{run_id}/{path.relative_to(directory).as_posix()}") for path in paths]
-        self._bucket.send(pair for pair in files if not pair[1].endswith(f"/{_RECORD}"))
-        self._bucket.send(pair for pair in files if pair[1].endswith(f"/{_RECORD}"))
+        self._bucket.send(pair for pair in files if not pair[1].endswith(f"/{RECORD_FILE}"))
+        self._bucket.send(pair for pair in files if pair[1].endswith(f"/{RECORD_FILE}"))
 
     def put_alias(self, name: str, data: bytes) -> None:
         """Keep what an alias stands for, see `polytrope.pipeline.store.aliases`."""
@@ -618,6 +623,14 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def _flush_tree(directory: Path) -> None:
+    """Flush files and names that were not written by a stage: what is renamed into a store must survive a power cut."""
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            sync_file(Path(folder, file))
+        sync_directory(Path(folder))
+
+
 def _damaged(message: str) -> UserError:
     return UserError(message, "`polytrope verify --all` sets damaged artifacts aside; the next run computes them again")
 
@@ -649,7 +662,7 @@ def store_error(address: Path | str, error: OSError) -> UserError:
         errno.EIO: f"{error.strerror}{where}",
     }
     reason = reasons.get(error.errno or 0, str(error))
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         hint = (
             "free some space (`polytrope gc` removes what no run needs), or use another place: `--set store=DIRECTORY`"
         )

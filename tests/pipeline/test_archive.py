@@ -95,6 +95,30 @@ def test_an_export_holds_all_of_its_artifacts_and_of_the_run_what_others_can_use
     assert (other.run_directory("one") / "logs/lease-prices/1.log").read_text() == "said"
 
 
+def test_all_that_is_imported_is_on_the_disk_before_it_exists(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    fsync, rename = os.fsync, os.rename
+    seen: list[str] = []
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def move(source: Path, target: Path) -> None:
+        if Path(target).parent.name in ("artifacts", "runs"):
+            waiting = [path for path in (Path(source), *Path(source).rglob("*")) if path.stat().st_ino not in flushed]
+            assert waiting == []
+            seen.append(Path(target).name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "rename", move)
+    import_run(Store(tmp_path / "other"), exported)
+    assert seen == [KEY, "one"]
+
+
 def test_hard_links_between_stores_are_exported_as_files(tmp_path: Path) -> None:
     """As `reproduce` makes them."""
     store = Store(tmp_path / "store")
