@@ -28,7 +28,7 @@ from polytrope.pipeline.support.streams import let_go, occupy_standard_descripto
 EXIT_CODES = f"""\
 exit codes:
   {EXIT_SUCCESS:<4} success
-  {EXIT_RUN_FAILED:<4} a stage failed after its retries, or a check (verify, diff) found a difference
+  {EXIT_RUN_FAILED:<4} a stage failed after its retries, or a check (verify, diff, reproduce) found a difference
   {EXIT_USER_ERROR:<4} refused before anything started: workflow, parameter, store, address
   {EXIT_RUN_ELSEWHERE:<4} another process drives this run
   {EXIT_CANCELLED:<4} cancelled by Ctrl-C, SIGTERM or `polytrope cancel`; `polytrope resume` goes on

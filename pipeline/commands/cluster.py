@@ -113,10 +113,16 @@ def status(options: argparse.Namespace) -> int:
 
 def logs(options: argparse.Namespace) -> int:
     """The driver's output, with `--stage` that of a stage."""
+    if options.stage is not None and options.follow:
+        raise UserError("--follow with --stage does not work with --address", "leave one of them out")
+    if options.stage is None and options.tail is not None:
+        raise UserError("--tail with --address needs --stage: the driver's output has no stages", "add --stage STAGE")
     client = cluster.connect(options.address)
     job = cluster.newest_job(client, options.run, options.address)
     if options.stage is not None:
         arguments = ["logs", job.run_id, "--store", options.store or job.store, "--stage", options.stage]
+        if options.tail is not None:
+            arguments += ["--tail", str(options.tail)]
         code, text = cluster.ask(client, arguments, run_id=job.run_id)
         print(text, end="")
         return code
@@ -136,9 +142,16 @@ def cancel(options: argparse.Namespace) -> int:
     arguments = ["cancel", job.run_id, "--store", options.store or job.store, "--wait", str(options.wait)]
     _, text = cluster.ask(client, arguments, run_id=job.run_id, timeout=options.wait + 60)
     print(text, end="")
-    if cluster.wait(client, job.job_id, options.wait) not in ("SUCCEEDED", "FAILED", "STOPPED"):
+    ray_state = cluster.wait(client, job.job_id, options.wait)
+    if ray_state not in cluster.ENDED:
         client.stop_job(job.job_id)  # the driver does not answer: Ray ends it
-        cluster.wait(client, job.job_id, options.wait)
+        ray_state = cluster.wait(client, job.job_id, options.wait)
+    if ray_state not in cluster.ENDED:
+        print(f"Ray job {job.job_id} was told to stop and is {ray_state}: ask again", file=sys.stderr)
+        return EXIT_RUN_FAILED
+    if ray_state == "SUCCEEDED":
+        print(f"run {job.run_id} succeeded before it could be cancelled")
+        return EXIT_SUCCESS
     print(f"cancelled; go on: polytrope resume {job.run_id} --address {options.address}")
     return EXIT_SUCCESS
 
@@ -155,6 +168,7 @@ def _last_attempt(options: argparse.Namespace) -> cluster.Job:
 
 def resume(options: argparse.Namespace) -> int:
     """The next attempt of a run, as a new Ray job; on a cluster that never saw the run if `--store` has it."""
+    passed = _passed_on(options)
     client = cluster.connect(options.address)
     if options.run and options.store and not cluster.jobs(client, options.run):
         job = _last_attempt(options)
@@ -163,12 +177,7 @@ def resume(options: argparse.Namespace) -> int:
     _refuse_running([job], job.run_id, options.address)
     store = options.store or job.store
     arguments = ["resume", job.run_id, "--store", store, "--ray-address", "auto"]
-    for stage in options.force:
-        arguments += ["--force", stage]
-    if options.from_stage:
-        arguments += ["--from", options.from_stage]
-    if options.allow_code_change:
-        arguments.append("--allow-code-change")
+    arguments += passed
     job_id = cluster.submit(
         client, arguments, run_id=job.run_id, attempt=job.attempt + 1, store=store, workflow=job.workflow,
         package=choose_files(Path.cwd()),
@@ -176,3 +185,31 @@ def resume(options: argparse.Namespace) -> int:
     print(f"run {job.run_id}: attempt {job.attempt + 1}, Ray job {job_id}")
     _print_next(job.run_id, options.address)
     return EXIT_SUCCESS
+
+
+def _passed_on(options: argparse.Namespace) -> list[str]:
+    """The options of `resume` that its driver on the cluster is started with.
+
+    Raises:
+        UserError: one that means nothing there.
+    """
+    if options.all:
+        raise UserError("--all does not work with --address", "name one run")
+    if options.ray_address is not None:
+        raise UserError(
+            f"--ray-address {options.ray_address} does not work with --address",
+            "the driver uses the cluster it runs on",
+        )
+    words = [word for stage in options.force for word in ("--force", stage)]
+    for option, value in (
+        ("--from", options.from_stage),
+        ("--executor", options.executor),
+        ("--concurrency", options.concurrency),
+        ("--inject-faults", options.inject_faults),
+    ):
+        if value is not None:
+            words += [option, str(value)]
+    for name in ("allow_code_change", "keep_going", "no_tracking", "quiet"):
+        if getattr(options, name):
+            words.append(f"--{name.replace('_', '-')}")
+    return words

@@ -18,6 +18,7 @@ from polytrope.pipeline.commands.common import (
     read_run_file,
 )
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
+from polytrope.pipeline.launch.environment import compare_environments
 from polytrope.pipeline.launch.failure import failure_lines, way_on
 from polytrope.pipeline.launch.progress import counts
 from polytrope.pipeline.runs.journal import RunState, StageState, fold, read
@@ -132,13 +133,15 @@ def logs(options: argparse.Namespace) -> int:
         from polytrope.pipeline.commands import cluster
 
         return cluster.logs(options)
-    directory = find_run(open_store(options), options.run)
+    store = open_store(options)
+    directory = find_run(store, options.run)
     state = fold(read(directory))
     if options.stage is not None and not any(_wanted(name, options.stage) for name in state.stages):
         raise UserError(f"run {directory.name} has no stage `{options.stage}`", suggest(options.stage, state.stages))
     shown: dict[str, int] = {}
     last = ""
     while True:
+        store.pull_run(directory.name)
         ended = fold(read(directory)).done or run_status(directory) == "interrupted"
         for stage, path in _log_files(directory, options.stage):
             text = _new_text(path, shown, options.tail)
@@ -184,13 +187,14 @@ def _new_text(path: Path, shown: dict[str, int], tail: int | None) -> str:
 
 
 def diff(options: argparse.Namespace) -> int:
-    """What differs between two runs; exit code 0 in any case, as in `polytrope status`."""
+    """What differs between two runs; exit code 1 if results or metrics do."""
     store = open_store(options)
     one, other = find_run(store, options.run_a), find_run(store, options.run_b)
     result = compare_runs(store, one, other)
+    code = EXIT_RUN_FAILED if result["results"] or result["metrics"] else EXIT_SUCCESS
     if options.json:
         print_json({"run_a": one.name, "run_b": other.name, **result})
-        return EXIT_SUCCESS
+        return code
     print(f"{one.name} → {other.name}")
     for title, lines in result.items():
         if lines:
@@ -199,7 +203,7 @@ def diff(options: argparse.Namespace) -> int:
                 print(f"  {line}")
     if not any(result.values()):
         print("no difference")
-    return EXIT_SUCCESS
+    return code
 
 
 def compare_runs(store: Store, one: Path, other: Path) -> dict[str, list[str]]:
@@ -211,12 +215,12 @@ def compare_runs(store: Store, one: Path, other: Path) -> dict[str, list[str]]:
         "stages": [],
         "results": [],
         "metrics": [],
-        "environment": _changes(_environment(files[0]), _environment(files[1])),
+        "environment": compare_environments(files[0].get("environment") or {}, files[1].get("environment") or {}),
     }
     for name in dict.fromkeys((*states[0].stages, *states[1].stages)):
         left, right = states[0].stages.get(name), states[1].stages.get(name)
         if left is None or right is None:
-            groups["stages"].append(f"{name}: only in {(one if right is None else other).name}")
+            groups["results"].append(f"{name}: only in {(one if right is None else other).name}")
             continue
         before, after = _components(store, left), _components(store, right)
         if left.key != right.key and before and after:
@@ -238,13 +242,6 @@ def _components(store: Store, stage: StageState) -> Mapping[str, Any] | None:
         return stage.components
     artifact = store.load(stage.key)
     return None if artifact is None else artifact.components
-
-
-def _environment(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The environment record without what differs in every run."""
-    record = data.get("environment", {})
-    ignored = ("argv", "pid", "time", "started", "hostname", "diff")
-    return {name: value for name, value in record.items() if name not in ignored} if isinstance(record, dict) else {}
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,6 @@ from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.failure import run_command
 from polytrope.pipeline.launch.launch import Display, exit_code
 from polytrope.pipeline.launch.launch import run as launch
-from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.runs.record import changed_workflow_files, run_status
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
@@ -165,7 +164,7 @@ def cancel(options: argparse.Namespace) -> int:
     end = time.monotonic() + options.wait
     while time.monotonic() < end:
         store.pull_run(directory.name)
-        if fold(read(directory)).done or run_status(directory) != "running":
+        if run_status(directory) not in ("running", "pending"):
             again = command("resume", directory.name, store=store.address)
             print(f"run {directory.name} is {run_status(directory)}; go on: {again}")
             return EXIT_SUCCESS

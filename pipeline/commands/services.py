@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -85,6 +84,7 @@ def sync(options: argparse.Namespace) -> int:
 
 def _sync(store: Store, directory: Path) -> int:
     from polytrope.pipeline.tracking import process as mlflow
+    from polytrope.pipeline.tracking.cursor import read_cursor
 
     name, tracking = directory.name, _tracking(directory)
     if not tracking.get("enabled", True):
@@ -104,15 +104,15 @@ def _sync(store: Store, directory: Path) -> int:
         print(f"run {name} is being sent to MLflow by another process")
         return EXIT_SUCCESS
     if code == mlflow.EXIT_REFUSED:
-        cursor = json.loads((directory / "mlflow.json").read_bytes())
-        if cursor["refused"]:
+        cursor = read_cursor(directory, uri)
+        if cursor.refused:
             print(f"run {name} is in MLflow, but for what the server refused:", file=sys.stderr)
-            for line in cursor["refused"]:
+            for line in cursor.refused:
                 print(f"  {line}", file=sys.stderr)
-        if cursor["postponed"]:
+        if cursor.postponed:
             print(f"run {name} is in MLflow, but for what could not be uploaded:", file=sys.stderr)
-            for item in cursor["postponed"]:
-                print(f"  {item['what']}: {item['reason']}", file=sys.stderr)
+            for item in cursor.postponed:
+                print(f"  {item.what}: {item.reason}", file=sys.stderr)
             print("  → try again when its artifact store is well", file=sys.stderr)
         return EXIT_RUN_FAILED
     print(f"polytrope: MLflow has not taken all of run {name}: {reason}", file=sys.stderr)

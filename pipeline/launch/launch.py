@@ -244,10 +244,12 @@ class _Session:
         """Stop the display, let MLflow catch up, and say what came out."""
         if self.progress is not None:
             self.progress.__exit__()
-        shown = self.display != "none" and self.directory is not None
-        if shown and self.directory is not None:
+        if self.directory is None:  # refused before there was anything to say
+            return
+        shown = self.display != "none"
+        if shown:
             print_summary(self.state, self.store, self.directory, tracked=self.tracked, stream=self.stream)
-        if self.sync is None or self.directory is None:
+        if self.sync is None:
             return
         problem = self._missing_in_mlflow(self.directory)
         if problem is not None and shown:

@@ -47,13 +47,15 @@ def choose_files(directory: Path) -> Package:
     """All files below a directory but for credentials, databases, environments, and what git ignores.
 
     Raises:
-        UserError: more than `LARGEST`; the largest files are named.
+        UserError: more than `LARGEST`, the largest files are named; or git cannot say what it ignores.
     """
     package = Package(directory)
     for current, directories, names in os.walk(directory):
         for name in list(directories):
             path = Path(current, name)
             reason = _reason(name) or ("environments and products" if (path / "pyvenv.cfg").exists() else None)
+            if reason is None and path.is_symlink():  # `os.walk` does not follow it
+                reason = "links to directories"
             if reason is not None:
                 package.left_out.setdefault(reason, []).append(path.relative_to(directory))
                 directories.remove(name)
@@ -92,7 +94,12 @@ def _reason(name: str) -> str | None:
 
 
 def _ignored(directory: Path, paths: list[Path]) -> list[Path]:
-    """Which of the files git ignores; none outside a repository."""
+    """Which of the files git ignores; none outside a repository.
+
+    Raises:
+        UserError: git gives no answer in a repository: what it ignores may be secret, and nobody knows what that is.
+    """
+    way = "mend it: without an answer, files that must stay here could be sent"
     try:
         result = subprocess.run(
             ["git", "-C", str(directory), "check-ignore", "-z", "--stdin"],
@@ -100,7 +107,13 @@ def _ignored(directory: Path, paths: list[Path]) -> list[Path]:
             capture_output=True,
             timeout=60,
             check=False,
+            env={**os.environ, "LC_ALL": "C"},
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.TimeoutExpired) as error:
+        if any((place / ".git").exists() for place in (directory, *directory.parents)):
+            raise UserError(f"git does not say which files of {directory} it ignores: {error}", way) from None
         return []
+    if result.returncode not in (0, 1) and b"not a git repository" not in result.stderr:
+        reason = result.stderr.decode(errors="replace").strip()
+        raise UserError(f"git does not say which files of {directory} it ignores: {reason}", way)
     return [Path(os.fsdecode(name)) for name in result.stdout.split(b"\0") if name]

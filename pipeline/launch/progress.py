@@ -133,8 +133,7 @@ class Progress:
             if state in ENDED_STATES:
                 own = None if view.started is None else self._clock() - view.started
                 view.duration = duration if duration is not None else own
-            if state in ("failed", "retrying", "skipped", "cached", "cancelled"):
-                view.error = detail
+            view.error = detail  # of an earlier attempt: no longer
         if state != "pending" and (not self._quiet or state == "failed"):
             self._line(view, self._state_text(view))
 
@@ -168,7 +167,7 @@ class Progress:
             text += f" (attempt {view.attempt})"
         if view.state in ("succeeded", "failed") and view.duration is not None:
             text += f" after {format_duration(view.duration)}"
-        if view.error and view.state in ("failed", "retrying", "skipped", "cached", "cancelled"):
+        if view.error:
             text += f": {view.error.strip().splitlines()[0]}"  # the whole text ends the run's output, once
         return text
 
@@ -198,7 +197,7 @@ class Progress:
                 bar: Any = ""
                 if running:
                     bar = ProgressBar(total=view.total or None, completed=view.done, width=22, pulse=not view.total)
-                detail = view.error.split("\n")[0] if view.error and view.state != "running" else view.message
+                detail = view.error.split("\n")[0] or view.message
                 table.add_row(
                     Text(mark, style=style),
                     Text(view.name, style="bold" if running else ""),

@@ -21,7 +21,7 @@ from typing import Any
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.package import Package, copy_files
 
-_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")  # Ray's states of a job that is over
 _MODULE = "python -m polytrope.pipeline.commands.cli"
 
 
@@ -39,7 +39,7 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        return self.status in _ENDED
+        return self.status in ENDED
 
 
 def connect(address: str) -> Any:
@@ -198,7 +198,7 @@ def ask(client: Any, arguments: Sequence[str], *, run_id: str, timeout: float = 
         text = "".join(
             line for line in client.get_job_logs(job_id).splitlines(keepends=True) if "job_driver" not in line
         )
-        if status in _ENDED:
+        if status in ENDED:
             client.delete_job(job_id)
         return (0 if status == "SUCCEEDED" else 1), text
 
@@ -208,7 +208,7 @@ def wait(client: Any, job_id: str, timeout: float) -> str:
     end = time.monotonic() + timeout
     while True:
         status = str(getattr(client.get_job_status(job_id), "value", ""))
-        if status in _ENDED or time.monotonic() > end:
+        if status in ENDED or time.monotonic() > end:
             return status
         time.sleep(0.25)
 
@@ -233,7 +233,7 @@ def follow(client: Any, job_id: str) -> Iterator[str]:
         if len(text) > shown:
             yield text[shown:]
             shown = len(text)
-        if status in _ENDED:
+        if status in ENDED:
             return
         time.sleep(0.5)
 

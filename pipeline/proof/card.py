@@ -20,11 +20,14 @@ from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.pages import count, render_page
 from polytrope.pipeline.support.text import metric_text, suggest
 from polytrope.pipeline.tracking.names import flatten
+from polytrope.pipeline.tracking.overview import markdown_table
 
 _TEMPLATE = Path(__file__).with_name("card.html")
 _PACKAGES = ("polytrope", "torch", "deepspeed", "ray", "numpy", "tokenizers", "datasets", "safetensors")
 _FIGURES = ("loss", "perplexity", "bits_per_byte", "top1", "top5", "calibration_error")  # of an evaluation
 _CURVES = 12  # of the activation plot
+
+Artifacts = Mapping[str, StoredArtifact]  # stage → its artifact
 
 
 @dataclass
@@ -52,15 +55,16 @@ def write_card(store: Store, directory: Path, output: Path, stage: str | None = 
     if output.suffix not in (".md", ".html"):
         raise UserError(f"--output {output}: the name must end in .md or .html")
     state = fold(read(directory))
-    name, model = _model(store, state, directory.name, stage)
+    artifacts = _artifacts(store, state)
+    name, model = _model(artifacts, directory.name, stage)
     record = json.loads((directory / "workflow.json").read_bytes())
     sections = [
-        _data(store, state, model),
+        _data(store, artifacts, model),
         _architecture(store, model),
         _activation(store, model),
         _training(store, model),
         _lineage(store, model),
-        _results(store, state, model),
+        _results(store, artifacts, model),
         _use(),
         _environment(store, model, record),
         _reproduce(directory.name, name, model, record),
@@ -79,16 +83,16 @@ def write_card(store: Store, directory: Path, output: Path, stage: str | None = 
         raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from None
 
 
-def _artifacts(store: Store, state: RunState) -> dict[str, StoredArtifact]:
+def _artifacts(store: Store, state: RunState) -> Artifacts:
     """Stage → artifact, for those that are stored."""
     found = {name: store.load(stage.key) for name, stage in state.stages.items() if stage.key and stage.digest}
     return {name: artifact for name, artifact in found.items() if artifact is not None}
 
 
-def _model(store: Store, state: RunState, run_id: str, stage: str | None) -> tuple[str, StoredArtifact]:
+def _model(artifacts: Artifacts, run_id: str, stage: str | None) -> tuple[str, StoredArtifact]:
     models = {
         name: artifact
-        for name, artifact in _artifacts(store, state).items()
+        for name, artifact in artifacts.items()
         if {"model.json", "model.safetensors"} <= {entry["path"] for entry in artifact.files}
     }
     if not models:
@@ -101,10 +105,6 @@ def _model(store: Store, state: RunState, run_id: str, stage: str | None) -> tup
 
 def _inputs(artifact: StoredArtifact) -> dict[str, Any]:
     return dict(artifact.components.get("inputs") or {})
-
-
-def _by_digest(store: Store, state: RunState, digest: Any) -> StoredArtifact | None:
-    return next((item for item in _artifacts(store, state).values() if item.digest == digest), None)
 
 
 def _holds(artifact: StoredArtifact, name: str) -> bool:
@@ -122,8 +122,9 @@ def _rows(values: Mapping[str, Any]) -> list[list[str]]:
     return [["", ""], *([key, value] for key, value in flat.items())]
 
 
-def _data(store: Store, state: RunState, model: StoredArtifact) -> Section | None:
-    dataset = _by_digest(store, state, _inputs(model).get("dataset"))
+def _data(store: Store, artifacts: Artifacts, model: StoredArtifact) -> Section | None:
+    digest = _inputs(model).get("dataset")
+    dataset = next((item for item in artifacts.values() if item.digest == digest), None)
     if dataset is None:
         return None
     description = _read(store, dataset, "dataset.json") or {}
@@ -224,9 +225,9 @@ def _use() -> Section:
     return Section("Use and limits", text, code=code)
 
 
-def _results(store: Store, state: RunState, model: StoredArtifact) -> Section | None:
+def _results(store: Store, artifacts: Artifacts, model: StoredArtifact) -> Section | None:
     """Of every evaluation that read this model, with the other models beside it."""
-    for artifact in _artifacts(store, state).values():
+    for artifact in artifacts.values():
         labels = _inputs(artifact).get("models")
         if not isinstance(labels, dict) or model.digest not in labels.values():
             continue
@@ -279,8 +280,7 @@ def _markdown(title: str, summary: str, sections: Sequence[Section], output: Pat
         parts.append(section.text.strip())
         if section.table:
             head, *rows = section.table
-            lines = [head, ["---"] * len(head), *rows]
-            parts.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines))
+            parts.append(markdown_table(head, rows))
         if section.code:
             parts.append(f"```python\n{section.code}\n```")
         if section.picture is not None:

@@ -97,7 +97,7 @@ def render(draw: Any, theme_name: str) -> bytes:
 
 
 def draw_losses(theme: Theme, curves: Sequence[Curve], entropy: float | None, unit: str) -> Figure:
-    """Training (thin) and validation (with points) loss over steps, one panel per number of steps."""
+    """Training (thin) and validation (with points) loss over steps, and the unigram entropy as a line."""
     figure: Figure
     figure, axes = plt.subplots(figsize=(9.2, 4.2), layout="constrained")
     lowest, highest = math.inf, -math.inf

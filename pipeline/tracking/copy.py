@@ -57,6 +57,7 @@ class Copy:
         self.curves = Curves(self.server)
         self.journal = JournalReader(run_directory)
         self.events: list[Event] = []
+        self.state = RunState()  # after `events`
         self.first = True
         self.found: dict[str | None, str] | None = None  # stage (None: the parent) → MLflow run, as the server has it
 
@@ -64,7 +65,9 @@ class Copy:
 
     def advance(self) -> bool:
         """Send everything that journal and spool hold beyond the cursor; whether there was anything."""
-        self.events += self.journal.read_new()
+        new = self.journal.read_new()
+        self.events += new
+        fold(new, self.state)
         if not self.events:
             return False
         before = self.cursor.model_copy(deep=True)
@@ -84,7 +87,7 @@ class Copy:
     @property
     def complete(self) -> bool:
         """Whether the run has ended and all of it has been sent."""
-        return fold(self.events, RunState()).done and self.cursor.events == len(self.events)
+        return self.state.done and self.cursor.events == len(self.events)
 
     def close(self) -> None:
         """The copy is complete: remove what a hanging server made twice, and say so in the cursor."""
@@ -404,7 +407,7 @@ class Copy:
         graph = self.directory / GRAPH_FILE
         if graph.exists() and any(earlier.type == "stages_returned" for earlier in self.events):
             self._send_file(Postponed(what=GRAPH_FILE, name=GRAPH_FILE))
-        state = fold(self.events, RunState())
+        state = self.state
         for name, ended in state.stages.items():
             self.curves.summary(parent, {f"{name}/{key}": value for key, value in ended.summary.items()}, event.time)
         for name in mlflow_summary.comparisons(state):
@@ -423,7 +426,7 @@ class Copy:
         )
 
     def _compare(self, name: str) -> None:
-        comparison = mlflow_summary.comparisons(fold(self.events, RunState()))[name]
+        comparison = mlflow_summary.comparisons(self.state)[name]
         self.client.log_text(self.cursor.parent, comparison.csv(), f"comparison/{name}.csv")
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / f"{name}.png"

@@ -85,9 +85,10 @@ class Cursor(BaseModel):
     refused: list[str] = []
 
     def refuse(self, line: str) -> None:
-        """Note what the server will never take, each thing once."""
-        if line not in self.refused and len(self.refused) < _MOST_REFUSALS:
-            self.refused.append(line)
+        """Note what the server will never take, each thing once; of very many the first, and that there are more."""
+        if line not in self.refused and len(self.refused) <= _MOST_REFUSALS:
+            full = len(self.refused) == _MOST_REFUSALS
+            self.refused.append("and more; logs/mlflow.log of the run has all" if full else line)
 
     @property
     def complete(self) -> bool:

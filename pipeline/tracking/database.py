@@ -46,7 +46,8 @@ def database_file(uri: str) -> Path:
     return Path(unquote(uri.removeprefix(_SQLITE).partition("?")[0]))
 
 
-def _address(path: Path) -> str:
+def database_uri(path: Path) -> str:
+    """The `sqlite:///` address of a file."""
     return _SQLITE + str(path).replace("%", "%25").replace("?", "%3F")  # as in every URL
 
 
@@ -70,7 +71,7 @@ def _migrate(path: Path) -> None:
     """Let MLflow write its schema."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    store = SqlAlchemyStore(_address(path), (path.parent / "mlflow-artifacts").absolute().as_uri())
+    store = SqlAlchemyStore(database_uri(path), (path.parent / "mlflow-artifacts").absolute().as_uri())
     store.engine.dispose()
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -21,7 +21,8 @@ from urllib.parse import unquote, urlparse
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.store.store import Store
-from polytrope.pipeline.tracking.database import database_file
+from polytrope.pipeline.tracking.cursor import CURSOR_FILE
+from polytrope.pipeline.tracking.database import database_file, database_uri
 from polytrope.pipeline.workflow.references import resolve_environment
 from polytrope.pipeline.workflow.spec import TrackingSpec
 
@@ -61,8 +62,7 @@ def log_file(run_directory: Path) -> Path:
 
 def tracking_uri(uri: str | None, store: Path) -> str:
     """The MLflow tracking URI: as configured, else MLFLOW_TRACKING_URI, else a sqlite file in the store."""
-    path = str(Path(store).absolute() / "mlflow.db").replace("%", "%25").replace("?", "%3F")  # as in every URL
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or database_uri(store.absolute() / "mlflow.db")
 
 
 def check_tracking(uri: str) -> None:
@@ -194,7 +194,7 @@ def wait_for_sync(process: subprocess.Popen[bytes], run_directory: Path, seconds
     Returns:
         None if all is there, else what is wrong.
     """
-    cursor, failure = run_directory / "mlflow.json", error_file(run_directory)
+    cursor, failure = run_directory / CURSOR_FILE, error_file(run_directory)
     start = moved = time.monotonic()
     stamp = 0.0
     try:

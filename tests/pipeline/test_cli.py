@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from polytrope.pipeline.commands.cli import build_parser
+from polytrope.pipeline.commands.cli import build_parser, main
+from polytrope.pipeline.commands.cluster import _passed_on
 from polytrope.pipeline.support.text import STORE_COMMANDS, command, complete_commands
 
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
@@ -256,10 +257,13 @@ def test_run_then_everything_is_stored_then_a_change_is_explained(project: Path)
     assert [run["status"] for run in runs] == ["succeeded", "succeeded"]
     assert "hello from make" in polytrope(project, "logs", runs[1]["run_id"]).stdout
     assert "class n0,n1 cached" in polytrope(project, "graph", "w.yaml", "--run", runs[0]["run_id"][:20]).stdout
-    assert "no difference" in polytrope(project, "diff", runs[1]["run_id"], runs[0]["run_id"]).stdout
+    same = polytrope(project, "diff", runs[1]["run_id"], runs[0]["run_id"])
+    assert (same.returncode, "no difference" in same.stdout) == (0, True)
     assert "about " in changed.stdout  # the predicted time
     assert polytrope(project, "run", "w.yaml", "--set", "params.steps=5", "--run-id", "five").returncode == 0
-    difference = polytrope(project, "diff", runs[0]["run_id"], "five").stdout
+    compared = polytrope(project, "diff", runs[0]["run_id"], "five")
+    assert compared.returncode == 1
+    difference = compared.stdout
     for line in ("params.steps: 3 → 5", "make: parameters.steps: 3 → 5", "use: lines: 3 → 5"):
         assert line in difference
 
@@ -476,3 +480,28 @@ def test_a_journal_that_is_a_directory_is_named_and_hides_no_other_run(project: 
     listed = polytrope(project, "runs")
     assert (listed.returncode, message in listed.stderr) == (1, True)
     assert "good" in listed.stdout
+
+
+def test_the_options_of_a_resume_on_a_cluster_reach_its_driver() -> None:
+    given = "--force a --force b --from c --executor local --concurrency 2 --inject-faults 7 --keep-going --no-tracking"
+    words = [*given.split(), "--allow-code-change", "--quiet"]
+    options = build_parser().parse_args(["resume", "r1", "--address", "http://head:8265", *words])
+    assert sorted(_passed_on(options)) == sorted(words)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("resume", "r1", "--all"),
+        ("resume", "r1", "--ray-address", "auto"),
+        ("logs", "r1", "--stage", "make", "--follow"),
+        ("logs", "r1", "--tail", "5"),
+    ],
+)
+def test_an_option_that_means_nothing_on_a_cluster_is_refused(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anybody is asked: nothing answers at this address."""
+    assert main([*command, "--address", "http://127.0.0.1:1"]) == 2
+    option = next(word for word in command if word in ("--all", "--ray-address", "--follow", "--tail"))
+    assert capsys.readouterr().err.startswith(f"polytrope: {option} ")

@@ -65,3 +65,25 @@ def test_a_dry_run_lists_what_would_be_sent_and_needs_no_cluster(project: Path) 
     )
     assert "st.py" in done.stdout
     assert "left out (credentials): .env, " in done.stdout
+
+
+def test_a_link_to_a_directory_is_named_among_what_stays(
+    project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """`os.walk` does not enter it: without a word the job would miss its files."""
+    (project / "linked").symlink_to(tmp_path_factory.mktemp("data"))
+    assert package.choose_files(project).left_out["links to directories"] == [Path("linked")]
+
+
+def test_without_an_answer_from_git_nothing_is_sent(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What git ignores may be secret."""
+    (project / ".gitignore").write_text("*.ignored\n")
+    subprocess.run(["rm", "-r", str(project / ".git")], check=True)
+    (project / ".git").write_text("not a git file")
+    with pytest.raises(UserError, match=r"git does not say which files of .* it ignores: fatal: invalid gitfile"):
+        package.choose_files(project)
+    monkeypatch.setenv("PATH", "")  # no git at all
+    with pytest.raises(UserError, match="git does not say which files"):
+        package.choose_files(project)
+    (project / ".git").unlink()
+    assert Path("notes.ignored") in package.choose_files(project).files, "outside a repository nothing is ignored"

@@ -140,3 +140,11 @@ def test_a_traceback_is_not_repeated_with_every_attempt() -> None:
     display = Progress(["train"], stream=stream)
     display.stage_state("train", "retrying", detail="TrainingError: no\nTraceback …\n  File …")
     assert lines(stream) == ["train: retrying: TrainingError: no"]
+
+
+def test_an_error_of_an_earlier_attempt_is_gone_when_the_stage_succeeds() -> None:
+    display = Progress(["train"], stream=io.StringIO())
+    display.stage_state("train", "retrying", detail="lost worker")
+    display.stage_state("train", "running", attempt=2)
+    display.stage_state("train", "succeeded", attempt=2)
+    assert display.stages["train"].error == ""

@@ -27,6 +27,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import RunState, StageState
 from polytrope.pipeline.tracking import names as mlflow_names
 from polytrope.pipeline.tracking import overview as mlflow_summary
+from polytrope.pipeline.tracking.cursor import Cursor
 from polytrope.pipeline.tracking.process import check_tracking, free_port, tracking_uri, without_password
 from polytrope.pipeline.tracking.server import is_permanent
 
@@ -203,3 +204,13 @@ def test_description_of_a_large_run_stays_within_the_limit() -> None:
     assert len(text) <= 5000
     assert text.startswith("what it is")
     assert "**failed**" in text
+
+
+def test_of_very_many_refusals_the_first_are_kept_and_the_last_line_says_that_there_are_more() -> None:
+    cursor = Cursor()
+    for number in (*range(50), 0):
+        cursor.refuse(f"metric {number}: no")
+    assert len(cursor.refused) == 50
+    for number in range(50, 60):
+        cursor.refuse(f"metric {number}: no")
+    assert cursor.refused[-2:] == ["metric 49: no", "and more; logs/mlflow.log of the run has all"]
