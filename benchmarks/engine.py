@@ -54,21 +54,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="polytrope-benchmark-") as directory:
         for name in options.only or CASES:
             (place := Path(directory, name)).mkdir()
-            results[name] = CASES[name](place, options.stages)
+            results[name] = {**CASES[name](place, options.stages), **circumstances()}
             print(f"{name}: {json.dumps(results[name])}", flush=True)
             save(results, options.output)  # one by one: the next case may be cut short
     print_table(results)
 
 
 def save(results: Mapping[str, Any], output: Path) -> None:
-    record = {
-        "command": "python -m benchmarks.engine",
-        "machine": {"cpus": os.cpu_count(), "processor": _processor(), "python": platform.python_version()},
-        "time": time.strftime("%Y-%m-%d", time.gmtime()),
-        "results": results,
-    }
+    record = {"command": "python -m benchmarks.engine", "results": results}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def circumstances() -> dict[str, Any]:
+    """Where and when a case was measured: `--only` keeps the others as they were measured elsewhere or earlier."""
+    return {
+        "cpus": os.cpu_count(),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
 
 
 # -- cases -------------------------------------------------------------------------------------------------------------

@@ -181,3 +181,11 @@ def wait_until(condition: Any, what: str, seconds: float = 60) -> None:
             return
         time.sleep(0.05)
     raise AssertionError(f"did not happen: {what}")
+
+
+def copier(driver: int) -> psutil.Process:
+    """The process of a driver that copies to MLflow."""
+    for child in psutil.Process(driver).children():
+        if "polytrope.pipeline.tracking.sync" in child.cmdline():
+            return child
+    raise AssertionError("no copying process")

@@ -40,6 +40,15 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def sync_file(path: Path) -> None:
+    """Flush a file's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        flush(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def flush(descriptor: int, what: str = "fsync") -> None:
     """Flush an open file's content, or an open directory's names, to the disk. `what`: its name as a fault point."""
     fault_point(f"before {what}")

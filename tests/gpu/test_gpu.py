@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 
-from test_numerics import CONFIGS, activation, by_reference, inputs, label
+from activation_support import CONFIGS, activation, by_reference, inputs, label
 
 from polytrope.ops import build_activation, cuda
 from polytrope.ops.families import Family, Formula

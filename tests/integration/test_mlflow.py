@@ -19,7 +19,7 @@ import mlflow_stages
 import psutil
 import pytest
 import yaml
-from mlflow_support import POLYTROPE, QUICK, Postgres, Server, polytrope, start, wait_until
+from mlflow_support import POLYTROPE, QUICK, Postgres, Server, copier, polytrope, start, wait_until
 
 from polytrope.pipeline.tracking.process import free_port
 
@@ -116,14 +116,6 @@ def assert_complete(server: Server, project: Path) -> None:
     assert server.curve(runs["parent"], "train/final_loss") == [(0, EXPECTED[-1][1])]
     assert server.curve(runs["report"], "models") == [(0, 1.0)]
     assert {item.path for item in server.client.list_artifacts(runs["parent"].info.run_id)} >= {"report.html"}
-
-
-def copier(driver: int) -> psutil.Process:
-    """The process of a driver that copies to MLflow."""
-    for child in psutil.Process(driver).children():
-        if "polytrope.pipeline.tracking.sync" in child.cmdline():
-            return child
-    raise AssertionError("no copying process")
 
 
 def test_returned_stages_are_runs_and_in_the_picture(project: Path, server: Server) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
-from mlflow_support import polytrope
+from mlflow_support import copier, polytrope
 
 from polytrope.pipeline.tracking.database import ensure_database
 
@@ -114,16 +112,6 @@ def test_what_the_database_and_the_artifact_store_do_not_take_is_listed_and_all_
     assert "said:odd" in (there / "workflow.json").read_text()
 
 
-def copier_of(process: subprocess.Popen[Any]) -> int | None:
-    """The process of `process`'s run that copies to MLflow."""
-    import psutil
-
-    for child in psutil.Process(process.pid).children():
-        if "polytrope.pipeline.tracking.sync" in " ".join(child.cmdline()):
-            return child.pid
-    return None
-
-
 def test_a_copier_killed_while_it_makes_the_database_leaves_no_half_of_it(project: Path) -> None:
     command = [str(Path(sys.executable).parent / "polytrope"), "run", "w.yaml", "--run-id", "first", "-q"]
     driver = subprocess.Popen(command, cwd=project, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -132,11 +120,11 @@ def test_a_copier_killed_while_it_makes_the_database_leaves_no_half_of_it(projec
     while not temporary or temporary[0].stat().st_size < 100_000:  # in the middle of the migrations
         assert driver.poll() is None
         time.sleep(0.005)
-        temporary = [path for path in (project / ".polytrope").glob(".mlflow.db.*") if path.suffix != "-journal"]
+        temporary = [
+            path for path in (project / ".polytrope").glob(".mlflow.db.*") if not path.name.endswith("-journal")
+        ]
     assert busy.exists()
-    copier = copier_of(driver)
-    assert copier is not None
-    os.kill(copier, signal.SIGKILL)
+    copier(driver.pid).kill()
     driver.wait(60)
     assert not (project / ".polytrope/mlflow.db").exists()
     code, output = polytrope(project, "sync", "first")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_numerics import CONFIGS, activation, inputs, label
+from activation_support import CONFIGS, activation, inputs, label
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from numpy.polynomial.legendre import leggauss
-from test_numerics import CONFIGS, activation, inputs, label
+from activation_support import CONFIGS, FAMILIES, activation, inputs, label, moments
 from torch import nn
 
 from polytrope.ops import (
@@ -18,51 +16,11 @@ from polytrope.ops import (
     PolyNorm,
     Rational,
     Tropical,
-    TropicalRational,
     build_activation,
     functional,
     is_learnable_activation,
     kernels,
 )
-
-FAMILIES = [
-    "hermite",
-    "chebyshev",
-    "legendre",
-    "fourier",
-    "harmonic",
-    "tropical",
-    "tropical_rational",
-    "rational",
-    "polyrelu",
-    "piecewise_linear",
-]
-
-
-def kinks(module: nn.Module) -> torch.Tensor:
-    """Where the slope may jump: all points where two lines cross."""
-    own = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    if isinstance(module, PiecewiseLinear):
-        return module.knots
-    if isinstance(module, Tropical):
-        return -own["coefficients"].diff()
-    if isinstance(module, TropicalRational):
-        sides = [(own[f"{side}_slopes"], own[f"{side}_intercepts"]) for side in ("numerator", "denominator")]
-        crossings = [(c[None] - c[:, None]) / (p[:, None] - p[None]) for p, c in sides]
-        return torch.cat([at[at.isfinite()] for at in crossings])
-    return torch.zeros(1, dtype=torch.float64)
-
-
-def moments(module: nn.Module) -> tuple[float, float]:
-    """E[F²] and E[F'²] under N(0, 1), by Gauss-Legendre quadrature on panels that end at the kinks."""
-    edges = torch.cat([torch.linspace(-12.0, 12.0, 97, dtype=torch.float64), kinks(module)]).unique()
-    nodes, rule = (torch.from_numpy(numbers) for numbers in leggauss(16))
-    half = edges.diff()[:, None] / 2
-    x = (edges[:-1, None] + half + half * nodes).flatten().requires_grad_()
-    weights = (half * rule).flatten() * torch.exp(-(x.detach() ** 2) / 2) / math.sqrt(2 * math.pi)
-    y = module(x)
-    (slope,) = torch.autograd.grad(y.sum(), x)
-    return float(weights @ y.detach().square()), float(weights @ slope.square())
 
 
 @pytest.mark.parametrize("degree", range(1, 13))

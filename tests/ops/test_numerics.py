@@ -10,61 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from activation_support import CONFIGS, activation, by_reference, inputs, label
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels_support import without_kernels
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from polytrope.ops import build_activation, functional, native, reference
 from polytrope.ops.build import best_level
 from polytrope.ops.families import Family, Formula, parameter_count
-
-CONFIGS: list[dict[str, Any]] = [
-    {"name": "hermite", "degree": 3},
-    {"name": "hermite", "degree": 12},
-    {"name": "hermite", "degree": 8, "interval": [-1.0, 1.5]},
-    {"name": "hermite", "degree": 4, "learnable_recurrence": True},
-    {"name": "chebyshev", "degree": 5},
-    {"name": "legendre", "degree": 8},
-    {"name": "fourier", "degree": 5},
-    {"name": "fourier", "degree": 9},
-    {"name": "fourier", "degree": 4, "interval": [-1.0, 1.5]},
-    {"name": "fourier", "degree": 6, "harmonic": True},
-    {"name": "tropical", "degree": 6},
-    {"name": "tropical_rational", "degree": 6},
-    {"name": "rational", "degree": 5},
-    {"name": "rational", "degree": 3, "denominator_degree": 4, "interval": [-1.0, 1.5]},
-    {"name": "polyrelu", "degree": 3},
-    {"name": "polynorm", "degree": 3},
-    {"name": "piecewise_linear", "degree": 8},
-]
-
-
-def label(config: dict[str, Any]) -> str:
-    return "-".join(f"{value}" for value in config.values())
-
-
-def activation(config: dict[str, Any], dtype: torch.dtype = torch.float64) -> nn.Module:
-    """With parameters that are a little away from their initial values, so that no symmetry hides a mistake."""
-    module = build_activation(config).to(dtype)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_((0.05 * noise).to(dtype))
-    return module
-
-
-def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).mul(1.5).to(dtype)
-
-
-def by_reference(module: nn.Module, x: Tensor) -> Tensor:
-    """The same module through plain torch."""
-    with without_kernels():
-        result: Tensor = module(x)
-        return result
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_modules import FAMILIES, moments
+from activation_support import FAMILIES, moments
 from torch import Tensor, nn
 
 import polytrope.ops
@@ -41,7 +41,7 @@ def test_the_initialisation_counts_the_tangents(name: str, degree: int, interval
 
 
 def moments_between(module: nn.Module, interval: tuple[float, float]) -> tuple[float, float]:
-    """`test_modules.moments`, with panels that end where the tangents begin."""
+    """`activation_support.moments`, with panels that end where the tangents begin."""
     from numpy.polynomial.legendre import leggauss
 
     edges = np.unique([*np.linspace(-12.0, 12.0, 97), *interval, 0.0, *module.kinks()])  # type: ignore[operator]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_engine import workflow_of
+from engine_support import workflow_of
 
 from polytrope.pipeline.runs.journal import fold, read
 

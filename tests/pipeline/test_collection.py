@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_support import Place, diamond
 from s3_support import S3Server, bucket_on
-from test_engine import Place, diamond
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import RunState, fold, read

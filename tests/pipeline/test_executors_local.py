@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
-from test_engine import Place, gone, start_driver, wait_for, workflow_of
+from engine_support import Place, gone, start_driver, wait_for, workflow_of
 
 from polytrope.pipeline.executors.local import LocalExecutor
 from polytrope.pipeline.executors.worker import Outcome, make_task

@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
+from engine_support import Place, gone, start_driver, wait_for, workflow_of
 from mlflow_support import wait_until
 from ray_support import Ray
-from test_engine import Place, gone, start_driver, wait_for, workflow_of
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors import check_resources
@@ -282,7 +282,7 @@ def test_a_run_of_cache_hits_never_imports_ray(place: Place) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
-        "from test_engine import Place\n"
+        "from engine_support import Place\n"
         "stages = {'a': {'uses': 'make'}, 'b': {'uses': 'copy', 'inputs': {'source': 'a'}}}\n"
         "state = Place(Path(sys.argv[2])).run(stages, executor='ray')\n"
         "assert {stage.state for stage in state.stages.values()} == {'cached'}\n"

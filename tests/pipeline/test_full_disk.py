@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_engine import FAST, workflow_of
+from engine_support import FAST, workflow_of
 
 from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.errors import UserError

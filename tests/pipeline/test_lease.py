@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,22 +9,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from engine_support import forge
 
 from polytrope.pipeline.runs import lease as leases
 from polytrope.pipeline.runs.lease import HolderWatch, Lease, LeaseHeldError, LeaseLostError, current, is_held
-
-
-def forge(path: Path, base: Path, **changes: Any) -> None:
-    """Write a lease as another host would have."""
-    record = json.loads(base.read_bytes())
-    del record["checksum"]
-    temporary = path.with_name("forged")
-    temporary.write_bytes(leases._encode(leases.LeaseRecord(**{**record, **changes})))
-    temporary.rename(path)
-
 
 HOLD = """
 import sys, time

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 from engine_stages import __file__ as stages_file
+from engine_support import Place, diamond, workflow_of
 from s3_support import Door, Objects, S3Server, bucket_on
-from test_engine import Place, diamond, workflow_of
 
 from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.errors import RunElsewhereError, UserError

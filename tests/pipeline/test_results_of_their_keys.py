@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_engine import FAST, Place, workflow_of
+from engine_support import FAST, Place, workflow_of
 
 from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.errors import UserError
@@ -310,7 +310,7 @@ def test_ray_workers_that_live_on_are_asked_what_they_imported(name: str, tmp_pa
     program = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from test_engine import Place, workflow_of
+from engine_support import Place, workflow_of
 from polytrope.pipeline.executors.worker import make_task, run_task
 from polytrope.pipeline.workflow.graph import build_graph
 root = Path({str(tmp_path)!r})

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_engine import FAST, Place, workflow_of
+from engine_support import FAST, Place, workflow_of
 
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.engine.options import RunOptions

@@ -12,7 +12,7 @@ from urllib.parse import quote, quote_plus
 
 import psutil
 import pytest
-from test_engine import Place, gone, start_driver, wait_for
+from engine_support import Place, gone, start_driver, wait_for
 
 from polytrope.pipeline.executors.log_filter import Filter
 from polytrope.pipeline.runs.journal import fold, read
