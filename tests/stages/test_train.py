@@ -475,6 +475,7 @@ def test_a_shipped_deepspeed_configuration_that_is_missing_is_refused(
         ({"deepspeed": {"optimizer": {"type": "Adam"}}}, "sets `optimizer`"),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, r"zero_optimization\.stage = 4"),
         ({"deepspeed": "zero-3", "ema_decay": 0.99}, "ema_decay needs whole weights"),
+        ({"zero_stage": 3, "statistics_every": 5}, "statistics_every needs whole coefficients"),
         ({"deepspeed": "missing.json"}, "no such file"),
         ({"deepspeed": "zero-7"}, "zero-3-offload"),
         ({"deepspeed": "list.json"}, "not a JSON object"),
