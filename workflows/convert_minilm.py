@@ -42,9 +42,10 @@ def distill_coefficients(
 ) -> dict[str, float]:
     """Train the coefficients of the converted model on the calibration sentences, all weights frozen."""
     from polytrope.models.formats import read_model
+    from polytrope.models.formats.huggingface import save_huggingface
+    from polytrope.models.surgery import describe_activations
     from polytrope.pipeline.stages.convert.calibration_data import read_texts, text_batches, tokenizer_of
     from polytrope.pipeline.stages.convert.distillation import distill
-    from polytrope.pipeline.stages.convert.work import write_model
 
     student = read_model(converted.path)
     tokenizer = tokenizer_of(original.path)
@@ -52,7 +53,7 @@ def distill_coefficients(
     losses = distill(read_model(original.path), student, batches, steps=steps)
     for step, loss in enumerate(losses):
         context.log_metrics({"loss": loss}, step)
-    write_model(student, context.output, original.path)
+    save_huggingface(context.output, student, describe_activations(student), original.path)
     return {"loss": losses[-1]}
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from polytrope.pipeline.data.records import read_record
+
 LINEAGE_FILE = "lineage.json"
 
 
@@ -46,9 +48,13 @@ class Lineage(BaseModel):
 
 
 def read_lineage(directory: Path) -> Lineage:
-    """Of the model in a directory; one that nothing is known of has `unknown`."""
+    """Of the model in a directory; one that nothing is known of has `unknown`.
+
+    Raises:
+        UserError: damaged.
+    """
     path = Path(directory) / LINEAGE_FILE
-    return Lineage.model_validate_json(path.read_bytes()) if path.exists() else Lineage(unknown=True)
+    return read_record(path, Lineage, "name a `train` or `convert` stage") if path.exists() else Lineage(unknown=True)
 
 
 def write_lineage(directory: Path, lineage: Lineage) -> None:

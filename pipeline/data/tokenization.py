@@ -56,6 +56,7 @@ class Tokenizer:
         self.end_of_text = 256 if backend is None else int(backend.token_to_id(END_OF_TEXT))
 
     def encode(self, text: str) -> list[int]:
+        """The token ids of a text, without an end-of-text token."""
         if self.backend is None:
             return list(text.encode())
         ids: list[int] = self.backend.encode(text).ids
@@ -78,10 +79,17 @@ class Tokenizer:
         return pieces
 
     def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids below `vocab_size`."""
         if self.backend is None:
             return bytes(token for token in ids if token < 256).decode(errors="replace")
         text: str = self.backend.decode(list(ids))
         return text
+
+    def decode_produced(self, ids: Sequence[int]) -> str:
+        """The text that a model produced, up to the end of its document; an embedding may have more rows than there
+        are tokens, and what it produces of them is left out."""
+        end = ids.index(self.end_of_text) if self.end_of_text in ids else len(ids)
+        return self.decode([token for token in ids[:end] if token < self.vocab_size])
 
     def to_json(self) -> str:
         """The file `tokenizer.json`: HF `tokenizers`' format, or `{"kind": "bytes"}`."""

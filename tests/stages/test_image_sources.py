@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image, ImageCms
 
 from polytrope.pipeline.data.description import ImageDataset, read_dataset
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Resources, stage_context
+from polytrope.pipeline.stages.shard import images
 from polytrope.pipeline.stages.shard.images import (
     FolderSource,
+    HubImages,
     ImageItem,
     WebdatasetSource,
     load_pixels,
@@ -253,3 +256,16 @@ def test_an_image_bomb_is_named_with_its_size(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"scan\.png has 200,000,000 pixels"):
         load_pixels(ImageItem("k", 0, tmp_path / "scan.png"), 1, 8)
+
+
+def test_images_of_the_hub_are_refused_as_texts_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = Dataset.from_dict({"image": [{"bytes": png(1), "path": None}], "fine_label": [0]})
+    monkeypatch.setattr(images, "load_hub", lambda *_: pictures)  # the hub itself is out of reach here
+    with pytest.raises(UserError, match=r"source\.label_field: there is no field `label`") as refused:
+        read_items(HubImages(kind="hub", dataset="cifar100"), tmp_path, tmp_path)
+    assert refused.value.hint == "the fields are image, fine_label"
+    with pytest.raises(UserError, match=r"source\.image_field: there is no field `img`"):
+        read_items(HubImages(kind="hub", dataset="cifar100", image_field="img"), tmp_path, tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"source\.dataset: .*HF_HUB_OFFLINE.*cifar100"):
+        source_digest(HubImages(kind="hub", dataset="cifar100"), tmp_path)

@@ -12,6 +12,7 @@ import pytest
 
 from polytrope.pipeline.data.conversion_file import read_conversion
 from polytrope.pipeline.data.evaluation_file import read_evaluation
+from polytrope.pipeline.data.lineage import read_lineage
 from polytrope.pipeline.data.records import OpenRecord, read_record, write_record
 from polytrope.pipeline.data.speed_file import read_speed
 from polytrope.pipeline.data.training_file import Training, read_history, read_training, write_training
@@ -46,6 +47,7 @@ def test_a_model_from_elsewhere_has_no_training(tmp_path: Path) -> None:
         ("conversion.json", read_conversion, {"layers": [{"name": "a"}]}, r"layers\.0\.target: Field required"),
         ("training.json", read_training, {**TRAINING, "steps": "many"}, "steps: Input should be a valid integer"),
         ("history.json", read_history, "[{", "cannot be read"),
+        ("lineage.json", read_lineage, {"samples": "many"}, "samples: Input should be a valid integer"),
         ("conversion.json", read_conversion, '{"layers": [', "JSON: Invalid JSON"),
     ],
 )

@@ -49,11 +49,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_dataset(tmp_path_factory.mktemp("dataset") / "dataset")
 
 
+SECRET = "a-word-of-the-vault"  # as of `${env.NAME}`, which the parameters hold in clear when the stage runs
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Artifact) -> Path:
     """Two workers, ZeRO-1, 12 steps."""
     directory = tmp_path_factory.mktemp("trained")
-    run_training(directory, dataset)
+    run_training(directory, dataset, register_alias=SECRET)
     return directory
 
 
@@ -75,6 +78,13 @@ def test_writes_a_model_that_loads_with_its_tokenizer_and_its_history(trained: P
     summary = json.loads((output / "training.json").read_text())
     assert summary["tokens"] == 12 * 8 * 32
     assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_no_file_shows_the_parameters_which_may_hold_secrets(trained: Path) -> None:
+    """The scratch directory stays while a stage is retried, and goes to the bucket of a store on S3."""
+    files = [path for path in trained.rglob("*") if path.is_file()]
+    assert [path for path in files if path.match("scratch/launch-000/worker-*.log")]
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
 def test_learns(trained: Path) -> None:
@@ -465,6 +475,7 @@ def test_a_shipped_deepspeed_configuration_that_is_missing_is_refused(
         ({"deepspeed": {"optimizer": {"type": "Adam"}}}, "sets `optimizer`"),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, r"zero_optimization\.stage = 4"),
         ({"deepspeed": "zero-3", "ema_decay": 0.99}, "ema_decay needs whole weights"),
+        ({"zero_stage": 3, "statistics_every": 5}, "statistics_every needs whole coefficients"),
         ({"deepspeed": "missing.json"}, "no such file"),
         ({"deepspeed": "zero-7"}, "zero-3-offload"),
         ({"deepspeed": "list.json"}, "not a JSON object"),

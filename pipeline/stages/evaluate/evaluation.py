@@ -286,8 +286,4 @@ class Evaluator:
             )[0, prompt.size(1) :]
             .tolist()
         )
-        if tokenizer.end_of_text in produced:
-            produced = produced[: produced.index(tokenizer.end_of_text)]
-        # an embedding may have more rows than the tokenizer has tokens
-        known = [token for token in produced if token < tokenizer.vocab_size]
-        return self.parameters.prompt + tokenizer.decode(known)
+        return self.parameters.prompt + tokenizer.decode_produced(produced)

@@ -74,10 +74,7 @@ class HarnessModel(LM):  # type: ignore[misc]
                 temperature=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
                 generator=torch.Generator(self._device).manual_seed(0),
             )
-            produced = tokens[0, len(prompt) :].tolist()
-            if self.tokenizer.end_of_text in produced:
-                produced = produced[: produced.index(self.tokenizer.end_of_text)]
-            text = self.tokenizer.decode([token for token in produced if token < self.tokenizer.vocab_size])
+            text = self.tokenizer.decode_produced(tokens[0, len(prompt) :].tolist())
             stops = options.get("until") or []
             texts.append(_until(text, [stops] if isinstance(stops, str) else stops))
         return texts

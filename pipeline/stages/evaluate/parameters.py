@@ -27,9 +27,7 @@ class EvaluateParameters(BaseModel):
     )
     prompt: str = Field("", description="text: what the sampled text continues; empty: the start of a document")
     sample_tokens: int = Field(120, ge=0, description="text: length of the sampled text, 0 for none")
-    temperature: float = Field(
-        0.8, ge=0, allow_inf_nan=False, description="text: of sampling; 0 takes the most probable token"
-    )
+    temperature: float = Field(0.8, ge=0, description="text: of sampling; 0 takes the most probable token")
     top_k: int | None = Field(50, ge=1, description="text: sample among the k most probable tokens")
     activation_samples: int = Field(8, ge=0, description="validation samples that measure the activations' inputs")
     calibration_bins: int = Field(15, ge=1, description="confidence bins of the calibration error")

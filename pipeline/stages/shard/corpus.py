@@ -220,7 +220,7 @@ def split_documents(
 
 
 def is_validation(content: bytes, fraction: float) -> bool:
-    """Whether a document belongs to the validation split: a function of its content alone."""
+    """Whether a document, or an image by its key, belongs to the validation split: a function of its content alone."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") < fraction * 2**64
 
 
@@ -241,10 +241,7 @@ def read_documents(source: Source, directory: Path, cache: Path) -> Documents:
         return Documents((str(write_table(read_files(paths, source.format, source.text_field), cache)),), TEXT)
     loaded = load_hub(source.dataset, source.config, source.split, source.revision, cache)
     field = source.text_field
-    if field not in loaded.column_names:
-        raise UserError(
-            f"source.text_field: there is no field `{field}`", f"the fields are {', '.join(loaded.column_names)}"
-        )
+    check_hub_field(loaded, "text_field", field)
     if getattr(loaded.features[field], "dtype", "") not in ("string", "large_string"):
         raise UserError(f"source.text_field: `{field}` is not text but {loaded.features[field]}", "name a text field")
     if not len(loaded):
@@ -283,3 +280,11 @@ def load_hub(dataset: str, config: str | None, split: str, revision: str | None,
         return datasets.load_dataset(dataset, config, split=split, revision=revision, cache_dir=str(cache))
     except Exception as error:  # network, authentication, unknown id: the library raises many kinds
         raise UserError(f"source.dataset: cannot get `{dataset}` from the hub: {error}", HUB_HINT) from error
+
+
+def check_hub_field(loaded: Any, parameter: str, name: str) -> None:
+    """Raise UserError if a data set of the hub lacks the field `name`, which `source.PARAMETER` asks for."""
+    if name not in loaded.column_names:
+        raise UserError(
+            f"source.{parameter}: there is no field `{name}`", f"the fields are {', '.join(loaded.column_names)}"
+        )

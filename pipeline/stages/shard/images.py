@@ -23,7 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from polytrope.pipeline.data.tarfiles import build_tar, npy_header
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stages.shard.corpus import find_files
+from polytrope.pipeline.stages.shard.corpus import (
+    check_hub_field,
+    find_files,
+    is_validation,
+    load_hub,
+    refuse_offline_hub,
+)
 from polytrope.pipeline.support.file_digests import combined_digest, file_digests
 
 SUFFIXES = (
@@ -284,9 +290,9 @@ def _hub(source: HubImages, cache: Path) -> ImageItems:
     """Images are left as they are encoded, in files below `cache`."""
     from datasets import Image
 
-    from polytrope.pipeline.stages.shard.corpus import load_hub
-
     loaded = load_hub(source.dataset, source.config, source.split, source.revision, cache)
+    for field_name in ("image_field", "label_field"):
+        check_hub_field(loaded, field_name, getattr(source, field_name))
     loaded = loaded.cast_column(source.image_field, Image(decode=False))
     folder = cache / "images"
     folder.mkdir(parents=True, exist_ok=True)
@@ -308,7 +314,11 @@ def _hub(source: HubImages, cache: Path) -> ImageItems:
 
 
 def source_digest(source: ImageSource, directory: Path) -> dict[str, str]:
-    """What identifies the images: names and contents of their files."""
+    """What identifies the images: names and contents of their files.
+
+    Raises:
+        UserError: a file that is missing or cannot be read, or the hub is switched off.
+    """
     if isinstance(source, FolderSource):
         items = _folder(source, directory).items
         names, paths = [item.key for item in items], [item.path for item in items if item.path]
@@ -316,6 +326,8 @@ def source_digest(source: ImageSource, directory: Path) -> dict[str, str]:
         paths = find_files(source.paths, directory)
         names = [path.name for path in paths]
     else:
+        if isinstance(source, HubImages):
+            refuse_offline_hub(source.dataset)
         return {}
     return {"images": combined_digest(names, file_digests(paths, field="source"))}
 
@@ -328,8 +340,7 @@ def split_items(
         return {"train": list(items), "validation": list(validation)}
     parts: dict[str, list[ImageItem]] = {"train": [], "validation": []}
     for item in items:
-        number = int.from_bytes(hashlib.sha256(item.key.encode()).digest()[:8], "big")
-        parts["validation" if number < fraction * 2**64 else "train"].append(item)
+        parts["validation" if is_validation(item.key.encode(), fraction) else "train"].append(item)
     return parts
 
 

@@ -7,7 +7,6 @@ without a manifest does not exist for a restart; one whose files do not match it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from polytrope.pipeline.support.files import hash_descriptor
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -39,13 +40,9 @@ def hash_file(path: Path) -> dict[str, Any]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        return {"bytes": os.fstat(descriptor).st_size, "sha256": hash_descriptor(descriptor)}
     finally:
         os.close(descriptor)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def files_below(directory: Path) -> list[str]:

@@ -132,7 +132,7 @@ class _Run:
         set_learning_rate(self.engine.optimizer.param_groups, factor)
         watched: dict[str, float] = {}
         every = parameters.statistics_every
-        watch = (_due(every, progress.step + 1) or (every > 0 and progress.step == 0)) and plan.zero_stage < 3
+        watch = _due(every, progress.step + 1) or (every > 0 and progress.step == 0)
         with watch_activations(self.engine.module, watched) if watch else contextlib.nullcontext():
             clipping = parameters.gradient_clipping if clips_itself(plan) else 0.0
             batches = self.prefetcher.next_step()

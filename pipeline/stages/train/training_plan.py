@@ -1,8 +1,7 @@
-"""What every training worker is told: resolved model, sizes, paths. Plain JSON, equal on both executors."""
+"""What every training worker is told: resolved model, sizes, paths; it travels by pickle, on both executors."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from polytrope.models import find_architecture
 from polytrope.pipeline.data.description import Dataset, read_dataset
 from polytrope.pipeline.data.tokenization import same_tokenizer
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, EventWriter, Resources, StageContext
+from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
 from polytrope.pipeline.stages.train.parameters import TrainParameters, architectures_for
 
@@ -62,52 +61,6 @@ class TrainingPlan:
     skip_reasons: list[str]
     dataset_profile: dict[str, Any]
     facts: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        content = dataclasses.asdict(dataclasses.replace(self, parameters=None))  # type: ignore[arg-type]
-        content["parameters"] = self.parameters.model_dump(mode="json")
-        content["dataset"] = str(self.dataset)
-        content["initial"] = None if self.initial is None else str(self.initial)
-        return content
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> TrainingPlan:
-        return cls(
-            **{
-                **content,
-                "parameters": TrainParameters.model_validate(content["parameters"]),
-                "dataset": Path(content["dataset"]),
-                "initial": None if content["initial"] is None else Path(content["initial"]),
-            }
-        )
-
-
-def context_to_json(context: StageContext) -> dict[str, Any]:
-    """The stage context for a worker process."""
-    return {
-        "stage": context.stage,
-        "run_id": context.run_id,
-        "key": context.key,
-        "attempt": context.attempt,
-        "output": str(context.output),
-        "scratch_directory": str(context.scratch_directory),
-        "executor": context.executor,
-        "resources": dataclasses.asdict(context.resources),
-        "events": str(context.events.directory),
-    }
-
-
-def context_from_json(content: dict[str, Any]) -> StageContext:
-    """The stage context in a worker process: it writes events of its own to the same place."""
-    return StageContext(
-        **{
-            **content,
-            "output": Path(content["output"]),
-            "scratch_directory": Path(content["scratch_directory"]),
-            "resources": Resources(**content["resources"]),
-            "events": EventWriter(Path(content["events"])),
-        }
-    )
 
 
 def make_plan(

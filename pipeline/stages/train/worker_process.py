@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import socket
 import sys
 import threading
@@ -14,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train.rendezvous import join, take_place_under_ray
-from polytrope.pipeline.stages.train.training_plan import Diverged, TrainingPlan, context_from_json
-from polytrope.pipeline.support.executor_table import executor_kind
+from polytrope.pipeline.stages.train.training_plan import Diverged, TrainingPlan
 
 
 def train_worker(task: dict[str, Any]) -> None:
-    """Entry of every worker, under Ray Train and in a local process. `task` is what `launch` made."""
-    if executor_kind(task["context"]["executor"]).starts_with_ray:
+    """Entry of every worker, under Ray Train and in a local process. `task` is what `run_workers` made."""
+    context: StageContext = task["context"]
+    directory: Path = task["directory"]
+    if context.starts_with_ray:
         take_place_under_ray()
-    directory = Path(task["directory"])
     rank = _environment_integer("RANK")
-    _write_json(directory / f"worker-{rank}.json", {"pid": os.getpid(), "node": _node(task)})
+    _write_json(directory / f"worker-{rank}.json", {"pid": os.getpid(), "node": _node(context)})
     try:
-        _train(task, rank)
+        _train(task["plan"], context, rank, task.get("rendezvous"))
     except BaseException as error:
         failure = {
             "time": time.time(),
@@ -43,9 +45,7 @@ def train_worker(task: dict[str, Any]) -> None:
         raise
 
 
-def _train(task: dict[str, Any], rank: int) -> None:
-    plan = TrainingPlan.from_json(task["plan"])
-    context = context_from_json(task["context"])
+def _train(plan: TrainingPlan, context: StageContext, rank: int, rendezvous: str | None) -> None:
     on_cpu = plan.gpus == 0
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -60,7 +60,7 @@ def _train(task: dict[str, Any], rank: int) -> None:
     if not on_cpu:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=plan.parameters.collective_timeout)
-    join(task.get("rendezvous"), rank, plan.workers, "gloo" if on_cpu else "nccl", timeout)
+    join(rendezvous, rank, plan.workers, "gloo" if on_cpu else "nccl", timeout)
     from polytrope.pipeline.stages.train.loop import train_rank
 
     train_rank(plan, context, rank, device)
@@ -92,9 +92,9 @@ def _failure_kind(error: BaseException) -> str:
     )
 
 
-def _node(task: dict[str, Any]) -> str:
+def _node(context: StageContext) -> str:
     """The machine this worker is on: address and Ray's id, or the host's name."""
-    if not executor_kind(task["context"]["executor"]).starts_with_ray:
+    if not context.starts_with_ray:
         return socket.gethostname()
     import ray
 
@@ -119,11 +119,12 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    """`python -m polytrope.pipeline.stages.train.worker_process TASK.json`, started by `workers`; the rank is in
-    the environment.
+    """`python -m polytrope.pipeline.stages.train.worker_process`, started by `workers`: the task comes through standard
+    input, pickled; the rank is in the environment.
     """
+    task = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_parent, name="parent watch", daemon=True).start()
-    train_worker(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    train_worker(task)
     # No teardown: a peer may already be gone, and everything that counts is on disk.
     sys.stdout.flush()
     sys.stderr.flush()

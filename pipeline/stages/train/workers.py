@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -14,7 +16,7 @@ from typing import Any
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
-from polytrope.pipeline.stages.train.training_plan import TrainingPlan, context_to_json
+from polytrope.pipeline.stages.train.training_plan import TrainingPlan
 
 # Ray Train's controller polls every 2 s by default, which is most of the time of a short training. Its own watchers are
 # processes that take seconds of a small machine; this stage notices lost workers itself.
@@ -61,7 +63,7 @@ def run_workers(context: StageContext, plan: TrainingPlan) -> None:
         rollbacks = _read_rollbacks(context.scratch)
         batches, reasons = [entry["batch"] for entry in rollbacks], [entry["reason"] for entry in rollbacks]
         plan = dataclasses.replace(plan, skipped_batches=batches, skip_reasons=reasons)
-        task = {"plan": plan.to_json(), "context": context_to_json(context), "directory": str(directory)}
+        task = {"plan": plan, "context": context, "directory": directory}
         try:
             start(task, plan, directory)
             return
@@ -98,23 +100,30 @@ def _launch_directory(scratch: Path) -> Path:
 
 
 def _start_local(task: dict[str, Any], plan: TrainingPlan, directory: Path) -> None:
-    """Own child processes on this machine; they end with this one, whatever ends it."""
+    """Own child processes on this machine; they end with this one, whatever ends it.
+
+    Each reads its task from standard input, not from a file: its parameters may hold secrets.
+    """
     with tempfile.TemporaryDirectory(prefix="polytrope-") as temporary:
-        task_file = directory / "task.json"
-        task_file.write_text(json.dumps({**task, "rendezvous": f"file://{temporary}/rendezvous"}), encoding="utf-8")
+        content = pickle.dumps({**task, "rendezvous": f"file://{temporary}/rendezvous"})
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(plan.workers):
                 with (directory / f"worker-{rank}.log").open("wb") as log:
                     processes.append(
                         subprocess.Popen(
-                            [sys.executable, "-m", "polytrope.pipeline.stages.train.worker_process", str(task_file)],
+                            [sys.executable, "-m", "polytrope.pipeline.stages.train.worker_process"],
                             stdin=subprocess.PIPE,
                             stdout=log,
                             stderr=subprocess.STDOUT,
                             env=_local_environment(plan, rank),
+                            bufsize=0,
                         )
                     )
+            for process in processes:
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError):  # it has ended already: `_wait` says why
+                    process.stdin.write(content)
             _wait(processes, directory)
         finally:
             for process in processes:
@@ -170,12 +179,12 @@ def _start_ray(task: dict[str, Any], plan: TrainingPlan, directory: Path) -> Non
     if not ray.is_initialized():
         raise TrainingError("executor `ray`, but this process is not connected to a Ray cluster")
     on_cpu = plan.gpus == 0
-    resources = task["context"]["resources"]
-    per_worker = {"CPU": float(resources["cpus"])}
+    resources = task["context"].resources
+    per_worker = {"CPU": float(resources.cpus)}
     if not on_cpu:
-        per_worker["GPU"] = float(resources["gpus"])
-    if resources["memory"]:
-        per_worker["memory"] = float(resources["memory"])
+        per_worker["GPU"] = float(resources.gpus)
+    if resources.memory:
+        per_worker["memory"] = float(resources.memory)
     # Not TorchTrainer: it imports torch into this process and into Ray Train's controller, seconds each that are waited
     # for one after the other. The workers form the process group themselves.
     trainer = DataParallelTrainer(
