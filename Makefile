@@ -25,6 +25,7 @@ lint: install build/typecheck ## format, style, types, rooms, declared imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy workflows/*.py
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/deptry ops models pipeline workflows
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -330,6 +331,9 @@ def save_huggingface(directory: Path, model: nn.Module, activations: Mapping[str
         inputs = record.example(model.config) if record is not None else _example(model)
         if inputs is not None:
             compare_outputs(written, model, inputs, what)
+        else:
+            said = "its modules and weights were read back and compared, its outputs were not: its inputs are not known"
+            warnings.warn(f"{directory}: {type(model).__name__}: {said}", stacklevel=2)
     for name in (_FORMER_FILE, _FORMER_WEIGHTS):  # of another model that was there before
         (directory / name).unlink(missing_ok=True)
 
@@ -440,12 +444,12 @@ def _classical_activation(model: nn.Module, record: Architecture) -> str:
 
 
 def _example(model: Any) -> dict[str, Tensor] | None:
-    """Inputs for a model of transformers whose one input is known, None for others."""
+    """Inputs for a model of transformers that takes tokens or images of a known size, None for others."""
     config = model.config
-    if getattr(config, "is_encoder_decoder", False):
-        return None
     if model.main_input_name == "input_ids" and getattr(config, "vocab_size", None):
-        return {"input_ids": torch.arange(8)[None] % config.vocab_size}
+        tokens = torch.arange(8)[None] % config.vocab_size
+        decoded = {"decoder_input_ids": tokens} if getattr(config, "is_encoder_decoder", False) else {}
+        return {"input_ids": tokens} | decoded
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     if model.main_input_name == "pixel_values" and isinstance(size, int) and isinstance(channels, int):
         return {"pixel_values": torch.linspace(-2, 2, channels * size * size).sin().reshape(1, channels, size, size)}

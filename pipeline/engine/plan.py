@@ -189,7 +189,7 @@ def _condition(
     try:
         holds = condition_holds(node, params, summaries)
     except UserError as error:
-        return "skip", [error.message]
+        return "unknown", [error.message]  # the run fails this stage where it still holds then
     return None if holds else ("skip", [f"`when: {node.when}` does not hold"])
 
 

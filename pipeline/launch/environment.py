@@ -56,6 +56,8 @@ def compare_environments(before: Mapping[str, Any], after: Mapping[str, Any]) ->
     old, new = before.get("git") or {}, after.get("git") or {}
     if old.get("commit") != new.get("commit"):
         compare("git commit", str(old.get("commit"))[:10], str(new.get("commit"))[:10])
+    elif None in (old.get("diff_sha256", ""), new.get("diff_sha256", "")):
+        lines.append("git: whether there were other uncommitted changes is not known")
     elif old.get("diff_sha256") != new.get("diff_sha256"):
         lines.append("git: other uncommitted changes")
     return lines
@@ -83,20 +85,22 @@ def changed_versions(directory: Path) -> list[str]:
 def git_state(directory: Path, *, keep_diff: bool = False) -> dict[str, Any]:
     """Commit, whether the tree differs from it, in which files, and the difference's hash; {} without a repository.
 
+    What git does not tell within 10 s is None: unknown, not unchanged.
+
     Args:
         keep_diff: keep the difference itself as well. It may hold what nobody wants to publish: keys in settings.
     """
     commit = _git(directory, "rev-parse", "HEAD")
     if commit is None:
         return {}
-    diff = _git(directory, "diff", "HEAD") or ""
-    status = _git(directory, "status", "--porcelain") or ""
+    diff = _git(directory, "diff", "HEAD")
+    status = _git(directory, "status", "--porcelain")
     return {
         "commit": commit.strip(),
-        "dirty": bool(status.strip()),
-        "status": status[:_DIFF_LIMIT],
-        "diff": diff[:_DIFF_LIMIT] if keep_diff else "",
-        "diff_sha256": hashlib.sha256(diff.encode(errors="surrogateescape")).hexdigest(),
+        "dirty": None if status is None else bool(status.strip()),
+        "status": None if status is None else status[:_DIFF_LIMIT],
+        "diff": (diff or "")[:_DIFF_LIMIT] if keep_diff else "",
+        "diff_sha256": None if diff is None else hashlib.sha256(diff.encode(errors="surrogateescape")).hexdigest(),
     }
 
 

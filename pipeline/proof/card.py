@@ -18,7 +18,7 @@ from polytrope.pipeline.runs.journal import RunState, fold, read
 from polytrope.pipeline.store.manifest import StoredArtifact
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.pages import count, render_page
-from polytrope.pipeline.support.text import metric_text, suggest
+from polytrope.pipeline.support.text import metric_text, suggest, uncommitted
 from polytrope.pipeline.tracking.names import flatten
 from polytrope.pipeline.tracking.overview import markdown_table
 
@@ -257,7 +257,7 @@ def _environment(store: Store, model: StoredArtifact, record: Mapping[str, Any])
     rows |= {key: str(environment[key]) for key in ("python", "platform", "processor") if environment.get(key)}
     rows |= {"usable cores": str(environment.get("usable_cores", "")), **(environment.get("threads") or {})}
     if git:
-        rows["git commit"] = git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
+        rows["git commit"] = git["commit"] + uncommitted(git["dirty"])
     return Section("Environment", "", _rows(rows))
 
 

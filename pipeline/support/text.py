@@ -97,3 +97,10 @@ def metric_text(value: float) -> str:
     if math.isfinite(value) and value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.4g}"
+
+
+def uncommitted(dirty: bool | None) -> str:
+    """What to say after a commit's hash; None: git did not tell."""
+    if dirty is None:
+        return ", perhaps with uncommitted changes: git did not tell"
+    return " with uncommitted changes" if dirty else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.runs.journal import RunState
-from polytrope.pipeline.support.text import format_duration, metric_text
+from polytrope.pipeline.support.text import format_duration, metric_text, uncommitted
 from polytrope.pipeline.tracking.names import parent_folder
 
 _COLUMNS, _ROWS, _PANELS = 8, 24, 12
@@ -118,7 +118,7 @@ def describe(
     took = "" if state.duration is None else f" in {format_duration(state.duration)}"
     facts = [f"**{status}**{took}", f"run `{state.run_id or parent}`", f"workflow `{workflow['name']}`"]
     if git:
-        facts.append(f"commit `{git['commit'][:10]}`" + (" with uncommitted changes" if git["dirty"] else ""))
+        facts.append(f"commit `{git['commit'][:10]}`" + uncommitted(git["dirty"]))
     sections = [" · ".join(facts)]
     if workflow.get("description"):
         sections.insert(0, str(workflow["description"]))

@@ -60,7 +60,7 @@ class PolytropeModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 temperature=float(params.get("temperature", 0.8)),
                 generator=generator,
             )
-        return str(self.tokenizer.decode(output[0].tolist()))
+        return text + self.tokenizer.decode_produced(output[0].tolist()[len(tokens) :])
 
     def _classify(self, pixels: np.ndarray) -> np.ndarray:
         import torch

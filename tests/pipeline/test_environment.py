@@ -45,6 +45,16 @@ def test_git_state_tells_commit_and_change(repository: Path) -> None:
     assert changed["diff_sha256"] == hashlib.sha256(git(repository, "diff", "HEAD").encode()).hexdigest()
 
 
+def test_what_git_does_not_tell_is_unknown_and_not_unchanged(repository: Path) -> None:
+    clean = git_state(repository)
+    (repository / ".git" / "index").write_bytes(b"no index")
+    unknown = git_state(repository)
+    assert unknown["commit"] == clean["commit"]
+    assert (unknown["dirty"], unknown["status"], unknown["diff_sha256"]) == (None, None, None)
+    (line,) = compare_environments({"git": clean}, {"git": unknown})
+    assert "not known" in line
+
+
 def test_what_git_says_need_not_be_utf8(repository: Path) -> None:
     (repository / "a.py").write_bytes(b"x = 'caf\xe9'\n")
     state = git_state(repository, keep_diff=True)

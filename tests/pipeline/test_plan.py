@@ -165,8 +165,11 @@ def test_conditions_are_decided_as_far_as_they_can_be() -> None:
     graph["never"] = node("never", make, when="params.degree > 3")
     graph["after"] = node("after", use, {"source": "never"})
     graph["good"] = node("good", make, parameters={"degree": 4}, when="stages.a.loss < 3", after=("a",))
+    graph["wrong"] = node("wrong", make, when="stages.a.nothing < 3", after=("a",))
     store = Memory({"a": graph["a"]}, a={"loss": 2.0})
     plan = make_plan(graph, store, params={"degree": 3})
+    assert plan.stages["wrong"].action == "unknown"  # the run would fail it, not skip it
+    assert "nothing" in plan.stages["wrong"].reasons[0]
     assert plan.stages["never"].action == "skip"
     assert plan.stages["after"].reasons == ["its input source comes from never, which is skipped"]
     assert plan.stages["good"].action == "run"
