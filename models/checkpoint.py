@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
 from polytrope.models.activations import activation_configs, current_activations, normalised_activations
-from polytrope.models.formats.states import load_safetensors
 from polytrope.models.special_tokens import kept_fields
 from polytrope.models.weights import check_dtypes
 from polytrope.models.writing import appearing, compare_outputs, compare_weights
@@ -78,7 +78,11 @@ def load_model(directory: Path, device: str | torch.device = "cpu") -> nn.Module
         model = build_model(description["architecture"], description["config"])
     except ValueError as error:
         raise ValueError(f"{directory / 'model.json'}: {error}") from error
-    load_weights(model, load_safetensors(directory / "model.safetensors"))
+    try:
+        tensors = load_file(directory / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{directory / 'model.safetensors'} cannot be read: {error}") from error
+    load_weights(model, tensors)
     return model.to(device).eval()
 
 
