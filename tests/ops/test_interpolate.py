@@ -252,7 +252,7 @@ def test_parameter_counts_are_those_of_the_modules() -> None:
         ({"family": "fourier", "constraints": ("origin",)}, "are for polynomials"),
         ({"method": "interpolation", "nodes": [0.0, 1.0]}, "needs 5 different nodes"),
         ({"method": "splines"}, "method"),
-        ({"degree": 16, "interval": (3.0, 9.0)}, "rounding in float32"),
+        ({"degree": 16, "rounding_tolerance": 1e-7}, "rounding in float32"),
     ],
 )
 def test_a_wrong_argument_is_refused_with_what_is_accepted(arguments: dict[str, object], message: str) -> None:
