@@ -20,7 +20,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"name": "hermite", "degree": 6, "interval": [-1.0, 1.5], "variable": [0.25, 0.4]},
     {"name": "hermite", "degree": 4, "learnable_recurrence": True, "variable": [0.25, 1.5]},
     {"name": "chebyshev", "degree": 5},
-    {"name": "chebyshev", "degree": 5, "variable": [-0.5, 2.0]},
+    {"name": "chebyshev", "degree": 5, "variable": [0.125, 2.0]},
     {"name": "legendre", "degree": 8},
     {"name": "legendre", "degree": 9, "interval": [-1.0, 1.5], "variable": [0.25, 1.25]},
     {"name": "fourier", "degree": 5},
