@@ -46,6 +46,7 @@ BUILTIN_STAGES: dict[str, str] = {
     "evaluate": "polytrope.pipeline.stages.evaluate.evaluate:evaluate",
     "measure_speed": "polytrope.pipeline.stages.evaluate.measure_speed:measure_speed",
     "report": "polytrope.pipeline.stages.report.report:report",
+    "select": "polytrope.pipeline.stages.select:select",
     "wait_for": "polytrope.pipeline.stages.wait_for:wait_for",
     "subworkflow": "polytrope.pipeline.launch.subworkflow:subworkflow",
 }

@@ -1,13 +1,11 @@
-"""From the workflow file to the nodes that run: matrix expansion, dependencies, validated parameters, order."""
+"""From the workflow file to the nodes that run: dependencies, validated parameters, order."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from dataclasses import fields as dataclass_fields
@@ -24,6 +22,7 @@ from polytrope.pipeline.workflow.code import Code, read_code
 from polytrope.pipeline.workflow.conditions import condition_stages, evaluate_condition
 from polytrope.pipeline.workflow.encoding import encode_fields
 from polytrope.pipeline.workflow.loaded import stale_module
+from polytrope.pipeline.workflow.matrix import Branch, branches, node_name
 from polytrope.pipeline.workflow.reads import read_digests
 from polytrope.pipeline.workflow.references import environment_names, has_reference, resolve_environment, substitute
 from polytrope.pipeline.workflow.source import KeyPath
@@ -174,7 +173,7 @@ def build_graph(
     """
     if str(workflow.directory) not in sys.path:  # stages of one's own may stand beside the workflow file
         sys.path.append(str(workflow.directory))
-    names = _Names({name: _branches(workflow, name, spec) for name, spec in workflow.stages.items()}, workflow.returned)
+    names = _Names({name: branches(workflow, name, spec) for name, spec in workflow.stages.items()}, workflow.returned)
     drafts: dict[str, StageNode] = {}
     stages = _Stages(workflow, known or {})
     for spec_name, spec in workflow.stages.items():
@@ -188,9 +187,6 @@ def build_graph(
         before = (known or {}).get(name)
         finished[name] = before if before and not before.open else _checked(workflow, drafts[name], finished)
     return finished
-
-
-Branch = tuple[dict[str, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -245,53 +241,6 @@ def scoped_names(scope: str, name: str) -> list[str]:
         names.insert(-1, f"{scope}/{name}")
         scope = parent_stage(scope)
     return names
-
-
-def _branches(workflow: Workflow, name: str, spec: StageSpec) -> list[Branch]:
-    """(axis → label, axis → value) of every combination, in the order of the file."""
-    if not spec.matrix:
-        return [({}, {})]
-    labelled: list[list[tuple[str, str, Any]]] = []
-    for axis, values in spec.matrix.items():
-        labels = [_label(value, index) for index, value in enumerate(values)]
-        twice = [label for label, count in Counter(labels).items() if count > 1]
-        if twice:
-            raise UserError(
-                f"{workflow.where('stages', name, 'matrix', axis)}: two values have the label `{twice[0]}`",
-                "make the values different, or give each mapping its own `label:`",
-            )
-        labelled.append([(axis, label, _unlabelled(value)) for label, value in zip(labels, values, strict=True)])
-    return [
-        ({axis: label for axis, label, _ in combination}, {axis: value for axis, _, value in combination})
-        for combination in itertools.product(*labelled)
-    ]
-
-
-def _unlabelled(value: Any) -> Any:
-    """The value without the name of its branch."""
-    return {key: item for key, item in value.items() if key != "label"} if isinstance(value, dict) else value
-
-
-def _label(value: Any, index: int) -> str:
-    """What the branch is called: the value, or of a mapping its `label`, else its `name`, else its place."""
-    if isinstance(value, dict):
-        text = str(value.get("label", value.get("name", index)))
-    elif isinstance(value, bool) or value is None:
-        text = {True: "true", False: "false", None: "null"}[value]
-    elif isinstance(value, list):
-        text = "-".join(_label(item, position) for position, item in enumerate(value))
-    else:
-        text = str(value)
-    for character in "[],=":
-        text = text.replace(character, "_")
-    return text
-
-
-def node_name(spec_name: str, branch: Mapping[str, str]) -> str:
-    """`train`, or `train[activation=gelu,degree=3]`."""
-    if not branch:
-        return spec_name
-    return f"{spec_name}[{','.join(f'{axis}={label}' for axis, label in branch.items())}]"
 
 
 @dataclass(frozen=True)
@@ -615,10 +564,13 @@ def _resolve(place: str, reference: str, branch: Mapping[str, str], names: _Name
         return found
     if not branch:
         return candidates
-    shared = [axis for axis in candidates[0][1] if axis in branch]
-    matching = [item for item in candidates if all(item[1][axis] == branch[axis] for axis in shared)]
+    same = [item for item in candidates if item[1] == branch]
+    matching = same or [
+        item for item in candidates if all(branch.get(axis, label) == label for axis, label in item[1].items())
+    ]
     if not matching:
-        wanted = ", ".join(f"{axis}={branch[axis]}" for axis in shared)
+        axes = dict.fromkeys(axis for _, labels in candidates for axis in labels if axis in branch)
+        wanted = ", ".join(f"{axis}={branch[axis]}" for axis in axes)
         raise UserError(f"{place}: `{reference}` has no branch with {wanted}", "give both stages the same values")
     return matching
 

@@ -60,6 +60,7 @@ def parse_memory(value: Any) -> Any:
 Duration = typing.Annotated[float, BeforeValidator(parse_duration)]
 Memory = typing.Annotated[int, BeforeValidator(parse_memory)]
 InputReference = str | list[str] | dict[str, str]
+MATRIX_CHANGES = ("include", "exclude")  # keys of a matrix that are no axes: lists of {axis: value}
 
 
 def _known_executor(name: str) -> str:
@@ -120,7 +121,10 @@ class StageSpec(BaseModel):
     )
     timeout: Duration | None = Field(default=None, gt=0, description="limit per attempt, such as 600 or 10m")
     when: str | None = Field(default=None, description="condition; the stage is skipped where it is false")
-    matrix: dict[str, list[Any]] = Field(default={}, description="axis → values: one branch per combination")
+    matrix: dict[str, list[Any]] = Field(
+        default={},
+        description="axis → values: one branch per combination, without `exclude:`, and with what `include:` adds",
+    )
     after: list[str] = Field(default=[], description="stages that must end before this one, beside its inputs")
     environment: list[str] = Field(default=[], description="environment variables that decide the result")
     reads: list[str] = Field(
@@ -148,7 +152,11 @@ class StageSpec(BaseModel):
         for axis, values in value.items():
             if not _NAME.fullmatch(axis):
                 raise ValueError(f"the axis name `{axis}` may hold letters, digits, `_` and `-`")
-            if not values:
+            if axis in MATRIX_CHANGES:
+                for entry in values:
+                    if not isinstance(entry, dict) or not entry or not all(_NAME.fullmatch(str(key)) for key in entry):
+                        raise ValueError(f"`{axis}`: expected a list of `{{axis: value}}`, got {_show(entry)} in it")
+            elif not values:
                 raise ValueError(f"the axis `{axis}` has no values")
         return value
 
