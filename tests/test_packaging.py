@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import polytrope
+from polytrope.pipeline.commands.starting import TEMPLATES
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,3 +50,56 @@ def test_importing_polytrope_imports_nothing_else() -> None:
     program = "import sys; before = set(sys.modules); import polytrope; print(*sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["polytrope"]
+
+
+PROJECTS = """
+import os, sys
+import polytrope
+from polytrope.pipeline.commands.cli import main
+from polytrope.pipeline.commands.starting import TEMPLATES
+assert polytrope.__file__.startswith(sys.prefix), polytrope.__file__
+for name, template in TEMPLATES.items():
+    assert main(["init", name, "--template", name]) == 0
+    assert main(["validate", f"{name}/workflows/{template.files[0]}"]) == 0
+sys.stdout.flush()
+os.chdir(name)
+assert main(["init", ".", "--template", name]) == 2
+"""
+
+
+def test_a_wheel_in_an_environment_of_its_own_starts_checks_and_runs_projects(wheel: Path, tmp_path: Path) -> None:
+    """What pip installs, beside the packages that it depends on: none of this repository's files."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", "--quiet"]
+    subprocess.run([*pip, str(wheel)], check=True)
+    packages = [entry for entry in sys.path if entry.endswith("site-packages")]  # without their .pth files
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}
+
+    def run(*command: object, cwd: Path = tmp_path) -> str:
+        done = subprocess.run(
+            list(map(str, command)),
+            cwd=cwd,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    output = run(python, "-c", PROJECTS)
+    commands = dict(re.findall(r"→ cd (\S+) && polytrope run (\S+) --executor local\n", output))
+    assert commands.keys() == TEMPLATES.keys()
+    for name, workflow in commands.items():
+        assert re.search(rf"^{name}/{workflow}: \S+, \d+ stages", output, re.MULTILINE)
+        assert f"polytrope run {workflow}" in (tmp_path / name / "README.md").read_text()
+        assert ".polytrope/" in (tmp_path / name / ".gitignore").read_text()
+    refused = output[output.index("polytrope: ") :]
+    assert ".gitignore, README.md, workflows/word-count.yaml, workflows/word_count.py: already there" in refused
+    command = python.with_name("polytrope")
+    assert run(command, "--version") == f"polytrope {polytrope.__version__}\n"
+    project = tmp_path / "custom-stage"
+    assert "7 succeeded" in run(
+        command, "run", commands["custom-stage"], "--executor", "local", "--no-tracking", cwd=project
+    )

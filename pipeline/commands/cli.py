@@ -39,8 +39,8 @@ exit codes:
 class _Command(argparse.ArgumentParser):
     """A command.
 
-    `options_from` is the module:function that adds its options once it is chosen, where they are the fields of a
-    stage's parameters: pydantic would hold up every other command.
+    `options_from` is the module:function that adds its options once it is chosen, where they are those of something
+    else (fields of a stage's parameters, names of templates): to import it would hold up every other command.
     """
 
     options_from = ""
@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
+    _start_commands(command, parser)
     _run_commands(command)
     _look_commands(command)
     _workflow_commands(command)
@@ -144,6 +145,32 @@ def _shared_options() -> dict[str, _Command]:
         "execution": execution,
         "address": address,
     }
+
+
+def _start_commands(command: _AddCommand, parser: argparse.ArgumentParser) -> None:
+    init = command(
+        "init",
+        "starting:init",
+        "start a project: a workflow, its stages, a README",
+        """
+        polytrope init my-project
+        polytrope init my-project --template custom-stage
+        """,
+        description="Nothing that exists is overwritten.",
+    )
+    init.add_argument("directory", metavar="DIR", help="where; it need not exist")
+    init.options_from = "starting:add_options"
+    completion = command(
+        "completion",
+        "completion:completion",
+        "print a script that completes commands and options in your shell",
+        """
+        eval "$(polytrope completion bash)"       # in ~/.bashrc; `zsh` in ~/.zshrc
+        polytrope completion fish | source        # in ~/.config/fish/config.fish
+        """,
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="bash, zsh or fish")
+    completion.set_defaults(parser=parser)  # which it describes
 
 
 def _run_commands(command: _AddCommand) -> None:
