@@ -28,6 +28,7 @@ import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -364,7 +365,7 @@ def _show(value: Any) -> str:
 
 
 def stage_context(
-    directory: Path,
+    directory: str | Path,
     *,
     stage: str = "stage",
     executor: str = "local",
@@ -378,6 +379,7 @@ def stage_context(
         executor: `ray` needs a connection to a cluster.
         resources: what is granted.
     """
+    directory = Path(directory)
     (directory / "output").mkdir(parents=True, exist_ok=True)
     return StageContext(
         stage=stage,
@@ -504,6 +506,14 @@ def name_of_function(function: Any) -> str:
     return f"{function.__module__}:{function.__qualname__}"
 
 
+_LOADING: ContextVar[str | None] = ContextVar("module that is being imported for a stage", default=None)
+
+
+def module_being_loaded() -> str | None:
+    """The module that `load_stage` imports at this moment, and whose code it therefore runs; None: no module."""
+    return _LOADING.get()
+
+
 def load_stage(uses: str) -> StageDefinition:
     """Import the function behind `uses:` and read its signature.
 
@@ -525,6 +535,7 @@ def load_stage(uses: str) -> StageDefinition:
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    outer = _LOADING.set(module_name)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -532,6 +543,8 @@ def load_stage(uses: str) -> StageDefinition:
             f"cannot import `{module_name}` for stage `{uses}`: {error}",
             "the module must be importable from the directory polytrope is started in, or installed",
         ) from error
+    finally:
+        _LOADING.reset(outer)
     function = getattr(module, function_name, None)
     if function is None:
         raise UserError(f"module `{module_name}` has no function `{function_name}` (stage `{uses}`)")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from polytrope.ops.interpolate import fit
     from polytrope.pipeline.errors import UserError
-    from polytrope.pipeline.launch.launch import run
+    from polytrope.pipeline.launch.interface import run
     from polytrope.pipeline.stage import Artifact, StageContext, Stages, stage
     from polytrope.pipeline.store.store import Store
     from polytrope.pipeline.workflow.spec import StageSpec, Workflow, load_workflow
@@ -64,7 +64,7 @@ PLACES = {
     "load_workflow": "polytrope.pipeline.workflow.spec",
     "read_model": "polytrope.models.formats",
     "replace_module": "polytrope.models.surgery",
-    "run": "polytrope.pipeline.launch.launch",
+    "run": "polytrope.pipeline.launch.interface",
     "save_model": "polytrope.models.checkpoint",
     "stage": "polytrope.pipeline.stage",
 }

@@ -22,6 +22,7 @@ from polytrope.pipeline.launch.progress import Progress, counts, summary_rows
 from polytrope.pipeline.runs.journal import ENDED_STATES, Event, RunState, fold
 from polytrope.pipeline.runs.record import check_workflow, workflow_files
 from polytrope.pipeline.runs.spool import SpoolReader
+from polytrope.pipeline.stage import module_being_loaded
 from polytrope.pipeline.store.store import Store, store_error
 from polytrope.pipeline.support.files import replace_file, safe_name
 from polytrope.pipeline.support.signal_mask import signals_blocked
@@ -38,7 +39,7 @@ _SYNC_PATIENCE = 20.0  # seconds without progress that a finished run waits for 
 _CACHED_PATIENCE = 1.5  # the same for a run that computed nothing
 
 
-def run(
+def launch(
     workflow: Workflow,
     *,
     executor: str | None = None,
@@ -53,7 +54,7 @@ def run(
     graph: dict[str, StageNode] | None = None,
     stream: TextIO | None = None,
 ) -> RunState:
-    """Run a workflow, or go on with a run of it.
+    """Run a workflow, or go on with a run of it, and return its state also when it fails.
 
     Args:
         workflow: from `load_workflow`, or made in Python.
@@ -75,6 +76,11 @@ def run(
     Raises:
         UserError: refused; nothing was started.
     """
+    if (module := module_being_loaded()) is not None:
+        raise UserError(
+            f"the module `{module}` starts a run when it is imported, and it is imported for a stage of that run",
+            'put the call below `if __name__ == "__main__":`, or the stage into a module of its own',
+        )
     graph = build_graph(workflow) if graph is None else graph
     place = Store(store if store is not None else workflow.store)
     place.create()

@@ -263,7 +263,7 @@ class Workflow(BaseModel):
         return _build(located, directory, source)
 
 
-def load_workflow(path: str | Path, overrides: Iterable[str] = (), *, directory: Path | None = None) -> Workflow:
+def load_workflow(path: str | Path, overrides: Iterable[str] = (), *, directory: str | Path | None = None) -> Workflow:
     """Read, merge, override, substitute and validate a workflow file.
 
     Args:
@@ -275,10 +275,11 @@ def load_workflow(path: str | Path, overrides: Iterable[str] = (), *, directory:
         UserError: whatever is wrong, naming file, line and field.
     """
     path = Path(path)
+    directory = path.resolve().parent if directory is None else Path(directory)
     source = read_source(path)
     for override in overrides:
         _override(source, override)
-    return _build(source, directory or path.resolve().parent, path.resolve())
+    return _build(source, directory, path.resolve())
 
 
 def _override(source: Source, text: str) -> None:

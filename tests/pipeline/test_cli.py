@@ -211,11 +211,11 @@ def test_the_python_interface_runs_the_same_workflow(project: Path, monkeypatch:
 
     monkeypatch.chdir(project)
     monkeypatch.syspath_prepend(project)
-    state = run(load_workflow("w.yaml", ["params.steps=7"]), executor="local")
-    assert (state.status, state.stages["use"].summary) == ("succeeded", {"lines": 7.0})
+    result = run(load_workflow("w.yaml", ["params.steps=7"]), executor="local")
+    assert (result.status, result["use"].metrics) == ("succeeded", {"lines": 7.0})
     made = Workflow(name="made", stages={"make": StageSpec(uses="cli_test_stages:make", parameters={"steps": 7})})
     again = run(made, executor="local", tracking=False)
-    assert again.stages["make"].state == "cached"  # the same stage, whoever names it
+    assert again["make"].state == "cached"  # the same stage, whoever names it
 
 
 def test_an_unwritable_store_is_refused(project: Path) -> None:

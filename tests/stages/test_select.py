@@ -11,7 +11,7 @@ import pytest
 from polytrope.pipeline import Workflow, run
 from polytrope.pipeline.data.evaluation_file import EVALUATION_FILE
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.runs.journal import RunState
+from polytrope.pipeline.launch.interface import RunResult
 from polytrope.pipeline.stage import RETURNED_STAGES, Artifact, StageContext, load_stage, stage_context
 from polytrope.pipeline.stages.select import SELECTION_FILE, SelectParameters, check, read_selection
 
@@ -143,7 +143,7 @@ def test_in_a_run_the_choice_is_stored_and_made_again_when_a_branch_is_added(
         "use": {"uses": "select_test_stages:use", "inputs": {"model": "best"}},
     }
 
-    def start() -> RunState:
+    def start() -> RunResult:
         workflow = Workflow.from_dict({"name": "choice", "executor": "local", "stages": stages}, directory=tmp_path)
         return run(workflow, store=tmp_path / "store", tracking=False)
 
@@ -151,10 +151,10 @@ def test_in_a_run_the_choice_is_stored_and_made_again_when_a_branch_is_added(
     assert {name: stage.state for name, stage in first.stages.items()} == dict.fromkeys(
         ["train[loss=3.0]", "train[loss=2.0]", "best", "use"], "succeeded"
     )
-    assert first.stages["use"].summary == {"weights": 2.0}
+    assert first.stages["use"].metrics == {"weights": 2.0}
     matrix["include"] = [{"loss": 1.0}]
     second = start()
-    assert second.stages["use"].summary == {"weights": 1.0}
+    assert second.stages["use"].metrics == {"weights": 1.0}
     assert [second.stages[name].state for name in ("train[loss=2.0]", "train[loss=1.0]", "best")] == [
         "cached",
         "succeeded",
