@@ -188,6 +188,7 @@ def test_bytes_behind_tokens_add_up_to_the_text() -> None:
     text = "Grüße, naïve café → 日本語 and plain words, plain words, plain words."
     tokenizer = make_tokenizer(BpeTokenizer(vocab_size=300), [text * 20], Path())
     lengths = byte_lengths(tokenizer)
+    assert lengths is not None
     assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
     assert lengths[tokenizer.end_of_text] == 0
     assert lengths.max() > 1
