@@ -49,6 +49,7 @@ BUILTIN_STAGES: dict[str, str] = {
     "measure_speed": "polytrope.pipeline.stages.evaluate.measure_speed:measure_speed",
     "report": "polytrope.pipeline.stages.report.report:report",
     "select": "polytrope.pipeline.stages.select:select",
+    "sweep": "polytrope.pipeline.stages.sweep.sweep:sweep",
     "wait_for": "polytrope.pipeline.stages.wait_for:wait_for",
     "subworkflow": "polytrope.pipeline.launch.subworkflow:subworkflow",
 }

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from polytrope.pipeline.data.evaluation_file import EvaluatedModel, Evaluation, read_evaluation
+from polytrope.pipeline.data.evaluation_file import Evaluation, read_evaluation
 from polytrope.pipeline.data.records import Record, read_record, write_record
-from polytrope.pipeline.data.training_file import read_training
+from polytrope.pipeline.data.training_file import figure_of_training, read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import RETURNED_STAGES, Artifact, StageContext, stage
 from polytrope.pipeline.support.text import suggest
@@ -144,33 +144,26 @@ def _copy_model(source: Path, target: Path) -> None:
 
 
 def _candidate(label: str, model: Artifact, metric: str, evaluation: Evaluation | None) -> Candidate:
-    figures, failure = _trained(label, model) if evaluation is None else _evaluated(label, model, evaluation)
-    fields: dict[str, Any] = {"stage": model.stage, "digest": model.digest}
-    value = figures.get(metric)
-    if failure is not None:
-        fields["left_out"] = failure
-    elif metric not in figures:
-        raise UserError(f"select: `{label}` has no figure `{metric}`", suggest(metric, figures))
-    elif value is None or not math.isfinite(value):
-        fields["left_out"] = f"{metric} is not finite"
-    else:
-        fields["value"] = float(value)
-    return Candidate(**fields)
+    value, why = _trained(label, model, metric) if evaluation is None else _evaluated(label, model, metric, evaluation)
+    fields = {"stage": model.stage, "digest": model.digest, "value": value, "left_out": why}
+    return Candidate.model_validate({name: given for name, given in fields.items() if given is not None})
 
 
-def _trained(label: str, model: Artifact) -> tuple[Mapping[str, float | None], str | None]:
-    """Figures and failure of a training; a figure that was not finite is null in its file."""
-    training = read_training(model.path)
-    if training is None:
+def _trained(label: str, model: Artifact, metric: str) -> tuple[float | None, str | None]:
+    """The figure of a training, or why it has none."""
+    if read_training(model.path) is None:
         raise UserError(
             f"select: `{label}` (stage `{model.stage}`) was not trained here, so it has no figures of its own",
             "evaluate the models first: `inputs: {models: …, evaluation: EVALUATE_STAGE}`",
         )
-    return training.figures() | dict.fromkeys(name for name, value in training if value is None), training.failure
+    try:
+        return figure_of_training(model.path, metric)
+    except UserError as error:
+        raise UserError(f"select: `{label}`: {error.message}", error.hint) from None
 
 
-def _evaluated(label: str, model: Artifact, evaluation: Evaluation) -> tuple[Mapping[str, float | None], str | None]:
-    """Figures and failure in an evaluation, which knows the model by the digest of its artifact."""
+def _evaluated(label: str, model: Artifact, metric: str, evaluation: Evaluation) -> tuple[float | None, str | None]:
+    """The figure in an evaluation, which knows the model by the digest of its artifact, or why it has none."""
     found = next((item for item in evaluation.models.values() if item.digest == model.digest), None)
     if found is None:
         raise UserError(
@@ -178,8 +171,10 @@ def _evaluated(label: str, model: Artifact, evaluation: Evaluation) -> tuple[Map
             f"{', '.join(f'`{name}`' for name in evaluation.models)}",
             "give `evaluate` and `select` the same `models:`",
         )
-    return _figures(found), found.failure
-
-
-def _figures(model: EvaluatedModel) -> dict[str, float | None]:
-    return {name: getattr(model, name) for name in _EVALUATED if name in model.model_fields_set}
+    if found.failure is not None:
+        return None, found.failure
+    figures = [name for name in _EVALUATED if name in found.model_fields_set]
+    if metric not in figures:
+        raise UserError(f"select: `{label}` has no figure `{metric}` in the evaluation", suggest(metric, figures))
+    value = getattr(found, metric)
+    return (None, f"{metric} is not finite") if value is None or not math.isfinite(value) else (float(value), None)

@@ -105,7 +105,7 @@ def test_an_evaluation_decides_by_the_digest_of_each_model(tmp_path: Path) -> No
 
 
 def test_what_has_no_figures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"`a` has no figure `val/los`\n.*did you mean `val/loss`"):
+    with pytest.raises(UserError, match=r"`a`: .*training.json has no figure `val/los`\n.*did you mean `val/loss`"):
         choose(tmp_path / "1", {"a": model(tmp_path, "a", **{"val/loss": 2.0})}, "val/los", "min")
     with pytest.raises(UserError, match=r"`b` .* was not trained here.*\n.*evaluation: EVALUATE_STAGE"):
         choose(tmp_path / "2", {"b": model(tmp_path, "b")}, "val/loss", "min")
