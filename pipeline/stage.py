@@ -393,6 +393,7 @@ def stage_context(
 
 
 CheckFunction = Callable[[Any, Mapping[str, Any]], None]
+PromiseFunction = Callable[[Any, Mapping[str, Any], Resources], Any]
 FingerprintFunction = Callable[[Any, Path], Mapping[str, str]]
 
 
@@ -404,6 +405,7 @@ class StageOptions:
     parallel: bool = False
     measured: bool = False
     check: CheckFunction | None = None
+    promise: PromiseFunction | None = None
     fingerprint: FingerprintFunction | None = None
 
 
@@ -413,6 +415,7 @@ def stage(
     parallel: bool = False,
     measured: bool = False,
     check: CheckFunction | None = None,
+    promise: PromiseFunction | None = None,
     fingerprint: FingerprintFunction | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Optional decorator of a stage function.
@@ -424,13 +427,17 @@ def stage(
         measured: its result holds times, which no repetition can give again; `reproduce` does not compare it.
         check: `check(parameters, upstream)` raises `UserError` before anything starts. `upstream` maps each input name
             to the validated parameters of the producing stage (a dict of them by label for a fan-in, None if absent).
+            A message that begins with `parameter: `, `inputs.NAME: ` or `resources.NAME: ` is shown with its line.
+        promise: `promise(parameters, upstream, resources)` returns what is certain of the result before anything starts
+            (one of `pipeline.data.promised`, or anything that later stages understand; None: nothing), and raises
+            `UserError` where an input cannot fit. `upstream` maps each input to what its stage promised.
         fingerprint: `fingerprint(parameters, directory)` returns what beyond the parameters decides the result (digests
             of the files they name), as strings; part of the key. `directory`: the workflow file's, for relative paths.
             Raises `UserError` if a file is missing or empty.
     """
     if isinstance(reads, str):
         raise TypeError(f"reads={reads!r}: give a list of paths")
-    options = StageOptions(tuple(reads), parallel, measured, check, fingerprint)
+    options = StageOptions(tuple(reads), parallel, measured, check, promise, fingerprint)
 
     def attach(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__polytrope_stage__ = options  # type: ignore[attr-defined]

@@ -20,9 +20,9 @@ from polytrope.models.formats.huggingface import save_huggingface
 from polytrope.models.gpt2 import (
     ARCHITECTURE,
     GPT2,
+    GPT2_PRESETS,
     HUGGINGFACE_ALIASES,
     HUGGINGFACE_DEFAULTS,
-    PRESETS,
     GPT2Config,
     config_from_huggingface,
 )
@@ -319,7 +319,7 @@ def test_activations_by_ranges_of_layers() -> None:
 def test_presets_have_the_published_parameter_counts() -> None:
     for name, millions in (("gpt2", 124.44), ("gpt2-medium", 354.82), ("gpt2-large", 774.03), ("gpt2-xl", 1557.61)):
         with torch.device("meta"):
-            model = GPT2(GPT2Config(**PRESETS[name], activation="gelu_tanh"))  # type: ignore[arg-type]
+            model = GPT2(GPT2Config(**GPT2_PRESETS[name], activation="gelu_tanh"))  # type: ignore[arg-type]
         assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
 
 

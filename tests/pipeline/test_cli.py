@@ -116,7 +116,7 @@ BAD_INPUT = {
     "wrong type": (
         "  steps: 3",
         "  steps: many",
-        "w.yaml:11: stages.make.with.steps: Input should be",
+        "w.yaml:11: stages.make.with.steps: expected a whole number, got 'many'",
         "polytrope stages",
     ),
     "cycle": ("    retries: 0", "    after: [use]", "make → use → make", "remove one"),
