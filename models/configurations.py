@@ -26,7 +26,7 @@ def activation_configs(activation: ActivationConfig | list[ActivationConfig], la
     if isinstance(activation, list):
         if len(activation) != layers:
             raise ValueError(
-                f"activation: a list of {len(activation)} entries for {layers} layers; give one per layer or one"
+                f"activation: a list of length {len(activation)} for {layers} layers; give one per layer or one"
             )
         return activation
     return [activation] * layers

@@ -37,6 +37,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.executor_table import executor_kind
 from polytrope.pipeline.support.secret_values import hide_in, hider
+from polytrope.pipeline.support.text import suggest
 
 BUILTIN_STAGES: dict[str, str] = {
     "shard": "polytrope.pipeline.stages.shard.shard:shard",
@@ -521,7 +522,7 @@ def load_stage(uses: str) -> StageDefinition:
     if not re.fullmatch(r"[\w.]+:\w+", target):
         raise UserError(
             f"unknown stage `{uses}`",
-            f"built-in stages: {', '.join(BUILTIN_STAGES)}; your own: `package.module:function`",
+            f"{suggest(uses, BUILTIN_STAGES)}; your own: `package.module:function`",
         )
     module_name, function_name = target.split(":")
     if module_name == "__main__":

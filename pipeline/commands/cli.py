@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
+import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, Protocol
 
 from polytrope.pipeline.errors import (
     EXIT_CANCELLED,
@@ -36,7 +38,45 @@ exit codes:
 """
 
 
-class _Command(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
+    """What it refuses is said as everything else is: what is wrong, then the way out."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = f"`{self.prog} --help` lists what there is"
+        choice = re.fullmatch(r"argument (\S+?): invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice is not None:
+            known = re.findall(r"[\w-]+", choice[3])
+            message = f"{choice[1]} {choice[2]}: expected {' or '.join(known)}"
+            if choice[1] == "COMMAND":
+                message = f"there is no command `{choice[2]}`"
+            hint = _nearest(choice[2], known) or hint
+        print(f"{self.prog}: {message}\n  → {hint}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            chosen = self._commands().get(getattr(options, "command", None), self)
+            near = _nearest(unknown[0].partition("=")[0], chosen._option_string_actions)
+            print(f"{chosen.prog}: unknown argument `{unknown[0]}`", file=sys.stderr)
+            print(f"  → {near or f'`{chosen.prog} --help` lists what there is'}", file=sys.stderr)
+            raise SystemExit(EXIT_USER_ERROR)
+        return options
+
+    def _commands(self) -> dict[Any, _Parser]:
+        found = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return dict(found[0]) if found else {}
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean `x`?`, or "" where nothing is near."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean `{close[0]}`?" if close else ""
+
+
+class _Command(_Parser):
     """A command.
 
     `options_from` is the module:function that adds its options once it is chosen, where they are the fields of a
@@ -59,12 +99,12 @@ class _Command(argparse.ArgumentParser):
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=110)
+        super().__init__(prog, max_help_position=30, width=min(110, shutil.get_terminal_size().columns))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="polytrope",
         formatter_class=_Help,
         description="Run durable training workflows on Ray: every result is stored, every run can be resumed.",

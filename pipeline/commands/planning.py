@@ -25,7 +25,7 @@ def plan(options: argparse.Namespace) -> int:
     workflow = workflow_of(options)
     store = open_store(options, workflow)
     graph, result, _ = _plan(workflow, store, options.force)
-    check_stages(options.force, graph)
+    check_stages(options.force, graph, "--force")
     here = executor_kind(workflow.executor).is_here(workflow.ray_address)
     predicted = result.predicted(graph, machine_capacity() if here else None, workflow.concurrency)
     if options.json:
@@ -48,7 +48,7 @@ def explain(options: argparse.Namespace) -> int:
     workflow = workflow_of(options)
     store = open_store(options, workflow)
     graph, result, history = _plan(workflow, store)
-    check_stages([options.stage], graph)
+    check_stages([options.stage], graph, "STAGE")
     for stage in result.stages.values():
         if options.stage in (stage.name, graph[stage.name].spec_name):
             print(f"{stage.name}: {_WORDS[stage.action]}")
@@ -77,12 +77,12 @@ def _plan(
             return graph, result, history
 
 
-def check_stages(names: Iterable[str], graph: Mapping[str, StageNode]) -> None:
-    """Refuse names that are neither a node nor a stage of the file."""
+def check_stages(names: Iterable[str], graph: Mapping[str, StageNode], said: str) -> None:
+    """Refuse names that are neither a node nor a stage of the file; `said`: where they were given."""
     known = {name for node in graph.values() for name in (node.name, node.spec_name)}
     for name in names:
         if name not in known:
-            raise UserError(f"there is no stage `{name}`", suggest(name, known))
+            raise UserError(f"{said} {name}: there is no stage `{name}`", suggest(name, known))
 
 
 def _row(stage: PlannedStage) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from polytrope.models.configurations import MODEL_KINDS
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.support.text import count
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ def _misfit_images(settings: Mapping[str, Any], data: PromisedImages) -> Misfit 
     if taken is not None and taken != data.channels:
         return Misfit(
             "in_channels",
-            f"the dataset's images have {data.channels} channels (`channels`), the model takes {taken} (`in_channels`)",
+            f"the dataset's images have {count(data.channels, 'channel')} (`channels`), the model takes {taken} "
+            "(`in_channels`)",
             f"set the model's in_channels to {data.channels}, or leave it out",
         )
     patch, stages = settings.get("patch_size", 4), len(settings.get("depths", (3, 3, 9, 3)))

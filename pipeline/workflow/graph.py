@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -18,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import BUILTIN_STAGES, Resources, StageDefinition, load_stage
+from polytrope.pipeline.stage import Resources, StageDefinition, load_stage
 from polytrope.pipeline.support.text import suggest
 from polytrope.pipeline.workflow.code import Code, read_code
 from polytrope.pipeline.workflow.conditions import condition_stages, evaluate_condition
@@ -190,6 +191,9 @@ def build_graph(
     for name in ordered:
         before = (known or {}).get(name)
         finished[name] = before if before and not before.open else _checked(workflow, drafts[name], finished)
+    for name, node in finished.items():  # last: it may read all of a corpus
+        if node is not (known or {}).get(name):
+            finished[name] = _fingerprinted(workflow, node)
     return finished
 
 
@@ -336,10 +340,7 @@ class _Stages:
                     )
             return _Loaded(definition, read_code(definition.modules), _declared(definition))
         except UserError as error:
-            hint = error.hint
-            if ":" not in uses:
-                hint = f"{suggest(uses, BUILTIN_STAGES)} ({hint})"
-            raise UserError(f"{place}: {error.message}", hint) from None
+            raise UserError(f"{place}: {error.message}", error.hint) from None
         except Exception as error:  # the user's module is run by its import, and may raise anything
             frames = traceback.extract_tb(error.__traceback__)
             known = frames and not isinstance(error, SyntaxError)
@@ -683,28 +684,39 @@ def _cycle(nodes: Mapping[str, StageNode], stuck: set[str]) -> list[str]:
 
 
 def _checked(workflow: Workflow, node: StageNode, finished: Mapping[str, StageNode]) -> StageNode:
-    """Ask the stage itself: `check` of parameters against its upstream, what its result `promise`s to be, and the
-    `fingerprint` of the files it reads."""
+    """Ask the stage itself: `check` of parameters against its upstream, and what its result `promise`s to be."""
     options = node.definition.options
-    if options.check is None and options.promise is None and options.fingerprint is None:
+    if node.open:  # it is asked when all its inputs are known
         return node
-    promise, fingerprint = None, dict[str, str]()
+    with _saying_where(workflow, node):
+        if options.check is not None:
+            options.check(node.parameters, _upstream(node, finished, lambda source: source.parameters))
+        if options.promise is None:
+            return node
+        upstream = _upstream(node, finished, lambda source: source.promise)
+        return replace(node, promise=options.promise(node.parameters, upstream, node.resources))
+
+
+def _fingerprinted(workflow: Workflow, node: StageNode) -> StageNode:
+    """With the `fingerprint` of the files that it reads."""
+    fingerprint = node.definition.options.fingerprint
+    if fingerprint is None:
+        return node
+    with _saying_where(workflow, node):
+        return replace(node, fingerprint=dict(fingerprint(node.parameters, workflow.directory)))
+
+
+@contextlib.contextmanager
+def _saying_where(workflow: Workflow, node: StageNode) -> Iterator[None]:
+    """What a stage refuses gets its place; the stage names the field itself."""
     try:
-        if not node.open:  # else it is asked when all its inputs are known
-            if options.check is not None:
-                options.check(node.parameters, _upstream(node, finished, lambda source: source.parameters))
-            if options.promise is not None:
-                upstream = _upstream(node, finished, lambda source: source.promise)
-                promise = options.promise(node.parameters, upstream, node.resources)
-        if options.fingerprint is not None:
-            fingerprint = dict(options.fingerprint(node.parameters, workflow.directory))
+        yield
     except UserError as error:
-        fields = dict.fromkeys([*type(node.parameters).model_fields, "inputs", "resources"])
-        path, rest = named_field(error.message, fields)  # the stage names the field itself
-        if path and path[0] in type(node.parameters).model_fields:
+        own = type(node.parameters).model_fields
+        path, rest = named_field(error.message, dict.fromkeys([*own, "inputs", "resources"]))
+        if path and path[0] in own:
             path = ("with", *path)
         raise UserError(f"{workflow.where('stages', node.spec_name, *path)}: {rest}", error.hint) from None
-    return replace(node, fingerprint=fingerprint, promise=promise)
 
 
 def _upstream(node: StageNode, finished: Mapping[str, StageNode], known: Callable[[StageNode], Any]) -> dict[str, Any]:

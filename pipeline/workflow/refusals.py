@@ -39,6 +39,7 @@ _EXPECTED = {
     "multiple_of": "a multiple of {multiple_of:g}",
     "string_pattern_mismatch": "text like `{pattern}`",
 }
+_OF_UNIONS = ("union_tag_invalid", "union_tag_not_found")
 
 
 def validation_error(
@@ -59,13 +60,16 @@ def validation_error(
     for problem in error.errors(include_url=False, include_context=True):
         location = _location(problem, data)
         text, hint = words(problem, model, data, location)
+        value = value_at(data, location)
+        if isinstance(value, str) and problem["type"] not in _OF_UNIONS and problem["input"] != value:
+            text = f"{problem['loc'][-1]}: {text}"  # the text is short for a mapping
         if problem["type"] == "extra_forbidden":
             field = location[:-1]
-        elif problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        elif problem["type"] in _OF_UNIONS:
             tag = str((problem.get("ctx") or {}).get("discriminator", "")).strip("'")
-            field = location = (*location, tag) if isinstance(value_at(data, location), Mapping) else location
+            field = location = (*location, tag) if isinstance(value, Mapping) else location
         else:
-            named, text = named_field(text, value_at(data, location))
+            named, text = named_field(text, value)
             field = location = (*location, *named)
         if location in seen:  # the other members of a union fail as well; the first one speaks
             continue

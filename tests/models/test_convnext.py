@@ -197,7 +197,7 @@ def test_a_model_in_half_precision_takes_the_images_of_a_data_set_and_learns(dty
 def test_one_activation_per_block() -> None:
     model = make_model(activation=["gelu", {"name": "hermite", "degree": 3}, "gelu"])
     assert [bool(list(block.act.parameters())) for block in model.blocks] == [False, True, False]
-    with pytest.raises(ValueError, match="1 entries for 3 layers"):
+    with pytest.raises(ValueError, match="length 1 for 3 layers"):
         make_model(activation=["gelu"])
     with pytest.raises(ValueError, match="equally long lists"):
         make_model(dims=[8])

@@ -303,7 +303,7 @@ def test_one_activation_per_layer() -> None:
     assert outputs[0] == pytest.approx(-0.15865526)
     assert outputs[2] == 0.0
     assert [bool(list(block.mlp.activation.parameters())) for block in model.blocks] == [False, True, False]  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="2 entries for 3 layers"):
+    with pytest.raises(ValueError, match="length 2 for 3 layers"):
         make_model(activation=["gelu", "relu"])
 
 

@@ -390,7 +390,7 @@ def promised(given: TrainParameters, dataset: Any, initial: PromisedModel | None
 
 
 def test_what_cannot_work_is_refused_before_anything_starts() -> None:
-    with pytest.raises(UserError, match="`model` is missing"):
+    with pytest.raises(UserError, match="model: missing"):
         check(parameters(model=None), {"initial": None})
     with pytest.raises(UserError, match="architecture comes from `initial`"):
         check(parameters(), {"initial": SimpleNamespace()})
@@ -482,7 +482,7 @@ CONVNEXT = {"architecture": "convnext", "depths": [1, 1], "dims": [8, 16], "patc
     ("model", "words"),
     [
         ({"num_classes": 3}, r"model\.num_classes: .*10 classes, the model 3 outputs \(`num_classes`\)"),
-        ({"in_channels": 3}, r"model\.in_channels: .*1 channels \(`channels`\), the model takes 3 \(`in_channels`\)"),
+        ({"in_channels": 3}, r"model\.in_channels: .*1 channel \(`channels`\), the model takes 3 \(`in_channels`\)"),
         (
             {"patch_size": 4, "depths": [1] * 4, "dims": [8] * 4},
             r"model\.patch_size: images of 8 × 8 \(`image_size`\) are too small for a stem of 4",

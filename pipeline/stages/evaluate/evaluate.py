@@ -27,7 +27,7 @@ def check(parameters: EvaluateParameters, upstream: Mapping[str, Any]) -> None:
     """Refuse labels that do not exist and a stride longer than the context, before anything starts."""
     models = upstream.get("models") or {}
     if not models:
-        raise UserError("evaluate: no models", "name at least one under `inputs: models: {label: STAGE}`")
+        raise UserError("inputs.models: no models", "name at least one: `models: {label: STAGE}`")
     for label, reference in parameters.drift.items():
         for name in (label, reference):
             if name not in models:

@@ -18,7 +18,7 @@ from polytrope.pipeline.stages.evaluate.parameters import MeasureSpeedParameters
 def check(_parameters: MeasureSpeedParameters, upstream: Mapping[str, Any]) -> None:
     """Refuse a stage without models, before anything starts."""
     if not upstream.get("models"):
-        raise UserError("measure_speed: no models", "name at least one under `inputs: models: {label: STAGE}`")
+        raise UserError("inputs.models: no models", "name at least one: `models: {label: STAGE}`")
 
 
 def promise(_parameters: MeasureSpeedParameters, upstream: Mapping[str, Any], _resources: Resources) -> PromisedSpeed:

@@ -30,7 +30,7 @@ def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
     fine_tuning = upstream.get("initial") is not None
     if parameters.model is None and not fine_tuning:
         raise UserError(
-            "train: `model` is missing",
+            "model: missing, and there is no `initial` input",
             "describe the model under `with: model:`, or name one under `inputs: initial:` to fine-tune it",
         )
     if parameters.model is not None and fine_tuning:
