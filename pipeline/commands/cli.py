@@ -403,6 +403,14 @@ def _workflow_commands(command: _AddCommand) -> None:
         "polytrope validate workflows/quickstart.yaml",
         "workflow",
     )
+    command(
+        "schema",
+        "workflow_files:schema",
+        "print the JSON Schema of workflow files, for editors",
+        "polytrope schema > workflow.schema.json",
+        description="With `# yaml-language-server: $schema=workflow.schema.json` as the first line of a workflow file, "
+        "editors complete and check its keys and parameters.",
+    )
 
 
 def _store_commands(command: _AddCommand) -> None:

@@ -48,6 +48,14 @@ def validate(options: argparse.Namespace) -> int:
     return EXIT_SUCCESS
 
 
+def schema(_options: argparse.Namespace) -> int:
+    """The JSON Schema of workflow files."""
+    from polytrope.pipeline.workflow.file_schema import file_schema
+
+    print_json(file_schema())
+    return EXIT_SUCCESS
+
+
 def stages(options: argparse.Namespace) -> int:
     """All built-in stages, or inputs and parameters of one."""
     if options.stage is None:

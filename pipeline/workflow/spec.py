@@ -58,8 +58,9 @@ def parse_memory(value: Any) -> Any:
     return value
 
 
-Duration = typing.Annotated[float, BeforeValidator(parse_duration)]
-Memory = typing.Annotated[int, BeforeValidator(parse_memory)]
+_NUMBER_OR_TEXT = WithJsonSchema({"type": ["number", "string"]})
+Duration = typing.Annotated[float, BeforeValidator(parse_duration), _NUMBER_OR_TEXT]
+Memory = typing.Annotated[int, BeforeValidator(parse_memory), _NUMBER_OR_TEXT]
 InputReference = str | list[str] | dict[str, str]
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import mistakes
 import pytest
+
+from polytrope.pipeline.commands.cli import main
+from polytrope.pipeline.workflow.source import parse_source
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +46,44 @@ def test_exit_codes_of_mistakes_are_those_of_a_refusal(tmp_path: Path) -> None:
 
 def test_the_page_shows_what_is_said(texts: dict[str, dict[str, str]]) -> None:
     assert mistakes.PAGE.read_text(encoding="utf-8") == mistakes.page(texts), "run `python tests/docs/mistakes.py`"
+
+
+def test_the_schema_accepts_what_is_right_and_refuses_what_it_can_see(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    printed = capsys.readouterr().out
+    kept = (ROOT / "workflows" / "workflow.schema.json").read_text(encoding="utf-8")
+    assert kept == printed, "run `polytrope schema > workflows/workflow.schema.json`"
+    jsonschema.Draft202012Validator.check_schema(json.loads(printed))
+    validator = jsonschema.Draft202012Validator(json.loads(printed))
+
+    def accepted(text: str) -> bool:
+        return validator.is_valid(parse_source(text, "workflow.yaml").data)
+
+    for path in (ROOT / "workflows").glob("*.yaml"):
+        assert path.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=workflow.schema.json\n")
+        assert accepted(path.read_text(encoding="utf-8")), path
+    assert accepted(mistakes.TEXT)
+    assert accepted(mistakes.IMAGES)
+    assert accepted(mistakes.TEXT.replace("degree: 8", 'degree: "${params.steps}"'))
+    seen = {
+        mistake.title
+        for section in mistakes.SECTIONS.values()
+        for mistake in section
+        if mistake.arguments[0] == "validate" and not mistake.arguments[2:] and mistake.new
+        if "line" not in mistake.title and "twice" not in mistake.title and not accepted(mistake.text)
+    }
+    assert seen >= {
+        "a misspelled key of the file",
+        "a misspelled key of a stage",
+        "a misspelled resource",
+        "an input that the stage does not have",
+        "a misspelled activation",
+        "a misspelled option of an activation",
+        "a degree that is too high",
+        "a misspelled parameter",
+        "text for a number",
+        "a family that there is not",
+    }
 
 
 def test_a_workflow_is_checked_without_torch_numpy_and_ray(tmp_path: Path) -> None:
