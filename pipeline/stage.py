@@ -15,6 +15,7 @@ that.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -533,7 +534,8 @@ def load_stage(uses: str) -> StageDefinition:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        with contextlib.redirect_stdout(sys.stderr):  # what a module prints is no part of a command's answer
+            module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(
             f"cannot import `{module_name}` for stage `{uses}`: {error}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from polytrope.pipeline.stage import BUILTIN_STAGES, StageDefinition, load_stage
@@ -16,7 +17,7 @@ _OWN = {"type": "string", "pattern": r"^[\w.]+:\w+$|\$\{.*\}"}
 def file_schema() -> dict[str, Any]:
     """Schema of draft 2020-12."""
     stages = {name: load_stage(name) for name in BUILTIN_STAGES}
-    models = [Workflow, *(definition.parameters_model for definition in stages.values())]
+    models: list[type[BaseModel]] = [Workflow, *(definition.parameters_model for definition in stages.values())]
     names, content = models_json_schema([(model, "validation") for model in models], by_alias=True)
     definitions: dict[str, Any] = content["$defs"]
     stage = definitions["StageSpec"]

@@ -174,6 +174,11 @@ class Workflow(BaseModel):
     ray_address: str | None = Field(default=None, description="an existing cluster; by default one is started here")
     concurrency: int | None = Field(default=None, ge=1, description="stages that run at the same time, at most")
     fail_fast: bool = Field(default=True, description="stop at the first failed stage; false: go on with the others")
+    notify: str | None = Field(
+        default=None,
+        description="shell command at the end of every run, which gets $POLYTROPE_STATUS, $POLYTROPE_RUN, "
+        "$POLYTROPE_WORKFLOW, $POLYTROPE_STORE and all of these in words, $POLYTROPE_MESSAGE",
+    )
     stages: dict[str, StageSpec] = Field(description="the DAG", min_length=1)
 
     _source: Path | None = PrivateAttr(default=None)

@@ -205,6 +205,7 @@ SECTIONS: dict[str, list[Mistake]] = {
         _command("a misspelled command", "rnu", "workflow.yaml"),
         _command("a misspelled option", "run", "workflow.yaml", "--exectuor", "local"),
         _command("an executor that there is not", "run", "workflow.yaml", "--executor", "slurm"),
+        _command("a cluster's address, given to a driver that runs here", "run", "workflow.yaml", "--address", "auto"),
         _command("a file that is not there", "run", "workflow.yml"),
         _command("a parameter that the file does not have", "validate", "workflow.yaml", "--set", "params.step=5"),
         _command("a value without a name", "validate", "workflow.yaml", "--set", "5"),
