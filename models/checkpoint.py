@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
-from polytrope.models.activations import activation_configs, current_activations, normalised_activations
+from polytrope.models.activations import current_activations, normalised_activations
+from polytrope.models.configurations import activation_configs
 from polytrope.models.special_tokens import kept_fields
 from polytrope.models.weights import check_dtypes
 from polytrope.models.writing import appearing, compare_outputs, compare_weights

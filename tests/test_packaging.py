@@ -96,7 +96,9 @@ def test_a_wheel_in_an_environment_of_its_own_starts_checks_and_runs_projects(wh
         assert f"polytrope run {workflow}" in (tmp_path / name / "README.md").read_text()
         assert ".polytrope/" in (tmp_path / name / ".gitignore").read_text()
     refused = output[output.index("polytrope: ") :]
-    assert ".gitignore, README.md, workflows/word-count.yaml, workflows/word_count.py: already there" in refused
+    for path in (".gitignore", "README.md", "workflows/word-count.yaml", "workflows/word_count.py"):
+        assert path in refused
+    assert "already there, and nothing is overwritten" in refused
     command = python.with_name("polytrope")
     assert run(command, "--version") == f"polytrope {polytrope.__version__}\n"
     project = tmp_path / "custom-stage"

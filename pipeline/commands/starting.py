@@ -12,6 +12,7 @@ from polytrope.pipeline.errors import EXIT_SUCCESS, UserError
 
 SHIPPED = Path(__file__).resolve().parents[2] / "workflows"  # of the repository, or of the installed package
 
+SCHEMA = "workflow.schema.json"  # which the first line of each names, for editors
 _IGNORED = ".polytrope/\n__pycache__/\n"
 _README = """\
 # {name}
@@ -92,7 +93,7 @@ def init(options: argparse.Namespace) -> int:
     name = target.resolve().name
     readme = _README.format(name=name, summary=template.summary, workflow=workflow, change=template.change)
     texts = {target / ".gitignore": _IGNORED, target / "README.md": readme}
-    copies = {target / "workflows" / file: SHIPPED / file for file in template.files}
+    copies = {target / "workflows" / file: SHIPPED / file for file in (*template.files, SCHEMA)}
     existing = [path for path in (*texts, *copies) if path.exists() or path.is_symlink()]
     if existing:
         raise UserError(

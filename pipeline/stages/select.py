@@ -19,10 +19,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from polytrope.pipeline.data.evaluation_file import Evaluation, read_evaluation
+from polytrope.pipeline.data.promised import PromisedEvaluation, PromisedModel, expect
 from polytrope.pipeline.data.records import Record, read_record, write_record
 from polytrope.pipeline.data.training_file import figure_of_training, read_training
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import RETURNED_STAGES, Artifact, StageContext, stage
+from polytrope.pipeline.stage import RETURNED_STAGES, Artifact, Resources, StageContext, stage
 from polytrope.pipeline.support.text import suggest
 
 SELECTION_FILE = "selection.json"
@@ -74,14 +75,21 @@ class Selection(Record):
 def check(parameters: SelectParameters, upstream: Mapping[str, Any]) -> None:
     """Refuse an empty choice and a figure that no evaluation has, before anything starts."""
     if not upstream.get("models"):
-        raise UserError("select: no models", "name them: `inputs: {models: STAGE}`, a stage with a matrix or a list")
+        raise UserError("inputs.models: no models", "name them: `models: STAGE`, a stage with a matrix, or a list")
     if upstream.get("evaluation") is not None and parameters.metric not in _EVALUATED:
         raise UserError(
             f"metric: an evaluation has no figure `{parameters.metric}`", suggest(parameters.metric, _EVALUATED)
         )
 
 
-@stage(check=check)
+def promise(_parameters: SelectParameters, upstream: Mapping[str, Any], _resources: Resources) -> PromisedModel | None:
+    """What is known of all the models alike; refuses what is no model, and an evaluation that is none."""
+    expect("inputs.evaluation", upstream.get("evaluation"), PromisedEvaluation)
+    models = [expect(f"inputs.models.{label}", given, PromisedModel) for label, given in upstream["models"].items()]
+    return models[0] if all(model == models[0] for model in models) else None
+
+
+@stage(check=check, promise=promise)
 def select(
     context: StageContext,
     models: dict[str, Artifact],

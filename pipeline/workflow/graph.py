@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from dataclasses import fields as dataclass_fields
 from heapq import heapify, heappop, heappush
@@ -16,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import BUILTIN_STAGES, Resources, StageDefinition, load_stage
+from polytrope.pipeline.stage import Resources, StageDefinition, load_stage
 from polytrope.pipeline.support.text import suggest
 from polytrope.pipeline.workflow.code import Code, read_code
 from polytrope.pipeline.workflow.conditions import condition_stages, evaluate_condition
@@ -25,8 +26,9 @@ from polytrope.pipeline.workflow.loaded import stale_module
 from polytrope.pipeline.workflow.matrix import Branch, branches, node_name
 from polytrope.pipeline.workflow.reads import read_digests
 from polytrope.pipeline.workflow.references import environment_names, has_reference, resolve_environment, substitute
+from polytrope.pipeline.workflow.refusals import named_field, validation_error
 from polytrope.pipeline.workflow.source import KeyPath
-from polytrope.pipeline.workflow.spec import StageSpec, Workflow, validation_error
+from polytrope.pipeline.workflow.spec import StageSpec, Workflow
 
 NodeInput = str | dict[str, str] | None
 
@@ -52,6 +54,7 @@ class StageNode:
         reads: file → sha256 of the data files that the stage or the workflow file names.
         read_patterns: how the workflow file names them.
         fingerprint: what the stage says beyond its parameters decides the result.
+        promise: what it says of its result before it runs; None: nothing.
         after: nodes that must end first, without being an input (`after:`, and stages read by `when:`).
         secrets: names of the environment variables that the worker needs for `${env.NAME}`.
         matrix: axis → value of this branch, for `when:`.
@@ -73,6 +76,7 @@ class StageNode:
     reads: dict[str, str] = field(default_factory=dict, kw_only=True)
     read_patterns: tuple[str, ...] = field(default=(), kw_only=True)
     fingerprint: dict[str, str] = field(default_factory=dict)
+    promise: Any = field(default=None, kw_only=True)
     after: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
     matrix: dict[str, Any] = field(default_factory=dict)
@@ -186,6 +190,9 @@ def build_graph(
     for name in ordered:
         before = (known or {}).get(name)
         finished[name] = before if before and not before.open else _checked(workflow, drafts[name], finished)
+    for name, node in finished.items():  # last: it may read all of a corpus
+        if node is not (known or {}).get(name):
+            finished[name] = _fingerprinted(workflow, node)
     return finished
 
 
@@ -282,10 +289,7 @@ class _Stages:
                     )
             return _Loaded(definition, read_code(definition.modules), _declared(definition))
         except UserError as error:
-            hint = error.hint
-            if ":" not in uses:
-                hint = f"{suggest(uses, BUILTIN_STAGES)} ({hint})"
-            raise UserError(f"{place}: {error.message}", hint) from None
+            raise UserError(f"{place}: {error.message}", error.hint) from None
         except Exception as error:  # the user's module is run by its import, and may raise anything
             frames = traceback.extract_tb(error.__traceback__)
             known = frames and not isinstance(error, SyntaxError)
@@ -439,7 +443,7 @@ def _parameters(workflow: Workflow, name: str, definition: StageDefinition, valu
             dotted = ".".join(map(str, path))
             return found.removesuffix(f": {dotted}") if found != dotted else ""
 
-        result = validation_error(error, model, ("stages", name, "with"), where)
+        result = validation_error(error, model, values, ("stages", name, "with"), where)
         hint = result.hint or f"`polytrope stages {definition.uses}` describes the parameters"
         raise UserError(result.message, hint) from None
 
@@ -632,29 +636,51 @@ def _cycle(nodes: Mapping[str, StageNode], stuck: set[str]) -> list[str]:
 
 
 def _checked(workflow: Workflow, node: StageNode, finished: Mapping[str, StageNode]) -> StageNode:
-    """Ask the stage itself: `check` of parameters against its upstream, and the `fingerprint` of the files it reads."""
+    """Ask the stage itself: `check` of parameters against its upstream, and what its result `promise`s to be."""
     options = node.definition.options
-    if options.check is None and options.fingerprint is None:
+    if node.open:  # it is asked when all its inputs are known
         return node
-    try:
-        if options.check is not None and not node.open:  # else it is asked when all its inputs are known
-            upstream: dict[str, Any] = {}
-            for key, value in node.inputs.items():
-                if isinstance(value, dict):
-                    upstream[key] = {label: finished[name].parameters for label, name in value.items()}
-                else:
-                    upstream[key] = finished[value].parameters if value else None
-            options.check(node.parameters, upstream)
-        if options.fingerprint is None:
+    with _saying_where(workflow, node):
+        if options.check is not None:
+            options.check(node.parameters, _upstream(node, finished, lambda source: source.parameters))
+        if options.promise is None:
             return node
-        fingerprint = dict(options.fingerprint(node.parameters, workflow.directory))
+        upstream = _upstream(node, finished, lambda source: source.promise)
+        return replace(node, promise=options.promise(node.parameters, upstream, node.resources))
+
+
+def _fingerprinted(workflow: Workflow, node: StageNode) -> StageNode:
+    """With the `fingerprint` of the files that it reads."""
+    fingerprint = node.definition.options.fingerprint
+    if fingerprint is None:
+        return node
+    with _saying_where(workflow, node):
+        return replace(node, fingerprint=dict(fingerprint(node.parameters, workflow.directory)))
+
+
+@contextlib.contextmanager
+def _saying_where(workflow: Workflow, node: StageNode) -> Iterator[None]:
+    """What a stage refuses gets its place; the stage names the field itself."""
+    try:
+        yield
     except UserError as error:
-        field, _, rest = error.message.partition(": ")
-        if rest and field.split(".")[0] in type(node.parameters).model_fields:  # the stage names the parameter itself
-            place = workflow.where("stages", node.spec_name, "with", *field.split("."))
-            raise UserError(f"{place}: {rest}", error.hint) from None
-        raise UserError(f"{workflow.where('stages', node.spec_name)}: {error.message}", error.hint) from None
-    return replace(node, fingerprint=fingerprint)
+        own = type(node.parameters).model_fields
+        path, rest = named_field(error.message, dict.fromkeys([*own, "inputs", "resources"]))
+        if path and path[0] in own:
+            path = ("with", *path)
+        raise UserError(f"{workflow.where('stages', node.spec_name, *path)}: {rest}", error.hint) from None
+
+
+def _upstream(node: StageNode, finished: Mapping[str, StageNode], known: Callable[[StageNode], Any]) -> dict[str, Any]:
+    """What is known of the stage behind each input; of a fan-in by label."""
+    return {
+        key: {label: known(finished[name]) for label, name in value.items()}
+        if isinstance(value, dict)
+        else known(finished[value])
+        if value
+        else None
+        for key, value in node.inputs.items()
+    }
 
 
 def condition_holds(node: StageNode, params: Mapping[str, Any], summaries: Mapping[str, Mapping[str, float]]) -> bool:

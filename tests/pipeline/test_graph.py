@@ -276,8 +276,7 @@ def test_a_cycle_is_named_with_its_path() -> None:
         ("a: {uses: 'graph_test_stages:untyped'}", "argument `context` needs a type annotation", ""),
         (
             'a:\n  uses: "graph_test_stages:make"\n  with:\n    steps: abc',
-            "w.yaml:7: stages.a.with.steps: Input should be a valid integer, unable to parse string as an integer, "
-            "got 'abc'",
+            "w.yaml:7: stages.a.with.steps: expected a whole number, got 'abc'",
             "polytrope stages graph_test_stages:make",
         ),
         (

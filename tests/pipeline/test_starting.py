@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from polytrope.pipeline.commands.cli import main
-from polytrope.pipeline.commands.starting import SHIPPED, TEMPLATES
+from polytrope.pipeline.commands.starting import SCHEMA, SHIPPED, TEMPLATES
 
 
 def test_a_project_has_the_files_of_its_template_and_what_exists_is_kept(
@@ -21,8 +21,9 @@ def test_a_project_has_the_files_of_its_template_and_what_exists_is_kept(
     assert main(["init", "notes", "--template", "custom-stage"]) == 0
     assert "polytrope run workflows/word-count.yaml" in capsys.readouterr().out
     written = {path.relative_to(tmp_path / "notes").as_posix() for path in (tmp_path / "notes").rglob("*.*")}
-    assert written == {"own.txt", ".gitignore", "README.md", "workflows/word-count.yaml", "workflows/word_count.py"}
-    for name in TEMPLATES["custom-stage"].files:
+    names = (*TEMPLATES["custom-stage"].files, SCHEMA)
+    assert written == {"own.txt", ".gitignore", "README.md", *(f"workflows/{name}" for name in names)}
+    for name in names:
         assert (tmp_path / "notes" / "workflows" / name).read_bytes() == (SHIPPED / name).read_bytes()
 
     (tmp_path / "other").mkdir()

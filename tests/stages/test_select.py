@@ -10,10 +10,11 @@ import pytest
 
 from polytrope.pipeline import Workflow, run
 from polytrope.pipeline.data.evaluation_file import EVALUATION_FILE
+from polytrope.pipeline.data.promised import PromisedModel, PromisedSpeed
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.interface import RunResult
-from polytrope.pipeline.stage import RETURNED_STAGES, Artifact, StageContext, load_stage, stage_context
-from polytrope.pipeline.stages.select import SELECTION_FILE, SelectParameters, check, read_selection
+from polytrope.pipeline.stage import RETURNED_STAGES, Artifact, Resources, StageContext, load_stage, stage_context
+from polytrope.pipeline.stages.select import SELECTION_FILE, SelectParameters, check, promise, read_selection
 
 STAGE = load_stage("select")
 
@@ -114,6 +115,17 @@ def test_what_has_no_figures_is_refused(tmp_path: Path) -> None:
         check(parameters, {"models": {}})
     with pytest.raises(UserError, match=r"an evaluation has no figure `val/loss`\n.*did you mean `loss`"):
         check(parameters, {"models": {"a": None}, "evaluation": object()})
+
+
+def test_it_promises_what_all_its_models_promise() -> None:
+    small, large = (PromisedModel("gpt2", {"n_layer": layers}) for layers in (1, 2))
+    parameters = SelectParameters(metric="loss", mode="min")
+    for models, expected in (({"a": small, "b": small}, small), ({"a": small, "b": large}, None), ({"a": None}, None)):
+        assert promise(parameters, {"models": models, "evaluation": None}, Resources()) == expected
+    with pytest.raises(UserError, match=r"inputs\.models\.a: this input takes a model"):
+        promise(parameters, {"models": {"a": PromisedSpeed(("a",))}, "evaluation": None}, Resources())
+    with pytest.raises(UserError, match=r"inputs\.evaluation: this input takes an evaluation"):
+        promise(parameters, {"models": {"a": small}, "evaluation": small}, Resources())
 
 
 STAGES = """

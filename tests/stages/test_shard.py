@@ -14,13 +14,14 @@ import pytest
 from pydantic import ValidationError
 
 from polytrope.models import special_tokens
+from polytrope.pipeline.data.promised import PromisedModel, PromisedText, misfit
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import read_tokenizer, tokenizer_from_json
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Resources, stage_context
 from polytrope.pipeline.stages.evaluate.token_bytes import byte_lengths
 from polytrope.pipeline.stages.shard.parameters import ShardParameters
-from polytrope.pipeline.stages.shard.shard import fingerprint, shard
+from polytrope.pipeline.stages.shard.shard import fingerprint, promise, shard
 
 
 def run_shard(directory: Path, parameters: Mapping[str, Any], workers: int = 1, executor: str = "local") -> Path:
@@ -314,6 +315,10 @@ def test_a_tokenizer_of_hugging_face_is_taken_from_its_directory(corpus: Path, t
         assert lengths[ours.encode("a naïve text")].sum() == len("a naïve text".encode())
 
     parameters = ShardParameters.model_validate({"source": FILES, "tokenizer": chosen})
+    promised = promise(parameters, {}, Resources())
+    assert promised == PromisedText(128, None, "huggingface")  # how many tokens it has, its file says
+    assert PromisedModel("gpt2", {}).trained_on(promised).settings == {"sequence_length": 128}
+    assert misfit(PromisedModel("gpt2", {"vocab_size": 7}), promised) is None
     before = fingerprint(parameters, corpus)
     (corpus / "tokens" / "tokenizer_config.json").write_text('{"eos_token": "[SEP]"}')
     assert fingerprint(parameters, corpus) != before

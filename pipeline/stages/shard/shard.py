@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from polytrope.pipeline.data.description import (
     MANIFEST_FILE,
@@ -21,13 +21,14 @@ from polytrope.pipeline.data.description import (
     write_dataset,
     write_manifest,
 )
+from polytrope.pipeline.data.promised import PromisedText
 from polytrope.pipeline.data.tokenization import (
     Tokenizer,
     make_tokenizer,
     tokenizer_fingerprint,
 )
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import StageContext, stage
+from polytrope.pipeline.stage import Resources, StageContext, stage
 from polytrope.pipeline.stages.shard.corpus import source_fingerprint
 from polytrope.pipeline.stages.shard.parameters import ShardParameters
 
@@ -46,8 +47,15 @@ def fingerprint(parameters: ShardParameters, directory: Path) -> dict[str, str]:
     }
 
 
+def promise(parameters: ShardParameters, _upstream: Mapping[str, Any], _resources: Resources) -> PromisedText:
+    """The data set's sizes."""
+    tokens = getattr(parameters.tokenizer, "vocab_size", None)
+    return PromisedText(parameters.sequence_length, tokens, parameters.tokenizer.kind)
+
+
 @stage(
     parallel=True,
+    promise=promise,
     fingerprint=fingerprint,
 )
 def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float]:
