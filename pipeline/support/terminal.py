@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ _COLOURS = {
 }
 _COLOURED = ("state", "status", "plan", "verdict")  # headers of columns
 _NARROWEST = 8
+_JOINED = "\ue000"  # a space that no line ends at; of Unicode's private area
 
 
 def columns(stream: TextIO | None) -> int | None:
@@ -41,15 +43,18 @@ def coloured(stream: TextIO | None) -> bool:
 
 
 def wrapped(text: str, width: int | None) -> str:
-    """Every line folded between words to the width, its further lines indented; words that are longer stay whole."""
+    """Every line folded between words to the width, its further lines indented.
+
+    Words that are longer, and commands, stay whole: in back quotes, or behind a colon at the end of a line.
+    """
     if width is None:
         return text
     lines = []
     for line in text.splitlines():
         indent = line[: len(line) - len(line.lstrip())] + "  "
-        lines += textwrap.wrap(
-            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-        ) or [""]
+        joined = re.sub(r"`[^`]*`|(?<=: )polytrope [a-z].*", lambda match: match[0].replace(" ", _JOINED), line)
+        folded = textwrap.wrap(joined, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        lines += [part.replace(_JOINED, " ") for part in folded] or [""]
     return "\n".join(lines)
 
 
@@ -69,7 +74,8 @@ def table(rows: Sequence[Sequence[str]], width: int | None, colour: bool) -> lis
     lines = []
     for number, row in enumerate(rows):
         cells = [
-            textwrap.wrap(cell, size, break_on_hyphens=False) or [""] for cell, size in zip(row, widths, strict=True)
+            [cell] if width is None else textwrap.wrap(cell, size, break_on_hyphens=False) or [""]
+            for cell, size in zip(row, widths, strict=True)
         ]
         codes = {index: _COLOURS.get(row[index].partition(" ")[0]) for index in painted if number}
         for part in range(max(map(len, cells))):
