@@ -51,6 +51,9 @@ class _Parser(argparse.ArgumentParser):
             if choice[1] == "COMMAND":
                 message = f"there is no command `{choice[2]}`"
             hint = _nearest(choice[2], known) or hint
+        kind = re.fullmatch(r"argument (\S+?): invalid (int|float) value: '(.*)'", message)
+        if kind is not None:
+            message = f"{kind[1]} {kind[3]}: expected a {'whole ' if kind[2] == 'int' else ''}number"
         _refuse(self.prog, message, hint)
         raise SystemExit(EXIT_USER_ERROR)
 

@@ -96,10 +96,6 @@ def _row(stage: PlannedStage) -> list[str]:
 def _conclusion(result: Plan, predicted: float | None) -> str:
     total, running = len(result.stages), result.count("run", "unknown")
     if not running:
-        return (
-            "its only stage is stored: nothing to run"
-            if total == 1
-            else f"all {total} stages are stored: nothing to run"
-        )
+        return f"{'the one stage is' if total == 1 else f'all {total} stages are'} stored: nothing to run"
     time = "" if predicted is None else f", about {format_duration(predicted)} by the last runs' times"
     return f"{running} of {count(total, 'stage')} will run{time}"

@@ -9,9 +9,10 @@ from typing import Any
 
 from polytrope.pipeline.commands.common import find_run, open_store, print_json, print_table, say, workflow_of
 from polytrope.pipeline.engine.returned import with_stored
-from polytrope.pipeline.errors import EXIT_SUCCESS
+from polytrope.pipeline.errors import EXIT_SUCCESS, UserError
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.stage import BUILTIN_STAGES, StageDefinition, load_stage
+from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.text import count
 from polytrope.pipeline.workflow.draw import layout, mermaid, save
 from polytrope.pipeline.workflow.graph import build_graph
@@ -40,6 +41,10 @@ def validate(options: argparse.Namespace) -> int:
     """The checks that `run` makes before it touches anything."""
     workflow = workflow_of(options)
     nodes = build_graph(workflow)
+    try:
+        Store(workflow.store)
+    except UserError as error:
+        raise UserError(f"{workflow.where('store')}: {error.message.removeprefix('store: ')}", error.hint) from None
     shown = ", ".join(list(nodes)[:12]) + " …" * (len(nodes) > 12)
     say(f"{options.workflow}: {workflow.name}, {count(len(nodes), 'stage')}: {shown}")
     print(f"run it: polytrope run {options.workflow}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ _COLOURS = {
 }
 _COLOURED = ("state", "status", "plan", "verdict")  # headers of columns
 _NARROWEST = 8
+_SHORT = 12
+_JOINED = "\ue000"  # a space that no line ends at; of Unicode's private area
 
 
 def columns(stream: TextIO | None) -> int | None:
@@ -41,35 +44,41 @@ def coloured(stream: TextIO | None) -> bool:
 
 
 def wrapped(text: str, width: int | None) -> str:
-    """Every line folded between words to the width, its further lines indented; words that are longer stay whole."""
+    """Every line folded between words to the width, its further lines indented.
+
+    Words that are longer, and commands, stay whole: in back quotes, or behind a colon at the end of a line.
+    """
     if width is None:
         return text
     lines = []
     for line in text.splitlines():
         indent = line[: len(line) - len(line.lstrip())] + "  "
-        lines += textwrap.wrap(
-            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-        ) or [""]
+        joined = re.sub(r"`[^`]*`|(?<=: )polytrope [a-z].*", lambda match: match[0].replace(" ", _JOINED), line)
+        folded = textwrap.wrap(joined, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        lines += [part.replace(_JOINED, " ") for part in folded] or [""]
     return "\n".join(lines)
 
 
 def table(rows: Sequence[Sequence[str]], width: int | None, colour: bool) -> list[str]:
     """Lines of left-aligned columns; the first row is the header.
 
-    Where the width is not enough, the widest columns are folded, their long words too.
+    Where the width is not enough, the widest columns are folded between words, and only then their words too.
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    words = [max(_longest_part(row[column]) for row in rows) for column in range(len(rows[0]))]
     room = None if width is None else width - 2 * (len(widths) - 1)
-    while room is not None and sum(widths) > room and max(widths) > _NARROWEST:
-        widest = widths.index(max(widths))
-        others = sum(widths) - widths[widest]
-        second = max([size for index, size in enumerate(widths) if index != widest], default=0)
-        widths[widest] = max(_NARROWEST, min(widths[widest] - 1, max(second, room - others)))
+    for least in (words, [_NARROWEST] * len(widths)):
+        while room is not None and sum(widths) > room:
+            widest = max(range(len(widths)), key=lambda column: widths[column] * (widths[column] > least[column]))
+            if widths[widest] <= least[widest]:
+                break
+            widths[widest] -= 1
     painted = [index for index, name in enumerate(rows[0]) if colour and name in _COLOURED]
     lines = []
     for number, row in enumerate(rows):
         cells = [
-            textwrap.wrap(cell, size, break_on_hyphens=False) or [""] for cell, size in zip(row, widths, strict=True)
+            [cell] if width is None else textwrap.wrap(cell, size, break_on_hyphens=False) or [""]
+            for cell, size in zip(row, widths, strict=True)
         ]
         codes = {index: _COLOURS.get(row[index].partition(" ")[0]) for index in painted if number}
         for part in range(max(map(len, cells))):
@@ -81,3 +90,8 @@ def table(rows: Sequence[Sequence[str]], width: int | None, colour: bool) -> lis
                     line[index] = f"\x1b[{code}m{texts[index]}\x1b[0m{' ' * (len(line[index]) - len(texts[index]))}"
             lines.append("  ".join(line).rstrip())
     return lines
+
+
+def _longest_part(cell: str) -> int:
+    """Characters of what is folded last: its longest word, or all of a short one such as `3 min 05 s`."""
+    return len(cell) if len(cell) <= _SHORT else max(map(len, cell.split()), default=0)

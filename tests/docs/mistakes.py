@@ -6,6 +6,7 @@ python tests/docs/mistakes.py     # writes docs/errors.md anew
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import os
 import tempfile
@@ -123,6 +124,7 @@ SECTIONS: dict[str, list[Mistake]] = {
         Mistake("a reference to no parameter", "${params.steps}", "${params.step}"),
         Mistake("a reference to nothing", "${params.steps}", "${parameters.steps}"),
         Mistake("an executor that there is not", "name: demo", "name: demo\nexecutor: slurm"),
+        Mistake("a store that there is not", "name: demo", "name: demo\nstore: s3:/bucket"),
         Mistake("a duration that is none", "    resources:", "    timeout: soon\n    resources:"),
         Mistake("a size that is none", "{workers: 2}", "{workers: 2, memory: 4 elephants}"),
         Mistake("no workers", "{workers: 2}", "{workers: 0}"),
@@ -180,6 +182,13 @@ SECTIONS: dict[str, list[Mistake]] = {
         Mistake(
             "DeepSpeed says something else", "global_batch_size: 8", "zero_stage: 1\n      deepspeed: zero-2-offload"
         ),
+        Mistake("a name that MLflow does not take", "global_batch_size: 8", "register_as: models/mine"),
+        Mistake(
+            "nothing to mix",
+            "epochs: 2",
+            "epochs: 2\n      global_batch_size: 1\n      augmentation: {mixup: 0.2}",
+            IMAGES,
+        ),
         Mistake("augmentation of text", "global_batch_size: 8", "augmentation: {horizontal_flip: true}"),
         Mistake("neither a model nor one to start from", f"      model: {_GPT2}\n", ""),
         Mistake(
@@ -206,6 +215,7 @@ SECTIONS: dict[str, list[Mistake]] = {
         _command("a misspelled option", "run", "workflow.yaml", "--exectuor", "local"),
         _command("an executor that there is not", "run", "workflow.yaml", "--executor", "slurm"),
         _command("a cluster's address, given to a driver that runs here", "run", "workflow.yaml", "--address", "auto"),
+        _command("text for a number", "run", "workflow.yaml", "--concurrency", "two"),
         _command("a file that is not there", "run", "workflow.yml"),
         _command("a parameter that the file does not have", "validate", "workflow.yaml", "--set", "params.step=5"),
         _command("a value without a name", "validate", "workflow.yaml", "--set", "5"),
@@ -250,8 +260,13 @@ def page(texts: dict[str, dict[str, str]]) -> str:
         lines += [f"## {section}", ""]
         for mistake in mistakes:
             lines += [f"**{mistake.title[0].upper()}{mistake.title[1:]}**", ""]
-            if mistake.new.strip():
-                lines += ["```yml", *mistake.new.strip("\n").splitlines(), "```", ""]
+            changed = [
+                line.removeprefix("+ ")
+                for line in difflib.ndiff(mistake.base.splitlines(), mistake.text.splitlines())
+                if line.startswith("+ ")
+            ]
+            if changed:
+                lines += ["```yml", *changed, "```", ""]
             if mistake.arguments != Mistake.arguments:
                 lines += ["```sh", f"polytrope {' '.join(mistake.arguments)}", "```", ""]
             lines += ["```text", *texts[section][mistake.title].splitlines(), "```", ""]

@@ -173,3 +173,6 @@ def test_a_table_is_folded_to_its_width_and_whole_where_nobody_looks() -> None:
     assert "".join(line.split("  ")[0].strip() for line in folded).count("x") == 30
     assert table([["state"], ["failed"]], None, True)[1] == "\x1b[1;31mfailed\x1b[0m"
     assert wrapped("  → one two three", 10).splitlines() == ["  → one", "    two", "    three"]
+    command = "polytrope resume mine --store /a/store"
+    assert wrapped(f"go on: {command}", 12).splitlines() == ["go on:", f"  {command}"]
+    assert wrapped(f"see `{command}` for it", 12).splitlines() == ["see", f"  `{command}`", "  for it"]

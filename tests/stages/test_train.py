@@ -418,6 +418,8 @@ def test_what_cannot_work_is_refused_before_anything_starts() -> None:
         promised(parameters(model={**MODEL, "sequence_length": 64}), TEXT)
     with pytest.raises(UserError, match=r"global_batch_size \(5\) must be a multiple of resources\.workers \(2\)"):
         promised(parameters(global_batch_size=5), TEXT)
+    with pytest.raises(UserError, match=r"augmentation: mixup and cutmix mix .* each worker's has only one"):
+        promised(parameters(micro_batch_size=1, augmentation={"mixup": 0.2}), DIGITS)
     with pytest.raises(UserError, match=r"inputs\.dataset: .* takes a data set, and the stage makes a model"):
         promised(parameters(), PromisedModel("gpt2", {}))
     with pytest.raises(UserError, match="augmentation: for images"):
@@ -528,7 +530,6 @@ def test_a_model_that_does_not_fit_the_images_is_refused_before_anything_starts(
         ({"betas": (-0.1, 0.9)}, "greater than or equal to 0"),
         ({"gradient_clipping": math.nan}, "finite"),
         ({"seed": 2**63}, "less than 9223372036854775808"),
-        ({"micro_batch_size": 1, "augmentation": {"mixup": 0.2}}, "which has only one"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], words: str) -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
 from polytrope.models.configurations import MODEL_KINDS, activation_configs
+from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.activation_parameters import Activation, AnyStart, Interval, spelled_out
 
@@ -186,8 +187,8 @@ class TrainParameters(BaseModel):
         "also at the first step; 0: never",
     )
     augmentation: AugmentationParameters | None = Field(None, description="images only")
-    register_as: str | None = Field(None, description="name in MLflow's model registry")
-    register_alias: str = Field("newest", description="alias of the registered version")
+    register_as: RegisteredName | None = Field(None, description="name in MLflow's model registry")
+    register_alias: RegisteredAlias = Field("newest", description="alias of the registered version")
 
     @model_validator(mode="after")
     def consistent(self) -> TrainParameters:
@@ -198,9 +199,6 @@ class TrainParameters(BaseModel):
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
                 f"micro_batch_size ({self.micro_batch_size})"
             )
-        mixes = self.augmentation is not None and (self.augmentation.mixup > 0 or self.augmentation.cutmix > 0)
-        if mixes and 1 in (self.micro_batch_size, self.global_batch_size):
-            raise ValueError("augmentation: mixup and cutmix mix the samples of a micro-batch, which has only one here")
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
         return self
@@ -210,7 +208,7 @@ def split_batch(parameters: TrainParameters, workers: int) -> tuple[int, int]:
     """Samples per forward pass of a worker, and passes per step.
 
     Raises:
-        UserError: sizes that do not divide.
+        UserError: sizes that do not divide, or nothing to mix.
     """
     if parameters.global_batch_size % workers:
         raise UserError(
@@ -224,5 +222,11 @@ def split_batch(parameters: TrainParameters, workers: int) -> tuple[int, int]:
             f"global_batch_size ({parameters.global_batch_size}) must be a multiple of micro_batch_size ({micro}) × "
             f"resources.workers ({workers})",
             f"one worker sees {per_worker} samples per step: choose a micro_batch_size that divides this",
+        )
+    augmentation = parameters.augmentation
+    if augmentation is not None and micro == 1 and (augmentation.mixup > 0 or augmentation.cutmix > 0):
+        raise UserError(
+            "augmentation: mixup and cutmix mix the samples of a micro-batch, and each worker's has only one",
+            f"set global_batch_size to at least {2 * workers}, or leave micro_batch_size out",
         )
     return micro, per_worker // micro

@@ -88,12 +88,6 @@ def make_plan(
             f"warmup_steps ({parameters.warmup_steps}) is more than the {steps} steps of {parameters.epochs:g} epochs",
             "warm up for fewer steps, or train longer",
         )
-    augmentation = parameters.augmentation
-    if augmentation is not None and micro == 1 and (augmentation.mixup > 0 or augmentation.cutmix > 0):
-        raise UserError(
-            "augmentation: mixup and cutmix mix the samples of a micro-batch, and each worker's has only one",
-            f"set global_batch_size to at least {2 * workers}, or leave micro_batch_size out",
-        )
     deepspeed = read_configuration(parameters)  # a stage runs in the workflow's directory
     return TrainingPlan(
         parameters=parameters,
