@@ -1,42 +1,73 @@
 """Where a function should end and its tangent lines begin, for inputs of a measured distribution.
 
 A polynomial with tangent lines outside (lo, hi) is still linear in its coefficients, so for given ends the best one
-is a linear least-squares problem over *all* inputs. The two ends are found by a pattern search over those problems.
+is a linear least-squares problem over *all* inputs, and one problem of degree d has those of all lower degrees in it.
+The best ends of every degree are found together: first on a grid of intervals (quantiles, and around kinks), then by
+Gauss-Newton steps for the ends from the best of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.refinement import Data, Ends
-from polytrope.ops.fitting.triangle import triangle_of
 
-# The ends → points → values and slopes `[points, functions]` of the functions that are combined, tangents included.
-Columns = Callable[[Ends], Callable[[Array], tuple[Array, Array]]]
+# Ends `[intervals, 1]`, points → values and slopes `[intervals, points, functions]`, tangents included; the first
+# k + 1 functions are those of degree k.
+Columns = Callable[[Array, Array, Array], tuple[Array, Array]]
 SHARES = (0.03, 0.003, 0.0002)  # of the inputs beyond each end, to start from
-_SEARCH_POINTS = 384
-_SMALLEST_STEP = 0.01  # of the standard deviation
+_GRID_SHARES = (0.0, 0.0002, 0.003, 0.03, 0.1, 0.2, 0.35)
+_AROUND_KINKS = (0.1, 0.3, 1.0)  # standard deviations
+_SMALLEST = 0.2  # width of an interval, in standard deviations: around a kink a fit would become ever steeper
+_STARTS = 3  # per degree
+_STEPS = 12
+_RIDGE = 1e-13  # of columns of length 1: what float64 can tell from dependent ones
 
 
-def best_interval(data: Data, columns: Columns) -> Ends:
-    """The ends (lo, hi) for which the best combination of functions with tangent lines has the least Sobolev error."""
+def best_intervals(data: Data, kinks: Sequence[float], columns: Columns, degree: int) -> list[Ends]:
+    """The ends (lo, hi) for which the best combination of functions with tangent lines has the least Sobolev error.
+
+    Returns:
+        Those of degree 0, 1, … `degree`. The error of each is at most that of the one before: what is found for a
+        degree is tried for all higher ones.
+    """
     x = data.x
     if x[-1] - x[0] <= 1e-6 * max(abs(x[0]), abs(x[-1])):
         middle = float(x[0] + x[-1]) / 2
-        return middle - 0.5, middle + 0.5
-    data = compressed(data)
-    deviation = math.sqrt(float(data.weights @ (data.x - data.weights @ data.x) ** 2))
-    found = [_search(np.array(ends), deviation, data, columns) for ends in starting_intervals(data)]
-    return rounded(*min(found, key=lambda entry: entry[1])[0])
+        return [(middle - 0.5, middle + 0.5)] * (degree + 1)
+    search = _Search(data, columns, deviation_of(data), degree)
+    tried = search.grid(kinks)
+    costs = search.costs(tried)
+    found: list[Ends] = []
+    starts = [(k, ends) for k in range(1, degree + 1) for ends in search.apart(tried, costs[:, k])]
+    degrees = np.array([k for k, _ in starts])
+    refined = search.refined(np.array([ends for _, ends in starts]), degrees)
+    # A degree takes what lower ones led to as well, so that it never depends on how high the search goes.
+    tried, costs = np.concatenate([tried, refined]), np.concatenate([costs, search.costs(refined)])
+    first = np.concatenate([np.zeros(len(tried) - len(refined), dtype=int), degrees])
+    best = [int(np.where(first <= k, costs[:, k], np.inf).argmin()) for k in range(1, degree + 1)]
+    again = search.refined(tried[best], np.arange(1, degree + 1))
+    every = np.concatenate([tried[best], again])
+    costs = search.costs(every)
+    first = np.concatenate([np.arange(1, degree + 1)] * 2)
+    found = [rounded(*every[int(np.where(first <= max(k, 1), costs[:, k], np.inf).argmin())]) for k in range(degree + 1)]
+    return found
+
+
+def deviation_of(data: Data) -> float:
+    """The standard deviation of the inputs."""
+    return math.sqrt(float(data.weights @ (data.x - data.weights @ data.x) ** 2))
 
 
 def starting_intervals(data: Data) -> list[Ends]:
     """Intervals by quantiles, none much narrower than the standard deviation."""
-    deviation = math.sqrt(float(data.weights @ (data.x - data.weights @ data.x) ** 2))
+    deviation = deviation_of(data)
     found = []
     for share in SHARES:
         low, high = data.quantiles(share)
@@ -51,40 +82,137 @@ def rounded(low: float, high: float) -> Ends:
     return round(float(low), digits), round(float(high), digits)
 
 
-def _search(ends: Array, deviation: float, data: Data, columns: Columns) -> tuple[Array, float]:
-    def cost(candidate: Array) -> float:
-        values, slopes = columns((float(candidate[0]), float(candidate[1])))(data.x)
-        return triangle_of(data.rows(values, slopes), data.right)[2]
+@dataclass(frozen=True)
+class _Search:
+    """Least-squares problems of many intervals at once, by normal equations: good to eight digits of an error."""
 
-    best, best_cost = ends, cost(ends)
-    step = (ends[1] - ends[0]) / 8
-    directions = np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [1.0, -1.0], [-1.0, 1.0]])
-    while step > _SMALLEST_STEP * deviation:
-        improved = False
-        for direction in directions:
-            candidate = best + step * direction
-            if candidate[1] - candidate[0] < 0.2 * deviation or candidate[0] < data.x[0] or candidate[1] > data.x[-1]:
-                continue
-            here = cost(candidate)
-            if here < best_cost * (1 - 1e-6):
-                best, best_cost, improved = candidate, here, True
-        if not improved:
-            step /= 2
-    return best, best_cost
+    data: Data
+    columns: Columns
+    deviation: float
+    degree: int
+
+    def grid(self, kinks: Sequence[float]) -> Array:
+        """`[intervals, 2]`: between quantiles, and points around kinks."""
+        x = self.data.x
+        around = [kink + sign * step * self.deviation for kink in kinks for step in _AROUND_KINKS for sign in (-1, 1)]
+        quantiles = [self.data.quantiles(share) for share in _GRID_SHARES]
+        ends = [*(end for pair in quantiles for end in pair), *around, float(x[0]), float(x[-1])]
+        ends = sorted({float(end) for end in np.clip(ends, x[0], x[-1])})
+        pairs = [pair for pair in itertools.combinations(ends, 2) if pair[1] - pair[0] >= _SMALLEST * self.deviation]
+        return np.array(pairs or [(x[0], x[-1])])
+
+    def apart(self, tried: Array, costs: Array) -> list[Array]:
+        """The best intervals, but of those that nearly agree only one."""
+        chosen: list[Array] = []
+        for index in np.argsort(costs, kind="stable"):
+            if all(np.abs(tried[index] - other).max() > 0.3 * self.deviation for other in chosen):
+                chosen.append(tried[index])
+            if len(chosen) == _STARTS:
+                break
+        return chosen
+
+    def costs(self, ends: Array) -> Array:
+        """`[intervals, degree + 1]`: the least sum of squares of every degree."""
+        gram, right, total = self._normal(ends)
+        scale = np.sqrt(np.einsum("bkk->bk", gram))
+        scale[scale == 0.0] = 1.0
+        scaled = gram / scale[:, :, None] / scale[:, None, :] + _RIDGE * np.eye(gram.shape[-1])
+        # With L Lᵀ = G and L z = h, the first k numbers of z are the solution of the first k columns.
+        lower = np.linalg.cholesky(scaled)
+        z = np.linalg.solve(lower, (right / scale)[:, :, None])[:, :, 0]
+        return np.asarray(np.maximum(total - np.cumsum(z * z, axis=1), 0.0))
+
+    def refined(self, ends: Array, degrees: Array) -> Array:
+        """Each interval after Gauss-Newton steps for its ends, at its degree; never worse."""
+        ends = ends.copy()
+        damping = np.full(len(ends), 1e-2)
+        rows = np.arange(len(ends))
+        cost = self.costs(ends)[rows, degrees]
+        active = rows
+        for _ in range(_STEPS):
+            step = self._step(ends[active], degrees[active], damping[active])
+            candidates = self._allowed(ends[active] + step)
+            new = self.costs(candidates)[np.arange(len(active)), degrees[active]]
+            better = new < cost[active]
+            gain = np.where(better, 1.0 - new / np.maximum(cost[active], 1e-300), 0.0)
+            ends[active[better]], cost[active[better]] = candidates[better], new[better]
+            damping[active] = np.where(better, damping[active] / 5, damping[active] * 8)
+            active = active[(gain > 1e-4) | (~better & (damping[active] < 1e4))]
+            if not len(active):
+                break
+        return ends
+
+    def _normal(self, ends: Array) -> tuple[Array, Array, float]:
+        """Aᵀ A `[intervals, functions, functions]`, Aᵀ b `[intervals, functions]`, bᵀ b."""
+        data = self.data
+        values, slopes = self.columns(ends[:, :1], ends[:, 1:], data.x)
+        root = np.sqrt(data.weights)[:, None]
+        values = values * root
+        slopes = slopes * (root * math.sqrt(data.derivative_weight))
+        gram = values.swapaxes(1, 2) @ values + slopes.swapaxes(1, 2) @ slopes
+        value, slope = np.split(data.right, 2)
+        return gram, value @ values + slope @ slopes, float(data.right @ data.right)
+
+    def _step(self, ends: Array, degrees: Array, damping: Array) -> Array:
+        """Gauss-Newton for the ends, the coefficients eliminated.
+
+        Moving an end turns the tangent line about it: F(end) + F'(end) (x - end) changes by F''(end) (x - end).
+        """
+        data = self.data
+        count = self.degree + 1
+        used = (np.arange(count) <= degrees[:, None]).astype(np.float64)
+        low, high = ends[:, :1], ends[:, 1:]
+        values, slopes = self.columns(low, high, data.x)
+        root = np.sqrt(data.weights)
+        factor = math.sqrt(data.derivative_weight)
+        matrix = np.concatenate([values * root[:, None], slopes * (factor * root)[:, None]], axis=1) * used[:, None, :]
+        coefficients = _solve(matrix, data.right, 0.0)
+        tiny = 1e-4 * (high - low)
+        at_ends = self.columns(low, high, np.concatenate([low, low + tiny, high - tiny, high], axis=1))[1]
+        slopes_there = np.einsum("bek,bk->be", at_ends * used[:, None, :], coefficients)
+        bends = np.stack([slopes_there[:, 1] - slopes_there[:, 0], slopes_there[:, 3] - slopes_there[:, 2]], 1) / tiny
+        sides = []
+        for end, outside, bend in ((low, data.x < low, bends[:, :1]), (high, data.x > high, bends[:, 1:])):
+            turned = bend * outside * root
+            sides.append(np.concatenate([turned * (data.x - end), factor * turned], axis=1))
+        return _solve(np.concatenate([matrix, np.stack(sides, axis=2)], axis=2), data.right, damping)[:, -2:]
+
+    def _allowed(self, ends: Array) -> Array:
+        """Within the inputs and not too narrow."""
+        low, high = self.data.x[0], self.data.x[-1]
+        smallest = min(_SMALLEST * self.deviation, high - low)
+        ends = np.clip(ends, low, high)
+        lacking = np.maximum(smallest - (ends[:, 1] - ends[:, 0]), 0.0) / 2
+        ends = ends + np.stack([-lacking, lacking], axis=1)
+        shift = np.maximum(low - ends[:, 0], 0.0) - np.maximum(ends[:, 1] - high, 0.0)
+        return np.asarray(ends + shift[:, None])
 
 
-def compressed(data: Data) -> Data:
-    """Means of at most 384 groups of neighbouring inputs: half the groups of equal width, half of equal weight."""
+def _solve(matrix: Array, right: Array, damping: Array | float) -> Array:
+    """Least squares of `[problems, rows, columns]`; the last two columns are damped where there is a damping."""
+    scale = np.sqrt(np.einsum("brk,brk->bk", matrix, matrix))
+    scale[scale == 0.0] = 1.0
+    scaled = matrix / scale[:, None, :]
+    gram = scaled.swapaxes(1, 2) @ scaled + _RIDGE * np.eye(matrix.shape[2])
+    unused = np.einsum("bkk->bk", gram) < 0.5  # columns of zeros
+    gram += np.einsum("bk,kl->bkl", unused.astype(np.float64), np.eye(matrix.shape[2]))
+    if not isinstance(damping, float):
+        for column in (-2, -1):
+            gram[:, column, column] += damping
+    return np.linalg.solve(gram, (right @ scaled)[:, :, None])[:, :, 0] / scale
+
+
+def compressed(data: Data, count: int, exact: Callable[[Array], tuple[Array, Array]]) -> Data:
+    """At most `count` points that stand for groups of neighbouring inputs: half the groups of equal width, half of equal
+    weight. Value and slope are the target's own at the groups' means, so that a perfect fit stays one.
+    """
     x, weights = data.x, data.weights
-    if len(x) <= _SEARCH_POINTS:
+    if len(x) <= count:
         return data
-    even = np.linspace(x[0], x[-1], _SEARCH_POINTS // 2)
-    equal = np.interp(np.linspace(0, 1, _SEARCH_POINTS // 2), np.cumsum(weights), x)
+    even = np.linspace(x[0], x[-1], count // 2)
+    equal = np.interp(np.linspace(0, 1, count // 2), np.cumsum(weights), x)
     groups = np.searchsorted(np.unique(np.concatenate([even, equal])), x)
     total = np.bincount(groups, weights)
     filled = total > 0
-
-    def mean(values: Array) -> Array:
-        return np.asarray(np.bincount(groups, weights * values)[filled] / total[filled])
-
-    return Data(mean(x), total[filled], mean(data.value), mean(data.slope), data.derivative_weight)
+    points = np.bincount(groups, weights * x)[filled] / total[filled]
+    return Data(points, total[filled], *exact(points), data.derivative_weight)

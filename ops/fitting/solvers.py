@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -72,14 +72,14 @@ def interpolate(problem: Problem, exact: Curve, nodes: Sequence[float] | None) -
     at, slope_at = basis.evaluate(points)
     matrix, right = np.concatenate([at, slope_at[with_slope]]), np.concatenate([value, slope[with_slope]])
     coefficients, condition = polynomial.solve(matrix, right)
-    parameters = {"coefficients": basis.to_family(coefficients, problem.family)}
-    return Solution(_combination(basis.evaluate, coefficients), parameters, condition)
+    curve = _combination(basis.evaluate, coefficients)
+    return Solution(curve, _linear_parameters(problem, coefficients), condition, problem.interval)
 
 
 def fit_linear(problem: Problem, exact: Curve, conditions: list[Condition]) -> Solution:
     """Polynomials and PolyReLU: linear least squares under the conditions."""
-    data, degree = problem.data, problem.degree
-    columns = columns_of(problem.family, degree, problem.interval, problem.tails)
+    data = problem.data
+    columns = columns_of(problem.family, problem.degree, problem.interval, problem.tails)
     values, slopes = columns(data.x)
     rows, fixed = None, None
     if conditions:
@@ -89,12 +89,19 @@ def fit_linear(problem: Problem, exact: Curve, conditions: list[Condition]) -> S
         rows = np.where(is_slope[:, None], at_slope, at_value)
         fixed = np.where(is_slope, target_slope, target_value)
     coefficients, condition = polynomial.solve(data.rows(values, slopes), data.right, rows, fixed)
+    inside = columns_of(problem.family, problem.degree, problem.interval, tails=False)
+    curve = _combination(inside, coefficients)
+    return Solution(curve, _linear_parameters(problem, coefficients), condition, problem.interval)
+
+
+def _linear_parameters(problem: Problem, coefficients: Array) -> dict[str, Array]:
+    """What the module learns, from coefficients of the functions that `columns_of` gives."""
     if problem.family == "polyrelu":
-        parameters = coefficients / _reach(problem.interval) ** np.arange(degree + 1)
+        assert problem.interval is not None
+        basis, written = _positive_basis(problem.degree, problem.interval), "powers"
     else:
-        parameters = polynomial.Basis(degree, problem.interval).to_family(coefficients, problem.family)
-    inside = columns_of(problem.family, degree, problem.interval, tails=False)
-    return Solution(_combination(inside, coefficients), {"coefficients": parameters}, condition)
+        basis, written = polynomial.Basis(problem.degree, problem.interval), problem.family
+    return {"coefficients": basis.to_family(coefficients, written)}
 
 
 def _combination(columns: Curve, coefficients: Array) -> Curve:
@@ -105,32 +112,35 @@ def _combination(columns: Curve, coefficients: Array) -> Curve:
     return curve
 
 
-def columns_of(family: str, degree: int, interval: Ends | None, tails: bool) -> Curve:
-    """Values and slopes of the functions that a linear family combines, on along their tangents with `tails`."""
+def columns_of(family: str, degree: int, interval: tuple[Any, Any] | None, tails: bool) -> Curve:
+    """Values and slopes of the functions that a linear family combines, on along their tangents with `tails`.
+
+    Args:
+        interval: also of two arrays, see `polynomial.Basis`.
+    """
     if family != "polyrelu":
         basis = polynomial.Basis(degree, interval)
         return basis.evaluate_with_tangents if tails else basis.evaluate
     assert interval is not None
-    reach, exponents = _reach(interval), np.arange(degree + 1)
+    basis = _positive_basis(degree, interval)
 
     def powers(x: Array) -> tuple[Array, Array]:
-        """(max(0, x) / reach)^k (PolyCom, 2024)."""
-        positive = np.maximum(x, 0.0)[:, None] / reach
-        values = positive**exponents
-        slopes = np.zeros_like(values)
-        slopes[:, 1:] = values[:, :-1] * exponents[1:] * (x > 0)[:, None] / reach
-        return values, slopes
+        """Polynomials of max(0, x) (PolyCom, 2024)."""
+        values, slopes = basis.evaluate(np.maximum(x, 0.0))
+        return values, slopes * (x > 0)[..., None]
 
     def with_tangents(x: Array) -> tuple[Array, Array]:
         inside = np.clip(x, *interval)
         values, slopes = powers(inside)
-        return values + slopes * (x - inside)[:, None], slopes
+        return values + slopes * (x - inside)[..., None], slopes
 
     return with_tangents if tails else powers
 
 
-def _reach(interval: Ends | None) -> float:
-    return max(interval[1], 1e-6) if interval is not None else 1.0
+def _positive_basis(degree: int, interval: tuple[Any, Any]) -> polynomial.Basis:
+    """In which polynomials of max(0, x) are solved, x up to the end of the interval."""
+    low, high = interval
+    return polynomial.Basis(degree, (0.0 * high, np.maximum(high, 1e-2 * (high - low))))
 
 
 def imitate(
@@ -209,3 +219,22 @@ NONLINEAR: dict[str, Callable[[Problem], Solution]] = {
     "tropical_rational": _fit_tropical_rational,
     "rational": _fit_rational,
 }
+
+# Families that contain their members of lower degree; of a tropical activation every degree has slopes of its own.
+NESTED = tuple(family for family in (*LINEAR, *NONLINEAR) if family not in ("tropical", "harmonic"))
+
+
+def raised(family: str, parameters: dict[str, Array], degree: int) -> dict[str, Array]:
+    """The same function with a higher degree, for families of `NESTED`: further terms are 0, or lines are there twice."""
+    if family == "fourier":
+        waves = np.arange(len(parameters["frequencies"]) + 1, degree + 1)
+        more = {"amplitudes": 0.0 * waves, "phases": 0.0 * waves, "frequencies": waves * parameters["frequencies"][0]}
+        return {name: np.append(value, more[name]) if name in more else value for name, value in parameters.items()}
+    lengths = {"coefficients": degree + 1, "numerator": degree + 1, "denominator": degree - 1}
+    if family == "rational" and "denominator" not in parameters and degree > 1:
+        parameters = parameters | {"denominator": np.zeros(0)}
+    mode: Any = "edge" if family == "tropical_rational" else "constant"
+    return {
+        name: np.pad(value, (0, lengths.get(name, degree + 1) - len(value)), mode=mode)
+        for name, value in parameters.items()
+    }
