@@ -347,7 +347,8 @@ def _only(task: _Task, family: str, degree: int) -> _Candidate:
     """The fit of this very degree."""
     problem = task.problem(family, degree, task.interval)
     if family not in LINEAR:
-        return _candidate(task, problem, NONLINEAR[family](problem))
+        *_, solution = NONLINEAR[family](problem)
+        return _candidate(task, problem, solution)
     return _candidate(task, problem, _linear(task, problem))
 
 
@@ -379,9 +380,9 @@ def _ascending(
 def _attempts(task: _Task, family: str, highest: int) -> Iterator[Callable[[], _Candidate]]:
     """How to fit each degree from 1 on."""
     if family not in LINEAR:
-        for degree in range(1, highest + 1):
-            problem = task.problem(family, degree, task.interval)
-            yield lambda problem=problem: _candidate(task, problem, NONLINEAR[family](problem))
+        problem = task.problem(family, highest, task.interval)
+        for degree, solution in enumerate(NONLINEAR[family](problem), start=1):
+            yield partial(_candidate, task, replace(problem, degree=degree), solution)
         return
     intervals: Sequence[Ends | None] = [task.interval] * (highest + 1)
     if task.free_ends:

@@ -113,69 +113,79 @@ class _Search:
 
     def costs(self, ends: Array) -> Array:
         """`[intervals, degree + 1]`: the least sum of squares of every degree."""
-        gram, right, total = self._normal(ends)
+        return self._costs(*self._normal(*self._rows(ends)))
+
+    def _costs(self, gram: Array, right: Array) -> Array:
         scale = np.sqrt(np.einsum("bkk->bk", gram))
         scale[scale == 0.0] = 1.0
         scaled = gram / scale[:, :, None] / scale[:, None, :] + _RIDGE * np.eye(gram.shape[-1])
         # With L Lᵀ = G and L z = h, the first k numbers of z are the solution of the first k columns.
         lower = np.linalg.cholesky(scaled)
         z = np.linalg.solve(lower, (right / scale)[:, :, None])[:, :, 0]
-        return np.asarray(np.maximum(total - np.cumsum(z * z, axis=1), 0.0))
+        return np.asarray(np.maximum(float(self.data.right @ self.data.right) - np.cumsum(z * z, axis=1), 0.0))
 
     def refined(self, ends: Array, degrees: Array) -> Array:
         """Each interval after Gauss-Newton steps for its ends, at its degree; never worse."""
-        ends = ends.copy()
-        damping = np.full(len(ends), 1e-2)
-        rows = np.arange(len(ends))
-        cost = self.costs(ends)[rows, degrees]
-        active = rows
+        ends, degrees, result = ends.copy(), degrees.copy(), ends.copy()
+        damping, active = np.full(len(ends), 1e-2), np.arange(len(ends))
+        state = [*self._rows(ends)]
+        state += self._normal(*state)
+        cost = self._costs(*state[2:])[active, degrees]
         for _ in range(_STEPS):
-            step = self._step(ends[active], degrees[active], damping[active])
-            candidates = self._allowed(ends[active] + step)
-            new = self.costs(candidates)[np.arange(len(active)), degrees[active]]
-            better = new < cost[active]
-            gain = np.where(better, 1.0 - new / np.maximum(cost[active], 1e-300), 0.0)
-            ends[active[better]], cost[active[better]] = candidates[better], new[better]
-            damping[active] = np.where(better, damping[active] / 5, damping[active] * 8)
-            active = active[(gain > 1e-4) | (~better & (damping[active] < 1e4))]
-            if not len(active):
+            candidates = self._allowed(ends + self._step(ends, degrees, damping, *state))
+            new_state = [*self._rows(candidates)]
+            new_state += self._normal(*new_state)
+            new = self._costs(*new_state[2:])[np.arange(len(ends)), degrees]
+            better = new < cost
+            going = np.where(better, cost - new > 1e-4 * cost, damping < 1e4)
+            for old, replacement in zip((ends, cost, *state), (candidates, new, *new_state), strict=True):
+                old[better] = replacement[better]
+            result[active] = ends
+            damping = np.where(better, damping / 5, damping * 8)
+            if not going.any():
                 break
-        return ends
+            ends, degrees, cost, damping, active = (part[going] for part in (ends, degrees, cost, damping, active))
+            state = [part[going] for part in state]
+        return result
 
-    def _normal(self, ends: Array) -> tuple[Array, Array, float]:
-        """Aᵀ A `[intervals, functions, functions]`, Aᵀ b `[intervals, functions]`, bᵀ b."""
-        data = self.data
-        values, slopes = self.columns(ends[:, :1], ends[:, 1:], data.x)
-        root = np.sqrt(data.weights)[:, None]
-        values = values * root
-        slopes = slopes * (root * math.sqrt(data.derivative_weight))
+    def _rows(self, ends: Array) -> tuple[Array, Array]:
+        """Values and slopes of the functions at all points, weighted: two `[intervals, points, functions]`."""
+        values, slopes = self.columns(ends[:, :1], ends[:, 1:], self.data.x)
+        root = np.sqrt(self.data.weights)[:, None]
+        return values * root, slopes * (root * math.sqrt(self.data.derivative_weight))
+
+    def _normal(self, values: Array, slopes: Array) -> tuple[Array, Array]:
+        """Aᵀ A `[intervals, functions, functions]` and Aᵀ b `[intervals, functions]`."""
+        value, slope = np.split(self.data.right, 2)
         gram = values.swapaxes(1, 2) @ values + slopes.swapaxes(1, 2) @ slopes
-        value, slope = np.split(data.right, 2)
-        return gram, value @ values + slope @ slopes, float(data.right @ data.right)
+        return gram, value @ values + slope @ slopes
 
-    def _step(self, ends: Array, degrees: Array, damping: Array) -> Array:
+    def _step(
+        self, ends: Array, degrees: Array, damping: Array, values: Array, slopes: Array, gram: Array, right: Array
+    ) -> Array:
         """Gauss-Newton for the ends, the coefficients eliminated.
 
         Moving an end turns the tangent line about it: F(end) + F'(end) (x - end) changes by F''(end) (x - end).
         """
         data = self.data
-        count = self.degree + 1
-        used = (np.arange(count) <= degrees[:, None]).astype(np.float64)
+        used = np.arange(self.degree + 1) <= degrees[:, None]
+        gram = gram * used[:, :, None] * used[:, None, :]
+        coefficients = _solve(gram, right * used)
         low, high = ends[:, :1], ends[:, 1:]
-        values, slopes = self.columns(low, high, data.x)
-        root = np.sqrt(data.weights)
-        factor = math.sqrt(data.derivative_weight)
-        matrix = np.concatenate([values * root[:, None], slopes * (factor * root)[:, None]], axis=1) * used[:, None, :]
-        coefficients = _solve(matrix, data.right, 0.0)
         tiny = 1e-4 * (high - low)
         at_ends = self.columns(low, high, np.concatenate([low, low + tiny, high - tiny, high], axis=1))[1]
-        slopes_there = np.einsum("bek,bk->be", at_ends * used[:, None, :], coefficients)
+        slopes_there = (at_ends @ coefficients[:, :, None])[:, :, 0]
         bends = np.stack([slopes_there[:, 1] - slopes_there[:, 0], slopes_there[:, 3] - slopes_there[:, 2]], 1) / tiny
-        sides = []
-        for end, outside, bend in ((low, data.x < low, bends[:, :1]), (high, data.x > high, bends[:, 1:])):
-            turned = bend * outside * root
-            sides.append(np.concatenate([turned * (data.x - end), factor * turned], axis=1))
-        return _solve(np.concatenate([matrix, np.stack(sides, axis=2)], axis=2), data.right, damping)[:, -2:]
+        root = np.sqrt(data.weights)
+        outside = np.stack([data.x < low, data.x > high], axis=1) * bends[:, :, None] * root
+        turned = outside * (data.x - ends[:, :, None])
+        outside *= math.sqrt(data.derivative_weight)
+        value, slope = np.split(data.right, 2)
+        beside = (turned @ values + outside @ slopes) * used[:, None, :]
+        corner = turned @ turned.swapaxes(1, 2) + outside @ outside.swapaxes(1, 2)
+        whole = np.block([[gram, beside.swapaxes(1, 2)], [beside, corner]])
+        wanted = np.concatenate([right * used, turned @ value + outside @ slope], axis=1)
+        return _solve(whole, wanted, damping)[:, -2:]
 
     def _allowed(self, ends: Array) -> Array:
         """Within the inputs and not too narrow."""
@@ -188,18 +198,16 @@ class _Search:
         return np.asarray(ends + shift[:, None])
 
 
-def _solve(matrix: Array, right: Array, damping: Array | float) -> Array:
-    """Least squares of `[problems, rows, columns]`; the last two columns are damped where there is a damping."""
-    scale = np.sqrt(np.einsum("brk,brk->bk", matrix, matrix))
+def _solve(gram: Array, right: Array, damping: Array | None = None) -> Array:
+    """Normal equations `[problems, columns, columns]`; the last two columns are damped where there is a damping."""
+    scale = np.sqrt(np.einsum("bkk->bk", gram))
     scale[scale == 0.0] = 1.0
-    scaled = matrix / scale[:, None, :]
-    gram = scaled.swapaxes(1, 2) @ scaled + _RIDGE * np.eye(matrix.shape[2])
-    unused = np.einsum("bkk->bk", gram) < 0.5  # columns of zeros
-    gram += np.einsum("bk,kl->bkl", unused.astype(np.float64), np.eye(matrix.shape[2]))
-    if not isinstance(damping, float):
-        for column in (-2, -1):
-            gram[:, column, column] += damping
-    return np.linalg.solve(gram, (right @ scaled)[:, :, None])[:, :, 0] / scale
+    scaled = gram / scale[:, :, None] / scale[:, None, :] + _RIDGE * np.eye(gram.shape[-1])
+    diagonal = np.einsum("bkk->bk", scaled)
+    diagonal[diagonal < 0.5] = 1.0  # columns of zeros
+    if damping is not None:
+        diagonal[:, -2:] += damping[:, None]
+    return np.asarray(np.linalg.solve(scaled, (right / scale)[:, :, None])[:, :, 0] / scale)
 
 
 def compressed(data: Data, count: int, exact: Callable[[Array], tuple[Array, Array]]) -> Data:

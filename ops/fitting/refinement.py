@@ -1,26 +1,27 @@
 """Levenberg-Marquardt for the few parameters that enter a fit nonlinearly: frequencies, breakpoints, denominators.
 
-`refine_ends` does it for a function with tangent lines outside an interval. Its value is differentiable in the ends of
-the interval as well, so these can be refined in the same steps.
+Many starts are refined at once, by normal equations. A function has tangent lines outside an interval; its value is
+differentiable in the ends of the interval as well, so these can be refined in the same steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from polytrope.ops.fitting.curves import Array
-from polytrope.ops.fitting.triangle import triangle_of
 
 Ends = tuple[float, float]
-Residuals = Callable[[Array], tuple[Array, Array]]  # parameters → residuals [m], Jacobian [m, parameters]
-# parameters, points → values, slopes, and the derivatives of both by the parameters
+# Parameters `[starts, parameters]`, points `[starts, points]` → values, slopes `[starts, points]`, and the derivatives
+# of both by the parameters `[starts, points, parameters]`.
 Model = Callable[[Array, Array], tuple[Array, Array, Array, Array]]
-_FREED = 4
-_GAIN = 1e-6  # of a step, below which the refinement of a start ends
+_TRIED_STEPS = 12  # for every start
+_STEPS = 40  # for the best of them
+_KEPT = 3
+_GAIN = 1e-5  # of a step, below which the refinement of a start ends
 
 
 @dataclass(frozen=True)
@@ -57,88 +58,93 @@ class Data:
         return float(low), float(high)
 
 
-def refine(residuals: Residuals, start: Array, steps: int = 60, tolerance: float = 1e-12) -> tuple[Array, float]:
-    """The best parameters found from `start`, and their sum of squares; never worse than the start."""
-    parameters = start.astype(np.float64)
-    residual, jacobian = residuals(parameters)
-    cost, damping = float(residual @ residual), 1e-3
-    for _ in range(steps):
-        scale = np.linalg.norm(jacobian, axis=0)
-        scale[scale < 1e-12] = 1.0
-        triangle, wanted, _ = triangle_of(jacobian / scale, -residual)
-        improved = False
-        while damping < 1e10:
-            stacked = np.concatenate([triangle, np.sqrt(damping) * np.eye(len(parameters))])
-            step = np.linalg.lstsq(stacked, np.concatenate([wanted, np.zeros(len(parameters))]), rcond=None)[0]
-            candidate = parameters + step / scale
-            new_residual, new_jacobian = residuals(candidate)
-            new_cost = float(new_residual @ new_residual)
-            if np.isfinite(new_cost) and np.isfinite(new_jacobian).all() and new_cost < cost:
-                improved = True
-                break
-            damping *= 4.0
-        if not improved:
-            break
-        gain = (cost - new_cost) / max(cost, 1e-300)
-        parameters, residual, jacobian, cost = candidate, new_residual, new_jacobian, new_cost
-        damping = max(damping / 6.0, 1e-12)
-        if gain < tolerance:
-            break
-    return parameters, cost
+@dataclass(frozen=True)
+class Found:
+    """Parameters `[starts, parameters]`, ends `[starts, 2]` and sums of squares `[starts]`."""
+
+    parameters: Array
+    ends: Array
+    costs: Array
+
+    def take(self, index: Array) -> Found:
+        return Found(self.parameters[index], self.ends[index], self.costs[index])
 
 
-def refine_ends(
-    model: Model, start: Array, ends: Ends, data: Data, *, free_ends: bool, steps: int = 60
-) -> tuple[Array, Ends, float]:
-    """The best parameters of a function with tangent lines outside `ends`, over all points; with `free_ends` the best
-    ends too, within the range of the points. Returns parameters, ends, and the sum of squares.
+def best_of(model: Model, starts: Array, ends: Array, data: Data, *, free_ends: bool) -> tuple[Array, Ends, float]:
+    """The best parameters that any start leads to, their ends and sum of squares; all get a few steps, the best more.
+
+    Args:
+        starts: `[starts, parameters]`.
+        ends: `[starts, 2]`; with `free_ends` they are refined too, within the range of the points.
     """
-    if free_ends:
-        ends = max(ends[0], float(data.x[0])), min(ends[1], float(data.x[-1]))
-    smallest = 0.05 * (ends[1] - ends[0])
+    tried = refine(model, starts, ends, data, free_ends=free_ends, steps=_TRIED_STEPS)
+    found = tried.take(np.argsort(tried.costs, kind="stable")[:_KEPT])
+    found = refine(model, found.parameters, found.ends, data, free_ends=free_ends, steps=_STEPS)
+    best = int(found.costs.argmin())
+    low, high = found.ends[best]
+    return found.parameters[best], (float(low), float(high)), float(found.costs[best])
 
-    def residuals(flat: Array) -> tuple[Array, Array]:
-        parameters, low, high = (flat[:-2], flat[-2], flat[-1]) if free_ends else (flat, *ends)
-        if free_ends and (high - low < smallest or low < data.x[0] or high > data.x[-1]):
-            return np.full(2 * len(data.x), np.inf), np.full((2 * len(data.x), len(flat)), np.inf)
-        inside = np.clip(data.x, low, high)
-        beyond = data.x - inside
+
+def refine(model: Model, starts: Array, ends: Array, data: Data, *, free_ends: bool, steps: int = 60) -> Found:
+    """What each start leads to; never worse than the start."""
+    count = starts.shape[1]
+    if free_ends:
+        ends = np.clip(ends, data.x[0], data.x[-1])
+    flat = np.concatenate([starts, ends], axis=1).astype(np.float64)
+    result, costs = flat.copy(), np.full(len(flat), np.inf)
+    smallest = 0.05 * (ends[:, 1] - ends[:, 0])
+    damping, active = np.full(len(flat), 1e-3), np.arange(len(flat))
+    state = _linearised(model, flat, count, data, free_ends)
+    costs = state[0].copy()
+    for _ in range(steps):
+        cost, gram, gradient = state
+        scale = np.sqrt(np.einsum("bkk->bk", gram))
+        scale[scale <= 1e-12 * scale.max(axis=1, keepdims=True)] = 1.0
+        scaled = gram / scale[:, :, None] / scale[:, None, :]
+        np.einsum("bkk->bk", scaled)[:] += damping[:, None]
+        step = np.linalg.solve(scaled, (gradient / scale)[:, :, None])[:, :, 0] / scale
+        candidate = flat.copy()
+        candidate[:, : step.shape[1]] -= step
+        if free_ends:
+            candidate[:, count:] = np.clip(candidate[:, count:], data.x[0], data.x[-1])
+        new = _linearised(model, candidate, count, data, free_ends)
+        better = (new[0] < cost) & (candidate[:, -1] - candidate[:, -2] >= smallest)
+        better &= np.isfinite(new[1]).all(axis=(1, 2))
+        going = np.where(better, cost - new[0] > _GAIN * cost, damping < 1e8)
+        for old, replacement in zip((flat, *state), (candidate, *new), strict=True):
+            old[better] = replacement[better]
+        result[active], costs[active] = flat, cost
+        damping = np.where(better, np.maximum(damping / 6, 1e-12), damping * 5)
+        if not going.any():
+            break
+        if not going.all():
+            flat, damping, active, smallest = (part[going] for part in (flat, damping, active, smallest))
+            state = (cost[going], gram[going], gradient[going])
+    return Found(result[:, :count], result[:, count:], costs)
+
+
+def _linearised(
+    model: Model, flat: Array, count: int, data: Data, free_ends: bool
+) -> tuple[Array, Array, Array]:
+    """Sums of squares, Jᵀ J and Jᵀ r of the parameters, and of the ends if they are free."""
+    parameters, low, high = flat[:, :count], flat[:, -2:-1], flat[:, -1:]
+    x, root, factor = data.x, np.sqrt(data.weights), math.sqrt(data.derivative_weight)
+    inside = np.clip(x, low, high)
+    beyond = x - inside
+    with np.errstate(over="ignore", invalid="ignore"):  # a step too long is not taken
         value, slope, by_value, by_slope = model(parameters, inside)
-        value, by_value = value + beyond * slope, by_value + beyond[:, None] * by_slope
-        jacobian = data.rows(by_value, by_slope)
+        missed, missed_slope = root * (value + beyond * slope - data.value), factor * root * (slope - data.slope)
+        by_value = (by_value + beyond[:, :, None] * by_slope) * root[:, None]
+        by_slope = by_slope * (factor * root)[:, None]
         if free_ends:
             # Moving an end turns the tangent line about it: F(end) + F'(end) (x - end) changes by F''(end) (x - end).
             tiny = 1e-5 * (high - low)
-            around = model(parameters, np.array([low - tiny, low + tiny, high - tiny, high + tiny]))[1]
-            bends = (around[1] - around[0]) / (2 * tiny), (around[3] - around[2]) / (2 * tiny)
-            outside = np.stack([(data.x < low) * bends[0], (data.x > high) * bends[1]], axis=1)
-            jacobian = np.concatenate([jacobian, data.rows(beyond[:, None] * outside, outside)], axis=1)
-        return data.rows(value, slope) - data.right, jacobian
-
-    flat, cost = refine(residuals, np.concatenate([start, ends]) if free_ends else start, steps, _GAIN)
-    if free_ends:
-        return flat[:-2], (float(flat[-2]), float(flat[-1])), cost
-    return flat, ends, cost
-
-
-def best_of(
-    starts: Sequence[tuple[Model, Array, Ends]], data: Data, *, free_ends: bool, steps: int = 60
-) -> tuple[int, Array, Ends, float]:
-    """The best of several starts (model, parameters, ends): its number, parameters, ends and sum of squares.
-
-    All are refined for their own ends first, a little. Then the ends of the best few too, both from there and from
-    their starts: each way has led to the better minimum.
-    """
-    found = []
-    for number, (model, start, ends) in enumerate(starts):
-        flat, _, cost = refine_ends(model, start, ends, data, free_ends=False, steps=15 if free_ends else steps)
-        found.append((number, flat, ends, cost))
-    found.sort(key=lambda entry: entry[3])
-    if free_ends:
-        free = [
-            (number, *refine_ends(starts[number][0], start, ends, data, free_ends=True, steps=steps))
-            for number, flat, ends, _ in found[:_FREED]
-            for start in (flat, starts[number][1])
-        ]
-        found = sorted(free, key=lambda entry: entry[3])
-    return found[0]
+            around = model(parameters, np.concatenate([low - tiny, low + tiny, high - tiny, high + tiny], axis=1))[1]
+            bends = np.stack([around[:, 1] - around[:, 0], around[:, 3] - around[:, 2]], axis=1) / (2 * tiny)
+            turned = np.stack([x < low, x > high], axis=2) * bends[:, None, :] * root[:, None]
+            by_value = np.concatenate([by_value, turned * beyond[:, :, None]], axis=2)
+            by_slope = np.concatenate([by_slope, factor * turned], axis=2)
+        gram = by_value.swapaxes(1, 2) @ by_value + by_slope.swapaxes(1, 2) @ by_slope
+        gradient = (missed[:, None] @ by_value + missed_slope[:, None] @ by_slope)[:, 0]
+        cost = (missed**2).sum(axis=1) + (missed_slope**2).sum(axis=1)
+    return np.nan_to_num(cost, nan=np.inf), gram, gradient

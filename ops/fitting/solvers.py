@@ -7,7 +7,7 @@ nonlinearly; broken lines are found by dynamic programming.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -168,39 +168,44 @@ def imitate(
         return fit_linear(problem, exact, [])
     if family not in NONLINEAR:
         raise ValueError(f"a {family} activation imitates no function")
-    return NONLINEAR[family](problem)
+    *_, found = NONLINEAR[family](problem)
+    return found
 
 
-def _fit_tropical(problem: Problem) -> Solution:
-    line, parameters = tropical.fit_convex(problem.data, problem.degree)
-    return Solution(line.evaluate, parameters, 1.0)
+def _fit_tropical(problem: Problem) -> Iterator[Solution]:
+    for degree in range(1, problem.degree + 1):
+        line, parameters = tropical.fit_convex(problem.data, degree)
+        yield Solution(line.evaluate, parameters, 1.0)
 
 
-def _fit_tropical_rational(problem: Problem) -> Solution:
-    line, parameters = tropical.fit_rational(problem.data, problem.degree, problem.kinks)
-    return Solution(line.evaluate, parameters, 1.0)
+def _fit_tropical_rational(problem: Problem) -> Iterator[Solution]:
+    for degree in range(1, problem.degree + 1):
+        line, parameters = tropical.fit_rational(problem.data, degree, problem.kinks)
+        yield Solution(line.evaluate, parameters, 1.0)
 
 
-def _fit_fourier(problem: Problem) -> Solution:
+def _fit_fourier(problem: Problem) -> Iterator[Solution]:
     intervals, data = _starting_points(problem)
-    cosines, ends, condition = fourier.fit_cosines(data, problem.degree, intervals, problem.free_ends)
-    return Solution(cosines.evaluate, cosines.parameters(), condition, ends)
+    for cosines, ends, condition in fourier.fit_cosines(data, problem.degree, intervals, problem.free_ends):
+        yield Solution(cosines.evaluate, cosines.parameters(), condition, ends)
 
 
-def _fit_harmonic(problem: Problem) -> Solution:
+def _fit_harmonic(problem: Problem) -> Iterator[Solution]:
     assert problem.interval is not None
     cosines, condition = fourier.fit_harmonics(problem.data, problem.degree, problem.interval)
-    return Solution(cosines.evaluate, cosines.harmonic_parameters(), condition)
+    yield Solution(cosines.evaluate, cosines.harmonic_parameters(), condition)
 
 
-def _fit_rational(problem: Problem) -> Solution:
+def _fit_rational(problem: Problem) -> Iterator[Solution]:
     intervals, data = _starting_points(problem)
-    below = problem.degree - 1 if problem.denominator_degree is None else problem.denominator_degree
-    quotient, ends, condition = rational.fit_quotient(data, (problem.degree, below), intervals, problem.free_ends)
-    parameters = {"numerator": quotient.numerator}
-    if below:
-        parameters["denominator"] = quotient.denominator
-    return Solution(quotient.evaluate, parameters, condition, ends)
+    top = problem.degree
+    below = top - 1 if problem.denominator_degree is None else problem.denominator_degree
+    degrees = [(degree, max(below - (top - degree), 0)) for degree in range(1, top + 1)]
+    for quotient, ends, condition in rational.fit_quotients(data, degrees, intervals, problem.free_ends):
+        parameters = {"numerator": quotient.numerator}
+        if len(quotient.denominator):
+            parameters["denominator"] = quotient.denominator
+        yield Solution(quotient.evaluate, parameters, condition, ends)
 
 
 def _starting_points(problem: Problem) -> tuple[list[Ends], Data]:
@@ -212,7 +217,8 @@ def _starting_points(problem: Problem) -> tuple[list[Ends], Data]:
 
 
 LINEAR = (*polynomial.FAMILIES, "polyrelu")
-NONLINEAR: dict[str, Callable[[Problem], Solution]] = {
+# Each gives what it finds for degree 1, 2, … (`harmonic`: for the degree of the problem alone).
+NONLINEAR: dict[str, Callable[[Problem], Iterator[Solution]]] = {
     "fourier": _fit_fourier,
     "harmonic": _fit_harmonic,
     "tropical": _fit_tropical,

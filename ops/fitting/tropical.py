@@ -76,15 +76,17 @@ def fit_convex(data: Data, degree: int) -> tuple[BrokenLine, dict[str, Array]]:
     breaks = np.where(index < len(x), x[np.minimum(index, len(x) - 1)], beyond)
     changes = np.full(degree, step)
 
-    def residuals(flat: Array) -> tuple[Array, Array]:
-        line = BrokenLine(float(flat[0]), 0.0, flat[1:], changes)
+    def model(flat: Array, x: Array) -> tuple[Array, Array, Array, Array]:
+        beyond = x[:, :, None] - flat[:, None, 1:]
+        passed = (beyond > 0).astype(np.float64)
+        value, slope = flat[:, :1] + step * np.maximum(beyond, 0.0).sum(axis=2), step * passed.sum(axis=2)
         # The slope's jump at a break has no derivative there: its part of the Jacobian is that of the value only.
-        passed = (np.subtract.outer(x, flat[1:]) > 0).astype(np.float64)
-        jacobian = np.concatenate([np.ones((len(x), 1)), -step * passed], axis=1)
-        return data.rows(*line.evaluate(x)) - data.right, data.rows(jacobian, np.zeros_like(jacobian))
+        by_value = np.concatenate([np.ones((*x.shape, 1)), -step * passed], axis=2)
+        return value, slope, by_value, np.zeros_like(by_value)
 
     offset = float(data.weights @ (data.value - BrokenLine(0.0, 0.0, breaks, changes).evaluate(x)[0]))
-    flat, _ = refine(residuals, np.concatenate([[offset], breaks]))
+    start, ends = np.concatenate([[offset], breaks]), np.array([[x[0], x[-1]]])
+    flat = refine(model, start[None], ends, data, free_ends=False).parameters[0]
     line = BrokenLine(float(flat[0]), 0.0, np.sort(flat[1:]), changes)
     _, intercepts = line.lines()
     return line, {"coefficients": intercepts / step}
