@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from polytrope.ops.fitting.curves import Array
-from polytrope.ops.fitting.refinement import Data, Ends, best_of
+from polytrope.ops.fitting.refinement import Data, Ends, Turn, best_of
 
 _STRETCHES = (1.1, 1.5, 2.2, 4.0)  # periods to start from, in intervals
-_REFINED = 8  # starts of a degree
 _RIDGE = 1e-13
+_LARGE = 1e-10  # weight of the amplitudes' squares: a slow wave of a large amplitude is little more than a parabola
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,6 @@ class Cosines:
 
     def flat(self) -> Array:
         return np.concatenate([[self.bias], self.cosine, self.sine, self.frequencies])
-
-    def raised(self, degree: int) -> Cosines:
-        """The same function with frequencies more, of amplitude 0."""
-        zeros = np.zeros(degree - len(self.frequencies))
-        more = np.abs(self.frequencies).max() * (1 + np.arange(1, len(zeros) + 1) / degree)
-        return Cosines(
-            self.bias,
-            np.concatenate([self.cosine, zeros]),
-            np.concatenate([self.sine, zeros]),
-            np.concatenate([self.frequencies, more]),
-        )
 
     def evaluate(self, x: Array) -> tuple[Array, Array]:
         angle = np.multiply.outer(x, self.frequencies)
@@ -91,21 +80,21 @@ def fit_cosines(
     before: Cosines | None = None
     last: Ends = intervals[0]
     for count in range(1, degree + 1):
-        pairs = [(2 * math.pi / ((high - low) * stretch) * np.arange(1, count + 1), (low, high))
-                 for low, high in {*intervals, last} for stretch in _STRETCHES]  # fmt: skip
+        tried = list(dict.fromkeys([*intervals, last] if free_ends else intervals))
+        unit = 2 * math.pi * np.arange(1, count + 1)
+        pairs = [(unit / ((end[1] - end[0]) * stretch), end) for end in tried for stretch in _STRETCHES]
         if before is not None:
             own = np.sort(np.abs(before.frequencies))
-            gap = own[-1] / count
-            pairs += [(np.append(before.frequencies, more), last) for more in (own[-1] + gap, own[-1] + 2 * gap, own[0] / 2)]
+            more = (own[-1] * (1 + 1 / count), own[-1] * (1 + 2 / count), own[0] / 2)
+            pairs += [(np.append(before.frequencies, frequency), last) for frequency in more]
         frequencies, ends = np.array([pair[0] for pair in pairs]), np.array([pair[1] for pair in pairs])
-        flats, costs, condition = _linear(data, frequencies, ends)
-        order = np.argsort(costs, kind="stable")[:_REFINED]
-        starts, ends = flats[order], ends[order]
-        if before is not None:
-            raised = before.raised(count).flat()
-            starts, ends = np.concatenate([starts, raised[None]]), np.concatenate([ends, [last]])
-        flat, last, _ = best_of(_model, starts, ends, data, free_ends=free_ends)
-        before = Cosines.of(flat)
+        _, costs, condition = _linear(data, frequencies, ends)
+        harmonic = costs[: len(tried) * len(_STRETCHES)].reshape(len(tried), len(_STRETCHES)).argmin(axis=1)
+        chosen = [*(np.arange(len(tried)) * len(_STRETCHES) + harmonic), *range(len(tried) * len(_STRETCHES), len(pairs))]
+        linear, frequencies, last = best_of(
+            _model, frequencies[chosen], ends[chosen], data, free_ends=free_ends, ridge=_LARGE
+        )
+        before = Cosines.of(np.concatenate([linear, frequencies]))
         yield before, last, condition
 
 
@@ -153,14 +142,15 @@ def _columns(x: Array, frequencies: Array) -> tuple[Array, Array]:
     return np.concatenate([one, cos, sin], axis=2), np.concatenate([0.0 * one, -sin * along, cos * along], axis=2)
 
 
-def _model(flat: Array, x: Array) -> tuple[Array, Array, Array, Array]:
-    count = (flat.shape[1] - 1) // 3
-    linear, frequencies = flat[:, : 1 + 2 * count], flat[:, 1 + 2 * count :]
-    cosine, sine = linear[:, None, 1 : 1 + count], linear[:, None, 1 + count :]
+def _model(frequencies: Array, x: Array) -> tuple[Array, Array, Turn]:
+    count = frequencies.shape[1]
     values, slopes = _columns(x, frequencies)
     cos, sin = values[..., 1 : 1 + count], values[..., 1 + count :]
-    along = sine * cos - cosine * sin  # ∂F / ∂ω = x · along
-    bend = -(cosine * cos + sine * sin) * frequencies[:, None]
-    by_value = np.concatenate([values, x[..., None] * along], axis=2)
-    by_slope = np.concatenate([slopes, along + x[..., None] * bend], axis=2)
-    return (values @ linear[..., None])[..., 0], (slopes @ linear[..., None])[..., 0], by_value, by_slope
+
+    def turn(coefficients: Array) -> tuple[Array, Array]:
+        cosine, sine = coefficients[:, None, 1 : 1 + count], coefficients[:, None, 1 + count :]
+        along = sine * cos - cosine * sin  # ∂F / ∂ω = x · along
+        bend = -(cosine * cos + sine * sin) * frequencies[:, None]
+        return x[..., None] * along, along + x[..., None] * bend
+
+    return values, slopes, turn

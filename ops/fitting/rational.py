@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from polytrope.ops.fitting.curves import Array
-from polytrope.ops.fitting.refinement import Data, Ends, best_of
+from polytrope.ops.fitting.refinement import Data, Ends, Turn, best_of
 
 _LINEARISED = 6  # problems from a start on
 _BELLS = (0.5, 2.0, 8.0)  # denominators 1 + c u²: fits that never cross the fold of the absolute value
@@ -53,26 +53,20 @@ def fit_quotients(
         For each of the degrees the quotient, the interval, and the condition number of its last linearised problem.
     """
     reach = max(abs(end) for end in intervals[0])  # powers of a variable in [-1, 1]
-    before: tuple[int, Array, Ends] | None = None
+    below, last = np.zeros(0), intervals[0]
     for p, q in degrees:
-        tried = [*intervals, before[2]] if before and free_ends else [*intervals]
-        ends = np.array(tried)
+        ends = np.array([*intervals, last] if free_ends else intervals)
         starts, condition = _starts(data, p, q, reach, ends)
-        ends = np.tile(ends, (len(starts) // len(ends), 1))
-        if before:
-            old, flat, last = before
-            top, below = flat[: old + 1], flat[old + 1 :]
-            raised = np.concatenate([np.pad(top, (0, p - old)), np.pad(below, (0, q - len(below)))])
-            starts, ends = np.concatenate([starts, raised[None]]), np.concatenate([ends, [last]])
-        flat, found, _ = best_of(partial(_model, p, reach), starts, ends, data, free_ends=free_ends)
-        before = p, flat, found
-        numerator = flat[: p + 1] / reach ** np.arange(p + 1)
-        yield Quotient(numerator, flat[p + 1 :] / reach ** np.arange(1, q + 1)), found, condition
+        starts = np.concatenate([starts, np.pad(below, (0, q - len(below)))[None]])
+        ends = np.concatenate([ends, np.tile(last, (len(starts) - len(ends), 1))])
+        numerator, below, last = best_of(partial(_model, p, reach), starts, ends, data, free_ends=free_ends)
+        in_x = numerator / reach ** np.arange(p + 1), below / reach ** np.arange(1, q + 1)
+        yield Quotient(*in_x), last, condition
 
 
 def _starts(data: Data, p: int, q: int, reach: float, ends: Array) -> tuple[Array, float]:
-    """`[starts, parameters]` in powers of x / reach, from linear problems on the intervals: for every interval one, then
-    for every interval the next, …; and the condition number of the last problem on the first.
+    """Denominators `[starts, q]` in powers of x / reach: from linear problems, one for every interval, and more for the
+    last; and the condition number of the last problem on the first.
     """
     u = data.x / reach
     powers, power_slopes = _powers(u, max(p, q))
@@ -86,7 +80,7 @@ def _starts(data: Data, p: int, q: int, reach: float, ends: Array) -> tuple[Arra
     below, below_slope = np.ones(inside.shape), np.zeros(inside.shape)
     rows = np.concatenate([top, -value[:, None] * low], axis=1)
     row_slopes = np.concatenate([top_slope, -(slope[:, None] * low + value[:, None] * low_slope)], axis=1)
-    least, best = np.full(len(ends), np.inf), np.zeros((len(ends), p + 1 + q))
+    least, best = np.full(len(ends), np.inf), np.zeros((len(ends), q))
     condition = 1.0
     for _ in range(_LINEARISED if q else 1):
         # With the last denominator D as weight: (P - f Q) / D and its derivative vanish at an exact fit.
@@ -94,23 +88,21 @@ def _starts(data: Data, p: int, q: int, reach: float, ends: Array) -> tuple[Arra
         matrix = np.concatenate([rows * share * root, factor * root * (row_slopes * share - rows * turn)], axis=1)
         weighted = value[:, None] * share * root, factor * root * (slope[:, None] * share - value[:, None] * turn)
         solution, condition = _least_squares(matrix, np.concatenate(weighted, axis=1)[:, :, 0])
+        numerator, denominator = solution[:, : p + 1], solution[:, p + 1 :]
+        inner = denominator @ low.T
+        below = 1.0 + np.abs(inner)
+        below_slope = np.where(inner < 0, -1.0, 1.0) * (denominator @ low_slope.T)
         # The absolute value folds what is negative: the quotient that the problem meant is lost there.
-        fitted, fitted_slope, _, _ = _model(p, reach, solution, np.broadcast_to(data.x, inside.shape))
+        fitted = numerator @ top.T / below
+        fitted_slope = (numerator @ top_slope.T - fitted * below_slope) / below
         missed = ((fitted - value) ** 2 + data.derivative_weight * (fitted_slope - slope) ** 2) * root[:, :, 0] ** 2
         cost = missed.sum(axis=1)
         better = cost < least
-        least[better], best[better] = cost[better], solution[better]
-        inner = solution[:, p + 1 :] @ low.T
-        below = 1.0 + np.abs(inner)
-        below_slope = np.where(inner < 0, -1.0, 1.0) * (solution[:, p + 1 :] @ low_slope.T)
-    starts = [best]
-    for curvature in _BELLS if q >= 2 else ():
-        matrix = (top / (1.0 + curvature * u**2)[:, None]) * root
-        linear, _ = _least_squares(matrix, value * root[:, :, 0])
-        bell = np.zeros((len(ends), q))
-        bell[:, 1] = curvature
-        starts.append(np.concatenate([linear, bell], axis=1))
-    return np.concatenate(starts), condition
+        least[better], best[better] = cost[better], denominator[better]
+    bells = np.zeros((len(_BELLS) if q >= 2 else 0, q))
+    if q >= 2:
+        bells[:, 1] = _BELLS
+    return np.concatenate([best, bells]), condition
 
 
 def _least_squares(matrix: Array, right: Array) -> tuple[Array, float]:
@@ -123,25 +115,25 @@ def _least_squares(matrix: Array, right: Array) -> tuple[Array, float]:
     return solution, float(np.sqrt(np.linalg.cond(gram[0])))
 
 
-def _model(p: int, reach: float, flat: Array, x: Array) -> tuple[Array, Array, Array, Array]:
-    a, b = flat[:, : p + 1], flat[:, p + 1 :]
-    q = b.shape[1]
+def _model(p: int, reach: float, flat: Array, x: Array) -> tuple[Array, Array, Turn]:
+    """Powers over the denominator, for the denominators `flat`."""
+    q = flat.shape[1]
     powers, power_slopes = _powers(x / reach, max(p, q))
     power_slopes = power_slopes / reach
-    top, top_slope = powers[..., : p + 1], power_slopes[..., : p + 1]
     low, low_slope = powers[..., 1 : q + 1], power_slopes[..., 1 : q + 1]
-    inner = (low @ b[:, :, None])[..., 0]
+    inner = (low @ flat[:, :, None])[..., 0]
     sign = np.where(inner < 0, -1.0, 1.0)
-    below, below_slope = 1.0 + np.abs(inner), sign * (low_slope @ b[:, :, None])[..., 0]
-    fitted = (top @ a[:, :, None])[..., 0] / below
-    fitted_slope = ((top_slope @ a[:, :, None])[..., 0] - fitted * below_slope) / below
-    share, turn = (1.0 / below)[..., None], (below_slope / below)[..., None]
-    by_a = top * share
-    slope_by_a = top_slope * share - by_a * turn
-    along, bend = (-sign * fitted / below)[..., None], sign * (fitted * below_slope / below - fitted_slope) / below
-    by_value = np.concatenate([by_a, along * low], axis=-1)
-    by_slope = np.concatenate([slope_by_a, along * low_slope + bend[..., None] * low], axis=-1)
-    return fitted, fitted_slope, by_value, by_slope
+    share = (1.0 / (1.0 + np.abs(inner)))[..., None]
+    turned = (sign * (low_slope @ flat[:, :, None])[..., 0])[..., None] * share  # D' / D
+    values = powers[..., : p + 1] * share
+    slopes = power_slopes[..., : p + 1] * share - values * turned
+
+    def turn(coefficients: Array) -> tuple[Array, Array]:
+        fitted, fitted_slope = values @ coefficients[:, :, None], slopes @ coefficients[:, :, None]
+        along = -sign[..., None] * share
+        return along * fitted * low, along * (fitted * low_slope + (fitted_slope - fitted * turned) * low)
+
+    return values, slopes, turn
 
 
 def _powers(u: Array, degree: int) -> tuple[Array, Array]:

@@ -1,7 +1,9 @@
-"""Levenberg-Marquardt for the few parameters that enter a fit nonlinearly: frequencies, breakpoints, denominators.
+"""Levenberg-Marquardt for the few parameters that enter a fit nonlinearly: frequencies, denominators, ends.
 
-Many starts are refined at once, by normal equations. A function has tangent lines outside an interval; its value is
-differentiable in the ends of the interval as well, so these can be refined in the same steps.
+Many starts are refined at once, by normal equations. The parameters that enter linearly are eliminated (variable
+projection: Golub and Pereyra, 1973, with Kaufman's step): the path of the others alone is far straighter. A function
+has tangent lines outside an interval; its value is differentiable in the ends of the interval as well, so these can be
+refined in the same steps.
 """
 
 from __future__ import annotations
@@ -15,13 +17,19 @@ import numpy as np
 from polytrope.ops.fitting.curves import Array
 
 Ends = tuple[float, float]
-# Parameters `[starts, parameters]`, points `[starts, points]` → values, slopes `[starts, points]`, and the derivatives
-# of both by the parameters `[starts, points, parameters]`.
-Model = Callable[[Array, Array], tuple[Array, Array, Array, Array]]
-_TRIED_STEPS = 12  # for every start
-_STEPS = 40  # for the best of them
+# Coefficients of the columns `[starts, columns]` → the derivatives of value and slope by the nonlinear parameters, two
+# `[starts, points, parameters]`.
+Turn = Callable[[Array], tuple[Array, Array]]
+# Nonlinear parameters `[starts, parameters]`, points `[starts, points]` → values and slopes of the columns that are
+# combined, two `[starts, points, columns]`, and the derivatives of the combination.
+Model = Callable[[Array, Array], tuple[Array, Array, Turn]]
+_TRIED_STEPS = 4  # for every start, its ends fixed
 _KEPT = 3
-_GAIN = 1e-5  # of a step, below which the refinement of a start ends
+_MIDDLE_STEPS = 5  # for the best of them, from there and from their starts
+_LAST = 2
+_STEPS = 30
+_RIDGE = 1e-13  # of columns of length 1: what float64 can tell from dependent ones
+_GAIN = 1e-4  # of a step, below which the refinement of a start ends
 
 
 @dataclass(frozen=True)
@@ -58,93 +66,119 @@ class Data:
         return float(low), float(high)
 
 
-@dataclass(frozen=True)
-class Found:
-    """Parameters `[starts, parameters]`, ends `[starts, 2]` and sums of squares `[starts]`."""
-
-    parameters: Array
-    ends: Array
-    costs: Array
-
-    def take(self, index: Array) -> Found:
-        return Found(self.parameters[index], self.ends[index], self.costs[index])
-
-
-def best_of(model: Model, starts: Array, ends: Array, data: Data, *, free_ends: bool) -> tuple[Array, Ends, float]:
-    """The best parameters that any start leads to, their ends and sum of squares; all get a few steps, the best more.
+def best_of(
+    model: Model, starts: Array, ends: Array, data: Data, *, free_ends: bool, ridge: float = 0.0
+) -> tuple[Array, Array, Ends]:
+    """The best coefficients, nonlinear parameters and ends that any start leads to.
 
     Args:
-        starts: `[starts, parameters]`.
+        starts: nonlinear parameters `[starts, parameters]`.
         ends: `[starts, 2]`; with `free_ends` they are refined too, within the range of the points.
+        ridge: weight of the coefficients' sum of squares, for columns that large coefficients of both signs can combine.
     """
-    tried = refine(model, starts, ends, data, free_ends=free_ends, steps=_TRIED_STEPS)
-    found = tried.take(np.argsort(tried.costs, kind="stable")[:_KEPT])
-    found = refine(model, found.parameters, found.ends, data, free_ends=free_ends, steps=_STEPS)
+    flat = np.concatenate([starts, np.clip(ends, data.x[0], data.x[-1]) if free_ends else ends], axis=1)
+    tried = _refined(model, flat, data, free_ends=False, ridge=ridge, steps=_TRIED_STEPS)
+    order = np.argsort(tried.costs, kind="stable")[:_KEPT]
+    flat = tried.flat[order]
+    if free_ends:  # each way has led to the better minimum
+        both = np.concatenate([tried.flat[order], np.concatenate([starts, ends], axis=1)[order]])
+        middle = _refined(model, both, data, free_ends=True, ridge=ridge, steps=_MIDDLE_STEPS)
+        flat = middle.flat[np.argsort(middle.costs, kind="stable")[:_LAST]]
+    found = _refined(model, flat, data, free_ends=free_ends, ridge=ridge, steps=_STEPS)
     best = int(found.costs.argmin())
-    low, high = found.ends[best]
-    return found.parameters[best], (float(low), float(high)), float(found.costs[best])
+    parameters, (low, high) = found.flat[best, :-2], found.flat[best, -2:]
+    return found.coefficients[best], parameters, (float(low), float(high))
 
 
-def refine(model: Model, starts: Array, ends: Array, data: Data, *, free_ends: bool, steps: int = 60) -> Found:
+@dataclass(frozen=True)
+class _State:
+    """Of every start: nonlinear parameters and ends, the best coefficients for them, the sum of squares, and of the step
+    in the free ones of the parameters JᵀJ and Jᵀr, the coefficients eliminated.
+    """
+
+    flat: Array
+    coefficients: Array
+    costs: Array
+    gram: Array
+    gradient: Array
+
+    def take(self, index: Array) -> _State:
+        return _State(*(part[index] for part in vars(self).values()))
+
+    def put(self, index: Array, other: _State) -> None:
+        for old, new in zip(vars(self).values(), vars(other).values(), strict=True):
+            old[index] = new
+
+
+def _refined(model: Model, flat: Array, data: Data, *, free_ends: bool, ridge: float, steps: int) -> _State:
     """What each start leads to; never worse than the start."""
-    count = starts.shape[1]
-    if free_ends:
-        ends = np.clip(ends, data.x[0], data.x[-1])
-    flat = np.concatenate([starts, ends], axis=1).astype(np.float64)
-    result, costs = flat.copy(), np.full(len(flat), np.inf)
-    smallest = 0.05 * (ends[:, 1] - ends[:, 0])
+    smallest = 0.05 * (flat[:, -1] - flat[:, -2])
     damping, active = np.full(len(flat), 1e-3), np.arange(len(flat))
-    state = _linearised(model, flat, count, data, free_ends)
-    costs = state[0].copy()
+    state = _linearised(model, flat, data, free_ends, ridge)
+    result = state.take(active)
     for _ in range(steps):
-        cost, gram, gradient = state
-        scale = np.sqrt(np.einsum("bkk->bk", gram))
-        scale[scale <= 1e-12 * scale.max(axis=1, keepdims=True)] = 1.0
-        scaled = gram / scale[:, :, None] / scale[:, None, :]
+        scale = np.sqrt(np.maximum(np.einsum("bkk->bk", state.gram), 0.0))
+        scale[scale <= 1e-12 * scale.max(axis=1, initial=0.0, keepdims=True)] = 1.0
+        scaled = state.gram / scale[:, :, None] / scale[:, None, :]
         np.einsum("bkk->bk", scaled)[:] += damping[:, None]
-        step = np.linalg.solve(scaled, (gradient / scale)[:, :, None])[:, :, 0] / scale
-        candidate = flat.copy()
-        candidate[:, : step.shape[1]] -= step
+        step = np.linalg.solve(scaled, (state.gradient / scale)[:, :, None])[:, :, 0] / scale
+        candidates = state.flat.copy()
+        candidates[:, : step.shape[1]] -= step
         if free_ends:
-            candidate[:, count:] = np.clip(candidate[:, count:], data.x[0], data.x[-1])
-        new = _linearised(model, candidate, count, data, free_ends)
-        better = (new[0] < cost) & (candidate[:, -1] - candidate[:, -2] >= smallest)
-        better &= np.isfinite(new[1]).all(axis=(1, 2))
-        going = np.where(better, cost - new[0] > _GAIN * cost, damping < 1e8)
-        for old, replacement in zip((flat, *state), (candidate, *new), strict=True):
-            old[better] = replacement[better]
-        result[active], costs[active] = flat, cost
-        damping = np.where(better, np.maximum(damping / 6, 1e-12), damping * 5)
+            candidates[:, -2:] = np.clip(candidates[:, -2:], data.x[0], data.x[-1])
+        new = _linearised(model, candidates, data, free_ends, ridge)
+        better = (new.costs < state.costs) & (candidates[:, -1] - candidates[:, -2] >= smallest)
+        gain = np.where(better, state.costs - new.costs, 0.0)
+        going = np.where(better, gain > _GAIN * state.costs, damping < 1e6)
+        state.put(better, new.take(better))
+        result.put(active, state)
+        damping = np.where(better, np.maximum(damping / 8, 1e-12), damping * 6)
         if not going.any():
             break
         if not going.all():
-            flat, damping, active, smallest = (part[going] for part in (flat, damping, active, smallest))
-            state = (cost[going], gram[going], gradient[going])
-    return Found(result[:, :count], result[:, count:], costs)
+            damping, active, smallest, state = damping[going], active[going], smallest[going], state.take(going)
+    return result
 
 
-def _linearised(
-    model: Model, flat: Array, count: int, data: Data, free_ends: bool
-) -> tuple[Array, Array, Array]:
-    """Sums of squares, Jᵀ J and Jᵀ r of the parameters, and of the ends if they are free."""
-    parameters, low, high = flat[:, :count], flat[:, -2:-1], flat[:, -1:]
-    x, root, factor = data.x, np.sqrt(data.weights), math.sqrt(data.derivative_weight)
+def _linearised(model: Model, flat: Array, data: Data, free_ends: bool, ridge: float) -> _State:
+    parameters, low, high = flat[:, :-2], flat[:, -2:-1], flat[:, -1:]
+    x, root, factor = data.x, np.sqrt(data.weights)[:, None], math.sqrt(data.derivative_weight)
+    value, slope = np.split(data.right, 2)
     inside = np.clip(x, low, high)
-    beyond = x - inside
-    with np.errstate(over="ignore", invalid="ignore"):  # a step too long is not taken
-        value, slope, by_value, by_slope = model(parameters, inside)
-        missed, missed_slope = root * (value + beyond * slope - data.value), factor * root * (slope - data.slope)
-        by_value = (by_value + beyond[:, :, None] * by_slope) * root[:, None]
-        by_slope = by_slope * (factor * root)[:, None]
+    beyond = (x - inside)[:, :, None]
+    with np.errstate(all="ignore"):  # a step too long is not taken
+        columns, column_slopes, turn = model(parameters, inside)
+        at = (columns + beyond * column_slopes) * root
+        slope_at = column_slopes * (factor * root)
+        gram = at.swapaxes(1, 2) @ at + slope_at.swapaxes(1, 2) @ slope_at
+        gram += ridge * np.eye(gram.shape[1])
+        scale = np.sqrt(np.einsum("bkk->bk", gram))
+        usable = np.isfinite(gram).all(axis=(1, 2))
+        scale[(scale == 0.0) | ~usable[:, None]] = 1.0
+        gram[~usable] = 0.0
+        inverse = np.linalg.inv(gram / scale[:, :, None] / scale[:, None, :] + _RIDGE * np.eye(gram.shape[1]))
+        right = np.where(usable[:, None], value @ at + slope @ slope_at, 0.0)
+        coefficients = (inverse @ (right / scale)[:, :, None])[:, :, 0] / scale
+        missed = (at @ coefficients[:, :, None])[:, :, 0] - value
+        missed_slope = (slope_at @ coefficients[:, :, None])[:, :, 0] - slope
+        costs = (missed**2).sum(axis=1) + (missed_slope**2).sum(axis=1) + ridge * (coefficients**2).sum(axis=1)
+        by_value, by_slope = turn(coefficients)
+        by_value = (by_value + beyond * by_slope) * root
+        by_slope = by_slope * (factor * root)
         if free_ends:
             # Moving an end turns the tangent line about it: F(end) + F'(end) (x - end) changes by F''(end) (x - end).
             tiny = 1e-5 * (high - low)
             around = model(parameters, np.concatenate([low - tiny, low + tiny, high - tiny, high + tiny], axis=1))[1]
-            bends = np.stack([around[:, 1] - around[:, 0], around[:, 3] - around[:, 2]], axis=1) / (2 * tiny)
-            turned = np.stack([x < low, x > high], axis=2) * bends[:, None, :] * root[:, None]
-            by_value = np.concatenate([by_value, turned * beyond[:, :, None]], axis=2)
+            slopes = (around @ coefficients[:, :, None])[:, :, 0]
+            bends = np.stack([slopes[:, 1] - slopes[:, 0], slopes[:, 3] - slopes[:, 2]], axis=1) / (2 * tiny)
+            turned = np.stack([x < low, x > high], axis=2) * bends[:, None, :] * root
+            by_value = np.concatenate([by_value, turned * beyond], axis=2)
             by_slope = np.concatenate([by_slope, factor * turned], axis=2)
+        # What the coefficients can make up for is no part of the step.
+        shared = (at.swapaxes(1, 2) @ by_value + slope_at.swapaxes(1, 2) @ by_slope) / scale[:, :, None]
         gram = by_value.swapaxes(1, 2) @ by_value + by_slope.swapaxes(1, 2) @ by_slope
+        gram = gram - shared.swapaxes(1, 2) @ (inverse @ shared)
         gradient = (missed[:, None] @ by_value + missed_slope[:, None] @ by_slope)[:, 0]
-        cost = (missed**2).sum(axis=1) + (missed_slope**2).sum(axis=1)
-    return np.nan_to_num(cost, nan=np.inf), gram, gradient
+    usable &= np.isfinite(gram).all(axis=(1, 2)) & np.isfinite(gradient).all(axis=1) & np.isfinite(costs)
+    costs[~usable], gram[~usable], gradient[~usable] = np.inf, 0.0, 0.0
+    return _State(flat.copy(), coefficients, costs, gram, gradient)

@@ -179,8 +179,7 @@ def _fit_tropical(problem: Problem) -> Iterator[Solution]:
 
 
 def _fit_tropical_rational(problem: Problem) -> Iterator[Solution]:
-    for degree in range(1, problem.degree + 1):
-        line, parameters = tropical.fit_rational(problem.data, degree, problem.kinks)
+    for line, parameters in tropical.fit_rationals(problem.data, problem.degree, problem.kinks):
         yield Solution(line.evaluate, parameters, 1.0)
 
 
