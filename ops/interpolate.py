@@ -194,11 +194,18 @@ def fit_to_error(
         if best is None or found.rms < best.rms:
             best = found
     reached = "none can be fitted" if best is None else f"{_named(family, best)} has {best.rms:.3g}"
-    reasons = [f"{name} {degree}: {reason}" for name in families for degree, reason in refusals[name].items()]
     raise ValueError(
         f"target error: {family} reaches no error of {error:.3g} up to degree {max(degrees)}: {reached}"
-        + "".join(f"; {reason}" for reason in reasons)
+        + "".join(_reasons(name, refusals[name]) for name in families)
     )
+
+
+def _reasons(family: str, refusals: dict[int, ValueError]) -> str:
+    """The degrees that were refused, and why the first of them was."""
+    if not refusals:
+        return ""
+    first = next(iter(refusals.values()))
+    return f"; refused: {family} of degree {', '.join(map(str, refusals))} ({first})"
 
 
 def _named(family: str, found: _Candidate) -> str:
@@ -358,9 +365,7 @@ def _linear(task: _Task, problem: Problem) -> Solution:
     return fit_linear(problem, task.exact, _conditions(task.constraints, problem.interval))
 
 
-def _ascending(
-    task: _Task, family: str, highest: int, refusals: dict[int, ValueError]
-) -> Iterator[_Candidate | None]:
+def _ascending(task: _Task, family: str, highest: int, refusals: dict[int, ValueError]) -> Iterator[_Candidate | None]:
     """For degree 1, 2, … `highest` the best of all fits up to that degree, written with that degree: none is worse than
     the one before. None as long as all were refused; `refusals` gets the reasons.
     """
@@ -504,6 +509,7 @@ def _widened(low: float, high: float) -> tuple[float, float]:
 
 def _build(config: dict[str, Any], parameters: dict[str, Array], dtype: torch.dtype) -> LearnableActivation:
     module = build_activation(config).to(dtype)
+    assert isinstance(module, LearnableActivation)
     own = dict(module.named_parameters())
     if set(own) != set(parameters):
         raise ValueError(f"{config['name']}: the module learns {sorted(own)}, the fit gives {sorted(parameters)}")

@@ -90,7 +90,10 @@ def fit_cosines(
         frequencies, ends = np.array([pair[0] for pair in pairs]), np.array([pair[1] for pair in pairs])
         _, costs, condition = _linear(data, frequencies, ends)
         harmonic = costs[: len(tried) * len(_STRETCHES)].reshape(len(tried), len(_STRETCHES)).argmin(axis=1)
-        chosen = [*(np.arange(len(tried)) * len(_STRETCHES) + harmonic), *range(len(tried) * len(_STRETCHES), len(pairs))]
+        chosen = [
+            *(np.arange(len(tried)) * len(_STRETCHES) + harmonic),
+            *range(len(tried) * len(_STRETCHES), len(pairs)),
+        ]
         linear, frequencies, last = best_of(
             _model, frequencies[chosen], ends[chosen], data, free_ends=free_ends, ridge=_LARGE
         )

@@ -44,7 +44,6 @@ def best_intervals(data: Data, kinks: Sequence[float], columns: Columns, degree:
     search = _Search(data, columns, deviation_of(data), degree)
     tried = search.grid(kinks)
     costs = search.costs(tried)
-    found: list[Ends] = []
     starts = [(k, ends) for k in range(1, degree + 1) for ends in search.apart(tried, costs[:, k])]
     degrees = np.array([k for k, _ in starts])
     refined = search.refined(np.array([ends for _, ends in starts]), degrees)
@@ -56,8 +55,7 @@ def best_intervals(data: Data, kinks: Sequence[float], columns: Columns, degree:
     every = np.concatenate([tried[best], again])
     costs = search.costs(every)
     first = np.concatenate([np.arange(1, degree + 1)] * 2)
-    found = [rounded(*every[int(np.where(first <= max(k, 1), costs[:, k], np.inf).argmin())]) for k in range(degree + 1)]
-    return found
+    return [rounded(*every[int(np.where(first <= max(k, 1), costs[:, k], np.inf).argmin())]) for k in range(degree + 1)]
 
 
 def deviation_of(data: Data) -> float:
@@ -211,8 +209,9 @@ def _solve(gram: Array, right: Array, damping: Array | None = None) -> Array:
 
 
 def compressed(data: Data, count: int, exact: Callable[[Array], tuple[Array, Array]]) -> Data:
-    """At most `count` points that stand for groups of neighbouring inputs: half the groups of equal width, half of equal
-    weight. Value and slope are the target's own at the groups' means, so that a perfect fit stays one.
+    """At most `count` points that stand for groups of neighbouring inputs: half of equal width, half of equal weight.
+
+    Value and slope are the target's own at the groups' means, so that a perfect fit stays one.
     """
     x, weights = data.x, data.weights
     if len(x) <= count:

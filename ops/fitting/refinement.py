@@ -74,7 +74,7 @@ def best_of(
     Args:
         starts: nonlinear parameters `[starts, parameters]`.
         ends: `[starts, 2]`; with `free_ends` they are refined too, within the range of the points.
-        ridge: weight of the coefficients' sum of squares, for columns that large coefficients of both signs can combine.
+        ridge: weight of the coefficients' sum of squares, for columns that nearly depend on each other.
     """
     flat = np.concatenate([starts, np.clip(ends, data.x[0], data.x[-1]) if free_ends else ends], axis=1)
     tried = _refined(model, flat, data, free_ends=False, ridge=ridge, steps=_TRIED_STEPS)
@@ -92,8 +92,13 @@ def best_of(
 
 @dataclass(frozen=True)
 class _State:
-    """Of every start: nonlinear parameters and ends, the best coefficients for them, the sum of squares, and of the step
-    in the free ones of the parameters JᵀJ and Jᵀr, the coefficients eliminated.
+    """Where every start has come to.
+
+    Args:
+        flat: nonlinear parameters and ends.
+        coefficients: the best for them.
+        costs: sums of squares.
+        gram, gradient: JᵀJ and Jᵀr of the free parameters, the coefficients eliminated.
     """
 
     flat: Array
