@@ -391,9 +391,11 @@ def _attempts(task: _Task, family: str, highest: int) -> Iterator[Callable[[], _
         return
     intervals: Sequence[Ends | None] = [task.interval] * (highest + 1)
     if task.free_ends:
-        intervals = placement.best_intervals(
-            task.few, task.kinks, lambda low, high, x: columns_of(family, highest, (low, high), tails=True)(x), highest
-        )
+
+        def columns(low: Array, high: Array, x: Array) -> tuple[Array, Array]:
+            return columns_of(family, families.MAX_DEGREE, (low, high), tails=True)(x)
+
+        intervals = placement.best_intervals(task.few, task.kinks, columns, highest)
     for degree in range(1, highest + 1):
         yield partial(_robust, task, task.problem(family, degree, intervals[degree]))
 

@@ -19,7 +19,7 @@ from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.refinement import Data, Ends
 
 # Ends `[intervals, 1]`, points → values and slopes `[intervals, points, functions]`, tangents included; the first
-# k + 1 functions are those of degree k.
+# k + 1 functions are those of degree k. As many for all searches: their number tells on the last bits.
 Columns = Callable[[Array, Array, Array], tuple[Array, Array]]
 SHARES = (0.03, 0.003, 0.0002)  # of the inputs beyond each end, to start from
 _GRID_SHARES = (0.0, 0.0002, 0.003, 0.03, 0.1, 0.2, 0.35)
@@ -41,7 +41,7 @@ def best_intervals(data: Data, kinks: Sequence[float], columns: Columns, degree:
     if x[-1] - x[0] <= 1e-6 * max(abs(x[0]), abs(x[-1])):
         middle = float(x[0] + x[-1]) / 2
         return [(middle - 0.5, middle + 0.5)] * (degree + 1)
-    search = _Search(data, columns, deviation_of(data), degree)
+    search = _Search(data, columns, deviation_of(data))
     tried = search.grid(kinks)
     costs = search.costs(tried)
     starts = [(k, ends) for k in range(1, degree + 1) for ends in search.apart(tried, costs[:, k])]
@@ -87,7 +87,6 @@ class _Search:
     data: Data
     columns: Columns
     deviation: float
-    degree: int
 
     def grid(self, kinks: Sequence[float]) -> Array:
         """`[intervals, 2]`: between quantiles, and points around kinks."""
@@ -110,7 +109,7 @@ class _Search:
         return chosen
 
     def costs(self, ends: Array) -> Array:
-        """`[intervals, degree + 1]`: the least sum of squares of every degree."""
+        """`[intervals, functions]`: the least sum of squares of every degree."""
         return self._costs(*self._normal(*self._rows(ends)))
 
     def _costs(self, gram: Array, right: Array) -> Array:
@@ -166,7 +165,7 @@ class _Search:
         Moving an end turns the tangent line about it: F(end) + F'(end) (x - end) changes by F''(end) (x - end).
         """
         data = self.data
-        used = np.arange(self.degree + 1) <= degrees[:, None]
+        used = np.arange(gram.shape[1]) <= degrees[:, None]
         gram = gram * used[:, :, None] * used[:, None, :]
         coefficients = _solve(gram, right * used)
         low, high = ends[:, :1], ends[:, 1:]

@@ -230,7 +230,7 @@ NESTED = tuple(family for family in (*LINEAR, *NONLINEAR) if family not in ("tro
 
 
 def raised(family: str, parameters: dict[str, Array], degree: int) -> dict[str, Array]:
-    """The same function with a higher degree, of a family in `NESTED`: further terms are 0, or lines are there twice."""
+    """The same function with a higher degree, of a family in `NESTED`: more terms are 0, or lines are there twice."""
     if family == "fourier":
         waves = np.arange(len(parameters["frequencies"]) + 1, degree + 1)
         more = {"amplitudes": 0.0 * waves, "phases": 0.0 * waves, "frequencies": waves * parameters["frequencies"][0]}
