@@ -44,7 +44,7 @@ __all__ = ["FAMILIES", "Certificate", "Condition", "Fit", "fit", "fit_to_error",
 
 FAMILIES = tuple(name for name in LEARNABLE if name in LINEAR or name in NONLINEAR)
 # The families that `auto` chooses from, the fastest first; Chebyshev and Legendre are the polynomials of Hermite again.
-BY_COST = ("hermite", "polyrelu", "tropical", "rational", "tropical_rational", "fourier")
+FAMILIES_BY_COST = ("hermite", "polyrelu", "tropical", "rational", "tropical_rational", "fourier")
 _FEW = 192  # points of a histogram that a search is done on
 _WIDER = tuple(1.5**k for k in range(1, 9))
 
@@ -174,7 +174,7 @@ def fit_to_error(
         ValueError: no degree reaches it; names the best one, and why others were refused.
     """
     task = _task(target, **options)
-    families = [name for name in BY_COST if _can(task, name)] if family == "auto" else [family]
+    families = [name for name in FAMILIES_BY_COST if _can(task, name)] if family == "auto" else [family]
     for name in families:
         _check_family(task, name)
     refusals: dict[str, dict[int, ValueError]] = {name: {} for name in families}

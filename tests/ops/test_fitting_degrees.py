@@ -14,7 +14,7 @@ from polytrope.ops.fitting import placement
 from polytrope.ops.fitting.refinement import Data
 from polytrope.ops.fitting.solvers import columns_of
 from polytrope.ops.fitting.targets import broken_line, find_kinks, resolve_target, sample
-from polytrope.ops.interpolate import BY_COST, fit, fit_to_error, parameter_count
+from polytrope.ops.interpolate import FAMILIES_BY_COST, fit, fit_to_error, parameter_count
 
 TARGETS = ("relu", "relu6", "gelu", "silu", "tanh", "hardswish")
 SCALES = (0.001, 0.1, 1.0, 2.0, 10.0)
@@ -96,7 +96,7 @@ def test_auto_takes_the_family_and_degree_of_the_fewest_parameters() -> None:
         chosen = fit_to_error("silu", "auto", error, degrees=range(1, 9), **options)
         name, degree = chosen.config["name"], chosen.config["degree"]
         assert chosen.certificate.rms <= error
-        for family, other in itertools.product(BY_COST, range(1, 9)):
+        for family, other in itertools.product(FAMILIES_BY_COST, range(1, 9)):
             if parameter_count(family, other) < parameter_count(name, degree):
                 assert fit("silu", family, other, **options).certificate.rms > error
 
