@@ -27,7 +27,7 @@ _TRIED_STEPS = 4  # for every start, its ends fixed
 _KEPT = 3
 _MIDDLE_STEPS = 5  # for the best of them, from there and from their starts
 _LAST = 2
-_STEPS = 30
+_STEPS = 16
 _RIDGE = 1e-13  # of columns of length 1: what float64 can tell from dependent ones
 _GAIN = 1e-4  # of a step, below which the refinement of a start ends
 
