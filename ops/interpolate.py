@@ -119,8 +119,11 @@ def fit(
         held_out: raw inputs that are not in the weight; the certificate's root mean square counts them too.
         dtype: the floating-point format that the module is for: of its parameters and inputs.
         rounding_tolerance: largest rounding error of the formula in this format, relative to the largest |f| on the
-            interval, beyond the rounding of any result in it; None: any. With measured inputs, polynomials and PolyReLU
-            take fewer terms or a wider interval where these lose less.
+            interval, beyond the rounding of any result in it; None: any. With measured inputs a degree that loses more
+            is given up for a wider interval, or the best lower degree.
+
+    With measured inputs no degree has a larger root mean square error than a lower one (tropical excepted): where it
+    would have, the lower one is returned, its further terms 0.
 
     Raises:
         ValueError: an argument that is not as described; a target that is not finite or not elementwise; more
