@@ -25,16 +25,18 @@ class Basis:
 
     Args:
         degree: of the highest polynomial.
-        interval: (low, high), or None for the whole line.
+        interval: (low, high), or None for the whole line. For `evaluate` also two arrays `[intervals, 1]`: the points
+            are then `[intervals, points]`, or the same `[points]` for all.
     """
 
     degree: int
-    interval: tuple[float, float] | None
+    interval: tuple[Any, Any] | None
 
     def evaluate(self, x: Array) -> tuple[Array, Array]:
-        """Values and slopes (in x) of all basis functions: two `[points, degree + 1]`."""
+        """Values and slopes (in x) of all basis functions: two `[*points, degree + 1]`."""
         # One row per function: each step of a recurrence then runs over contiguous memory.
-        values, slopes = np.empty((self.degree + 1, len(x))), np.zeros((self.degree + 1, len(x)))
+        shape = np.broadcast_shapes(np.shape(x), () if self.interval is None else np.shape(self.interval[0]))
+        values, slopes = np.empty((self.degree + 1, *shape)), np.zeros((self.degree + 1, *shape))
         values[0] = 1.0
         if self.interval is None:
             values[1] = x
@@ -42,7 +44,7 @@ class Basis:
                 values[k + 1] = (x * values[k] - math.sqrt(k) * values[k - 1]) / math.sqrt(k + 1)
             for k in range(1, self.degree + 1):
                 slopes[k] = math.sqrt(k) * values[k - 1]
-            return values.T, slopes.T
+            return np.moveaxis(values, 0, -1), np.moveaxis(slopes, 0, -1)
         middle, half = self._affine()
         t = (x - middle) / half
         values[1] = t
@@ -50,7 +52,7 @@ class Basis:
             values[k + 1] = ((2 * k + 1) * t * values[k] - k * values[k - 1]) / (k + 1)
         for k in range(self.degree):  # P'_{k+1} = P'_{k-1} + (2k + 1) P_k
             slopes[k + 1] = (2 * k + 1) / half * values[k] + (slopes[k - 1] if k > 0 else 0.0)
-        return values.T, slopes.T
+        return np.moveaxis(values, 0, -1), np.moveaxis(slopes, 0, -1)
 
     def evaluate_with_tangents(self, x: Array) -> tuple[Array, Array]:
         """As `evaluate`, but outside the interval each basis function goes on along its tangent at the end."""
@@ -58,15 +60,15 @@ class Basis:
             return self.evaluate(x)
         inside = np.clip(x, *self.interval)
         values, slopes = self.evaluate(inside)
-        return values + slopes * (x - inside)[:, None], slopes
+        return values + slopes * (x - inside)[..., None], slopes
 
-    def _affine(self) -> tuple[float, float]:
+    def _affine(self) -> tuple[Any, Any]:
         assert self.interval is not None
         low, high = self.interval
         return (low + high) / 2, (high - low) / 2
 
     def to_family(self, coefficients: Array, family: str, variable: Variable | None = None) -> Array:
-        """The same polynomial in the family's basis (Hermite: He_k / k!), of x or of the variable (x - shift) / scale.
+        """The same polynomial in the family's basis (Hermite: He_k / k!) or `powers`, of x or (x - shift) / scale.
 
         The change of basis is done in exact rational arithmetic and rounded once: its matrix is badly conditioned for
         wide intervals and high degrees.
@@ -88,6 +90,8 @@ class Basis:
             for value, row in zip(exact, _rows("legendre", self.degree), strict=True):
                 in_t = [power + value * entry for power, entry in zip(in_t, row, strict=True)]
             powers = of_line(in_t, (shift - middle) / half, scale / half)
+        if family == "powers":
+            return np.array([float(value) for value in powers])
         return np.array([float(value) for value in _from_powers(powers, _rows(family, self.degree))])
 
 

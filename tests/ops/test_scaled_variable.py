@@ -174,8 +174,8 @@ def test_a_relu_of_small_inputs_is_fitted_at_any_degree() -> None:
         for degree in (8, 12):
             found = fit("relu", family, degree, interval="best", weight=(points, np.ones(len(points))))
             assert found.config["degree"] == degree
-            assert np.count_nonzero(found.coefficients) == degree + 1
-            assert found.certificate.rms < 3e-3
+            assert found.certificate.rms < 1e-4
+            assert np.abs(found.coefficients).max() < 1.0
 
 
 def test_all_bases_are_fine_tuned_like_the_original() -> None:
@@ -187,7 +187,8 @@ def test_all_bases_are_fine_tuned_like_the_original() -> None:
     net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 1))
     with torch.no_grad():
         net[0].weight.mul_(4.0)
-    ends = (float(net[0](x).min()), float(net[0](x).max()))
+    with torch.no_grad():
+        ends = (float(net[0](x).min()), float(net[0](x).max()))
     assert ends[0] < -8.0
     assert ends[1] > 8.0
     ends = (-9.0, 9.0)
