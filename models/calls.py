@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from polytrope.models.inputs import on_calibration_data
 from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.rewriting import (
     FunctionalActivation,
@@ -125,11 +126,8 @@ def observe_calls(
     watch = _Watch(patched)
     with measuring(model), _following(model, watch.stack), watch:
         for batch in batches:
-            try:
+            with on_calibration_data():
                 forward(model, batch)
-            except (RuntimeError, IndexError, TypeError, ValueError) as error:
-                reason = str(error) or type(error).__name__
-                raise ValueError(f"the model cannot run on the calibration data: {reason}") from error
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     owners = {seen.owner for seen in watch.seen.values()}
     own = [name for name in sorted(owners, key=order.__getitem__) if _is_elementwise(model.get_submodule(name))]

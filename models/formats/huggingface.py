@@ -36,6 +36,7 @@ from polytrope.models.formats.remote_code import (
     tokenizer_class,
 )
 from polytrope.models.formats.states import State, find_weights, load_content, load_safetensors
+from polytrope.models.rewriting import original_class
 from polytrope.models.special_tokens import kept_fields, token_fields
 from polytrope.models.surgery import replace_module, restore_activations
 from polytrope.models.weights import check_dtypes
@@ -376,8 +377,9 @@ def _known_class(instance: Any) -> str:
     """
     import transformers
 
-    name = type(instance).__name__
-    if getattr(transformers, name, None) is not type(instance):
+    kind = original_class(instance) if isinstance(instance, nn.Module) else type(instance)
+    name = kind.__name__
+    if getattr(transformers, name, None) is not kind:
         raise ValueError(f"{name} is no class of transformers: only these are written with learned activations")
     return name
 

@@ -25,6 +25,7 @@ from training_support import make_dataset
 from polytrope.models.calibration import add, calibrate
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.formats import read_model
+from polytrope.models.inputs import forward
 from polytrope.models.selection import select_activations
 from polytrope.models.surgery import find_activations
 from polytrope.ops import is_learnable_activation
@@ -33,7 +34,7 @@ from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.data.conversion_file import read_conversion
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, stage_context
-from polytrope.pipeline.stages.convert.calibration_data import array_batches, forward, text_batches, tokenizer_of
+from polytrope.pipeline.stages.convert.calibration_data import array_batches, text_batches, tokenizer_of
 from polytrope.pipeline.stages.convert.convert import convert
 from polytrope.pipeline.stages.convert.distillation import coefficients, distill, sentence_embeddings
 from polytrope.pipeline.stages.convert.parallel_calibration import calibrate_on_ray, calibrate_part

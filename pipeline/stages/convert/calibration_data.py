@@ -1,4 +1,4 @@
-"""Calibration data for any kind of model, and how a batch of it goes through the model."""
+"""Calibration data for any kind of model, from texts, arrays and data sets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from polytrope.models import find_architecture
 from polytrope.models.convnext import normalise_images
+from polytrope.models.inputs import Batch
 from polytrope.pipeline.data.description import read_dataset
 from polytrope.pipeline.data.order import sample_indices
 from polytrope.pipeline.data.reader import open_split
@@ -21,23 +22,7 @@ from polytrope.pipeline.data.tokenization import same_tokenizer
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 
-Batch = dict[str, Tensor]
 _LONGEST = 256
-
-
-def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """The first tensor of the model's output for a batch; models of this package take their input by position.
-
-    Images come in float32 and go in with the type of the model's weights.
-    """
-    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    moved = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
-    output = model(next(iter(moved.values()))) if hasattr(model, "architecture") else model(**moved)
-    if isinstance(output, Tensor):
-        return output
-    first = output[0]
-    assert isinstance(first, Tensor)
-    return first
 
 
 def documentation_sentences() -> list[str]:
