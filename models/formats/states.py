@@ -163,7 +163,8 @@ def build_from_weights(weights: Weights, config: Mapping[str, Any]) -> nn.Module
             raise ValueError(
                 f"{', '.join(asked)}: the file does not say, so give "
                 + " and ".join(f"{name} ({hint})" for name, hint in asked.items())
-                + f": `polytrope convert … {' '.join(f'--set {name}=VALUE' for name in asked)}`"
+                + f": `polytrope convert … {' '.join(f'--set {name}=VALUE' for name in asked)}`, "
+                + f"`config: {{{', '.join(f'{name}: VALUE' for name in asked)}}}` of the stage `import_model`"
                 + (f"; it says {told}" if told else "")
             )
         model = record.build(make_config(record.config, fields))

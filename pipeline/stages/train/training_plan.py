@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -245,13 +244,16 @@ def expand_preset(architecture: str, model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_initial(initial: Artifact) -> tuple[str, dict[str, Any]]:
+    from polytrope.models.checkpoint import read_description
+
     try:
-        content = json.loads((initial.path / "model.json").read_text(encoding="utf-8"))
-        return str(content["architecture"]), dict(content["config"])
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        content = read_description(initial.path)
+    except ValueError as error:
         raise UserError(
-            f"`initial` ({initial.stage}) holds no model: {error}", "name a `train` or `convert` stage"
+            f"`initial` ({initial.stage}) holds no model that can be trained: {error}",
+            "name a `train`, `convert` or `import_model` stage",
         ) from error
+    return str(content["architecture"]), dict(content["config"])
 
 
 def _same_tokenizer(initial: Artifact, dataset: Artifact) -> None:
