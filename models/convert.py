@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -127,7 +127,9 @@ class Conversion:
             ValueError: what the format cannot say, or a model that does not come back from it.
         """
         target = Path(directory)
-        write_model(target, self.model, source=None if source is None else Path(source))
+        given = self.rated if isinstance(self.rated, Mapping) else {}
+        named = {str(name): value for name, value in given.items() if isinstance(value, Tensor)}
+        write_model(target, self.model, source=None if source is None else Path(source), inputs=named or None)
         content = {
             "format": _FORMAT,
             "samples": self.samples,

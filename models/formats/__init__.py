@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from polytrope.models import ARCHITECTURES, find_architecture
 
@@ -103,6 +103,7 @@ def write_model(
     *,
     format: Literal["own", "huggingface"] | None = None,
     source: Path | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model with its learned activations; read back and compared before it appears.
 
@@ -110,6 +111,7 @@ def write_model(
         format: default: `own` for models of this package, `huggingface` for those of transformers; any other module as
             its weights and a description of its activations (`module`).
         source: a directory whose tokenizer and other files belong to the model.
+        inputs: what a model of transformers takes, by name, to compare its outputs; default: where they are known.
 
     Raises:
         ValueError: what the format cannot say, or a model that does not come back from it.
@@ -126,7 +128,7 @@ def write_model(
         from polytrope.models.formats.huggingface import save_huggingface
         from polytrope.models.surgery import describe_activations
 
-        save_huggingface(directory, model, describe_activations(model), source)
+        save_huggingface(directory, model, describe_activations(model), source, inputs)
     else:
         from polytrope.models.formats.module import save_module
 

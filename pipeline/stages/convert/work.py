@@ -15,6 +15,7 @@ from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.conversion import FitOptions
 from polytrope.models.convert import RATED_SAMPLES, convert_batches
 from polytrope.models.formats import read_model, write_model
+from polytrope.models.formats.onnx import Export
 from polytrope.models.inputs import Batch, forward, head, size_of
 from polytrope.models.selection import Selection
 from polytrope.models.surgery import Activation, Choice, describe_activations
@@ -49,13 +50,13 @@ class Outcome:
     Args:
         record: of the conversion; None where nothing was converted.
         samples: of the calibration.
-        deviation: of onnxruntime's outputs from the model's, where `model.onnx` was written.
+        onnx: what `model.onnx` is, where it was written.
         onnx_failure: why it was not; everything else is there.
     """
 
     record: ConversionRecord | None
     samples: int
-    deviation: float | None = None
+    onnx: Export | None = None
     onnx_failure: str | None = None
 
 
@@ -90,7 +91,7 @@ def convert_model(
     written = record(made.layers, options, {entry.name: entry.cost for entry in made.activations}, made.left)
     if output is None:
         return Outcome(written, made.samples)
-    _write_model(model, source.path, parameters, output)
+    _write_model(model, source.path, parameters, output, made.rated)
     write_conversion(output, written)
     if parameters.page:
         from polytrope.pipeline.stages.convert.conversion_page import write_page
@@ -135,10 +136,13 @@ def _is_ours(model: nn.Module) -> bool:
     return hasattr(model, "architecture")
 
 
-def _write_model(model: nn.Module, source: Path, parameters: ConvertParameters, output: Path) -> None:
+def _write_model(
+    model: nn.Module, source: Path, parameters: ConvertParameters, output: Path, inputs: Batch | None = None
+) -> None:
     """The model with what lies beside it in the directory `source`."""
     beside = source if source.is_dir() else None
-    write_model(output, model, format=parameters.format or ("own" if _is_ours(model) else "huggingface"), source=beside)
+    format = parameters.format or ("own" if _is_ours(model) else "huggingface")
+    write_model(output, model, format=format, source=beside, inputs=inputs)
 
 
 def _write_extras(
@@ -158,13 +162,15 @@ def _write_extras(
 
     path = output / "model.onnx"
     try:
-        deviation = save_onnx(path, model, list(traced.values()), None if _is_ours(model) else list(traced))
+        written = save_onnx(path, model, list(traced.values()), None if _is_ours(model) else list(traced))
     except Exception as error:  # the exporter runs the model's own code, which raises anything
         path.unlink(missing_ok=True)
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         failure = kind + str(error).removeprefix(f"{path}: ")
+        if outcome.record is not None:
+            write_conversion(output, outcome.record.model_copy(update={"onnx_failure": failure}))
         return Outcome(outcome.record, outcome.samples, onnx_failure=failure)
-    return Outcome(outcome.record, outcome.samples, deviation)
+    return Outcome(outcome.record, outcome.samples, written)
 
 
 def _write_tables(output: Path, model: nn.Module, calibrations: Mapping[str, Calibration]) -> None:
