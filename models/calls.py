@@ -54,6 +54,7 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
     F.celu: "celu",
     F.celu_: "celu",
     torch.celu: "celu",
+    F.prelu: "prelu",
     F.leaky_relu: "leaky_relu",
     F.leaky_relu_: "leaky_relu",
     F.hardswish: "hardswish",
@@ -130,7 +131,7 @@ def observe_calls(
                 forward(model, batch)
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     owners = {seen.owner for seen in watch.seen.values()}
-    own = [name for name in sorted(owners, key=order.__getitem__) if _is_elementwise(model.get_submodule(name))]
+    own = [name for name in sorted(owners, key=order.__getitem__) if is_elementwise(model.get_submodule(name))]
     calls = [seen.call() for seen in watch.seen.values() if seen.owner not in own]
     calls.sort(key=lambda call: (order[call.owner], call.site is None, call.site or call.kind))
     return _named(model, calls), own
@@ -166,7 +167,8 @@ def _named(model: nn.Module, calls: Sequence[Call]) -> list[Call]:
     return named
 
 
-def _is_elementwise(module: nn.Module) -> bool:
+def is_elementwise(module: nn.Module) -> bool:
+    """Whether a module is nothing but a function of single numbers."""
     if sum(parameter.numel() for parameter in module.parameters()) > _SMALL:
         return False
     try:

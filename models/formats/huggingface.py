@@ -246,7 +246,7 @@ def _foreign_model(config: dict[str, Any], directory: Path, activations: Mapping
         text = str(error)
         if text.startswith(str(directory)):
             raise ValueError(text) from error
-        raise ValueError(f"{directory}: transformers cannot load it: {text.splitlines()[0]}") from error
+        raise ValueError(f"{directory}: transformers cannot load it: {text}") from error
     for problem in ("missing", "unexpected"):
         if report[f"{problem}_keys"]:
             names = ", ".join(sorted(report[f"{problem}_keys"])[:8])

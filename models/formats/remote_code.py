@@ -222,8 +222,8 @@ class LearnedActivation(nn.Module):
                     self.reset_parameter(name, initial)
         self.__dict__["is_initialized"] = value
 
-    def forward(self, x):
-        return FUNCTIONS[self.function](x, *[getattr(self, name) for name in self.initial], **self.options)
+    def forward(self, input):
+        return FUNCTIONS[self.function](input, *[getattr(self, name) for name in self.initial], **self.options)
 
     def extra_repr(self):
         return f"{self.function}, {self.options}"

@@ -57,7 +57,7 @@ def load_tensors(path: Path, safe_globals: list[Any] | None = None) -> Any:
             "code; save its state_dict() alone, or convert it to .safetensors"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
 
 
 def load_safetensors(path: Path) -> State:
