@@ -28,6 +28,7 @@ from polytrope.models.modes import measuring
 from polytrope.models.rewriting import FunctionalActivation
 from polytrope.models.selection import Left, Selection, select_activations
 from polytrope.models.surgery import Choice, is_activation, replace_module
+from polytrope.models.writing import appearing
 
 CERTIFICATES = "certificates.json"
 RATED_SAMPLES = 8  # that the costs and the difference are of
@@ -126,10 +127,8 @@ class Conversion:
         Raises:
             ValueError: what the format cannot say, or a model that does not come back from it.
         """
-        target = Path(directory)
         given = self.rated if isinstance(self.rated, Mapping) else {}
         named = {str(name): value for name, value in given.items() if isinstance(value, Tensor)}
-        write_model(target, self.model, source=None if source is None else Path(source), inputs=named or None)
         content = {
             "format": _FORMAT,
             "samples": self.samples,
@@ -137,7 +136,9 @@ class Conversion:
             "activations": [asdict(entry) for entry in self.activations],
             "left": [asdict(entry) for entry in self.left],
         }
-        (target / CERTIFICATES).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with appearing(Path(directory), CERTIFICATES) as aside:
+            write_model(aside, self.model, source=None if source is None else Path(source), inputs=named or None)
+            (aside / CERTIFICATES).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, directory: str | Path, model: nn.Module | None = None) -> Conversion:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from polytrope.models import is_own
 from polytrope.models.modes import wrapped_forward
 
 Batch = dict[str, Tensor]
@@ -101,8 +102,7 @@ def forward(model: nn.Module, batch: Any) -> Tensor:
         if isinstance(moved, Tensor):
             output = model(moved)
         elif isinstance(moved, Mapping):
-            ours = hasattr(model, "architecture")
-            output = model(next(iter(moved.values()))) if ours else model(**moved)
+            output = model(next(iter(moved.values()))) if is_own(model) else model(**moved)
         else:
             output = model(*moved[: _required(model, len(moved))])
     elif callable(batch):

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from polytrope.models import ARCHITECTURES, find_architecture
+from polytrope.models import ARCHITECTURES, find_architecture, is_own
 
 __all__ = ["detect_format", "read_model", "write_model"]
 
@@ -116,7 +116,7 @@ def write_model(
     Raises:
         ValueError: what the format cannot say, or a model that does not come back from it.
     """
-    ours = hasattr(model, "architecture")
+    ours = is_own(model)
     if format == "own" and not ours:
         titles = " and ".join(find_architecture(name).title for name in ARCHITECTURES)
         raise ValueError(f"format: own is for {titles}; this architecture is written as huggingface")

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from polytrope.models import find_architecture, find_huggingface
+from polytrope.models import find_architecture, find_huggingface, is_own
 from polytrope.models.activations import normalised_activations
 from polytrope.models.architecture import Architecture
 from polytrope.models.checkpoint import activation_modules, compare_configs, model_config
@@ -320,7 +320,7 @@ def save_huggingface(
     state = model.state_dict()
     shared = _shared(model, activations)
     written_once = {name: tensor for name, tensor in state.items() if _owner(name) not in shared}
-    record = find_architecture(str(model.architecture)) if hasattr(model, "architecture") else None
+    record = find_architecture(str(model.architecture)) if is_own(model) else None
     with appearing(directory, "config.json") as aside:
         if record is not None:
             _write_own(aside, model, record, written_once, source)

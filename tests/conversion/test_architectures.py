@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.architectures import BEGIN, END, PAGE, RESULTS, Row, architectures, measure, table
+from polytrope.models.convert import convert
+from polytrope.models.formats import read_model
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,27 @@ def test_a_model_of_the_table(tmp_path: Path, name: str, found: int, converted: 
     assert row.after is not None
     assert row.before < 1e-6 < row.after < 0.05
     assert row.reload == "equal"
+
+
+def test_functions_that_became_modules_are_trained_saved_and_loaded_by_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoModelForSpeechSeq2Seq
+
+    row = architectures()["Whisper"]()
+    batch = row.inputs()
+    convert(row.build().eval(), [batch], degree=4).save(tmp_path / "converted")
+    model = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "converted", trust_remote_code=True).eval()
+    coefficients = model.model.encoder.gelu_call_1.coefficients
+    model(**batch).logits.sum().backward()
+    assert coefficients.grad.abs().sum() > 0
+    with torch.no_grad():
+        coefficients += 0.01
+        wanted = model(**batch).logits
+        model.save_pretrained(tmp_path / "trained")
+        again = AutoModelForSpeechSeq2Seq.from_pretrained(tmp_path / "trained", trust_remote_code=True)
+        assert torch.equal(again(**batch).logits, wanted)
+        assert torch.equal(read_model(tmp_path / "trained")(**batch).logits, wanted)
+        headless = AutoModel.from_pretrained(tmp_path / "trained", trust_remote_code=True)
+        assert torch.equal(headless(**batch)[0], model.model(**batch)[0])
 
 
 def test_the_page_has_the_table_of_the_last_measurement() -> None:

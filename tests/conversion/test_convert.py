@@ -21,6 +21,7 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.architecture = "gpt2"  # a name of this package, which makes it no model of it
         self.first = nn.Linear(8, 8)
         self.activation = nn.GELU()
         self.second = nn.Linear(8, 8, bias=False)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from polytrope.models import find_architecture
+from polytrope.models import find_architecture, is_own
 from polytrope.models.convnext import normalise_images
 from polytrope.models.inputs import Batch
 from polytrope.models.rewriting import original_class
@@ -140,11 +140,11 @@ def _read_columns(model: nn.Module, path: Path) -> dict[str, np.ndarray]:
             )
     if isinstance(content, np.ndarray):
         return {_input_of(model, path, content): content}
-    if hasattr(model, "architecture") and len(columns) != 1:
+    if is_own(model) and len(columns) != 1:
         raise UserError(f"{path}: {len(columns)} arrays, and a {type(model).__name__} has one input", "give a .npy")
     known = list(inspect.signature(original_class(model).forward).parameters)[1:]
     unknown = [name for name in columns if name not in known]
-    if unknown and not hasattr(model, "architecture"):
+    if unknown and not is_own(model):
         raise UserError(f"{path}: {unknown[0]} is no input of {type(model).__name__}", f"it takes {', '.join(known)}")
     if not columns:
         raise UserError(f"{path}: there is no array in it", f"{type(model).__name__} takes {', '.join(known)}")
@@ -191,7 +191,7 @@ def dataset_batches(
     parts = np.array_split(indices, -(-len(indices) // parameters.batch_size))
     if read_dataset(dataset).kind == "images":
         # of foreign models nothing is known here; most published ones take this normalisation
-        ours = getattr(model, "architecture", None)
+        ours = str(model.architecture) if is_own(model) else None
         prepare = normalise_images if ours is None else find_architecture(ours).prepare
         pixels = (torch.from_numpy(reader.images(part)[0]).float() / 255.0 for part in parts)
         return [{"pixel_values": prepare(images)} for images in pixels]
@@ -239,7 +239,7 @@ def _encoded(
             f"convert: {directory} has no tokenizer.json, so the calibration data must be numbers",
             "give a file .npy: images [n, channels, height, width] as float, or token ids [n, length]",
         )
-    keywords, longest = not hasattr(model, "architecture"), longest_input(model, directory)
+    keywords, longest = not is_own(model), longest_input(model, directory)
     length = _LONGEST if longest is None else min(longest, _LONGEST)
     tokenizer.no_truncation()
     tokenizer.no_padding()

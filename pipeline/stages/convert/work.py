@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polytrope.models import is_own
 from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.conversion import FitOptions
 from polytrope.models.convert import RATED_SAMPLES, convert_batches
@@ -132,16 +133,12 @@ def _on_ray(
     return calibrate_on_ray(source.path, source.config, names, batches, tasks, source.ray_address, selection.calls)
 
 
-def _is_ours(model: nn.Module) -> bool:
-    return hasattr(model, "architecture")
-
-
 def _write_model(
     model: nn.Module, source: Path, parameters: ConvertParameters, output: Path, inputs: Batch | None = None
 ) -> None:
     """The model with what lies beside it in the directory `source`."""
     beside = source if source.is_dir() else None
-    format = parameters.format or ("own" if _is_ours(model) else "huggingface")
+    format = parameters.format or ("own" if is_own(model) else "huggingface")
     write_model(output, model, format=format, source=beside, inputs=inputs)
 
 
@@ -162,7 +159,7 @@ def _write_extras(
 
     path = output / "model.onnx"
     try:
-        written = save_onnx(path, model, list(traced.values()), None if _is_ours(model) else list(traced))
+        written = save_onnx(path, model, list(traced.values()), None if is_own(model) else list(traced))
     except Exception as error:  # the exporter runs the model's own code, which raises anything
         path.unlink(missing_ok=True)
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
