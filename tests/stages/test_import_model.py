@@ -66,8 +66,8 @@ def test_every_format_of_a_gpt2_becomes_a_model_that_stages_read(tmp_path: Path,
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(load_model(output)(tokens), model(tokens))
-    architecture, found = _read_initial(Artifact(output, "digest", "pretrained"))
-    assert (architecture, found["n_embd"]) == ("gpt2", 16)
+    initial = _read_initial(Artifact(output, "digest", "pretrained"))
+    assert (initial.architecture, initial.settings["n_embd"]) == ("gpt2", 16)
 
 
 def test_another_architecture_stays_one_of_transformers_and_train_says_why_it_refuses(tmp_path: Path) -> None:
