@@ -76,6 +76,7 @@ _PACKAGES = ("integrations", "models", "ops", "pipeline")
 __all__ = [
     "Artifact",
     "Chebyshev",
+    "Conversion",
     "Fourier",
     "Hermite",
     "Legendre",
@@ -94,6 +95,7 @@ __all__ = [
     "__version__",
     "build_activation",
     "build_model",
+    "convert",
     "find_activations",
     "fit",
     "integrations",
