@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.conversion import FitOptions, apply, fit_layers
 from polytrope.models.formats import read_model
+from polytrope.models.inputs import Batch, forward
 from polytrope.models.surgery import Activation, find_activations
 from polytrope.ops.interpolate import fit, parameter_count
 from polytrope.pipeline.stages.convert.calibration_data import (
-    Batch,
     documentation_sentences,
-    forward,
     text_batches,
     tokenizer_of,
 )

@@ -45,6 +45,12 @@ def find_huggingface(model_type: Any) -> Architecture | None:
     return next((record for record in records if record.huggingface.model_type == model_type), None)
 
 
+def is_own(model: Any) -> bool:
+    """Whether a module is a model of this package; others may have an attribute `architecture`, too."""
+    name = getattr(model, "architecture", None)
+    return name in ARCHITECTURES and isinstance(getattr(model, "config", None), find_architecture(name).config)
+
+
 def build_model(architecture: str, config: Mapping[str, Any]) -> nn.Module:
     """A freshly initialised model (from torch's global random state).
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from polytrope.models.inputs import on_calibration_data
 from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.rewriting import (
     FunctionalActivation,
@@ -53,6 +54,7 @@ FUNCTIONS: dict[Callable[..., Any], str] = {
     F.celu: "celu",
     F.celu_: "celu",
     torch.celu: "celu",
+    F.prelu: "prelu",
     F.leaky_relu: "leaky_relu",
     F.leaky_relu_: "leaky_relu",
     F.hardswish: "hardswish",
@@ -125,14 +127,11 @@ def observe_calls(
     watch = _Watch(patched)
     with measuring(model), _following(model, watch.stack), watch:
         for batch in batches:
-            try:
+            with on_calibration_data():
                 forward(model, batch)
-            except (RuntimeError, IndexError, TypeError, ValueError) as error:
-                reason = str(error) or type(error).__name__
-                raise ValueError(f"the model cannot run on the calibration data: {reason}") from error
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     owners = {seen.owner for seen in watch.seen.values()}
-    own = [name for name in sorted(owners, key=order.__getitem__) if _is_elementwise(model.get_submodule(name))]
+    own = [name for name in sorted(owners, key=order.__getitem__) if is_elementwise(model.get_submodule(name))]
     calls = [seen.call() for seen in watch.seen.values() if seen.owner not in own]
     calls.sort(key=lambda call: (order[call.owner], call.site is None, call.site or call.kind))
     return _named(model, calls), own
@@ -168,7 +167,8 @@ def _named(model: nn.Module, calls: Sequence[Call]) -> list[Call]:
     return named
 
 
-def _is_elementwise(module: nn.Module) -> bool:
+def is_elementwise(module: nn.Module) -> bool:
+    """Whether a module is nothing but a function of single numbers."""
     if sum(parameter.numel() for parameter in module.parameters()) > _SMALL:
         return False
     try:

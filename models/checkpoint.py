@@ -116,6 +116,11 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         ValueError: not a model directory, or a format of a newer version.
     """
     path = Path(directory) / "model.json"
+    if not path.exists() and path.with_name("config.json").exists():
+        raise ValueError(
+            f"{directory} holds a model of transformers (config.json), not one of this package (model.json); GPT-2 and "
+            "ConvNeXt become one by the stage `import_model`, other architectures are for the stage `convert` alone"
+        )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -80,7 +80,7 @@ def route(owner: nn.Module, site: Site, module: nn.Module) -> None:
     Raises:
         SourceError: a source that is not there, or not the one of the site; a call that cannot be exchanged.
     """
-    base, sites = _base(owner), (*sites_of(owner), site)
+    base, sites = original_class(owner), (*sites_of(owner), site)
     routed = _routed(base, tuple(sorted(sites)))  # type: ignore[arg-type]
     owner.add_module(site.child, module)
     owner.__class__ = routed
@@ -91,7 +91,8 @@ def sites_of(owner: nn.Module) -> tuple[Site, ...]:
     return getattr(type(owner), "_routed_sites", ())
 
 
-def _base(owner: nn.Module) -> type[nn.Module]:
+def original_class(owner: nn.Module) -> type[nn.Module]:
+    """Of a module, as it was before children were put instead of functions."""
     base: type[nn.Module] = getattr(type(owner), "_routed_base", type(owner))
     return base
 

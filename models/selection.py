@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polytrope.models.calls import Call, lift, observe_calls, plain_kind
+from polytrope.models.calls import Call, is_elementwise, lift, observe_calls, plain_kind
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import (
     ACTIVATION_CLASSES,
@@ -20,6 +21,7 @@ from polytrope.models.surgery import (
     gate_call,
     gate_module,
     stays,
+    takes_class,
 )
 from polytrope.ops.fitting.targets import resolve_target
 
@@ -94,7 +96,7 @@ def select_activations(
             kind = plain_kind(resolve_target(module))
             gate = gate_module(model, name) if kind is None else gate_call(name, kind)
             reason = choice.reason_to_stay(name, [*class_names(module), kind or ""], gate)
-        elif classes & class_names(module):
+        elif takes_class(module, classes):
             reason = stays(model, name, choice)
         else:
             continue
@@ -110,7 +112,7 @@ def select_activations(
         else:
             left.append(Left(call.name, call.kind, call.place, call.count, reason))
     if not chosen and not lifted:
-        raise ValueError(_nothing(model, left))
+        raise ValueError(_nothing(model, left, calls, types))
     _lift_alike(model, lifted, batches[0], forward)
     names = {*chosen, *(call.name for call in lifted)}
     return Selection(
@@ -118,15 +120,40 @@ def select_activations(
     )
 
 
-def _nothing(model: nn.Module, left: Sequence[Left]) -> str:
-    if not left:
+def _nothing(model: nn.Module, left: Sequence[Left], calls: Sequence[Call], types: Sequence[str]) -> str:
+    """What the model has instead, and what would be taken if it were asked for."""
+    name = type(model).__name__
+    if left and all(entry.reason.startswith("learned already") for entry in left):
+        names = ", ".join(entry.name for entry in left[:8]) + ", …" * (len(left) > 8)
         return (
-            f"{type(model).__name__} has no activation to convert: no module of a known class, and no call of a known "
-            "function was seen. A class of your own is taken by its name (types)"
+            f"{name} is converted already: its {len(left)} activations are learned ({names}). Convert the model of "
+            f"before, or fit them again by their type: types={sorted({entry.kind for entry in left})} (--type)"
         )
-    lines = [f"{entry.name} ({entry.place}): {entry.reason}" for entry in left[:12]]
-    more = f"\n… and {len(left) - 12} more" if len(left) > 12 else ""
-    return f"the selection leaves none of {len(left)} activations:\n" + "\n".join(lines) + more
+    if left:
+        lines = [f"{entry.name} ({entry.place}): {entry.reason}" for entry in left[:12]]
+        lines += [f"… and {len(left) - 12} more"] * (len(left) > 12)
+        stuck = {call.name for call in calls if call.obstacle is not None}
+        asked = [entry for entry in left if entry.reason.endswith("is asked for") and entry.name not in stuck]
+        if asked:
+            kinds = sorted({entry.kind for entry in asked})
+            lines.append(f"types={kinds} (--type) takes them, or include={[asked[0].name]} (--include)")
+        return f"the selection leaves none of {len(left)} activations:\n" + "\n".join(lines)
+    idle = (nn.Identity, nn.modules.dropout._DropoutNd)
+    leaves = [module for module in model.modules() if not module._modules and not isinstance(module, idle)]
+    counts = Counter(type(module).__name__ for module in leaves)
+    shown = ", ".join(f"{kind} × {count}" for kind, count in counts.most_common(12)) + ", …" * (len(counts) > 12)
+    candidates = sorted({type(module).__name__ for module in leaves if is_elementwise(module)})
+    looked = (
+        "no module of a known class, and no call of a known function was seen"
+        if not types
+        else (f"no module and no function of the types {', '.join(types)}")
+    )
+    hint = (
+        f"Nothing but functions of single numbers are: types={candidates} (--type) takes them"
+        if candidates
+        else "A class of your own is taken by its name: types=['MyActivation'] (--type MyActivation)"
+    )
+    return f"{name} has no activation to convert: {looked}. Its modules: {shown}.\n{hint}"
 
 
 def _lift_alike(model: nn.Module, calls: Sequence[Call], batch: Any, forward: Callable[[nn.Module, Any], Any]) -> None:

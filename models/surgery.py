@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -19,13 +19,13 @@ from polytrope.models.rewriting import FunctionalActivation, Site, route, sites_
 # By class name, so that the classes of transformers and timm are known without importing either.
 ACTIVATION_CLASSES = frozenset(
     {"GELU", "ReLU", "ReLU6", "SiLU", "Tanh", "Mish", "ELU", "Hardswish", "Softplus", "LeakyReLU", "QuickGELU", "Swish"}
-    | {"SELU", "CELU", "Softsign", "Hardtanh", "LogSigmoid", "Tanhshrink", "BloomGelu"}
+    | {"SELU", "CELU", "PReLU", "Softsign", "Hardtanh", "LogSigmoid", "Tanhshrink", "BloomGelu"}
     | {"GELUActivation", "NewGELUActivation", "FastGELUActivation", "QuickGELUActivation", "PytorchGELUTanh"}
     | {"GELUTanh", "SiLUActivation", "MishActivation", "ReLUSquaredActivation", "AccurateGELUActivation"}
     | {"HardSwish", "HardMish", "LaplaceActivation", "ClippedGELUActivation", "FunctionalActivation"}
 )
 # Known, but converted only if asked for by type.
-GATE_CLASSES = frozenset({"Sigmoid", "Hardsigmoid", "HardSigmoid", "PReLU", "RReLU"})
+GATE_CLASSES = frozenset({"Sigmoid", "Hardsigmoid", "HardSigmoid", "RReLU", "LearnableActivation"})
 GATE_FUNCTIONS = frozenset({"sigmoid", "tanh", "hardsigmoid", "hardtanh", "logsigmoid", "softplus", "tanhshrink"})
 _HEADS = re.compile(r"(^|\.)((\w+_)?(pooler|classifier|head|heads)|cls|score|qa_outputs)(\.|$)")
 
@@ -82,13 +82,15 @@ def _plain(kind: str) -> str:
 
 
 def gate_module(model: nn.Module, name: str) -> str | None:
-    """Why a module stays unless it is asked for: a gate, or of a pooler or a head."""
+    """Why a module stays unless it is asked for: a gate, learned already, or of a pooler or a head."""
     module = model.get_submodule(name)
     kinds = class_names(module)
+    if "LearnableActivation" in kinds:
+        return f"learned already ({learned_name(module)})"
     if _HEADS.search(name):
         return "part of a pooler or a head"
     if GATE_CLASSES & kinds:
-        return f"{type(module).__name__} is mostly a gate, or has a slope per channel"
+        return f"{type(module).__name__} is mostly a gate"
     if "Tanh" in kinds:
         neighbours = model.get_submodule(name.rpartition(".")[0]).children()
         if any("Sigmoid" in class_names(neighbour) for neighbour in neighbours):
@@ -108,9 +110,20 @@ def class_names(module: nn.Module) -> set[str]:
     return {parent.__name__ for parent in type(module).__mro__}
 
 
+def learned_name(module: nn.Module) -> str:
+    """Family and size of a learnable activation: `hermite 8`."""
+    config = module.config()  # type: ignore[operator]
+    return f"{config['name']} {config.get('degree', '')}".strip()
+
+
+def takes_class(module: nn.Module, types: Iterable[str]) -> bool:
+    """Whether a module is of one of these classes or a subclass; written as anybody would: `gelu`, `quick_gelu`."""
+    return bool({_plain(kind) for kind in class_names(module)} & {_plain(kind) for kind in types})
+
+
 def is_activation(module: nn.Module) -> bool:
     """Whether a module is of a class that is known as an activation, or one of this package's."""
-    return bool((ACTIVATION_CLASSES | GATE_CLASSES | {"LearnableActivation"}) & class_names(module))
+    return bool((ACTIVATION_CLASSES | GATE_CLASSES) & class_names(module))
 
 
 def find_activations(
@@ -131,8 +144,8 @@ def find_activations(
         ValueError: nothing is left.
     """
     choice = Choice(types, include, exclude, layers)
-    classes = (frozenset(types) if types else ACTIVATION_CLASSES) | {"FunctionalActivation"}
-    known = [Activation(name, module) for name, module in model.named_modules() if classes & class_names(module)]
+    classes = (frozenset(types) if types else ACTIVATION_CLASSES | GATE_CLASSES) | {"FunctionalActivation"}
+    known = [Activation(name, module) for name, module in model.named_modules() if takes_class(module, classes)]
     if not known:
         raise ValueError(
             f"{type(model).__name__} has no activation module to replace; looked for the classes "
@@ -150,6 +163,9 @@ def find_activations(
 def stays(model: nn.Module, name: str, choice: Choice) -> str | None:
     """Why an activation module is not converted; None if it is."""
     module = model.get_submodule(name)
+    slopes = sum(parameter.numel() for parameter in module.parameters()) if "PReLU" in class_names(module) else 1
+    if slopes > 1:
+        return f"a slope for each of {slopes} channels: no one function can stand for it"
     if isinstance(module, FunctionalActivation):
         return choice.reason_to_stay(name, (module.kind,), gate_call(name, module.kind))
     return choice.reason_to_stay(name, sorted(class_names(module)), gate_module(model, name))

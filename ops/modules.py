@@ -173,11 +173,11 @@ class LearnableActivation(nn.Module):
             known = ", ".join([*self.starts, *published])
             raise ValueError(f"init: expected {known} or a function to imitate; {error}") from None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # as torch's own activations call it: some models give it by keyword
         parameters = self._arguments()
-        if type(x) is Tensor and not x.is_nested:
-            return self.function(x, *parameters, **self._options())
-        return tensors.call(self.function, x, *parameters, **self._options())
+        if type(input) is Tensor and not input.is_nested:
+            return self.function(input, *parameters, **self._options())
+        return tensors.call(self.function, input, *parameters, **self._options())
 
     def _arguments(self) -> list[Tensor]:
         """What `function` takes after x."""

@@ -26,7 +26,12 @@ API = {
     "Activation functions": ("polytrope.ops.functional",),
     "Fitting": ("polytrope.ops.interpolate", "polytrope.ops.fitting.certificate"),
     "Models": ("polytrope.models", "polytrope.models.gpt2", "polytrope.models.convnext", "polytrope.models.checkpoint"),
-    "Conversion": ("polytrope.models.surgery", "polytrope.models.calibration", "polytrope.models.conversion"),
+    "Conversion": (
+        "polytrope.models.convert",
+        "polytrope.models.surgery",
+        "polytrope.models.calibration",
+        "polytrope.models.conversion",
+    ),
 }
 SECTION = re.compile(r"^(Args|Raises|Returns|Yields|Attributes):\s*$")
 

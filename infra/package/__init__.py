@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from polytrope import integrations, models, ops, pipeline
     from polytrope.models import build_model
     from polytrope.models.checkpoint import load_model, save_model
+    from polytrope.models.convert import Conversion, convert
     from polytrope.models.formats import read_model
     from polytrope.models.surgery import find_activations, replace_module
     from polytrope.ops import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 PLACES = {
     "Artifact": "polytrope.pipeline.stage",
     "Chebyshev": "polytrope.ops",
+    "Conversion": "polytrope.models.convert",
     "Fourier": "polytrope.ops",
     "Hermite": "polytrope.ops",
     "Legendre": "polytrope.ops",
@@ -58,6 +60,7 @@ PLACES = {
     "Workflow": "polytrope.pipeline.workflow.spec",
     "build_activation": "polytrope.ops",
     "build_model": "polytrope.models",
+    "convert": "polytrope.models.convert",
     "find_activations": "polytrope.models.surgery",
     "fit": "polytrope.ops.interpolate",
     "load_model": "polytrope.models.checkpoint",
@@ -73,6 +76,7 @@ _PACKAGES = ("integrations", "models", "ops", "pipeline")
 __all__ = [
     "Artifact",
     "Chebyshev",
+    "Conversion",
     "Fourier",
     "Hermite",
     "Legendre",
@@ -91,6 +95,7 @@ __all__ = [
     "__version__",
     "build_activation",
     "build_model",
+    "convert",
     "find_activations",
     "fit",
     "integrations",

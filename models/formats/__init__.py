@@ -6,6 +6,7 @@
 | Hugging Face directory (`config.json`) | `huggingface` | `huggingface` |
 | DeepSpeed ZeRO checkpoint, stages 0 to 3 | `deepspeed` | - |
 | state dict of nanoGPT, HF, ConvNeXt, timm, torchvision (a file; `_STATE_SUFFIXES`) | `states` | - |
+| any other module (`module.json`): weights and activations for a fresh one | `module` | `module` |
 | ONNX | - | `onnx` |
 
 No file is ever unpickled into anything but tensors and plain containers (`torch.load(weights_only=True)`). What changes
@@ -17,11 +18,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["detect_format", "read_model"]
+from polytrope.models import ARCHITECTURES, find_architecture, is_own
+
+__all__ = ["detect_format", "read_model", "write_model"]
 
 _STATE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _WEIGHTS_OF_DIRECTORIES = ("model.safetensors", "pytorch_model.bin")
@@ -52,6 +55,11 @@ def detect_format(path: str | Path) -> str:
         return "own"
     if huggingface:
         return "huggingface"
+    if (path / "module.json").exists():
+        raise ValueError(
+            f"{path} holds the weights of a module of somebody's own, whose class it does not have: "
+            "polytrope.models.convert.Conversion.load(directory, model) puts them into a fresh one"
+        )
     from polytrope.models.formats.deepspeed import checkpoint_directory
 
     if checkpoint_directory(path) is not None:
@@ -89,3 +97,49 @@ def read_model(path: str | Path, config: Mapping[str, Any] | None = None) -> nn.
 
     content = deepspeed.read_state(path) if kind == "deepspeed" else states.load_content(path)
     return states.build_from_weights(states.find_weights(content, str(path)), config or {}).eval()
+
+
+def write_model(
+    directory: Path,
+    model: nn.Module,
+    *,
+    format: Literal["own", "huggingface"] | None = None,
+    source: Path | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model with its learned activations; read back and compared before it appears.
+
+    Args:
+        format: default: `own` for models of this package, `huggingface` for those of transformers; any other module as
+            its weights and a description of its activations (`module`).
+        source: a directory whose tokenizer and other files belong to the model.
+        inputs: what a model of transformers takes, by name, to compare its outputs; default: where they are known.
+
+    Raises:
+        ValueError: what the format cannot say, or a model that does not come back from it.
+    """
+    ours = is_own(model)
+    if format == "own" and not ours:
+        titles = " and ".join(find_architecture(name).title for name in ARCHITECTURES)
+        raise ValueError(f"format: own is for {titles}; this architecture is written as huggingface")
+    if ours and format != "huggingface":
+        from polytrope.models.checkpoint import save_model
+
+        save_model(directory, model, tokenizer=source)
+    elif ours or format == "huggingface" or _of_transformers(model):
+        from polytrope.models.formats.huggingface import save_huggingface
+        from polytrope.models.surgery import describe_activations
+
+        save_huggingface(directory, model, describe_activations(model), source, inputs)
+    else:
+        from polytrope.models.formats.module import save_module
+
+        save_module(directory, model)
+
+
+def _of_transformers(model: nn.Module) -> bool:
+    """Whether it is of a class that transformers itself has, whatever calls in it became modules."""
+    from polytrope.models.rewriting import original_class
+
+    kind = original_class(model)
+    return kind.__module__.startswith("transformers.models.")

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from polytrope.models import find_architecture, find_huggingface
+from polytrope.models import find_architecture, find_huggingface, is_own
 from polytrope.models.activations import normalised_activations
 from polytrope.models.architecture import Architecture
 from polytrope.models.checkpoint import activation_modules, compare_configs, model_config
@@ -36,6 +36,7 @@ from polytrope.models.formats.remote_code import (
     tokenizer_class,
 )
 from polytrope.models.formats.states import State, find_weights, load_content, load_safetensors
+from polytrope.models.rewriting import original_class
 from polytrope.models.special_tokens import kept_fields, token_fields
 from polytrope.models.surgery import replace_module, restore_activations
 from polytrope.models.weights import check_dtypes
@@ -112,8 +113,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def load_huggingface(directory: Path) -> nn.Module:
+def load_huggingface(directory: Path, *, own: bool = True) -> nn.Module:
     """The model of the directory, float32, in evaluation mode, its converted activations in their places.
+
+    Args:
+        own: a GPT-2 or ConvNeXt becomes this package's model, not transformers'.
 
     Raises:
         ValueError: a file that cannot be read, an architecture that cannot be built, settings that are not supported,
@@ -124,27 +128,27 @@ def load_huggingface(directory: Path) -> nn.Module:
         raise ValueError(f"{directory}: adapter_config.json: an adapter beside the weights is not read; merge it first")
     config = original_settings(content)
     activations, shared = _read_activations(content, directory)
-    record = find_huggingface(config["model_type"])
+    record = find_huggingface(config["model_type"]) if own else None
     if record is None:
         model = _foreign_model(config, directory, activations)
-        own: Callable[[str], str] = str
+        own_name: Callable[[str], str] = str
     else:
         state = _all_weights(directory)
         kept = {name: tensor for name, tensor in state.items() if _owner(name) not in activations}
         model = _own_model(config, record, directory, kept)
-        own = _own_activation_names(model, record, directory)
+        own_name = _own_activation_names(model, record, directory)
         _load_activations(
             model,
-            {own(name): entry for name, entry in activations.items()},
+            {own_name(name): entry for name, entry in activations.items()},
             {
-                f"{own(_owner(name))}.{name.rpartition('.')[2]}": tensor
+                f"{own_name(_owner(name))}.{name.rpartition('.')[2]}": tensor
                 for name, tensor in state.items()
                 if _owner(name) in activations
             },
             directory,
         )
     for name, first in shared.items():
-        replace_module(model, own(name), model.get_submodule(own(first)))
+        replace_module(model, own_name(name), model.get_submodule(own_name(first)))
     return model.eval()
 
 
@@ -242,7 +246,7 @@ def _foreign_model(config: dict[str, Any], directory: Path, activations: Mapping
         text = str(error)
         if text.startswith(str(directory)):
             raise ValueError(text) from error
-        raise ValueError(f"{directory}: transformers cannot load it: {text.splitlines()[0]}") from error
+        raise ValueError(f"{directory}: transformers cannot load it: {text}") from error
     for problem in ("missing", "unexpected"):
         if report[f"{problem}_keys"]:
             names = ", ".join(sorted(report[f"{problem}_keys"])[:8])
@@ -291,7 +295,13 @@ def _load_activations(model: nn.Module, activations: Mapping[str, Any], tensors:
     model.load_state_dict({name: tensors[name] for name in wanted}, strict=False)
 
 
-def save_huggingface(directory: Path, model: nn.Module, activations: Mapping[str, Any], source: Path | None) -> None:
+def save_huggingface(
+    directory: Path,
+    model: nn.Module,
+    activations: Mapping[str, Any],
+    source: Path | None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write `config.json`, the weights, what else the source has, and code that places the activations.
 
     Equal weights, equal bytes. The directory is read back and compared with the model before it appears.
@@ -302,6 +312,7 @@ def save_huggingface(directory: Path, model: nn.Module, activations: Mapping[str
             reads the directory as it is.
         source: a directory whose tokenizer, names of tokens and names of classes are taken over; one of Hugging Face:
             with everything but its weights.
+        inputs: of a model of transformers, by name; its outputs are compared on them. Default: where they are known.
 
     Raises:
         ValueError: what this format cannot say, or a model that does not come back from it.
@@ -309,7 +320,7 @@ def save_huggingface(directory: Path, model: nn.Module, activations: Mapping[str
     state = model.state_dict()
     shared = _shared(model, activations)
     written_once = {name: tensor for name, tensor in state.items() if _owner(name) not in shared}
-    record = find_architecture(str(model.architecture)) if hasattr(model, "architecture") else None
+    record = find_architecture(str(model.architecture)) if is_own(model) else None
     with appearing(directory, "config.json") as aside:
         if record is not None:
             _write_own(aside, model, record, written_once, source)
@@ -321,16 +332,16 @@ def save_huggingface(directory: Path, model: nn.Module, activations: Mapping[str
         if activations:
             _write_code(aside, model, record, activations, shared)
         with torch.random.fork_rng(devices=[]):
-            written = load_huggingface(aside)
+            written = load_huggingface(aside, own=record is not None)
         what = f"{directory} is not written"
         if record is not None:
             compare_configs(written, model, what)
         elif repr(written) != repr(model):
             raise ValueError(f"{what}: {type(model).__name__} comes back with other modules")
         compare_weights(written.state_dict(), state, what)
-        inputs = record.example(model.config) if record is not None else _example(model)
-        if inputs is not None:
-            compare_outputs(written, model, inputs, what)
+        example = record.example(model.config) if record is not None else inputs or _example(model)
+        if example is not None:
+            compare_outputs(written, model, example, what)
         else:
             said = "its modules and weights were read back and compared, its outputs were not: its inputs are not known"
             warnings.warn(f"{directory}: {type(model).__name__}: {said}", stacklevel=2)
@@ -376,8 +387,9 @@ def _known_class(instance: Any) -> str:
     """
     import transformers
 
-    name = type(instance).__name__
-    if getattr(transformers, name, None) is not type(instance):
+    kind = original_class(instance) if isinstance(instance, nn.Module) else type(instance)
+    name = kind.__name__
+    if getattr(transformers, name, None) is not kind:
         raise ValueError(f"{name} is no class of transformers: only these are written with learned activations")
     return name
 

@@ -36,12 +36,12 @@ class PlainActivation(nn.Module):
         for name, value in numbers.items():
             self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(value)).float(), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         numbers: dict[str, Tensor] = dict(self.named_buffers())
         if self.interval is None:
-            return self.formula(x, numbers)
-        value = self.formula(x.clamp(self.interval[0], self.interval[1]), numbers)
-        below, above = torch.relu(self.interval[0] - x), torch.relu(x - self.interval[1])
+            return self.formula(input, numbers)
+        value = self.formula(input.clamp(self.interval[0], self.interval[1]), numbers)
+        below, above = torch.relu(self.interval[0] - input), torch.relu(input - self.interval[1])
         return value - self.tails[0] * below + self.tails[1] * above
 
 

@@ -23,6 +23,7 @@ from polytrope.ops import LearnableActivation
 MODELING_FILE = "modeling_polytrope.py"
 _FUNCTIONS = Place("polytrope.ops.functional", "_apply"), Place("polytrope.ops.plain", "apply")
 _SETTINGS = Place("polytrope.models.foreign", "with_activation_names")
+_ROUTING = Place("polytrope.models.rewriting", "route"), Place("polytrope.models.rewriting", "Site")
 _POINTS = 257
 
 
@@ -75,9 +76,12 @@ def _functions_source(activations: Mapping[str, Any]) -> tuple[list[str], str]:
     """Imports, and the definitions that end in the table of functions by name."""
     names = sorted({str(entry["plain"]["function"]) for entry in activations.values()})
     places = {name: Place(*name.split(":")) for name in names}
-    extracted = extract([*places.values(), _SETTINGS], dict([_FUNCTIONS]))
+    called = any("call" in entry["config"] for entry in activations.values())
+    routing = _ROUTING if called else ()
+    extracted = extract([*places.values(), _SETTINGS, *routing], dict([_FUNCTIONS]))
     table = "\n".join(f'    "{name}": {extracted.names[place]},' for name, place in places.items())
-    return extracted.imports, f"{extracted.source}\n\n\nFUNCTIONS = {{\n{table}\n}}\n"
+    source = f"{extracted.source}\n\n\nFUNCTIONS = {{\n{table}\n}}\n"
+    return extracted.imports, source if called else f"{source}route = Site = None  # no function became a module\n"
 
 
 def converted_fields(
@@ -218,8 +222,8 @@ class LearnedActivation(nn.Module):
                     self.reset_parameter(name, initial)
         self.__dict__["is_initialized"] = value
 
-    def forward(self, x):
-        return FUNCTIONS[self.function](x, *[getattr(self, name) for name in self.initial], **self.options)
+    def forward(self, input):
+        return FUNCTIONS[self.function](input, *[getattr(self, name) for name in self.initial], **self.options)
 
     def extra_repr(self):
         return f"{self.function}, {self.options}"
@@ -244,10 +248,17 @@ def place_activations(model):
     whole = type(model).__name__ in (model.config.architectures or [])
     activations = {}
     for written, entry in described["activations"].items():
-        name = find_name(model, written, whole)
-        if name is not None:
-            activations[name] = entry
+        call = entry["config"].get("call")  # of a function, which becomes a module here
+        place, _, child = written.rpartition(".")
+        name = find_name(model, place if call else written, whole)
+        if name is None:
+            continue
+        if call:
+            route(model.get_submodule(name), Site(**call), LearnedActivation(entry["plain"]))
+            name = f"{name}.{child}" if name else child
+        else:
             replace(model, name, LearnedActivation(entry["plain"]))
+        activations[name] = entry
     if not activations:
         raise ValueError(f"{type(model).__name__} has none of the activations that config.json describes")
     shared = {}

@@ -57,7 +57,7 @@ def load_tensors(path: Path, safe_globals: list[Any] | None = None) -> Any:
             "code; save its state_dict() alone, or convert it to .safetensors"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
 
 
 def load_safetensors(path: Path) -> State:
@@ -163,7 +163,8 @@ def build_from_weights(weights: Weights, config: Mapping[str, Any]) -> nn.Module
             raise ValueError(
                 f"{', '.join(asked)}: the file does not say, so give "
                 + " and ".join(f"{name} ({hint})" for name, hint in asked.items())
-                + f": `polytrope convert … {' '.join(f'--set {name}=VALUE' for name in asked)}`"
+                + f": `polytrope convert … {' '.join(f'--set {name}=VALUE' for name in asked)}`, "
+                + f"`config: {{{', '.join(f'{name}: VALUE' for name in asked)}}}` of the stage `import_model`"
                 + (f"; it says {told}" if told else "")
             )
         model = record.build(make_config(record.config, fields))

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="calibration data: texts, one per line, or an array .npy of images or token ids; repeatable (default, for "
-        "models with a tokenizer: CPython's documentation)",
+        help="calibration data: texts, one per line; an array .npy of images or token ids; or .npz, arrays by names "
+        "of the model's inputs (decoder_input_ids, input_features, …); repeatable (default, for models with a "
+        "tokenizer: CPython's documentation)",
     )
     parser.add_argument(
         "--set",
@@ -94,7 +96,9 @@ def convert(options: argparse.Namespace) -> int:
     directory = options.model if options.model.is_dir() else options.model.parent
     source = Source(
         options.model,
-        lambda model: file_batches(model, directory, options.data, parameters),
+        lambda model: file_batches(
+            model, directory, options.data, parameters, partial(print, file=sys.stderr, flush=True)
+        ),
         title=f"{options.model.name} → {parameters.family}",
         config=config,
         ray_address=options.ray_address,
@@ -116,8 +120,9 @@ def convert(options: argparse.Namespace) -> int:
         print_record(outcome.record)
     if options.dry_run:
         return EXIT_SUCCESS
-    if outcome.deviation is not None:
-        _say(options, f"{options.output / 'model.onnx'}: onnxruntime deviates by {outcome.deviation:.1e}")
+    if outcome.onnx is not None:
+        about = f"onnxruntime deviates by {outcome.onnx.deviation:.1e}; it {outcome.onnx.limits()}"
+        _say(options, f"{options.output / 'model.onnx'}: {about}")
     page = "" if outcome.record is None else f"; the page: {options.output / 'conversion.html'}"
     _say(options, f"wrote {options.output}{page}")
     if outcome.onnx_failure is not None:

@@ -67,12 +67,16 @@ class LeftActivation(Record):
 
 
 class ConversionRecord(Record):
-    """All layers, the advice where their costs were measured, and the activations that were not converted."""
+    """All layers, the advice where their costs were measured, and the activations that were not converted.
+
+    `onnx_failure`: why `model.onnx`, which was asked for, is not there.
+    """
 
     format: Literal[1] = 1
     layers: list[ConvertedLayer]
     advice: list[Advice] | None = None
     left: list[LeftActivation] | None = None
+    onnx_failure: str | None = None
 
     def metrics(self) -> dict[str, float]:
         """The worst layer's figures."""

@@ -371,7 +371,7 @@ def test_variants_of_a_family_have_a_form_of_ordinary_operations(tmp_path: Path,
         x = torch.linspace(-6, 6, 240).reshape(2, 120)
         torch.testing.assert_close(PlainActivation(module)(x), module(x), rtol=1e-4, atol=1e-4)
     if config["name"] == "fourier":
-        assert save_onnx(tmp_path / "activation.onnx", module, [x]) <= 1e-4
+        assert save_onnx(tmp_path / "activation.onnx", module, [x]).deviation <= 1e-4
 
 
 def test_what_is_not_elementwise_has_no_plain_form() -> None:
@@ -382,7 +382,7 @@ def test_what_is_not_elementwise_has_no_plain_form() -> None:
 @pytest.mark.parametrize("family", ["hermite", "fourier", "rational", "tropical_rational"])
 def test_an_activation_runs_in_onnxruntime(tmp_path: Path, family: str) -> None:
     x = torch.linspace(-9, 9, 240).reshape(2, 120)
-    assert save_onnx(tmp_path / "activation.onnx", learned(family), [x]) <= 1e-4
+    assert save_onnx(tmp_path / "activation.onnx", learned(family), [x]).deviation <= 1e-4
 
 
 @pytest.mark.parametrize(("architecture", "batch"), [("gpt2", tokens()), ("convnext", images())])
@@ -396,7 +396,10 @@ def test_a_converted_model_runs_in_onnxruntime_with_another_batch_size(
     for found in find_activations(model):
         replace_module(model, found.name, learned("hermite"))
     path = tmp_path / "model.onnx"
-    assert save_onnx(path, model, [batch]) <= 1e-3
+    written = save_onnx(path, model, [batch])
+    assert written.deviation <= 1e-3
+    assert written.free == (("batch", "length") if architecture == "gpt2" else ("batch",))
+    assert written.reason is None
     assert {node.domain for node in onnx.load(path).graph.node} == {""}  # ordinary operators only
     if architecture == "gpt2":
         batch = batch[:, :7]  # sequences of another length, too
@@ -409,7 +412,7 @@ def test_a_converted_model_runs_in_onnxruntime_with_another_batch_size(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_half_precision_is_written_to_onnx_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     for architecture, batch in (("gpt2", tokens()), ("convnext", images())):
-        assert save_onnx(tmp_path / "model.onnx", own_model(architecture).to(dtype), [batch]) <= 1e-3
+        assert save_onnx(tmp_path / "model.onnx", own_model(architecture).to(dtype), [batch]).deviation <= 1e-3
 
 
 class Fixed(nn.Module):
@@ -428,9 +431,46 @@ class Fixed(nn.Module):
 def test_a_model_whose_trace_keeps_its_length_is_written_with_that_length(tmp_path: Path) -> None:
     import onnxruntime
 
-    assert save_onnx(tmp_path / "model.onnx", Fixed(), [tokens()]) <= 1e-3
+    written = save_onnx(tmp_path / "model.onnx", Fixed(), [tokens()])
+    assert written.deviation <= 1e-3
+    assert written.free == ("batch",)
+    assert "takes any batch, not more: onnxruntime " in written.limits()
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     assert session.get_inputs()[0].shape == ["batch", 20]
+
+
+class Undoing(nn.Module):
+    """Has an operator that ONNX does not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.inv(x.unsqueeze(-1) @ x.unsqueeze(-2) + torch.eye(x.size(-1)))
+
+
+def test_an_operator_that_onnx_does_not_have_is_named_without_printing_the_graph(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"ONNX export failed: .*linalg_inv"):
+        save_onnx(tmp_path / "model.onnx", Undoing(), [torch.ones(2, 4)])
+    printed = capfd.readouterr()
+    assert "graph(" not in printed.out + printed.err
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_queries_in_groups_and_a_decoder_are_written_with_free_lengths(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=97, num_key_value_heads=1, **sizes)).eval()
+    written = save_onnx(tmp_path / "llama.onnx", llama, [tokens()], ["input_ids"])
+    assert written.free == ("batch", "length")
+    assert llama.config._attn_implementation == "sdpa"  # a copy was changed
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=97, d_model=16, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
+    ).eval()
+    named = {"input_ids": tokens(), "decoder_input_ids": tokens()[:, :9]}
+    written = save_onnx(tmp_path / "t5.onnx", t5, list(named.values()), list(named))
+    assert written.free == ("batch", "length")
+    assert written.reason is None
 
 
 def test_a_model_that_onnx_cannot_express_leaves_no_file(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from polytrope.models.calibration import calibrate
 from polytrope.models.conversion import FitOptions, apply, fit_layers
 from polytrope.models.formats import read_model
+from polytrope.models.inputs import forward
 from polytrope.models.surgery import find_activations
 from polytrope.pipeline.stages.convert.calibration_data import (
     documentation_sentences,
-    forward,
     text_batches,
     tokenizer_of,
 )

@@ -1,19 +1,23 @@
-"""Calibration data for any kind of model, and how a batch of it goes through the model."""
+"""Calibration data for any kind of model, from texts, arrays and data sets."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from polytrope.models import find_architecture
+from polytrope.models import find_architecture, is_own
 from polytrope.models.convnext import normalise_images
+from polytrope.models.inputs import Batch
+from polytrope.models.rewriting import original_class
 from polytrope.pipeline.data.description import read_dataset
 from polytrope.pipeline.data.order import sample_indices
 from polytrope.pipeline.data.reader import open_split
@@ -21,23 +25,8 @@ from polytrope.pipeline.data.tokenization import same_tokenizer
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 
-Batch = dict[str, Tensor]
-_LONGEST = 256
-
-
-def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """The first tensor of the model's output for a batch; models of this package take their input by position.
-
-    Images come in float32 and go in with the type of the model's weights.
-    """
-    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    moved = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
-    output = model(next(iter(moved.values()))) if hasattr(model, "architecture") else model(**moved)
-    if isinstance(output, Tensor):
-        return output
-    first = output[0]
-    assert isinstance(first, Tensor)
-    return first
+_LONGEST = 256  # tokens of a text, or of a row where texts run on, that are calibrated on
+Tell = Callable[[str], None]
 
 
 def documentation_sentences() -> list[str]:
@@ -92,7 +81,7 @@ def text_batches(tokenizer: Any, texts: Sequence[str], batch_size: int, longest:
             texts run on into each other, as in the training of language models.
     """
     if keywords:
-        tokenizer.enable_truncation(min(longest, _LONGEST))
+        tokenizer.enable_truncation(longest)
         tokenizer.enable_padding()
         ordered = sorted(texts, key=len)
         batches = []
@@ -108,56 +97,101 @@ def text_batches(tokenizer: Any, texts: Sequence[str], batch_size: int, longest:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     stream = [token for entry in tokenizer.encode_batch(list(texts)) for token in entry.ids]
-    length = min(longest, _LONGEST, len(stream))
+    length = min(longest, len(stream))
     rows = torch.tensor(stream[: len(stream) // length * length]).reshape(-1, length)
     return [{"input_ids": part} for part in rows.split(batch_size)]  # type: ignore[no-untyped-call]
 
 
-def array_batches(path: Path, batch_size: int, limit: int) -> list[Batch]:
-    """Rows of a `.npy` array: images `[n, channels, height, width]` float, or token ids `[n, length]` integer.
+def array_batches(model: nn.Module, path: Path, batch_size: int, limit: int) -> list[Batch]:
+    """Rows of arrays.
+
+    A `.npy` has images `[n, channels, height, width]` float, token ids `[n, length]` integer, or what else the model
+    takes first (`input_values [n, samples]`, `input_features [n, bands, frames]`); a `.npz` the inputs of its names.
 
     Raises:
-        UserError: not an array of one of these kinds.
+        UserError: none of these kinds, names that the model does not take, or columns of different lengths.
     """
+    columns = _read_columns(model, path)
+    lengths = {name: len(array) for name, array in columns.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise UserError(f"{path}: columns of different lengths: {told}", "give as many rows of each")
+    for array in columns.values():
+        if not array.size:
+            raise UserError(f"{path}: an array of shape {list(array.shape)} holds nothing", "give at least one row")
+    dtypes = {"f": "float32", "i": "int64", "u": "int64", "b": "bool"}
+    rows = {name: np.array(array[:limit], dtype=dtypes[array.dtype.kind]) for name, array in columns.items()}  # copies
+    parts = -(-min(limit, *lengths.values()) // batch_size)
+    split = {name: np.array_split(array, parts) for name, array in rows.items()}
+    return [{name: torch.from_numpy(split[name][number]) for name in split} for number in range(parts)]
+
+
+def _read_columns(model: nn.Module, path: Path) -> dict[str, np.ndarray]:
+    """Arrays by the name of the model's input."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as an array: {error}", "save it with numpy.save") from error
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        columns = {path.name: content} if isinstance(content, np.ndarray) else {name: content[name] for name in content}
+    except (OSError, ValueError, BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as an array: {error}", "save it with numpy.save or savez") from error
+    for name, array in columns.items():
+        if array.ndim == 0 or array.dtype.kind not in "fiub":
+            raise UserError(
+                f"{path}: {name} has shape {list(array.shape)} and type {array.dtype}", "give rows of numbers"
+            )
+    if isinstance(content, np.ndarray):
+        return {_input_of(model, path, content): content}
+    if is_own(model) and len(columns) != 1:
+        raise UserError(f"{path}: {len(columns)} arrays, and a {type(model).__name__} has one input", "give a .npy")
+    known = list(inspect.signature(original_class(model).forward).parameters)[1:]
+    unknown = [name for name in columns if name not in known]
+    if unknown and not is_own(model):
+        raise UserError(f"{path}: {unknown[0]} is no input of {type(model).__name__}", f"it takes {', '.join(known)}")
+    if not columns:
+        raise UserError(f"{path}: there is no array in it", f"{type(model).__name__} takes {', '.join(known)}")
+    return columns
+
+
+def _input_of(model: nn.Module, path: Path, array: np.ndarray) -> str:
+    """The name of the input that an array without a name is."""
     if array.ndim == 4 and array.dtype.kind == "f":
-        name, dtype = "pixel_values", "float32"
-    elif array.ndim == 2 and array.dtype.kind in "iu":
-        name, dtype = "input_ids", "int64"
-    else:
-        raise UserError(
-            f"{path}: an array of shape {list(array.shape)} and type {array.dtype}",
-            "expected images [n, channels, height, width] as float, or token ids [n, length] as integers",
-        )
-    if not array.size:
-        raise UserError(f"{path}: an array of shape {list(array.shape)} holds nothing", "give at least one row")
-    rows = np.array(array[:limit], dtype=dtype)  # a copy: the file is mapped read-only
-    return [{name: torch.from_numpy(part)} for part in np.array_split(rows, -(-len(rows) // batch_size))]
+        return "pixel_values"
+    if array.ndim == 2 and array.dtype.kind in "iu":
+        return "input_ids"
+    first = getattr(model, "main_input_name", "")
+    if array.dtype.kind == "f" and array.ndim > 1 and first in ("input_values", "input_features"):
+        return str(first)
+    raise UserError(
+        f"{path}: an array of shape {list(array.shape)} and type {array.dtype}",
+        "expected images [n, channels, height, width] as float, or token ids [n, length] as integers; other inputs by "
+        "name: numpy.savez",
+    )
 
 
-def dataset_batches(model: nn.Module, directory: Path, dataset: Path, parameters: ConvertParameters) -> list[Batch]:
-    """Batches of training samples of a data set, or of `calibration.npy` or `calibration.txt` in its directory.
+def dataset_batches(
+    model: nn.Module, directory: Path, dataset: Path, parameters: ConvertParameters, tell: Tell
+) -> list[Batch]:
+    """Batches of training samples of a data set, or of `calibration.npz`, `.npy` or `.txt` in its directory.
 
     Args:
         directory: of the model.
+        tell: is told what is done to the data.
 
     Raises:
         UserError: a data set that cannot be read, or whose tokens are other words to the model.
     """
-    if (dataset / "calibration.npy").exists():
-        return array_batches(dataset / "calibration.npy", parameters.batch_size, parameters.calibration_samples)
+    for name in ("calibration.npz", "calibration.npy"):
+        if (dataset / name).exists():
+            batches = array_batches(model, dataset / name, parameters.batch_size, parameters.calibration_samples)
+            return _with_decoder_inputs(model, batches, tell)
     if (dataset / "calibration.txt").exists():
         texts = read_texts([dataset / "calibration.txt"])[: parameters.calibration_samples]
-        return _encoded(model, directory, texts, parameters)
+        return _encoded(model, directory, texts, parameters, tell)
     reader: Any = open_split(dataset, "train")
     indices = sample_indices(0, 0, min(parameters.calibration_samples, len(reader)), len(reader))
     parts = np.array_split(indices, -(-len(indices) // parameters.batch_size))
     if read_dataset(dataset).kind == "images":
         # of foreign models nothing is known here; most published ones take this normalisation
-        ours = getattr(model, "architecture", None)
+        ours = str(model.architecture) if is_own(model) else None
         prepare = normalise_images if ours is None else find_architecture(ours).prepare
         pixels = (torch.from_numpy(reader.images(part)[0]).float() / 255.0 for part in parts)
         return [{"pixel_values": prepare(images)} for images in pixels]
@@ -167,48 +201,100 @@ def dataset_batches(model: nn.Module, directory: Path, dataset: Path, parameters
             "convert: the model's tokenizer is not the one of the dataset, so its tokens would be other words to it",
             "calibrate on a dataset that was sharded with the model's tokenizer",
         )
-    return [{"input_ids": torch.from_numpy(reader.samples(part)[:, :-1].astype(np.int64))} for part in parts]
+    rows = [{"input_ids": torch.from_numpy(reader.samples(part)[:, :-1].astype(np.int64))} for part in parts]
+    return _with_decoder_inputs(model, rows, tell)
 
 
 def file_batches(
-    model: nn.Module, directory: Path, files: Sequence[Path], parameters: ConvertParameters
+    model: nn.Module, directory: Path, files: Sequence[Path], parameters: ConvertParameters, tell: Tell
 ) -> list[Batch]:
-    """Batches of arrays (`.npy`), or of texts from all over the files; of CPython's documentation where there are none.
+    """Batches of arrays (`.npy`, `.npz`), or of texts from all over the files; of CPython's documentation where there
+    are none.
 
     Args:
         directory: of the model.
+        tell: is told what is done to the data.
 
     Raises:
         UserError: a file that cannot be read, texts for a model without tokenizer.
     """
     size, limit = parameters.batch_size, parameters.calibration_samples
-    arrays = [path for path in files if path.suffix == ".npy"]
+    arrays = [path for path in files if path.suffix in (".npy", ".npz")]
+    if arrays and len(arrays) < len(files):
+        other = next(path for path in files if path not in arrays)
+        raise UserError(f"convert: {other} is a text beside arrays ({arrays[0]})", "give either texts or arrays")
     if arrays:
-        return [batch for path in arrays for batch in array_batches(path, size, limit)]
+        rows = [batch for path in arrays for batch in array_batches(model, path, size, limit)]
+        return _with_decoder_inputs(model, rows, tell)
     texts = read_texts(files) if files else documentation_sentences()
-    return _encoded(model, directory, texts[:: max(1, len(texts) // limit)][:limit], parameters)
+    return _encoded(model, directory, texts[:: max(1, len(texts) // limit)][:limit], parameters, tell)
 
 
-def _encoded(model: nn.Module, directory: Path, texts: Sequence[str], parameters: ConvertParameters) -> list[Batch]:
+def _encoded(
+    model: nn.Module, directory: Path, texts: Sequence[str], parameters: ConvertParameters, tell: Tell
+) -> list[Batch]:
     tokenizer = tokenizer_of(directory)
     if tokenizer is None:
         raise UserError(
             f"convert: {directory} has no tokenizer.json, so the calibration data must be numbers",
             "give a file .npy: images [n, channels, height, width] as float, or token ids [n, length]",
         )
-    longest, keywords = longest_input(model, directory), not hasattr(model, "architecture")
-    return text_batches(tokenizer, texts, parameters.batch_size, longest, keywords)
+    keywords, longest = not is_own(model), longest_input(model, directory)
+    length = _LONGEST if longest is None else min(longest, _LONGEST)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    counts = [len(entry.ids) for entry in tokenizer.encode_batch(list(texts))]
+    takes = "" if longest is None else f" (the model takes {longest})"
+    if keywords and max(counts) > length:
+        cut = sum(count > length for count in counts)
+        tell(f"calibration: {cut} of {len(counts)} texts are cut after {length} tokens{takes}")
+    if not keywords and sum(counts) > length and longest != length:
+        tell(f"calibration: the texts run on in rows of {length} tokens{takes}")
+    batches = text_batches(tokenizer, texts, parameters.batch_size, length, keywords)
+    return _with_decoder_inputs(model, batches, tell)
 
 
-def longest_input(model: nn.Module, directory: Path) -> int:
-    """Positions the model has."""
+def _with_decoder_inputs(model: nn.Module, batches: list[Batch], tell: Tell) -> list[Batch]:
+    """What the decoder of an encoder-decoder reads, where the data has tokens for the encoder alone: the same tokens,
+    shifted by one, as in a training to say the input again.
+
+    Raises:
+        UserError: an encoder that reads no tokens, or a model that does not say what its decoder begins with.
+    """
     config = getattr(model, "config", None)
-    for name in ("sequence_length", "n_positions", "max_position_embeddings"):
-        value = getattr(config, name, None)
-        if isinstance(value, int):
-            return value - 2 if name == "max_position_embeddings" else value  # RoBERTa's positions begin at 2
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+    if not getattr(config, "is_encoder_decoder", False) or any(name in batches[0] for name in names):
+        return batches
+    start = getattr(config, "decoder_start_token_id", None)
+    if "input_ids" not in batches[0] or not isinstance(start, int):
+        raise UserError(
+            f"convert: {type(model).__name__} has a decoder, and the data has nothing for it",
+            "give a file .npz with arrays by name (numpy.savez), decoder_input_ids [n, length] among them",
+        )
+    tell("calibration: the decoder reads the encoder's tokens, shifted by one")
+    found = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+        found.append({**batch, "decoder_input_ids": shifted})
+    return found
+
+
+def longest_input(model: nn.Module, directory: Path) -> int | None:
+    """Tokens that a model has positions for, and its tokenizer gives at most; None: neither says."""
+    config = getattr(model, "config", None)
+    named = (getattr(config, name, None) for name in ("sequence_length", "n_positions", "max_position_embeddings"))
+    found = [value - _reserved_positions(model) for value in named if isinstance(value, int)][:1]
     if (directory / "tokenizer_config.json").exists():
         value = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("model_max_length")
-        if isinstance(value, int) and value < 1 << 20:
-            return value
-    return _LONGEST
+        if isinstance(value, int) and 0 < value < 1 << 20:
+            found.append(value)
+    return min(found, default=None)
+
+
+def _reserved_positions(model: nn.Module) -> int:
+    """Rows of the table of positions that no token has: up to the padding's, after which RoBERTa begins to count."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else int(module.padding_idx) + 1
+    return 0

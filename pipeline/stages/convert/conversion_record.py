@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from polytrope.models.conversion import FitOptions, LayerConversion, fit_layer
-from polytrope.models.rewriting import FunctionalActivation
+from polytrope.models.convert import target_name
 from polytrope.models.selection import Left
 from polytrope.models.surgery import Activation
 from polytrope.ops.fitting.targets import broken_line, resolve_target
@@ -33,7 +32,7 @@ def describe(conversion: LayerConversion) -> ConvertedLayer:
         target = resolve_target(conversion.module)(inputs)
     content = {
         "name": conversion.name,
-        "target": _name_of(conversion.module),
+        "target": target_name(conversion.module),
         "family": conversion.fit.config["name"],
         "degree": conversion.fit.config["degree"],
         "interval": list(conversion.interval),
@@ -50,11 +49,6 @@ def describe(conversion: LayerConversion) -> ConvertedLayer:
         },
     }
     return ConvertedLayer.model_validate(content)
-
-
-def _name_of(module: nn.Module) -> str:
-    """Its class; of a function that was called, the function."""
-    return f"{module.kind}()" if isinstance(module, FunctionalActivation) else type(module).__name__
 
 
 def record(

@@ -56,23 +56,26 @@ def convert(
 ) -> dict[str, float]:
     """Calibrate on training samples, fit every layer, write the converted model and `conversion.json`.
 
-    `model`: of a train stage, or a Hugging Face directory. `dataset`: of a shard or shard_images stage, or a
-    directory with `calibration.txt` (one text per line) or `calibration.npy` (images or token ids).
+    `model`: of a train or import_model stage, or a Hugging Face directory. `dataset`: of a shard or shard_images
+    stage, or a directory with `calibration.txt` (one text per line), `calibration.npy` (images or token ids) or
+    `calibration.npz` (the model's inputs by name).
     """
     from polytrope.pipeline.stages.convert.calibration_data import dataset_batches
     from polytrope.pipeline.stages.convert.work import Source, convert_model
 
     source = Source(
         model.path,
-        lambda network: dataset_batches(network, model.path, dataset.path, parameters),
+        lambda network: dataset_batches(network, model.path, dataset.path, parameters, context.message),
         title=f"Conversion to {parameters.family}",
     )
     try:
         outcome = convert_model(source, parameters, context.output, lambda step, text: context.progress(step, 3, text))
     except ValueError as error:
         raise UserError(f"convert: {error}") from error
-    if outcome.onnx_failure is not None:
-        raise UserError(f"convert: model.onnx cannot be written: {outcome.onnx_failure}", "leave out `onnx`")
+    if outcome.onnx_failure is not None:  # the conversion is whole without it
+        context.note(f"model.onnx cannot be written: {outcome.onnx_failure}")
+    if outcome.onnx is not None and outcome.onnx.reason is not None:
+        context.note(f"model.onnx: {outcome.onnx.limits()}")
     assert outcome.record is not None  # there is an output
     write_lineage(context.output, read_lineage(model.path).then(model.stage, model.digest))
     context.log_artifact("conversion.json")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polytrope.models.inputs import Batch, forward
 from polytrope.models.modes import evaluation_mode
 from polytrope.ops import is_learnable_activation
-from polytrope.pipeline.stages.convert.calibration_data import Batch, forward
 
 
 def sentence_embeddings(model: nn.Module, batch: Batch) -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 from polytrope.models.calibration import Calibration, add, calibrate
 from polytrope.models.calls import Call, lift
 from polytrope.models.formats import read_model
+from polytrope.models.inputs import Batch, forward
 from polytrope.models.surgery import Activation
-from polytrope.pipeline.stages.convert.calibration_data import Batch, forward
 
 
 def calibrate_part(

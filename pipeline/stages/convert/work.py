@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from polytrope.models import ARCHITECTURES, conversion, find_architecture
+from polytrope.models import is_own
 from polytrope.models.calibration import Calibration, calibrate
-from polytrope.models.calls import Call
 from polytrope.models.conversion import FitOptions
-from polytrope.models.formats import read_model
-from polytrope.models.selection import select_activations
-from polytrope.models.surgery import Activation, describe_activations
+from polytrope.models.convert import RATED_SAMPLES, convert_batches
+from polytrope.models.formats import read_model, write_model
+from polytrope.models.formats.onnx import Export
+from polytrope.models.inputs import Batch, forward, head, size_of
+from polytrope.models.selection import Selection
+from polytrope.models.surgery import Activation, Choice, describe_activations
 from polytrope.pipeline.data.conversion_file import ConversionRecord, write_conversion
-from polytrope.pipeline.stages.convert.calibration_data import Batch, forward
 from polytrope.pipeline.stages.convert.conversion_record import record
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
-
-_RATED_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Outcome:
     Args:
         record: of the conversion; None where nothing was converted.
         samples: of the calibration.
-        deviation: of onnxruntime's outputs from the model's, where `model.onnx` was written.
+        onnx: what `model.onnx` is, where it was written.
         onnx_failure: why it was not; everything else is there.
     """
 
     record: ConversionRecord | None
     samples: int
-    deviation: float | None = None
+    onnx: Export | None = None
     onnx_failure: str | None = None
 
 
@@ -78,20 +78,6 @@ def convert_model(
     torch.set_num_threads(parameters.threads)
     model = read_model(source.path, source.config or None)
     batches = source.batches(model)
-    samples = sum(map(_size, batches))
-    tell(0, f"looking for activations on {samples} samples")
-    selection = select_activations(
-        model,
-        batches,
-        forward,
-        types=parameters.types,
-        include=parameters.include,
-        exclude=parameters.exclude,
-        layers=parameters.layer_range(),
-    )
-    found = selection.activations
-    tell(1, f"calibrating {len(found)} activations on {samples} samples")
-    calibrations = _calibrate(source, parameters, model, found, batches, selection.calls)
     options = FitOptions(
         parameters.family,
         parameters.highest_degree(),
@@ -100,21 +86,20 @@ def convert_model(
         parameters.derivative_weight,
         tuple(parameters.constraints),
     )
-    tell(2, f"fitting {options.family} of degree {options.degree}")
-    fits = conversion.fit_layers(found, calibrations, options)
-    rated = _rated(batches)
-    made = record(fits, options, conversion.layer_costs(model, fits, rated, forward), selection.left)
+    choice = Choice(parameters.types, parameters.include, parameters.exclude, parameters.layer_range())
+    measure = partial(_on_ray, source, parameters.ray_tasks) if parameters.ray_tasks else None
+    made = convert_batches(model, batches, options, choice, measure=measure, tell=tell)
+    written = record(made.layers, options, {entry.name: entry.cost for entry in made.activations}, made.left)
     if output is None:
-        return Outcome(made, samples)
-    conversion.apply(model, fits)
-    conversion.prove(model, [entry.name for entry in fits], rated, forward)
-    _write_model(model, source.path, parameters, output)
-    write_conversion(output, made)
+        return Outcome(written, made.samples)
+    _write_model(model, source.path, parameters, output, made.rated)
+    write_conversion(output, written)
     if parameters.page:
         from polytrope.pipeline.stages.convert.conversion_page import write_page
 
-        write_page(output, made, source.title)
-    return _write_extras(model, parameters, output, Outcome(made, samples), calibrations, rated)
+        write_page(output, written, source.title)
+    calibrations = {entry.name: entry.calibration for entry in made.layers}
+    return _write_extras(model, parameters, output, Outcome(written, made.samples), calibrations, made.rated)
 
 
 def export_model(source: Source, parameters: ConvertParameters, output: Path) -> Outcome:
@@ -130,57 +115,31 @@ def export_model(source: Source, parameters: ConvertParameters, output: Path) ->
         return Outcome(None, 0)
     batches = source.batches(model)
     learned = [Activation(name, model.get_submodule(name)) for name in describe_activations(model)]
-    calibrations = _calibrate(source, parameters, model, learned, batches)
-    outcome = Outcome(None, sum(map(_size, batches)))
-    return _write_extras(model, parameters, output, outcome, calibrations, _rated(batches))
+    if parameters.ray_tasks:
+        calibrations = _on_ray(source, parameters.ray_tasks, model, Selection(learned, [], []), batches)
+    else:
+        calibrations = calibrate(model, learned, batches, forward)
+    outcome = Outcome(None, sum(map(size_of, batches)))
+    return _write_extras(model, parameters, output, outcome, calibrations, head(batches, RATED_SAMPLES))
 
 
-def _calibrate(
-    source: Source,
-    parameters: ConvertParameters,
-    model: nn.Module,
-    activations: Sequence[Activation],
-    batches: Sequence[Batch],
-    calls: Sequence[Call] = (),
+def _on_ray(
+    source: Source, tasks: int, _model: nn.Module, selection: Selection, batches: Sequence[Batch]
 ) -> dict[str, Calibration]:
-    """The inputs of the activations; `calls`: those that were made modules, which Ray tasks do again."""
-    if not parameters.ray_tasks:
-        return calibrate(model, activations, batches, forward)
+    """The inputs of the chosen activations, measured by tasks that read the model and make the same calls modules."""
     from polytrope.pipeline.stages.convert.parallel_calibration import calibrate_on_ray
 
-    names = [activation.name for activation in activations]
-    tasks, address = parameters.ray_tasks, source.ray_address
-    return calibrate_on_ray(source.path, source.config, names, batches, tasks, address, calls)
+    names = [activation.name for activation in selection.activations]
+    return calibrate_on_ray(source.path, source.config, names, batches, tasks, source.ray_address, selection.calls)
 
 
-def _size(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
-
-
-def _rated(batches: Sequence[Batch]) -> Batch:
-    """What layers are rated and graphs are traced on: the start of the batch with the most numbers in it."""
-    largest = max(batches, key=lambda batch: next(iter(batch.values())).numel())
-    return {name: tensor[:_RATED_SAMPLES] for name, tensor in largest.items()}
-
-
-def _is_ours(model: nn.Module) -> bool:
-    return hasattr(model, "architecture")
-
-
-def _write_model(model: nn.Module, source: Path, parameters: ConvertParameters, output: Path) -> None:
+def _write_model(
+    model: nn.Module, source: Path, parameters: ConvertParameters, output: Path, inputs: Batch | None = None
+) -> None:
     """The model with what lies beside it in the directory `source`."""
-    if parameters.format == "own" and not _is_ours(model):
-        titles = " and ".join(find_architecture(name).title for name in ARCHITECTURES)
-        raise ValueError(f"format: own is for {titles}; this architecture is written as huggingface")
     beside = source if source.is_dir() else None
-    if _is_ours(model) and parameters.format != "huggingface":
-        from polytrope.models.checkpoint import save_model
-
-        save_model(output, model, tokenizer=beside)
-        return
-    from polytrope.models.formats.huggingface import save_huggingface
-
-    save_huggingface(output, model, describe_activations(model), beside)
+    format = parameters.format or ("own" if is_own(model) else "huggingface")
+    write_model(output, model, format=format, source=beside, inputs=inputs)
 
 
 def _write_extras(
@@ -200,13 +159,15 @@ def _write_extras(
 
     path = output / "model.onnx"
     try:
-        deviation = save_onnx(path, model, list(traced.values()), None if _is_ours(model) else list(traced))
+        written = save_onnx(path, model, list(traced.values()), None if is_own(model) else list(traced))
     except Exception as error:  # the exporter runs the model's own code, which raises anything
         path.unlink(missing_ok=True)
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         failure = kind + str(error).removeprefix(f"{path}: ")
+        if outcome.record is not None:
+            write_conversion(output, outcome.record.model_copy(update={"onnx_failure": failure}))
         return Outcome(outcome.record, outcome.samples, onnx_failure=failure)
-    return Outcome(outcome.record, outcome.samples, deviation)
+    return Outcome(outcome.record, outcome.samples, written)
 
 
 def _write_tables(output: Path, model: nn.Module, calibrations: Mapping[str, Calibration]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -156,13 +155,16 @@ def _promised(description: Dataset) -> PromisedData:
 
 
 def _read_initial(initial: Artifact) -> PromisedModel:
+    from polytrope.models.checkpoint import read_description
+
     try:
-        content = json.loads((initial.path / "model.json").read_text(encoding="utf-8"))
-        return PromisedModel(str(content["architecture"]), dict(content["config"]))
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        content = read_description(initial.path)
+    except ValueError as error:
         raise UserError(
-            f"`initial` ({initial.stage}) holds no model: {error}", "name a `train` or `convert` stage"
+            f"`initial` ({initial.stage}) holds no model that can be trained: {error}",
+            "name a `train`, `convert` or `import_model` stage",
         ) from error
+    return PromisedModel(str(content["architecture"]), dict(content["config"]))
 
 
 def _same_tokenizer(initial: Artifact, dataset: Artifact) -> None:

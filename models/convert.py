@@ -1,0 +1,334 @@
+"""Convert any model in one call: find its activations, measure their inputs, fit, replace, and prove the effect.
+
+conversion = convert(model, loader, family="hermite", degree=8)
+print(conversion.report())
+conversion.save("converted")
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polytrope.models import inputs
+from polytrope.models.calibration import Calibration, calibrate
+from polytrope.models.conversion import FitOptions, LayerConversion, apply, fit_layers, layer_costs, prove
+from polytrope.models.formats import read_model, write_model
+from polytrope.models.formats.module import MODULE_FILE, load_module
+from polytrope.models.inputs import Data, read_batches, size_of
+from polytrope.models.modes import measuring
+from polytrope.models.rewriting import FunctionalActivation
+from polytrope.models.selection import Left, Selection, select_activations
+from polytrope.models.surgery import Choice, is_activation, replace_module
+from polytrope.models.writing import appearing
+
+CERTIFICATES = "certificates.json"
+RATED_SAMPLES = 8  # that the costs and the difference are of
+_FORMAT = 1
+
+Forward = Callable[[nn.Module, Any], Tensor]
+Measure = Callable[[nn.Module, Selection, Sequence[Any]], dict[str, Calibration]]
+
+
+@dataclass(frozen=True)
+class ConvertedActivation:
+    """What became of one activation.
+
+    Args:
+        name: of its module.
+        target: the class that was there, or the function: `GELU`, `silu()`.
+        config: of the new module, for `polytrope.ops.build_activation`.
+        interval: where the fit holds; it goes on along tangents outside.
+        relative_error: root mean square over the measured inputs, relative to that of the target.
+        certificate: bounds of its errors by name (`polytrope.ops.interpolate.Certificate`).
+        inputs: extremes and quantiles of what it receives.
+        cost: how far the model's output moves when this one alone is converted, relative to the output.
+    """
+
+    name: str
+    target: str
+    config: dict[str, Any]
+    interval: tuple[float, float]
+    relative_error: float
+    certificate: dict[str, Any]
+    inputs: dict[str, Any]
+    cost: float
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted model, and what is known of it.
+
+    Args:
+        model: it.
+        activations: what was converted, in the order of `named_modules`.
+        left: the activations that stay as they are, and why.
+        samples: of the calibration; 0 where a function ran the model.
+        difference: of the model's output on the first samples from the one before: |difference| / |output|.
+        layers: the fits with their calibrations; none in a conversion that was loaded.
+        selection: what was chosen, with the calls that became modules; None in one that was loaded.
+        rated: the samples that `difference` and the costs are of.
+    """
+
+    model: nn.Module = field(repr=False, compare=False)
+    activations: list[ConvertedActivation]
+    left: list[Left]
+    samples: int
+    difference: float
+    layers: list[LayerConversion] = field(default_factory=list, repr=False, compare=False)
+    selection: Selection | None = field(default=None, repr=False, compare=False)
+    rated: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def certificates(self) -> dict[str, dict[str, Any]]:
+        """Bounds of every activation's errors, by its name."""
+        return {entry.name: entry.certificate for entry in self.activations}
+
+    def report(self) -> str:
+        """A table as text: every activation with its errors, then what stays and why."""
+        rows = [["activation", "conversion", "interval", "relative error", "largest error", "output moves by"]]
+        for entry in self.activations:
+            rows.append(
+                [
+                    entry.name,
+                    f"{entry.target} → {entry.config['name']} {entry.config['degree']}",
+                    "{:.2f} … {:.2f}".format(*entry.interval),
+                    f"{entry.relative_error:.2e}",
+                    f"{entry.certificate['maximum']:.2e}",
+                    f"{entry.cost:.2e}",
+                ]
+            )
+        text = f"{_table(rows)}\n\nall together: the output moves by {self.difference:.2e}"
+        if self.left:
+            stays = [["stays as it is", "kind", "reason"]]
+            stays += [[entry.name, entry.kind, entry.reason] for entry in self.left]
+            text += f"\n\n{_table(stays)}"
+        return text
+
+    def save(self, directory: str | Path, source: str | Path | None = None) -> None:
+        """Write the model and its certificates.
+
+        A GPT-2 or ConvNeXt of this package as its own directory, a model of transformers as one that
+        `from_pretrained(…, trust_remote_code=True)` loads, any other module as its weights and a description of its
+        activations.
+
+        Args:
+            directory: appears whole, or not at all.
+            source: the directory the model came from: its tokenizer and other files are taken over.
+
+        Raises:
+            ValueError: what the format cannot say, or a model that does not come back from it.
+        """
+        given = self.rated if isinstance(self.rated, Mapping) else {}
+        named = {str(name): value for name, value in given.items() if isinstance(value, Tensor)}
+        content = {
+            "format": _FORMAT,
+            "samples": self.samples,
+            "difference": self.difference,
+            "activations": [asdict(entry) for entry in self.activations],
+            "left": [asdict(entry) for entry in self.left],
+        }
+        with appearing(Path(directory), CERTIFICATES) as aside:
+            write_model(aside, self.model, source=None if source is None else Path(source), inputs=named or None)
+            (aside / CERTIFICATES).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path, model: nn.Module | None = None) -> Conversion:
+        """What `save` wrote, in evaluation mode.
+
+        Args:
+            model: for a module that is neither of this package nor of transformers: a fresh one of the same class,
+                which gets the activations and the weights.
+
+        Raises:
+            ValueError: a directory that cannot be read, a module that is missing or another one.
+        """
+        source = Path(directory)
+        path = source / CERTIFICATES
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise ValueError(f"format {content['format']!r}, this version reads {_FORMAT}")
+            entries = [{**entry, "interval": tuple(entry["interval"])} for entry in content["activations"]]
+            activations = [ConvertedActivation(**entry) for entry in entries]
+            left = [Left(**entry) for entry in content["left"]]
+            samples, difference = int(content["samples"]), float(content["difference"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; name a directory of Conversion.save") from error
+        if (source / MODULE_FILE).exists():
+            if model is None:
+                raise ValueError(f"{source}: give a fresh model too, Conversion.load(directory, model)")
+            return cls(load_module(source, model), activations, left, samples, difference)
+        if model is not None:
+            raise ValueError(f"{source} says how its model is built: Conversion.load(directory), without a model")
+        return cls(read_model(source), activations, left, samples, difference)
+
+
+def convert(
+    model: nn.Module,
+    data: Data,
+    *,
+    family: str = "hermite",
+    degree: int | None = None,
+    target_error: float | None = None,
+    coverage: float | None = None,
+    derivative_weight: float = 0.01,
+    constraints: Sequence[str] = (),
+    types: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    layers: tuple[int, int] | None = None,
+    samples: int | None = 256,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    in_place: bool = False,
+    progress: Callable[[int, str], None] | None = None,
+) -> Conversion:
+    """Replace a model's activations, modules and functions it calls, by learnable ones fitted on what they receive.
+
+    Args:
+        model: any; it is in the mode it was in afterwards.
+        data: batches (a DataLoader, a list of dicts, tensors or tuples), or a function that runs the model. A dict goes
+            in by name; of a tuple as many entries as the model's `forward` requires, the others are labels.
+        family, target_error, coverage, derivative_weight, constraints: as of `conversion.FitOptions`.
+        degree: 8 if not given; with `target_error` the highest one tried, 16 if not given.
+        types, include, exclude, layers: which activations, as of `surgery.Choice`.
+        samples: as many samples of the data are used, rounded up to whole batches; None: all.
+        forward: how a batch goes through the model, where the above does not fit; returns what holds a tensor.
+        in_place: convert `model` itself; otherwise a copy, and `model` stays as it is. After an error it is as it was.
+        progress: is told what begins, by the number of the step, of 3.
+
+    Raises:
+        ValueError: nothing to convert, data the model cannot run on, a layer that cannot be fitted, a conversion that
+            has no effect.
+    """
+    batches = read_batches(data, samples)
+    highest = degree or (8 if target_error is None else 16)
+    options = FitOptions(family, highest, target_error, coverage, derivative_weight, tuple(constraints))
+    if not in_place:
+        try:
+            model = copy.deepcopy(model)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{type(model).__name__} cannot be copied: {error}; use in_place=True") from error
+    run = inputs.forward if forward is None else _first_tensor_of(forward)
+    choice = Choice(types, include, exclude, layers)
+    return convert_batches(model, batches, options, choice, forward=run, tell=progress)
+
+
+def convert_batches(
+    model: nn.Module,
+    batches: Sequence[Any],
+    options: FitOptions,
+    choice: Choice,
+    *,
+    forward: Forward = inputs.forward,
+    measure: Measure | None = None,
+    tell: Callable[[int, str], None] | None = None,
+) -> Conversion:
+    """What `convert` does, in place.
+
+    Args:
+        measure: calibrates the chosen activations elsewhere.
+
+    Raises:
+        ValueError: as of `convert`; the model is as it was.
+    """
+    say = tell or (lambda _step, _text: None)
+    total = sum(map(size_of, batches))
+    said = f" on {total} samples" if total else ""
+    if not model._modules and is_activation(model):
+        raise ValueError(f"{type(model).__name__} is an activation itself; put it into nn.Sequential")
+    rated = inputs.head(batches, RATED_SAMPLES)
+    with _unchanged_by_errors(model):
+        say(0, f"looking for activations{said}")
+        with inputs.on_calibration_data():
+            before = _output(model, rated, forward)
+        selection = select_activations(
+            model,
+            batches,
+            forward,
+            types=choice.types,
+            include=choice.include,
+            exclude=choice.exclude,
+            layers=choice.layers,
+        )
+        found = selection.activations
+        say(1, f"calibrating {len(found)} activations{said}")
+        if measure is None:
+            calibrations = calibrate(model, found, batches, forward)
+        else:
+            calibrations = measure(model, selection, batches)
+        say(2, f"fitting {options.family} of degree {options.degree}")
+        fits = fit_layers(found, calibrations, options)
+        costs = layer_costs(model, fits, rated, forward)
+        try:
+            apply(model, fits)
+            prove(model, [entry.name for entry in fits], rated, forward)
+            after = _output(model, rated, forward)
+        except BaseException:
+            for entry in fits:
+                replace_module(model, entry.name, entry.module)
+            raise
+    difference = float((after - before).norm() / before.norm().clamp(min=1e-300))
+    activations = [_described(entry, costs[entry.name]) for entry in fits]
+    return Conversion(model, activations, selection.left, total, difference, fits, selection, rated)
+
+
+def _described(entry: LayerConversion, cost: float) -> ConvertedActivation:
+    return ConvertedActivation(
+        name=entry.name,
+        target=target_name(entry.module),
+        config=entry.fit.config,
+        interval=entry.interval,
+        relative_error=entry.relative_error,
+        certificate=entry.fit.certificate.to_dict(),
+        inputs=entry.calibration.summary(),
+        cost=cost,
+    )
+
+
+def target_name(module: nn.Module) -> str:
+    """An activation's class; of a function that was called, the function."""
+    return f"{module.kind}()" if isinstance(module, FunctionalActivation) else type(module).__name__
+
+
+def _first_tensor_of(forward: Callable[[nn.Module, Any], Any]) -> Forward:
+    def run(model: nn.Module, batch: Any) -> Tensor:
+        return inputs.forward(model, lambda same: forward(same, batch))
+
+    return run
+
+
+def _output(model: nn.Module, batch: Any, forward: Forward) -> Tensor:
+    """In float64; a model that draws random numbers draws the same ones each time."""
+    with measuring(model), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return forward(model, batch).double()
+
+
+@contextmanager
+def _unchanged_by_errors(model: nn.Module) -> Iterator[None]:
+    """Classes, children and notes of all modules are as they were after an error."""
+    kept = [(module, type(module), dict(module._modules), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, children, attributes in kept:
+            module.__class__ = kind
+            module._modules.clear()
+            module._modules.update(children)
+            vars(module).update(attributes)
+        raise
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)

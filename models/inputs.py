@@ -1,0 +1,182 @@
+"""Calibration data of any kind, and how a batch of it goes through a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from polytrope.models import is_own
+from polytrope.models.modes import wrapped_forward
+
+Batch = dict[str, Tensor]
+# Batches (a DataLoader, a list of tensors, tuples or dicts), one batch, or a function that runs the model.
+Data = Iterable[Any] | Callable[[nn.Module], Any]
+
+
+def read_batches(data: Data, samples: int | None) -> list[Any]:
+    """The first batches of the data; a function that runs the model is one.
+
+    Args:
+        samples: read no further batch once there are that many; None: read all.
+
+    Raises:
+        ValueError: no batch, or no data of a known kind.
+    """
+    if isinstance(data, Tensor | Mapping):
+        return [data]
+    if isinstance(data, nn.Module) or not (hasattr(data, "__iter__") or callable(data)):
+        hint = "; put it into a torch.utils.data.DataLoader" if hasattr(data, "__getitem__") else ""
+        raise ValueError(
+            f"data: {type(data).__name__} is neither batches (a DataLoader, a list of tensors, tuples or dicts) nor a "
+            f"function that runs the model{hint}"
+        )
+    if not isinstance(data, Iterable):
+        return [data]
+    batches: list[Any] = []
+    total = 0
+    for batch in data:
+        batches.append(batch)
+        total += size_of(batch)
+        if samples is not None and total >= samples:
+            break
+    if not batches:
+        raise ValueError("data: there is no batch in it; an iterator that was used up gives none")
+    return batches
+
+
+def size_of(batch: Any) -> int:
+    """Samples in a batch: the first dimension of its first tensor; 0 where that is not known."""
+    first = next((tensor for tensor in tensors_of(batch) if tensor.dim()), None)
+    return 0 if first is None else len(first)
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every tensor in mappings, sequences and dataclasses, in their order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from tensors_of(entry)
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for entry in value:
+            yield from tensors_of(entry)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, field.name))
+
+
+def head(batches: Sequence[Any], count: int) -> Any:
+    """The first `count` samples of the batch with the most numbers; all of a batch whose tensors have other lengths."""
+    largest = max(batches, key=lambda batch: next((tensor.numel() for tensor in tensors_of(batch)), 0))
+    tensors = list(tensors_of(largest))
+    if not tensors or any(tensor.dim() == 0 or len(tensor) != len(tensors[0]) for tensor in tensors):
+        return largest
+    return _mapped(largest, lambda tensor: tensor[:count])
+
+
+def forward(model: nn.Module, batch: Any) -> Tensor:
+    """The first tensor that a model gives for a batch.
+
+    A dict goes in by name (into models of this package its first entry), a tensor and the entries of a tuple by
+    position: of these as many as `forward` requires, the others are labels. Everything is moved to the model's device,
+    floating-point numbers into the type of its weights. A function runs the model itself.
+
+    Raises:
+        ValueError: a batch of no known kind, a tuple of which it cannot be told what the model takes, an output without
+            tensor.
+    """
+    like = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
+
+    def placed(tensor: Tensor) -> Tensor:
+        if like is None:
+            return tensor
+        return tensor.to(like.device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    if isinstance(batch, Tensor | Mapping | tuple | list):
+        moved = _mapped(batch, placed)
+        if isinstance(moved, Tensor):
+            output = model(moved)
+        elif isinstance(moved, Mapping):
+            output = model(next(iter(moved.values()))) if is_own(model) else model(**moved)
+        else:
+            output = model(*moved[: _required(model, len(moved))])
+    elif callable(batch):
+        output = _run_by(batch, model)
+    else:
+        raise ValueError(f"a batch is a tensor, a tuple or a dict of tensors, not a {type(batch).__name__}")
+    first = next(tensors_of(output), None)
+    if first is None:
+        raise ValueError(
+            f"the model gives a {type(output).__name__} without any tensor; say how it runs: "
+            "forward=lambda model, batch: …, which returns a tensor"
+        )
+    return first
+
+
+@contextmanager
+def on_calibration_data() -> Iterator[None]:
+    """Around a forward pass: what the model raises is about the data it was given.
+
+    Raises:
+        ValueError: the model's own words.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"the model cannot run on the calibration data: {reason}") from error
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _mapped(entry, change) for name, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [_mapped(entry, change) for entry in value]
+    return value
+
+
+def _run_by(function: Callable[[nn.Module], Any], model: nn.Module) -> Any:
+    """What a function that runs the model returns; without tensor, what the model returned to it first."""
+    outputs: list[Any] = []
+
+    def noting(_name: str, module: nn.Module) -> Callable[..., Any]:
+        inner = module.forward
+
+        def noted(*arguments: Any, **keywords: Any) -> Any:
+            output = inner(*arguments, **keywords)
+            outputs.append(output)
+            return output
+
+        return noted
+
+    with wrapped_forward([("", model)], noting):
+        result = function(model)
+    return result if next(tensors_of(result), None) is not None or not outputs else outputs[0]
+
+
+def _required(model: nn.Module, given: int) -> int:
+    """How many entries of a batch the model's `forward` takes.
+
+    Raises:
+        ValueError: it may take more than it requires, so that inputs and labels cannot be told apart.
+    """
+    if given == 1:
+        return 1
+    kind: Any = type(getattr(model, "_orig_mod", model))  # a compiled model's own `forward` takes anything
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    positional = [entry for entry in parameters if entry.kind in (entry.POSITIONAL_ONLY, entry.POSITIONAL_OR_KEYWORD)]
+    required = sum(entry.default is entry.empty for entry in positional)
+    most = given if any(entry.kind is entry.VAR_POSITIONAL for entry in parameters) else len(positional)
+    if required < min(most, given):
+        raise ValueError(
+            f"a batch has {given} entries, and {kind.__name__}.forward takes {required} of them or more: which are its "
+            "inputs? Give batches as dicts by name, or forward=lambda model, batch: model(batch[0])"
+        )
+    return required

@@ -1,0 +1,146 @@
+"""`polytrope.models.convert`: people's own modules and data, converted in one call, saved, and loaded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from polytrope.models.convert import Conversion, convert
+from polytrope.models.formats import read_model
+from polytrope.ops import is_learnable_activation
+
+
+class Network(nn.Module):
+    """A module and a function; the head shares its weight with the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.architecture = "gpt2"  # a name of this package, which makes it no model of it
+        self.first = nn.Linear(8, 8)
+        self.activation = nn.GELU()
+        self.second = nn.Linear(8, 8, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.second(F.silu(self.second(self.activation(self.first(x)))))}
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        found: Tensor = self.layers(x if mask is None else x * mask)
+        return found
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(96, 8, generator=torch.Generator().manual_seed(0))
+
+
+def network() -> Network:
+    torch.manual_seed(0)
+    return Network()
+
+
+@pytest.mark.parametrize("kind", ["loader", "tensors", "tuples", "dicts", "function", "one tensor", "iterator"])
+def test_every_kind_of_data_gives_the_same_conversion(kind: str, x: Tensor) -> None:
+    model = network().train()
+    parts = list(x.split(32))
+    labels = torch.zeros(32, dtype=torch.long)
+    data: Any = {
+        "loader": DataLoader(TensorDataset(x, torch.zeros(96)), batch_size=32),
+        "tensors": parts,
+        "tuples": [(part, labels) for part in parts],
+        "dicts": [{"x": part.double()} for part in parts],
+        "function": lambda module: [module(part) for part in parts] and None,
+        "one tensor": x,
+        "iterator": iter(parts),
+    }[kind]
+    conversion = convert(model, data, degree=8)
+    assert [entry.target for entry in conversion.activations] == ["GELU", "silu()"]
+    assert conversion.samples == (0 if kind == "function" else 96)
+    assert 0 < conversion.difference < 5e-3
+    assert conversion.activations[0].inputs["inputs"] == 96 * 8
+    assert isinstance(model.activation, nn.GELU)  # a copy was converted
+    assert model.training
+    assert conversion.model.training
+    wanted, found = model(x)["logits"], conversion.model(x)["logits"]
+    assert (found - wanted).norm() < 5e-3 * wanted.norm()
+    assert found is not wanted
+    assert not torch.equal(found, wanted)
+
+
+def test_the_data_is_read_until_there_are_enough_samples(x: Tensor) -> None:
+    read: list[int] = []
+
+    def batches() -> Any:
+        for number, part in enumerate(x.split(32)):
+            read.append(number)
+            yield part
+
+    assert convert(network(), batches(), degree=4, samples=40).samples == 64
+    assert read == [0, 1]
+
+
+def test_a_conversion_is_saved_and_loaded_into_a_fresh_module(tmp_path: Path, x: Tensor) -> None:
+    model = network()
+    conversion = convert(model, [x], in_place=True, degree=6)
+    assert conversion.model is model
+    conversion.save(tmp_path / "out")
+    fresh = Network()
+    loaded = Conversion.load(tmp_path / "out", fresh)
+    assert loaded == conversion
+    assert loaded.model is fresh
+    assert not fresh.training
+    assert torch.equal(fresh(x)["logits"], model.eval()(x)["logits"])
+    assert fresh.second.weight is fresh.first.weight
+    assert sum(map(is_learnable_activation, fresh.modules())) == 2
+    certificate = loaded.certificates["activation"]
+    assert certificate["maximum"] >= certificate["rms"] > 0
+    report = conversion.report()
+    assert "GELU → hermite 6" in report
+    assert f"{certificate['maximum']:.2e}" in report
+    with pytest.raises(ValueError, match="give a fresh model too"):
+        Conversion.load(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds a Network, the model is a Masked"):
+        Conversion.load(tmp_path / "out", Masked())
+    with pytest.raises(ValueError, match=r"Conversion\.load\(directory, model\)"):
+        read_model(tmp_path / "out")
+
+
+def test_what_cannot_be_told_is_asked_for(x: Tensor) -> None:
+    labels = torch.ones(96, 1)
+    with pytest.raises(ValueError, match=r"Masked\.forward takes 1 of them or more: which are its inputs\?"):
+        convert(Masked(), [(x, labels)])
+    told = convert(Masked(), [(x, labels)], degree=4, forward=lambda model, batch: model(batch[0]))
+    assert [entry.name for entry in told.activations] == ["layers.1"]
+    for data, message in (
+        ([], "there is no batch in it"),
+        (TensorDataset(x), "put it into a torch.utils.data.DataLoader"),
+        ([{"y": x}], "unexpected keyword argument 'y'"),
+        ([x[:, :3]], "cannot run on the calibration data"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(Masked(), data)
+    with pytest.raises(ValueError, match="is an activation itself"):
+        convert(nn.GELU(), [x])
+
+
+def test_a_conversion_in_place_that_fails_leaves_the_model_as_it_was(x: Tensor) -> None:
+    model = network()
+    names, before = [name for name, _ in model.named_modules()], model(x)["logits"]
+    with pytest.raises(ValueError, match="reaches no error"):
+        convert(model, [x], in_place=True, degree=2, target_error=1e-9)
+    assert [name for name, _ in model.named_modules()] == names
+    assert type(model) is Network
+    assert "silu_call_1" not in repr(model)
+    assert torch.equal(model(x)["logits"], before)
