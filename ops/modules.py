@@ -652,6 +652,8 @@ class Affine(LearnableActivation):
     has_degree = False
 
     def __init__(self, *, base: str | None = None, **options: Any) -> None:
+        if "degree" in options:
+            raise ValueError("degree: not for affine; leave it out")
         init = options.get("init")
         self.base = base or (init if isinstance(init, str) and init in NAMED else "gelu")
         if self.base not in NAMED:
