@@ -12,7 +12,7 @@ from polytrope.ops import LearnableActivation
 # An optimizer step of all coefficients moves the function by this much times the base learning rate, root mean square
 # over its interval. docs/activations/study.md has the trainings that settled the three numbers.
 STEP = 50.0
-LARGEST = 20.0
+LARGEST = 10.0
 WITHOUT_ENDS = 0.1  # where the formula goes on outside, no step is small for all inputs
 _POINTS = 65
 
