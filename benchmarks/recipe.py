@@ -16,8 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from polytrope.ops import LearnableActivation, build_activation
 from polytrope.pipeline.stages.report.contents import paired_difference
 from polytrope.pipeline.stages.report.statistics import holm, mean_interval
+from polytrope.pipeline.stages.train.coefficient_rates import coefficient_multiple
 from polytrope.pipeline.store.manifest import StoredArtifact
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support import figures
@@ -35,7 +37,8 @@ def read_trainings(addresses: Iterable[str]) -> list[Row]:
     found: dict[tuple[Any, ...], Row] = {}
     for address in addresses:
         store = Store(address)
-        artifacts = [artifact for key in store.keys() if (artifact := store.load(key)) is not None]
+        loaded = map(store.load, store.keys())
+        artifacts = [artifact for artifact in loaded if artifact is not None]
         datasets = {artifact.digest: artifact for artifact in artifacts if artifact.components["uses"] == "shard"}
         for artifact in artifacts:
             inputs = artifact.components["inputs"]
@@ -48,13 +51,18 @@ def read_trainings(addresses: Iterable[str]) -> list[Row]:
 
 
 def describe(artifact: StoredArtifact, dataset: StoredArtifact) -> Row | None:
-    """One training as a row; None where a part of the validation split was left out."""
+    """One training as a row; None where a part of the validation split was left out, or blocks differ."""
     parameters, sizes = artifact.components["parameters"], dataset.components["parameters"]
     if parameters["validation_samples"] * sizes["sequence_length"] < dataset.summary["validation/tokens"]:
         return None
-    model, activation = parameters["model"], parameters["model"]["activation"]
-    base, own = parameters["learning_rate"], parameters["coefficient_learning_rate"]
-    multiple = None if isinstance(activation, str) or own is None else round(own / base, 4)
+    model, base = parameters["model"], parameters["learning_rate"]
+    activation, own = model["activation"], parameters["coefficient_learning_rate"]
+    if isinstance(activation, list) or model["activation_options"] is not None:
+        return None
+    module = build_activation(activation)
+    name = name_of(activation)
+    if isinstance(module, LearnableActivation):
+        name += f" × {coefficient_multiple(module) if own is None else round(own / base, 4):g}"
     return {
         "data": next(file["sha256"] for file in dataset.files if file["path"].startswith("train/shard"))[:12],
         "train_tokens": int(dataset.summary["train/tokens"]),
@@ -64,7 +72,7 @@ def describe(artifact: StoredArtifact, dataset: StoredArtifact) -> Row | None:
         "batch": parameters["global_batch_size"],
         "learning_rate": base,
         "activation": activation,
-        "name": name_of(activation) + ("" if multiple is None else f" × {multiple:g}"),
+        "name": name,
         "seed": parameters["seed"],
         "loss": artifact.summary.get("val/loss"),  # None: it diverged
     }
@@ -105,7 +113,9 @@ def compare(trainings: Sequence[Row]) -> list[Row]:
 
 def best_on_development(controls: Mapping[str, Mapping[int, float | None]]) -> str | None:
     """The name with the lowest mean loss over the development seeds that all of them have."""
-    seeds = [{seed for seed, loss in of.items() if seed >= DEVELOPMENT and loss is not None} for of in controls.values()]
+    seeds = [
+        {seed for seed, loss in of.items() if seed >= DEVELOPMENT and loss is not None} for of in controls.values()
+    ]
     shared = set.intersection(*seeds) if seeds else set()
     if not shared:
         return next(iter(controls), None)
@@ -125,9 +135,7 @@ def summarize(name: str, losses: Mapping[int, float | None], baseline: Mapping[i
     return entry
 
 
-def difference(
-    losses: Mapping[int, float | None], reference: Mapping[int, float | None], *, test: bool
-) -> Row | None:
+def difference(losses: Mapping[int, float | None], reference: Mapping[int, float | None], *, test: bool) -> Row | None:
     """Paired over the reported seeds (`test`) or the development seeds that both have; None without any."""
     pairs = [
         (own, other)
@@ -145,9 +153,9 @@ def markdown(settings: Sequence[Row]) -> str:
     lines: list[str] = []
     for setting in settings:
         lines += [
-            f"{setting['layers']} layers of {setting['width']}, {setting['steps']} steps of {setting['batch']} samples, "
-            f"base learning rate {setting['learning_rate']:g}, {setting['train_tokens']:,} tokens ({setting['data']}); "
-            f"control: {setting['control'] or '–'}",
+            f"{setting['layers']} layers of {setting['width']}, {setting['steps']} steps of {setting['batch']} "
+            f"samples, base learning rate {setting['learning_rate']:g}, {setting['train_tokens']:,} tokens "
+            f"({setting['data']}); control: {setting['control'] or '–'}",
             "",
         ]
         rows = []

@@ -69,7 +69,10 @@ def test_kinks_move_with_the_argument() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "affine", "base": "relu", "init": "gelu"}, "init: expected variance_preserving, relu for affine around"),
+        (
+            {"name": "affine", "base": "relu", "init": "gelu"},
+            "init: expected variance_preserving, relu for affine around",
+        ),
         ({"name": "affine", "base": "gleu"}, "base: expected one of gelu,"),
         ({"name": "affine", "degree": 3}, "degree: not for affine; leave it out"),
         ({"name": "affine", "interval": [-1, 1]}, "interval: not for affine"),

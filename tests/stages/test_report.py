@@ -346,8 +346,10 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="`control` is a value of `group_by`"):
         check(ReportParameters(control="gelu"), {})
     with pytest.raises(UserError, match="`control: affine` is none of the models"):
-        settings = ReportParameters(group_by="activation", control="affine")
-        check(settings, {"models": {"train[activation=gelu]": SimpleNamespace()}})
+        check(
+            ReportParameters(group_by="activation", control="affine"),
+            {"models": {"train[activation=gelu]": SimpleNamespace()}},
+        )
     with pytest.raises(UserError, match="is not a branch of that axis"):
         check(ReportParameters(baseline="gelu", group_by="activation"), {"models": {"gelu": SimpleNamespace()}})
     (tmp_path / "inputs").mkdir()

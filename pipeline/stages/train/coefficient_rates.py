@@ -34,9 +34,7 @@ def response(activation: LearnableActivation) -> float:
     """R: the root mean square of |∂F/∂coefficients| with the present coefficients, over x and groups of channels."""
     low, high = activation.interval or (-4.0, 4.0)
     definition = activation.definition()
-    numbers = [
-        activation.get_parameter(name).detach().double().cpu().requires_grad_() for name in definition.initial
-    ]
+    numbers = [activation.get_parameter(name).detach().double().cpu().requires_grad_() for name in definition.initial]
     grid = torch.linspace(low, high, _POINTS, dtype=torch.float64)
     if activation.accepts_groups:
         grid = grid[:, None].expand(-1, activation.num_parameters).contiguous()
