@@ -4,7 +4,7 @@
 one store. Of every training that was validated on the whole validation split this takes the loss. Trainings that differ
 in nothing but the activation and the rate of its coefficients are compared, paired by seed. Rates are chosen on the
 development seeds (10 and up); what is claimed is of the others, by which nothing was chosen. It writes
-results/recipe.json (every loss and comparison), recipe.md (tables) and recipe.png.
+results/recipe.json (every loss and comparison), recipe.md (tables) and recipe-groups.png.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def main() -> None:
         ),
         "light",
     )
-    (options.output / "recipe.png").write_bytes(picture)
+    (options.output / "recipe-groups.png").write_bytes(picture)
     print(markdown(settings))
 
 
