@@ -277,8 +277,8 @@ def draw_groups(
     Beside it the paired differences to the baseline, and to the control where there is one.
     """
     groups = [group for group in groups if metric in group]
-    references = {"difference": baseline, "difference_to_control": control}
-    shown = [key for key in references if any(key in group for group in groups)]
+    names = {"difference": baseline, "difference_to_control": f"the control ({control})"}
+    shown = [key for key in names if any(key in group for group in groups)]
     figure: Figure
     figure, grid = plt.subplots(
         1, 1 + len(shown), figsize=(9.2, 0.34 * len(groups) + 1.2), layout="constrained", squeeze=False, sharey=True
@@ -296,7 +296,7 @@ def draw_groups(
     axes.set_xlabel(title)
     for panel, key in zip(grid[0, 1:], shown, strict=True):
         panel.axvline(0.0, color=theme.palette[1], linewidth=0.9, linestyle=(0, (4, 3)))
-        panel.set_xlabel(f"difference to {references[key]}, paired")
+        panel.set_xlabel(f"paired difference to\n{names[key]}")
     for panel in grid.flat:
         panel.grid(visible=False, axis="y")
     return figure
