@@ -2,9 +2,9 @@
 
 `polytrope run workflows/recipe.yaml` makes trainings; `--set` gives other rates, seeds, activations, run after run in
 one store. Of every training that was validated on the whole validation split this takes the loss. Trainings that differ
-in nothing but the activation and the rate of its coefficients are compared, paired by seed. Rates are chosen on the
-development seeds (10 and up); what is claimed is of the others, by which nothing was chosen. It writes
-results/recipe.json (every loss and comparison), recipe.md (tables) and recipe-groups.png.
+in nothing but the activation and the rate of its coefficients are compared, paired by seed: with GELU, and with the
+control at every rate it was trained at. Seeds from 10 on are for choosing rates; what is reported is of the others. It
+writes results/recipe.json (every loss and comparison), recipe.md (tables) and recipe-groups.png.
 """
 
 from __future__ import annotations
@@ -87,10 +87,7 @@ def name_of(activation: str | Mapping[str, Any]) -> str:
 
 
 def compare(trainings: Sequence[Row]) -> list[Row]:
-    """Each setting with its activations in the order of their mean loss, compared with GELU and with the control.
-
-    The control is the one whose rate was best on the development seeds that all controls have.
-    """
+    """Each setting with its activations, compared with GELU and with every control; Holm's correction for each kind."""
     settings: dict[tuple[Any, ...], dict[str, dict[int, float | None]]] = {}
     for row in trainings:
         members = settings.setdefault(tuple(row[key] for key in SETTING), {})
@@ -99,48 +96,46 @@ def compare(trainings: Sequence[Row]) -> list[Row]:
     for setting, losses in settings.items():
         controls = {name: of for name, of in losses.items() if name.startswith(f"{CONTROL} ")}
         entries = [summarize(name, of, losses.get(BASELINE, {})) for name, of in losses.items()]
-        chosen = best_on_development(controls)
         for entry in entries:
-            if chosen is not None and entry["name"] not in (BASELINE, *controls):
-                entry["difference_to_control"] = difference(losses[entry["name"]], controls[chosen], test=True)
-        for key in ("difference", "difference_to_control"):
-            tested = [entry[key] for entry in entries if (entry.get(key) or {}).get("p_value") is not None]
-            for one, corrected in zip(tested, holm([one["p_value"] for one in tested]), strict=True):
-                one["holm_p_value"] = corrected
-        found.append({**dict(zip(SETTING, setting, strict=True)), "control": chosen, "activations": entries})
+            if entry["name"] not in (BASELINE, *controls):
+                own = losses[entry["name"]]
+                entry["differences_to_controls"] = {name: difference(own, of) for name, of in controls.items()}
+        correct([entry.get("difference") for entry in entries])
+        correct([one for entry in entries for one in entry.get("differences_to_controls", {}).values()])
+        found.append({**dict(zip(SETTING, setting, strict=True)), "controls": list(controls), "activations": entries})
     return found
 
 
-def best_on_development(controls: Mapping[str, Mapping[int, float | None]]) -> str | None:
-    """The name with the lowest mean loss over the development seeds that all of them have."""
-    seeds = [
-        {seed for seed, loss in of.items() if seed >= DEVELOPMENT and loss is not None} for of in controls.values()
-    ]
-    shared = set.intersection(*seeds) if seeds else set()
-    if not shared:
-        return next(iter(controls), None)
-    return min(controls, key=lambda name: sum(controls[name][seed] or 0.0 for seed in shared))
+def correct(differences: Sequence[Row | None]) -> None:
+    """Write Holm's corrected p-values into those that have one."""
+    tested = [one for one in differences if one is not None and one["p_value"] is not None]
+    for one, corrected in zip(tested, holm([one["p_value"] for one in tested]), strict=True):
+        one["holm_p_value"] = corrected
 
 
 def summarize(name: str, losses: Mapping[int, float | None], baseline: Mapping[int, float | None]) -> Row:
     """Mean loss over the reported seeds, and paired differences to the baseline there and on the development seeds."""
     reported = [loss for seed, loss in losses.items() if seed < DEVELOPMENT and loss is not None]
-    entry: Row = {"name": name, "failed": sum(loss is None for loss in losses.values()), "loss": None}
+    developed = {seed: loss for seed, loss in losses.items() if seed >= DEVELOPMENT and loss is not None}
+    failed = sum(loss is None for loss in losses.values())
+    entry: Row = {"name": name, "failed": failed, "development": developed, "loss": None}
     if reported:
         interval = mean_interval(reported)
         entry["loss"] = {"mean": interval.mean, "half_width": interval.half_width, "values": reported}
     if name != BASELINE:
-        entry["difference"] = difference(losses, baseline, test=True)
-        entry["difference_in_development"] = difference(losses, baseline, test=False)
+        entry["difference"] = difference(losses, baseline)
+        entry["difference_in_development"] = difference(losses, baseline, development=True)
     return entry
 
 
-def difference(losses: Mapping[int, float | None], reference: Mapping[int, float | None], *, test: bool) -> Row | None:
-    """Paired over the reported seeds (`test`) or the development seeds that both have; None without any."""
+def difference(
+    losses: Mapping[int, float | None], reference: Mapping[int, float | None], *, development: bool = False
+) -> Row | None:
+    """Paired over the reported seeds, or the development seeds, that both have; None without any."""
     pairs = [
         (own, other)
         for seed in losses
-        if (seed < DEVELOPMENT) == test
+        if (seed >= DEVELOPMENT) == development
         if (own := losses[seed]) is not None and (other := reference.get(seed)) is not None
     ]
     return paired_difference([own for own, _ in pairs], [other for _, other in pairs]) if pairs else None
@@ -148,32 +143,26 @@ def difference(losses: Mapping[int, float | None], reference: Mapping[int, float
 
 def markdown(settings: Sequence[Row]) -> str:
     """A table for each setting."""
-    heads = ["activation × rate", "loss, nats per token", "Δ to GELU, paired", "p, Holm", "Δ to the control"]
-    heads += ["p, Holm", "Δ to GELU, development seeds", "failed"]
     lines: list[str] = []
     for setting in settings:
+        heads = ["activation × rate", "loss, nats per token", "development seeds", "Δ to GELU, paired", "p, Holm"]
+        for control in setting["controls"]:
+            heads += [f"Δ to {control}", "p, Holm"]
+        heads.append("failed")
         lines += [
             f"{setting['layers']} layers of {setting['width']}, {setting['steps']} steps of {setting['batch']} "
             f"samples, base learning rate {setting['learning_rate']:g}, {setting['train_tokens']:,} tokens "
-            f"({setting['data']}); control: {setting['control'] or '–'}",
+            f"({setting['data']})",
             "",
         ]
         rows = []
         for entry in setting["activations"]:
-            to_gelu, to_control = entry.get("difference"), entry.get("difference_to_control")
-            developed = entry.get("difference_in_development")
-            rows.append(
-                [
-                    entry["name"],
-                    plus_minus(entry["loss"], ".4f"),
-                    plus_minus(to_gelu, "+.4f"),
-                    p_value(to_gelu),
-                    plus_minus(to_control, "+.4f"),
-                    p_value(to_control),
-                    f"{plus_minus(developed, '+.4f')} ({developed['pairs']})" if developed else "–",
-                    str(entry["failed"]),
-                ]
-            )
+            row = [entry["name"], plus_minus(entry["loss"], ".4f")]
+            row.append(" · ".join(f"{seed}: {loss:.4f}" for seed, loss in entry["development"].items()) or "–")
+            of_controls = entry.get("differences_to_controls", {})
+            for compared in (entry.get("difference"), *(of_controls.get(name) for name in setting["controls"])):
+                row += [plus_minus(compared, "+.4f"), p_value(compared)]
+            rows.append([*row, str(entry["failed"])])
         lines += ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)] + [""]
     return "\n".join(lines)
 
@@ -206,15 +195,17 @@ def main() -> None:
     (options.output / "recipe.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (options.output / "recipe.md").write_text(markdown(settings), encoding="utf-8")
     largest = max(settings, key=lambda one: sum(entry["loss"] is not None for entry in one["activations"]))
-    shown = [
-        {"group": entry["name"], **{key: value for key, value in entry.items() if value is not None}}
-        for entry in sorted(largest["activations"], key=lambda entry: entry["loss"]["mean"] if entry["loss"] else 0.0)
-        if entry["loss"]
-    ]
+    control = next(iter(largest["controls"]), None)
+    shown = []
+    for entry in sorted((one for one in largest["activations"] if one["loss"]), key=lambda one: one["loss"]["mean"]):
+        compared = {
+            "difference": entry.get("difference"),
+            "difference_to_control": entry.get("differences_to_controls", {}).get(control),
+        }
+        present = {key: value for key, value in compared.items() if value is not None}
+        shown.append({"group": entry["name"], "loss": entry["loss"], **present})
     picture = figures.render(
-        lambda theme: figures.draw_groups(
-            theme, shown, BASELINE, "loss", "validation loss, nats per token", largest["control"]
-        ),
+        lambda theme: figures.draw_groups(theme, shown, BASELINE, "loss", "validation loss, nats per token", control),
         "light",
     )
     (options.output / "recipe-groups.png").write_bytes(picture)
