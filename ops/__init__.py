@@ -1,6 +1,7 @@
 """Fused learnable activations: modules here, functions in `functional`."""
 
 from polytrope.ops.modules import (
+    Affine,
     Chebyshev,
     Fourier,
     Hermite,
@@ -19,6 +20,7 @@ from polytrope.ops.modules import (
 from polytrope.ops.moments import Moments, moments
 
 __all__ = [
+    "Affine",
     "Chebyshev",
     "Fourier",
     "Hermite",

@@ -7,6 +7,7 @@ imitated, its plain form and its moments.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +23,10 @@ from polytrope.ops.families import MAX_PIECES, check_degree
 from polytrope.ops.fitting import solvers
 from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.polynomial import of_line
-from polytrope.ops.fitting.targets import resolve_target
+from polytrope.ops.fitting.targets import NAMED, find_kinks, resolve_target, sample
 from polytrope.ops.functional import Interval, Variable, check_variable
 from polytrope.ops.functional import check_interval as check_interval
-from polytrope.ops.moments import Moments, moments_of_hermite, moments_of_module
+from polytrope.ops.moments import REACH, Moments, moments_of_hermite, moments_of_module
 from polytrope.ops.plain import PlainForm
 
 Init = str | Callable[[Tensor], Tensor]
@@ -64,6 +65,7 @@ class LearnableActivation(nn.Module):
 
     accepts_interval: ClassVar[bool] = True
     accepts_groups: ClassVar[bool] = True  # of channels, and gated use
+    has_degree: ClassVar[bool] = True
     published: bool = False  # whether torchortho has this family
     starts: ClassVar[tuple[str, ...]] = ("variance_preserving",)  # beside torchortho and functions to imitate
     variable: Variable | None = None  # of a polynomial
@@ -194,7 +196,9 @@ class LearnableActivation(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What `build_activation` needs to make this module again; its parameters are in its state."""
-        config: dict[str, Any] = {"name": self.name, "degree": self.degree}
+        config: dict[str, Any] = {"name": self.name}
+        if self.has_degree:
+            config["degree"] = self.degree
         if self.interval is not None:
             config["interval"] = list(self.interval)
         defaults = {"num_parameters": 1, "dim": -1, "glu": False, "init": "variance_preserving"}
@@ -649,6 +653,107 @@ def _knots(interval: Interval | None, count: int, device: torch.device) -> Tenso
     return torch.linspace(*interval, count, dtype=torch.float64, device=device)
 
 
+class Affine(LearnableActivation):
+    """gain · f(input_scale · x + input_shift) + offset around a fixed f: a control, which learns scale but no shape.
+
+    Computed in plain torch, without a kernel.
+
+    Args:
+        base: f, a name of `fitting.targets.NAMED`; default: the function that `init` names, else `gelu`. Where `init`
+            names f, the module starts as f itself.
+    """
+
+    accepts_interval = False  # f has its own ends
+    has_degree = False
+
+    def __init__(self, *, base: str | None = None, **options: Any) -> None:
+        if "degree" in options:
+            raise ValueError("degree: not for affine; leave it out")
+        init = options.get("init")
+        self.base = base or (init if isinstance(init, str) and init in NAMED else "gelu")
+        if self.base not in NAMED:
+            raise ValueError(f"base: expected one of {', '.join(NAMED)}, got {self.base!r}")
+        super().__init__("affine", 1, **options)
+        scale, offset, _ = _preserving(self.base)
+        self.learn(_affine, options, gain=scale, offset=scale * offset, input_scale=1.0, input_shift=0.0)
+
+    gain: nn.Parameter
+    offset: nn.Parameter
+    input_scale: nn.Parameter
+    input_shift: nn.Parameter
+
+    def imitate(self, init: Init) -> dict[str, Array]:
+        if init != self.base:
+            named = ", ".join([*self.starts, self.base])
+            raise ValueError(f"init: expected {named} for affine around {self.base}, got {init!r}")
+        return {"gain": np.ones(1), "offset": np.zeros(1), "input_scale": np.ones(1), "input_shift": np.zeros(1)}
+
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {"base": self.base}
+
+    def config(self) -> dict[str, Any]:
+        return super().config() | {"base": self.base}
+
+    def kinks(self) -> list[float]:
+        """Those of f, where its argument is there; none where it is the same everywhere."""
+        scale, shift = (float(self._numbers()[name][0]) for name in ("input_scale", "input_shift"))
+        return [(kink - shift) / scale for kink in _preserving(self.base)[2]] if scale else []
+
+    def plain(self) -> PlainForm:
+        return plain.rescaled(self.base, self._numbers())
+
+
+@functools.cache
+def _preserving(base: str) -> tuple[float, float, list[float]]:
+    """(s, o) such that s (f + o) preserves the variance, and where the slope of f jumps."""
+    with _ordinary_tensors():
+        function = resolve_target(base)
+        kinks = find_kinks(function, -REACH, REACH)
+        return *initialization.normalize(lambda x: sample(function, x), None, kinks), kinks
+
+
+def _affine(
+    x: Tensor,
+    gain: Tensor,
+    offset: Tensor,
+    input_scale: Tensor,
+    input_shift: Tensor,
+    *,
+    base: str,
+    dim: int = -1,
+    glu: bool = False,
+) -> Tensor:
+    """gain · f(input_scale · x + input_shift) + offset; the numbers are `[1]`, or `[groups, 1]`.
+
+    Like the kernels it computes bfloat16 and float16 in float32 and rounds once.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if glu and (x.dim() == 0 or x.shape[-1] % 2):
+        raise ValueError(f"x: with glu the last dimension holds two halves, got shape {list(x.shape)}")
+    argument, factor = x.chunk(2, dim=-1) if glu else (x, None)
+    argument = argument.to(wide)
+    numbers = [number.to(wide).flatten() for number in (gain, offset, input_scale, input_shift)]
+    groups = len(numbers[0])
+    if groups > 1:
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(f"dim: expected {-x.dim()}…{x.dim() - 1} for x of shape {list(x.shape)}, got {dim}")
+        dim = dim if dim < 0 else dim - x.dim()
+        if argument.shape[dim] % groups:
+            raise ValueError(
+                f"gain: {groups} groups do not divide the {argument.shape[dim]} channels of dimension {dim}"
+            )
+        argument = argument.unflatten(dim, (groups, argument.shape[dim] // groups))
+        numbers = [number.reshape(groups, *[1] * -dim) for number in numbers]
+    elif x.dim() == 0:
+        numbers = [number.squeeze() for number in numbers]
+    value = numbers[0] * NAMED[base](numbers[2] * argument + numbers[3]) + numbers[1]
+    if groups > 1:
+        value = value.flatten(dim - 1, dim)
+    if factor is not None:
+        value = value * factor.to(wide)
+    return value.to(x.dtype)
+
+
 def _crossings(slopes: Array, intercepts: Array) -> list[float]:
     """Where any two of these lines cross."""
     rise, apart = slopes[None] - slopes[:, None], intercepts[:, None] - intercepts[None]
@@ -666,6 +771,7 @@ LEARNABLE: dict[str, type[Any]] = {  # of LearnableActivation, whose subclasses 
     "polyrelu": PolyReLU,
     "polynorm": PolyNorm,
     "piecewise_linear": PiecewiseLinear,
+    "affine": Affine,
 }
 CLASSICAL: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -685,7 +791,7 @@ def read_activation(config: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
     options: dict[str, Any] = {"name": config} if isinstance(config, str) else dict(config)
     name = options.pop("name", None)
     short = re.fullmatch(r"([a-z_]+?)(\d+)", name) if isinstance(name, str) else None
-    if short and short[1] in LEARNABLE and "degree" not in options:
+    if short and short[1] in LEARNABLE and LEARNABLE[short[1]].has_degree and "degree" not in options:
         name, options = short[1], {"degree": int(short[2]), **options}
     if name not in CLASSICAL and name not in LEARNABLE:
         raise ValueError(f"activation {name!r}: expected one of {', '.join([*CLASSICAL, *LEARNABLE])}")

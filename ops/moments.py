@@ -13,7 +13,7 @@ from torch import nn
 from polytrope.ops.fitting.curves import Array, Curve
 from polytrope.ops.fitting.targets import find_kinks, resolve_target, sample
 
-_REACH = 14.0  # standard deviations; the density beyond is below 1e-42
+REACH = 14.0  # standard deviations; the density beyond is below 1e-42
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def moments(activation: nn.Module) -> Moments:
         assert isinstance(found, Moments)
         return found
     function = resolve_target(activation)
-    kinks = find_kinks(function, -_REACH, _REACH)
+    kinks = find_kinks(function, -REACH, REACH)
     return moments_of_curve(lambda x: sample(function, x), kinks)
 
 
@@ -92,8 +92,8 @@ def gaussian_moments(curve: Curve, kinks: Sequence[float] = ()) -> tuple[float, 
 
 def _nodes(kinks: Sequence[float]) -> tuple[Array, Array]:
     """Points and weights under the normal density: 16-point Gauss-Legendre rules on panels that end at the kinks."""
-    inside = [kink for kink in kinks if -_REACH < kink < _REACH]
-    edges = np.unique(np.concatenate([np.linspace(-_REACH, _REACH, 113), np.asarray(inside, dtype=np.float64)]))
+    inside = [kink for kink in kinks if -REACH < kink < REACH]
+    edges = np.unique(np.concatenate([np.linspace(-REACH, REACH, 113), np.asarray(inside, dtype=np.float64)]))
     nodes, weights = np.polynomial.legendre.leggauss(16)
     half = np.diff(edges)[:, None] / 2
     x = (edges[:-1, None] + half) + half * nodes

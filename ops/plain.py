@@ -14,6 +14,7 @@ from polytrope.ops import functional, reference
 from polytrope.ops.families import Family
 from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.polynomial import of_line
+from polytrope.ops.fitting.targets import NAMED
 
 
 class PlainForm(NamedTuple):
@@ -73,6 +74,15 @@ def difference_of_largest_lines(x: Tensor, numbers: Mapping[str, Tensor]) -> Ten
     """`largest_line`, less that of lower_slopes and lower_intercepts."""
     lower = (x.unsqueeze(-1) * numbers["lower_slopes"] + numbers["lower_intercepts"]).max(dim=-1).values
     return largest_line(x, numbers) - lower
+
+
+def rescaled(base: str, numbers: Mapping[str, Array]) -> PlainForm:
+    """gain · f(input_scale · x + input_shift) + offset around the function f of this name."""
+    return PlainForm({name: value.reshape(()) for name, value in numbers.items()}, partial(_rescaled, base=base), False)
+
+
+def _rescaled(x: Tensor, numbers: Mapping[str, Tensor], base: str) -> Tensor:
+    return numbers["gain"] * NAMED[base](numbers["input_scale"] * x + numbers["input_shift"]) + numbers["offset"]
 
 
 def broken_line(knots: Array, heights: Array) -> PlainForm:

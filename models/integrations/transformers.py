@@ -71,8 +71,9 @@ def names() -> dict[str, tuple[type[Any], dict[str, Any]]]:
     found = {}
     for family, kind in _CLASSES.items():
         largest = MAX_PIECES if family == "piecewise_linear" else MAX_DEGREE
+        degrees = range(1, largest + 1) if kind.has_degree else []
         sizes: dict[str, dict[str, Any]] = {family: {}} | {
-            f"{family}{degree}": {"degree": degree} for degree in range(1, largest + 1)
+            f"{family}{degree}": {"degree": degree} for degree in degrees
         }
         for name, options in sizes.items():
             found[name] = (kind, options)

@@ -264,13 +264,24 @@ def draw_conversion(theme: Theme, layers: Sequence[Mapping[str, Any]]) -> Figure
     return figure
 
 
-def draw_groups(theme: Theme, groups: Sequence[Mapping[str, Any]], baseline: str, metric: str, title: str) -> Figure:
-    """Mean, 95 % interval and single runs of each group, with the baseline as a line; beside it paired differences."""
+def draw_groups(
+    theme: Theme,
+    groups: Sequence[Mapping[str, Any]],
+    baseline: str,
+    metric: str,
+    title: str,
+    control: str | None = None,
+) -> Figure:
+    """Mean, 95 % interval and single runs of each group, with the baseline as a line.
+
+    Beside it the paired differences to the baseline, and to the control where there is one.
+    """
     groups = [group for group in groups if metric in group]
-    paired = any("difference" in group for group in groups)
+    names = {"difference": baseline, "difference_to_control": f"the control ({control})"}
+    shown = [key for key in names if any(key in group for group in groups)]
     figure: Figure
     figure, grid = plt.subplots(
-        1, 1 + paired, figsize=(9.2, 0.34 * len(groups) + 1.2), layout="constrained", squeeze=False, sharey=True
+        1, 1 + len(shown), figsize=(9.2, 0.34 * len(groups) + 1.2), layout="constrained", squeeze=False, sharey=True
     )
     axes = grid[0, 0]
     for position, group in enumerate(reversed(groups)):
@@ -278,13 +289,14 @@ def draw_groups(theme: Theme, groups: Sequence[Mapping[str, Any]], baseline: str
         _draw_interval(axes, group[metric], position, colour)
         if group["group"] == baseline:
             axes.axvline(group[metric]["mean"], color=colour, linewidth=0.9, linestyle=(0, (4, 3)))
-        if "difference" in group:
-            _draw_interval(grid[0, 1], group["difference"], position, theme.palette[0])
+        for panel, key in zip(grid[0, 1:], shown, strict=True):
+            if key in group:
+                _draw_interval(panel, group[key], position, theme.palette[0])
     axes.set_yticks(range(len(groups)), [group["group"] for group in reversed(groups)])
     axes.set_xlabel(title)
-    if paired:
-        grid[0, 1].axvline(0.0, color=theme.palette[1], linewidth=0.9, linestyle=(0, (4, 3)))
-        grid[0, 1].set_xlabel(f"difference to {baseline}, paired")
+    for panel, key in zip(grid[0, 1:], shown, strict=True):
+        panel.axvline(0.0, color=theme.palette[1], linewidth=0.9, linestyle=(0, (4, 3)))
+        panel.set_xlabel(f"paired difference to\n{names[key]}")
     for panel in grid.flat:
         panel.grid(visible=False, axis="y")
     return figure

@@ -360,6 +360,7 @@ def test_piecewise_linear_has_a_form_of_ordinary_operations() -> None:
         {"name": "hermite", "degree": 6, "variable": [1.0, 0.5], "interval": [-2.0, 3.0]},
         {"name": "rational", "degree": 3, "denominator_degree": 0, "interval": [-2.0, 3.0]},
         {"name": "polyrelu", "degree": 4, "interval": [-1.0, 2.0]},
+        {"name": "affine", "base": "silu"},
     ],
     ids=str,
 )
@@ -370,7 +371,7 @@ def test_variants_of_a_family_have_a_form_of_ordinary_operations(tmp_path: Path,
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
         x = torch.linspace(-6, 6, 240).reshape(2, 120)
         torch.testing.assert_close(PlainActivation(module)(x), module(x), rtol=1e-4, atol=1e-4)
-    if config["name"] == "fourier":
+    if config["name"] in ("fourier", "affine"):
         assert save_onnx(tmp_path / "activation.onnx", module, [x]).deviation <= 1e-4
 
 

@@ -341,6 +341,7 @@ FAMILIES: list[dict[str, Any]] = [
     {"name": "polyrelu", "degree": 3},
     {"name": "polynorm", "degree": 3, "epsilon": 1e-4},
     {"name": "piecewise_linear", "degree": 12, "num_parameters": 2},
+    {"name": "affine", "base": "gelu_tanh", "num_parameters": 2},
 ]
 
 

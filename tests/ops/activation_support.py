@@ -35,6 +35,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"name": "polynorm", "degree": 3},
     {"name": "piecewise_linear", "degree": 8},
 ]
+CONTROL: dict[str, Any] = {"name": "affine", "base": "silu"}  # without a kernel
 
 
 def label(config: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from activation_support import CONFIGS, activation, inputs, label
+from activation_support import CONFIGS, CONTROL, activation, inputs, label
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,7 +26,7 @@ MORE: list[dict[str, Any]] = [
     {"name": "fourier", "degree": 3, "num_parameters": 2},
     {"name": "fourier", "degree": 3, "glu": True},
 ]
-ALL = CONFIGS + MORE
+ALL = [*CONFIGS, CONTROL, *MORE]
 
 
 def on_two_processes(rank: int, rendezvous: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from activation_support import CONFIGS, FAMILIES, activation, inputs, label, moments
+from activation_support import CONFIGS, CONTROL, FAMILIES, activation, inputs, label, moments
 from torch import nn
 
 from polytrope.ops import (
@@ -72,7 +72,7 @@ def test_an_activation_can_start_as_another_function(name: str) -> None:
         build_activation({"name": name, "degree": 4, "init": "gelru"})
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c["name"] != "polynorm"], ids=label)
+@pytest.mark.parametrize("config", [*(c for c in CONFIGS if c["name"] != "polynorm"), CONTROL], ids=label)
 @pytest.mark.parametrize(("shape", "dim"), [((4, 6), -1), ((2, 6, 5), 1), ((6, 3), 0)])
 def test_groups_of_channels_have_coefficients_of_their_own(
     config: dict[str, Any], shape: tuple[int, ...], dim: int
@@ -94,7 +94,7 @@ def test_groups_of_channels_have_coefficients_of_their_own(
         torch.testing.assert_close(x.grad.narrow(dim, 2 * group, 2), part.grad)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c["name"] != "polynorm"], ids=label)
+@pytest.mark.parametrize("config", [*(c for c in CONFIGS if c["name"] != "polynorm"), CONTROL], ids=label)
 def test_gated_use_multiplies_by_the_other_half(config: dict[str, Any]) -> None:
     gated, plain = activation(config | {"glu": True}), activation(config)
     x = inputs(7, 10).requires_grad_()
@@ -108,7 +108,7 @@ def test_gated_use_multiplies_by_the_other_half(config: dict[str, Any]) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=label)
+@pytest.mark.parametrize("config", [*CONFIGS, CONTROL], ids=label)
 def test_a_module_is_built_again_from_its_configuration_and_state(config: dict[str, Any]) -> None:
     module = activation(config, torch.float32)
     again = build_activation(module.config())  # type: ignore[operator]
@@ -148,7 +148,7 @@ def test_operators_pass_opcheck(config: dict[str, Any]) -> None:
         torch.library.opcheck(operator, tuple(detached))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=label)
+@pytest.mark.parametrize("config", [*CONFIGS, CONTROL], ids=label)
 def test_vmap_and_per_sample_gradients(config: dict[str, Any]) -> None:
     module, x = activation(config), inputs(4, 3, 6)
     torch.testing.assert_close(torch.vmap(module)(x), torch.stack([module(one) for one in x]))
@@ -165,7 +165,7 @@ def test_vmap_and_per_sample_gradients(config: dict[str, Any]) -> None:
         torch.testing.assert_close(per_sample[name].sum(0), parameter.grad)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=label)
+@pytest.mark.parametrize("config", [*CONFIGS, CONTROL], ids=label)
 def test_compile_makes_one_graph_and_takes_dynamic_shapes(config: dict[str, Any]) -> None:
     torch._dynamo.reset()
     module = activation(config, torch.float32)
@@ -196,7 +196,7 @@ def test_autocast_keeps_coefficients_in_float32_and_the_output_in_the_dtype_of_x
     assert module[1].coefficients.grad.dtype == torch.float32  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=label)
+@pytest.mark.parametrize("config", [*CONFIGS, CONTROL], ids=label)
 def test_the_meta_device_and_empty_tensors(config: dict[str, Any]) -> None:
     module = activation(config, torch.float32)
     empty = torch.empty(0, 4, requires_grad=True)

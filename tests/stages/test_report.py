@@ -294,6 +294,21 @@ def test_repeats_become_means_with_intervals_and_paired_differences(tmp_path: Pa
     assert (tmp_path / "output" / "plots" / "groups.png").exists()
 
 
+def test_a_control_is_compared_with_beside_the_baseline(tmp_path: Path) -> None:
+    figures = make_study(tmp_path, control="relu")
+    groups = {group["group"]: group for group in figures["groups"]}
+    beyond = groups["hermite"]["difference_to_control"]
+    assert beyond["values"] == pytest.approx([-0.11, -0.01, -0.058])
+    assert beyond["p_value"] == pytest.approx(stats.ttest_1samp([-0.11, -0.01, -0.058], 0.0).pvalue)
+    assert beyond["holm_p_value"] == beyond["p_value"]  # one comparison: the baseline is not compared with the control
+    assert groups["relu"]["difference"]["mean"] == pytest.approx(0.01)
+    assert "difference_to_control" not in groups["relu"]
+    assert "difference_to_control" not in groups["gelu"]
+    text = read_page(tmp_path / "output" / "report.html").text
+    assert "-0.0593" in text
+    assert "No difference to relu is outside its 95 % interval." in text
+
+
 def test_failures_are_rows_of_their_own_and_in_no_mean(tmp_path: Path) -> None:
     losses = {
         "train[activation=gelu,seed=0]": 4.0,
@@ -328,6 +343,13 @@ def test_few_values_and_many_comparisons() -> None:
 def test_mistakes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="baseline: `silu` is none of the models"):
         check(ReportParameters(baseline="silu"), {"models": {"gelu": SimpleNamespace()}})
+    with pytest.raises(UserError, match="control: a value of `group_by`"):
+        check(ReportParameters(control="gelu"), {})
+    with pytest.raises(UserError, match="control: `affine` is none of the models"):
+        check(
+            ReportParameters(group_by="activation", control="affine"),
+            {"models": {"train[activation=gelu]": SimpleNamespace()}},
+        )
     with pytest.raises(UserError, match="is not a branch of that axis"):
         check(ReportParameters(baseline="gelu", group_by="activation"), {"models": {"gelu": SimpleNamespace()}})
     (tmp_path / "inputs").mkdir()

@@ -227,9 +227,15 @@ def test_other_arithmetic_trains_alike(
 
 
 def test_bf16_with_averaged_weights_recomputed_blocks_and_statistics(tmp_path: Path, dataset: Artifact) -> None:
+    activations = [
+        {"name": "hermite", "degree": 4, "init": "gelu", "interval": [-4, 4]},
+        {"name": "affine", "init": "gelu", "num_parameters": 4},
+        "hermite3",
+    ]
     run_training(
         tmp_path,
         dataset,
+        model={**MODEL, "n_layer": 3, "activation": activations},
         ema_decay=0.9,
         precision="bf16",
         activation_checkpointing="block",
@@ -241,7 +247,12 @@ def test_bf16_with_averaged_weights_recomputed_blocks_and_statistics(tmp_path: P
     tensors = load_file(tmp_path / "output" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     names = {name for event in read_events(tmp_path, "metrics") for name in event["values"]}
-    assert {"mfu", "preactivation_std/0", "coefficient_norm/0"} <= names
+    assert {"mfu", "preactivation_std/0", "coefficient_norm/1"} <= names
+    logged = next(entry for entry in history(tmp_path) if "train/loss" in entry)
+    rates = {name: rate for name, rate in logged.items() if name.startswith("learning_rate")}
+    assert rates["learning_rate/coefficients_x10"] == pytest.approx(10 * rates["learning_rate"])
+    assert rates["learning_rate/coefficients_x0.1"] == pytest.approx(0.1 * rates["learning_rate"])
+    assert len(rates) == 3
     assert read_events(tmp_path, "model")[0]["name"] == "lines"
 
 

@@ -76,7 +76,10 @@ def collect(
             row["speed"] = speed.models.get(row["label"])
     if parameters.group_by is not None:
         failed = [failure["label"] for failure in figures["failures"]]
-        figures["groups"] = compare_groups(rows, parameters.group_by, baseline, evaluation.kind, failed)
+        figures["control"] = parameters.control
+        figures["groups"] = compare_groups(
+            rows, parameters.group_by, baseline, evaluation.kind, failed, parameters.control
+        )
     else:
         losses = {row["label"]: row["loss"] for row in rows}
         for row in rows:
@@ -141,9 +144,14 @@ def _conversion(conversion: ConversionRecord) -> list[Figures]:
 
 
 def compare_groups(
-    rows: Sequence[Figures], axis: str, baseline: str, kind: str, failed: Sequence[str] = ()
+    rows: Sequence[Figures],
+    axis: str,
+    baseline: str,
+    kind: str,
+    failed: Sequence[str] = (),
+    control: str | None = None,
 ) -> list[Figures]:
-    """Mean and 95 % interval of each group's loss, and its paired difference to the baseline's.
+    """Mean and 95 % interval of each group's loss, and its paired difference to the baseline's and the control's.
 
     Pairs are branches that agree in all other axes (the same seed). Groups are in the order of their mean loss; a group
     of failures only has no `loss` and comes last.
@@ -151,15 +159,19 @@ def compare_groups(
     Args:
         rows: the table, of the models that could be evaluated.
         failed: labels of the others.
+        control: a second group to compare with (`difference_to_control`); its p-values are corrected among themselves.
     """
     groups: dict[str, dict[str, Figures]] = {}
     failures = Counter(group_of(label, axis) for label in failed)
     for row in rows:
         groups.setdefault(group_of(row["label"], axis), {})[_others(row["label"], axis)] = row
-    if baseline not in groups and baseline not in failures:
-        raise UserError(f"report: `baseline: {baseline}` is no value of `{axis}`", f"there are: {', '.join(groups)}")
+    references = {"difference": ("baseline", baseline)}
+    if control is not None:
+        references["difference_to_control"] = ("control", control)
+    for what, name in references.values():
+        if name not in groups and name not in failures:
+            raise UserError(f"report: `{what}: {name}` is no value of `{axis}`", f"there are: {', '.join(groups)}")
     metrics = ["loss", "bits_per_byte"] if kind == "text" else ["loss", "top1", "calibration_error"]
-    reference = groups.get(baseline, {})
     result: list[Figures] = []
     for name, members in groups.items():
         entry: Figures = {
@@ -177,24 +189,34 @@ def compare_groups(
         speeds = [row["speed"] for row in members.values() if row.get("speed")]
         if speeds:  # the same work whatever the seed: the median of all
             entry["speed"] = {key: statistics.median(speed[key] for speed in speeds) for key in speeds[0]}
-        shared = [pair for pair in members if pair in reference]
-        if name != baseline and shared:
-            differences = [members[pair]["loss"] - reference[pair]["loss"] for pair in shared]
-            interval = mean_interval(differences)
-            entry["difference"] = {
-                "mean": interval.mean,
-                "half_width": interval.half_width,
-                "p_value": paired_p_value(differences),
-                "holm_p_value": None,
-                "pairs": len(differences),
-                "values": differences,
-            }
+        for key, (_, other) in references.items():
+            reference = groups.get(other, {})
+            shared = [pair for pair in members if pair in reference]
+            if name != other and shared and not (key == "difference_to_control" and name == baseline):
+                entry[key] = paired_difference(
+                    [members[pair]["loss"] for pair in shared], [reference[pair]["loss"] for pair in shared]
+                )
         result.append(entry)
-    tested = [entry["difference"] for entry in result if entry.get("difference", {}).get("p_value") is not None]
-    for difference, corrected in zip(tested, holm([entry["p_value"] for entry in tested]), strict=True):
-        difference["holm_p_value"] = corrected
+    for key in references:
+        tested = [entry[key] for entry in result if entry.get(key, {}).get("p_value") is not None]
+        for difference, corrected in zip(tested, holm([entry["p_value"] for entry in tested]), strict=True):
+            difference["holm_p_value"] = corrected
     only_failures = [{"group": name, "count": 0, "failed": failures[name]} for name in failures if name not in groups]
     return sorted(result, key=lambda entry: entry["loss"]["mean"]) + only_failures
+
+
+def paired_difference(losses: Sequence[float], reference: Sequence[float]) -> Figures:
+    """Of one group to another, pair by pair; `holm_p_value` waits for the other comparisons."""
+    differences = [own - other for own, other in zip(losses, reference, strict=True)]
+    interval = mean_interval(differences)
+    return {
+        "mean": interval.mean,
+        "half_width": interval.half_width,
+        "p_value": paired_p_value(differences),
+        "holm_p_value": None,
+        "pairs": len(differences),
+        "values": differences,
+    }
 
 
 def _others(label: str, axis: str) -> str:

@@ -68,6 +68,7 @@ def _drawings(
             plots.draw_groups,
             groups=summary["groups"],
             baseline=summary["baseline"],
+            control=summary["control"],
             metric="loss",
             title=f"validation loss, nats per {unit}",
         )

@@ -22,6 +22,11 @@ class ReportParameters(BaseModel):
         description="matrix axis whose values are compared; the branches that differ in other axes (seed) are repeats: "
         "mean, 95 % confidence interval and paired difference to the baseline",
     )
+    control: str | None = Field(
+        None,
+        description="with `group_by`: a second value that the others are compared with, such as `affine`, which learns "
+        "scale but no shape: what a group has gained beyond it",
+    )
     labels: dict[str, str] = Field({}, description="label → the name shown on the page")
     command: str = Field("", description="the command that made this run, shown under how to reproduce")
     maximum_layers: int = Field(12, ge=1, description="layers shown in the plots of shapes, evenly chosen")

@@ -22,16 +22,19 @@ from polytrope.pipeline.support.text import suggest
 
 
 def check(parameters: ReportParameters, upstream: Mapping[str, Any]) -> None:
-    """Refuse a baseline that does not exist, before anything starts."""
+    """Refuse a baseline or a control that does not exist, before anything starts."""
+    if parameters.control is not None and parameters.group_by is None:
+        raise UserError("control: a value of `group_by`, which is not given", "give `group_by: AXIS`")
     models = upstream.get("models") or {}
-    if parameters.baseline is None or not models:
+    if not models:
         return
     if parameters.group_by is None:
         known = list(models)
     else:
         known = sorted({group_of(label, parameters.group_by) for label in models})
-    if parameters.baseline not in known:
-        raise UserError(f"baseline: `{parameters.baseline}` is none of the models", f"there are: {', '.join(known)}")
+    for name, value in (("baseline", parameters.baseline), ("control", parameters.control)):
+        if value is not None and value not in known:
+            raise UserError(f"{name}: `{value}` is none of the models", f"there are: {', '.join(known)}")
 
 
 def promise(parameters: ReportParameters, upstream: Mapping[str, Any], _resources: Resources) -> None:

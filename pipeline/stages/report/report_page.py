@@ -72,10 +72,13 @@ def headline(figures: Mapping[str, Any]) -> Markup:
     if "groups" in figures:
         best = figures["groups"][0]
         interval = best["loss"]["half_width"]
+        beyond = f" {_significance(figures, 'difference_to_control', figures['control'])}" if figures["control"] else ""
         return Markup(
             f"Lowest mean validation loss: <b>{escape(best['group'])}</b>, {best['loss']['mean']:.4f}"
             + (f" ± {interval:.4f}" if interval is not None else "")
-            + f" nats per {unit} over {best['count']} runs. {_significance(figures)}"
+            + f" nats per {unit} over {best['count']} runs. "
+            + _significance(figures, "difference", figures["baseline"])
+            + beyond
         )
     rows = figures["table"]
     best = min(rows, key=lambda row: row["loss"])
@@ -99,19 +102,18 @@ def headline(figures: Mapping[str, Any]) -> Markup:
     return Markup(" ".join(sentences))
 
 
-def _significance(figures: Mapping[str, Any]) -> str:
+def _significance(figures: Mapping[str, Any], key: str, reference: str) -> str:
     better: list[str] = []
     worse: list[str] = []
     for group in figures["groups"]:
-        difference = group.get("difference")
+        difference = group.get(key)
         if difference and difference["half_width"] is not None and abs(difference["mean"]) > difference["half_width"]:
             (better if difference["mean"] < 0 else worse).append(group["group"])
-    baseline = escape(figures["baseline"])
     if not better and not worse:
-        return f"No difference to {baseline} is outside its 95 % interval."
+        return f"No difference to {escape(reference)} is outside its 95 % interval."
     clauses = [f"better: {escape(', '.join(better))}"] if better else []
     clauses += [f"worse: {escape(', '.join(worse))}"] if worse else []
-    return f"Outside the 95 % interval of the paired difference to {baseline}: {'; '.join(clauses)}."
+    return f"Outside the 95 % interval of the paired difference to {escape(reference)}: {'; '.join(clauses)}."
 
 
 def _tiles(figures: Mapping[str, Any]) -> list[tuple[str, str]]:

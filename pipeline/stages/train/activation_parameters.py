@@ -19,6 +19,7 @@ from pydantic import (
     PlainSerializer,
     Tag,
     WrapValidator,
+    model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
@@ -33,6 +34,7 @@ _STARTS = ("variance_preserving", *IMITATED)
 
 if TYPE_CHECKING:
     AnyStart = str
+    Imitated = str
     Start = str
     PolynomialStart = str
     PublishedStart = str
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 else:
     ClassicalName = Literal[CLASSICAL]
     AnyStart = Literal["variance_preserving", "stable", "torchortho", *IMITATED]
+    Imitated = Literal[IMITATED]
     Start = Literal[_STARTS]
     PolynomialStart = Literal["variance_preserving", "stable", *IMITATED]
     PublishedStart = Literal["variance_preserving", "torchortho", *IMITATED]
@@ -75,13 +78,16 @@ class _Classical(_Named):
     name: ClassicalName
 
 
-class _Elementwise(_Named):
-    """What all elementwise families have."""
+class _Grouped(_Named):
+    """What all elementwise activations have."""
 
-    degree: int = Field(3, ge=1, le=16, description="1…16")
     num_parameters: int = Field(1, ge=1, description="groups of channels that have coefficients of their own")
     dim: int = Field(-1, description="the dimension whose channels are grouped")
     glu: Gate = Field(False, description="gated; not in these models")
+
+
+class _Elementwise(_Grouped):
+    degree: int = Field(3, ge=1, le=16, description="1…16")
 
 
 class _Polynomial(_Elementwise):
@@ -152,9 +158,21 @@ class _PolyNorm(_Named):
     init: Start = Field("variance_preserving", description="how it starts")
 
 
+class _Affine(_Grouped):
+    name: Literal["affine"]
+    base: Imitated | None = Field(None, description="the fixed function; default: the one that init names, or gelu")
+    init: Start = Field("variance_preserving", description="how it starts: variance_preserving, or as its base")
+
+    @model_validator(mode="after")
+    def _starts_as_its_base(self) -> _Affine:
+        if self.base is not None and self.init not in ("variance_preserving", self.base):
+            raise ValueError(f"init: expected variance_preserving or {self.base}, its base, got {self.init}")
+        return self
+
+
 _Settings = Annotated[
     _Classical | _Hermite | _Chebyshev | _Legendre | _Fourier | _Tropical | _TropicalRational | _Rational | _PolyReLU
-    | _PiecewiseLinear | _PolyNorm,
+    | _PiecewiseLinear | _PolyNorm | _Affine,
     Field(discriminator="name"),
 ]  # fmt: skip
 LEARNABLE_SETTINGS: dict[str, type[BaseModel]] = {
@@ -168,6 +186,7 @@ LEARNABLE_SETTINGS: dict[str, type[BaseModel]] = {
     "polyrelu": _PolyReLU,
     "polynorm": _PolyNorm,
     "piecewise_linear": _PiecewiseLinear,
+    "affine": _Affine,
 }
 
 

@@ -33,7 +33,7 @@ from polytrope.pipeline.stages.train.deepspeed_engine import (
     unsharded_gradient_norm,
 )
 from polytrope.pipeline.stages.train.modality import Modality, make_modality
-from polytrope.pipeline.stages.train.optimization import learning_rate_factor, set_learning_rate
+from polytrope.pipeline.stages.train.optimization import coefficient_rates, learning_rate_factor, set_learning_rate
 from polytrope.pipeline.stages.train.training_metrics import (
     Meter,
     MetricsLog,
@@ -178,6 +178,7 @@ class _Run:
         values = {
             "train/loss": sum(row[0] for row in ranks) / plan.workers,
             "learning_rate": plan.parameters.learning_rate * factor,
+            **coefficient_rates(self.engine.optimizer.param_groups),
             "gradient_norm": norm,
         }
         progress.history.append({"step": progress.step, **values})

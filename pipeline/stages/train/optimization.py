@@ -10,43 +10,51 @@ from torch import nn
 
 from polytrope.pipeline.stages.train.parameters import TrainParameters
 
+COEFFICIENTS = "coefficients"
+
 
 def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict[str, Any]]:
     """Matrices decay; norms, biases, layer scales and activation coefficients do not; coefficients have their own rate.
 
-    `peak` is a group's peak learning rate; the schedule scales it.
+    Coefficients are one group, `coefficients`, where `coefficient_learning_rate` is given; else one for each multiple
+    of the base rate that `coefficient_multiple` says: `coefficients_x10`. `peak` is a group's peak learning rate; the
+    schedule scales it.
     """
     from polytrope.ops import is_learnable_activation
+    from polytrope.pipeline.stages.train.coefficient_rates import coefficient_multiple
 
-    coefficients = {
-        id(parameter)
-        for module in model.modules()
-        if is_learnable_activation(module)
-        for parameter in module.parameters()
-    }
-    members: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "coefficients": []}
-    for parameter in model.parameters():  # names a tied parameter once
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) in coefficients:
-            members["coefficients"].append(parameter)
-        else:
-            members["matrices" if parameter.dim() >= 2 else "vectors"].append(parameter)
     own_rate = parameters.coefficient_learning_rate
-    # A coefficient moves the outputs of all channels at once. At the rate of the matrices, high degrees train worse
-    # than low ones (quickstart, degree 5: validation loss 5.43 against 5.35); at a tenth, better.
-    peaks = {"coefficients": 0.1 * parameters.learning_rate if own_rate is None else own_rate}
+    peaks = {"matrices": parameters.learning_rate, "vectors": parameters.learning_rate}
+    group_of: dict[int, str] = {}
+    for module in model.modules():
+        if is_learnable_activation(module):
+            name, peak = COEFFICIENTS, own_rate
+            if peak is None:
+                multiple = coefficient_multiple(module)  # type: ignore[arg-type]
+                name, peak = f"{COEFFICIENTS}_x{multiple:g}", multiple * parameters.learning_rate
+            peaks[name] = peak
+            group_of |= {id(parameter): name for parameter in module.parameters()}
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in peaks}
+    for parameter in model.parameters():  # names a tied parameter once
+        if parameter.requires_grad:
+            usual = "matrices" if parameter.dim() >= 2 else "vectors"
+            members[group_of.get(id(parameter), usual)].append(parameter)
     return [
         {
             "params": group,
             "name": name,
-            "peak": peaks.get(name, parameters.learning_rate),
-            "lr": peaks.get(name, parameters.learning_rate),
+            "peak": peaks[name],
+            "lr": peaks[name],
             "weight_decay": parameters.weight_decay if name == "matrices" else 0.0,
         }
         for name, group in members.items()
         if group
     ]
+
+
+def coefficient_rates(groups: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The present learning rates of coefficients as metrics: `learning_rate/coefficients_x10`, …"""
+    return {f"learning_rate/{group['name']}": group["lr"] for group in groups if COEFFICIENTS in group.get("name", "")}
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int, minimum: float) -> float:

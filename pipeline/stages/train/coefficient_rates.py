@@ -1,0 +1,53 @@
+"""How fast the coefficients of a learnable activation learn, where `coefficient_learning_rate` does not say."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from polytrope.ops import LearnableActivation
+
+# An optimizer step of all coefficients moves the function by this much times the base learning rate, root mean square
+# over its interval. docs/activations/study.md has the trainings that settled the three numbers.
+STEP = 50.0
+LARGEST = 10.0
+WITHOUT_ENDS = 0.1  # where the formula goes on outside, no step is small for all inputs
+_POINTS = 65
+
+
+def coefficient_multiple(activation: LearnableActivation) -> float:
+    """The learning rate of an activation's coefficients, in units of the base rate, rounded to 1, 2 or 5 · 10^k.
+
+    AdamW moves every coefficient by about the learning rate, whatever its gradient: how far that moves the function is
+    the matter of the coordinates. With R, the root mean square over the interval (or [-4, 4]) of the norm of F's
+    gradient by its coefficients, a step moves F by at most R times the rate; so the rate is `STEP` / R, and the same
+    function learns equally fast in any basis. Where no straight lines follow outside the interval, `WITHOUT_ENDS`.
+    """
+    if activation.accepts_interval and activation.interval is None:
+        return WITHOUT_ENDS
+    return _rounded(min(LARGEST, STEP / response(activation)))
+
+
+def response(activation: LearnableActivation) -> float:
+    """R: the root mean square of |∂F/∂coefficients| with the present coefficients, over x and groups of channels."""
+    low, high = activation.interval or (-4.0, 4.0)
+    definition = activation.definition()
+    numbers = [activation.get_parameter(name).detach().double().cpu().requires_grad_() for name in definition.initial]
+    grid = torch.linspace(low, high, _POINTS, dtype=torch.float64)
+    if activation.accepts_groups:
+        grid = grid[:, None].expand(-1, activation.num_parameters).contiguous()
+    options = {**definition.options, **({"dim": -1, "glu": False} if activation.accepts_groups else {})}
+    values = definition.function(grid, *numbers, **options)
+    squares: list[Tensor] = []
+    for value in values:
+        gradients = torch.autograd.grad(value.sum(), numbers, retain_graph=True)
+        squares.append(torch.stack([gradient.square().sum() for gradient in gradients]).sum())
+    return math.sqrt(float(torch.stack(squares).mean()) / activation.num_parameters)
+
+
+def _rounded(number: float) -> float:
+    """The nearest of …, 0.5, 1, 2, 5, 10, …, by ratio."""
+    decade = 10.0 ** math.floor(math.log10(number))
+    return min((part * decade for part in (1.0, 2.0, 5.0, 10.0)), key=lambda near: abs(math.log(near / number)))
