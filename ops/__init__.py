@@ -2,6 +2,7 @@
 
 from polytrope.ops.modules import (
     Chebyshev,
+    Composition,
     Fourier,
     Hermite,
     LearnableActivation,
@@ -20,6 +21,7 @@ from polytrope.ops.moments import Moments, moments
 
 __all__ = [
     "Chebyshev",
+    "Composition",
     "Fourier",
     "Hermite",
     "LearnableActivation",

@@ -18,9 +18,9 @@ def check(parameters: ConvertParameters, upstream: Mapping[str, Any]) -> None:
     """Refuse to convert a model whose activations are learnable already."""
     model = getattr(upstream.get("model"), "model", None)
     activation = getattr(model, "activation", None)
-    if isinstance(activation, dict) and activation.get("name") == parameters.family:
+    if isinstance(activation, dict) and activation.get("name") == parameters.replacement():
         raise UserError(
-            f"convert: the model was trained with `{parameters.family}` activations already",
+            f"convert: the model was trained with `{parameters.replacement()}` activations already",
             "convert a model with a classical activation (gelu, gelu_tanh, relu, silu, tanh)",
         )
 
@@ -36,13 +36,15 @@ def convert(
     `model`: of a train stage, or a Hugging Face directory. `dataset`: of a shard or shard_images stage, or a
     directory with `calibration.txt` (one text per line) or `calibration.npy` (images or token ids).
     """
+    from polytrope.models.domains import describe_outside
     from polytrope.pipeline.stages.convert.calibration_data import dataset_batches
+    from polytrope.pipeline.stages.convert.polynomials import outside_of_record
     from polytrope.pipeline.stages.convert.work import Source, convert_model
 
     source = Source(
         model.path,
         lambda network: dataset_batches(network, model.path, dataset.path, parameters),
-        title=f"Conversion to {parameters.family}",
+        title=f"Conversion to {parameters.replacement()}",
     )
     try:
         outcome = convert_model(source, parameters, context.output, lambda step, text: context.progress(step, 3, text))
@@ -51,6 +53,9 @@ def convert(
     if outcome.onnx_failure is not None:
         raise UserError(f"convert: model.onnx cannot be written: {outcome.onnx_failure}", "leave out `onnx`")
     assert outcome.record is not None  # there is an output
+    outside = None if outcome.record.polynomial is None else describe_outside(outside_of_record(outcome.record))
+    if outside is not None:
+        context.message(outside)
     write_lineage(context.output, read_lineage(model.path).then(model.stage, model.digest))
     context.log_artifact("conversion.json")
     if parameters.page:

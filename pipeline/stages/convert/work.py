@@ -13,7 +13,7 @@ from torch import nn
 from polytrope.models import ARCHITECTURES, conversion, find_architecture
 from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.calls import Call
-from polytrope.models.conversion import FitOptions
+from polytrope.models.conversion import FitOptions, PolynomialOnly
 from polytrope.models.formats import read_model
 from polytrope.models.selection import select_activations
 from polytrope.models.surgery import Activation, describe_activations
@@ -21,6 +21,7 @@ from polytrope.pipeline.data.conversion_file import ConversionRecord, write_conv
 from polytrope.pipeline.stages.convert.calibration_data import Batch, forward
 from polytrope.pipeline.stages.convert.conversion_record import record
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
+from polytrope.pipeline.stages.convert.polynomials import hold_out, with_polynomials
 
 _RATED_SAMPLES = 8
 
@@ -53,12 +54,15 @@ class Outcome:
         samples: of the calibration.
         deviation: of onnxruntime's outputs from the model's, where `model.onnx` was written.
         onnx_failure: why it was not; everything else is there.
+        rest_of_graph: operators in `model.onnx` that are no sums and products, none of them of a polynomial; None where
+            the model has no polynomials without tangents.
     """
 
     record: ConversionRecord | None
     samples: int
     deviation: float | None = None
     onnx_failure: str | None = None
+    rest_of_graph: dict[str, int] | None = None
 
 
 def convert_model(
@@ -78,6 +82,9 @@ def convert_model(
     torch.set_num_threads(parameters.threads)
     model = read_model(source.path, source.config or None)
     batches = source.batches(model)
+    held_out: list[Batch] = []
+    if parameters.polynomial_only:
+        batches, held_out = hold_out(batches)
     samples = sum(map(_size, batches))
     tell(0, f"looking for activations on {samples} samples")
     selection = select_activations(
@@ -93,21 +100,28 @@ def convert_model(
     tell(1, f"calibrating {len(found)} activations on {samples} samples")
     calibrations = _calibrate(source, parameters, model, found, batches, selection.calls)
     options = FitOptions(
-        parameters.family,
+        parameters.replacement(),
         parameters.highest_degree(),
         parameters.target_error,
         parameters.coverage,
         parameters.derivative_weight,
         tuple(parameters.constraints),
+        PolynomialOnly(parameters.largest_depth(), parameters.domain, parameters.domain_margin)
+        if parameters.polynomial_only
+        else None,
     )
-    tell(2, f"fitting {options.family} of degree {options.degree}")
+    tell(2, f"fitting {options.title()}")
     fits = conversion.fit_layers(found, calibrations, options)
     rated = _rated(batches)
     made = record(fits, options, conversion.layer_costs(model, fits, rated, forward), selection.left)
-    if output is None:
+    if output is None and not held_out:
         return Outcome(made, samples)
     conversion.apply(model, fits)
     conversion.prove(model, [entry.name for entry in fits], rated, forward)
+    if held_out:
+        made = with_polynomials(made, model, held_out, forward)
+    if output is None:
+        return Outcome(made, samples)
     _write_model(model, source.path, parameters, output)
     write_conversion(output, made)
     if parameters.page:
@@ -197,16 +211,18 @@ def _write_extras(
     if not parameters.onnx:
         return outcome
     from polytrope.models.formats.onnx import save_onnx
+    from polytrope.models.formats.onnx_operators import check_polynomial
 
     path = output / "model.onnx"
     try:
         deviation = save_onnx(path, model, list(traced.values()), None if _is_ours(model) else list(traced))
+        rest = check_polynomial(path, model)
     except Exception as error:  # the exporter runs the model's own code, which raises anything
         path.unlink(missing_ok=True)
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         failure = kind + str(error).removeprefix(f"{path}: ")
         return Outcome(outcome.record, outcome.samples, onnx_failure=failure)
-    return Outcome(outcome.record, outcome.samples, deviation)
+    return Outcome(outcome.record, outcome.samples, deviation, rest_of_graph=rest)
 
 
 def _write_tables(output: Path, model: nn.Module, calibrations: Mapping[str, Calibration]) -> None:
