@@ -115,7 +115,7 @@ def split(coefficients: Sequence[Any], baby: int) -> Series:
 def best_split(coefficients: Sequence[Any]) -> Series:
     """The split of the smallest depth, and among those of the fewest products of two variable factors."""
     degree = len(coefficients) - 1
-    candidates = [split(coefficients, 1 << power) for power in range(1, degree.bit_length() + 1)]
+    candidates = [split(coefficients, 1 << power) for power in range(1, max(1, degree.bit_length()) + 1)]
     return min(candidates, key=lambda series: _order(_shape(series)))
 
 
@@ -138,7 +138,7 @@ class Cost:
 
     Args:
         depth: the most products of two variable (encrypted) factors that follow one another.
-        levels: the same with products by constants that are not ±1 or 2 counted too: rescaling takes a level for each.
+        levels: the same with products by constants other than ±1 counted too: rescaling takes a level for each.
         products: of two variable factors.
         constant_products: of a variable factor and a constant.
         additions: of anything.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from polytrope.models.formats.plain import POLYNOMIAL_LABEL
 from polytrope.ops import Composition
 
 ACTIVATION_OPERATORS = frozenset({"Add", "Mul", "Constant", "Identity"})
@@ -22,7 +23,7 @@ def check_polynomial(path: Path, model: nn.Module) -> dict[str, int] | None:
     """Check that the polynomials of the model that was written to `path` are sums and products there.
 
     Args:
-        model: the one that `onnx.save_onnx` has written: its nodes are named after the modules they come from.
+        model: the one that `onnx.save_onnx` has written, where nodes of polynomials are labelled.
 
     Returns:
         How often each operator occurs elsewhere that is no sum or product and moves no numbers: LayerNormalization,
@@ -39,14 +40,15 @@ def check_polynomial(path: Path, model: nn.Module) -> dict[str, int] | None:
     rest: Counter[str] = Counter()
     seen: set[str] = set()
     for node in onnx.load(str(path), load_external_data=False).graph.node:
-        owners = [name for name in names if _comes_from(node.name, name)]
-        seen.update(owners)
-        if not owners and node.op_type not in RING_OPERATORS:
-            rest[node.op_type] += 1
-        if owners and node.op_type not in ACTIVATION_OPERATORS:
+        owner = _owner(node.name)
+        if owner is None:
+            rest.update([node.op_type] if node.op_type not in RING_OPERATORS else [])
+            continue
+        seen.add(owner)
+        if node.op_type not in ACTIVATION_OPERATORS:
             raise ValueError(
-                f"{path}: activation `{owners[0]}` has the operator {node.op_type} (node {node.name}), which is "
-                "neither Add nor Mul"
+                f"{path}: activation `{owner}` has the operator {node.op_type} (node {node.name}), which is neither "
+                "Add nor Mul"
             )
     missing = [name for name in names if name not in seen]
     if missing:
@@ -54,11 +56,9 @@ def check_polynomial(path: Path, model: nn.Module) -> dict[str, int] | None:
     return dict(sorted(rest.items()))
 
 
-def _comes_from(node: str, name: str) -> bool:
-    """Whether a node such as /model/h.0/mlp/activation/Mul_3 is of the module transformer.h.0.mlp.activation.
-
-    The exporter names the modules that are called, which leaves containers out.
-    """
-    called = node.removeprefix("/model").strip("/").replace("/", ".").split(".")[:-1]
-    parts = iter(name.split("."))
-    return name == "" or (called[-1:] == name.split(".")[-1:] and all(part in parts for part in called))
+def _owner(node: str) -> str | None:
+    """The activation that a node such as /model/…/polynomial=h:0:mlp:activation/Mul_3 belongs to."""
+    for component in node.split("/")[:-1]:
+        if component.startswith(POLYNOMIAL_LABEL):
+            return component.removeprefix(POLYNOMIAL_LABEL).replace(":", ".")
+    return None

@@ -26,7 +26,8 @@ MAX_DEPTH = 16
 _INNER = (3, 7, 15)  # degrees of the polynomials inside: the most that their depths allow
 _THRESHOLDS = tuple(np.geomspace(2e-4, 0.6, 24).tolist())  # where the sign begins
 _GRID = 801
-_FINALISTS = 12  # whose last polynomial is made minimax
+_FINEST = 12_001
+_FINALISTS = 6  # whose last polynomial is fitted again on finer points, or made minimax
 _AS_GOOD = 1.1  # times the smallest error: then the fewest products decide
 _LAWSON_STEPS = 150
 _ROUNDING = 1e-7  # of the target's root mean square: errors that float32 does not tell apart
@@ -104,22 +105,43 @@ def fit_chain(
     """
     if not 1 <= depth <= MAX_DEPTH:
         raise ValueError(f"depth: expected 1 to {MAX_DEPTH}, got {depth}")
-    problem = _problem(target, domain, measured)
+    problem = _problem(target, domain, measured, _GRID)
     tried = _structures(problem, domain, depth, between=at_most is not None)
-    found = [chain for structure in tried for chain in _best(problem, structure)]
-    found.sort(key=lambda chain: chain.error)
-    if measured is None:
-        found = sorted((_minimax(problem, chain) for chain in found[:_FINALISTS]), key=lambda chain: chain.error)
+    found = sorted((chain for structure in tried for chain in _best(problem, structure)), key=_error_of)
+    if at_most is not None and found[0].error <= at_most:
+        found = sorted((chain for chain in found if chain.error <= at_most), key=_products_of)
+    refine = _refitted if measured is not None else _minimax
+
+    @functools.cache
+    def fine(points: int) -> _Problem:
+        return problem if points <= _GRID else _problem(target, domain, measured, points)
+
+    found = sorted((refine(fine(_points_for(chain)), chain) for chain in found[:_FINALISTS]), key=_error_of)
     rounding = _ROUNDING * math.sqrt(float(problem.weights @ problem.values**2))
     limit = max(found[0].error, rounding, found[0].error * _AS_GOOD if at_most is None else at_most)
-    return min((chain for chain in found if chain.error <= limit), key=lambda chain: chain.cost().products)
+    return min((chain for chain in found if chain.error <= limit), key=_products_of)
+
+
+def _error_of(chain: Chain) -> float:
+    return chain.error
+
+
+def _products_of(chain: Chain) -> int:
+    return chain.cost().products
+
+
+def _points_for(chain: Chain) -> int:
+    """So many that no oscillation falls between them."""
+    return min(_FINEST, 3 * (math.prod(chain.degrees) + chain.gate))
 
 
 def fit_structure(target: Target, domain: Ends, center: float, degrees: Sequence[int], gate: bool) -> list[Array]:
     """The polynomials of a composition of these degrees that is closest to the target on the domain in mean square."""
-    problem = _problem(target, domain, None)
+    points = max(_GRID, min(_FINEST, 3 * math.prod(degrees)))
+    problem = _problem(target, domain, None, points)
     structure = _Structure(tuple(degrees[:-1]), degrees[-1], gate, center, None)
-    return list(min(_best(problem, structure), key=lambda chain: chain.error).polynomials)
+    *inner, last = min(_best(problem, structure), key=_error_of).polynomials
+    return [*inner, np.pad(last, (0, degrees[-1] + 1 - len(last)))]
 
 
 @dataclass(frozen=True)
@@ -134,33 +156,36 @@ class _Problem:
     symmetry: int | None  # f less a line is even (0) or odd (1) around 0; None: neither
 
 
-def _problem(target: Target, domain: Ends, measured: tuple[Array, Array] | None) -> _Problem:
+def _problem(target: Target, domain: Ends, measured: tuple[Array, Array] | None, points: int) -> _Problem:
     low, high = domain
-    x = _grid(low, high)
+    x = _grid(low, high, points)
     weights = np.full(len(x), 1.0 / len(x))
     if measured is not None:
-        points, counts = measured
+        inputs, counts = measured
         uniform = np.gradient(x) / (high - low)
-        x, weights = np.concatenate([x, points]), np.concatenate([_EVERYWHERE * uniform, counts / counts.sum()])
+        x, weights = np.concatenate([x, inputs]), np.concatenate([_EVERYWHERE * uniform, counts / counts.sum()])
         order = np.argsort(x, kind="stable")
         x, weights = x[order], weights[order] / weights.sum()
     values = sample(target, x)[0]
-    return _Problem(domain, x, weights, values, measured is None, _symmetry(target, max(high, -low)))
+    return _Problem(domain, x, weights, values, measured is None, _symmetry(target, min(high, -low)))
 
 
 _EVERYWHERE = 0.1  # weight of the domain as such beside measured inputs: nothing may go wild where none was seen
 
 
-def _grid(low: float, high: float) -> Array:
+def _grid(low: float, high: float, points: int) -> Array:
     """Dense at both ends and around 0."""
     half = max(high, -low, (high - low) / 2)
-    arc = (low + high) / 2 - (high - low) / 2 * np.cos(np.linspace(0.0, np.pi, _GRID))
+    arc = (low + high) / 2 - (high - low) / 2 * np.cos(np.linspace(0.0, np.pi, points))
     near = half * np.geomspace(1e-5, 1.0, _GRID // 2)
-    points = np.unique(np.concatenate([arc, near, -near, [0.0]]))
-    return points[(points >= low) & (points <= high)]
+    x = np.unique(np.concatenate([arc, near, -near, [0.0]]))
+    return np.asarray(x[(x >= low) & (x <= high)])
 
 
 def _symmetry(target: Target, half: float) -> int | None:
+    """Of f less a line on [-half, half]; what is left of a longer side can be continued either way."""
+    if half <= 0.0:
+        return None
     x = np.linspace(half / 64, half, 64)
     right, left = sample(target, x)[0], sample(target, -x)[0]
     scale = 1e-12 * max(1.0, float(np.abs(right).max()), float(np.abs(left).max()))
@@ -205,6 +230,7 @@ def _best(problem: _Problem, structure: _Structure) -> list[Chain]:
     """The least-squares fits of this structure: the best over the thresholds, if there is one."""
     half = max(problem.domain[1] - structure.center, structure.center - problem.domain[0])
     u = (problem.x - structure.center) / half
+    kept = _kept(structure)
     found: dict[int, Chain] = {}
 
     def look(indices: Iterable[int]) -> None:
@@ -213,13 +239,13 @@ def _best(problem: _Problem, structure: _Structure) -> list[Chain]:
                 inner = sign_polynomials(structure.inner, _THRESHOLDS[index])
                 if inner is not None:
                     chain = Chain(structure.center, half, structure.gate, inner, math.inf, math.inf)
-                    found[index] = _with_last(problem, chain, _run(inner, u)[0], structure)
+                    found[index] = _with_last(problem, chain, _run(inner, u)[0], structure.degree, kept)
 
     look(range(1, len(_THRESHOLDS), 4) if structure.inner else [0])
     for step in (2, 1) if structure.inner and found else ():
         best = min(found, key=lambda index: found[index].error)
         look((best - step, best + step))
-    return [min(found.values(), key=lambda chain: chain.error)] if found else []
+    return [min(found.values(), key=_error_of)] if found else []
 
 
 def _columns(problem: _Problem, v: Array, degree: int, gate: bool, kept: Array) -> Array:
@@ -236,19 +262,27 @@ def _kept(structure: _Structure) -> Array:
     return np.flatnonzero((order % 2 == structure.parity) | linear)
 
 
-def _with_last(problem: _Problem, chain: Chain, v: Array, structure: _Structure) -> Chain:
-    kept = _kept(structure)
-    columns = _columns(problem, v, structure.degree, structure.gate, kept)
+def _with_last(problem: _Problem, chain: Chain, v: Array, degree: int, kept: Array) -> Chain:
+    """Least squares of the terms `kept` of the last polynomial; v: what the others make of the points."""
+    columns = _columns(problem, v, degree, chain.gate, kept)
     roots = np.sqrt(problem.weights)
     solution, _, _, singular = np.linalg.lstsq(columns * roots[:, None], problem.values * roots, rcond=None)
     off = problem.values - columns @ solution
     error = float(np.abs(off).max()) if problem.uniform else math.sqrt(float(problem.weights @ off**2))
-    last = np.zeros(structure.degree + 1)
+    last = np.zeros(degree + 1)
     last[kept] = solution
     last[np.abs(last) <= _NOTHING * np.abs(last).max()] = 0.0
     last = last[: max(1, int(np.flatnonzero(last).max(initial=0))) + 1]
     condition = float(singular[0] / singular[-1]) if singular[-1] > 0 else math.inf
     return replace(chain, polynomials=(*chain.polynomials, last), error=error, condition=condition)
+
+
+def _refitted(problem: _Problem, chain: Chain) -> Chain:
+    """With the last polynomial fitted on these points."""
+    kept = np.flatnonzero(chain.polynomials[-1])
+    v = _run(chain.polynomials[:-1], (problem.x - chain.center) / chain.half)[0]
+    inner = replace(chain, polynomials=chain.polynomials[:-1])
+    return _with_last(problem, inner, v, chain.degrees[-1], kept)
 
 
 def _minimax(problem: _Problem, chain: Chain) -> Chain:
@@ -262,7 +296,7 @@ def _minimax(problem: _Problem, chain: Chain) -> Chain:
     columns = _columns(problem, v, chain.degrees[-1], chain.gate, kept)
     basis, triangle = np.linalg.qr(columns)
     weights = np.full(len(u), 1.0 / len(u))
-    best = (chain.error, chain.polynomials[-1][kept])
+    best = (math.inf, chain.polynomials[-1][kept])
     for _ in range(_LAWSON_STEPS):
         roots = np.sqrt(weights)
         weighted = basis * roots[:, None]
@@ -322,7 +356,7 @@ def odd_minimax(degree: int, threshold: float) -> tuple[Array, float]:
         solution = np.linalg.lstsq(system, np.ones(terms + 1), rcond=None)[0]
         off = 1.0 - columns @ solution[:-1]
         numbers[1::2], error = solution[:-1], float(np.abs(off).max())
-        runs = np.split(np.arange(len(points)), np.flatnonzero(np.diff(np.sign(off))) + 1)
+        runs = np.split(np.arange(len(points)), np.flatnonzero(np.diff(off >= 0.0)) + 1)
         extremes = [int(run[np.argmax(np.abs(off[run]))]) for run in runs]
         while len(extremes) > terms + 1:  # the smaller one of the ends goes
             extremes.pop(0 if abs(off[extremes[0]]) < abs(off[extremes[-1]]) else -1)
