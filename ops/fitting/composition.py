@@ -27,6 +27,7 @@ _INNER = (3, 7, 15)  # degrees of the polynomials inside: the most that their de
 _THRESHOLDS = tuple(np.geomspace(2e-4, 0.6, 24).tolist())  # where the sign begins
 _GRID = 801
 _FINEST = 12_001
+_GROUPS = 512
 _FINALISTS = 6  # whose last polynomial is fitted again on finer points, or made minimax
 _AS_GOOD = 1.1  # times the smallest error: then the fewest products decide
 _LAWSON_STEPS = 150
@@ -105,7 +106,7 @@ def fit_chain(
     """
     if not 1 <= depth <= MAX_DEPTH:
         raise ValueError(f"depth: expected 1 to {MAX_DEPTH}, got {depth}")
-    problem = _problem(target, domain, measured, _GRID)
+    problem = _problem(target, domain, None if measured is None else _joined(measured, domain), _GRID)
     tried = _structures(problem, domain, depth, between=at_most is not None)
     found = sorted((chain for structure in tried for chain in _best(problem, structure)), key=_error_of)
     if at_most is not None and found[0].error <= at_most:
@@ -114,12 +115,20 @@ def fit_chain(
 
     @functools.cache
     def fine(points: int) -> _Problem:
-        return problem if points <= _GRID else _problem(target, domain, measured, points)
+        return _problem(target, domain, measured, points)
 
-    found = sorted((refine(fine(_points_for(chain)), chain) for chain in found[:_FINALISTS]), key=_error_of)
+    found = sorted((refine(fine(max(_GRID, _points_for(chain))), chain) for chain in found[:_FINALISTS]), key=_error_of)
     rounding = _ROUNDING * math.sqrt(float(problem.weights @ problem.values**2))
     limit = max(found[0].error, rounding, found[0].error * _AS_GOOD if at_most is None else at_most)
     return min((chain for chain in found if chain.error <= limit), key=_products_of)
+
+
+def _joined(measured: tuple[Array, Array], domain: Ends) -> tuple[Array, Array]:
+    """Measured inputs that lie close together as one: enough to find a structure."""
+    points, weights = measured
+    groups = np.unique(np.floor((points - domain[0]) / (domain[1] - domain[0]) * _GROUPS), return_inverse=True)[1]
+    total = np.bincount(groups, weights)
+    return np.bincount(groups, weights * points) / total, total
 
 
 def _error_of(chain: Chain) -> float:
@@ -140,7 +149,10 @@ def fit_structure(target: Target, domain: Ends, center: float, degrees: Sequence
     points = max(_GRID, min(_FINEST, 3 * math.prod(degrees)))
     problem = _problem(target, domain, None, points)
     structure = _Structure(tuple(degrees[:-1]), degrees[-1], gate, center, None)
-    *inner, last = min(_best(problem, structure), key=_error_of).polynomials
+    found = _best(problem, structure)
+    if not found:
+        raise ValueError(f"degree: {list(degrees)}: fewer polynomials inside are exact in float64 already")
+    *inner, last = found[0].polynomials
     return [*inner, np.pad(last, (0, degrees[-1] + 1 - len(last)))]
 
 
@@ -266,7 +278,8 @@ def _with_last(problem: _Problem, chain: Chain, v: Array, degree: int, kept: Arr
     """Least squares of the terms `kept` of the last polynomial; v: what the others make of the points."""
     columns = _columns(problem, v, degree, chain.gate, kept)
     roots = np.sqrt(problem.weights)
-    solution, _, _, singular = np.linalg.lstsq(columns * roots[:, None], problem.values * roots, rcond=None)
+    triangle = np.linalg.qr(np.column_stack([columns, problem.values]) * roots[:, None], mode="r")
+    solution, _, _, singular = np.linalg.lstsq(triangle[:, :-1], triangle[:, -1], rcond=None)
     off = problem.values - columns @ solution
     error = float(np.abs(off).max()) if problem.uniform else math.sqrt(float(problem.weights @ off**2))
     last = np.zeros(degree + 1)

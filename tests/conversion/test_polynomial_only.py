@@ -16,6 +16,7 @@ from conversion_support import own_model, read_json, tokens, write_bert, write_t
 from onnx import numpy_helper
 from pydantic import ValidationError
 from torch import nn
+from training_support import read_events
 
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.domains import describe_outside, watching
@@ -26,6 +27,8 @@ from polytrope.ops import Composition, build_activation
 from polytrope.ops.circuit import count
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.data.conversion_file import read_conversion
+from polytrope.pipeline.stage import Artifact, stage_context
+from polytrope.pipeline.stages.convert.convert import convert
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 from polytrope.pipeline.stages.convert.polynomials import hold_out
 
@@ -116,6 +119,22 @@ def test_inputs_outside_are_counted_in_the_result_and_said_aloud(
     total = sum(layer.outside.below + layer.outside.above for layer in record.layers if layer.outside)
     assert sum(map(int, re.findall(r"` (\d+) of 1280", shout))) == total == record.polynomial.outside  # type: ignore[union-attr]
     assert "--domain-margin" in shout
+
+
+def test_the_stage_writes_the_same_and_shouts_too(gpt: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data" / "calibration.npy", tokens().numpy())
+    parameters = ConvertParameters(polynomial_only=True, depth=3, domain=(-2.0, 2.0))
+    context = stage_context(tmp_path / "stage", stage="convert")
+    metrics = convert(context, Artifact(gpt, "m", "train"), Artifact(tmp_path / "data", "d", "shard"), parameters)
+    record = read_conversion(context.output)
+    assert record.polynomial is not None
+    assert metrics["multiplicative_depth"] == record.polynomial.depth == 6
+    assert metrics["products_per_sample"] == record.polynomial.products
+    assert metrics["outside_probability"] == max(layer.outside.probability for layer in record.layers if layer.outside)
+    assert metrics["outside_probability"] > 0
+    (said,) = [event["text"] for event in read_events(tmp_path / "stage", "message")]
+    assert said.startswith("INPUTS OUTSIDE OF THE CERTIFIED RANGE")
 
 
 def test_a_model_of_transformers_comes_back_as_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
