@@ -278,7 +278,8 @@ def _with_last(problem: _Problem, chain: Chain, v: Array, degree: int, kept: Arr
     """Least squares of the terms `kept` of the last polynomial; v: what the others make of the points."""
     columns = _columns(problem, v, degree, chain.gate, kept)
     roots = np.sqrt(problem.weights)
-    triangle = np.linalg.qr(np.column_stack([columns, problem.values]) * roots[:, None], mode="r")
+    weighted = np.column_stack([columns, problem.values]) * roots[:, None]
+    triangle: Array = np.asarray(np.linalg.qr(weighted, mode="r"))
     solution, _, _, singular = np.linalg.lstsq(triangle[:, :-1], triangle[:, -1], rcond=None)
     off = problem.values - columns @ solution
     error = float(np.abs(off).max()) if problem.uniform else math.sqrt(float(problem.weights @ off**2))
