@@ -127,7 +127,7 @@ def _fit_polynomials(
     activation: Activation, calibration: Calibration, options: PolynomialOnly, target_error: float | None
 ) -> LayerConversion:
     low, high = calibration.minimum, calibration.maximum
-    margin = options.margin * (high - low) or 0.5
+    margin = options.margin * (high - low) if high > low else 0.5
     domain = options.domain or (low - margin, high + margin)
     measure = calibration.measure()
     settings: dict[str, Any] = {

@@ -18,11 +18,14 @@ from pydantic import ValidationError
 from torch import nn
 from training_support import read_events
 
+from polytrope.models.calibration import Calibration
 from polytrope.models.checkpoint import load_model, save_model
+from polytrope.models.conversion import FitOptions, PolynomialOnly, fit_layer
 from polytrope.models.domains import describe_outside, watching
 from polytrope.models.formats import read_model
 from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.onnx_operators import check_polynomial
+from polytrope.models.surgery import Activation
 from polytrope.ops import Composition, build_activation
 from polytrope.ops.circuit import count
 from polytrope.pipeline.commands.cli import main
@@ -260,6 +263,18 @@ def test_parameters_mean_the_same_when_they_are_read_again() -> None:
     assert (given.replacement(), given.largest_depth()) == ("composition", 6)
     assert ConvertParameters(polynomial_only=True, target_error=0.1).largest_depth() == 16
     assert ConvertParameters().replacement() == "hermite"
+
+
+def test_the_range_is_what_was_measured_and_a_margin() -> None:
+    def fitted(x: torch.Tensor, **options: Any) -> tuple[float, float]:
+        given = FitOptions("composition", polynomial_only=PolynomialOnly(depth=2, **options))
+        return fit_layer(Activation("a", nn.GELU()), Calibration.of(x), given).interval
+
+    x = torch.linspace(-2, 6, 1000)
+    assert fitted(x) == (-4.0, 8.0)
+    assert fitted(x, margin=0.0) == (-2.0, 6.0)
+    assert fitted(x, domain=(-3.0, 9.0)) == (-3.0, 9.0)
+    assert fitted(torch.full((100,), 0.25)) == (-0.25, 0.75)
 
 
 def test_a_quarter_of_the_samples_is_kept_aside() -> None:
