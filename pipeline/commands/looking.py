@@ -16,6 +16,7 @@ from polytrope.pipeline.commands.common import (
     print_json,
     print_table,
     read_run_file,
+    say,
 )
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.environment import compare_environments
@@ -63,7 +64,7 @@ def _status_data(directory: Path, state: RunState, current: str) -> dict[str, An
 
 
 def _print_status(store: Store, directory: Path, state: RunState, current: str) -> None:
-    print(
+    say(
         f"{directory.name}: {state.workflow}, {current}, attempt {state.attempt}, {state.executor} executor, "
         f"{_span(state)}"
     )
@@ -73,7 +74,7 @@ def _print_status(store: Store, directory: Path, state: RunState, current: str) 
         for note in stage.notes.values():
             print(f"\n{stage.name}: {note}")
     if failures := failure_lines(state, directory, store):
-        print("", *failures, sep="\n")
+        say("\n".join(("", *failures)))
     if current in ("failed", "cancelled", "interrupted"):
         print("", *way_on(state, directory, store), sep="\n")
 

@@ -188,6 +188,7 @@ class Progress:
         table = Table.grid(padding=(0, 1))
         for justify in ("left", "left", "left", "right", "left", "left"):
             table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.columns[1].no_wrap = table.columns[-1].no_wrap = False  # where room is short, these alone give way
         with self._lock:
             shown, hidden = self._visible()
             for view in shown:
@@ -200,11 +201,11 @@ class Progress:
                 detail = view.error.split("\n")[0] or view.message
                 table.add_row(
                     Text(mark, style=style),
-                    Text(view.name, style="bold" if running else ""),
+                    Text(view.name, style="bold" if running else "", no_wrap=True, overflow="ellipsis"),
                     Text(view.state if view.attempt == 1 else f"{view.state} ({view.attempt})", style=style),
                     "" if seconds is None else format_duration(seconds),
                     bar,
-                    Text(detail, style="red" if view.state == "failed" else "", overflow="ellipsis"),
+                    Text(detail, style="red" if view.state == "failed" else "", no_wrap=True, overflow="ellipsis"),
                 )
         for state, count in hidden.items():
             table.add_row("", Text(f"… {count} {state}", style="dim"), "", "", "", "")

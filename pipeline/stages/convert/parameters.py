@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
+from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
+
 MAX_DEPTH = 16  # of `polytrope.ops.polynomial_only`, which a plan does not import
 
 
@@ -142,8 +144,8 @@ class ConvertParameters(BaseModel):
     onnx: bool = Field(False, description="write model.onnx as well, checked with onnxruntime")
     tables: bool = Field(False, description="write every new activation as a table, tables/NAME.json")
     page: bool = Field(False, description="write conversion.html and plots/ as well")
-    register_as: str | None = Field(None, description="name in MLflow's model registry")
-    register_alias: str = Field("converted", description="alias of the registered version")
+    register_as: RegisteredName | None = Field(None, description="name in MLflow's model registry")
+    register_alias: RegisteredAlias = Field("converted", description="alias of the registered version")
 
     def highest_degree(self) -> int:
         """The degree of the fits, or the highest one that is tried for the target error."""
