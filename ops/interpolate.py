@@ -211,7 +211,8 @@ def _fit(
             ends = placement.best_interval(data, lambda ends: columns_of(family, degree, ends, tails=True))
     if inputs is not None and not is_polynomial:
         data = placement.compressed(data)  # Gauss-Newton steps over every bin of a histogram would take seconds
-    problem = Problem(family, degree, ends, data, kinks, tails, free_ends=interval == "best")
+    variable = polynomial.natural_variable(family, ends)
+    problem = Problem(family, degree, ends, data, kinks, tails, free_ends=interval == "best", variable=variable)
     if is_polynomial and method == "interpolation":
         solution = interpolate(problem, exact, nodes)
     elif family in LINEAR:
@@ -223,6 +224,8 @@ def _fit(
     low, high = ends or (low, high)
     kinks = [kink for kink in (*kinks, *_folds(solution.parameters)) if low < kink < high]
     config: dict[str, Any] = {"name": family, "degree": degree}
+    if variable is not None:
+        config["variable"] = list(variable)
     curve = solution.curve
     if tails and ends is not None and LEARNABLE[family].accepts_interval:
         config["interval"] = [low, high]

@@ -29,6 +29,7 @@ class Problem:
         family: of `LINEAR` or `NONLINEAR`.
         free_ends: the interval is one to start from.
         denominator_degree: of a rational function; default: one less than the numerator's.
+        variable: of a polynomial: (shift, scale), the coefficients then are of its basis in (x - shift) / scale.
     """
 
     family: str
@@ -39,6 +40,7 @@ class Problem:
     tails: bool
     free_ends: bool
     denominator_degree: int | None = None
+    variable: polynomial.Variable | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def interpolate(problem: Problem, exact: Curve, nodes: Sequence[float] | None) -
     at, slope_at = basis.evaluate(points)
     matrix, right = np.concatenate([at, slope_at[with_slope]]), np.concatenate([value, slope[with_slope]])
     coefficients, condition = polynomial.solve(matrix, right)
-    parameters = {"coefficients": basis.to_family(coefficients, problem.family)}
+    parameters = {"coefficients": basis.to_family(coefficients, problem.family, problem.variable)}
     return Solution(_combination(basis.evaluate, coefficients), parameters, condition)
 
 
@@ -92,7 +94,8 @@ def fit_linear(problem: Problem, exact: Curve, conditions: list[Condition]) -> S
     if problem.family == "polyrelu":
         parameters = coefficients / _reach(problem.interval) ** np.arange(degree + 1)
     else:
-        parameters = polynomial.Basis(degree, problem.interval).to_family(coefficients, problem.family)
+        basis = polynomial.Basis(degree, problem.interval)
+        parameters = basis.to_family(coefficients, problem.family, problem.variable)
     inside = columns_of(problem.family, degree, problem.interval, tails=False)
     return Solution(_combination(inside, coefficients), {"coefficients": parameters}, condition)
 
@@ -134,12 +137,18 @@ def _reach(interval: Ends | None) -> float:
 
 
 def imitate(
-    target: str | Target, family: str, degree: int, ends: Ends | None, denominator_degree: int | None = None
+    target: str | Target,
+    family: str,
+    degree: int,
+    ends: Ends | None,
+    denominator_degree: int | None = None,
+    variable: polynomial.Variable | None = None,
 ) -> Solution:
     """The member of a family closest to `target` in value and slope.
 
     Args:
         ends: of the interval, all points of which count alike; None (polynomials): the whole line, as often as N(0, 1).
+        variable: as in `Problem`.
 
     Raises:
         ValueError: no such target, or one that is not finite or not elementwise there.
@@ -153,7 +162,7 @@ def imitate(
     kinks = find_kinks(function, low, high)
     x, weights = quadrature.nodes(low, high, kinks, "uniform" if ends else "gaussian")
     data = Data(x, weights, *exact(x), 1.0)
-    problem = Problem(family, degree, ends, data, kinks, True, False, denominator_degree)
+    problem = Problem(family, degree, ends, data, kinks, True, False, denominator_degree, variable)
     if family in LINEAR:
         return fit_linear(problem, exact, [])
     if family not in NONLINEAR:
