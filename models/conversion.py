@@ -17,6 +17,7 @@ from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.surgery import Activation, replace_module, replaced
 from polytrope.ops.fitting.targets import resolve_target, sample
 from polytrope.ops.interpolate import Fit, fit, fit_to_error
+from polytrope.ops.polynomial_only import fit_composition, fit_composition_to_error
 
 _CHUNK = 1 << 20
 
@@ -33,6 +34,7 @@ class FitOptions:
             inputs, those on the tangent lines outside included.
         derivative_weight: λ of the Sobolev norm, for inputs in units of their standard deviation.
         constraints: as of `fit`: `ends`, `end_values`, `origin`.
+        polynomial_only: instead of all of the above but `target_error`: compositions of polynomials without tangents.
     """
 
     family: str = "hermite"
@@ -41,6 +43,27 @@ class FitOptions:
     coverage: float | None = None
     derivative_weight: float = 0.01
     constraints: tuple[str, ...] = ()
+    polynomial_only: PolynomialOnly | None = None
+
+    def title(self) -> str:
+        """What is fitted, for people."""
+        only = self.polynomial_only
+        return f"{self.family} of degree {self.degree}" if only is None else f"polynomials of depth {only.depth}"
+
+
+@dataclass(frozen=True)
+class PolynomialOnly:
+    """How compositions of polynomials are fitted.
+
+    Args:
+        depth: multiplicative depth of every activation; with a target error the largest one tried.
+        domain: (lo, hi) of every activation; None: the extremes of the measured inputs, widened.
+        margin: by how much of their distance, on each side.
+    """
+
+    depth: int = 6
+    domain: tuple[float, float] | None = None
+    margin: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -54,8 +77,9 @@ class LayerConversion:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Where the fit holds; tangent lines outside. A family without tails: the measured range."""
-        low, high = self.fit.config.get("interval") or (self.calibration.minimum, self.calibration.maximum)
+        """Where the fit holds; tangent lines outside, or nothing. A family without tails: the measured range."""
+        config, measured = self.fit.config, (self.calibration.minimum, self.calibration.maximum)
+        low, high = config.get("interval") or config.get("domain") or measured
         return float(low), float(high)
 
     @property
@@ -71,6 +95,8 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
     Raises:
         ValueError: the layer's name and what `fit` refuses, or a target error that no degree reaches.
     """
+    if options.polynomial_only is not None:
+        return _fit_polynomials(activation, calibration, options.polynomial_only, options.target_error)
     measure = calibration.measure()
     interval: Any = "best"
     if options.coverage is not None:
@@ -104,6 +130,29 @@ def _variance(measure: tuple[np.ndarray, np.ndarray]) -> float:
     points, counts = measure
     weights = counts / counts.sum()
     return float(weights @ (points - weights @ points) ** 2) or 1.0
+
+
+def _fit_polynomials(
+    activation: Activation, calibration: Calibration, options: PolynomialOnly, target_error: float | None
+) -> LayerConversion:
+    low, high = calibration.minimum, calibration.maximum
+    margin = options.margin * (high - low) if high > low else 0.5
+    domain = options.domain or (low - margin, high + margin)
+    measure = calibration.measure()
+    settings: dict[str, Any] = {
+        "measured": measure,
+        "held_out": calibration.held_out,
+        "dtype": calibration.dtype,
+    }
+    try:
+        if target_error is None:
+            found = fit_composition(activation.module, domain, options.depth, **settings)
+        else:
+            error = target_error * _root_mean_square(activation.module, measure)
+            found = fit_composition_to_error(activation.module, domain, error, depth=options.depth, **settings)
+    except ValueError as error:
+        raise type(error)(f"activation `{activation.name}`: {error}") from error
+    return LayerConversion(activation.name, activation.module, calibration, found)
 
 
 def _root_mean_square(module: nn.Module, measure: tuple[np.ndarray, np.ndarray]) -> float:

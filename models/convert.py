@@ -265,7 +265,7 @@ def convert_batches(
             calibrations = calibrate(model, found, batches, forward)
         else:
             calibrations = measure(model, selection, batches)
-        say(2, f"fitting {options.family} of degree {options.degree}")
+        say(2, f"fitting {options.title()}")
         fits = fit_layers(found, calibrations, options)
         costs = layer_costs(model, fits, rated, forward)
         try:

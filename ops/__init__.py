@@ -3,6 +3,7 @@
 from polytrope.ops.modules import (
     Affine,
     Chebyshev,
+    Composition,
     Fourier,
     Hermite,
     LearnableActivation,
@@ -22,6 +23,7 @@ from polytrope.ops.moments import Moments, moments
 __all__ = [
     "Affine",
     "Chebyshev",
+    "Composition",
     "Fourier",
     "Hermite",
     "LearnableActivation",

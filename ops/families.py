@@ -9,6 +9,7 @@ import torch
 
 MAX_DEGREE = 16
 MAX_PIECES = 64
+MAX_COMPOSED = 128  # of one polynomial of a composition, which is split where kernels end
 
 
 class Family(IntEnum):

@@ -273,6 +273,49 @@ def polynorm(x: Tensor, coefficients: Tensor, bias: Tensor, *, epsilon: float = 
     return _apply(Family.POLYNORM, x, (bias, coefficients), -1, None, False, epsilon)
 
 
+def composition(
+    x: Tensor,
+    *coefficients: Tensor,
+    center: float = 0.0,
+    half_width: float = 1.0,
+    gate: bool = False,
+    dim: int = -1,
+    glu: bool = False,
+) -> Tensor:
+    """P_m(… P_1((x - center) / half_width)), times x with `gate`; P_i = sum_k coefficients[i - 1][k] T_k.
+
+    A polynomial everywhere, without comparisons. coefficients: of each P_i `[(groups,) degree + 1]`, innermost first.
+    bfloat16 and float16 are rounded at the end only.
+    """
+    if glu:
+        x, factor = x.chunk(2, -1)
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    value = (wide - center) / half_width
+    for numbers in coefficients:
+        value = _chebyshev_sum(value, numbers, dim, {})
+    value = (value * wide if gate else value).to(x.dtype)
+    return value * factor if glu else value
+
+
+def _chebyshev_sum(u: Tensor, coefficients: Tensor, dim: int, powers: dict[int, Tensor]) -> Tensor:
+    """sum_k coefficients[k] T_k(u) of any degree: split as high · T_m + low where kernels end."""
+    degree = coefficients.shape[-1] - 1
+    if degree <= MAX_DEGREE:
+        return chebyshev(u, coefficients, dim=dim)
+    at = 1 << degree.bit_length() - 1
+    if not powers:
+        powers[MAX_DEGREE] = chebyshev(u, torch.nn.functional.pad(u.new_ones(1), (MAX_DEGREE, 0)))
+    while at not in powers:
+        last = max(powers)
+        powers[2 * last] = 2.0 * powers[last] * powers[last] - 1.0
+    above = coefficients[..., at + 1 :]  # T_{m+j} = 2 T_m T_j - T_{m-j}
+    high = torch.cat([coefficients[..., at : at + 1], 2.0 * above], -1)
+    if degree == at:
+        high = torch.nn.functional.pad(high, (0, 1))
+    low = coefficients[..., :at] - torch.nn.functional.pad(above.flip(-1), (2 * at - degree, 0))
+    return _chebyshev_sum(u, high, dim, powers) * powers[at] + _chebyshev_sum(u, low, dim, powers)
+
+
 def _rows(tensor: Tensor) -> Tensor:
     if tensor.dim() not in (1, 2):
         raise ValueError(f"coefficients: expected [count] or [groups, count], got {list(tensor.shape)}")

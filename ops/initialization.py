@@ -284,3 +284,19 @@ def piecewise_linear(knots: Array) -> Array:
 
     scale, offset = scale_and_offset(*gaussian_moments(curve, list(knots)))
     return scale * (gelu + offset)
+
+
+def composition(degree: int, center: float, half: float, gate: bool) -> Array:
+    """Chebyshev coefficients `[degree + 1]` in u = (x - center) / half, for the last polynomial of a composition.
+
+    The others start as u; this one as the Hermite start of degree 3 at most. With a gate F(x) = x: both moments are 1.
+    """
+    start = np.zeros(degree + 1)
+    if gate:
+        start[0] = 1.0
+        return start
+    order = min(degree, 3)
+    powers = polynomial("hermite", order, "variance_preserving") @ to_powers("hermite", order)
+    in_u = np.polynomial.Polynomial(powers)(np.polynomial.Polynomial([center, half]))
+    start[: order + 1] = np.polynomial.chebyshev.poly2cheb(in_u.coef)
+    return start

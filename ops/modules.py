@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from polytrope.ops import functional, initialization, plain, tensors
-from polytrope.ops.families import MAX_PIECES, check_degree
-from polytrope.ops.fitting import solvers
+from polytrope.ops.circuit import Circuit, make_circuit
+from polytrope.ops.families import MAX_COMPOSED, MAX_PIECES, check_degree
+from polytrope.ops.fitting import composition, solvers
 from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.polynomial import of_line
 from polytrope.ops.fitting.targets import NAMED, find_kinks, resolve_target, sample
@@ -754,6 +755,83 @@ def _affine(
     return value.to(x.dtype)
 
 
+class Composition(LearnableActivation):
+    """P_m(… P_1((x - center) / half_width)), times x with `gate`: a polynomial without comparisons, for its `domain`.
+
+    Each P_i is a sum of Chebyshev polynomials. Outside the domain nothing is promised: the powers go on.
+
+    Args:
+        degree: of the polynomials, innermost first, each 1…128; a number stands for a single one.
+        domain: (lo, hi), the inputs it is made for; `half_width` is the distance from the center to the farther end.
+        center: default: the middle of the domain.
+        gate: multiply by x, as GELU(x) = x Φ(x).
+    """
+
+    accepts_interval = False
+
+    def __init__(
+        self,
+        degree: int | Sequence[int] = 8,
+        *,
+        domain: Any = (-4.0, 4.0),
+        center: float | None = None,
+        gate: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__("composition", 1, **options)
+        degrees = [degree] if isinstance(degree, int) else list(degree)
+        if not degrees:
+            raise ValueError("degree: expected a number or the degrees of the polynomials, innermost first, got []")
+        self.degrees = tuple(check_degree(entry, MAX_COMPOSED) for entry in degrees)
+        self.degree = max(self.degrees)
+        ends = check_interval(domain)
+        if ends is None:
+            raise ValueError("domain: expected (lo, hi), got None")
+        self.domain: Interval = ends
+        self.center = sum(ends) / 2 if center is None else float(center)
+        if not ends[0] <= self.center <= ends[1]:
+            raise ValueError(f"center: expected a number in the domain {list(ends)}, got {center!r}")
+        self.half_width = max(ends[1] - self.center, self.center - ends[0])
+        self.gate = bool(gate)
+        identity = [np.pad([0.0, 1.0], (0, entry - 1)) for entry in self.degrees[:-1]]
+        outer = initialization.composition(self.degrees[-1], self.center, self.half_width, self.gate)
+        self.learn(functional.composition, options, **_numbered([*identity, outer]))
+
+    def _options(self) -> dict[str, Any]:
+        own = {"center": self.center, "half_width": self.half_width, "gate": self.gate}
+        return own | {"dim": self.dim, "glu": self.glu}
+
+    def imitate(self, init: Init) -> dict[str, Array]:
+        with self._naming_starts():
+            target = resolve_target(init)
+            found = composition.fit_structure(target, self.domain, self.center, self.degrees, self.gate)
+        return _numbered(found)
+
+    def config(self) -> dict[str, Any]:
+        degree = self.degrees[0] if len(self.degrees) == 1 else list(self.degrees)
+        center = {} if self.center == sum(self.domain) / 2 else {"center": self.center}
+        return (
+            super().config()
+            | {"degree": degree, "domain": list(self.domain)}
+            | center
+            | ({"gate": True} if self.gate else {})
+        )
+
+    def circuit(self) -> Circuit:
+        """The same by additions and multiplications alone, its numbers in float64."""
+        return make_circuit(
+            [part.tolist() for part in self._numbers().values()], self.center, self.half_width, self.gate
+        )
+
+    def plain(self) -> PlainForm:
+        circuit = self.circuit()
+        return PlainForm({}, lambda x, _numbers: circuit.run(x), False)
+
+
+def _numbered(parts: Sequence[Array]) -> dict[str, Array]:
+    return {f"polynomial_{number}": part for number, part in enumerate(parts, start=1)}
+
+
 def _crossings(slopes: Array, intercepts: Array) -> list[float]:
     """Where any two of these lines cross."""
     rise, apart = slopes[None] - slopes[:, None], intercepts[:, None] - intercepts[None]
@@ -772,6 +850,7 @@ LEARNABLE: dict[str, type[Any]] = {  # of LearnableActivation, whose subclasses 
     "polynorm": PolyNorm,
     "piecewise_linear": PiecewiseLinear,
     "affine": Affine,
+    "composition": Composition,
 }
 CLASSICAL: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,

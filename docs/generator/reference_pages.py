@@ -25,6 +25,7 @@ API = {
     "Activation modules": ("polytrope.ops",),
     "Activation functions": ("polytrope.ops.functional",),
     "Fitting": ("polytrope.ops.interpolate", "polytrope.ops.fitting.certificate"),
+    "Polynomials only": ("polytrope.ops.polynomial_only", "polytrope.ops.circuit"),
     "Models": ("polytrope.models", "polytrope.models.gpt2", "polytrope.models.convnext", "polytrope.models.checkpoint"),
     "Conversion": (
         "polytrope.models.convert",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from polytrope.models.surgery import find_activations, replace_module
     from polytrope.ops import (
         Chebyshev,
+        Composition,
         Fourier,
         Hermite,
         Legendre,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 PLACES = {
     "Artifact": "polytrope.pipeline.stage",
     "Chebyshev": "polytrope.ops",
+    "Composition": "polytrope.ops",
     "Conversion": "polytrope.models.convert",
     "Fourier": "polytrope.ops",
     "Hermite": "polytrope.ops",
@@ -76,6 +78,7 @@ _PACKAGES = ("integrations", "models", "ops", "pipeline")
 __all__ = [
     "Artifact",
     "Chebyshev",
+    "Composition",
     "Conversion",
     "Fourier",
     "Hermite",

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polytrope.ops import LearnableActivation
+from polytrope.ops import Composition, LearnableActivation
+
+POLYNOMIAL_LABEL = "polynomial="
 
 
 class PlainActivation(nn.Module):
@@ -55,22 +57,42 @@ def _end_slopes(module: nn.Module, low: float, high: float) -> list[float]:
     return [float((left[0] - left[1]) / length), float((right[0] - right[1]) / length)]
 
 
+class Labelled(nn.Module):
+    """An activation as the only child of a module, by a name that says whose it is: exporters name nodes after it."""
+
+    def __init__(self, activation: nn.Module, name: str) -> None:
+        super().__init__()
+        self.label = POLYNOMIAL_LABEL + name.replace(".", ":")
+        self.add_module(self.label, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = getattr(self, self.label)(x)
+        return result
+
+
 def with_plain_activations(model: nn.Module) -> nn.Module:
-    """A copy of the model on the CPU whose learnable activations are ordinary operations."""
+    """A copy of the model on the CPU whose learnable activations are ordinary operations; compositions are labelled."""
     copied = copy.deepcopy(model).cpu().eval()
     if isinstance(copied, LearnableActivation):
-        return PlainActivation(copied)
+        return _plain(copied, "")
+    names = {id(module): name for name, module in copied.named_modules()}
     for owner in list(copied.modules()):
-        for name, child in list(owner._modules.items()):
+        for child_name, child in list(owner._modules.items()):
             if isinstance(child, LearnableActivation):
-                setattr(owner, name, PlainActivation(child))
+                setattr(owner, child_name, _plain(child, names[id(child)]))
     return copied
+
+
+def _plain(module: LearnableActivation, name: str) -> nn.Module:
+    plain = PlainActivation(module)
+    return Labelled(plain, name) if isinstance(module, Composition) else plain
 
 
 def tabulate(module: nn.Module, interval: tuple[float, float], points: int = 1025) -> dict[str, Any]:
     """A learned activation as a table for serving: equidistant x with values, and the slopes that continue it outside.
 
-    `maximum_error` is what linear interpolation in the table loses inside, at ten times as many points.
+    A composition, which nothing continues, has no such slopes. `maximum_error` is what linear interpolation in the
+    table loses inside, at ten times as many points.
 
     Raises:
         ValueError: fewer than two points, or an interval that is none or is infinite.
@@ -88,7 +110,7 @@ def tabulate(module: nn.Module, interval: tuple[float, float], points: int = 102
         "low": low,
         "high": high,
         "values": values.tolist(),
-        "slopes_outside": _end_slopes(module, low, high),
+        "slopes_outside": None if isinstance(module, Composition) else _end_slopes(module, low, high),
         "maximum_error": float(np.abs(np.interp(dense, x, values) - exact).max()),
         "activation": module.config() if isinstance(module, LearnableActivation) else None,
     }

@@ -150,13 +150,13 @@ def check_functions(model: nn.Module, activations: Mapping[str, Any]) -> None:
 def _inputs(config: Mapping[str, Any]) -> Tensor:
     """Values inside the interval and outside of it, for whatever dimension holds groups of channels."""
     groups, dim = int(config.get("num_parameters", 1)), int(config.get("dim", -1))
-    low, high = config.get("interval") or (-4.0, 4.0)
+    low, high = config.get("interval") or config.get("domain") or (-4.0, 4.0)
     shape = [4] * max(3, dim + 1, -dim)
     shape[dim] = 2 * groups
     shape[0 if dim % len(shape) else 1] = _POINTS
     shape[-1] *= 2 if config.get("glu") else 1
     count = torch.Size(shape).numel()
-    reach = high - low
+    reach = 0.0 if config.get("domain") else high - low
     return torch.linspace(low - reach / 2, high + reach / 2, count, dtype=torch.float64)[
         torch.arange(count) * 7919 % count
     ].reshape(shape)

@@ -27,8 +27,13 @@ _NOT_AS_IS = {"family", "degree", "target_error", "coverage", "derivative_weight
     "exclude",
     "types",
     "layers",
+    "depth",
+    "domain",
+    "domain_margin",
+    "polynomial_only",
 }
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
+_FIELD_METAVARS = {"domain": "LOW,HIGH"}
 _ADVICE = 8  # layers whose advice is printed
 
 
@@ -47,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             settings |= {"action": "store_const", "const": True}
         else:
             element = kind.removesuffix(" | null").removeprefix("list[").removesuffix("]")
-            settings["metavar"] = _METAVARS.get(element, element.replace(" | ", "|"))
+            settings["metavar"] = _FIELD_METAVARS.get(field) or _METAVARS.get(element, element.replace(" | ", "|"))
             if kind.startswith("list["):
                 settings |= {"action": "append", "help": settings["help"] + "; repeatable"}
         parser.add_argument(_option(field), **settings)
@@ -99,7 +104,7 @@ def convert(options: argparse.Namespace) -> int:
         lambda model: file_batches(
             model, directory, options.data, parameters, partial(print, file=sys.stderr, flush=True)
         ),
-        title=f"{options.model.name} → {parameters.family}",
+        title=f"{options.model.name} → {parameters.replacement()}",
         config=config,
         ray_address=options.ray_address,
     )
@@ -123,6 +128,9 @@ def convert(options: argparse.Namespace) -> int:
     if outcome.onnx is not None:
         about = f"onnxruntime deviates by {outcome.onnx.deviation:.1e}; it {outcome.onnx.limits()}"
         _say(options, f"{options.output / 'model.onnx'}: {about}")
+    if outcome.rest_of_graph is not None:
+        rest = ", ".join(f"{name} × {number}" for name, number in outcome.rest_of_graph.items())
+        _say(options, f"the activations are Add and Mul; the rest of the graph has {rest or 'sums and products only'}")
     page = "" if outcome.record is None else f"; the page: {options.output / 'conversion.html'}"
     _say(options, f"wrote {options.output}{page}")
     if outcome.onnx_failure is not None:
@@ -198,11 +206,12 @@ def print_record(conversion: ConversionRecord) -> None:
             f"{layer.target} → {layer.family} {layer.degree}",
             "{:.2f} … {:.2f}".format(*layer.interval),
             f"{layer.relative_error:.2e}",
-            *(f"{layer.certificate[name]:.2e}" for name in bounds),
+            *("–" if layer.certificate[name] is None else f"{layer.certificate[name]:.2e}" for name in bounds),
         ]
         for layer in conversion.layers
     ]
     print_table(["layer", "conversion", "interval", "relative", *bounds.values()], rows)
+    _print_polynomials(conversion)
     if conversion.advice:
         print("\nwhat costs most (how far the output moves if only this layer is converted):")
         shown = [
@@ -215,3 +224,32 @@ def print_record(conversion: ConversionRecord) -> None:
         print_table(
             ["activation", "kind", "reason"], [[entry.name, entry.kind, entry.reason] for entry in conversion.left]
         )
+
+
+def _print_polynomials(conversion: ConversionRecord) -> None:
+    """What polynomials cost, and the inputs outside of their domains."""
+    whole = conversion.polynomial
+    if whole is None:
+        return
+    print("\nsums and products (baby steps, giant steps in Chebyshev form; products of two variable factors):")
+    rows = []
+    for layer in conversion.layers:
+        cost, outside = layer.circuit, layer.outside
+        assert cost is not None
+        assert outside is not None
+        counts = [cost.depth, cost.levels, cost.products, cost.constant_products]
+        left = f"{outside.below + outside.above} of {outside.inputs} ({outside.probability:.2g})"
+        rows.append([layer.name, str(layer.degree), *map(str, counts), left])
+    heads = ["layer", "degree", "depth", "levels", "products", "by constants", "held-out inputs outside"]
+    print_table(heads, rows)
+    print(
+        f"all, one after the other: depth {whole.depth}, {whole.levels} levels; {whole.products:.4g} products "
+        f"and {whole.constant_products:.4g} by constants per sample ({whole.samples} held-out samples)"
+    )
+    from polytrope.models.domains import describe_outside
+    from polytrope.pipeline.stages.convert.polynomials import outside_of_record
+
+    warning = describe_outside(outside_of_record(conversion))
+    if warning is not None:
+        print(f"polytrope: convert: {warning}", file=sys.stderr)
+        print("  → more calibration data (--samples), a wider --domain-margin, or --domain=LOW,HIGH", file=sys.stderr)

@@ -19,6 +19,48 @@ class Curves(Record):
     density: list[float]
 
 
+class CircuitCost(Record):
+    """What one evaluation of a polynomial costs: `products` of two variable factors, `depth` of these alone, `levels`
+    with products by constants too (`polytrope.ops.circuit.Cost`)."""
+
+    depth: int
+    levels: int
+    products: int
+    constant_products: int
+    additions: int
+
+
+class OutsideDomain(Record):
+    """Inputs of a polynomial on data that its domain was not made of, and how many lay outside."""
+
+    inputs: int
+    below: int
+    above: int
+    probability: float
+    minimum: float | None
+    maximum: float | None
+
+
+class PolynomialModel(Record):
+    """All polynomials of a model together.
+
+    Args:
+        depth, levels: of the activations one after the other, each as often as a forward pass calls it; what the layers
+            between them cost is not in it.
+        products, constant_products: per sample.
+        samples: held-out ones, which these and the inputs outside are of.
+        inputs, outside: of all activations on them.
+    """
+
+    depth: int
+    levels: int
+    products: float
+    constant_products: float
+    samples: int
+    inputs: int
+    outside: int
+
+
 class ConvertedLayer(OpenRecord):
     """One activation.
 
@@ -29,6 +71,7 @@ class ConvertedLayer(OpenRecord):
         relative_error: root mean square over the inputs, relative to that of the target.
         inputs: extremes and quantiles of what it receives.
         certificate: bounds of the errors by name.
+        circuit, outside: of a polynomial without tangents.
     """
 
     name: str
@@ -42,6 +85,8 @@ class ConvertedLayer(OpenRecord):
     inputs: dict[str, Any]
     certificate: dict[str, Any]
     curve: Curves
+    circuit: CircuitCost | None = None
+    outside: OutsideDomain | None = None
 
 
 class Advice(Record):
@@ -70,6 +115,7 @@ class ConversionRecord(Record):
     """All layers, the advice where their costs were measured, and the activations that were not converted.
 
     `onnx_failure`: why `model.onnx`, which was asked for, is not there.
+    `polynomial`: of a conversion to polynomials only.
     """
 
     format: Literal[1] = 1
@@ -77,13 +123,23 @@ class ConversionRecord(Record):
     advice: list[Advice] | None = None
     left: list[LeftActivation] | None = None
     onnx_failure: str | None = None
+    polynomial: PolynomialModel | None = None
 
     def metrics(self) -> dict[str, float]:
-        """The worst layer's figures."""
-        return {
+        """The worst layer's figures; of polynomials those of the model."""
+        figures = {
             "layers": float(len(self.layers)),
             "maximum_error": max(float(layer.certificate["maximum"]) for layer in self.layers),
             "rms_error": max(float(layer.certificate["rms"]) for layer in self.layers),
+        }
+        if self.polynomial is None:
+            return figures
+        whole = self.polynomial
+        outside = max(layer.outside.probability for layer in self.layers if layer.outside is not None)
+        return figures | {
+            "multiplicative_depth": float(whole.depth),
+            "products_per_sample": whole.products,
+            "outside_probability": outside,
         }
 
 

@@ -37,6 +37,18 @@ class Drift(Record):
     cosine: list[float] | None = None
 
 
+class CertifiedDomain(Record):
+    """The inputs of a polynomial without tangents on the validation data, and how many lay outside of its domain."""
+
+    name: str
+    domain: list[float]
+    inputs: int
+    outside: int
+    probability: float
+    minimum: float | None
+    maximum: float | None
+
+
 class EvaluatedModel(OpenRecord):
     """One model: its figures, or the `failure` that left none.
 
@@ -44,6 +56,7 @@ class EvaluatedModel(OpenRecord):
         stage, digest: of the artifact.
         loss: nats per token or image; perplexity is its exponential, None where that overflows.
         layers: of each activation, the curve and the distribution of its inputs.
+        domains: of each polynomial without tangents, the inputs outside of its certified range.
         sample: a text that the model wrote.
         confusion: a matrix (class, prediction) of counts; of more than 100 classes `most_confused` has the most
             frequent [class, prediction, count].
@@ -65,6 +78,7 @@ class EvaluatedModel(OpenRecord):
     bytes: int | None = None
     drift: Drift | None = None
     layers: list[dict[str, Any]] | None = None
+    domains: list[CertifiedDomain] | None = None
     sample: str | None = None
     confusion: list[list[int]] | None = None
     most_confused: list[list[int]] | None = None

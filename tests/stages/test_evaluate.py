@@ -137,6 +137,37 @@ def test_drift_is_zero_to_itself_and_positive_to_another_model(
     assert "drift" not in results["gelu"]
 
 
+def test_inputs_outside_of_certified_ranges_are_counted_and_said(
+    tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
+) -> None:
+    wide, narrow = ({"name": "composition", "degree": 4, "domain": [-end, end]} for end in (50.0, 0.05))
+    config = {"vocab_size": 320, "sequence_length": SEQUENCE_LENGTH, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    torch.manual_seed(0)
+    model = build_model("gpt2", {**config, "activation": [wide, narrow]})
+    save_model(tmp_path / "model", model, tokenizer=dataset.path)
+    artifact = Artifact(tmp_path / "model", "digest", "convert")
+    results = run(tmp_path, dataset, {"gelu": models["gelu"], "polynomial": artifact}, samples=6)
+    assert "domains" not in results["models"]["gelu"]
+    first, second = results["models"]["polynomial"]["domains"]
+    assert (first["name"], first["domain"]) == ("transformer.h.0.mlp.activation", [-50.0, 50.0])
+    assert (first["outside"], first["probability"]) == (0, 0.0)
+    received: list[torch.Tensor] = []
+    own = load_model(tmp_path / "model")
+    own.get_submodule(second["name"]).register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
+    blocks = torch.from_numpy(open_split(dataset.path, "validation").samples(np.arange(6)).astype(np.int64))
+    with torch.no_grad():
+        own(blocks[:, :-1])
+    (x,) = received
+    assert second["inputs"] == x.numel() == 6 * SEQUENCE_LENGTH * 128
+    assert second["outside"] == int((x.abs() > 0.05).sum()) > 0
+    assert second["probability"] == second["outside"] / x.numel()
+    assert results["returned"]["polynomial/outside_probability"] == second["probability"]
+    assert "gelu/outside_probability" not in results["returned"]
+    (said,) = [event["text"] for event in read_events(tmp_path, "message") if "OUTSIDE" in event["text"]]
+    assert said.startswith("polynomial: INPUTS OUTSIDE OF THE CERTIFIED RANGE")
+    assert f"`{second['name']}` {second['outside']} of {x.numel()}" in said
+
+
 def test_shapes_are_measured_per_block_with_the_density_of_their_inputs(
     tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
 ) -> None:

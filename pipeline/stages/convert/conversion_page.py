@@ -26,7 +26,8 @@ def write_page(directory: Path, conversion: ConversionRecord, title: str) -> Pat
         shown = {theme: render(draw, theme) for theme in THEMES}
         (plots / f"conversion-{number}.png").write_bytes(shown["light"])
         pictures.append((f"layers {start} to {min(len(layers), start + _LAYERS_PER_PLOT) - 1}", shown))
-    page = render_page(_TEMPLATE, title=title, layers=layers, pictures=pictures, advice=advice)
+    polynomial = None if conversion.polynomial is None else conversion.polynomial.model_dump()
+    page = render_page(_TEMPLATE, title=title, layers=layers, pictures=pictures, advice=advice, polynomial=polynomial)
     path = directory / "conversion.html"
     path.write_text(page, encoding="utf-8")
     return path

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from polytrope.models.conversion import FitOptions, LayerConversion, fit_layer
 from polytrope.models.convert import target_name
 from polytrope.models.selection import Left
 from polytrope.models.surgery import Activation
+from polytrope.ops import circuit
 from polytrope.ops.fitting.targets import broken_line, resolve_target
+from polytrope.ops.polynomial_only import MAX_DEPTH
 from polytrope.pipeline.data.conversion_file import Advice, ConversionRecord, ConvertedLayer, LeftActivation
 
 _CURVE_POINTS = 161
@@ -25,6 +28,9 @@ def describe(conversion: LayerConversion) -> ConvertedLayer:
     low = min(conversion.interval[0], calibration.quantile(0.00005))
     high = max(conversion.interval[1], calibration.quantile(0.99995))
     margin = (high - low) / 20
+    if "domain" in conversion.fit.config:  # outside of it a polynomial is anything
+        low, high = conversion.interval
+        margin = 0.0
     x = np.linspace(low - margin, high + margin, _CURVE_POINTS)
     inputs = torch.from_numpy(x)
     with torch.no_grad():
@@ -40,7 +46,7 @@ def describe(conversion: LayerConversion) -> ConvertedLayer:
         "coefficients": conversion.fit.coefficients.tolist(),
         "relative_error": conversion.relative_error,
         "inputs": calibration.summary(),
-        "certificate": conversion.fit.certificate.to_dict(),
+        "certificate": {name: _finite(value) for name, value in conversion.fit.certificate.to_dict().items()},
         "curve": {
             "x": x.tolist(),
             "target": target.tolist(),
@@ -49,6 +55,11 @@ def describe(conversion: LayerConversion) -> ConvertedLayer:
         },
     }
     return ConvertedLayer.model_validate(content)
+
+
+def _finite(value: float) -> float | None:
+    """None where nothing is certified: outside of a domain."""
+    return value if math.isfinite(value) else None
 
 
 def record(
@@ -102,25 +113,31 @@ def _exact_degree(conversion: LayerConversion) -> int | None:
 
 
 def _suggestion(conversion: LayerConversion, share: float, options: FitOptions) -> str:
-    degree = int(conversion.fit.config["degree"]) + 2
     opening = f"{share:.0%} of what the conversion costs"
-    exact = _exact_degree(conversion)
+    only = options.polynomial_only
+    exact = _exact_degree(conversion) if only is None else None
     if exact is not None:
         return (
             f"{opening}; this function is made of straight lines: tropical_rational of degree {exact} has it exactly, "
             "as a piecewise linear activation with its knots would"
         )
-    if degree > 16:
+    if only is not None:
+        depth = circuit.count(conversion.fit.build().circuit()).depth + 1  # type: ignore[operator]
+        what, largest = f"depth {depth}", MAX_DEPTH
+        higher = replace(options, target_error=None, polynomial_only=replace(only, depth=depth))
+    else:
+        depth = int(conversion.fit.config["degree"]) + 2
+        what, largest = f"degree {depth}", 16
+        family = conversion.fit.config["name"]
+        higher = replace(options, family=family, target_error=None, degree=depth)
+    if depth > largest:
         return f"{opening}; leave this layer as it is if that is too much"
-    family = conversion.fit.config["name"]
-    higher = FitOptions(family, degree, None, options.coverage, options.derivative_weight, options.constraints)
     try:
         better = fit_layer(Activation(conversion.name, conversion.module), conversion.calibration, higher)
     except ValueError:
-        return f"{opening}; degree {degree} cannot be fitted, leave this layer as it is if that is too much"
+        return f"{opening}; {what} cannot be fitted, leave this layer as it is if that is too much"
     if better.relative_error >= conversion.relative_error:
-        return f"{opening}; degree {degree} does not lower its error of {conversion.relative_error:.2g}"
+        return f"{opening}; {what} does not lower its error of {conversion.relative_error:.2g}"
     return (
-        f"{opening}; degree {degree} would lower its error from {conversion.relative_error:.2g} to "
-        f"{better.relative_error:.2g}"
+        f"{opening}; {what} would lower its error from {conversion.relative_error:.2g} to {better.relative_error:.2g}"
     )

@@ -34,9 +34,9 @@ def promise(parameters: ConvertParameters, upstream: Mapping[str, Any], _resourc
             f"expected numbers from 0 to {numbers - 1}",
         )
     blocks = len(config.activation_widths())
-    if {_name(entry) for entry in activation_configs(config.activation, blocks)} == {parameters.family}:
+    if {_name(entry) for entry in activation_configs(config.activation, blocks)} == {parameters.replacement()}:
         raise UserError(
-            f"family: the model was trained with `{parameters.family}` activations already",
+            f"family: the model was trained with `{parameters.replacement()}` activations already",
             "convert a model with a classical activation (gelu, gelu_tanh, relu, silu, tanh)",
         )
     # which activations it has then depends on what is found in it
@@ -60,13 +60,15 @@ def convert(
     stage, or a directory with `calibration.txt` (one text per line), `calibration.npy` (images or token ids) or
     `calibration.npz` (the model's inputs by name).
     """
+    from polytrope.models.domains import describe_outside
     from polytrope.pipeline.stages.convert.calibration_data import dataset_batches
+    from polytrope.pipeline.stages.convert.polynomials import outside_of_record
     from polytrope.pipeline.stages.convert.work import Source, convert_model
 
     source = Source(
         model.path,
         lambda network: dataset_batches(network, model.path, dataset.path, parameters, context.message),
-        title=f"Conversion to {parameters.family}",
+        title=f"Conversion to {parameters.replacement()}",
     )
     try:
         outcome = convert_model(source, parameters, context.output, lambda step, text: context.progress(step, 3, text))
@@ -77,6 +79,9 @@ def convert(
     if outcome.onnx is not None and outcome.onnx.reason is not None:
         context.note(f"model.onnx: {outcome.onnx.limits()}")
     assert outcome.record is not None  # there is an output
+    outside = None if outcome.record.polynomial is None else describe_outside(outside_of_record(outcome.record))
+    if outside is not None:
+        context.message(outside)
     write_lineage(context.output, read_lineage(model.path).then(model.stage, model.digest))
     context.log_artifact("conversion.json")
     if parameters.page:

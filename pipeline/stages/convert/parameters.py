@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from typing import Annotated, Any, Literal
@@ -9,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
+
+MAX_DEPTH = 16  # of `polytrope.ops.polynomial_only`, which a plan does not import
 
 
 def _read_layers(value: Any) -> Any:
@@ -28,16 +31,75 @@ def _check_auto(value: float | None, info: ValidationInfo) -> float | None:
     return value
 
 
+def _read_domain(value: Any) -> Any:
+    """`-8,8` as text, or [-8, 8]."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if value is None:
+        return None
+    try:
+        low, high = (float(part) for part in parts)
+    except (TypeError, ValueError):
+        raise ValueError("expected LOW,HIGH: --domain=-8,8 or domain: [-8, 8]") from None
+    if not -math.inf < low < high < math.inf:
+        raise ValueError("expected LOW,HIGH with LOW < HIGH, both finite")
+    return low, high
+
+
+Family = Literal[
+    "hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu", "auto"
+]
+_WHY_NOT_POLYNOMIAL = {
+    "fourier": "is made of cosines",
+    "rational": "divides",
+    "tropical": "compares",
+    "tropical_rational": "compares",
+    "polyrelu": "compares x with 0",
+}
+
+
+def _check_polynomial_only(value: bool, info: ValidationInfo) -> bool:
+    given = info.data
+    if not value:
+        own: dict[str, Any] = {"depth": None, "domain": None, "domain_margin": 0.25}
+        for name, default in own.items():
+            if name in given and given[name] != default:
+                raise ValueError(f"{name} is for polynomial_only")
+        return value
+    family = given.get("family")
+    if family is not None:
+        why = _WHY_NOT_POLYNOMIAL.get(family)
+        reason = f"{why}, so it is no polynomial" if why else "is one basis of what is fitted anyway"
+        raise ValueError(f"family {family} {reason}; leave family out")
+    others: dict[str, Any] = {"degree": None, "coverage": None, "derivative_weight": 0.01, "constraints": []}
+    for name, default in others.items():
+        if name in given and given[name] != default:
+            instead = "; use depth" if name == "degree" else "; use domain" if name == "coverage" else ""
+            raise ValueError(f"{name} is for other conversions{instead or '; leave it out'}")
+    return value
+
+
 class ConvertParameters(BaseModel):
     """What replaces the activations, and how it is fitted."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    family: Literal[
-        "hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu", "auto"
-    ] = Field(
-        "hermite",
-        description="family of the new activations; auto: that of the fewest parameters that meets target_error",
+    family: (
+        Literal[
+            "hermite",
+            "chebyshev",
+            "legendre",
+            "fourier",
+            "tropical",
+            "tropical_rational",
+            "rational",
+            "polyrelu",
+            "auto",
+        ]
+        | None
+    ) = Field(
+        None,
+        description="family of the new activations, hermite if not given; auto: that of the fewest parameters that "
+        "meets target_error",
     )
     degree: int | None = Field(
         None,
@@ -65,6 +127,27 @@ class ConvertParameters(BaseModel):
     )
     constraints: list[Literal["ends", "end_values", "origin"]] = Field(
         default_factory=list, description="what holds exactly: value and slope at the ends, values there, F(0) = f(0)"
+    )
+    depth: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_DEPTH,
+        description="polynomial_only: multiplicative depth of each activation, 6 if not given; with target_error the "
+        "largest one tried, 16 if not given",
+    )
+    domain: Annotated[tuple[float, float] | None, BeforeValidator(_read_domain)] = Field(
+        None,
+        description="polynomial_only: LOW,HIGH, the certified range of every activation; null: the extremes of its "
+        "measured inputs, widened by domain_margin",
+    )
+    domain_margin: float = Field(
+        0.25, ge=0, description="polynomial_only: by how much of their distance the extremes are widened on each side"
+    )
+    polynomial_only: Annotated[bool, AfterValidator(_check_polynomial_only)] = Field(
+        False,
+        validate_default=True,
+        description="sums and products alone, for encrypted inference and verification: compositions of polynomials on "
+        "a certified range, without tangents",
     )
     include: list[str] = Field(default_factory=list, description="patterns of module names to convert; default: all")
     exclude: list[str] = Field(default_factory=list, description="patterns of module names to leave as they are")
@@ -95,6 +178,14 @@ class ConvertParameters(BaseModel):
     def highest_degree(self) -> int:
         """The degree of the fits, or the highest one that is tried for the target error."""
         return self.degree or (8 if self.target_error is None else 16)
+
+    def replacement(self) -> str:
+        """The family of the new activations."""
+        return "composition" if self.polynomial_only else self.family or "hermite"
+
+    def largest_depth(self) -> int:
+        """The depth of polynomials, or the largest one that is tried for the target error."""
+        return self.depth or (6 if self.target_error is None else MAX_DEPTH)
 
     def layer_range(self) -> tuple[int, int] | None:
         """The numbers of the first and the last layer; None: all of them."""

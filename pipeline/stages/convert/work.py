@@ -13,7 +13,7 @@ from torch import nn
 
 from polytrope.models import is_own
 from polytrope.models.calibration import Calibration, calibrate
-from polytrope.models.conversion import FitOptions
+from polytrope.models.conversion import FitOptions, PolynomialOnly
 from polytrope.models.convert import RATED_SAMPLES, convert_batches
 from polytrope.models.formats import read_model, write_model
 from polytrope.models.formats.onnx import Export
@@ -23,6 +23,7 @@ from polytrope.models.surgery import Activation, Choice, describe_activations
 from polytrope.pipeline.data.conversion_file import ConversionRecord, write_conversion
 from polytrope.pipeline.stages.convert.conversion_record import record
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
+from polytrope.pipeline.stages.convert.polynomials import hold_out, with_polynomials
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,15 @@ class Outcome:
         samples: of the calibration.
         onnx: what `model.onnx` is, where it was written.
         onnx_failure: why it was not; everything else is there.
+        rest_of_graph: operators in `model.onnx` that are no sums and products, none of them of a polynomial; None where
+            the model has no polynomials without tangents.
     """
 
     record: ConversionRecord | None
     samples: int
     onnx: Export | None = None
     onnx_failure: str | None = None
+    rest_of_graph: dict[str, int] | None = None
 
 
 def convert_model(
@@ -78,18 +82,26 @@ def convert_model(
     torch.set_num_threads(parameters.threads)
     model = read_model(source.path, source.config or None)
     batches = source.batches(model)
+    held_out: list[Batch] = []
+    if parameters.polynomial_only:
+        batches, held_out = hold_out(batches)
     options = FitOptions(
-        parameters.family,
+        parameters.replacement(),
         parameters.highest_degree(),
         parameters.target_error,
         parameters.coverage,
         parameters.derivative_weight,
         tuple(parameters.constraints),
+        PolynomialOnly(parameters.largest_depth(), parameters.domain, parameters.domain_margin)
+        if parameters.polynomial_only
+        else None,
     )
     choice = Choice(parameters.types, parameters.include, parameters.exclude, parameters.layer_range())
     measure = partial(_on_ray, source, parameters.ray_tasks) if parameters.ray_tasks else None
     made = convert_batches(model, batches, options, choice, measure=measure, tell=tell)
     written = record(made.layers, options, {entry.name: entry.cost for entry in made.activations}, made.left)
+    if held_out:
+        written = with_polynomials(written, model, held_out, forward)
     if output is None:
         return Outcome(written, made.samples)
     _write_model(model, source.path, parameters, output, made.rated)
@@ -156,10 +168,12 @@ def _write_extras(
     if not parameters.onnx:
         return outcome
     from polytrope.models.formats.onnx import save_onnx
+    from polytrope.models.formats.onnx_operators import check_polynomial
 
     path = output / "model.onnx"
     try:
         written = save_onnx(path, model, list(traced.values()), None if is_own(model) else list(traced))
+        rest = check_polynomial(path, model)
     except Exception as error:  # the exporter runs the model's own code, which raises anything
         path.unlink(missing_ok=True)
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
@@ -167,7 +181,7 @@ def _write_extras(
         if outcome.record is not None:
             write_conversion(output, outcome.record.model_copy(update={"onnx_failure": failure}))
         return Outcome(outcome.record, outcome.samples, onnx_failure=failure)
-    return Outcome(outcome.record, outcome.samples, written)
+    return Outcome(outcome.record, outcome.samples, written, rest_of_graph=rest)
 
 
 def _write_tables(output: Path, model: nn.Module, calibrations: Mapping[str, Calibration]) -> None:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from polytrope.models import find_architecture
 from polytrope.models.checkpoint import load_model, read_description
+from polytrope.models.domains import describe_outside, watching
 from polytrope.pipeline.data.description import Dataset, read_dataset
 from polytrope.pipeline.data.evaluation_file import (
     EVALUATION_FILE,
+    CertifiedDomain,
     EvaluatedData,
     EvaluatedModel,
     Evaluation,
@@ -140,6 +142,8 @@ def metrics_of(label: str, model: EvaluatedModel) -> dict[str, float]:
     }
     figures = {key: getattr(model, key) for key in names}
     metrics = {f"{label}/{name}": figures[key] for key, name in names.items() if figures[key] is not None}
+    if model.domains:
+        metrics[f"{label}/outside_probability"] = max(entry.probability for entry in model.domains)
     if model.drift is not None:
         metrics[f"{label}/kl_divergence"] = model.drift.kl_divergence
         if model.drift.cosine:
@@ -182,25 +186,42 @@ class Evaluator:
         other = load_model(reference.path, self.device) if reference else None
         scores = Scores(self.parameters.calibration_bins, self.outputs if self.images else 0, self.outputs)
         bytes_scored, started = 0, time.perf_counter()
-        for inputs, targets, mask in self._batches():
-            logits, flat = self._logits(model, inputs)[mask], targets[mask]
-            if logits.size(1) < self.outputs:
-                raise UserError(f"it has {logits.size(1)} outputs, the dataset {self.outputs} {self.of}")
-            scores.add(logits, flat, self._logits(other, inputs)[mask] if other is not None else None)
-            if not math.isfinite(scores.loss):
-                break
-            if self.byte_lengths is not None:
-                bytes_scored += int(self.byte_lengths[flat.cpu().numpy()].sum())
+        with watching(model) as domains:
+            for inputs, targets, mask in self._batches():
+                logits, flat = self._logits(model, inputs)[mask], targets[mask]
+                if logits.size(1) < self.outputs:
+                    raise UserError(f"it has {logits.size(1)} outputs, the dataset {self.outputs} {self.of}")
+                scores.add(logits, flat, self._logits(other, inputs)[mask] if other is not None else None)
+                if not math.isfinite(scores.loss):
+                    break
+                if self.byte_lengths is not None:
+                    bytes_scored += int(self.byte_lengths[flat.cpu().numpy()].sum())
         seconds = time.perf_counter() - started
         unit = "images" if self.images else "tokens"
+        outside = describe_outside(domains)
         if not math.isfinite(scores.loss):
-            return _failed(artifact, f"its validation loss is {scores.loss}")
+            return _failed(artifact, f"its validation loss is {scores.loss}" + (f"; {outside}" if outside else ""))
+        if outside is not None:
+            self.context.message(f"{label}: {outside}")
         self.context.log_metrics({f"{label}/{unit}_per_second": scores.count / seconds})
         figures = scores.figures()
         result: dict[str, Any] = {"stage": artifact.stage, "digest": artifact.digest, **figures}
         result[unit] = scores.count
         result["parameters"] = about["parameters"]
         result["activation"] = describe_activation(about["config"].get("activation"))
+        if domains:
+            result["domains"] = [
+                CertifiedDomain(
+                    name=name,
+                    domain=list(seen.domain),
+                    inputs=seen.inputs,
+                    outside=seen.outside,
+                    probability=seen.probability,
+                    minimum=seen.minimum,
+                    maximum=seen.maximum,
+                )
+                for name, seen in domains.items()
+            ]
         if self.parameters.activation_samples:
             inputs = next(iter(self._batches(min(self.samples, self.parameters.activation_samples))))[0]
             result["layers"] = measure_activations(model, lambda: self._logits(model, inputs))
