@@ -300,12 +300,14 @@ def _look_commands(command: _AddCommand) -> None:
         "status",
         "looking:status",
         "show the stages of a run",
-        "polytrope status\npolytrope status 20261123-1712-ab12 --json",
+        "polytrope status\npolytrope status --watch\npolytrope status 20261123-1712-ab12 --json",
         "run",
         "store",
         "address",
-        description="Reads the journal only: works without Ray and MLflow, and while the run is going on.",
+        description="Reads the run's files only: works without Ray and MLflow, and while the run goes on. A running "
+        "stage shows how far it is, what is left at its pace, and what it said last.",
     )
+    status.add_argument("--watch", "-w", action="store_true", help="the display of `run`, until the run ends")
     status.add_argument("--json", action="store_true", help="print JSON")
     runs = command("runs", "looking:runs", "list the runs in a store", "polytrope runs\npolytrope runs --json", "store")
     runs.add_argument("--json", action="store_true", help="print JSON")
@@ -313,7 +315,7 @@ def _look_commands(command: _AddCommand) -> None:
     logs = command(
         "logs",
         "looking:logs",
-        "print the output of a run's stages",
+        "print what a run's stages said and printed",
         "polytrope logs --stage train -f\npolytrope logs 20261123-1712-ab12",
         "run",
         "store",

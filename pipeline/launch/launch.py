@@ -18,7 +18,7 @@ from polytrope.pipeline.errors import EXIT_CANCELLED, EXIT_RUN_FAILED, EXIT_SUCC
 from polytrope.pipeline.executors import check_resources
 from polytrope.pipeline.launch.environment import changed_versions, record_environment
 from polytrope.pipeline.launch.failure import failure_lines, way_on
-from polytrope.pipeline.launch.progress import Progress, counts, summary_rows
+from polytrope.pipeline.launch.progress import Progress, counts, show_event, summary_rows
 from polytrope.pipeline.runs.journal import ENDED_STATES, Event, RunState, fold
 from polytrope.pipeline.runs.record import check_workflow, workflow_files
 from polytrope.pipeline.runs.spool import SpoolReader
@@ -209,7 +209,7 @@ class _Session:
         for name, stage in self.state.stages.items():
             if stage.state in ("succeeded", "cached") and name in self.progress.stages:
                 view = self.progress.stages[name]
-                view.state, view.duration, view.error = stage.state, stage.duration, "in an earlier attempt"
+                view.state, view.duration, view.detail = stage.state, stage.duration, "in an earlier attempt"
         with signals_blocked():  # it has threads
             self.progress.__enter__()
 
@@ -261,34 +261,6 @@ class _Session:
         if all(stage.state in ("cached", "skipped") for stage in self.state.stages.values()):
             return failed_sync(self.sync, directory, _CACHED_PATIENCE)
         return wait_for_sync(self.sync, directory, _SYNC_PATIENCE)
-
-
-def show_event(progress: Progress, event: Event, state: RunState) -> None:
-    """One journal event on the display."""
-    name = event.stage
-    if event.type == "stages_returned":
-        for further in event.get("stages", []):
-            progress.stage_state(further, "pending")
-    if name is None or not event.type.startswith("stage_"):
-        return
-    stage = state.stages[name]
-    if event.type == "stage_waiting":
-        progress.stage_event(name, 1, {"kind": "message", "text": stage.reason or "waits"})
-        return
-    detail = ""
-    if stage.state == "cached":
-        detail = f"from run {stage.hit_from}"
-    elif stage.state in ("skipped", "cancelled"):
-        detail = stage.reason or ""
-    elif stage.state == "retrying":
-        detail = f"{_message(stage.error)}; again in {event.get('delay', 0):g} s"
-    elif stage.state == "failed":
-        detail = _message(stage.error)
-    progress.stage_state(name, stage.state, attempt=max(1, stage.attempt), duration=stage.duration, detail=detail)
-
-
-def _message(error: dict[str, Any] | None) -> str:
-    return str((error or {}).get("message", "")).strip()
 
 
 def print_summary(
