@@ -335,6 +335,27 @@ def _look_commands(command: _AddCommand) -> None:
     diff.add_argument("run_b", metavar="RUN_B", help="run id or its start")
     diff.add_argument("--json", action="store_true", help="print JSON")
 
+    opened = command(
+        "open",
+        "opening:open_result",
+        "print where the result of a run is, and open it in the browser",
+        """
+        polytrope open                          # the newest run: its report, else its page in MLflow
+        polytrope open 20261123-1712-ab12 mlflow
+        polytrope open card
+        ls "$(polytrope open artifact train --print)"
+        """,
+        "store",
+        description="Where there is no browser it only prints. A local MLflow server is started if none is there.",
+    )
+    opened.add_argument(
+        "words",
+        nargs="*",
+        metavar="[RUN] [report|mlflow|card|artifact [STAGE]]",
+        help="a run (default: the newest), what to open, and of which stage",
+    )
+    opened.add_argument("--print", action="store_true", help="only print the path or address, for scripts")
+
 
 def _workflow_commands(command: _AddCommand) -> None:
     graph = command(
@@ -426,9 +447,10 @@ def _service_commands(command: _AddCommand) -> None:
         "ui",
         "services:ui",
         "start MLflow's web page on the results",
-        "polytrope ui\npolytrope ui --port 5001",
+        "polytrope ui\npolytrope ui 20261123-1712-ab12 --port 5001",
         "run",
         "store",
+        description="It prints the address of the run itself.",
     )
     ui.add_argument("--port", type=int, default=5000, help="default 5000")
     ui.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: reachable from this machine only")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from polytrope.pipeline.support.files import replace_file, safe_name
 from polytrope.pipeline.support.signal_mask import signals_blocked
 from polytrope.pipeline.support.streams import Output
 from polytrope.pipeline.support.text import command, complete_commands, format_duration
+from polytrope.pipeline.tracking.loggers import check_loggers, logger_directory, read_problems, start_loggers
 from polytrope.pipeline.tracking.process import check_tracking, failed_sync, start_sync, tracking_uri, wait_for_sync
 from polytrope.pipeline.workflow.draw import layout, svg
 from polytrope.pipeline.workflow.graph import StageNode, build_graph
@@ -34,6 +36,7 @@ from polytrope.pipeline.workflow.references import resolve_environment
 from polytrope.pipeline.workflow.spec import Workflow
 
 Display = Literal["auto", "quiet", "none"]
+REPORT = "report.html"
 _SYNC_PATIENCE = 20.0  # seconds without progress that a finished run waits for MLflow
 _CACHED_PATIENCE = 1.5  # the same for a run that computed nothing
 
@@ -61,7 +64,7 @@ def run(
         store: instead of the workflow's.
         run_id: of a new run, or of the one to go on with; None: a new one with a new id.
         resume: True: the run must exist; False: it must not; None: either.
-        tracking: False: nothing is sent to MLflow.
+        tracking: False: nothing is sent to MLflow, nor given to other loggers.
         display: auto: live on a terminal and line by line elsewhere; quiet: failures; none: nothing is printed.
         overrides: what `--set` changed, for the record.
         options: see `RunOptions`.
@@ -85,8 +88,10 @@ def run(
     tracked = tracking and workflow.tracking.enabled
     if tracked and workflow.tracking.required:
         _check_tracking(workflow, place)
+    if tracking:
+        _check_loggers(workflow)
     _check_resources(workflow, graph, executor or workflow.executor)
-    session = _Session(workflow, graph, place, tracked, display, observer, stream)
+    session = _Session(workflow, graph, place, tracked, tracking, display, observer, stream)
     record = {
         "argv": sys.argv,
         "overrides": list(overrides),
@@ -145,6 +150,13 @@ def _check_tracking(workflow: Workflow, store: Store) -> None:
         raise UserError(f"{place}: {error.message}", f"{error.hint}; {ways}" if error.hint else ways) from None
 
 
+def _check_loggers(workflow: Workflow) -> None:
+    try:
+        check_loggers(list(workflow.tracking.loggers))
+    except UserError as error:
+        raise UserError(f"{workflow.where('tracking', 'loggers')}: {error.message}", error.hint) from None
+
+
 def _check_resources(workflow: Workflow, graph: dict[str, StageNode], executor: str) -> None:
     try:
         check_resources(graph, executor, workflow.ray_address)
@@ -164,18 +176,21 @@ class _Session:
         graph: dict[str, StageNode],
         store: Store,
         tracked: bool,
+        logged: bool,
         display: Display,
         observer: Observer | None,
         stream: TextIO | None,
     ) -> None:
         self.workflow, self.graph, self.store = workflow, graph, store
         self.tracked, self.display = tracked, display
+        self.logger_names = list(workflow.tracking.loggers) if logged else []
         self.stream = cast(TextIO, Output(stream or sys.stdout))
         self.observer = observer
         self.state = RunState()
         self.directory: Path | None = None
         self.progress: Progress | None = None
         self.sync: Any = None
+        self.loggers: Any = None
         self.grown = False  # since the graph was drawn
 
     def observe(self, event: Event) -> None:
@@ -199,6 +214,8 @@ class _Session:
         if self.tracked:
             self._draw()
             self.sync = start_sync(self.store, directory, self.workflow.tracking)
+        if self.logger_names:
+            self.loggers = start_loggers(self.store, directory)
         if self.display == "none":
             return
         if self.display != "quiet":
@@ -249,12 +266,27 @@ class _Session:
         shown = self.display != "none"
         if shown:
             print_summary(self.state, self.store, self.directory, tracked=self.tracked, stream=self.stream)
+        if self.loggers is not None:
+            self._end_loggers(self.directory, shown)
         if self.sync is None:
             return
         problem = self._missing_in_mlflow(self.directory)
         if problem is not None and shown:
             print(f"MLflow has not received everything: {problem}", file=self.stream)
             print(f"  → {command('sync', self.directory.name, store=self.store.address)}", file=self.stream)
+
+    def _end_loggers(self, directory: Path, shown: bool) -> None:
+        """Let them write the last figures; where they are, and what was not taken."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.loggers.wait(_SYNC_PATIENCE)
+        problems = read_problems(directory)
+        if self.loggers.poll() != 0:
+            problems = dict.fromkeys(self.logger_names, f"see {directory / 'logs' / 'loggers.log'}") | problems
+        for name in self.logger_names if shown else ():
+            place = logger_directory(self.store, name, directory.name)
+            print(f"{name}: {problems.get(name) or place}", file=self.stream)
+        if problems and shown:
+            print(f"  → {command('sync', directory.name, store=self.store.address)}", file=self.stream)
 
     def _missing_in_mlflow(self, directory: Path) -> str | None:
         """Wait for MLflow; not long if nothing was computed: the process then ends by itself a little later."""
@@ -289,21 +321,20 @@ def print_summary(
     width = max((len(row[0]) for row in rows), default=0)
     for name, text in rows[:40]:
         say(f"  {name.ljust(width)}  {text}")
-    for report in _reports(state, store):
-        say(f"report: {report}")
+    reports = report_stages(state, store)
+    for stage in reports:
+        words = ["open", directory.name, "report", *([stage] if len(reports) > 1 else [])]
+        say(f"report: {command(*words, store=store.address)}")
     if tracked:
-        say(f"MLflow: {command('ui', store=store.address)}")
+        say(f"MLflow: {command('ui', directory.name, store=store.address)}")
     stream.flush()
 
 
-def _reports(state: RunState, store: Store) -> list[Path]:
+def report_stages(state: RunState, store: Store) -> list[str]:
+    """The stages of a run whose results hold a report."""
     found = []
-    for stage in state.stages.values():
+    for name, stage in state.stages.items():
         artifact = store.load(stage.key) if stage.key and stage.digest else None
-        if artifact is not None:
-            found += [
-                store.materialize(artifact.key) / entry["path"]
-                for entry in artifact.files
-                if entry["path"] == "report.html"
-            ]
+        if artifact is not None and any(entry["path"] == REPORT for entry in artifact.files):
+            found.append(name)
     return found

@@ -453,7 +453,7 @@ def test_registered_model_is_loaded_by_its_alias_and_served(
     assert model.metadata.get_params_schema() is not None
     assert model.input_example == ["The "]
 
-    port = free_port(0)
+    port = free_port()
     serve = [sys.executable, "-m", "mlflow", "models", "serve", "-m", address, "--env-manager", "local"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `serve` starts the environment's uvicorn by name
     with (project / "serve.log").open("wb") as log:

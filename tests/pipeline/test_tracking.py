@@ -6,6 +6,7 @@ import base64
 import http.server
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from polytrope.pipeline.runs.journal import RunState, StageState
 from polytrope.pipeline.tracking import names as mlflow_names
 from polytrope.pipeline.tracking import overview as mlflow_summary
 from polytrope.pipeline.tracking.cursor import Cursor
-from polytrope.pipeline.tracking.process import check_tracking, free_port, tracking_uri, without_password
+from polytrope.pipeline.tracking.process import check_port, check_tracking, free_port, tracking_uri, without_password
 from polytrope.pipeline.tracking.server import is_permanent
 
 
@@ -82,7 +83,7 @@ def test_a_broken_server_is_refused_without_showing_its_password(web: Any, code:
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
-    port = free_port(0)
+    port = free_port()
     with pytest.raises(UserError, match="does not answer"):
         check_tracking(f"http://127.0.0.1:{port}")
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="does not answer"):
@@ -109,11 +110,19 @@ def test_the_driver_does_not_import_mlflow() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_free_port_is_the_wished_one_or_another() -> None:
-    port = free_port(0)
-    assert free_port(port) == port
+def test_a_port_in_use_is_refused_by_the_name_of_who_has_it() -> None:
+    port = free_port()
+    check_port("127.0.0.1", port)
     with socket.create_server(("127.0.0.1", port)):
-        assert free_port(port) != port
+        with pytest.raises(UserError, match=rf"--port {port}: is used by process {os.getpid()} \(.*pytest") as refused:
+            check_port("127.0.0.1", port)
+        assert re.fullmatch(r"end it, or give another one: `--port \d+`", refused.value.hint)
+        assert f"--port {port}`" not in refused.value.hint
+    check_port("127.0.0.1", port)
+    with pytest.raises(UserError, match="--port 70000: is no port"):
+        check_port("127.0.0.1", 70000)
+    with pytest.raises(UserError, match=r"--host 192\.0\.2\.1 --port"):
+        check_port("192.0.2.1", port)
 
 
 @given(st.text(max_size=300), st.floats(), st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False))
