@@ -42,7 +42,8 @@ class EvaluatedModel(OpenRecord):
 
     Args:
         stage, digest: of the artifact.
-        loss: nats per token or image; perplexity is its exponential, None where that overflows.
+        loss: nats per token or image; perplexity, of text, is its exponential, None where that overflows.
+        drift_missing: why it has none although it was asked for.
         layers: of each activation, the curve and the distribution of its inputs.
         sample: a text that the model wrote.
         confusion: a matrix (class, prediction) of counts; of more than 100 classes `most_confused` has the most
@@ -64,6 +65,7 @@ class EvaluatedModel(OpenRecord):
     images: int | None = None
     bytes: int | None = None
     drift: Drift | None = None
+    drift_missing: str | None = None
     layers: list[dict[str, Any]] | None = None
     sample: str | None = None
     confusion: list[list[int]] | None = None
