@@ -26,6 +26,7 @@ from mlflow.utils.validation import _validate_metric, _validate_param
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import RunState, StageState
+from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.tracking import names as mlflow_names
 from polytrope.pipeline.tracking import overview as mlflow_summary
 from polytrope.pipeline.tracking.cursor import Cursor
@@ -223,3 +224,26 @@ def test_of_very_many_refusals_the_first_are_kept_and_the_last_line_says_that_th
     for number in range(50, 60):
         cursor.refuse(f"metric {number}: no")
     assert cursor.refused[-2:] == ["metric 49: no", "and more; logs/mlflow.log of the run has all"]
+
+
+def test_another_run_that_cannot_be_judged_is_left_alone_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from polytrope.pipeline.tracking.process import log_file
+    from polytrope.pipeline.tracking.sync import needs_copy
+
+    store = Store(tmp_path)
+    for name, record in (
+        ("torn", '{"workflow": {"tra'),
+        ("odd", '{"workflow": []}'),
+        ("bad", '{"workflow": {"tracking": 3}}'),
+    ):
+        directory = store.run_directory(name)
+        log_file(directory).parent.mkdir(parents=True)
+        log_file(directory).touch()
+        (directory / "workflow.json").write_text(record)
+        caplog.clear()
+        assert not needs_copy(store, directory, "sqlite:///x.db")
+        assert [message.split(":")[0] for message in caplog.messages] == [
+            f"run {name} cannot be looked at, so it is not completed in MLflow"
+        ]
