@@ -256,6 +256,7 @@ def _run_commands(command: _AddCommand) -> None:
     )
     card.add_argument("--stage", metavar="STAGE", help="that made the model (default: the last one that made one)")
     card.add_argument("--output", "-o", metavar="FILE", help=".md or .html (default: card-RUN.md)")
+    card.add_argument("--license", metavar="ID", help="of the model, as Hugging Face names it: apache-2.0, mit, …")
     cancel = command(
         "cancel",
         "running:cancel",

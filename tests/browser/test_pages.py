@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from quickstart_support import Run
+from mlflow_support import wait_until
+from quickstart_support import REPOSITORY, Run
 from selenium import webdriver
+from selenium.webdriver.common.by import By
 
 from polytrope.pipeline.commands.cli import main
 
@@ -51,3 +58,44 @@ def test_the_card_fits_a_phone(phone: webdriver.Chrome, local_quickstart: Run, t
     assert main(["card", "--store", local_quickstart.store.address, "--output", str(output)]) == 0
     phone.get(output.as_uri())
     assert phone.execute_script("return document.documentElement.scrollWidth") == WIDTH
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pages, built as `mkdocs.yml` says."""
+    directory = tmp_path_factory.mktemp("site")
+    (directory / "docs").mkdir()
+    for name in ("style.css", "iframe-worker.js"):
+        shutil.copy(REPOSITORY / "docs" / name, directory / "docs" / name)
+    (directory / "docs" / "index.md").write_text("# Start\n\nNothing here.\n")
+    (directory / "docs" / "other.md").write_text("# Other\n\n## Quokka\n\nA small marsupial.\n")
+    text = (REPOSITORY / "mkdocs.yml").read_text()
+    text = re.sub(r"^(nav|hooks):.*\n(?: +.*\n)*", "", text, flags=re.MULTILINE)
+    (directory / "mkdocs.yml").write_text(text)
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "POLYTROPE_REPOSITORY": "https://example.org/code"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict"]
+    subprocess.run(command, cwd=directory, env=environment, check=True, timeout=120)
+    return directory / "build" / "docs"
+
+
+def test_the_documentation_is_searched_dark_and_linked_when_opened_as_files(
+    browser: webdriver.Chrome, site: Path
+) -> None:
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["http://*", "https://*"]})
+    try:
+        browser.get((site / "index.html").as_uri())
+        scheme = "return document.body.getAttribute('data-md-color-scheme')"
+        wait_until(lambda: browser.execute_script(scheme) == "slate", "the page is dark")
+        assert browser.find_element(By.CSS_SELECTOR, "a.md-source").get_attribute("href") == "https://example.org/code"
+        search = browser.find_element(By.CSS_SELECTOR, "input.md-search__input")
+        search.click()
+        search.send_keys("quokka")
+        found = "return [...document.querySelectorAll('.md-search-result__link')].map(link => link.href)"
+        wait_until(lambda: browser.execute_script(found), "the search finds the page")
+        assert "other.html" in browser.execute_script(found)[0]
+    finally:
+        browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
