@@ -152,6 +152,18 @@ def call_directly(call: native.Call | cuda.Call, x: Tensor, parts: Sequence[Tens
     return result
 
 
+# Calls of each operator that the reference has answered in this process, because its kernel is missing here: on this
+# device, for this dtype (float64 on a GPU), or of a program that was exported or traced where it was there.
+fallbacks: Counter[str] = Counter()
+
+
+def _count_fallback(name: str) -> None:
+    fallbacks[name] += 1
+
+
+_count_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]  # the compiler counts once, as it traces
+
+
 def activate(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Formula) -> Tensor:
     """F(x), differentiable in x and the parts of its parameters: the operator, or without a kernel the reference."""
     _check_devices(x, parts)
@@ -159,6 +171,8 @@ def activate(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Form
     if _goes_through_kernel(x, formula):
         result: Tensor = torch.ops.polytrope.activation(x, parameters, *_listed(formula))
         return result
+    if not _is_transformed():
+        _count_fallback("activation")
     return reference.evaluate(x, parameters, formula)
 
 
@@ -235,11 +249,6 @@ def _slope_on_gpu(gradient: Tensor, x: Tensor, parameters: Tensor, *arguments: A
     return cuda.backward(call, gradient, x, (parameters,), frozen=True)[0]
 
 
-# Calls of each operator that the reference has answered in this process, because its kernel is missing here. Programs
-# that were exported or traced where it was there have the operator in them.
-fallbacks: Counter[str] = Counter()
-
-
 def _forward_by_formula(x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:
     formula = _formula(arguments)
     return native.empty_result(x, formula).copy_(reference.evaluate(x, parameters, formula))
@@ -261,7 +270,7 @@ def _falling_back(name: str, kernel: Callable[..., Any], by_formula: Callable[..
         try:
             return kernel(*arguments)
         except native.NoKernelError:
-            fallbacks[name] += 1
+            _count_fallback(name)
         return by_formula(*arguments)
 
     return run

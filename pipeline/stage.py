@@ -36,7 +36,8 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.executor_table import executor_kind
-from polytrope.pipeline.support.secret_values import hide_in, hider
+from polytrope.pipeline.support.log_filter import Filter
+from polytrope.pipeline.support.secret_values import hide_in, hider, printed_forms
 
 BUILTIN_STAGES: dict[str, str] = {
     "shard": "polytrope.pipeline.stages.shard.shard:shard",
@@ -149,7 +150,7 @@ class EventWriter:
             name = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}.jsonl"
             self._descriptor = os.open(self.directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             self._owner = os.getpid()
-        line = json.dumps({"kind": kind, "time": time.time(), **self._hidden(payload)}, separators=(",", ":"))
+        line = json.dumps({"kind": kind, "time": time.time(), **self.hidden(payload)}, separators=(",", ":"))
         os.write(self._descriptor, line.encode() + b"\n")
 
     def close(self) -> None:
@@ -162,9 +163,14 @@ class EventWriter:
         """Beside the events, for the journal."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / NOTES).open("ab", buffering=0) as file:
-            file.write(json.dumps(self._hidden(text)).encode() + b"\n")
+            file.write(json.dumps(self.hidden(text)).encode() + b"\n")
 
-    def _hidden(self, payload: Any) -> Any:
+    def filter(self) -> Filter:
+        """For what the stage writes to files of its own: a stream of bytes without the values of secrets."""
+        return Filter(printed_forms(self._secrets))
+
+    def hidden(self, payload: Any) -> Any:
+        """Plain data without the values of secrets, but for the keys of a mapping."""
         return hide_in(payload, hider(self._secrets), plain_keys=1) if self._secrets else payload
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from polytrope.pipeline.executors import log_filter
+from polytrope.pipeline.support import log_filter
 
 if TYPE_CHECKING:  # its import would be half the price of a nursery, which seldom needs it
     import psutil

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from polytrope.pipeline.executors import log_filter
-from polytrope.pipeline.support.secret_values import secret_forms
+from polytrope.pipeline.support import log_filter
+from polytrope.pipeline.support.secret_values import printed_forms
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def output_to(path: Path, secrets: Mapping[str, str]) -> Iterator[None]:
     streams, saved = (sys.stdout, sys.stderr), (os.dup(1), os.dup(2))
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        with _hidden(log, secret_forms(secrets)) as descriptor:
+        with _hidden(log, printed_forms(secrets)) as descriptor:
             try:
                 for number in (1, 2):
                     os.dup2(descriptor, number)
@@ -53,7 +53,7 @@ def output_to(path: Path, secrets: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hidden(log: int, forms: Mapping[str, str]) -> Iterator[int]:
+def _hidden(log: int, forms: list[tuple[bytes, bytes]]) -> Iterator[int]:
     """A descriptor to print to, whose other end is the log; the caller closes it if it is another than `log`."""
     if not forms:
         yield log
@@ -70,10 +70,7 @@ def _hidden(log: int, forms: Mapping[str, str]) -> Iterator[int]:
                 pass_fds=[theirs.fileno()],
             )
         os.close(reading)
-        pairs = [
-            [form.encode(errors="surrogateescape").hex(), f"${{env.{name}}}".encode().hex()]
-            for form, name in forms.items()
-        ]
+        pairs = [[form.hex(), name.hex()] for form, name in forms]
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # killed already: seen at the end
             ours.sendall(json.dumps(pairs).encode() + b"\n")
         try:

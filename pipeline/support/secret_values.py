@@ -28,6 +28,14 @@ def secret_forms(secrets: Mapping[str, str]) -> dict[str, str]:
     return {form: name for name, value in secrets.items() for form in _forms(value)}
 
 
+def printed_forms(secrets: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """For `log_filter.Filter`: every form of every secret as it is printed, and what stands for it."""
+    return [
+        (form.encode(errors="surrogateescape"), f"${{env.{name}}}".encode())
+        for form, name in secret_forms(secrets).items()
+    ]
+
+
 def _forms(value: str) -> set[str]:
     """As it is, as in its `repr`, in JSON (of ASCII or not), in a URL; and each long line of one with several."""
     if not value:

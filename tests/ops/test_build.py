@@ -48,7 +48,7 @@ print(build.cpu_library_path())
 RUN_PROGRAMS = """
 import sys, warnings
 import torch
-from polytrope.ops import kernels
+from polytrope.ops import build_activation, kernels
 folder = sys.argv[1]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
@@ -65,6 +65,8 @@ with warnings.catch_warnings(record=True) as caught:
             with torch.no_grad():
                 program(x)
 assert kernels.fallbacks == {"activation": 12, "activation_backward": 6}, kernels.fallbacks
+build_activation("hermite3")(x)  # a module counts as well
+assert kernels.fallbacks["activation"] == 13, kernels.fallbacks
 said = [str(warning.message) for warning in caught if "polytrope" in str(warning.message)]
 assert len(said) == 1, said
 assert "slow reference activations: no compiler found" in said[0]

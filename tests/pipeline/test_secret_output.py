@@ -14,8 +14,8 @@ import psutil
 import pytest
 from engine_support import Place, gone, start_driver, wait_for
 
-from polytrope.pipeline.executors.log_filter import Filter
 from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.support.log_filter import Filter
 from polytrope.pipeline.support.secret_values import secret_forms
 
 SECRET = 'p"ä55 wörd/with%all\\of+it'

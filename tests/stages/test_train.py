@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from training_support import (
     PARAMETERS,
     TRAINS_IN_FP16,
     history,
+    make_context,
     make_dataset,
     read_events,
     run_training,
@@ -29,7 +31,7 @@ from training_support import (
 from polytrope.models import ARCHITECTURES, build_model, find_architecture
 from polytrope.models.checkpoint import load_model
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, Resources, load_stage, stage_context
+from polytrope.pipeline.stage import Artifact, EventWriter, Resources, load_stage, stage_context
 from polytrope.pipeline.stages.evaluate.evaluate import evaluate
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
 from polytrope.pipeline.stages.shard.parameters import ShardImagesParameters
@@ -38,7 +40,7 @@ from polytrope.pipeline.stages.train.activations import apply_activation_options
 from polytrope.pipeline.stages.train.best_weights import load_best
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, shipped_names, zero_stage_of
 from polytrope.pipeline.stages.train.parameters import TRAINED_ON, ModelParameters, TrainParameters
-from polytrope.pipeline.stages.train.train import check, fingerprint
+from polytrope.pipeline.stages.train.train import check, fingerprint, train
 from polytrope.pipeline.stages.train.training_metrics import rank_metrics
 from polytrope.pipeline.stages.train.training_plan import steps_of_epochs
 from polytrope.pipeline.stages.train.workers import TrainingError
@@ -89,6 +91,22 @@ def test_no_file_shows_the_parameters_which_may_hold_secrets(trained: Path) -> N
     files = [path for path in trained.rglob("*") if path.is_file()]
     assert [path for path in files if path.match("scratch/launch-000/worker-*.log")]
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+
+
+def test_what_a_worker_prints_shows_no_secret(
+    tmp_path: Path, dataset: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warnings of a configuration and messages of errors may quote any parameter."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nif 'RANK' in os.environ: print('token', {SECRET!r}, flush=True); os._exit(3)\n"
+    )
+    events = EventWriter(tmp_path / "run/events", {"TOKEN": SECRET})
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(TrainingError) as error:
+        train(replace(make_context(tmp_path / "run", workers=1), events=events), dataset, parameters())
+    log = (tmp_path / "run/scratch/launch-000/worker-0.log").read_text()
+    assert log == "token ${env.TOKEN}\n"
+    assert log in str(error.value)
 
 
 def test_learns(trained: Path) -> None:

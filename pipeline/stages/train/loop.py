@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
 from polytrope.models.checkpoint import load_weights, read_description, save_model
+from polytrope.ops import kernels
 from polytrope.pipeline.data.training_file import Training, write_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
@@ -184,6 +185,7 @@ class _Run:
             f"{self.modality.unit}_per_second": rate,
             "data_wait_fraction": min(1.0, wait / seconds),
             "peak_memory": peak_memory(self.device),
+            "activation_fallbacks": float(kernels.fallbacks.total()),
             **rank_metrics([row[1] for row in ranks], [row[2] for row in ranks]),
         }
         if plan.parameters.peak_flops:

@@ -41,7 +41,7 @@ def train_worker(task: dict[str, Any]) -> None:
             "traceback": traceback.format_exc(),
             "batch": error.batch if isinstance(error, Diverged) else None,
         }
-        _write_json(directory / f"failure-{rank}.json", failure)
+        _write_json(directory / f"failure-{rank}.json", context.events.hidden(failure))
         raise
 
 

@@ -10,13 +10,15 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train.training_plan import TrainingPlan
+from polytrope.pipeline.support.log_filter import Filter
 
 # Ray Train's controller polls every 2 s by default, which is most of the time of a short training. Its own watchers are
 # processes that take seconds of a small machine; this stage notices lost workers itself.
@@ -26,6 +28,7 @@ RAY_TRAIN_SETTINGS = {
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+_LAST_WORDS = 5.0  # seconds that a dead worker's output may take to its log: something it started may hold the pipe
 # Two more that Ray Train starts for each training, as processes: one hands out Ray Data sets, which this stage has none
 # of; one removes the placement group after a crash of its controller, which Ray's control store does anyhow, and
 # on a cluster without a dashboard waits 10 s for it at the end of every training.
@@ -107,24 +110,27 @@ def _start_local(task: dict[str, Any], plan: TrainingPlan, directory: Path) -> N
     with tempfile.TemporaryDirectory(prefix="polytrope-") as temporary:
         content = pickle.dumps({**task, "rendezvous": f"file://{temporary}/rendezvous"})
         processes: list[subprocess.Popen[bytes]] = []
+        writers: list[threading.Thread] = []
         try:
             for rank in range(plan.workers):
-                with (directory / f"worker-{rank}.log").open("wb") as log:
-                    processes.append(
-                        subprocess.Popen(
-                            [sys.executable, "-m", "polytrope.pipeline.stages.train.worker_process"],
-                            stdin=subprocess.PIPE,
-                            stdout=log,
-                            stderr=subprocess.STDOUT,
-                            env=_local_environment(plan, rank),
-                            bufsize=0,
-                        )
-                    )
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "polytrope.pipeline.stages.train.worker_process"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env=_local_environment(plan, rank),
+                    bufsize=0,
+                )
+                processes.append(process)
+                assert process.stdout is not None
+                output = (process.stdout, directory / f"worker-{rank}.log", task["context"].events.filter())
+                writers.append(threading.Thread(target=_write_log, args=output, name=f"log {rank}", daemon=True))
+                writers[-1].start()
             for process in processes:
                 assert process.stdin is not None
                 with contextlib.suppress(BrokenPipeError):  # it has ended already: `_wait` says why
                     process.stdin.write(content)
-            _wait(processes, directory)
+            _wait(processes, directory, writers)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -133,6 +139,18 @@ def _start_local(task: dict[str, Any], plan: TrainingPlan, directory: Path) -> N
                 process.wait()
                 if process.stdin:
                     process.stdin.close()
+            for writer in writers:
+                writer.join(_LAST_WORDS)
+
+
+def _write_log(output: IO[bytes], path: Path, stream: Filter) -> None:
+    """All that a worker prints, without the values of secrets, until nobody holds its end any more."""
+    with output, path.open("wb", buffering=0) as log:
+        while data := output.read(1 << 16):
+            with contextlib.suppress(OSError):  # a full disk ends a training where a checkpoint is written, not here
+                log.write(stream.feed(data))
+        with contextlib.suppress(OSError):
+            log.write(stream.finish())
 
 
 def _local_environment(plan: TrainingPlan, rank: int) -> dict[str, str]:
@@ -150,7 +168,7 @@ def _local_environment(plan: TrainingPlan, rank: int) -> dict[str, str]:
     }
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], directory: Path) -> None:
+def _wait(processes: list[subprocess.Popen[bytes]], directory: Path, writers: list[threading.Thread]) -> None:
     while True:
         codes = [process.poll() for process in processes]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
@@ -159,6 +177,7 @@ def _wait(processes: list[subprocess.Popen[bytes]], directory: Path) -> None:
             deadline = time.monotonic() + 2.0
             while time.monotonic() < deadline and any(process.poll() is None for process in processes):
                 time.sleep(0.05)
+            writers[failed[0]].join(_LAST_WORDS)
             log = (directory / f"worker-{failed[0]}.log").read_text(encoding="utf-8", errors="replace")[-2000:]
             raise _describe_failure(directory, len(processes), f"exit code {codes[failed[0]]}", log)
         if all(code == 0 for code in codes):

@@ -1,0 +1,377 @@
+"""A whole job on one GPU, in one command for a bare machine: training, resume, conversion, images, kernels.
+
+    python -m benchmarks.gpu_train prepare [DIRECTORY]     # where pip works, without a GPU: what must travel
+    python -m benchmarks.gpu_train run [DIRECTORY]         # on the GPU machine; --small rehearses it on a CPU
+
+`prepare` fills the directory (default: .gpu, which git ignores) with a store that holds the sharded text, so that the
+GPU machine needs neither `datasets` nor time for it, and with wheels for its Python of what is missing there; MLflow,
+Ray and datasets are not needed. `run` goes through the steps in order of worth and writes the record after each, so
+that a cut loses nothing; a step that fails is written down with its error. Everything goes through the product:
+workflows on the `local` executor, DeepSpeed, its own resume. Bars: a Hermite step ≤ 1.02 × GELU's, MFU ≥ 0.45, resume
+in the same bytes, and no call of an activation that the reference answered (`activation_fallbacks`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from polytrope.pipeline.runs.journal import StageState
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a machine with torch, transformers, tokenizers, safetensors, pyyaml, rich, psutil, jinja2, scipy lacks.
+WHEELS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "hjson", "webdataset", "braceexpand")
+PYTHON, PLATFORM = "3.12", "manylinux_2_17_x86_64"
+BARS = {"hermite_over_gelu": 1.02, "mfu": 0.45}
+GELU_START = {"init": "gelu", "interval": [-4, 4]}
+FULL: dict[str, Any] = {
+    "shard": {
+        "name": "python-documentation-and-source",
+        "source": {"kind": "python", "max_bytes": 30_000_000},
+        "tokenizer": {"kind": "bpe", "vocab_size": 50_257},
+        "sequence_length": 1024,
+        "validation_fraction": 0.02,
+    },
+    "model": {"preset": "gpt2", "bias": False},
+    "training": {
+        "steps": 300,
+        "global_batch_size": 32,
+        "learning_rate": 6e-4,
+        "warmup_steps": 50,
+        "precision": "bf16",
+        "zero_stage": 1,
+        "compile": True,
+        "log_every": 10,
+        "validation_every": 100,
+        "validation_samples": 64,
+        "checkpoint_every": 0,
+        "data_threads": 4,
+    },
+    "resumed": {"steps": 40, "checkpoint_every": 10, "validation_every": 0, "compile": False},
+    "images": {"count": 512, "size": 224, "classes": 8, "batch": 128, "steps": 60, "preset": "convnext-tiny"},
+    "activations": ("gelu_tanh", "hermite3", "hermite8"),
+    "gpus": 1,
+}
+SMALL: dict[str, Any] = {
+    "shard": {
+        **FULL["shard"],
+        "source": {"kind": "python", "max_bytes": 100_000},
+        "tokenizer": {"kind": "bpe", "vocab_size": 300},
+        "sequence_length": 32,
+    },
+    "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "bias": False},
+    "training": {
+        **FULL["training"],
+        "steps": 6,
+        "global_batch_size": 4,
+        "warmup_steps": 1,
+        "compile": False,
+        "log_every": 2,
+        "validation_every": 0,
+        "validation_samples": 4,
+        "data_threads": 1,
+    },
+    "resumed": {"steps": 6, "checkpoint_every": 2, "validation_every": 0, "compile": False},
+    "images": {"count": 16, "size": 32, "classes": 2, "batch": 4, "steps": 2, "preset": "convnext-atto"},
+    "activations": ("gelu_tanh", "hermite3"),
+    "gpus": 0,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("prepare", "run"))
+    parser.add_argument("directory", type=Path, nargs="?", default=ROOT / ".gpu")
+    parser.add_argument("--small", action="store_true", help="a rehearsal: seconds on a CPU, figures without meaning")
+    parser.add_argument("--no-wheels", action="store_true", help="prepare: the store alone")
+    parser.add_argument("--only", nargs="+", choices=tuple(STEPS), default=list(STEPS), help="run: these steps")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu-train.json")
+    parser.add_argument("--peak-flops", type=float, default=989e12, help="of the GPU in bf16 (default: an H100 SXM's)")
+    options = parser.parse_args()
+    directory = options.directory.resolve()
+    make_importable(directory)
+    scale = SMALL if options.small else FULL
+    if options.what == "prepare":
+        prepare(directory, scale, wheels=not options.no_wheels)
+    else:
+        measure(directory, {**scale, "peak_flops": options.peak_flops}, options.only, options.output)
+
+
+def prepare(directory: Path, scale: dict[str, Any], *, wheels: bool) -> None:
+    """Make the store with the data set, and fetch or build the wheels."""
+    run_workflow(directory, "data", {"shard": shard_stage(scale)})
+    shutil.rmtree(directory / "store" / "runs")  # the result is what travels, not how it came about
+    if wheels:
+        place = directory / "wheels"
+        pip = [sys.executable, "-m", "pip"]
+        versions = [f"{name}=={_installed(name)}" for name in WHEELS]
+        binary = ["--only-binary=:all:", "--implementation", "cp", "--python-version", PYTHON, "--platform", PLATFORM]
+        subprocess.run([*pip, "download", "-q", "--no-deps", *binary, "-d", str(place), *versions], check=True)
+        # DeepSpeed comes as source only; without its own kernels the wheel is for any Python.
+        environment = {**os.environ, "DS_BUILD_OPS": "0"}
+        source = [f"deepspeed=={_installed('deepspeed')}", "--no-build-isolation"]
+        subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", str(place), *source], check=True, env=environment)
+    size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    print(f"{directory}: {size / 2**20:.1f} MiB. There:")
+    print(f"  python3 -m pip install -q --no-index --no-deps --target /tmp/site {directory.name}/wheels/*.whl")
+    print(f"  PYTHONPATH=/tmp/site python3 -m benchmarks.gpu_train run {directory.name}")
+
+
+def _installed(name: str) -> str:
+    from importlib.metadata import version
+
+    return version(name)
+
+
+def measure(directory: Path, scale: dict[str, Any], only: list[str], output: Path) -> None:
+    """Every step in turn; the record is written after each."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if scale["gpus"] and not gpu:
+        raise SystemExit("gpu_train: no GPU here; --small rehearses it on a CPU")
+    record: dict[str, Any] = {
+        "command": "python -m benchmarks.gpu_train run",
+        "machine": {
+            "device": torch.cuda.get_device_name() if gpu else None,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "time": time.strftime("%Y-%m-%d", time.gmtime()),
+        "bars": BARS,
+        "rehearsal": not scale["gpus"],
+        "steps": {},
+    }
+    for name in only:
+        started = time.perf_counter()
+        try:
+            figures = STEPS[name](directory, scale)
+        except Exception as error:
+            figures = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-4000:]}
+        record["steps"][name] = {"seconds": round(time.perf_counter() - started, 1), **figures}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _show(name, record["steps"][name])
+
+
+def _show(name: str, figures: dict[str, Any]) -> None:
+    print(f"{name} ({figures['seconds']} s)", flush=True)
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            print(f"  {key:<28} " + ", ".join(f"{inner} {_number(item)}" for inner, item in value.items()))
+        elif key not in ("seconds", "traceback"):
+            print(f"  {key:<28} {_number(value)}")
+    sys.stdout.flush()
+
+
+def _number(value: Any) -> str:
+    return (
+        f"{value:.5g}"
+        if isinstance(value, float)
+        else f"{len(value)} values"
+        if isinstance(value, list)
+        else str(value)
+    )
+
+
+def shard_stage(scale: dict[str, Any]) -> dict[str, Any]:
+    return {"uses": "shard", "with": scale["shard"]}
+
+
+def train_stage(scale: dict[str, Any], activation: str, **changes: Any) -> dict[str, Any]:
+    """GPT-2 with one activation, which starts as GELU."""
+    model = {**scale["model"], "activation": activation, "activation_options": GELU_START}
+    return {
+        "uses": "train",
+        "inputs": {"dataset": "shard"},
+        "with": {"model": model, **scale["training"], "peak_flops": scale.get("peak_flops"), **changes},
+        "resources": {"gpus": scale["gpus"]},
+    }
+
+
+def run_workflow(directory: Path, name: str, stages: dict[str, Any]) -> dict[str, StageState]:
+    """Run stages on the local executor, in a process of their own; what became of each.
+
+    Raises:
+        RuntimeError: it did not succeed, with the end of what it printed.
+    """
+    from polytrope.pipeline.runs.journal import fold, read
+
+    run_id = f"{name}-{time.time_ns()}"
+    _polytrope("run", write_workflow(directory, name, stages), directory, "--no-tracking", "-q", "--run-id", run_id)
+    return fold(read(directory / "store" / "runs" / run_id)).stages
+
+
+def write_workflow(directory: Path, name: str, stages: dict[str, Any]) -> Path:
+    """As a file, so that a person can run the same by hand."""
+    path = directory / f"{name}.yaml"
+    directory.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({"name": name, "stages": stages}, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _polytrope(verb: str, workflow: Path, directory: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "polytrope.pipeline.commands.cli", verb, str(workflow)]
+    place = ["--executor", "local", "--concurrency", "1", "--store", str(directory / "store")]
+    done = subprocess.run(
+        [*command, *place, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{verb} {workflow.name}: exit code {done.returncode}\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
+def curves(directory: Path, name: str, stage: str) -> dict[str, dict[int, float]]:
+    """What the newest run of a workflow said while it trained: metric → step → value."""
+    from polytrope.pipeline.runs.spool import SpoolReader
+
+    run = max((directory / "store" / "runs").glob(f"{name}-*"), key=lambda path: path.name)
+    found: dict[str, dict[int, float]] = {}
+    for event in SpoolReader(run / "spool", stage=stage).read_new():
+        if event.event["kind"] == "metrics" and event.event["step"] is not None:
+            for metric, value in event.event["values"].items():
+                found.setdefault(metric, {})[event.event["step"]] = value
+    return found
+
+
+def training(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
+    """GPT-2 with GELU and two Hermite polynomials: speed, MFU, memory, curves, activations that the reference ran."""
+    figures: dict[str, Any] = {name: {} for name in ("tokens_per_second", "mfu", "peak_memory_gigabytes", "loss")}
+    figures |= {"validation_loss": {}, "activation_fallbacks": {}, "curve": {}}
+    for activation in scale["activations"]:
+        name = f"train-{activation}"
+        run_workflow(directory, name, {"shard": shard_stage(scale), "train": train_stage(scale, activation)})
+        seen = curves(directory, name, "train")
+        steady = list(seen["tokens_per_second"].values())[len(seen["tokens_per_second"]) // 3 :]  # compiled by then
+        figures["tokens_per_second"][activation] = statistics.median(steady)
+        figures["mfu"][activation] = statistics.median(list(seen["mfu"].values())[len(seen["mfu"]) // 3 :])
+        figures["peak_memory_gigabytes"][activation] = max(seen["peak_memory"].values()) / 1e9
+        figures["loss"][activation] = list(seen["train/loss"].values())[-1]
+        figures["validation_loss"][activation] = list(seen["val/loss"].values())[-1]
+        figures["activation_fallbacks"][activation] = sum(seen["activation_fallbacks"].values())
+        figures["curve"][activation] = [round(value, 4) for value in seen["train/loss"].values()]
+    speeds = figures["tokens_per_second"]
+    figures["gelu_over_hermite3_speed"] = speeds["gelu_tanh"] / speeds["hermite3"]
+    return figures
+
+
+def resume(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
+    """Driver and worker killed at checkpoints, resumed: the same bytes as undisturbed (`polytrope verify-resume`)."""
+    from polytrope.pipeline.proof.verify_resume import verify_resume
+
+    place = directory / f"resume-{time.time_ns()}"
+    for side in ("undisturbed", "disturbed"):  # both find the data set stored
+        shutil.copytree(directory / "store" / "artifacts", place / side / "artifacts")
+    stages = {"shard": shard_stage(scale), "train": train_stage(scale, "hermite3", **scale["resumed"])}
+    workflow = write_workflow(directory, "resume", stages)
+    command = [str(workflow), "--executor", "local", "--no-tracking"]
+    compared = verify_resume(command, place, kill_workers=True, say=lambda text: print(f"  {text}", flush=True))
+    return {"same_bytes": {comparison.stage: comparison.equal for comparison in compared}}
+
+
+def conversion(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
+    """GELU replaced by Hermite polynomials of degree 8 fitted to measured inputs; both evaluated."""
+    resources = {"gpus": scale["gpus"]}
+    stages = {
+        "shard": shard_stage(scale),
+        "train": train_stage(scale, "gelu_tanh"),
+        "convert": {
+            "uses": "convert",
+            "inputs": {"model": "train", "dataset": "shard"},
+            "with": {"family": "hermite", "degree": 8},
+            "resources": resources,
+        },
+        "evaluate": {
+            "uses": "evaluate",
+            "inputs": {"dataset": "shard", "models": {"before": "train", "after": "convert"}},
+            "with": {"sample_tokens": 0, "drift": {"after": "before"}},
+            "resources": resources,
+        },
+    }
+    done = run_workflow(directory, "convert", stages)
+    return {name: done[name].summary | {"seconds": done[name].duration} for name in ("convert", "evaluate")}
+
+
+def images(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
+    """ConvNeXt on random pictures, GELU and Hermite: images per second."""
+    wanted = scale["images"]
+    folder = directory / "pictures"
+    _draw(folder, wanted["count"], wanted["size"], wanted["classes"])
+    figures: dict[str, Any] = {"images_per_second": {}, "activation_fallbacks": {}}
+    for activation in ("gelu", "hermite3"):
+        model = {"architecture": "convnext", "preset": wanted["preset"], "activation": activation}
+        options = {"steps": wanted["steps"], "global_batch_size": wanted["batch"], "warmup_steps": 1}
+        shards = {"source": {"kind": "folder", "path": str(folder)}, "image_size": wanted["size"], "channels": 3}
+        stage = train_stage(scale, activation, model=model, validation_samples=4, validation_every=0, **options)
+        name = f"images-{activation}"
+        run_workflow(directory, name, {"shard": {"uses": "shard_images", "with": shards}, "train": stage})
+        seen = curves(directory, name, "train")
+        rates = list(seen["images_per_second"].values())
+        figures["images_per_second"][activation] = statistics.median(rates[len(rates) // 3 :])
+        figures["activation_fallbacks"][activation] = sum(seen["activation_fallbacks"].values())
+    return figures
+
+
+def _draw(folder: Path, count: int, size: int, classes: int) -> None:
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for number in range(count):
+        place = folder / f"class-{number % classes}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{number:05d}.jpg")
+
+
+def kernels(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
+    """The table of the kernels beside copy, GELU and torch.compile, tests/gpu and compute-sanitizer."""
+    if not scale["gpus"]:
+        return {"skipped": "needs a GPU"}
+    log = directory / "gpu_ops.log"
+    with log.open("wb") as file:
+        done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_ops"], stdout=file, stderr=file, check=False)
+    if done.returncode:
+        raise RuntimeError(f"gpu_ops: exit code {done.returncode}\n{log.read_text(encoding='utf-8')[-3000:]}")
+    return {"record": "benchmarks/results/ops-gpu.json"}
+
+
+def make_importable(directory: Path) -> None:
+    """`polytrope` from this tree, for a machine where it is not installed; for child processes too."""
+    if importlib.util.find_spec("polytrope") is not None:
+        return
+    packages = directory / "packages" / "polytrope"
+    packages.mkdir(parents=True, exist_ok=True)
+    for name, place in {"ops": "ops", "models": "models", "pipeline": "pipeline", "infra": "infra"}.items():
+        if not (packages / name).exists():
+            (packages / name).symlink_to(ROOT / place)
+    sys.path.insert(0, str(packages.parent))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(packages.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+STEPS: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
+    "training": training,
+    "resume": resume,
+    "conversion": conversion,
+    "images": images,
+    "kernels": kernels,
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""`python -m benchmarks.gpu_train` rehearsed on the CPU, in an environment like that of a bare GPU machine.
+
+There polytrope is not installed, and what it only needs elsewhere (Ray, MLflow, datasets, object stores) is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+MISSING = (
+    "polytrope",
+    "_polytrope",
+    "__editable__",
+    "ray",
+    "mlflow",
+    "datasets",
+    "obstore",
+    "boto3",
+    "moto",
+    "aa_",
+    "zz_",
+)
+
+
+def bare_python(directory: Path) -> Path:
+    """An interpreter with this one's packages, without those in `MISSING`."""
+    venv.create(directory, with_pip=False)
+    packages = next((directory / "lib").glob("python3*/site-packages"))
+    for path in Path(torch.__file__).parents[1].iterdir():
+        if not path.name.startswith(MISSING):
+            (packages / path.name).symlink_to(path)
+    return directory / "bin" / "python"
+
+
+def test_a_bare_machine_trains_and_resumes_in_the_same_bytes(tmp_path: Path) -> None:
+    travels = tmp_path / "travels"
+    command = ["-m", "benchmarks.gpu_train"]
+    prepare = [sys.executable, *command, "prepare", str(travels), "--small", "--no-wheels"]
+    subprocess.run(prepare, cwd=ROOT, check=True)
+    python, record = bare_python(tmp_path / "python"), tmp_path / "record.json"
+    run = [
+        str(python),
+        *command,
+        "run",
+        str(travels),
+        "--small",
+        "--only",
+        "training",
+        "resume",
+        "--output",
+        str(record),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    said = subprocess.run(run, cwd=ROOT, check=True, env=environment, capture_output=True, encoding="utf-8").stdout
+    steps = json.loads(record.read_text())["steps"]
+    assert "error" not in steps["training"], said
+    assert steps["training"]["activation_fallbacks"] == {"gelu_tanh": 0.0, "hermite3": 0.0}
+    assert all(speed > 0 for speed in steps["training"]["tokens_per_second"].values())
+    assert steps["resume"]["same_bytes"] == {"shard": True, "train": True}, said
+    assert "driver killed after the checkpoint of step 2" in said
