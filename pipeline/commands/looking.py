@@ -26,7 +26,7 @@ from polytrope.pipeline.runs.record import INTERRUPTED, run_state, run_status
 from polytrope.pipeline.runs.spool import SpoolReader
 from polytrope.pipeline.runs.stage_progress import StageProgress, read_progress, said_lines
 from polytrope.pipeline.store.store import Store
-from polytrope.pipeline.support.text import format_duration, metric_text, suggest
+from polytrope.pipeline.support.text import command, format_duration, metric_text, suggest
 from polytrope.pipeline.workflow.keys import explain
 
 _LOOK = 0.5  # seconds between two looks at a run that goes on
@@ -43,7 +43,12 @@ def status(options: argparse.Namespace) -> int:
     store = open_store(options)
     directory = find_run(store, options.run)
     if options.watch:
-        watch(store, directory)
+        try:
+            watch(store, directory)
+        except KeyboardInterrupt:  # of the watch, which changes nothing
+            stop = command("cancel", directory.name, store=store.address)
+            print(f"\nrun {directory.name} is left alone; to stop it: {stop}")
+            return EXIT_SUCCESS
     state = run_state(directory)
     if options.json:
         print_json(_status_data(directory, state))
@@ -76,7 +81,10 @@ def watch(store: Store, directory: Path) -> None:
             for event in events:
                 fold([event], state)
                 show_event(progress, event, state, age=max(0.0, now - event.time))
-            if state.done or run_status(directory) == INTERRUPTED:
+            if state.done:
+                break
+            if run_status(directory) == INTERRUPTED:
+                progress.interrupt()
                 break
             time.sleep(_LOOK)
             store.pull_run(directory.name)

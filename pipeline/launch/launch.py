@@ -260,6 +260,8 @@ class _Session:
     def end(self) -> None:
         """Stop the display, let MLflow catch up, and say what came out."""
         if self.progress is not None:
+            if not self.state.done:
+                self.progress.interrupt()
             self.progress.__exit__()
         if self.directory is None:  # refused before there was anything to say
             return
@@ -280,8 +282,10 @@ class _Session:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.loggers.wait(_SYNC_PATIENCE)
         problems = read_problems(directory)
-        if self.loggers.poll() != 0:
-            problems = dict.fromkeys(self.logger_names, f"see {directory / 'logs' / 'loggers.log'}") | problems
+        code = self.loggers.poll()
+        if code != 0:  # `sync` and `resume` begin anew
+            why = "is slow and goes on" if code is None else f"failed, see {directory / 'logs' / 'loggers.log'}"
+            problems = dict.fromkeys(self.logger_names, why) | problems
         for name in self.logger_names if shown else ():
             place = logger_directory(self.store, name, directory.name)
             print(f"{name}: {problems.get(name) or place}", file=self.stream)

@@ -104,13 +104,15 @@ class Progress:
         if self._thread:
             self._thread.join(timeout=5)
         self.poll()
-        for (
-            view
-        ) in self.stages.values():  # whatever ended the run before its time: the last picture stays on the screen
-            if view.state in ("running", "retrying"):
-                view.state = INTERRUPTED
         if self._display is not None:
             self._display.stop()
+
+    def interrupt(self) -> None:
+        """The driver is gone or gives up: nothing runs any more, and the last picture stays on the screen."""
+        with self._lock:
+            for view in self.stages.values():
+                if view.state in ("running", "retrying"):
+                    view.state = INTERRUPTED
 
     def _follow(self) -> None:
         while not self._stop.wait(_REFRESH):

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -170,6 +171,13 @@ def test_every_view_shows_how_far_a_stage_is_and_none_shows_a_dead_one_as_runnin
 
         watching = Terminal(tmp_path, "status", "--watch")
         watching.until(STANDING)
+        left = Terminal(tmp_path, "status", "--watch")
+        left.until(STANDING)
+        left.process.send_signal(signal.SIGINT)  # Ctrl-C leaves the watch, not the run
+        assert left.ended() == 0
+        assert "run r1 is left alone; to stop it: polytrope cancel r1" in left.plain()
+        assert "interrupted" not in left.plain()
+
         lines = subprocess.Popen(
             [POLYTROPE, "status", "-w"], cwd=tmp_path, stdout=subprocess.PIPE, text=True, encoding="utf-8"
         )
