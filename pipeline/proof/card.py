@@ -235,18 +235,20 @@ def _front_matter(store: Store, artifacts: Artifacts, model: StoredArtifact, tit
     description = _read(store, model, "model.json")
     dataset = _dataset(artifacts, model)
     source = _source(dataset)
+    hub = str(source["dataset"]) if source.get("kind") == "hub" else None
     evaluation = _evaluation(store, artifacts, model)
     tasks = {"text": "text-generation", "images": "image-classification"}
     results = []
     if evaluation is not None:
         content, label = evaluation
+        same = dataset is not None and content.dataset.digest == dataset.digest  # evaluated on what it was trained on
         for figure in _FIGURES:
             value = getattr(content.models[label], figure)
             if value is not None:
                 results.append(
                     EvalResult(
                         task_type=tasks[content.kind],
-                        dataset_type=source.get("dataset") or content.dataset.name,
+                        dataset_type=hub if hub and same else content.dataset.name,
                         dataset_name=content.dataset.name,
                         dataset_split="validation",
                         metric_type=figure,
@@ -255,7 +257,7 @@ def _front_matter(store: Store, artifacts: Artifacts, model: StoredArtifact, tit
                 )
     data = ModelCardData(
         license=license or "unknown",
-        datasets=[source["dataset"]] if source.get("kind") == "hub" else None,
+        datasets=[hub] if hub else None,
         library_name="polytrope",
         tags=["polytrope", description["architecture"]],
         pipeline_tag=None if evaluation is None else tasks[evaluation[0].kind],

@@ -334,13 +334,16 @@ def test_a_failed_training_and_a_loss_that_is_no_number_are_results_too(
         next(broken.parameters()).fill_(math.nan)
     save_model(tmp_path / "broken", broken, tokenizer=dataset.path)
     failed = {"diverged": failed_training(tmp_path / "failed"), "nan": Artifact(tmp_path / "broken", "digest", "train")}
-    content = run(tmp_path / "run", dataset, {**models, **failed}, samples=8, drift={"hermite": "diverged"})
+    content = run(
+        tmp_path / "run", dataset, {**models, **failed}, samples=8, drift={"hermite": "diverged", "gelu": "relu"}
+    )
     assert content["models"]["diverged"]["failure"] == "diverged at step 3: gradient norm is nan"
     assert content["models"]["nan"]["failure"] == "its validation loss is nan"
     assert content["models"]["gelu"]["loss"] > 0
     assert "drift" not in content["models"]["hermite"]
     why = "no drift from `diverged`, whose training failed: diverged at step 3: gradient norm is nan"
     assert content["models"]["hermite"]["drift_missing"] == why
+    assert content["models"]["gelu"]["drift_missing"] == "no drift from `relu`, whose stage was skipped"
     assert f"hermite: {why}" in [event["text"] for event in read_events(tmp_path / "run", "message")]
     assert not any(name.startswith(("diverged", "nan")) for name in content["returned"])
     with pytest.raises(UserError, match="no model is left to evaluate; `diverged`: diverged at step 3"):
