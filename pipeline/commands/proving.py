@@ -89,7 +89,12 @@ def verify_resume(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None:
             command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
     address = store_address(options, workflow)
-    root = Path(options.into or (".polytrope" if "://" in address else address)).absolute()
+    if "://" in address and not options.into:
+        raise UserError(
+            f"--into: the runs need stores on this machine, and the store is {address}",
+            "name a new directory: --into DIR",
+        )
+    root = Path(options.into or address).absolute()
     place = root if options.into else root / "verify-resume" / new_run_id()
     if place.exists():
         raise UserError(f"--into {place}: exists already", "name a new directory")

@@ -259,7 +259,10 @@ def _first_process() -> int:
 
 
 def _attempts() -> int:
-    return max(1, int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS)))
+    given = os.environ.get("AWS_MAX_ATTEMPTS", str(_ATTEMPTS))
+    if not given.isdecimal() or int(given) < 1:
+        raise UserError(f"AWS_MAX_ATTEMPTS={given!r}: expected a number of at least 1", "mend or unset it")
+    return int(given)
 
 
 def _retries() -> Any:

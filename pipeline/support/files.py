@@ -131,7 +131,9 @@ def create_file(path: Path, data: bytes, *, durable: bool = True) -> bool:
 
 
 def replace_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    replace_file(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n", durable=durable)
+    """As `replace_file`, with `value` as JSON in UTF-8; lone surrogates are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    replace_file(path, text.encode(errors="backslashreplace") + b"\n", durable=durable)
 
 
 def hash_file(path: Path) -> str:

@@ -152,7 +152,9 @@ def check_damage(root: Path, expected: dict[str, str | None], seed: int) -> None
     random_ = random.Random(seed)
     root.mkdir()
     first = drive_with_crash(root, random_)
-    files = sorted(path for path in (root / "store").rglob("*") if path.is_file() and path.name != "store.json")
+    # A store whose format is unreadable is refused. A driver killed while it made that file leaves a second name of it.
+    spared = ("store.json", ".store.json.")
+    files = sorted(path for path in (root / "store").rglob("*") if path.is_file() and not path.name.startswith(spared))
     what = [damage(path, random_) for path in random_.sample(files, min(len(files), random_.randrange(1, 5)))]
     assert in_a_process(lambda: drive(root)) == 0, (seed, first, what)
     assert digests(root) == expected, (seed, what)

@@ -220,7 +220,7 @@ def test_a_checkpoint_that_somebody_else_wrote_runs_no_code(tmp_path: Path, data
     torch.load(victim, weights_only=False)
     proof.rmdir()  # it does run code
     manifest = json.loads((directory / "manifest.json").read_text())
-    manifest["files"][str(victim.relative_to(directory))] = catalogue.hash_file(victim)
+    manifest["files"][str(victim.relative_to(directory))] = catalogue.hash_on_disk(victim)
     (directory / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(tmp_path / "output")
     with pytest.raises(UserError, match=r"optim_states\.pt names `\w+\.mkdir`"):
@@ -235,7 +235,7 @@ def test_a_file_that_was_added_to_a_checkpoint_is_not_loaded(tmp_path: Path) -> 
         directory = catalogue.checkpoint_directory(tmp_path, step)
         (directory / "state").mkdir(parents=True)
         (directory / "state" / "a.pt").write_bytes(b"x")
-        catalogue.commit(directory, step, {"state/a.pt": catalogue.hash_file(directory / "state" / "a.pt")}, {})
+        catalogue.commit(directory, step, {"state/a.pt": catalogue.hash_on_disk(directory / "state" / "a.pt")}, {})
     (directory / "state" / "b.pt").write_bytes(b"x")
     said: list[str] = []
     found = catalogue.newest_valid(tmp_path, said.append)

@@ -81,3 +81,10 @@ def test_what_proves_nothing_is_refused(tmp_path: Path, stage: str, words: str) 
     done = verify_resume(tmp_path, f"name: careless\nexecutor: local\nstages: {{quick: {stage}}}\n")
     assert done.returncode == 2
     assert words in done.stderr
+
+
+def test_without_a_directory_of_this_machine_it_asks_for_one(tmp_path: Path) -> None:
+    done = verify_resume(tmp_path, TRAINING, "--store", "s3://bucket/place")
+    assert done.returncode == 2
+    assert "--into: the runs need stores on this machine, and the store is s3://bucket/place" in done.stderr
+    assert not (tmp_path / ".polytrope").exists()

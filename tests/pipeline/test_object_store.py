@@ -308,6 +308,9 @@ def test_addresses_and_servers_that_cannot_be_used_are_refused(address: str, mon
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(UserError, match="cannot be used"):
         Store(address).create()
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "many")
+    with pytest.raises(UserError, match="AWS_MAX_ATTEMPTS='many': expected a number"):
+        Store(address).create()
 
 
 def test_the_format_of_the_bucket_is_checked(address: str) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polytrope.pipeline.stages.train.checkpoint_catalogue import hash_file
+from polytrope.pipeline.stages.train.checkpoint_catalogue import hash_on_disk
+from polytrope.pipeline.support.files import replace_json
 
 
 def save_best(directory: Path, step: int, weights: dict[str, Tensor]) -> None:
@@ -22,9 +23,7 @@ def save_best(directory: Path, step: int, weights: dict[str, Tensor]) -> None:
     path = _file(directory, step)
     _hash_of(path).unlink(missing_ok=True)
     torch.save(weights, path)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(hash_file(path)), encoding="utf-8")
-    temporary.rename(_hash_of(path))
+    replace_json(_hash_of(path), hash_on_disk(path), durable=False)
 
 
 def load_best(directory: Path, step: int) -> dict[str, Tensor]:
@@ -35,7 +34,7 @@ def load_best(directory: Path, step: int) -> dict[str, Tensor]:
     """
     path = _file(directory, step)
     try:
-        intact = hash_file(path) == json.loads(_hash_of(path).read_text(encoding="utf-8"))
+        intact = hash_on_disk(path) == json.loads(_hash_of(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RuntimeError(f"the best weights, of step {step}, cannot be read: {error}") from error
     if not intact:

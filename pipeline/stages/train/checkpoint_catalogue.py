@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polytrope.pipeline.support.files import hash_descriptor
+from polytrope.pipeline.support.files import hash_descriptor, replace_json, sync_directory
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -35,7 +35,7 @@ def checkpoint_directory(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def hash_file(path: Path) -> dict[str, Any]:
+def hash_on_disk(path: Path) -> dict[str, Any]:
     """Size and sha256 of a file, after an fsync: what is in the manifest is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -48,17 +48,13 @@ def hash_file(path: Path) -> dict[str, Any]:
 def files_below(directory: Path) -> list[str]:
     """Relative paths of all files, sorted, without the manifest."""
     return sorted(
-        str(path.relative_to(directory))
-        for path in directory.rglob("*")
-        if path.is_file() and path.name not in (MANIFEST, f"{MANIFEST}.tmp")
+        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST
     )
 
 
 def write_hashes(directory: Path, rank: int, files: dict[str, dict[str, Any]]) -> None:
     """Tell rank 0 that this rank's files are on disk, where no collective can (a thread writes them)."""
-    temporary = directory / f"hashes-{rank}.tmp"
-    temporary.write_text(json.dumps(files), encoding="utf-8")
-    temporary.rename(directory / f"hashes-{rank}.json")
+    replace_json(directory / f"hashes-{rank}.json", files, durable=False)
 
 
 def gather_hashes(directory: Path, workers: int, timeout: float) -> list[dict[str, dict[str, Any]]]:
@@ -81,20 +77,10 @@ def gather_hashes(directory: Path, workers: int, timeout: float) -> list[dict[st
 
 
 def commit(directory: Path, step: int, files: dict[str, dict[str, Any]], details: dict[str, Any]) -> None:
-    """Make the checkpoint exist: manifest to a temporary name, fsync, rename, fsync of the directory."""
+    """Make the checkpoint exist, also after a power cut: its manifest is what counts, written last."""
     content = {"format": FORMAT, "step": step, "files": dict(sorted(files.items())), **details}
-    temporary = directory / f"{MANIFEST}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(directory / MANIFEST)
-    for path in (directory, directory.parent):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    replace_json(directory / MANIFEST, content)
+    sync_directory(directory.parent)
 
 
 def newest_valid(root: Path, report: Callable[[str], None]) -> Checkpoint | None:
@@ -142,7 +128,7 @@ def _verify(directory: Path, content: dict[str, Any]) -> None:
             raise ValueError(f"{name} is missing")
         if path.stat().st_size != expected["bytes"]:
             raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        if hash_file(path)["sha256"] != expected["sha256"]:
+        if hash_on_disk(path)["sha256"] != expected["sha256"]:
             raise ValueError(f"{name} was altered")
 
 

@@ -106,7 +106,7 @@ class CheckpointWriter:
             torch.save(state, directory / name)
         dist.barrier()
         names = catalogue.files_below(directory)
-        hashes = {name: catalogue.hash_file(directory / name) for name in names[self.rank :: self.workers]}
+        hashes = {name: catalogue.hash_on_disk(directory / name) for name in names[self.rank :: self.workers]}
         gathered: list[Any] = [None] * self.workers
         dist.all_gather_object(gathered, hashes)
         if self.rank == 0:
@@ -131,7 +131,7 @@ class CheckpointWriter:
         names = [str(path.relative_to(directory)) for path in copies]
         if self.rank == 0:  # what DeepSpeed wrote at once: a script
             names = sorted({*names, *(name for name in catalogue.files_below(directory) if name.endswith(".py"))})
-        catalogue.write_hashes(directory, self.rank, {name: catalogue.hash_file(directory / name) for name in names})
+        catalogue.write_hashes(directory, self.rank, {name: catalogue.hash_on_disk(directory / name) for name in names})
         if self.rank == 0:
             gathered = catalogue.gather_hashes(directory, self.workers, self.timeout)
             self._commit(directory, step, gathered, details)

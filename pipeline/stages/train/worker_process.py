@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import socket
@@ -18,6 +17,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train.rendezvous import join, take_place_under_ray
 from polytrope.pipeline.stages.train.training_plan import Diverged, TrainingPlan
+from polytrope.pipeline.support.files import replace_json
 
 
 def train_worker(task: dict[str, Any]) -> None:
@@ -27,7 +27,7 @@ def train_worker(task: dict[str, Any]) -> None:
     if context.starts_with_ray:
         take_place_under_ray()
     rank = _environment_integer("RANK")
-    _write_json(directory / f"worker-{rank}.json", {"pid": os.getpid(), "node": _node(context)})
+    replace_json(directory / f"worker-{rank}.json", {"pid": os.getpid(), "node": _node(context)}, durable=False)
     try:
         _train(task["plan"], context, rank, task.get("rendezvous"))
     except BaseException as error:
@@ -41,7 +41,7 @@ def train_worker(task: dict[str, Any]) -> None:
             "traceback": traceback.format_exc(),
             "batch": error.batch if isinstance(error, Diverged) else None,
         }
-        _write_json(directory / f"failure-{rank}.json", context.events.hidden(failure))
+        replace_json(directory / f"failure-{rank}.json", context.events.hidden(failure), durable=False)
         raise
 
 
@@ -103,12 +103,6 @@ def _node(context: StageContext) -> str:
 
 def _environment_integer(name: str) -> int:
     return int(os.environ[name])
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    temporary.rename(path)
 
 
 def _end_with_parent() -> None:

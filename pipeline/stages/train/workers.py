@@ -18,6 +18,7 @@ from typing import IO, Any
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train.training_plan import TrainingPlan
+from polytrope.pipeline.support.files import replace_json
 from polytrope.pipeline.support.log_filter import Filter
 
 # Ray Train's controller polls every 2 s by default, which is most of the time of a short training. Its own watchers are
@@ -90,9 +91,7 @@ def _read_rollbacks(scratch: Path) -> list[dict[str, Any]]:
 
 
 def _write_rollbacks(scratch: Path, rollbacks: list[dict[str, Any]]) -> None:
-    temporary = scratch / "rollbacks.tmp"
-    temporary.write_text(json.dumps(rollbacks), encoding="utf-8")
-    temporary.rename(scratch / "rollbacks.json")
+    replace_json(scratch / "rollbacks.json", rollbacks)
 
 
 def _launch_directory(scratch: Path) -> Path:
