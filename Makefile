@@ -21,18 +21,19 @@ install: .venv/.installed ## create .venv and install polytrope with its pinned 
 quickstart: install ## run the whole job once, on this machine
 	$(BIN)/polytrope run workflows/quickstart.yaml
 
-lint: install build/typecheck ## format, style, types, rooms, declared imports
+lint: install build/typecheck/polytrope/__init__.py ## format, style, types, rooms, declared imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy workflows/*.py
-	$(BIN)/lint-imports --no-cache
+	cd build/typecheck && ../../$(BIN)/lint-imports --no-cache ../../pyproject.toml
 	$(BIN)/deptry ops models pipeline workflows
 
-# mypy sees the three top-level folders as polytrope.* through links.
-build/typecheck:
+# mypy and import-linter see polytrope and the three top-level folders below it through links.
+build/typecheck/polytrope/__init__.py:
 	mkdir -p build/typecheck/polytrope
 	for package in ops models pipeline; do ln -sfn ../../../$$package build/typecheck/polytrope/$$package; done
+	ln -sfn ../../../infra/package/__init__.py $@
 
 format: install ## rewrite the sources in the project's format
 	$(BIN)/ruff format .

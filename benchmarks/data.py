@@ -73,9 +73,7 @@ def quickstart_consumes(store: Path, steps: int) -> float:
 
     workflow = load_workflow(ROOT / "workflows" / "quickstart.yaml", [f"params.steps={steps}"])
     stages = {name: workflow.stages[name] for name in ("shard", "baseline")}
-    state = run(workflow.model_copy(update={"stages": stages}), executor="local", store=store, tracking=False)
-    if state.status != "succeeded":
-        raise SystemExit(f"the quickstart's training {state.status}")
+    run(workflow.model_copy(update={"stages": stages}), executor="local", store=store, tracking=False, display="none")
     rates = []
     for path in store.rglob("*.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines():

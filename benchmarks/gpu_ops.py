@@ -229,7 +229,7 @@ def main() -> int:
         print(f"benchmarks.gpu_ops needs the CUDA kernels: {error}", file=sys.stderr)
         return 2
     built = {"seconds": round(time.perf_counter() - start, 1), "bytes": library.stat().st_size}
-    console, rows = Console(), list[dict[str, Any]]()
+    console, rows = Console(width=None if sys.stdout.isatty() else 160), list[dict[str, Any]]()
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
     document = {
         "machine": machine,

@@ -22,6 +22,7 @@ import math
 import platform
 import resource
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -367,7 +368,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     kept = not options.trim and keep_freed_memory()
-    console, rows = Console(), []
+    console, rows = Console(width=None if sys.stdout.isatty() else 160), []
     wanted = [options.dtype] if options.dtype else list(DTYPES)
     if options.out.exists():
         rows = [

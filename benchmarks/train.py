@@ -278,7 +278,7 @@ def digits(store: Path) -> dict[str, float]:
 
 def gpu_figures(directory: Path, peak_flops: float) -> dict[str, Any]:
     """GPT-2 124M, bf16, compiled, on one GPU: seconds per step and MFU with GELU and with Hermite of degree 3."""
-    from polytrope.models.gpt2 import GPT2, PRESETS, GPT2Config
+    from polytrope.models.gpt2 import GPT2, GPT2_PRESETS, GPT2Config
     from polytrope.pipeline.stages.train.rendezvous import join
 
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
@@ -294,7 +294,7 @@ def gpu_figures(directory: Path, peak_flops: float) -> dict[str, Any]:
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     runs = {}
     for name in ("gelu_tanh", "hermite3"):
-        model = {**PRESETS["gpt2"], "vocab_size": 50304, "bias": False, "activation": name}
+        model = {**GPT2_PRESETS["gpt2"], "vocab_size": 50304, "bias": False, "activation": name}
         runs[name] = our_run(directory / name, long, 0, 1, gpu=True, model=model, log_every=100_000, **shared)
         for _ in range(20):
             runs[name]()  # compiles
@@ -303,7 +303,7 @@ def gpu_figures(directory: Path, peak_flops: float) -> dict[str, Any]:
         for name, step in runs.items():
             seconds[name].append(_time(step) / STEPS)
     with torch.device("meta"):
-        flops = GPT2(GPT2Config(**PRESETS["gpt2"], vocab_size=50304, bias=False)).flops_per_token()
+        flops = GPT2(GPT2Config(**GPT2_PRESETS["gpt2"], vocab_size=50304, bias=False)).flops_per_token()
     for name, values in seconds.items():
         figures[f"{name}_step_milliseconds"] = 1000 * statistics.median(values)
         figures[f"{name}_mfu"] = 32 * 1024 * flops / statistics.median(values) / peak_flops

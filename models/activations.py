@@ -9,58 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ActivationConfig = str | dict[str, Any]
+from polytrope.models.configurations import ActivationConfig, activation_configs
+
 # What backward computes again instead of keeping it: nothing, the output of each activation, or whole blocks.
 ActivationCheckpointing = Literal["none", "mlp", "block"]
-
-
-def activation_configs(activation: ActivationConfig | list[ActivationConfig], layers: int) -> list[ActivationConfig]:
-    """One activation per layer.
-
-    Args:
-        activation: one for all; a list with one per layer; or a list of `{layers: 0-5, name: gelu}` that covers every
-            layer once (layers count from 0; `6-` goes to the last one).
-        layers: how many there are.
-
-    Raises:
-        ValueError: a list of another length, or ranges that leave a layer out or name one twice.
-    """
-    if isinstance(activation, list) and any(isinstance(entry, dict) and "layers" in entry for entry in activation):
-        return _by_range(activation, layers)
-    if isinstance(activation, list):
-        if len(activation) != layers:
-            raise ValueError(
-                f"activation lists {len(activation)} entries for {layers} layers; give one per layer or one"
-            )
-        return activation
-    return [activation] * layers
-
-
-def _by_range(entries: list[ActivationConfig], layers: int) -> list[ActivationConfig]:
-    found: list[ActivationConfig | None] = [None] * layers
-    for entry in entries:
-        if not isinstance(entry, dict) or "layers" not in entry:
-            raise ValueError(f"activation: {entry!r} does not say for which `layers` it is, as others do")
-        config = {key: value for key, value in entry.items() if key != "layers"}
-        for layer in _range(entry["layers"], layers):
-            if found[layer] is not None:
-                raise ValueError(f"activation: layer {layer} is in two ranges of `layers`")
-            found[layer] = str(config["name"]) if set(config) == {"name"} else config
-    missing = [str(layer) for layer, config in enumerate(found) if config is None]
-    if missing:
-        raise ValueError(f"activation: no range of `layers` has layer {', '.join(missing)} (of 0-{layers - 1})")
-    return [config for config in found if config is not None]
-
-
-def _range(text: Any, layers: int) -> range:
-    first, dash, last = str(text).partition("-")
-    try:
-        start, end = int(first), int(last) if last else layers - 1 if dash else int(first)
-    except ValueError:
-        raise ValueError(f"activation: `layers: {text}` is no range; write 3, 0-5 or 6-") from None
-    if not 0 <= start <= end < layers:
-        raise ValueError(f"activation: `layers: {text}` is outside 0-{layers - 1}")
-    return range(start, end + 1)
 
 
 def make_activation(config: ActivationConfig) -> nn.Module:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
-from polytrope.models.activations import activation_configs, current_activations, normalised_activations
+from polytrope.models.activations import current_activations, normalised_activations
+from polytrope.models.configurations import activation_configs
 from polytrope.models.special_tokens import kept_fields
 from polytrope.models.weights import check_dtypes
 from polytrope.models.writing import appearing, compare_outputs, compare_weights
@@ -24,7 +25,11 @@ FORMAT = 1
 
 
 def save_model(
-    directory: Path, model: nn.Module, *, tokenizer: Path | None = None, weights: Mapping[str, Tensor] | None = None
+    directory: str | Path,
+    model: nn.Module,
+    *,
+    tokenizer: str | Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write `model` below `directory`, read back and compared before it appears; equal weights give equal bytes.
 
@@ -38,6 +43,7 @@ def save_model(
         ValueError: what was written is not the model: weights in a dtype that is not kept, an activation that the
             configuration cannot describe.
     """
+    directory, tokenizer = Path(directory), None if tokenizer is None else Path(tokenizer)
     tied = getattr(model, "tied_weights", {})
     state = model.state_dict() if weights is None else weights
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state) if name not in tied}
@@ -67,12 +73,13 @@ def save_model(
             compare_outputs(written, model, find_architecture(str(model.architecture)).example(model.config), what)
 
 
-def load_model(directory: Path, device: str | torch.device = "cpu") -> nn.Module:
+def load_model(directory: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The model that `save_model` wrote, in evaluation mode.
 
     Raises:
         ValueError: no model there, a newer format, or weights that do not fit the configuration.
     """
+    directory = Path(directory)
     description = read_description(directory)
     try:
         model = build_model(description["architecture"], description["config"])
@@ -102,13 +109,13 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"the weights do not fit the model: {error}") from error
 
 
-def read_description(directory: Path) -> dict[str, Any]:
+def read_description(directory: str | Path) -> dict[str, Any]:
     """The content of `model.json`.
 
     Raises:
         ValueError: not a model directory, or a format of a newer version.
     """
-    path = directory / "model.json"
+    path = Path(directory) / "model.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -121,11 +128,11 @@ def read_description(directory: Path) -> dict[str, Any]:
     return description
 
 
-def read_tokenizer_entry(directory: Path) -> Any:
+def read_tokenizer_entry(directory: str | Path) -> Any:
     """The `tokenizer` entry of a dataset or model directory, None if it has none (images)."""
     for name in ("dataset.json", "model.json"):
-        if (directory / name).exists():
-            return json.loads((directory / name).read_text(encoding="utf-8")).get("tokenizer")
+        if (path := Path(directory) / name).exists():
+            return json.loads(path.read_text(encoding="utf-8")).get("tokenizer")
     return None
 
 

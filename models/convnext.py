@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -16,68 +14,14 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from polytrope.models.activations import (
     ActivationCheckpointing,
-    ActivationConfig,
-    activation_configs,
     make_activation,
     project_activated,
     standardize_inputs,
 )
 from polytrope.models.architecture import Architecture, HuggingFace
+from polytrope.models.configurations import CONVNEXT_PRESETS, ActivationConfig, ConvNeXtConfig, activation_configs
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.weights import load_renamed
-
-
-@dataclass
-class ConvNeXtConfig:
-    """Sizes of a ConvNeXt; the defaults are those of ConvNeXt-Tiny for ImageNet-1k.
-
-    Args:
-        depths, dims: blocks and channels of each stage.
-        num_classes: outputs of the classifier.
-        in_channels: channels of the images.
-        patch_size: kernel and stride of the stem; each later stage halves the resolution.
-        activation: one activation of `polytrope.ops.build_activation`, or a list with one per block.
-        drop_path: probability of skipping the last block's branch; it grows linearly from 0 at the first.
-        layer_scale: initial value of the per-channel scale of each branch; 0 for no scale.
-        final_norm_epsilon: added to the variance in the layer norm before the classifier; the others have 1e-6.
-    """
-
-    depths: list[int] = field(default_factory=lambda: [3, 3, 9, 3])
-    dims: list[int] = field(default_factory=lambda: [96, 192, 384, 768])
-    num_classes: int = 1000
-    in_channels: int = 3
-    patch_size: int = 4
-    activation: ActivationConfig | list[ActivationConfig] = "gelu"
-    drop_path: float = 0.0
-    layer_scale: float = 1e-6
-    final_norm_epsilon: float = 1e-6
-
-    def __post_init__(self) -> None:
-        self.depths, self.dims = list(self.depths), list(self.dims)
-        if not self.depths or len(self.depths) != len(self.dims) or min(self.depths + self.dims) < 1:
-            raise ValueError(
-                f"depths {self.depths} and dims {self.dims} must be equally long lists of positive numbers"
-            )
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
-        for name in ("num_classes", "in_channels", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0.0 < self.final_norm_epsilon < math.inf:
-            raise ValueError(f"final_norm_epsilon must be above 0 and finite, got {self.final_norm_epsilon}")
-        activation_configs(self.activation, sum(self.depths))
-
-
-PRESETS: dict[str, dict[str, list[int]]] = {
-    "convnext-atto": {"depths": [2, 2, 6, 2], "dims": [40, 80, 160, 320]},
-    "convnext-femto": {"depths": [2, 2, 6, 2], "dims": [48, 96, 192, 384]},
-    "convnext-pico": {"depths": [2, 2, 6, 2], "dims": [64, 128, 256, 512]},
-    "convnext-nano": {"depths": [2, 2, 8, 2], "dims": [80, 160, 320, 640]},
-    "convnext-tiny": {"depths": [3, 3, 9, 3], "dims": [96, 192, 384, 768]},
-    "convnext-small": {"depths": [3, 3, 27, 3], "dims": [96, 192, 384, 768]},
-    "convnext-base": {"depths": [3, 3, 27, 3], "dims": [128, 256, 512, 1024]},
-    "convnext-large": {"depths": [3, 3, 27, 3], "dims": [192, 384, 768, 1536]},
-}
 
 
 class ChannelsFirstLayerNorm(nn.Module):
@@ -446,11 +390,9 @@ ARCHITECTURE = Architecture(
     build=ConvNeXt,
     data="images",
     task="classification",
-    presets=PRESETS,
+    presets=CONVNEXT_PRESETS,
     activation="act",
-    activation_widths=lambda config: [
-        4 * width for depth, width in zip(config.depths, config.dims, strict=True) for _ in range(depth)
-    ],
+    activation_widths=ConvNeXtConfig.activation_widths,
     prepare=normalise_images,
     example=_example,
     landmark=r"((?:[^.]+\.)*?)(?:stages\.0\.0\.dwconv|stages\.0\.blocks\.0\.conv_dw|features\.1\.0\.block\.0"

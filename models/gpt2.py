@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -19,71 +18,17 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from polytrope.models.activations import (
     ActivationCheckpointing,
-    ActivationConfig,
-    activation_configs,
     make_activation,
     project_activated,
     standardize_inputs,
 )
 from polytrope.models.architecture import Architecture, HuggingFace
+from polytrope.models.configurations import GPT2_PRESETS, ActivationConfig, GPT2Config, activation_configs
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.modes import evaluation_mode
 from polytrope.models.weights import load_renamed
 
 Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values [batch, heads, positions, head size]
-
-
-@dataclass
-class GPT2Config:
-    """Sizes of a GPT-2; the defaults are those of the 124M model.
-
-    Args:
-        vocab_size: rows of the token embedding.
-        sequence_length: the longest context, in tokens (learned absolute positions).
-        n_layer: number of blocks.
-        n_head: attention heads; divides `n_embd`.
-        n_embd: width of the residual stream; the MLP is four times as wide.
-        activation: one activation of `polytrope.ops.build_activation`, or a list with one per block.
-        dropout: of embeddings, attention weights and both residual branches.
-        bias: biases in linear layers and layer norms.
-        layer_norm_epsilon: added to the variance in every layer norm.
-        scale_attn_weights: divide attention's logits by the root of the head size.
-        scale_attn_by_inverse_layer_idx: divide them by the number of the block as well, counting from 1.
-        tie_word_embeddings: the head's weight is the token embedding.
-    """
-
-    vocab_size: int = 50257
-    sequence_length: int = 1024
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    activation: ActivationConfig | list[ActivationConfig] = "gelu_tanh"
-    dropout: float = 0.0
-    bias: bool = True
-    layer_norm_epsilon: float = 1e-5
-    scale_attn_weights: bool = True
-    scale_attn_by_inverse_layer_idx: bool = False
-    tie_word_embeddings: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "sequence_length", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not 0.0 < self.layer_norm_epsilon < math.inf:
-            raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
-        activation_configs(self.activation, self.n_layer)
-
-
-PRESETS: dict[str, dict[str, int]] = {
-    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M
-    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 350M
-    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
-    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1.5B
-}
 
 
 class CausalSelfAttention(nn.Module):
@@ -498,9 +443,9 @@ ARCHITECTURE = Architecture(
     build=GPT2,
     data="text",
     task="language_modelling",
-    presets=PRESETS,
+    presets=GPT2_PRESETS,
     activation="activation",
-    activation_widths=lambda config: [4 * config.n_embd] * config.n_layer,
+    activation_widths=GPT2Config.activation_widths,
     prepare=lambda tokens: tokens,
     example=lambda config: (torch.arange(min(8, config.sequence_length))[None] * 7 + 1) % config.vocab_size,
     landmark=r"((?:[^.]+\.)*?)(?:transformer\.)?h\.0\.attn\.c_attn\.weight",

@@ -44,13 +44,19 @@ def token_fields(directory: Path | None) -> dict[str, Any]:
     kept = {} if directory is None else kept_fields(directory)
     if "eos_token_id" in kept or directory is None:
         return {"bos_token_id": None, "eos_token_id": None} | kept
-    end = _end_of_text(directory / "tokenizer.json")
+    end = _end_of_text(directory)
     return {"bos_token_id": end, "eos_token_id": end} | kept
 
 
-def _end_of_text(path: Path) -> int | None:
+def _end_of_text(directory: Path) -> int | None:
+    path = directory / "tokenizer.json"
     if not path.exists():
         return None
+    for name in ("model.json", "dataset.json"):
+        if (directory / name).exists():
+            entry = json.loads((directory / name).read_text(encoding="utf-8")).get("tokenizer") or {}
+            if entry.get("end_of_text") is not None:
+                return int(entry["end_of_text"])
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.get("kind") == "bytes":
         return 256

@@ -2,9 +2,10 @@
 
 The public Python API, imported on first use:
 
-    from polytrope.pipeline import load_workflow, run
+    from polytrope.pipeline import run
 
-    state = run(load_workflow("workflows/quickstart.yaml", ["params.steps=50"]), executor="local")
+    result = run("workflows/quickstart.yaml", overrides=["params.steps=50"], executor="local")
+    result["evaluate"].metrics
 
 A stage is written with `from polytrope.pipeline.stage import stage, StageContext, Artifact`.
 """
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polytrope.pipeline.errors import UserError
-    from polytrope.pipeline.launch.launch import run
+    from polytrope.pipeline.launch.interface import run
     from polytrope.pipeline.stage import Artifact, StageContext, Stages
     from polytrope.pipeline.workflow.spec import StageSpec, Workflow, load_workflow
 
@@ -28,7 +29,7 @@ _PLACES = {
     "UserError": "polytrope.pipeline.errors",
     "Workflow": "polytrope.pipeline.workflow.spec",
     "load_workflow": "polytrope.pipeline.workflow.spec",
-    "run": "polytrope.pipeline.launch.launch",
+    "run": "polytrope.pipeline.launch.interface",
 }
 
 __all__ = ["Artifact", "StageContext", "StageSpec", "Stages", "UserError", "Workflow", "load_workflow", "run"]

@@ -15,6 +15,7 @@ that.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
@@ -28,6 +29,7 @@ import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +40,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.executor_table import executor_kind
 from polytrope.pipeline.support.log_filter import Filter
 from polytrope.pipeline.support.secret_values import hide_in, hider, printed_forms
+from polytrope.pipeline.support.text import suggest
 
 BUILTIN_STAGES: dict[str, str] = {
     "shard": "polytrope.pipeline.stages.shard.shard:shard",
@@ -47,6 +50,8 @@ BUILTIN_STAGES: dict[str, str] = {
     "evaluate": "polytrope.pipeline.stages.evaluate.evaluate:evaluate",
     "measure_speed": "polytrope.pipeline.stages.evaluate.measure_speed:measure_speed",
     "report": "polytrope.pipeline.stages.report.report:report",
+    "select": "polytrope.pipeline.stages.select:select",
+    "sweep": "polytrope.pipeline.stages.sweep.sweep:sweep",
     "wait_for": "polytrope.pipeline.stages.wait_for:wait_for",
     "subworkflow": "polytrope.pipeline.launch.subworkflow:subworkflow",
 }
@@ -369,7 +374,7 @@ def _show(value: Any) -> str:
 
 
 def stage_context(
-    directory: Path,
+    directory: str | Path,
     *,
     stage: str = "stage",
     executor: str = "local",
@@ -383,6 +388,7 @@ def stage_context(
         executor: `ray` needs a connection to a cluster.
         resources: what is granted.
     """
+    directory = Path(directory)
     (directory / "output").mkdir(parents=True, exist_ok=True)
     return StageContext(
         stage=stage,
@@ -399,6 +405,7 @@ def stage_context(
 
 
 CheckFunction = Callable[[Any, Mapping[str, Any]], None]
+PromiseFunction = Callable[[Any, Mapping[str, Any], Resources], Any]
 FingerprintFunction = Callable[[Any, Path], Mapping[str, str]]
 
 
@@ -410,6 +417,7 @@ class StageOptions:
     parallel: bool = False
     measured: bool = False
     check: CheckFunction | None = None
+    promise: PromiseFunction | None = None
     fingerprint: FingerprintFunction | None = None
 
 
@@ -419,6 +427,7 @@ def stage(
     parallel: bool = False,
     measured: bool = False,
     check: CheckFunction | None = None,
+    promise: PromiseFunction | None = None,
     fingerprint: FingerprintFunction | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Optional decorator of a stage function.
@@ -430,13 +439,17 @@ def stage(
         measured: its result holds times, which no repetition can give again; `reproduce` does not compare it.
         check: `check(parameters, upstream)` raises `UserError` before anything starts. `upstream` maps each input name
             to the validated parameters of the producing stage (a dict of them by label for a fan-in, None if absent).
+            A message that begins with `parameter: `, `inputs.NAME: ` or `resources.NAME: ` is shown with its line.
+        promise: `promise(parameters, upstream, resources)` returns what is certain of the result before anything starts
+            (one of `pipeline.data.promised`, or anything that later stages understand; None: nothing), and raises
+            `UserError` where an input cannot fit. `upstream` maps each input to what its stage promised.
         fingerprint: `fingerprint(parameters, directory)` returns what beyond the parameters decides the result (digests
             of the files they name), as strings; part of the key. `directory`: the workflow file's, for relative paths.
             Raises `UserError` if a file is missing or empty.
     """
     if isinstance(reads, str):
         raise TypeError(f"reads={reads!r}: give a list of paths")
-    options = StageOptions(tuple(reads), parallel, measured, check, fingerprint)
+    options = StageOptions(tuple(reads), parallel, measured, check, promise, fingerprint)
 
     def attach(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__polytrope_stage__ = options  # type: ignore[attr-defined]
@@ -509,6 +522,14 @@ def name_of_function(function: Any) -> str:
     return f"{function.__module__}:{function.__qualname__}"
 
 
+_LOADING: ContextVar[str | None] = ContextVar("module that is being imported for a stage", default=None)
+
+
+def module_being_loaded() -> str | None:
+    """The module that `load_stage` imports at this moment, and whose code it therefore runs; None: no module."""
+    return _LOADING.get()
+
+
 def load_stage(uses: str) -> StageDefinition:
     """Import the function behind `uses:` and read its signature.
 
@@ -520,7 +541,7 @@ def load_stage(uses: str) -> StageDefinition:
     if not re.fullmatch(r"[\w.]+:\w+", target):
         raise UserError(
             f"unknown stage `{uses}`",
-            f"built-in stages: {', '.join(BUILTIN_STAGES)}; your own: `package.module:function`",
+            f"{suggest(uses, BUILTIN_STAGES)}; your own: `package.module:function`",
         )
     module_name, function_name = target.split(":")
     if module_name == "__main__":
@@ -530,13 +551,17 @@ def load_stage(uses: str) -> StageDefinition:
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    outer = _LOADING.set(module_name)
     try:
-        module = importlib.import_module(module_name)
+        with contextlib.redirect_stdout(sys.stderr):  # what a module prints is no part of a command's answer
+            module = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(
             f"cannot import `{module_name}` for stage `{uses}`: {error}",
             "the module must be importable from the directory polytrope is started in, or installed",
         ) from error
+    finally:
+        _LOADING.reset(outer)
     function = getattr(module, function_name, None)
     if function is None:
         raise UserError(f"module `{module_name}` has no function `{function_name}` (stage `{uses}`)")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 from quickstart_support import Run, run_quickstart
+from wheel_support import build_wheel
 
 os.environ.update(
     {
@@ -54,3 +56,9 @@ def no_process_is_left_behind() -> Iterator[None]:
 def local_quickstart(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The small quickstart, run once on this machine by processes for all tests that look at it."""
     return run_quickstart(tmp_path_factory.mktemp("quickstart") / "store", "local")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this tree."""
+    return build_wheel(tmp_path_factory.mktemp("wheel"))

@@ -27,12 +27,13 @@ _STATE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _WEIGHTS_OF_DIRECTORIES = ("model.safetensors", "pytorch_model.bin")
 
 
-def detect_format(path: Path) -> str:
+def detect_format(path: str | Path) -> str:
     """`own`, `huggingface`, `deepspeed` or `state`.
 
     Raises:
         ValueError: nothing there, or nothing that is known.
     """
+    path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or directory")
     if path.is_file():
@@ -61,7 +62,7 @@ def detect_format(path: Path) -> str:
     )
 
 
-def read_model(path: Path, config: Mapping[str, Any] | None = None) -> nn.Module:
+def read_model(path: str | Path, config: Mapping[str, Any] | None = None) -> nn.Module:
     """The model at `path`, in evaluation mode, float32 whatever it is stored in.
 
     Args:
@@ -72,6 +73,7 @@ def read_model(path: Path, config: Mapping[str, Any] | None = None) -> nn.Module
     Raises:
         ValueError: a file that is missing, truncated or of an unknown format; names the file and what is wrong.
     """
+    path = Path(path)
     kind = detect_format(path)
     if config and kind not in ("deepspeed", "state"):
         raise ValueError(f"{path}: its configuration is in the directory; leave out {', '.join(config)}")

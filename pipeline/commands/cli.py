@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
+import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, Protocol
 
 from polytrope.pipeline.errors import (
     EXIT_CANCELLED,
@@ -24,23 +26,71 @@ from polytrope.pipeline.errors import (
 )
 from polytrope.pipeline.support.executor_table import EXECUTORS
 from polytrope.pipeline.support.streams import let_go, occupy_standard_descriptors, show_what_can_be_shown
+from polytrope.pipeline.support.terminal import columns, wrapped
 
 EXIT_CODES = f"""\
 exit codes:
   {EXIT_SUCCESS:<4} success
-  {EXIT_RUN_FAILED:<4} a stage failed after its retries, or a check (verify, diff, reproduce) found a difference
+  {EXIT_RUN_FAILED:<4} a stage failed after its retries, or a check found a difference
   {EXIT_USER_ERROR:<4} refused before anything started: workflow, parameter, store, address
   {EXIT_RUN_ELSEWHERE:<4} another process drives this run
-  {EXIT_CANCELLED:<4} cancelled by Ctrl-C, SIGTERM or `polytrope cancel`; `polytrope resume` goes on
-  {EXIT_READER_LEFT:<4} the reader of the output left before the result was known (a run goes on without one)
+  {EXIT_CANCELLED:<4} cancelled by Ctrl-C, SIGTERM or `polytrope cancel`; can be resumed
+  {EXIT_READER_LEFT:<4} the reader of the output left before the result was known
 """
 
 
-class _Command(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
+    """What it refuses is said as everything else is: what is wrong, then the way out."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = f"`{self.prog} --help` lists what there is"
+        choice = re.fullmatch(r"argument (\S+?): invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice is not None:
+            known = re.findall(r"[\w-]+", choice[3])
+            message = f"{choice[1]} {choice[2]}: expected {' or '.join(known)}"
+            if choice[1] == "COMMAND":
+                message = f"there is no command `{choice[2]}`"
+            hint = _nearest(choice[2], known) or hint
+        kind = re.fullmatch(r"argument (\S+?): invalid (int|float) value: '(.*)'", message)
+        if kind is not None:
+            message = f"{kind[1]} {kind[3]}: expected a {'whole ' if kind[2] == 'int' else ''}number"
+        _refuse(self.prog, message, hint)
+        raise SystemExit(EXIT_USER_ERROR)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            chosen = self._commands().get(getattr(options, "command", None), self)
+            near = _nearest(unknown[0].partition("=")[0], chosen._option_string_actions)
+            hint = near or f"`{chosen.prog} --help` lists what there is"
+            _refuse(chosen.prog, f"unknown argument `{unknown[0]}`", hint)
+            raise SystemExit(EXIT_USER_ERROR)
+        return options
+
+    def _commands(self) -> dict[Any, _Parser]:
+        found = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return dict(found[0]) if found else {}
+
+
+def _refuse(who: str, message: str, hint: str) -> None:
+    """What is wrong, and the way out, to stderr."""
+    text = f"{who}: {message}" + (f"\n  → {hint}" if hint else "")
+    print(wrapped(text, columns(sys.stderr)), file=sys.stderr)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean `x`?`, or "" where nothing is near."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean `{close[0]}`?" if close else ""
+
+
+class _Command(_Parser):
     """A command.
 
-    `options_from` is the module:function that adds its options once it is chosen, where they are the fields of a
-    stage's parameters: pydantic would hold up every other command.
+    `options_from` is the module:function that adds its options once it is chosen, where they are those of something
+    else (fields of a stage's parameters, names of templates): to import it would hold up every other command.
     """
 
     options_from = ""
@@ -59,20 +109,27 @@ class _Command(argparse.ArgumentParser):
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=110)
+        super().__init__(prog, max_help_position=30, width=help_width())
+
+
+def help_width() -> int:
+    """Of the terminal, but no wider than one reads well; 80 where there is none."""
+    return min(110, shutil.get_terminal_size().columns)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="polytrope",
         formatter_class=_Help,
-        description="Run durable training workflows on Ray: every result is stored, every run can be resumed.",
+        description=textwrap.fill(
+            "Run durable training workflows on Ray: every result is stored, every run can be resumed.", help_width()
+        ),
         epilog="example:\n"
         "  polytrope plan workflows/quickstart.yaml     what would run, and why\n"
         "  polytrope run workflows/quickstart.yaml      run it, with a live display\n"
         "  polytrope status                             how the newest run stands\n"
-        "  polytrope resume                             go on after a failure, Ctrl-C or a crash\n"
+        "  polytrope resume                             go on after it was interrupted\n"
         "  polytrope ui                                 browse the results in MLflow\n\n" + EXIT_CODES,
     )
     parser.add_argument("--version", action="store_true", help="print the version")
@@ -86,12 +143,13 @@ def build_parser() -> argparse.ArgumentParser:
             help=summary,
             formatter_class=_Help,
             parents=[shared[option] for option in ("debug", *options)],
-            description=(summary[0].upper() + summary[1:] + ". " + description).strip(),
+            description=textwrap.fill(f"{summary[0].upper()}{summary[1:]}. {description}".strip(), help_width()),
             epilog="example:\n" + textwrap.indent(textwrap.dedent(example).strip(), "  ") + "\n\n" + EXIT_CODES,
         )
         sub.set_defaults(function=function)
         return sub
 
+    _start_commands(command, parser)
     _run_commands(command)
     _look_commands(command)
     _workflow_commands(command)
@@ -146,6 +204,32 @@ def _shared_options() -> dict[str, _Command]:
     }
 
 
+def _start_commands(command: _AddCommand, parser: argparse.ArgumentParser) -> None:
+    init = command(
+        "init",
+        "starting:init",
+        "start a project: a workflow, its stages, a README",
+        """
+        polytrope init my-project
+        polytrope init my-project --template custom-stage
+        """,
+        description="Nothing that exists is overwritten.",
+    )
+    init.add_argument("directory", metavar="DIR", help="where; it need not exist")
+    init.options_from = "starting:add_options"
+    completion = command(
+        "completion",
+        "completion:completion",
+        "print a script that completes commands and options in your shell",
+        """
+        eval "$(polytrope completion bash)"       # in ~/.bashrc; `zsh` in ~/.zshrc
+        polytrope completion fish | source        # in ~/.config/fish/config.fish
+        """,
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="bash, zsh or fish")
+    completion.set_defaults(parser=parser)  # which it describes
+
+
 def _run_commands(command: _AddCommand) -> None:
     run = command(
         "run",
@@ -154,7 +238,7 @@ def _run_commands(command: _AddCommand) -> None:
         """
         polytrope run workflows/quickstart.yaml
         polytrope run workflows/quickstart.yaml --set params.steps=50 --executor local
-        polytrope run workflows/quickstart.yaml --force train     # compute it again although nothing changed
+        polytrope run workflows/quickstart.yaml --force train   # compute it again
         """,
         "workflow",
         "store",
@@ -168,7 +252,6 @@ def _run_commands(command: _AddCommand) -> None:
     run.add_argument(
         "--run-id", metavar="ID", help="name the run (letters, digits, - and _); if it exists already, go on with it"
     )
-    run.add_argument("--address", dest="ray_address", metavar="ADDRESS", help="short for --ray-address")
     plan = command(
         "plan",
         "planning:plan",
@@ -190,7 +273,7 @@ def _run_commands(command: _AddCommand) -> None:
         polytrope resume                        # the newest run
         polytrope resume 20261123-1712-ab12 --from evaluate
         polytrope resume --all                  # every run that did not end
-        polytrope resume RUN --address http://new-head:8265 --store s3://bucket/store   # its cluster is lost
+        polytrope resume RUN --address http://new-head:8265 --store s3://bucket/store
         """,
         "run",
         "store",
@@ -230,7 +313,7 @@ def _run_commands(command: _AddCommand) -> None:
         "prove that an interrupted run ends in the same bytes as an undisturbed one",
         """
         polytrope verify-resume workflows/quickstart.yaml --executor local
-        polytrope verify-resume workflows/quickstart.yaml --set params.steps=120 --concurrency 1
+        polytrope verify-resume workflows/quickstart.yaml --set params.steps=120
         """,
         "workflow",
         description="Runs the workflow twice, in stores of its own. The second time, in every training, the driver is "
@@ -281,7 +364,7 @@ def _run_commands(command: _AddCommand) -> None:
         "cluster:submit",
         "run a workflow on a Ray cluster; this machine may go away",
         """
-        polytrope submit workflows/quickstart.yaml --address http://head:8265 --store /shared/polytrope
+        polytrope submit w.yaml --address http://head:8265 --store /shared/polytrope
         polytrope status RUN --address http://head:8265
         """,
         "workflow",
@@ -386,6 +469,14 @@ def _workflow_commands(command: _AddCommand) -> None:
         "check a workflow file without running it",
         "polytrope validate workflows/quickstart.yaml",
         "workflow",
+    )
+    command(
+        "schema",
+        "workflow_files:schema",
+        "print the JSON Schema of workflow files, for editors",
+        "polytrope schema > workflow.schema.json",
+        description="With `# yaml-language-server: $schema=workflow.schema.json` as the first line of a workflow file, "
+        "editors complete and check its keys and parameters.",
     )
 
 
@@ -515,9 +606,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = getattr(importlib.import_module(f"polytrope.pipeline.commands.{module}"), function)
         code = int(command(options))
     except UserError as error:
-        print(f"polytrope: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"  → {_complete(error.hint, options)}", file=sys.stderr)
+        _refuse("polytrope", error.message, _complete(error.hint, options))
         return EXIT_RUN_ELSEWHERE if isinstance(error, RunElsewhereError) else EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("polytrope: interrupted", file=sys.stderr)

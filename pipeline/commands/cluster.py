@@ -12,8 +12,10 @@ from polytrope.pipeline.commands.common import find_run, open_store, store_addre
 from polytrope.pipeline.engine.options import checked_run_id
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, RunElsewhereError, UserError
 from polytrope.pipeline.launch import submit as cluster
-from polytrope.pipeline.launch.package import Package, choose_files
+from polytrope.pipeline.launch.package import Package, choose_files, refuse_left_out
 from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.runs.record import workflow_files
+from polytrope.pipeline.support.text import count
 from polytrope.pipeline.workflow.graph import build_graph
 
 
@@ -22,18 +24,21 @@ def submit(options: argparse.Namespace) -> int:
     workflow = workflow_of(options)
     graph = build_graph(workflow, environment=False)
     store = _shared_store(options, store_address(options, workflow))
-    package = choose_files(Path(options.working_dir).resolve())
+    directory = Path(options.working_dir).resolve()
+    package = choose_files(directory)
     if options.dry_run:
         _print_package(package)
+    file = Path(options.workflow).resolve()
+    for needed in map(Path, workflow_files(file)):
+        if not needed.is_relative_to(directory):
+            raise UserError(
+                f"{needed} is not below {directory}, the directory that is sent",
+                "start from the project's directory, or give `--working-dir DIR`",
+            )
+    refuse_left_out(package, map(Path, workflow_files(file)))
+    if options.dry_run:
         return EXIT_SUCCESS
     client = cluster.connect(options.address)
-    directory = Path(options.working_dir).resolve()
-    file = Path(options.workflow).resolve()
-    if not file.is_relative_to(directory):
-        raise UserError(
-            f"{options.workflow} is not below {directory}, the directory that is sent",
-            "start from the project's directory, or give `--working-dir DIR`",
-        )
     run_id = checked_run_id(options.run_id)
     arguments = ["run", str(file.relative_to(directory)), "--run-id", run_id, "--store", store, "--ray-address", "auto"]
     for override in options.overrides:
@@ -45,9 +50,10 @@ def submit(options: argparse.Namespace) -> int:
         client, arguments, run_id=run_id, attempt=attempt, store=store, workflow=workflow.name,
         package=package, installed=options.installed,
     )  # fmt: skip
-    print(f"run {run_id}: {workflow.name}, {len(graph)} stages, Ray job {job_id}")
-    if kept := package.left_out.get("credentials"):
-        print(f"  not sent, since they may hold credentials: {', '.join(map(str, sorted(kept)[:8]))}")
+    print(f"run {run_id}: {workflow.name}, {count(len(graph), 'stage')}, Ray job {job_id}")
+    for reason, said in (("credentials", "since they may hold credentials"), ("cannot be read", "they cannot be read")):
+        if kept := package.left_out.get(reason):
+            print(f"  not sent, {said}: {', '.join(map(str, sorted(kept)[:8]))}{' …' if len(kept) > 8 else ''}")
     _print_next(run_id, options.address)
     return _follow(client, job_id) if options.wait else EXIT_SUCCESS
 
@@ -56,7 +62,7 @@ def _print_package(package: Package) -> None:
     """What `submit` would send, and what stays here."""
     for path, size in sorted(package.files.items()):
         print(f"{size:>12,}  {path}")
-    print(f"{len(package.files)} files, {package.size / 1e6:.1f} MB, from {package.directory}")
+    print(f"{count(len(package.files), 'file')}, {package.size / 1e6:.1f} MB, from {package.directory}")
     for reason, paths in package.left_out.items():
         shown = ", ".join(map(str, sorted(paths)[:8])) + (" …" if len(paths) > 8 else "")
         print(f"left out ({reason}): {shown}")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.store.store import Store, store_error
+from polytrope.pipeline.support.terminal import coloured, columns, table, wrapped
 from polytrope.pipeline.support.text import suggest
 from polytrope.pipeline.workflow.spec import Workflow, load_workflow
 
@@ -54,16 +53,14 @@ def print_json(value: Any) -> None:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Left-aligned columns of plain text; on a terminal the last one is wrapped to its width."""
-    lines = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[column]) for row in lines) for column in range(len(header))]
-    indent = sum(widths[:-1]) + 2 * (len(widths) - 1)
-    room = max(24, shutil.get_terminal_size().columns - indent) if sys.stdout.isatty() else None
-    for row in lines:
-        start = "  ".join(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=False))
-        parts = textwrap.wrap(row[-1], room) if room is not None else [row[-1]]
-        for number, part in enumerate(parts or [""]):
-            print(f"{start if number == 0 else ' ' * (indent - 2)}  {part}".rstrip())
+    """Left-aligned columns, on a terminal folded to its width and coloured by state."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    print(*table(cells, columns(sys.stdout), coloured(sys.stdout)), sep="\n")
+
+
+def say(text: str) -> None:
+    """Lines for a person, on a terminal folded to its width."""
+    print(wrapped(text, columns(sys.stdout)))
 
 
 def open_store(options: argparse.Namespace, workflow: Workflow | None = None) -> Store:

@@ -17,6 +17,7 @@ from polytrope.pipeline.commands.workflow_files import parameter_rows
 from polytrope.pipeline.data.conversion_file import ConversionRecord
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
+from polytrope.pipeline.workflow.refusals import words
 
 _SINGULAR = {"constraints": "constraint", "types": "type", "calibration_samples": "samples", "ray_tasks": "ray"}
 _LEFT_OUT = ("page", "register_as", "register_alias")  # the page is always written; no run is there to register it
@@ -139,10 +140,9 @@ def read_parameters(options: argparse.Namespace) -> ConvertParameters:
         return ConvertParameters.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        reason = problem["msg"].removeprefix("Value error, ")
-        raise UserError(
-            f"convert: {_option(str(problem['loc'][0]))} {problem['input']}: {reason}", "polytrope convert --help"
-        ) from error
+        field = str(problem["loc"][0])
+        text, near = words(problem, ConvertParameters, values, (field,))
+        raise UserError(f"convert: {_option(field)}: {text}", near or "polytrope convert --help") from error
 
 
 def _option(field: str) -> str:

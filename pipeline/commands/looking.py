@@ -16,6 +16,7 @@ from polytrope.pipeline.commands.common import (
     print_json,
     print_table,
     read_run_file,
+    say,
 )
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.environment import compare_environments
@@ -116,7 +117,7 @@ def _progress(directory: Path, stage: StageState) -> StageProgress:
 
 
 def _print_status(store: Store, directory: Path, state: RunState) -> None:
-    print(
+    say(
         f"{directory.name}: {state.workflow}, {state.status}, attempt {state.attempt}, {state.executor} executor, "
         f"{_span(state)}"
     )
@@ -126,7 +127,7 @@ def _print_status(store: Store, directory: Path, state: RunState) -> None:
         for note in stage.notes.values():
             print(f"\n{stage.name}: {note}")
     if failures := failure_lines(state, directory, store):
-        print("", *failures, sep="\n")
+        say("\n".join(("", *failures)))
     if state.status in ("failed", "cancelled", INTERRUPTED):
         print("", *way_on(state, directory, store), sep="\n")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Collection, Iterable, Mapping
 
-from polytrope.pipeline.commands.common import open_store, print_json, print_table, workflow_of
+from polytrope.pipeline.commands.common import open_store, print_json, print_table, say, workflow_of
 from polytrope.pipeline.engine.plan import Plan, PlannedStage, make_plan
 from polytrope.pipeline.engine.returned import with_stored
 from polytrope.pipeline.errors import EXIT_SUCCESS, UserError
@@ -13,7 +13,7 @@ from polytrope.pipeline.executors.base import machine_capacity
 from polytrope.pipeline.runs.history import Past, stage_history
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.executor_table import executor_kind
-from polytrope.pipeline.support.text import format_duration, suggest
+from polytrope.pipeline.support.text import count, format_duration, suggest
 from polytrope.pipeline.workflow.graph import StageNode, build_graph
 from polytrope.pipeline.workflow.spec import Workflow
 
@@ -25,7 +25,7 @@ def plan(options: argparse.Namespace) -> int:
     workflow = workflow_of(options)
     store = open_store(options, workflow)
     graph, result, _ = _plan(workflow, store, options.force)
-    check_stages(options.force, graph)
+    check_stages(options.force, graph, "--force")
     here = executor_kind(workflow.executor).is_here(workflow.ray_address)
     predicted = result.predicted(graph, machine_capacity() if here else None, workflow.concurrency)
     if options.json:
@@ -39,7 +39,7 @@ def plan(options: argparse.Namespace) -> int:
         )
         return EXIT_SUCCESS
     print_table(["stage", "plan", "last time", "because"], [_row(stage) for stage in result.stages.values()])
-    print(f"\n{_conclusion(result, predicted)}; store {store.address}")
+    say(f"\n{_conclusion(result, predicted)}; store {store.address}")
     return EXIT_SUCCESS
 
 
@@ -48,12 +48,12 @@ def explain(options: argparse.Namespace) -> int:
     workflow = workflow_of(options)
     store = open_store(options, workflow)
     graph, result, history = _plan(workflow, store)
-    check_stages([options.stage], graph)
+    check_stages([options.stage], graph, "STAGE")
     for stage in result.stages.values():
         if options.stage in (stage.name, graph[stage.name].spec_name):
             print(f"{stage.name}: {_WORDS[stage.action]}")
             for reason in stage.reasons:
-                print(f"  {reason}")
+                say(f"  {reason}")
             past = history.get(stage.name)
             if past:
                 print(f"  compared with run {past[0].run_id}")
@@ -77,12 +77,12 @@ def _plan(
             return graph, result, history
 
 
-def check_stages(names: Iterable[str], graph: Mapping[str, StageNode]) -> None:
-    """Refuse names that are neither a node nor a stage of the file."""
+def check_stages(names: Iterable[str], graph: Mapping[str, StageNode], said: str) -> None:
+    """Refuse names that are neither a node nor a stage of the file; `said`: where they were given."""
     known = {name for node in graph.values() for name in (node.name, node.spec_name)}
     for name in names:
         if name not in known:
-            raise UserError(f"there is no stage `{name}`", suggest(name, known))
+            raise UserError(f"{said} {name}: there is no stage `{name}`", suggest(name, known))
 
 
 def _row(stage: PlannedStage) -> list[str]:
@@ -96,6 +96,6 @@ def _row(stage: PlannedStage) -> list[str]:
 def _conclusion(result: Plan, predicted: float | None) -> str:
     total, running = len(result.stages), result.count("run", "unknown")
     if not running:
-        return f"all {total} stages are stored: nothing to run"
+        return f"{'the one stage is' if total == 1 else f'all {total} stages are'} stored: nothing to run"
     time = "" if predicted is None else f", about {format_duration(predicted)} by the last runs' times"
-    return f"{running} of {total} stages will run{time}"
+    return f"{running} of {count(total, 'stage')} will run{time}"

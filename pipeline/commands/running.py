@@ -21,8 +21,7 @@ from polytrope.pipeline.commands.common import (
 from polytrope.pipeline.engine.options import CANCEL_FILE, RunOptions
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.failure import run_command
-from polytrope.pipeline.launch.launch import Display, exit_code
-from polytrope.pipeline.launch.launch import run as launch
+from polytrope.pipeline.launch.launch import Display, exit_code, launch
 from polytrope.pipeline.runs.record import changed_workflow_files, run_status
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file

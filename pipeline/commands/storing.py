@@ -13,7 +13,7 @@ from polytrope.pipeline.store.archive import export_run
 from polytrope.pipeline.store.archive import import_run as unpack
 from polytrope.pipeline.store.garbage import collect_garbage
 from polytrope.pipeline.support.files import safe_name
-from polytrope.pipeline.support.text import command, complete_commands
+from polytrope.pipeline.support.text import command, complete_commands, count
 
 
 def gc(options: argparse.Namespace) -> int:
@@ -24,7 +24,8 @@ def gc(options: argparse.Namespace) -> int:
         for name in names:
             print(f"{verb} {title} {name}")
     print(
-        f"{verb} {len(result.runs)} runs, {len(result.artifacts)} artifacts, {len(result.leftovers)} left-overs: "
+        f"{verb} {count(len(result.runs), 'run')}, {count(len(result.artifacts), 'artifact')}, "
+        f"{count(len(result.leftovers), 'left-over')}: "
         f"{result.bytes / 2**20:.1f} MiB"
     )
     return EXIT_SUCCESS
@@ -69,8 +70,8 @@ def export(options: argparse.Namespace) -> int:
     """One tar file."""
     store = open_store(options)
     directory = find_run(store, options.run)
-    count = export_run(store, directory, Path(options.output))
-    print(f"wrote {options.output}: run {directory.name} with {count} artifacts")
+    packed = export_run(store, directory, Path(options.output))
+    print(f"wrote {options.output}: run {directory.name} with {count(packed, 'artifact')}")
     print(f"read it: polytrope import {options.output} --store DIR")
     return EXIT_SUCCESS
 
@@ -79,7 +80,7 @@ def import_run(options: argparse.Namespace) -> int:
     """Back into a store."""
     store = open_store(options)
     run_id, new = unpack(store, Path(options.file))
-    print(f"imported run {run_id} into {store.address}: {new} artifacts were new")
+    print(f"imported run {run_id} into {store.address}: {count(new, 'new artifact')}")
     return EXIT_SUCCESS
 
 
@@ -103,7 +104,7 @@ def verify(options: argparse.Namespace) -> int:
         moved = store.quarantine(key, problems)
         if moved is not None:
             print(f"  moved to {moved}")
-    print(f"{len(keys)} artifacts hashed, {damaged} damaged")
+    print(f"{count(len(keys), 'artifact')} hashed, {damaged} damaged")
     if damaged:
         print(
             complete_commands("compute them again: `polytrope resume RUN` or `polytrope run WORKFLOW`", store.address)

@@ -7,11 +7,13 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from polytrope.pipeline.commands.common import find_run, open_store, print_json, print_table, workflow_of
+from polytrope.pipeline.commands.common import find_run, open_store, print_json, print_table, say, workflow_of
 from polytrope.pipeline.engine.returned import with_stored
-from polytrope.pipeline.errors import EXIT_SUCCESS
+from polytrope.pipeline.errors import EXIT_SUCCESS, UserError
 from polytrope.pipeline.runs.record import run_state
 from polytrope.pipeline.stage import BUILTIN_STAGES, StageDefinition, load_stage
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.support.text import count
 from polytrope.pipeline.workflow.draw import layout, mermaid, save
 from polytrope.pipeline.workflow.graph import build_graph
 
@@ -29,7 +31,7 @@ def graph(options: argparse.Namespace) -> int:
         _, nodes = with_stored(workflow, nodes, store, done)
     if options.output:
         save(layout(nodes, states), Path(options.output))
-        print(f"wrote {options.output}: {len(nodes)} stages")
+        print(f"wrote {options.output}: {count(len(nodes), 'stage')}")
     else:
         print(mermaid(nodes, states), end="")
     return EXIT_SUCCESS
@@ -39,24 +41,35 @@ def validate(options: argparse.Namespace) -> int:
     """The checks that `run` makes before it touches anything."""
     workflow = workflow_of(options)
     nodes = build_graph(workflow)
-    print(
-        f"{options.workflow}: {workflow.name}, {len(nodes)} stages: "
-        + ", ".join(list(nodes)[:12])
-        + " …" * (len(nodes) > 12)
-    )
+    try:
+        Store(workflow.store)
+    except UserError as error:
+        raise UserError(f"{workflow.where('store')}: {error.message.removeprefix('store: ')}", error.hint) from None
+    shown = ", ".join(list(nodes)[:12]) + " …" * (len(nodes) > 12)
+    say(f"{options.workflow}: {workflow.name}, {count(len(nodes), 'stage')}: {shown}")
     print(f"run it: polytrope run {options.workflow}")
+    return EXIT_SUCCESS
+
+
+def schema(_options: argparse.Namespace) -> int:
+    """The JSON Schema of workflow files."""
+    from polytrope.pipeline.workflow.file_schema import file_schema
+
+    print_json(file_schema())
     return EXIT_SUCCESS
 
 
 def stages(options: argparse.Namespace) -> int:
     """All built-in stages, or inputs and parameters of one."""
     if options.stage is None:
-        rows = []
-        for name in BUILTIN_STAGES:
-            definition = load_stage(name)
-            rows.append([name, ", ".join(definition.inputs) or "-", definition.description.split("\n")[0]])
+        found = {name: load_stage(name) for name in BUILTIN_STAGES}
+        summaries = {name: definition.description.split("\n")[0] for name, definition in found.items()}
+        if options.json:
+            print_json({name: {"inputs": found[name].inputs, "summary": summaries[name]} for name in found})
+            return EXIT_SUCCESS
+        rows = [[name, ", ".join(found[name].inputs) or "-", summaries[name]] for name in found]
         print_table(["stage", "inputs", "what it does"], rows)
-        print("\n`polytrope stages NAME` lists the parameters; your own stage: `uses: package.module:function`")
+        say("\n`polytrope stages NAME` lists the parameters; your own stage: `uses: package.module:function`")
         return EXIT_SUCCESS
     definition = load_stage(options.stage)
     if options.json:
@@ -67,7 +80,7 @@ def stages(options: argparse.Namespace) -> int:
 
 
 def _print_stage(definition: StageDefinition) -> None:
-    print(f"{definition.uses}: {definition.description}\n")
+    say(f"{definition.uses}: {definition.description}\n")
     kinds = {
         "required": "one stage",
         "optional": "one stage, may be left out",
@@ -83,7 +96,11 @@ def _print_stage(definition: StageDefinition) -> None:
         print("no parameters")
         return
     print("parameters (under `with:`):")
-    print_table(["name", "type", "default", "description"], rows)
+    for name, type_name, default, description in rows:
+        said = "required" if default == "required" else f"default {default}"
+        say(f"  {name}  ({type_name}; {said})")
+        if description:
+            say(f"      {description}")
 
 
 def parameter_rows(model: Any, prefix: str = "") -> list[list[str]]:
@@ -165,6 +182,8 @@ def _bound(item: Any) -> str:
 def _type_name(annotation: Any) -> str:
     import typing
 
+    from pydantic import BaseModel
+
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return " | ".join(map(str, arguments))
@@ -174,5 +193,7 @@ def _type_name(annotation: Any) -> str:
         names = [_type_name(item) for item in arguments if item is not Ellipsis]
         if origin in (list, dict, tuple, set):
             return f"{origin.__name__}[{', '.join(names)}]"
-        return " | ".join("null" if name == "NoneType" else name for name in names)
+        return " | ".join(dict.fromkeys("null" if name == "NoneType" else name for name in names))
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return "mapping"
     return getattr(annotation, "__name__", str(annotation))

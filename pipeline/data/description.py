@@ -62,10 +62,14 @@ class ImageSplit(_Record):
 
 
 class TokenizerDescription(_Record):
-    """Which tokenizer made the tokens; the tokenizer itself is `tokenizer.json`."""
+    """Which tokenizer made the tokens; the tokenizer itself is `tokenizer.json`.
+
+    `end_of_text`: id of the token behind every document; None: that of `<|endoftext|>`, as in older data sets.
+    """
 
     kind: str
     vocab_size: int
+    end_of_text: int | None = None
 
 
 class ImageShape(_Record):

@@ -6,8 +6,10 @@ import io
 import math
 import tarfile
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 TAR_BLOCK = 512
 INDEX_DIGITS = 8
@@ -26,6 +28,8 @@ def member_stride(*sizes: int) -> int:
 
 def npy_header(shape: Sequence[int]) -> bytes:
     """What stands before the values in an `npy` member of uint8 `shape`."""
+    import numpy as np
+
     buffer = io.BytesIO()
     np.save(buffer, np.empty(tuple(shape), dtype=np.uint8))
     return buffer.getvalue()[: -math.prod(shape)]
@@ -43,6 +47,8 @@ def build_tar(stem: str, members: dict[str, np.ndarray]) -> np.ndarray:
     Returns:
         uint8 `[bytes]`.
     """
+    import numpy as np
+
     samples = len(next(iter(members.values())))
     stride = member_stride(*(payload.shape[1] for payload in members.values()))
     used = samples * stride + 2 * TAR_BLOCK  # two zero blocks end an archive
@@ -60,6 +66,8 @@ def build_tar(stem: str, members: dict[str, np.ndarray]) -> np.ndarray:
 
 def _headers(stem: str, extension: str, size: int, samples: int) -> np.ndarray:
     """Header blocks uint8 `[samples, 512]`: one template, then the digits of the name and the checksum."""
+    import numpy as np
+
     member = tarfile.TarInfo(f"{stem}-{0:0{INDEX_DIGITS}d}.{extension}")
     member.size = size
     template = np.frombuffer(member.tobuf(tarfile.USTAR_FORMAT), dtype=np.uint8)
@@ -74,5 +82,7 @@ def _headers(stem: str, extension: str, size: int, samples: int) -> np.ndarray:
 
 def _digits(numbers: np.ndarray, base: int, width: int) -> np.ndarray:
     """ASCII digits uint8 `[len(numbers), width]`, zero-padded."""
+    import numpy as np
+
     places = base ** np.arange(width - 1, -1, -1)
     return (numbers[:, None] // places % base + ord("0")).astype(np.uint8)

@@ -1,9 +1,10 @@
-"""Tokenizers: raw bytes, byte-level BPE trained on the corpus, or GPT-2's own vocabulary from given files."""
+"""Tokenizers: raw bytes, byte-level BPE trained on the corpus, GPT-2's own vocabulary, or any of Hugging Face's."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -44,22 +45,41 @@ class Gpt2Tokenizer(BaseModel):
     vocab_size: Literal[50257] = 50257
 
 
-TokenizerParameters = Annotated[BytesTokenizer | BpeTokenizer | Gpt2Tokenizer, Field(discriminator="kind")]
+class HuggingfaceTokenizer(BaseModel):
+    """Any tokenizer of Hugging Face: the directory of a model or of a tokenizer, with its `tokenizer.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["huggingface"]
+    path: str = Field(description="the directory, relative to the workflow file")
+    end_of_text: str | None = Field(
+        None, description="the token behind every document; default: `eos_token` of its tokenizer_config.json"
+    )
+
+
+TokenizerParameters = Annotated[
+    BytesTokenizer | BpeTokenizer | Gpt2Tokenizer | HuggingfaceTokenizer, Field(discriminator="kind")
+]
 
 
 class Tokenizer:
-    """Text ↔ token ids. `backend` is a `tokenizers.Tokenizer`, or None for bytes."""
+    """Text ↔ token ids.
 
-    def __init__(self, backend: Any | None) -> None:
+    Args:
+        backend: a `tokenizers.Tokenizer`, or None for bytes. It cuts the text and adds no tokens of its own.
+        end_of_text: id of the token behind every document; default: that of `<|endoftext|>`.
+    """
+
+    def __init__(self, backend: Any | None, end_of_text: int | None = None) -> None:
         self.backend = backend
-        self.vocab_size = 257 if backend is None else int(backend.get_vocab_size())
-        self.end_of_text = 256 if backend is None else int(backend.token_to_id(END_OF_TEXT))
+        self.vocab_size = 257 if backend is None else 1 + max(map(int, backend.get_vocab().values()))
+        usual = 256 if backend is None else backend.token_to_id(END_OF_TEXT)
+        self.end_of_text = int(usual if end_of_text is None else end_of_text)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, without an end-of-text token."""
         if self.backend is None:
             return list(text.encode())
-        ids: list[int] = self.backend.encode(text).ids
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_documents(self, texts: Sequence[str], dtype: np.dtype[Any]) -> list[np.ndarray]:
@@ -69,7 +89,7 @@ class Tokenizer:
         if self.backend is None:
             tokens = [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
         else:
-            tokens = [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
+            tokens = [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
         pieces = []
         for ids in tokens:
             piece = np.empty(len(ids) + 1, dtype=dtype)
@@ -96,13 +116,22 @@ class Tokenizer:
         return json.dumps({"kind": "bytes"}) if self.backend is None else str(self.backend.to_str())
 
 
-def tokenizer_from_json(text: str) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`."""
+def tokenizer_from_json(text: str, end_of_text: int | None = None) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`; `end_of_text` as of `Tokenizer`."""
     if json.loads(text).get("kind") == "bytes":
         return Tokenizer(None)
     from tokenizers import Tokenizer as Backend
 
-    return Tokenizer(Backend.from_str(text))
+    return Tokenizer(Backend.from_str(text), end_of_text)
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a data set, or of a model that was trained on one."""
+    found = [path for name in ("dataset.json", "model.json") if (path := directory / name).exists()]
+    entry = json.loads(found[0].read_bytes()).get("tokenizer") if found else None
+    return tokenizer_from_json(
+        (directory / "tokenizer.json").read_text(encoding="utf-8"), (entry or {}).get("end_of_text")
+    )
 
 
 def same_tokenizer(one: Path, other: Path) -> bool:
@@ -140,6 +169,13 @@ def make_tokenizer(parameters: TokenizerParameters, texts: Iterable[str], direct
     if isinstance(parameters, BytesTokenizer):
         return Tokenizer(None)
     from tokenizers import Tokenizer as Backend
+
+    if isinstance(parameters, HuggingfaceTokenizer):
+        content, end = _huggingface(parameters, directory)
+        backend = Backend.from_str(content)
+        backend.no_truncation()
+        backend.no_padding()
+        return Tokenizer(backend, end)
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if isinstance(parameters, Gpt2Tokenizer):
@@ -164,6 +200,11 @@ def make_tokenizer(parameters: TokenizerParameters, texts: Iterable[str], direct
 
 def tokenizer_fingerprint(parameters: TokenizerParameters, directory: Path) -> dict[str, str]:
     """Digests of the tokenizer's files. Raises UserError if one is missing."""
+    if isinstance(parameters, HuggingfaceTokenizer):
+        import hashlib
+
+        content, end = _huggingface(parameters, directory)
+        return {"tokenizer": hashlib.sha256(content.encode()).hexdigest(), "end_of_text": str(end)}
     if not isinstance(parameters, Gpt2Tokenizer):
         return {}
     import hashlib
@@ -172,6 +213,64 @@ def tokenizer_fingerprint(parameters: TokenizerParameters, directory: Path) -> d
         name: hashlib.sha256(_existing(directory / getattr(parameters, name)).read_bytes()).hexdigest()
         for name in ("vocab", "merges")
     }
+
+
+def _huggingface(parameters: HuggingfaceTokenizer, directory: Path) -> tuple[str, int]:
+    """Content of `tokenizer.json`, and the id of the token behind every document.
+
+    Raises:
+        UserError: no such file, no tokenizer, or a token that it does not have.
+    """
+    path = directory / parameters.path / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"tokenizer.path: there is no {path}",
+            "name the directory of a Hugging Face model, relative to the workflow file; where it has only other files: "
+            "`AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)` writes tokenizer.json",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        known = _tokens(json.loads(text))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"tokenizer.path: {path} is no tokenizer: {error!r}", "copy it again from the model") from None
+    name = parameters.end_of_text or _end_of_sequence(path.with_name("tokenizer_config.json"))
+    special = ", ".join(f"`{token}`" for token in list(known.special)[:8])
+    hint = f"for example `end_of_text: …` with one of {special}" if special else "give `end_of_text:` one of its tokens"
+    if name is None:
+        raise UserError(
+            f"tokenizer.end_of_text: {path.parent} names no `eos_token`, and a token must stand between documents", hint
+        )
+    if name not in known.ids:
+        raise UserError(f"tokenizer.end_of_text: {path} has no token `{name}`", hint)
+    return text, known.ids[name]
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Token → id, and those that stand for no text."""
+
+    ids: dict[str, int]
+    special: tuple[str, ...]
+
+
+def _tokens(content: dict[str, Any]) -> _Tokens:
+    vocabulary = content["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: (token, score), the id is the place
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    added = content.get("added_tokens") or []
+    special = tuple(token["content"] for token in added if token.get("special"))
+    return _Tokens({**vocabulary, **{token["content"]: int(token["id"]) for token in added}}, special)
+
+
+def _end_of_sequence(path: Path) -> str | None:
+    """`eos_token` of a `tokenizer_config.json`: a text, or a mapping with its `content`."""
+    if not path.is_file():
+        return None
+    try:
+        token = json.loads(path.read_bytes()).get("eos_token")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"tokenizer.path: {path} cannot be read: {error}", "copy it again from the model") from None
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _existing(path: Path) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from polytrope.pipeline.data.records import OpenRecord, read_record, write_json, write_record
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.support.text import suggest
 
 TRAINING_FILE = "training.json"
 HISTORY_FILE = "history.json"
@@ -64,6 +66,27 @@ def read_training(directory: Path) -> Training | None:
     """
     path = directory / TRAINING_FILE
     return read_record(path, Training, _HINT) if path.exists() else None
+
+
+def figure_of_training(directory: Path, name: str) -> tuple[float | None, str | None]:
+    """A figure of the model's training by its name, or why there is none: it diverged, or was not finite.
+
+    Raises:
+        UserError: the model was not trained here, or its training has no such figure.
+    """
+    training = read_training(directory)
+    if training is None:
+        raise UserError(f"{directory} was not trained here, so it has no figures of its own", _HINT)
+    if training.failure is not None:
+        return None, training.failure
+    figures = training.figures()
+    unset = {key for key, value in training if value is None and key in training.model_fields_set}
+    if name not in figures and name not in unset:
+        raise UserError(f"{directory / TRAINING_FILE} has no figure `{name}`", suggest(name, figures))
+    value = figures.get(name)
+    if value is None or not math.isfinite(value):
+        return None, f"{name} is not finite"
+    return float(value), None
 
 
 def read_history(directory: Path) -> list[dict[str, Any]]:

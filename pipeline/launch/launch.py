@@ -19,15 +19,18 @@ from polytrope.pipeline.errors import EXIT_CANCELLED, EXIT_RUN_FAILED, EXIT_SUCC
 from polytrope.pipeline.executors import check_resources
 from polytrope.pipeline.launch.environment import changed_versions, record_environment
 from polytrope.pipeline.launch.failure import failure_lines, way_on
+from polytrope.pipeline.launch.notification import notify
 from polytrope.pipeline.launch.progress import Progress, counts, show_event, summary_rows
 from polytrope.pipeline.runs.journal import ENDED_STATES, Event, RunState, fold
 from polytrope.pipeline.runs.record import check_workflow, workflow_files
 from polytrope.pipeline.runs.spool import SpoolReader
+from polytrope.pipeline.stage import module_being_loaded
 from polytrope.pipeline.store.store import Store, store_error
 from polytrope.pipeline.support.files import replace_file, safe_name
 from polytrope.pipeline.support.signal_mask import signals_blocked
 from polytrope.pipeline.support.streams import Output
-from polytrope.pipeline.support.text import command, complete_commands, format_duration
+from polytrope.pipeline.support.terminal import columns, wrapped
+from polytrope.pipeline.support.text import command, complete_commands, count, format_duration
 from polytrope.pipeline.tracking.loggers import check_loggers, logger_directory, read_problems, start_loggers
 from polytrope.pipeline.tracking.process import check_tracking, failed_sync, start_sync, tracking_uri, wait_for_sync
 from polytrope.pipeline.workflow.draw import layout, svg
@@ -41,7 +44,7 @@ _SYNC_PATIENCE = 20.0  # seconds without progress that a finished run waits for 
 _CACHED_PATIENCE = 1.5  # the same for a run that computed nothing
 
 
-def run(
+def launch(
     workflow: Workflow,
     *,
     executor: str | None = None,
@@ -56,7 +59,7 @@ def run(
     graph: dict[str, StageNode] | None = None,
     stream: TextIO | None = None,
 ) -> RunState:
-    """Run a workflow, or go on with a run of it.
+    """Run a workflow, or go on with a run of it, and return its state also when it fails.
 
     Args:
         workflow: from `load_workflow`, or made in Python.
@@ -78,6 +81,11 @@ def run(
     Raises:
         UserError: refused; nothing was started.
     """
+    if (module := module_being_loaded()) is not None:
+        raise UserError(
+            f"the module `{module}` starts a run when it is imported, and it is imported for a stage of that run",
+            'put the call below `if __name__ == "__main__":`, or the stage into a module of its own',
+        )
     graph = build_graph(workflow) if graph is None else graph
     place = Store(store if store is not None else workflow.store)
     place.create()
@@ -91,6 +99,7 @@ def run(
     if tracking:
         _check_loggers(workflow)
     _check_resources(workflow, graph, executor or workflow.executor)
+    notified = _notified(workflow)
     session = _Session(workflow, graph, place, tracked, tracking, display, observer, stream)
     record = {
         "argv": sys.argv,
@@ -113,6 +122,18 @@ def run(
             )
     finally:
         session.end()
+        if notified is not None and session.directory is not None:
+            notify(notified, session.state, session.directory.name, place.address)
+
+
+def _notified(workflow: Workflow) -> str | None:
+    """The command of `notify:` with the variables that it names."""
+    if workflow.notify is None:
+        return None
+    try:
+        return str(resolve_environment(workflow.notify, os.environ))
+    except UserError as error:
+        raise UserError(f"{workflow.where('notify')}: {error.message}", error.hint) from None
 
 
 @contextlib.contextmanager
@@ -219,7 +240,7 @@ class _Session:
         if self.display == "none":
             return
         if self.display != "quiet":
-            print(self._headline(), file=self.stream, flush=True)
+            print(wrapped(self._headline(), columns(self.stream)), file=self.stream, flush=True)
         self.progress = Progress(
             self.graph, SpoolReader(directory / "spool"), stream=self.stream, quiet=self.display == "quiet"
         )
@@ -253,7 +274,7 @@ class _Session:
     def _headline(self) -> str:
         attempt = "" if self.state.attempt <= 1 else f", attempt {self.state.attempt}"
         return (
-            f"run {self.state.run_id}: {self.workflow.name}, {len(self.graph)} stages, "
+            f"run {self.state.run_id}: {self.workflow.name}, {count(len(self.graph), 'stage')}, "
             f"{self.state.executor} executor{attempt}, store {self.store.address}"
         )
 
@@ -310,7 +331,7 @@ def print_summary(
     """What failed, why and where, and how to go on; then status, metrics, report, and where to browse."""
 
     def say(text: str = "") -> None:
-        print(text, file=stream)
+        print(wrapped(text, columns(stream)), file=stream)
 
     took = "" if state.duration is None else f" in {format_duration(state.duration)}"
     stages = counts(stage.state for stage in state.stages.values())

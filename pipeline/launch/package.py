@@ -6,6 +6,7 @@ import fnmatch
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,10 +51,14 @@ def choose_files(directory: Path) -> Package:
         UserError: more than `LARGEST`, the largest files are named; or git cannot say what it ignores.
     """
     package = Package(directory)
-    for current, directories, names in os.walk(directory):
+
+    def unreadable(error: OSError) -> None:
+        package.left_out.setdefault("cannot be read", []).append(Path(error.filename).relative_to(directory))
+
+    for current, directories, names in os.walk(directory, onerror=unreadable):
         for name in list(directories):
             path = Path(current, name)
-            reason = _reason(name) or ("environments and products" if (path / "pyvenv.cfg").exists() else None)
+            reason = _reason(name) or ("environments and products" if os.path.exists(path / "pyvenv.cfg") else None)
             if reason is None and path.is_symlink():  # `os.walk` does not follow it
                 reason = "links to directories"
             if reason is not None:
@@ -62,6 +67,8 @@ def choose_files(directory: Path) -> Package:
         for name in names:
             path = Path(current, name)
             reason = _reason(name) if path.is_file() else "links to nowhere and special files"
+            if reason is None and not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+                reason = "cannot be read"
             if reason is not None:
                 package.left_out.setdefault(reason, []).append(path.relative_to(directory))
             else:
@@ -77,6 +84,20 @@ def choose_files(directory: Path) -> Package:
             "keep data where the cluster reaches it, add it to .gitignore, or give a smaller `--working-dir`",
         )
     return package
+
+
+def refuse_left_out(package: Package, needed: Iterable[Path]) -> None:
+    """Raise `UserError` where a file that the run needs would stay here; all lie below the package's directory."""
+    reasons = {path: reason for reason, paths in package.left_out.items() for path in paths}
+    for file in needed:
+        path = file.relative_to(package.directory)
+        if path in package.files:
+            continue
+        reason = next((reasons[place] for place in (path, *path.parents) if place in reasons), "not there")
+        raise UserError(
+            f"{path} would not be sent ({reason}), and the run needs it",
+            "move it, rename it, or take it out of .gitignore; `polytrope submit … --dry-run` lists what is sent",
+        )
 
 
 def copy_files(package: Package, target: Path) -> None:

@@ -191,6 +191,7 @@ class Progress:
         table = Table.grid(padding=(0, 1))
         for justify in ("left", "left", "left", "right", *(["left"] if wide else []), "left"):
             table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.columns[1].no_wrap = table.columns[-1].no_wrap = False  # where room is short, these alone give way
         with self._lock:
             shown, hidden = self._visible()
             for view in shown:
@@ -204,11 +205,11 @@ class Progress:
                 detail = view.detail.split("\n")[0] or (view.said.text() if running else view.said.message)
                 table.add_row(
                     Text(mark, style=style),
-                    Text(view.name, style="bold" if running else "", overflow="ellipsis"),
+                    Text(view.name, style="bold" if running else "", no_wrap=True, overflow="ellipsis"),
                     Text(view.state if view.attempt == 1 else f"{view.state} ({view.attempt})", style=style),
                     "" if seconds is None else format_duration(seconds),
                     *([bar] if wide else []),
-                    Text(detail, style="red" if view.state == "failed" else "", overflow="ellipsis"),
+                    Text(detail, style="red" if view.state == "failed" else "", no_wrap=True, overflow="ellipsis"),
                 )
         for state, count in hidden.items():
             table.add_row("", Text(f"… {count} {state}", style="dim"))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polytrope
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.package import Package, copy_files
 
@@ -175,6 +176,8 @@ def submit(
 def _package_source(directory: Path) -> Path:
     """A copy of this polytrope's source in the layout that Python imports."""
     root = directory / "polytrope"
+    root.mkdir()
+    shutil.copy(Path(str(polytrope.__file__)), root)
     source = Path(__file__).parents[2]  # the repository, or the installed package: of one layout
     for folder in ("ops", "models", "pipeline", "infra/deepspeed"):
         shutil.copytree(

@@ -65,7 +65,7 @@ def subworkflow(
     context: StageContext, parameters: SubworkflowParameters, workflow: Artifact | None = None
 ) -> dict[str, float]:
     """Run another workflow, from a file or from the output of an earlier stage, and keep its results."""
-    from polytrope.pipeline.launch.launch import run
+    from polytrope.pipeline.launch.launch import launch
     from polytrope.pipeline.runs.journal import Event
     from polytrope.pipeline.store.store import Store
 
@@ -81,7 +81,7 @@ def subworkflow(
             context.progress(ended, len(graph), f"{event.stage} {event.type.removeprefix('stage_')}")
 
     run_id = f"{context.run_id}-{context.key[:12]}"
-    state = run(
+    state = launch(
         inner, executor=context.executor, store=context.store, run_id=run_id, tracking=False, observer=show, graph=graph
     )
     if state.status != "succeeded":

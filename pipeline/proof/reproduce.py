@@ -14,8 +14,7 @@ from polytrope.pipeline.engine.options import new_run_id
 from polytrope.pipeline.engine.returned import with_stored
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.environment import compare_environments
-from polytrope.pipeline.launch.launch import Display
-from polytrope.pipeline.launch.launch import run as launch
+from polytrope.pipeline.launch.launch import Display, launch
 from polytrope.pipeline.runs.journal import RunState, StageState, fold, read
 from polytrope.pipeline.store.manifest import StoredArtifact
 from polytrope.pipeline.store.store import Store
@@ -83,7 +82,7 @@ def reproduce_run(
         stage: compute only this one, on the recorded results of those before it.
         executor: by default the recorded one.
         tolerance: relative difference of summary metrics that is accepted where bytes cannot be equal.
-        display: see `launch.run`.
+        display: see `launch`.
 
     Raises:
         UserError: nothing to reproduce, unknown stage, a place that exists, or whatever `run` refuses.

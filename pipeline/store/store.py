@@ -33,6 +33,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -125,10 +126,14 @@ class Store:
     def __init__(self, address: Path | str) -> None:
         self._bucket: Bucket | None = None
         backend: Backend
-        if "://" in str(address):
-            if str(address).partition("://")[0] not in SCHEMES:
+        scheme = re.match(r"([A-Za-z][\w+.-]+):/", str(address))  # one letter is a drive
+        if scheme is not None:
+            if scheme[1] not in SCHEMES or "://" not in str(address):
                 ways = ", ".join(f"`{scheme}://bucket/prefix`" for scheme in SCHEMES)
-                raise UserError(f"store: `{address}` is neither a directory nor one of {ways}")
+                raise UserError(
+                    f"store: `{address}` is neither a directory nor one of {ways}",
+                    "give a directory, or such an address",
+                )
             backend = self._bucket = Bucket(str(address))
             self._here = _cache_directory(backend.address)
             self._copies = RunCopies(backend, self._here)

@@ -78,6 +78,11 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return "there is " + ", ".join(f"`{item}`" for item in names[:20]) + (" …" if len(names) > 20 else "")
 
 
+def count(number: int, noun: str, plural: str = "") -> str:
+    """`1 stage`, `2 stages`."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def format_duration(seconds: float) -> str:
     """`35 ms`, `0.4 s`, `12 s`, `3 min 05 s`, `2 h 07 min`."""
     if seconds < 0.0995:

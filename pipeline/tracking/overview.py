@@ -47,11 +47,13 @@ def comparisons(state: RunState) -> dict[str, Comparison]:
         if bracket and stage.summary:
             axes = dict(part.partition("=")[::2] for part in inside.removesuffix("]").split(","))
             branches.setdefault(spec_name, []).append((axes, stage.summary))
-    return {
-        name: Comparison(name, tuple(found[0][0]), tuple((tuple(axes.values()), values) for axes, values in found))
-        for name, found in branches.items()
-        if len(found) > 1
-    }
+    return {name: _comparison(name, found) for name, found in branches.items() if len(found) > 1}
+
+
+def _comparison(stage: str, found: Sequence[tuple[Mapping[str, str], Mapping[str, float]]]) -> Comparison:
+    """Branches that `include` made may lack an axis or have one more: an empty text stands in its place."""
+    axes = tuple(dict.fromkeys(axis for labels, _ in found for axis in labels))
+    return Comparison(stage, axes, tuple((tuple(labels.get(axis, "") for axis in axes), row) for labels, row in found))
 
 
 def draw(comparison: Comparison) -> bytes:

@@ -25,6 +25,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+import polytrope
 from polytrope.pipeline.errors import UserError
 
 _OTHER_SUFFIXES = (".c", ".cc", ".cpp", ".cxx", ".cu", ".cuh", ".h", ".hpp", ".html", ".css")
@@ -226,6 +227,10 @@ class _Closure:
             above = package.split(".")[: -(dots - 1) or None] if dots and package else []
             base = ".".join([*above, module] if module else above)
             if not base:
+                continue
+            if base == "polytrope":  # which defines nothing itself: the modules behind what is named, or behind all
+                places = polytrope.PLACES
+                yield from (places.get(name, f"{base}.{name}") for name in (names if set(names) - {"*"} else places))
                 continue
             yield base
             for name in self._exported(base) if names == ("*",) else names:

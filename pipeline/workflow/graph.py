@@ -1,14 +1,13 @@
-"""From the workflow file to the nodes that run: matrix expansion, dependencies, validated parameters, order."""
+"""From the workflow file to the nodes that run: dependencies, validated parameters, order."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
 import os
 import sys
 import traceback
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
 from dataclasses import fields as dataclass_fields
 from heapq import heapify, heappop, heappush
@@ -18,16 +17,18 @@ from typing import Any
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import BUILTIN_STAGES, Resources, StageDefinition, load_stage
+from polytrope.pipeline.stage import Resources, StageDefinition, load_stage
 from polytrope.pipeline.support.text import suggest
 from polytrope.pipeline.workflow.code import Code, read_code
 from polytrope.pipeline.workflow.conditions import condition_stages, evaluate_condition
 from polytrope.pipeline.workflow.encoding import encode_fields
 from polytrope.pipeline.workflow.loaded import stale_module
+from polytrope.pipeline.workflow.matrix import Branch, branches, node_name
 from polytrope.pipeline.workflow.reads import read_digests
 from polytrope.pipeline.workflow.references import environment_names, has_reference, resolve_environment, substitute
+from polytrope.pipeline.workflow.refusals import named_field, validation_error
 from polytrope.pipeline.workflow.source import KeyPath
-from polytrope.pipeline.workflow.spec import StageSpec, Workflow, validation_error
+from polytrope.pipeline.workflow.spec import StageSpec, Workflow
 
 NodeInput = str | dict[str, str] | None
 
@@ -53,6 +54,7 @@ class StageNode:
         reads: file → sha256 of the data files that the stage or the workflow file names.
         read_patterns: how the workflow file names them.
         fingerprint: what the stage says beyond its parameters decides the result.
+        promise: what it says of its result before it runs; None: nothing.
         after: nodes that must end first, without being an input (`after:`, and stages read by `when:`).
         secrets: names of the environment variables that the worker needs for `${env.NAME}`.
         matrix: axis → value of this branch, for `when:`.
@@ -74,6 +76,7 @@ class StageNode:
     reads: dict[str, str] = field(default_factory=dict, kw_only=True)
     read_patterns: tuple[str, ...] = field(default=(), kw_only=True)
     fingerprint: dict[str, str] = field(default_factory=dict)
+    promise: Any = field(default=None, kw_only=True)
     after: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
     matrix: dict[str, Any] = field(default_factory=dict)
@@ -174,7 +177,7 @@ def build_graph(
     """
     if str(workflow.directory) not in sys.path:  # stages of one's own may stand beside the workflow file
         sys.path.append(str(workflow.directory))
-    names = _Names({name: _branches(workflow, name, spec) for name, spec in workflow.stages.items()}, workflow.returned)
+    names = _Names({name: branches(workflow, name, spec) for name, spec in workflow.stages.items()}, workflow.returned)
     drafts: dict[str, StageNode] = {}
     stages = _Stages(workflow, known or {})
     for spec_name, spec in workflow.stages.items():
@@ -187,10 +190,10 @@ def build_graph(
     for name in ordered:
         before = (known or {}).get(name)
         finished[name] = before if before and not before.open else _checked(workflow, drafts[name], finished)
+    for name, node in finished.items():  # last: it may read all of a corpus
+        if node is not (known or {}).get(name):
+            finished[name] = _fingerprinted(workflow, node)
     return finished
-
-
-Branch = tuple[dict[str, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -247,53 +250,6 @@ def scoped_names(scope: str, name: str) -> list[str]:
     return names
 
 
-def _branches(workflow: Workflow, name: str, spec: StageSpec) -> list[Branch]:
-    """(axis → label, axis → value) of every combination, in the order of the file."""
-    if not spec.matrix:
-        return [({}, {})]
-    labelled: list[list[tuple[str, str, Any]]] = []
-    for axis, values in spec.matrix.items():
-        labels = [_label(value, index) for index, value in enumerate(values)]
-        twice = [label for label, count in Counter(labels).items() if count > 1]
-        if twice:
-            raise UserError(
-                f"{workflow.where('stages', name, 'matrix', axis)}: two values have the label `{twice[0]}`",
-                "make the values different, or give each mapping its own `label:`",
-            )
-        labelled.append([(axis, label, _unlabelled(value)) for label, value in zip(labels, values, strict=True)])
-    return [
-        ({axis: label for axis, label, _ in combination}, {axis: value for axis, _, value in combination})
-        for combination in itertools.product(*labelled)
-    ]
-
-
-def _unlabelled(value: Any) -> Any:
-    """The value without the name of its branch."""
-    return {key: item for key, item in value.items() if key != "label"} if isinstance(value, dict) else value
-
-
-def _label(value: Any, index: int) -> str:
-    """What the branch is called: the value, or of a mapping its `label`, else its `name`, else its place."""
-    if isinstance(value, dict):
-        text = str(value.get("label", value.get("name", index)))
-    elif isinstance(value, bool) or value is None:
-        text = {True: "true", False: "false", None: "null"}[value]
-    elif isinstance(value, list):
-        text = "-".join(_label(item, position) for position, item in enumerate(value))
-    else:
-        text = str(value)
-    for character in "[],=":
-        text = text.replace(character, "_")
-    return text
-
-
-def node_name(spec_name: str, branch: Mapping[str, str]) -> str:
-    """`train`, or `train[activation=gelu,degree=3]`."""
-    if not branch:
-        return spec_name
-    return f"{spec_name}[{','.join(f'{axis}={label}' for axis, label in branch.items())}]"
-
-
 @dataclass(frozen=True)
 class _Loaded:
     """A stage function, its code, and the data files that it declares."""
@@ -333,10 +289,7 @@ class _Stages:
                     )
             return _Loaded(definition, read_code(definition.modules), _declared(definition))
         except UserError as error:
-            hint = error.hint
-            if ":" not in uses:
-                hint = f"{suggest(uses, BUILTIN_STAGES)} ({hint})"
-            raise UserError(f"{place}: {error.message}", hint) from None
+            raise UserError(f"{place}: {error.message}", error.hint) from None
         except Exception as error:  # the user's module is run by its import, and may raise anything
             frames = traceback.extract_tb(error.__traceback__)
             known = frames and not isinstance(error, SyntaxError)
@@ -490,7 +443,7 @@ def _parameters(workflow: Workflow, name: str, definition: StageDefinition, valu
             dotted = ".".join(map(str, path))
             return found.removesuffix(f": {dotted}") if found != dotted else ""
 
-        result = validation_error(error, model, ("stages", name, "with"), where)
+        result = validation_error(error, model, values, ("stages", name, "with"), where)
         hint = result.hint or f"`polytrope stages {definition.uses}` describes the parameters"
         raise UserError(result.message, hint) from None
 
@@ -615,10 +568,13 @@ def _resolve(place: str, reference: str, branch: Mapping[str, str], names: _Name
         return found
     if not branch:
         return candidates
-    shared = [axis for axis in candidates[0][1] if axis in branch]
-    matching = [item for item in candidates if all(item[1][axis] == branch[axis] for axis in shared)]
+    same = [item for item in candidates if item[1] == branch]
+    matching = same or [
+        item for item in candidates if all(branch.get(axis, label) == label for axis, label in item[1].items())
+    ]
     if not matching:
-        wanted = ", ".join(f"{axis}={branch[axis]}" for axis in shared)
+        axes = dict.fromkeys(axis for _, labels in candidates for axis in labels if axis in branch)
+        wanted = ", ".join(f"{axis}={branch[axis]}" for axis in axes)
         raise UserError(f"{place}: `{reference}` has no branch with {wanted}", "give both stages the same values")
     return matching
 
@@ -680,29 +636,51 @@ def _cycle(nodes: Mapping[str, StageNode], stuck: set[str]) -> list[str]:
 
 
 def _checked(workflow: Workflow, node: StageNode, finished: Mapping[str, StageNode]) -> StageNode:
-    """Ask the stage itself: `check` of parameters against its upstream, and the `fingerprint` of the files it reads."""
+    """Ask the stage itself: `check` of parameters against its upstream, and what its result `promise`s to be."""
     options = node.definition.options
-    if options.check is None and options.fingerprint is None:
+    if node.open:  # it is asked when all its inputs are known
         return node
-    try:
-        if options.check is not None and not node.open:  # else it is asked when all its inputs are known
-            upstream: dict[str, Any] = {}
-            for key, value in node.inputs.items():
-                if isinstance(value, dict):
-                    upstream[key] = {label: finished[name].parameters for label, name in value.items()}
-                else:
-                    upstream[key] = finished[value].parameters if value else None
-            options.check(node.parameters, upstream)
-        if options.fingerprint is None:
+    with _saying_where(workflow, node):
+        if options.check is not None:
+            options.check(node.parameters, _upstream(node, finished, lambda source: source.parameters))
+        if options.promise is None:
             return node
-        fingerprint = dict(options.fingerprint(node.parameters, workflow.directory))
+        upstream = _upstream(node, finished, lambda source: source.promise)
+        return replace(node, promise=options.promise(node.parameters, upstream, node.resources))
+
+
+def _fingerprinted(workflow: Workflow, node: StageNode) -> StageNode:
+    """With the `fingerprint` of the files that it reads."""
+    fingerprint = node.definition.options.fingerprint
+    if fingerprint is None:
+        return node
+    with _saying_where(workflow, node):
+        return replace(node, fingerprint=dict(fingerprint(node.parameters, workflow.directory)))
+
+
+@contextlib.contextmanager
+def _saying_where(workflow: Workflow, node: StageNode) -> Iterator[None]:
+    """What a stage refuses gets its place; the stage names the field itself."""
+    try:
+        yield
     except UserError as error:
-        field, _, rest = error.message.partition(": ")
-        if rest and field.split(".")[0] in type(node.parameters).model_fields:  # the stage names the parameter itself
-            place = workflow.where("stages", node.spec_name, "with", *field.split("."))
-            raise UserError(f"{place}: {rest}", error.hint) from None
-        raise UserError(f"{workflow.where('stages', node.spec_name)}: {error.message}", error.hint) from None
-    return replace(node, fingerprint=fingerprint)
+        own = type(node.parameters).model_fields
+        path, rest = named_field(error.message, dict.fromkeys([*own, "inputs", "resources"]))
+        if path and path[0] in own:
+            path = ("with", *path)
+        raise UserError(f"{workflow.where('stages', node.spec_name, *path)}: {rest}", error.hint) from None
+
+
+def _upstream(node: StageNode, finished: Mapping[str, StageNode], known: Callable[[StageNode], Any]) -> dict[str, Any]:
+    """What is known of the stage behind each input; of a fan-in by label."""
+    return {
+        key: {label: known(finished[name]) for label, name in value.items()}
+        if isinstance(value, dict)
+        else known(finished[value])
+        if value
+        else None
+        for key, value in node.inputs.items()
+    }
 
 
 def condition_holds(node: StageNode, params: Mapping[str, Any], summaries: Mapping[str, Mapping[str, float]]) -> bool:

@@ -50,7 +50,7 @@ def substitute(value: Any, scopes: Mapping[str, Mapping[str, Any]], *, keep: Ite
         if scope in kept and dot:
             return whole
         if scope not in scopes or not dot:
-            known = [*scopes, *kept]
+            known = [*scopes, *sorted(kept)]
             raise UserError(
                 f"unknown reference `{whole}`",
                 "references are "

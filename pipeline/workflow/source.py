@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 import yaml
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.support.text import suggest
 
 KeyPath = tuple[str | int, ...]
 
@@ -108,7 +109,8 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"no workflow file `{path}`", "see `ls workflows/` for ready ones") from None
+        there = [item.name for item in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise UserError(f"no workflow file `{path}`", suggest(path.name, there) or "give the path of one") from None
     except IsADirectoryError:
         raise UserError(f"`{path}` is a directory, not a workflow file", f"see `ls {path}`") from None
     except (OSError, UnicodeDecodeError) as error:

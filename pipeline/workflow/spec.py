@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from polytrope.pipeline.support.executor_table import DEFAULT_EXECUTOR, EXECUTOR
 from polytrope.pipeline.support.text import suggest
 from polytrope.pipeline.workflow.encoding import decode, encode_plain_fields
 from polytrope.pipeline.workflow.references import has_reference, substitute
+from polytrope.pipeline.workflow.refusals import show, validation_error
 from polytrope.pipeline.workflow.source import KeyPath, Source, locate, parse_value, read_source
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
@@ -57,9 +58,11 @@ def parse_memory(value: Any) -> Any:
     return value
 
 
-Duration = typing.Annotated[float, BeforeValidator(parse_duration)]
-Memory = typing.Annotated[int, BeforeValidator(parse_memory)]
+_NUMBER_OR_TEXT = WithJsonSchema({"type": ["number", "string"]})
+Duration = typing.Annotated[float, BeforeValidator(parse_duration), _NUMBER_OR_TEXT]
+Memory = typing.Annotated[int, BeforeValidator(parse_memory), _NUMBER_OR_TEXT]
 InputReference = str | list[str] | dict[str, str]
+MATRIX_CHANGES = ("include", "exclude")  # keys of a matrix that are no axes: lists of {axis: value}
 
 
 def _known_executor(name: str) -> str:
@@ -123,7 +126,10 @@ class StageSpec(BaseModel):
     )
     timeout: Duration | None = Field(default=None, gt=0, description="limit per attempt, such as 600 or 10m")
     when: str | None = Field(default=None, description="condition; the stage is skipped where it is false")
-    matrix: dict[str, list[Any]] = Field(default={}, description="axis → values: one branch per combination")
+    matrix: dict[str, list[Any]] = Field(
+        default={},
+        description="axis → values: one branch per combination, without `exclude:`, and with what `include:` adds",
+    )
     after: list[str] = Field(default=[], description="stages that must end before this one, beside its inputs")
     environment: list[str] = Field(default=[], description="environment variables that decide the result")
     reads: list[str] = Field(
@@ -151,7 +157,11 @@ class StageSpec(BaseModel):
         for axis, values in value.items():
             if not _NAME.fullmatch(axis):
                 raise ValueError(f"the axis name `{axis}` may hold letters, digits, `_` and `-`")
-            if not values:
+            if axis in MATRIX_CHANGES:
+                for entry in values:
+                    if not isinstance(entry, dict) or not entry or not all(_NAME.fullmatch(str(key)) for key in entry):
+                        raise ValueError(f"`{axis}`: expected a list of `{{axis: value}}`, got {show(entry)} in it")
+            elif not values:
                 raise ValueError(f"the axis `{axis}` has no values")
         return value
 
@@ -175,6 +185,11 @@ class Workflow(BaseModel):
     ray_address: str | None = Field(default=None, description="an existing cluster; by default one is started here")
     concurrency: int | None = Field(default=None, ge=1, description="stages that run at the same time, at most")
     fail_fast: bool = Field(default=True, description="stop at the first failed stage; false: go on with the others")
+    notify: str | None = Field(
+        default=None,
+        description="shell command at the end of every run, which gets $POLYTROPE_STATUS, $POLYTROPE_RUN, "
+        "$POLYTROPE_WORKFLOW, $POLYTROPE_STORE and all of these in words, $POLYTROPE_MESSAGE",
+    )
     stages: dict[str, StageSpec] = Field(description="the DAG", min_length=1)
 
     _source: Path | None = PrivateAttr(default=None)
@@ -227,12 +242,12 @@ class Workflow(BaseModel):
             if not _NAME.fullmatch(name):
                 raise UserError(f"{'.'.join(path)}: the stage name may hold letters, digits, `_` and `-`")
             if not isinstance(stage, dict):
-                raise UserError(f"{'.'.join(path)}: expected `uses:`, `with:`, `inputs:`, …, got {_show(stage)}")
+                raise UserError(f"{'.'.join(path)}: expected `uses:`, `with:`, `inputs:`, …, got {show(stage)}")
             data = _substitute_stage(Source({}, {}), path[1], stage, self.params)
             try:
                 further[path[1]] = StageSpec.model_validate(data)
             except ValidationError as error:
-                raise validation_error(error, StageSpec, path, lambda _: "") from None
+                raise validation_error(error, StageSpec, data, path, lambda _: "") from None
         grown = self.model_copy(update={"stages": {**self.stages, **further}})
         grown._returned = self._returned | {parent}
         return grown
@@ -258,7 +273,7 @@ class Workflow(BaseModel):
         return _build(located, directory, source)
 
 
-def load_workflow(path: str | Path, overrides: Iterable[str] = (), *, directory: Path | None = None) -> Workflow:
+def load_workflow(path: str | Path, overrides: Iterable[str] = (), *, directory: str | Path | None = None) -> Workflow:
     """Read, merge, override, substitute and validate a workflow file.
 
     Args:
@@ -270,10 +285,11 @@ def load_workflow(path: str | Path, overrides: Iterable[str] = (), *, directory:
         UserError: whatever is wrong, naming file, line and field.
     """
     path = Path(path)
+    directory = path.resolve().parent if directory is None else Path(directory)
     source = read_source(path)
     for override in overrides:
         _override(source, override)
-    return _build(source, directory or path.resolve().parent, path.resolve())
+    return _build(source, directory, path.resolve())
 
 
 def _override(source: Source, text: str) -> None:
@@ -309,7 +325,7 @@ def _build(source: Source, directory: Path, path: Path | None) -> Workflow:
     try:
         workflow = Workflow.model_validate(data)
     except ValidationError as error:
-        raise validation_error(error, Workflow, (), source.where) from None
+        raise validation_error(error, Workflow, data, (), source.where) from None
     workflow._source = path
     workflow._directory = directory
     workflow._locations = source.locations
@@ -393,106 +409,3 @@ def _resolve_params(source: Source, params: dict[str, Any]) -> dict[str, Any]:
     for name in params:
         resolve(name)
     return {name: resolved[name] for name in params}
-
-
-def validation_error(
-    error: ValidationError, model: type[BaseModel], prefix: KeyPath, where: Callable[[KeyPath], str]
-) -> UserError:
-    """One `UserError` from pydantic's, a line per problem: location, field, what is accepted, what was given.
-
-    Args:
-        error: of `model`.
-        model: to suggest the nearest field for an unknown one.
-        prefix: path of the validated data in the workflow file, such as ("stages", "train", "with").
-        where: from a path to `file:line`, or "" if unknown.
-    """
-    lines: list[str] = []
-    hints: list[str] = []
-    seen: set[tuple[Any, ...]] = set()
-    for problem in error.errors(include_url=False, include_context=True):
-        location = _readable_location(model, problem["loc"])
-        if location in seen:  # the other members of a union fail as well; the first one speaks
-            continue
-        seen.add(location)
-        path = (*prefix, *location)
-        place = where(path)
-        dotted = ".".join(map(str, path))
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            hint = suggest(str(location[-1]), _fields_at(model, location[:-1]))
-            message = f"unknown key `{location[-1]}`"
-            dotted = ".".join(map(str, path[:-1])) or "top level"
-        elif problem["type"] == "missing":
-            message, hint = "this field is required", ""
-        else:
-            hint = ""
-            if problem["type"] != "value_error":
-                message += f", got {_show(problem['input'])}"
-            elif not isinstance(problem["input"], dict | list):
-                message += f" (got {_show(problem['input'])})"
-        lines.append(": ".join(part for part in (place, dotted, message) if part))
-        if hint and hint not in hints:
-            hints.append(hint)
-    if len(lines) > 8:
-        lines = [*lines[:8], f"… and {len(lines) - 8} more"]
-    return UserError("\n".join(lines), "; ".join(hints))
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _readable_location(model: type[BaseModel], location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Drop what pydantic adds for unions and keys (`str`, `list[str]`, `[key]`): it is not a field of the file."""
-    kept: list[str | int] = []
-    current: Any = model
-    for part in location:
-        if isinstance(part, str):
-            fields = _model_fields(current)
-            if fields is None and (part == "[key]" or re.fullmatch(r"[a-z]+\[.*\]|str|int|float|bool|none", part)):
-                if part == "[key]":
-                    kept.pop()
-                continue
-            if part.startswith(("function-", "constrained-", "nullable", "lax-or-strict", "literal[")):
-                continue
-        kept.append(part)
-        current = _step(current, part)
-    return tuple(kept)
-
-
-def _model_fields(annotation: Any) -> dict[str, Any] | None:
-    """Name (as in the file) → annotation of the first model in `annotation`, None if there is no model."""
-    for item in _alternatives(annotation):
-        if isinstance(item, type) and issubclass(item, BaseModel):
-            return {info.alias or name: info.annotation for name, info in item.model_fields.items()}
-    return None
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    arguments = typing.get_args(annotation)
-    if typing.get_origin(annotation) in (typing.Union, type(int | str)):
-        return [leaf for item in arguments for leaf in _alternatives(item)]
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _alternatives(arguments[0])
-    return [annotation]
-
-
-def _step(annotation: Any, part: str | int) -> Any:
-    fields = _model_fields(annotation)
-    if fields is not None:
-        return fields.get(str(part))
-    for item in _alternatives(annotation):
-        arguments = typing.get_args(item)
-        if typing.get_origin(item) is dict and isinstance(part, str):
-            return arguments[1]
-        if typing.get_origin(item) in (list, tuple) and isinstance(part, int):
-            return arguments[0]
-    return None
-
-
-def _fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
-    current: Any = model
-    for part in location:
-        current = _step(current, part)
-    return list(_model_fields(current) or {})

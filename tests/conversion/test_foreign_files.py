@@ -16,8 +16,8 @@ from safetensors.torch import save_model as save_safetensors_model
 from torch import nn
 
 from polytrope.models import ARCHITECTURES, build_model, find_architecture
-from polytrope.models.activations import activation_configs
 from polytrope.models.checkpoint import activation_modules, load_model, save_model
+from polytrope.models.configurations import activation_configs
 from polytrope.models.foreign import original_settings
 from polytrope.models.formats import read_model
 from polytrope.models.formats.deepspeed import read_state

@@ -15,7 +15,7 @@ from mlflow_support import Server
 from s3_support import S3Server, bucket_on
 
 from polytrope.pipeline.commands.cli import main
-from polytrope.pipeline.launch.launch import run
+from polytrope.pipeline.launch.launch import launch
 from polytrope.pipeline.runs.journal import RunState, fold, read
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.workflow.spec import load_workflow
@@ -51,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
         content = {"name": "cold", "executor": "local", "tracking": {"uri": mlflow.uri}, "stages": stages}
         (directory / "w.yaml").write_text(yaml.safe_dump(content))
         monkeypatch.chdir(directory)
-        state = run(load_workflow(directory / "w.yaml"), store=address, run_id="first", tracking=False)
+        state = launch(load_workflow(directory / "w.yaml"), store=address, run_id="first", tracking=False)
         assert state.status == "succeeded", {name: stage.error for name, stage in state.stages.items()}
         (directory / "cache").rename(directory / "gone")
         yield Finished(address, state, mlflow)
@@ -76,7 +76,7 @@ def test_sync_sends_pages_and_data_sets(cold: Finished) -> None:
 def test_sync_says_what_it_cannot_send(cold: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     """The artifact went to quarantine: its page is missing in MLflow, and the exit code says so."""
     workflow = load_workflow("w.yaml", ["stages.train.with.note=again", "name=again"])
-    state = run(workflow, store=cold.address, run_id="again", tracking=False)
+    state = launch(workflow, store=cold.address, run_id="again", tracking=False)
     store = Store(cold.address)
     assert store.quarantine(state.stages["train"].key or "", ["on purpose"])
     assert main(["sync", "again", "--store", cold.address]) == 1

@@ -13,9 +13,9 @@ from polytrope.models import build_model
 from polytrope.models.checkpoint import save_model
 from polytrope.models.convnext import (
     ARCHITECTURE,
+    CONVNEXT_PRESETS,
     HUGGINGFACE_ALIASES,
     HUGGINGFACE_DEFAULTS,
-    PRESETS,
     ConvNeXt,
     ConvNeXtConfig,
     config_from_huggingface,
@@ -160,7 +160,7 @@ def test_loads_its_own_names_and_refuses_another_size() -> None:
 def test_presets_have_the_published_parameter_counts() -> None:
     for name, millions in (("convnext-atto", 3.7), ("convnext-tiny", 28.6), ("convnext-large", 197.8)):
         with torch.device("meta"):
-            model = ConvNeXt(ConvNeXtConfig(**PRESETS[name]))  # type: ignore[arg-type]
+            model = ConvNeXt(ConvNeXtConfig(**CONVNEXT_PRESETS[name]))  # type: ignore[arg-type]
         assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
@@ -197,7 +197,7 @@ def test_a_model_in_half_precision_takes_the_images_of_a_data_set_and_learns(dty
 def test_one_activation_per_block() -> None:
     model = make_model(activation=["gelu", {"name": "hermite", "degree": 3}, "gelu"])
     assert [bool(list(block.act.parameters())) for block in model.blocks] == [False, True, False]
-    with pytest.raises(ValueError, match="1 entries for 3 layers"):
+    with pytest.raises(ValueError, match="length 1 for 3 layers"):
         make_model(activation=["gelu"])
     with pytest.raises(ValueError, match="equally long lists"):
         make_model(dims=[8])
@@ -207,5 +207,5 @@ def test_operations_per_image_are_those_of_the_paper() -> None:
     """Table 1 of Liu et al. (2022): 4.5 G multiply-adds for a forward pass of ConvNeXt-T at 224 × 224, 15.4 G for B."""
     for name, billions in (("convnext-tiny", 4.5), ("convnext-base", 15.4)):
         with torch.device("meta"):
-            model = ConvNeXt(ConvNeXtConfig(**PRESETS[name]))  # type: ignore[arg-type]
+            model = ConvNeXt(ConvNeXtConfig(**CONVNEXT_PRESETS[name]))  # type: ignore[arg-type]
         assert model.flops_per_image(224, 224) / 6e9 == pytest.approx(billions, abs=0.05)

@@ -20,9 +20,9 @@ from polytrope.models.formats.huggingface import save_huggingface
 from polytrope.models.gpt2 import (
     ARCHITECTURE,
     GPT2,
+    GPT2_PRESETS,
     HUGGINGFACE_ALIASES,
     HUGGINGFACE_DEFAULTS,
-    PRESETS,
     GPT2Config,
     config_from_huggingface,
 )
@@ -303,7 +303,7 @@ def test_one_activation_per_layer() -> None:
     assert outputs[0] == pytest.approx(-0.15865526)
     assert outputs[2] == 0.0
     assert [bool(list(block.mlp.activation.parameters())) for block in model.blocks] == [False, True, False]  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="2 entries for 3 layers"):
+    with pytest.raises(ValueError, match="length 2 for 3 layers"):
         make_model(activation=["gelu", "relu"])
 
 
@@ -319,7 +319,7 @@ def test_activations_by_ranges_of_layers() -> None:
 def test_presets_have_the_published_parameter_counts() -> None:
     for name, millions in (("gpt2", 124.44), ("gpt2-medium", 354.82), ("gpt2-large", 774.03), ("gpt2-xl", 1557.61)):
         with torch.device("meta"):
-            model = GPT2(GPT2Config(**PRESETS[name], activation="gelu_tanh"))  # type: ignore[arg-type]
+            model = GPT2(GPT2Config(**GPT2_PRESETS[name], activation="gelu_tanh"))  # type: ignore[arg-type]
         assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
 
 

@@ -141,6 +141,27 @@ def test_of_polytrope_the_work_counts_and_the_engine_does_not() -> None:
     assert not [label for label in files["report"] if label.startswith("polytrope/models")]
 
 
+@pytest.mark.parametrize(
+    ("text", "reaches_ops", "reaches_models"),
+    [
+        ("from polytrope import Artifact, StageContext", False, False),
+        ("from polytrope import Hermite", True, False),
+        ("from polytrope import ops", True, False),
+        ("from polytrope import read_model", True, True),
+        ("import polytrope", True, True),  # whatever it uses of it
+        ("from polytrope import *", True, True),
+    ],
+)
+def test_what_a_stage_imports_from_polytrope_itself_counts(
+    project: Path, text: str, reaches_ops: bool, reaches_models: bool
+) -> None:
+    (project / "code_test_helper.py").write_text(f"{text}\n")
+    files = code().files
+    assert ("polytrope/ops/modules.py" in files) == reaches_ops
+    assert ("polytrope/models/formats/__init__.py" in files) == reaches_models
+    assert "polytrope/__init__.py" not in files
+
+
 def test_what_has_no_source_or_is_no_python_is_refused_by_name(project: Path) -> None:
     with pytest.raises(UserError, match="module `no_such_module` has no source file"):
         read_code(["no_such_module"])

@@ -96,6 +96,105 @@ def test_a_matrix_becomes_one_node_per_combination_with_its_values() -> None:
     assert graph["make[letter=b,steps=2]"].branch == {"letter": "b", "steps": "2"}
 
 
+def branches(matrix: str) -> list[dict[str, object]]:
+    text = (
+        f"make:\n  uses: graph_test_stages:make\n  matrix:\n{textwrap.indent(textwrap.dedent(matrix).strip(), '    ')}"
+    )
+    return [node.matrix for node in graph_from(text).values()]
+
+
+def test_include_and_exclude_mean_what_github_actions_documents() -> None:
+    """The examples of "Running variations of jobs in a workflow", with the combinations that it lists."""
+    assert branches(
+        """
+        fruit: [apple, pear]
+        animal: [cat, dog]
+        include:
+          - color: green
+          - {color: pink, animal: cat}
+          - {fruit: apple, shape: circle}
+          - {fruit: banana}
+          - {fruit: banana, animal: cat}
+        """
+    ) == [
+        {"fruit": "apple", "animal": "cat", "color": "pink", "shape": "circle"},
+        {"fruit": "apple", "animal": "dog", "color": "green", "shape": "circle"},
+        {"fruit": "pear", "animal": "cat", "color": "pink"},
+        {"fruit": "pear", "animal": "dog", "color": "green"},
+        {"fruit": "banana"},
+        {"fruit": "banana", "animal": "cat"},
+    ]
+    assert branches(
+        """
+        os: [macos, windows]
+        version: [12, 14, 16]
+        environment: [staging, production]
+        exclude:
+          - {os: macos, version: 12, environment: production}
+          - {os: windows, version: 16}
+        """
+    ) == [
+        {"os": "macos", "version": 12, "environment": "staging"},
+        *({"os": "macos", "version": n, "environment": kind} for n in (14, 16) for kind in ("staging", "production")),
+        *({"os": "windows", "version": n, "environment": kind} for n in (12, 14) for kind in ("staging", "production")),
+    ]
+    assert branches("include: [{site: production, datacenter: a}, {site: staging, datacenter: b}]") == [
+        {"site": "production", "datacenter": "a"},
+        {"site": "staging", "datacenter": "b"},
+    ]
+    # what `exclude` took away, `include` may bring back
+    assert branches("x: [1, 2]\nexclude: [{x: 1}]\ninclude: [{x: 1, y: 3}]") == [{"x": 2}, {"x": 1, "y": 3}]
+
+
+def test_entries_name_a_mapping_by_its_label_and_added_branches_connect_like_others() -> None:
+    graph = graph_from(
+        """
+        make: &same
+          uses: graph_test_stages:make
+          matrix: &matrix
+            kind: [plain, {label: h3, name: hermite, degree: 3}]
+            steps: [1, 2]
+            exclude: [{kind: h3, steps: 1}]
+            include: [{kind: h3, rate: 0.1}, {kind: h3, steps: 7}, {kind: new}]
+        use: {uses: "graph_test_stages:use", matrix: *matrix, inputs: {source: make}}
+        join: {uses: "graph_test_stages:join", matrix: {kind: [plain, new]}, inputs: {sources: make}}
+        """
+    )
+    kinds = [
+        "[kind=plain,steps=1]",
+        "[kind=plain,steps=2]",
+        "[kind=h3,steps=2,rate=0.1]",
+        "[kind=h3,steps=7]",
+        "[kind=new]",
+    ]
+    assert [name for name in graph if name.startswith("make")] == [f"make{kind}" for kind in kinds]
+    assert graph["make[kind=h3,steps=7]"].matrix == {"kind": {"name": "hermite", "degree": 3}, "steps": 7}
+    assert {name: node.inputs["source"] for name, node in graph.items() if name.startswith("use")} == {
+        f"use{kind}": f"make{kind}" for kind in kinds
+    }
+    assert graph["join[kind=plain]"].input_nodes == ("make[kind=plain,steps=1]", "make[kind=plain,steps=2]")
+    assert graph["join[kind=new]"].input_nodes == ("make[kind=new]",)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message", "hint"),
+    [
+        ("x: [1, 2]\nexclude: [{y: 1}]", "w.yaml:8: stages.make.matrix.exclude.0: no branch matches {'y': 1}", "`x`"),
+        ("kind: [gelu]\nexclude: [{kind: gleu}]", "no branch matches {'kind': 'gleu'}", "values of `kind` are: gelu"),
+        ("x: [1, 2]\nexclude: [{x: 1}, {x: 1}]", "exclude.1: no branch matches", "remove it"),
+        ("x: [1]\nexclude: [{x: 1}]", "stages.make.matrix: no branch is left", "exclude less"),
+        ("x: [1]\ninclude: [{x: 2}, {x: 2}]", "two branches are called `make[x=2]`", "remove one"),
+        ("x: [1]\ninclude: [2]", "`include`: expected a list of `{axis: value}`, got 2 in it", ""),
+        ("x: [1]\nexclude: [{}]", "`exclude`: expected a list of `{axis: value}`, got {} in it", ""),
+    ],
+)
+def test_a_change_of_a_matrix_that_changes_nothing_is_refused(matrix: str, message: str, hint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        branches(matrix)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
+
+
 def test_a_label_names_the_branch_of_a_mapping_and_is_no_part_of_its_value() -> None:
     values = "[{label: few, name: x, steps: 1}, {name: y, steps: 2}]"
     text = f'make: {{uses: "graph_test_stages:make", matrix: {{v: {values}}}, with: {{text: "is ${{matrix.v}}"}}}}'
@@ -177,8 +276,7 @@ def test_a_cycle_is_named_with_its_path() -> None:
         ("a: {uses: 'graph_test_stages:untyped'}", "argument `context` needs a type annotation", ""),
         (
             'a:\n  uses: "graph_test_stages:make"\n  with:\n    steps: abc',
-            "w.yaml:7: stages.a.with.steps: Input should be a valid integer, unable to parse string as an integer, "
-            "got 'abc'",
+            "w.yaml:7: stages.a.with.steps: expected a whole number, got 'abc'",
             "polytrope stages graph_test_stages:make",
         ),
         (

@@ -49,7 +49,7 @@ def test_what_the_terminal_cannot_show_ends_no_command(tmp_path: Path, environme
         assert ended.returncode == 0, ended.stderr.decode(errors="replace") + ended.stdout.decode(errors="replace")
         return ended.stdout.decode("ascii")
 
-    assert "run a: ??, 1 stages" in polytrope("run", "w.yaml", "--run-id", "a")
+    assert "run a: ??, 1 stage," in polytrope("run", "w.yaml", "--run-id", "a")
     assert "parameters.n: 1 ? 2" in polytrope("explain", "w.yaml", "s", "--set", "params.n=2")
     assert (tmp_path / ".polytrope/runs/a/logs/s/1.log").read_text(encoding="utf-8") == "→ 漢\n"
     assert polytrope("logs", "a").endswith("? ?\n")

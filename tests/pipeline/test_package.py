@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import yaml
 
+from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch import package
 
@@ -87,3 +90,39 @@ def test_without_an_answer_from_git_nothing_is_sent(project: Path, monkeypatch: 
         package.choose_files(project)
     (project / ".git").unlink()
     assert Path("notes.ignored") in package.choose_files(project).files, "outside a repository nothing is ignored"
+
+
+@pytest.mark.parametrize("ignored", ["w.yaml", "base.yaml"])
+def test_a_workflow_file_that_git_ignores_is_refused_not_left_out_in_silence(
+    project: Path, ignored: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["rm", "-r", str(project / ".git")], check=True)
+    subprocess.run(["git", "init", "-q", str(project)], check=True)
+    (project / ".gitignore").write_text(f"{ignored}\n")
+    (project / "base.yaml").write_text("name: w\n")
+    (project / "w.yaml").write_text('include: base.yaml\nstages: {s: {uses: wait_for, with: {path: "x"}}}\n')
+    monkeypatch.chdir(project)
+    assert main(["submit", "w.yaml", "--address", "http://127.0.0.1:1", "--store", "/shared"]) == 2
+    assert f"{ignored} would not be sent (ignored by git), and the run needs it" in capsys.readouterr().err
+
+
+def test_what_cannot_be_read_is_named_among_what_stays() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own belongs to this user alone
+        directory = Path(name)
+        directory.chmod(0o755)
+        (directory / "closed").mkdir()
+        (directory / "closed" / "data.txt").write_text("data")
+        (directory / "secret.txt").write_text("secret")
+        (directory / "open.txt").write_text("open")
+        (directory / "closed").chmod(0)
+        (directory / "secret.txt").chmod(0)
+        user = os.geteuid()
+        if user == 0:  # may read everything
+            os.seteuid(65534)
+        try:
+            chosen = package.choose_files(directory)
+        finally:
+            os.seteuid(user)
+            (directory / "closed").chmod(0o755)
+    assert list(chosen.files) == [Path("open.txt")]
+    assert sorted(chosen.left_out["cannot be read"]) == [Path("closed"), Path("secret.txt")]

@@ -84,11 +84,11 @@ def test_a_wrong_set_is_refused_with_the_nearest_name(tmp_path: Path, override: 
     [
         ("    uses: shard", "    use: shard", "w.yaml:7: stages.make: unknown key `use`", "did you mean `uses`?"),
         ("name: demo", "nam: demo", "w.yaml:1: top level: unknown key `nam`", "did you mean `name`?"),
-        ("    uses: shard", "    uses: 3", "w.yaml:7: stages.make.uses: Input should be a valid string, got 3", ""),
+        ("    uses: shard", "    uses: 3", "w.yaml:7: stages.make.uses: expected text, got 3", ""),
         (
             "    uses: shard",
             "    uses: shard\n    retries: abc",
-            "w.yaml:8: stages.make.retries: Input should be a valid integer, got 'abc'",
+            "w.yaml:8: stages.make.retries: expected a whole number, got 'abc'",
             "",
         ),
         (

@@ -276,7 +276,7 @@ def test_a_store_with_any_character_in_its_path_works(tmp_path: Path) -> None:
         return done.stdout
 
     polytrope("run", "w.yaml", "--no-tracking", "--run-id", "one", "--store", str(project / STRANGE))
-    assert "1 stages are stored" in polytrope("plan", "w.yaml", "--store", str(project / STRANGE))
+    assert "the one stage is stored" in polytrope("plan", "w.yaml", "--store", str(project / STRANGE))
     assert "one" in polytrope("runs", "--store", str(project / STRANGE))
     assert "0 damaged" in polytrope("verify", "one", "--store", str(project / STRANGE))
     assert "removed 0 runs, 0 artifacts, 0 left-overs" in polytrope("gc", "--store", str(project / STRANGE))

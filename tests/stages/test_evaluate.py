@@ -19,12 +19,13 @@ from training_support import make_context, read_events
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.pipeline.data.evaluation_file import read_evaluation
+from polytrope.pipeline.data.promised import PromisedEvaluation, PromisedImages, PromisedModel, PromisedText
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import BpeTokenizer, make_tokenizer, same_tokenizer
 from polytrope.pipeline.data.training_file import Training, write_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, load_stage
-from polytrope.pipeline.stages.evaluate.evaluate import check, evaluate
+from polytrope.pipeline.stages.evaluate.evaluate import check, evaluate, promise
 from polytrope.pipeline.stages.evaluate.measure_speed import measure_speed
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters, MeasureSpeedParameters
 from polytrope.pipeline.stages.evaluate.scores import Scores
@@ -167,6 +168,9 @@ def test_sliding_windows_score_every_token_but_the_first_once_with_enough_contex
     assert seen == stream[1:].tolist()
 
 
+TEXT = PromisedText(sequence_length=32, tokens=512, tokenizer="bpe")
+
+
 def test_a_stride_of_the_whole_length_scores_what_blocks_cannot(
     tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
 ) -> None:
@@ -174,10 +178,7 @@ def test_a_stride_of_the_whole_length_scores_what_blocks_cannot(
     blocks = run(tmp_path / "blocks", dataset, models, samples=10)["models"]["gelu"]
     assert sliding["tokens"] == blocks["tokens"] + 9  # the first token of every later block
     with pytest.raises(UserError, match="longer than the dataset's sequences"):
-        check(
-            EvaluateParameters(stride=64),
-            {"models": {"a": SimpleNamespace()}, "dataset": SimpleNamespace(sequence_length=32)},
-        )
+        promise(EvaluateParameters(stride=64), {"models": {"a": None}, "dataset": TEXT}, Resources())
 
 
 def test_blocks_are_read_batch_by_batch() -> None:
@@ -189,6 +190,7 @@ def test_bytes_behind_tokens_add_up_to_the_text() -> None:
     text = "Grüße, naïve café → 日本語 and plain words, plain words, plain words."
     tokenizer = make_tokenizer(BpeTokenizer(vocab_size=300), [text * 20], Path())
     lengths = byte_lengths(tokenizer)
+    assert lengths is not None
     assert lengths[tokenizer.encode(text)].sum() == len(text.encode())
     assert lengths[tokenizer.end_of_text] == 0
     assert lengths.max() > 1
@@ -433,10 +435,26 @@ def test_the_evaluation_harness_scores_like_the_model(models: dict[str, Artifact
 def test_labels_are_checked_before_anything_starts() -> None:
     load_stage("evaluate")
     upstream = {"models": {"baseline": SimpleNamespace()}, "dataset": SimpleNamespace(sequence_length=32)}
-    with pytest.raises(UserError, match="`drift` names `converted`"):
+    with pytest.raises(UserError, match="drift: `converted` is not a model"):
         check(EvaluateParameters(drift={"converted": "baseline"}), upstream)
     with pytest.raises(UserError, match="no models"):
         check(EvaluateParameters(), {"models": {}})
+
+
+def test_models_are_compared_with_the_data_before_anything_starts() -> None:
+    model = PromisedModel("gpt2", {"vocab_size": 512, "sequence_length": 32}, "bpe")
+    found = promise(EvaluateParameters(), {"models": {"a": model, "b": None}, "dataset": TEXT}, Resources())
+    assert found == PromisedEvaluation(("a", "b"))
+    images = PromisedImages(size=8, channels=1, classes=10)
+    for dataset, one, words in (
+        (images, model, r"inputs\.models\.a: a gpt2 cannot take images"),
+        (replace(TEXT, sequence_length=64), model, r"inputs\.models\.a: .*\(64 tokens\) are longer"),
+        (TEXT, TEXT, r"inputs\.models\.a: this input takes a model, and the stage makes a data set"),
+    ):
+        with pytest.raises(UserError, match=words):
+            promise(EvaluateParameters(), {"models": {"a": one}, "dataset": dataset}, Resources())
+    with pytest.raises(UserError, match="stride: for text"):
+        promise(EvaluateParameters(stride=4), {"models": {"a": None}, "dataset": images}, Resources())
 
 
 @pytest.mark.parametrize(

@@ -357,7 +357,7 @@ def test_few_values_and_many_comparisons() -> None:
 
 
 def test_mistakes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="`baseline: silu` is none of the models"):
+    with pytest.raises(UserError, match="baseline: `silu` is none of the models"):
         check(ReportParameters(baseline="silu"), {"models": {"gelu": SimpleNamespace()}})
     with pytest.raises(UserError, match="is not a branch of that axis"):
         check(ReportParameters(baseline="gelu", group_by="activation"), {"models": {"gelu": SimpleNamespace()}})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from polytrope.models import special_tokens
+from polytrope.pipeline.data.promised import PromisedModel, PromisedText, misfit
 from polytrope.pipeline.data.reader import open_split
-from polytrope.pipeline.data.tokenization import tokenizer_from_json
+from polytrope.pipeline.data.tokenization import read_tokenizer, tokenizer_from_json
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Resources, stage_context
+from polytrope.pipeline.stages.evaluate.token_bytes import byte_lengths
 from polytrope.pipeline.stages.shard.parameters import ShardParameters
-from polytrope.pipeline.stages.shard.shard import fingerprint, shard
+from polytrope.pipeline.stages.shard.shard import fingerprint, promise, shard
 
 
 def run_shard(directory: Path, parameters: Mapping[str, Any], workers: int = 1, executor: str = "local") -> Path:
@@ -69,7 +73,7 @@ def test_this_machines_python_becomes_a_dataset_by_default(tmp_path: Path) -> No
     output = run_shard(tmp_path, {"source": {"kind": "python", "source": False, "max_bytes": 200_000}}, workers=2)
     description = json.loads((output / "dataset.json").read_text())
     assert description["kind"] == "text"
-    assert description["tokenizer"] == {"kind": "bpe", "vocab_size": 2048}
+    assert description["tokenizer"] == {"kind": "bpe", "vocab_size": 2048, "end_of_text": 0}
     train = description["splits"]["train"]
     reader = open_split(output, "train")
     reader.verify()
@@ -257,3 +261,91 @@ def test_too_little_text_for_one_sample_is_refused(tmp_path: Path) -> None:
 def test_impossible_parameters_are_refused(parameters: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ShardParameters.model_validate(parameters)
+
+
+def write_tokenizer(directory: Path, kind: str, config: dict[str, Any] | None = None) -> Any:
+    """A directory as transformers writes it: WordPiece with `[CLS]` and `[SEP]` around each text, or byte-level BPE."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "</s>"]
+    if kind == "wordpiece":
+        backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+        trainer: Any = trainers.WordPieceTrainer(vocab_size=200, special_tokens=specials, show_progress=False)
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        )
+    backend.train_from_iterator(["a few words of a text", "and some words more"] * 9, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    backend.enable_truncation(4)
+    backend.enable_padding(length=9)
+    directory.mkdir()
+    backend.save(str(directory / "tokenizer.json"))
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bytes"])
+def test_a_tokenizer_of_hugging_face_is_taken_from_its_directory(corpus: Path, tmp_path: Path, kind: str) -> None:
+    theirs = write_tokenizer(corpus / "tokens", kind, {"eos_token": {"content": "</s>", "special": True}})
+    theirs.no_truncation()
+    theirs.no_padding()
+    chosen = {"kind": "huggingface", "path": "tokens"}
+    output = run_shard(tmp_path / "run", {"source": FILES, "tokenizer": chosen, **SMALL})
+    written = json.loads((output / "dataset.json").read_text())["tokenizer"]
+    assert written == {"kind": "huggingface", "vocab_size": theirs.get_vocab_size(), "end_of_text": 4}
+    texts = [json.loads(line)["body"] for line in (corpus / "lines.jsonl").read_text().splitlines()]
+    ours = read_tokenizer(output)
+    for text in texts[:5]:  # whole, and without the tokens that the model expects around it
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+    tokens = open_split(output, "train").samples(np.arange(len(open_split(output, "train"))))
+    assert set(np.unique(tokens)) & {2, 3} == set()
+    assert 4 in tokens
+    assert special_tokens.token_fields(output)["eos_token_id"] == 4
+    lengths = byte_lengths(ours)
+    assert (lengths is None) == (kind == "wordpiece")
+    if lengths is not None:
+        assert lengths[ours.encode("a naïve text")].sum() == len("a naïve text".encode())
+
+    parameters = ShardParameters.model_validate({"source": FILES, "tokenizer": chosen})
+    promised = promise(parameters, {}, Resources())
+    assert promised == PromisedText(128, None, "huggingface")  # how many tokens it has, its file says
+    assert PromisedModel("gpt2", {}).trained_on(promised).settings == {"sequence_length": 128}
+    assert misfit(PromisedModel("gpt2", {"vocab_size": 7}), promised) is None
+    before = fingerprint(parameters, corpus)
+    (corpus / "tokens" / "tokenizer_config.json").write_text('{"eos_token": "[SEP]"}')
+    assert fingerprint(parameters, corpus) != before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "hint"),
+    [
+        ({"path": "absent"}, "tokenizer.path: there is no .*absent/tokenizer.json", "save_pretrained"),
+        ({}, "tokenizer.end_of_text: .*tokens names no `eos_token`", r"one of `\[PAD\]`, `\[UNK\]`"),
+        ({"end_of_text": "<eos>"}, "tokenizer.end_of_text: .*tokenizer.json has no token `<eos>`", "</s>"),
+        ({"path": "damaged"}, "tokenizer.path: .*damaged/tokenizer.json is no tokenizer", "copy it again"),
+    ],
+)
+def test_a_directory_without_a_tokenizer_or_an_end_of_text_is_refused(
+    corpus: Path, settings: dict[str, str], message: str, hint: str
+) -> None:
+    write_tokenizer(corpus / "tokens", "wordpiece")
+    (corpus / "damaged").mkdir()
+    (corpus / "damaged" / "tokenizer.json").write_text("{}")
+    chosen = {"kind": "huggingface", "path": "tokens", **settings}
+    with pytest.raises(UserError, match=message) as refused:
+        fingerprint(ShardParameters.model_validate({"source": FILES, "tokenizer": chosen}), corpus)
+    assert re.search(hint, refused.value.hint)
+    fingerprint(
+        ShardParameters.model_validate(
+            {"source": FILES, "tokenizer": {"kind": "huggingface", "path": "tokens", "end_of_text": "[SEP]"}}
+        ),
+        corpus,
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.launch.launch import run
+from polytrope.pipeline.launch.launch import launch
 from polytrope.pipeline.workflow.graph import build_graph
 from polytrope.pipeline.workflow.spec import Workflow, load_workflow
 
@@ -54,10 +54,10 @@ def outer(count: int) -> Workflow:
 
 
 def test_a_stage_decides_what_follows_and_what_was_computed_is_not_computed_again(project: Path) -> None:
-    state = run(outer(3), executor="local", tracking=False)
+    state = launch(outer(3), executor="local", tracking=False)
     assert state.status == "succeeded", state.stages["explore"].error
     assert state.stages["explore"].summary["total/total"] == 3.0
-    again = run(outer(4), executor="local", tracking=False)
+    again = launch(outer(4), executor="local", tracking=False)
     key = again.stages["explore"].key or ""
     assert (project / ".polytrope" / "artifacts" / key / "files" / "total" / "total.txt").read_text() == "6"
     inner = load_inner(project, again.run_id)
@@ -81,7 +81,7 @@ def test_a_skipped_stage_is_said_to_leave_nothing_and_refused_where_it_was_asked
     for name, outputs in (("default", []), ("asked", ["one", "other"])):
         explore = {"uses": "subworkflow", "with": {"path": "inner.yaml", "outputs": outputs}, "retries": 0}
         workflow = Workflow.from_dict({"name": name, "stages": {"explore": explore}}, directory=Path.cwd())
-        state = run(workflow, executor="local", tracking=False).stages["explore"]
+        state = launch(workflow, executor="local", tracking=False).stages["explore"]
         said[name] = (str((state.error or {}).get("message")), list(state.notes.values()))
     assert len(said["default"][1]) == 1
     assert said["default"][1][0].startswith("the inner stage `other` was skipped (")

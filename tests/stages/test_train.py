@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from safetensors.torch import load_file
 from training_support import (
     MODEL,
@@ -30,17 +31,23 @@ from training_support import (
 
 from polytrope.models import ARCHITECTURES, build_model, find_architecture
 from polytrope.models.checkpoint import load_model
+from polytrope.models.configurations import MODEL_KINDS
+from polytrope.ops.fitting.targets import NAMED
+from polytrope.ops.modules import CLASSICAL, LEARNABLE, LearnableActivation, build_activation
+from polytrope.pipeline.data.promised import PromisedImages, PromisedModel, PromisedText
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, EventWriter, Resources, load_stage, stage_context
 from polytrope.pipeline.stages.evaluate.evaluate import evaluate
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
 from polytrope.pipeline.stages.shard.parameters import ShardImagesParameters
 from polytrope.pipeline.stages.shard.shard_images import shard_images
+from polytrope.pipeline.stages.train.activation_parameters import CLASSICAL as CLASSICAL_NAMES
+from polytrope.pipeline.stages.train.activation_parameters import IMITATED, LEARNABLE_SETTINGS
 from polytrope.pipeline.stages.train.activations import apply_activation_options
 from polytrope.pipeline.stages.train.best_weights import load_best
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, shipped_names, zero_stage_of
-from polytrope.pipeline.stages.train.parameters import TRAINED_ON, ModelParameters, TrainParameters
-from polytrope.pipeline.stages.train.train import check, fingerprint, train
+from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters
+from polytrope.pipeline.stages.train.train import check, fingerprint, promise, train
 from polytrope.pipeline.stages.train.training_metrics import rank_metrics
 from polytrope.pipeline.stages.train.training_plan import steps_of_epochs
 from polytrope.pipeline.stages.train.workers import TrainingError
@@ -397,52 +404,126 @@ def test_a_batch_that_does_not_divide_over_the_workers_is_refused(tmp_path: Path
         run_training(tmp_path, dataset, micro_batch_size=8)
 
 
+TEXT = PromisedText(sequence_length=128, tokens=2048, tokenizer="bpe")
+
+
+def promised(given: TrainParameters, dataset: Any, initial: PromisedModel | None = None) -> PromisedModel | None:
+    return promise(given, {"dataset": dataset, "initial": initial}, Resources(workers=2))
+
+
 def test_what_cannot_work_is_refused_before_anything_starts() -> None:
-    shard = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=2048), sequence_length=128)
-    small = parameters(model={**MODEL, "vocab_size": 1000})
-    with pytest.raises(UserError, match=r"vocabulary \(2048 tokens\) is larger than the model's embedding"):
-        check(small, {"dataset": shard, "initial": None})
-    with pytest.raises(UserError, match=r"sequences \(128 tokens\) are longer"):
-        check(parameters(model={**MODEL, "sequence_length": 64}), {"dataset": shard, "initial": None})
-    with pytest.raises(UserError, match="`model` is missing"):
-        check(parameters(model=None), {"dataset": shard, "initial": None})
+    with pytest.raises(UserError, match="model: missing"):
+        check(parameters(model=None), {"initial": None})
     with pytest.raises(UserError, match="architecture comes from `initial`"):
-        check(parameters(), {"dataset": shard, "initial": SimpleNamespace()})
-    check(parameters(), {"dataset": shard, "initial": None})
+        check(parameters(), {"initial": SimpleNamespace()})
+    check(parameters(), {"initial": None})
+    with pytest.raises(UserError, match=r"model\.vocab_size: .*\(2048 tokens\) is larger than the model's embedding"):
+        promised(parameters(model={**MODEL, "vocab_size": 1000}), TEXT)
+    with pytest.raises(UserError, match=r"model\.sequence_length: .* sequences \(128 tokens\) are longer"):
+        promised(parameters(model={**MODEL, "sequence_length": 64}), TEXT)
+    with pytest.raises(UserError, match=r"global_batch_size \(5\) must be a multiple of resources\.workers \(2\)"):
+        promised(parameters(global_batch_size=5), TEXT)
+    with pytest.raises(UserError, match=r"augmentation: mixup and cutmix mix .* each worker's has only one"):
+        promised(parameters(micro_batch_size=1, augmentation={"mixup": 0.2}), DIGITS)
+    with pytest.raises(UserError, match=r"inputs\.dataset: .* takes a data set, and the stage makes a model"):
+        promised(parameters(), PromisedModel("gpt2", {}))
+    with pytest.raises(UserError, match="augmentation: for images"):
+        promised(parameters(augmentation={"crop_padding": 1}), TEXT)
+    own = promised(parameters(), None)  # a stage of one's own promises nothing
+    assert own is not None
+    assert "vocab_size" not in own.settings
 
 
-def test_what_models_are_trained_on_is_what_their_records_say() -> None:
-    records = {name: find_architecture(name).data for name in ARCHITECTURES}
-    assert records == TRAINED_ON
+def test_a_fine_tuning_is_compared_with_the_model_it_starts_from() -> None:
+    trained = promised(parameters(), TEXT)
+    assert trained is not None
+    assert (trained.settings["vocab_size"], trained.settings["sequence_length"]) == (2048, 128)
+    tuning = parameters(model=None)
+    assert promised(tuning, TEXT, trained) == trained
+    for dataset, words in (
+        (replace(TEXT, sequence_length=129), r"sequences \(129 tokens\) are longer"),
+        (replace(TEXT, tokens=4096), "vocabulary"),
+        (replace(TEXT, tokenizer="bytes", tokens=257), "trained with a bpe tokenizer"),
+        (DIGITS, "a gpt2 cannot take images"),
+    ):
+        with pytest.raises(UserError, match=f"inputs\\.initial: .*{words}"):
+            promised(tuning, dataset, trained)
+
+
+def test_what_is_known_of_a_model_without_torch_is_what_its_record_says() -> None:
+    records = {name: find_architecture(name) for name in ARCHITECTURES}
+    assert {name: (record.config, record.data, record.presets) for name, record in records.items()} == {
+        name: (kind.config, kind.data, kind.presets) for name, kind in MODEL_KINDS.items()
+    }
     schema = ModelParameters.model_json_schema()["properties"]["architecture"]
     assert schema["enum"] == list(ARCHITECTURES)
 
 
-DIGITS = SimpleNamespace(source=SimpleNamespace(kind="digits"), image_size=8, channels=1)
+def test_the_settings_of_activations_are_the_arguments_of_their_modules() -> None:
+    assert set(LEARNABLE_SETTINGS) == set(LEARNABLE)
+    assert tuple(CLASSICAL) == CLASSICAL_NAMES
+    assert set(IMITATED) == set(NAMED)
+    common = inspect.signature(LearnableActivation.__init__).parameters.keys() - {"self", "name", "degree"}
+    for name, settings in LEARNABLE_SETTINGS.items():
+        family = LEARNABLE[name]
+        own = [item for item in inspect.signature(family.__init__).parameters if item not in ("self", "options")]
+        parents = inspect.signature(family.__mro__[1].__init__).parameters  # type: ignore[misc]
+        accepted = common | set(own) | (parents.keys() & {"learnable_recurrence"})
+        accepted -= {"device", "dtype"} | (set() if family.accepts_interval else {"interval"})
+        accepted -= set() if family.accepts_groups else {"num_parameters", "dim", "glu"}
+        assert settings.model_fields.keys() - {"name", "layers"} == accepted, name
+        made = family()
+        for field, value in {"degree": made.degree, "init": made.init, "interval": made.interval}.items():
+            if field in settings.model_fields:
+                assert settings.model_fields[field].default == value, (name, field)
+        for init in ("variance_preserving", "stable", "torchortho", "gelu"):
+            assert _taken(settings, name, init=init) == _built(name, init=init), (name, init)
+        for degree in (0, 16, 17, 64, 65):
+            assert _taken(settings, name, degree=degree) == _built(name, degree=degree), (name, degree)
+
+
+def _taken(settings: type[BaseModel], name: str, **options: Any) -> bool:
+    try:
+        settings.model_validate({"name": name, **options})
+    except ValidationError:
+        return False
+    return True
+
+
+def _built(name: str, **options: Any) -> bool:
+    try:
+        build_activation({"name": name, **options})
+    except ValueError:
+        return False
+    return True
+
+
+DIGITS = PromisedImages(size=8, channels=1, classes=10)
 CONVNEXT = {"architecture": "convnext", "depths": [1, 1], "dims": [8, 16], "patch_size": 1}
 
 
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ({"num_classes": 3}, r"10 classes, the model 3 outputs \(`model\.num_classes`\)"),
-        ({"in_channels": 3}, r"1 channels \(`channels`\), the model takes 3 \(`model\.in_channels`\)"),
+        ({"num_classes": 3}, r"model\.num_classes: .*10 classes, the model 3 outputs \(`num_classes`\)"),
+        ({"in_channels": 3}, r"model\.in_channels: .*1 channel \(`channels`\), the model takes 3 \(`in_channels`\)"),
         (
             {"patch_size": 4, "depths": [1] * 4, "dims": [8] * 4},
-            r"8 × 8 \(`image_size`\) are too small for a stem of 4",
+            r"model\.patch_size: images of 8 × 8 \(`image_size`\) are too small for a stem of 4",
         ),
-        ({"architecture": "gpt2"}, r"a gpt2 \(`model\.architecture`\) cannot be trained on images"),
+        ({"preset": "convnext-atto", "depths": None, "dims": None, "patch_size": 4}, "and 4 stages"),
     ],
 )
 def test_a_model_that_does_not_fit_the_images_is_refused_before_anything_starts(
     model: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        check(parameters(model={**CONVNEXT, **model}), {"dataset": DIGITS})
-    check(parameters(model={**CONVNEXT, "num_classes": 1000, "in_channels": 1}), {"dataset": DIGITS})
-    text = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=300), sequence_length=16)
-    with pytest.raises(UserError, match=r"a convnext .* cannot be trained on text"):
-        check(parameters(model=CONVNEXT), {"dataset": text})
+        promised(parameters(model={**CONVNEXT, **model}), DIGITS)
+    promised(parameters(model={**CONVNEXT, "num_classes": 1000, "in_channels": 1}), DIGITS)
+    with pytest.raises(UserError, match=r"model\.architecture: a convnext cannot take text"):
+        promised(parameters(model=CONVNEXT), TEXT)
+    with pytest.raises(UserError, match=r"model\.architecture: a gpt2 cannot take images"):
+        promised(parameters(), DIGITS)
 
 
 @pytest.mark.parametrize(
@@ -454,7 +535,6 @@ def test_a_model_that_does_not_fit_the_images_is_refused_before_anything_starts(
         ({"betas": (-0.1, 0.9)}, "greater than or equal to 0"),
         ({"gradient_clipping": math.nan}, "finite"),
         ({"seed": 2**63}, "less than 9223372036854775808"),
-        ({"micro_batch_size": 1, "augmentation": {"mixup": 0.2}}, "which has only one"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], words: str) -> None:
@@ -497,8 +577,8 @@ def test_a_shipped_deepspeed_configuration_that_is_missing_is_refused(
         ({"deepspeed": {"bf16": {"enabled": True}}}, r"bf16\.enabled = true, the stage's `precision` says fp32"),
         ({"deepspeed": {"optimizer": {"type": "Adam"}}}, "sets `optimizer`"),
         ({"deepspeed": {"zero_optimization": {"stage": 4}}}, r"zero_optimization\.stage = 4"),
-        ({"deepspeed": "zero-3", "ema_decay": 0.99}, "ema_decay needs whole weights"),
-        ({"zero_stage": 3, "statistics_every": 5}, "statistics_every needs whole coefficients"),
+        ({"deepspeed": "zero-3", "ema_decay": 0.99}, "ema_decay: needs whole weights"),
+        ({"zero_stage": 3, "statistics_every": 5}, "statistics_every: needs whole coefficients"),
         ({"deepspeed": "missing.json"}, "no such file"),
         ({"deepspeed": "zero-7"}, "zero-3-offload"),
         ({"deepspeed": "list.json"}, "not a JSON object"),

@@ -5,28 +5,51 @@ Parameters and flow; the mathematics is in `polytrope.ops.interpolate`, the work
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from polytrope.models import make_config
+from polytrope.models.configurations import MODEL_KINDS, activation_configs
 from polytrope.pipeline.data.lineage import read_lineage, write_lineage
+from polytrope.pipeline.data.promised import PromisedModel, expect, expect_data, refuse_misfit
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, StageContext, stage
+from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 
 
-def check(parameters: ConvertParameters, upstream: Mapping[str, Any]) -> None:
-    """Refuse to convert a model whose activations are learnable already."""
-    model = getattr(upstream.get("model"), "model", None)
-    activation = getattr(model, "activation", None)
-    if isinstance(activation, dict) and activation.get("name") == parameters.family:
+def promise(parameters: ConvertParameters, upstream: Mapping[str, Any], _resources: Resources) -> PromisedModel | None:
+    """The converted model; refuses data or layers that the model cannot have, and activations that are so already."""
+    model = expect("inputs.model", upstream["model"], PromisedModel)
+    data = expect_data("inputs.dataset", upstream["dataset"])
+    refuse_misfit("inputs.dataset", model, data)
+    if model is None:
+        return None
+    config = make_config(MODEL_KINDS[model.architecture].config, model.settings)
+    layers, numbers = parameters.layer_range(), config.layer_numbers()
+    if layers is not None and (layers[0] >= numbers or sys.maxsize > layers[1] >= numbers):
         raise UserError(
-            f"convert: the model was trained with `{parameters.family}` activations already",
+            f"layers: {parameters.layers} goes beyond the last layer: the model has {numbers}, counted from 0",
+            f"expected numbers from 0 to {numbers - 1}",
+        )
+    blocks = len(config.activation_widths())
+    if {_name(entry) for entry in activation_configs(config.activation, blocks)} == {parameters.family}:
+        raise UserError(
+            f"family: the model was trained with `{parameters.family}` activations already",
             "convert a model with a classical activation (gelu, gelu_tanh, relu, silu, tanh)",
         )
+    # which activations it has then depends on what is found in it
+    return replace(model, settings={name: value for name, value in model.settings.items() if name != "activation"})
+
+
+def _name(activation: Any) -> str:
+    name = str(activation.get("name") if isinstance(activation, dict) else activation)
+    return name.rstrip("0123456789")
 
 
 @stage(
-    check=check,
+    promise=promise,
 )
 def convert(
     context: StageContext, model: Artifact, dataset: Artifact, parameters: ConvertParameters

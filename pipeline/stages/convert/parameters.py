@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
+
 
 def _read_layers(value: Any) -> Any:
     """`3`, `0-5` or `6-` as text; YAML makes a number of 3, and [0, 5] is another way to write 0-5."""
@@ -73,8 +75,8 @@ class ConvertParameters(BaseModel):
     onnx: bool = Field(False, description="write model.onnx as well, checked with onnxruntime")
     tables: bool = Field(False, description="write every new activation as a table, tables/NAME.json")
     page: bool = Field(False, description="write conversion.html and plots/ as well")
-    register_as: str | None = Field(None, description="name in MLflow's model registry")
-    register_alias: str = Field("converted", description="alias of the registered version")
+    register_as: RegisteredName | None = Field(None, description="name in MLflow's model registry")
+    register_alias: RegisteredAlias = Field("converted", description="alias of the registered version")
 
     def highest_degree(self) -> int:
         """The degree of the fits, or the highest one that is tried for the target error."""

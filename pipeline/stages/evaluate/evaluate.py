@@ -8,8 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from polytrope.pipeline.data.promised import (
+    PromisedData,
+    PromisedEvaluation,
+    PromisedImages,
+    PromisedModel,
+    PromisedText,
+    expect,
+    expect_data,
+    refuse_misfit,
+)
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, StageContext, stage
+from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
 
 
@@ -17,24 +27,46 @@ def check(parameters: EvaluateParameters, upstream: Mapping[str, Any]) -> None:
     """Refuse labels that do not exist and a stride longer than the context, before anything starts."""
     models = upstream.get("models") or {}
     if not models:
-        raise UserError("evaluate: no models", "name at least one under `inputs: models: {label: STAGE}`")
+        raise UserError("inputs.models: no models", "name at least one: `models: {label: STAGE}`")
     for label, reference in parameters.drift.items():
         for name in (label, reference):
             if name not in models:
                 raise UserError(
-                    f"evaluate: `drift` names `{name}`, which is not a model of this stage",
+                    f"drift: `{name}` is not a model of this stage",
                     f"the models are: {', '.join(models)}",
                 )
-    length = getattr(upstream.get("dataset"), "sequence_length", None)
-    if isinstance(length, int) and parameters.stride is not None and parameters.stride > length:
+
+
+def promise(parameters: EvaluateParameters, upstream: Mapping[str, Any], _resources: Resources) -> PromisedEvaluation:
+    """The labels of the figures; refuses a model that cannot take the data, and a stride longer than the context."""
+    data = refuse_misfits(upstream)
+    if isinstance(data, PromisedText) and parameters.stride is not None and parameters.stride > data.sequence_length:
         raise UserError(
-            f"evaluate: `stride` ({parameters.stride}) is longer than the dataset's sequences ({length})",
+            f"stride: {parameters.stride} is longer than the dataset's sequences ({data.sequence_length})",
             "a stride of half the sequence length is usual",
         )
+    if isinstance(data, PromisedImages):
+        for name in ("stride", "prompt"):
+            if getattr(parameters, name):
+                raise UserError(f"{name}: for text, and this dataset holds images", "leave it out")
+    return PromisedEvaluation(tuple(upstream["models"]))
+
+
+def refuse_misfits(upstream: Mapping[str, Any]) -> PromisedData | None:
+    """What is known of the data set.
+
+    Raises:
+        UserError: an input of another kind, or a model that cannot take the data.
+    """
+    data = expect_data("inputs.dataset", upstream["dataset"])
+    for label, promise in upstream["models"].items():
+        refuse_misfit(f"inputs.models.{label}", expect(f"inputs.models.{label}", promise, PromisedModel), data)
+    return data
 
 
 @stage(
     check=check,
+    promise=promise,
 )
 def evaluate(
     context: StageContext, dataset: Artifact, models: dict[str, Artifact], parameters: EvaluateParameters

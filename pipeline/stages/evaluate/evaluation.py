@@ -26,7 +26,7 @@ from polytrope.pipeline.data.evaluation_file import (
     write_evaluation,
 )
 from polytrope.pipeline.data.reader import open_split
-from polytrope.pipeline.data.tokenization import Tokenizer, same_tokenizer, tokenizer_from_json
+from polytrope.pipeline.data.tokenization import Tokenizer, read_tokenizer, same_tokenizer
 from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
@@ -190,11 +190,14 @@ class Evaluator:
         self.reader = open_split(dataset.path, "validation")
         self.images = description.kind == "images"
         self.tokenizer: Tokenizer | None = None
+        self.byte_lengths: np.ndarray | None = None
         if description.kind == "images":
             self.outputs, self.of = description.classes, "classes"
         else:
-            self.tokenizer = tokenizer_from_json((dataset.path / "tokenizer.json").read_text(encoding="utf-8"))
+            self.tokenizer = read_tokenizer(dataset.path)
             self.byte_lengths = byte_lengths(self.tokenizer)
+            if self.byte_lengths is None:
+                context.message("no bits per byte: the tokens of this tokenizer do not stand for bytes")
             self.outputs, self.of = self.tokenizer.vocab_size, "tokens"
 
     def evaluate(self, label: str, artifact: Artifact, reference: Artifact | None) -> EvaluatedModel:
@@ -212,7 +215,7 @@ class Evaluator:
             scores.add(logits, flat, self._logits(other, inputs)[mask] if other is not None else None)
             if not math.isfinite(scores.loss):
                 break
-            if not self.images:
+            if self.byte_lengths is not None:
                 bytes_scored += int(self.byte_lengths[flat.cpu().numpy()].sum())
         seconds = time.perf_counter() - started
         unit = "images" if self.images else "tokens"
@@ -234,8 +237,9 @@ class Evaluator:
                 result["drift"]["cosine"] = cosines
         if self.tokenizer is not None:
             result["perplexity"] = scores.perplexity()
-            result["bytes"] = bytes_scored
-            result["bits_per_byte"] = scores.loss / math.log(2) / bytes_scored if bytes_scored else None
+            if self.byte_lengths is not None:
+                result["bytes"] = bytes_scored
+                result["bits_per_byte"] = scores.loss / math.log(2) / bytes_scored if bytes_scored else None
             result["sample"] = self._sample(model, self.tokenizer)
         return EvaluatedModel.model_validate(result)
 

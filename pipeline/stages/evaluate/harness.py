@@ -19,7 +19,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from polytrope.models.checkpoint import load_model, read_description
-from polytrope.pipeline.data.tokenization import tokenizer_from_json
+from polytrope.pipeline.data.tokenization import read_tokenizer
 from polytrope.pipeline.errors import UserError
 
 Pair = tuple[list[int], list[int]]  # context (never empty), continuation
@@ -45,7 +45,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             raise UserError(
                 f"path={path}: no text model (tokenizer.json is missing)", "name the files of a `train` stage"
             )
-        self.tokenizer = tokenizer_from_json((directory / "tokenizer.json").read_text(encoding="utf-8"))
+        self.tokenizer = read_tokenizer(directory)
         self.model: Any = load_model(directory, device).eval()
         self.length = int(read_description(directory)["config"]["sequence_length"])
         self.max_gen_toks = int(max_gen_toks)

@@ -8,19 +8,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from polytrope.pipeline.data.promised import PromisedSpeed
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, StageContext, stage
+from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
+from polytrope.pipeline.stages.evaluate.evaluate import refuse_misfits
 from polytrope.pipeline.stages.evaluate.parameters import MeasureSpeedParameters
 
 
 def check(_parameters: MeasureSpeedParameters, upstream: Mapping[str, Any]) -> None:
     """Refuse a stage without models, before anything starts."""
     if not upstream.get("models"):
-        raise UserError("measure_speed: no models", "name at least one under `inputs: models: {label: STAGE}`")
+        raise UserError("inputs.models: no models", "name at least one: `models: {label: STAGE}`")
+
+
+def promise(_parameters: MeasureSpeedParameters, upstream: Mapping[str, Any], _resources: Resources) -> PromisedSpeed:
+    """The labels of the times; refuses a model that cannot take the data."""
+    refuse_misfits(upstream)
+    return PromisedSpeed(tuple(upstream["models"]))
 
 
 @stage(
     check=check,
+    promise=promise,
     measured=True,
 )
 def measure_speed(

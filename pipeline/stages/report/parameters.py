@@ -39,6 +39,6 @@ def group_of(label: str, axis: str) -> str:
         if name == axis:
             return value
     raise UserError(
-        f"report: `group_by: {axis}`, but `{label}` is not a branch of that axis",
+        f"group_by: {axis}: `{label}` is not a branch of that axis",
         "give `models:` the stage with the matrix",
     )

@@ -8,9 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from polytrope.pipeline.data.promised import (
+    PromisedEvaluation,
+    PromisedModel,
+    PromisedSpeed,
+    expect,
+    expect_data,
+)
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, StageContext, stage
+from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.report.parameters import ReportParameters, group_of
+from polytrope.pipeline.support.text import suggest
 
 
 def check(parameters: ReportParameters, upstream: Mapping[str, Any]) -> None:
@@ -23,12 +31,29 @@ def check(parameters: ReportParameters, upstream: Mapping[str, Any]) -> None:
     else:
         known = sorted({group_of(label, parameters.group_by) for label in models})
     if parameters.baseline not in known:
-        raise UserError(
-            f"report: `baseline: {parameters.baseline}` is none of the models", f"there are: {', '.join(known)}"
-        )
+        raise UserError(f"baseline: `{parameters.baseline}` is none of the models", f"there are: {', '.join(known)}")
 
 
-@stage(check=check)
+def promise(parameters: ReportParameters, upstream: Mapping[str, Any], _resources: Resources) -> None:
+    """Nothing that others read; refuses inputs of another kind, and labels that were not evaluated."""
+    evaluation = expect("inputs.evaluation", upstream["evaluation"], PromisedEvaluation)
+    expect("inputs.conversion", upstream["conversion"], PromisedModel)
+    expect_data("inputs.dataset", upstream["dataset"])
+    expect("inputs.speed", upstream["speed"], PromisedSpeed)
+    for label, model in upstream["models"].items():
+        expect(f"inputs.models.{label}", model, PromisedModel)
+        if evaluation is not None and label not in evaluation.labels:
+            raise UserError(
+                f"inputs.models.{label}: `{label}` is not a label of the evaluation",
+                f"{suggest(label, evaluation.labels)}: give both stages the same `models:`",
+            )
+    if evaluation is not None and parameters.group_by is None:
+        for label in parameters.labels:
+            if label not in evaluation.labels:
+                raise UserError(f"labels.{label}: the evaluation has no such label", suggest(label, evaluation.labels))
+
+
+@stage(check=check, promise=promise)
 def report(
     context: StageContext,
     evaluation: Artifact,

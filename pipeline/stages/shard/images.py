@@ -16,9 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from polytrope.pipeline.data.tarfiles import build_tar, npy_header
@@ -31,6 +30,9 @@ from polytrope.pipeline.stages.shard.corpus import (
     refuse_offline_hub,
 )
 from polytrope.pipeline.support.file_digests import combined_digest, file_digests
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm",
@@ -155,6 +157,7 @@ def read_items(source: ImageSource, directory: Path, cache: Path) -> ImageItems:
 
 
 def _digits() -> list[ImageItem]:
+    import numpy as np
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -346,6 +349,8 @@ def split_items(
 
 def make_image_shard(task: ImageShardTask) -> ImageShardResult:
     """Write one tar: for each image `npy` (uint8 `[channels, side, side]`) and `cls`, both of one size throughout."""
+    import numpy as np
+
     pixels = np.stack([load_pixels(item, task.channels, task.side, task.background) for item in task.items])
     header = npy_header(pixels.shape[1:])
     images = np.empty((len(pixels), len(header) + pixels[0].size), dtype=np.uint8)
@@ -378,6 +383,7 @@ def load_pixels(
     Raises:
         UserError: a file that is no image, is too large to decode, or has values whose black and white nobody knows.
     """
+    import numpy as np
     from PIL import Image
 
     image = Image.fromarray(item.pixels) if item.pixels is not None else _open_image(item)
@@ -425,6 +431,8 @@ def _eight_bits(image: Any, item: ImageItem, background: tuple[int, int, int] | 
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 0 … 65535
+        import numpy as np
+
         values = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):

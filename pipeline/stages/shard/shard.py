@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from polytrope.pipeline.data.description import (
     MANIFEST_FILE,
@@ -21,13 +21,14 @@ from polytrope.pipeline.data.description import (
     write_dataset,
     write_manifest,
 )
+from polytrope.pipeline.data.promised import PromisedText
 from polytrope.pipeline.data.tokenization import (
     Tokenizer,
     make_tokenizer,
     tokenizer_fingerprint,
 )
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import StageContext, stage
+from polytrope.pipeline.stage import Resources, StageContext, stage
 from polytrope.pipeline.stages.shard.corpus import source_fingerprint
 from polytrope.pipeline.stages.shard.parameters import ShardParameters
 
@@ -46,8 +47,15 @@ def fingerprint(parameters: ShardParameters, directory: Path) -> dict[str, str]:
     }
 
 
+def promise(parameters: ShardParameters, _upstream: Mapping[str, Any], _resources: Resources) -> PromisedText:
+    """The data set's sizes."""
+    tokens = getattr(parameters.tokenizer, "vocab_size", None)
+    return PromisedText(parameters.sequence_length, tokens, parameters.tokenizer.kind)
+
+
 @stage(
     parallel=True,
+    promise=promise,
     fingerprint=fingerprint,
 )
 def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float]:
@@ -72,13 +80,13 @@ def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float
         context.message(f"left out: {number} {what}")
     context.progress(1, 3, f"tokenizer from {count} documents")
     tokenizer = make_tokenizer(parameters.tokenizer, documents.texts(splits["train"][0]), directory)
-    asked = parameters.tokenizer.vocab_size
+    asked = getattr(parameters.tokenizer, "vocab_size", tokenizer.vocab_size)
     if tokenizer.vocab_size < asked:
         context.message(f"the corpus gives {tokenizer.vocab_size} tokens only, fewer than vocab_size {asked}")
     (context.output / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
 
     results = _write_shards(context, documents, splits, tokenizer, parameters)
-    description = _describe(parameters, tokenizer.vocab_size, results, left_out)
+    description = _describe(parameters, tokenizer, results, left_out)
     write_dataset(context.output, description)
     seconds = time.perf_counter() - started
     train, validation = description.splits["train"], description.splits["validation"]
@@ -117,7 +125,7 @@ def _write_shards(
     tasks = (
         ShardTask(
             context.output / name / f"shard-{number:06d}.tar",
-            documents, rows, content, parameters.sequence_length, dtype,
+            documents, rows, content, tokenizer.end_of_text, parameters.sequence_length, dtype,
         )
         for name, members in groups.items()
         for number, rows in enumerate(members)
@@ -146,7 +154,7 @@ def _write_shards(
 
 def _describe(
     parameters: ShardParameters,
-    vocab_size: int,
+    tokenizer: Tokenizer,
     results: Mapping[str, list[ShardResult]],
     left_out: dict[str, int],
 ) -> TextDataset:
@@ -162,7 +170,9 @@ def _describe(
     digest = hashlib.sha256("".join(r.sha256 for members in results.values() for r in members).encode()).hexdigest()
     return TextDataset(
         name=parameters.name,
-        tokenizer=TokenizerDescription(kind=parameters.tokenizer.kind, vocab_size=vocab_size),
+        tokenizer=TokenizerDescription(
+            kind=parameters.tokenizer.kind, vocab_size=tokenizer.vocab_size, end_of_text=tokenizer.end_of_text
+        ),
         sequence_length=parameters.sequence_length,
         splits={
             name: TextSplit(

@@ -6,6 +6,7 @@ Parameters and flow; the work is in `polytrope.pipeline.stages.shard.images`.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from polytrope.pipeline.data.description import (
     write_dataset,
     write_manifest,
 )
+from polytrope.pipeline.data.promised import PromisedImages
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import StageContext, stage
+from polytrope.pipeline.stage import Resources, StageContext, stage
 from polytrope.pipeline.stages.shard.images import source_digest
 from polytrope.pipeline.stages.shard.parameters import ShardImagesParameters
 
@@ -34,8 +36,15 @@ def fingerprint(parameters: ShardImagesParameters, directory: Path) -> dict[str,
     return found
 
 
+def promise(parameters: ShardImagesParameters, _upstream: Mapping[str, Any], _resources: Resources) -> PromisedImages:
+    """The data set's sizes."""
+    digits = parameters.source.kind == "digits"
+    return PromisedImages(parameters.image_size, parameters.channels, 10 if digits else None)
+
+
 @stage(
     parallel=True,
+    promise=promise,
     fingerprint=fingerprint,
 )
 def shard_images(context: StageContext, parameters: ShardImagesParameters) -> dict[str, float]:

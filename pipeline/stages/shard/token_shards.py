@@ -25,6 +25,7 @@ class ShardTask:
     documents: Documents
     rows: np.ndarray  # int64, ascending
     tokenizer: str  # content of tokenizer.json
+    end_of_text: int
     sequence_length: int
     dtype: str
 
@@ -64,7 +65,7 @@ def make_shard(task: ShardTask) -> ShardResult:
     The rest that does not fill a block is dropped: less than one block per shard.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tasks are the parallelism; threads on top would only compete
-    tokenizer = _tokenizer(task.tokenizer)
+    tokenizer = _tokenizer(task.tokenizer, task.end_of_text)
     texts = list(task.documents.texts(task.rows))
     pieces = tokenizer.encode_documents(texts, np.dtype(task.dtype))
     stream = np.concatenate(pieces)
@@ -91,9 +92,9 @@ def make_shard(task: ShardTask) -> ShardResult:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(content: str) -> Tokenizer:
+def _tokenizer(content: str, end_of_text: int) -> Tokenizer:
     """Built once in a process, not once for each of its shards: GPT-2's takes as long as a megabyte of text."""
-    return tokenizer_from_json(content)
+    return tokenizer_from_json(content, end_of_text)
 
 
 def _covered_bytes(texts: list[str], pieces: list[np.ndarray], used: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from polytrope.models import find_architecture, make_config
-from polytrope.models.activations import ActivationConfig, activation_configs
+from polytrope.models.configurations import ActivationConfig, activation_configs
 from polytrope.ops.modules import LEARNABLE, LearnableActivation, read_activation
 
 

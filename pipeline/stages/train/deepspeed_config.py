@@ -85,27 +85,27 @@ def refuse_contradictions(configuration: Mapping[str, Any], parameters: TrainPar
         if setting != AUTO and value is not None and setting != value:
             said = parameters.precision if name == "precision" else value
             raise UserError(
-                f"train: `deepspeed` says {key} = {json.dumps(setting)}, the stage's `{name}` says {said}",
+                f"deepspeed: says {key} = {json.dumps(setting)}, the stage's `{name}` says {said}",
                 f'set `{name}` to match, or make it "auto" in the DeepSpeed configuration',
             )
     for key in ("optimizer", "scheduler", "gradient_accumulation_steps"):
         if configuration.get(key, AUTO) != AUTO:
             raise UserError(
-                f"train: `deepspeed` sets `{key}`, which this stage decides",
+                f"deepspeed: sets `{key}`, which this stage decides",
                 f"remove `{key}`; use learning_rate, weight_decay, betas, warmup_steps, micro_batch_size",
             )
     stage = _lookup(configuration, "zero_optimization.stage")
     if stage != AUTO and stage not in (0, 1, 2, 3):
-        raise UserError(f"train: `deepspeed` says zero_optimization.stage = {json.dumps(stage)}", "it is 0, 1, 2 or 3")
+        raise UserError(f"deepspeed: says zero_optimization.stage = {json.dumps(stage)}", "it is 0, 1, 2 or 3")
     if parameters.precision == "fp16" and zero_stage_of(configuration, parameters) == 0:
         raise UserError(
-            "train: precision: fp16 with zero_stage: 0: DeepSpeed scales the loss of its ZeRO optimizers only",
+            "precision: fp16 with zero_stage: 0: DeepSpeed scales the loss of its ZeRO optimizers only",
             "use zero_stage: 1 (with one worker it shards nothing), or precision: bf16",
         )
     if parameters.ema_decay is not None and zero_stage_of(configuration, parameters) == 3:
-        raise UserError("train: ema_decay needs whole weights on each worker", "use zero_stage 0, 1 or 2")
+        raise UserError("ema_decay: needs whole weights on each worker", "use zero_stage 0, 1 or 2")
     if parameters.statistics_every and zero_stage_of(configuration, parameters) == 3:
-        raise UserError("train: statistics_every needs whole coefficients on each worker", "use zero_stage 0, 1 or 2")
+        raise UserError("statistics_every: needs whole coefficients on each worker", "use zero_stage 0, 1 or 2")
 
 
 def _path_of(given: str, directory: Path) -> Path:
@@ -114,7 +114,7 @@ def _path_of(given: str, directory: Path) -> Path:
     path = directory / given  # an absolute one stays as it is
     if not path.is_file():
         raise UserError(
-            f"train: `deepspeed: {given}`: no such file ({path})",
+            f"deepspeed: {given}: no such file ({path})",
             f"give the path of a JSON file, or one of {', '.join(shipped_names())}",
         )
     return path
@@ -124,9 +124,9 @@ def _read_file(path: Path, given: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"train: `deepspeed: {given}`: {path} cannot be read: {error}") from error
+        raise UserError(f"deepspeed: {given}: {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"train: `deepspeed: {given}`: {path} is not a JSON object")
+        raise UserError(f"deepspeed: {given}: {path} is not a JSON object")
     return content
 
 

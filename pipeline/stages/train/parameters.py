@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from polytrope.models import ARCHITECTURES
+from polytrope.models import make_config
+from polytrope.models.configurations import MODEL_KINDS, activation_configs
+from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stages.train.activation_parameters import Activation, AnyStart, Interval, spelled_out
 
 if TYPE_CHECKING:
     ArchitectureName = str
 else:
-    ArchitectureName = Literal[tuple(ARCHITECTURES)]
+    ArchitectureName = Literal[tuple(MODEL_KINDS)]
 
-# What each is trained on. Its record says so too, but imports torch, which a plan does without.
-TRAINED_ON = {"gpt2": "text", "convnext": "images"}
-
-Activation = str | dict[str, Any]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -25,12 +25,12 @@ class ActivationOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    init: str | None = Field(
+    init: AnyStart | None = Field(
         None,
         description="variance_preserving, stable (polynomials: nets without normalisation stay there), torchortho (as "
         "published, where there is one), or a function to imitate: gelu, relu, silu, …",
     )
-    interval: tuple[float, float] | None = Field(
+    interval: Interval | None = Field(
         None, description="beyond it the function goes on along its tangents; default: its formula everywhere"
     )
     per_channel: bool = Field(False, description="coefficients of their own for every channel, not one set per block")
@@ -45,7 +45,7 @@ class ModelParameters(BaseModel):
     preset: str | None = Field(
         None, description="published size: gpt2, gpt2-medium, gpt2-large, gpt2-xl; convnext-atto … convnext-large"
     )
-    activation: Activation | list[Activation] | None = Field(
+    activation: Activation | None = Field(
         None,
         description="one activation (gelu, hermite3, or {name, degree, …}), a list with one per block, "
         "or a list of {layers: 0-5, name: …}",
@@ -70,10 +70,31 @@ class ModelParameters(BaseModel):
     drop_path: float | None = Field(None, ge=0, lt=1, description="convnext: stochastic depth of the last block")
     layer_scale: float | None = Field(None, ge=0, description="convnext: initial layer scale, 0 for none")
 
+    def settings(self) -> dict[str, Any]:
+        """Fields of the architecture's configuration that are given, those of the preset below them."""
+        given = self.model_dump(exclude_none=True, exclude={"architecture", "preset", "activation_options"})
+        return {**MODEL_KINDS[self.architecture].presets.get(self.preset or "", {}), **given}
 
-def architectures_for(kind: str) -> list[str]:
-    """The models that are trained on such data sets: `text` or `images`."""
-    return [name for name, data in TRAINED_ON.items() if data == kind]
+    @model_validator(mode="after")
+    def buildable(self) -> ModelParameters:
+        kind = MODEL_KINDS[self.architecture]
+        if self.preset is not None and self.preset not in kind.presets:
+            raise ValueError(
+                f"preset: {self.architecture} has no `{self.preset}`: expected one of {', '.join(kind.presets)}"
+            )
+        known = kind.config.__dataclass_fields__
+        for name in self.model_fields_set - {"architecture", "preset", "activation_options"}:
+            if name not in known and getattr(self, name) is not None:
+                raise ValueError(f"{name}: a {self.architecture} has no such setting; there are {', '.join(known)}")
+        config = make_config(kind.config, self.settings())
+        widths = config.activation_widths()
+        for entry, width in zip(activation_configs(config.activation, len(widths)), widths, strict=True):
+            groups = spelled_out(entry).get("num_parameters", 1)
+            if spelled_out(entry).get("dim", -1) == -1 and width % groups:
+                raise ValueError(
+                    f"activation: num_parameters ({groups}) does not divide the {width} channels of a block"
+                )
+        return self
 
 
 class AugmentationParameters(BaseModel):
@@ -166,8 +187,8 @@ class TrainParameters(BaseModel):
         "also at the first step; 0: never",
     )
     augmentation: AugmentationParameters | None = Field(None, description="images only")
-    register_as: str | None = Field(None, description="name in MLflow's model registry")
-    register_alias: str = Field("newest", description="alias of the registered version")
+    register_as: RegisteredName | None = Field(None, description="name in MLflow's model registry")
+    register_alias: RegisteredAlias = Field("newest", description="alias of the registered version")
 
     @model_validator(mode="after")
     def consistent(self) -> TrainParameters:
@@ -178,9 +199,34 @@ class TrainParameters(BaseModel):
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
                 f"micro_batch_size ({self.micro_batch_size})"
             )
-        mixes = self.augmentation is not None and (self.augmentation.mixup > 0 or self.augmentation.cutmix > 0)
-        if mixes and 1 in (self.micro_batch_size, self.global_batch_size):
-            raise ValueError("augmentation: mixup and cutmix mix the samples of a micro-batch, which has only one here")
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
         return self
+
+
+def split_batch(parameters: TrainParameters, workers: int) -> tuple[int, int]:
+    """Samples per forward pass of a worker, and passes per step.
+
+    Raises:
+        UserError: sizes that do not divide, or nothing to mix.
+    """
+    if parameters.global_batch_size % workers:
+        raise UserError(
+            f"global_batch_size ({parameters.global_batch_size}) must be a multiple of resources.workers ({workers})",
+            f"for example global_batch_size: {workers * max(1, round(parameters.global_batch_size / workers))}",
+        )
+    per_worker = parameters.global_batch_size // workers
+    micro = parameters.micro_batch_size or per_worker
+    if per_worker % micro:
+        raise UserError(
+            f"global_batch_size ({parameters.global_batch_size}) must be a multiple of micro_batch_size ({micro}) × "
+            f"resources.workers ({workers})",
+            f"one worker sees {per_worker} samples per step: choose a micro_batch_size that divides this",
+        )
+    augmentation = parameters.augmentation
+    if augmentation is not None and micro == 1 and (augmentation.mixup > 0 or augmentation.cutmix > 0):
+        raise UserError(
+            "augmentation: mixup and cutmix mix the samples of a micro-batch, and each worker's has only one",
+            f"set global_batch_size to at least {2 * workers}, or leave micro_batch_size out",
+        )
+    return micro, per_worker // micro

@@ -11,48 +11,50 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.lineage import Lineage, read_lineage, write_lineage
+from polytrope.pipeline.data.promised import (
+    PromisedModel,
+    PromisedText,
+    expect,
+    expect_data,
+    misfit,
+    refuse_misfit,
+)
 from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, StageContext, stage
-from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters, architectures_for
+from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
+from polytrope.pipeline.stages.train.parameters import TrainParameters, split_batch
 
 
 def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
-    """Refuse what cannot work before anything starts."""
+    """Refuse a training without a model, or with two."""
     fine_tuning = upstream.get("initial") is not None
     if parameters.model is None and not fine_tuning:
         raise UserError(
-            "train: `model` is missing",
+            "model: missing, and there is no `initial` input",
             "describe the model under `with: model:`, or name one under `inputs: initial:` to fine-tune it",
         )
     if parameters.model is not None and fine_tuning:
         raise UserError(
-            "train: `model` and an `initial` input", "the architecture comes from `initial`: remove `model`"
+            "model: with an `initial` input, the architecture comes from `initial`",
+            "remove `model` to fine-tune, or `initial` to train from scratch",
         )
-    if parameters.model is not None:
-        _check_shapes(parameters.model, upstream.get("dataset"))
 
 
-def _check_shapes(given: ModelParameters, shard: Any) -> None:
-    """Compare the model with what the parameters of the stage that makes the data set say; it need not be ours."""
-    from polytrope.pipeline.stages.train.training_plan import fit_images, fit_text
-
-    model = given.model_dump(exclude_none=True)
-    architecture = model.pop("architecture")
-    size, length = getattr(shard, "image_size", None), getattr(shard, "sequence_length", None)
-    kind = "images" if isinstance(size, int) else "text" if isinstance(length, int) else None
-    if kind is not None and architecture not in architectures_for(kind):
-        raise UserError(
-            f"train: a {architecture} (`model.architecture`) cannot be trained on {kind}",
-            f"use `architecture: {' or '.join(architectures_for(kind))}`, or another dataset",
-        )
-    if "preset" in model:
-        return  # a published size: looking it up would import torch; `make_plan` compares it
-    if kind == "text":
-        fit_text(model, getattr(getattr(shard, "tokenizer", None), "vocab_size", None), length)
-    elif kind == "images":
-        digits = getattr(getattr(shard, "source", None), "kind", None) == "digits"
-        fit_images(model, 10 if digits else None, getattr(shard, "channels", None), size)
+def promise(parameters: TrainParameters, upstream: Mapping[str, Any], resources: Resources) -> PromisedModel | None:
+    """The model that will be trained; refuses what does not fit the data set or the workers."""
+    split_batch(parameters, resources.workers)
+    data = expect_data("inputs.dataset", upstream["dataset"])
+    if isinstance(data, PromisedText) and parameters.augmentation is not None:
+        raise UserError("augmentation: for images, and this dataset holds text", "leave it out")
+    if parameters.model is None:
+        model = expect("inputs.initial", upstream["initial"], PromisedModel)
+        refuse_misfit("inputs.initial", model, data)
+    else:
+        model = PromisedModel(parameters.model.architecture, parameters.model.settings())
+        found = None if data is None else misfit(model, data)
+        if found is not None:
+            raise UserError(f"model.{found.setting or 'architecture'}: {found.text}", found.hint)
+    return model if model is None or data is None else model.trained_on(data)
 
 
 def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
@@ -68,6 +70,7 @@ def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
 @stage(
     parallel=True,
     check=check,
+    promise=promise,
     fingerprint=fingerprint,
 )
 def train(

@@ -1,0 +1,203 @@
+"""The sizes of every model, and how its `activation` setting is read: what can be checked without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ActivationConfig = str | dict[str, Any]
+
+
+def activation_configs(activation: ActivationConfig | list[ActivationConfig], layers: int) -> list[ActivationConfig]:
+    """One activation per layer.
+
+    Args:
+        activation: one for all; a list with one per layer; or a list of `{layers: 0-5, name: gelu}` that covers every
+            layer once (layers count from 0; `6-` goes to the last one).
+        layers: how many there are.
+
+    Raises:
+        ValueError: a list of another length, or ranges that leave a layer out or name one twice.
+    """
+    if isinstance(activation, list) and any(isinstance(entry, dict) and "layers" in entry for entry in activation):
+        return _by_range(activation, layers)
+    if isinstance(activation, list):
+        if len(activation) != layers:
+            raise ValueError(
+                f"activation: a list of length {len(activation)} for {layers} layers; give one per layer or one"
+            )
+        return activation
+    return [activation] * layers
+
+
+def _by_range(entries: list[ActivationConfig], layers: int) -> list[ActivationConfig]:
+    found: list[ActivationConfig | None] = [None] * layers
+    for entry in entries:
+        if not isinstance(entry, dict) or "layers" not in entry:
+            raise ValueError(f"activation: {entry!r} does not say for which `layers` it is, as others do")
+        config = {key: value for key, value in entry.items() if key != "layers"}
+        for layer in _range(entry["layers"], layers):
+            if found[layer] is not None:
+                raise ValueError(f"activation: layer {layer} is in two ranges of `layers`")
+            found[layer] = str(config["name"]) if set(config) == {"name"} else config
+    missing = [str(layer) for layer, config in enumerate(found) if config is None]
+    if missing:
+        raise ValueError(f"activation: no range of `layers` has layer {', '.join(missing)} (of 0-{layers - 1})")
+    return [config for config in found if config is not None]
+
+
+def _range(text: Any, layers: int) -> range:
+    first, dash, last = str(text).partition("-")
+    try:
+        start, end = int(first), int(last) if last else layers - 1 if dash else int(first)
+    except ValueError:
+        raise ValueError(f"activation: `layers: {text}` is no range; write 3, 0-5 or 6-") from None
+    if not 0 <= start <= end < layers:
+        raise ValueError(f"activation: `layers: {text}` is outside 0-{layers - 1}")
+    return range(start, end + 1)
+
+
+@dataclass
+class GPT2Config:
+    """Sizes of a GPT-2; the defaults are those of the 124M model.
+
+    Args:
+        vocab_size: rows of the token embedding.
+        sequence_length: the longest context, in tokens (learned absolute positions).
+        n_layer: number of blocks.
+        n_head: attention heads; divides `n_embd`.
+        n_embd: width of the residual stream; the MLP is four times as wide.
+        activation: one activation of `polytrope.ops.build_activation`, or a list with one per block.
+        dropout: of embeddings, attention weights and both residual branches.
+        bias: biases in linear layers and layer norms.
+        layer_norm_epsilon: added to the variance in every layer norm.
+        scale_attn_weights: divide attention's logits by the root of the head size.
+        scale_attn_by_inverse_layer_idx: divide them by the number of the block as well, counting from 1.
+        tie_word_embeddings: the head's weight is the token embedding.
+    """
+
+    vocab_size: int = 50257
+    sequence_length: int = 1024
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    activation: ActivationConfig | list[ActivationConfig] = "gelu_tanh"
+    dropout: float = 0.0
+    bias: bool = True
+    layer_norm_epsilon: float = 1e-5
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "sequence_length", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0.0 < self.layer_norm_epsilon < math.inf:
+            raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
+        activation_configs(self.activation, self.n_layer)
+
+    def activation_widths(self) -> list[int]:
+        """Channels that the activation of each block sees."""
+        return [4 * self.n_embd] * self.n_layer
+
+    def layer_numbers(self) -> int:
+        """How many values the first number in the names of its activation modules has."""
+        return self.n_layer
+
+
+GPT2_PRESETS: dict[str, dict[str, int]] = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 350M
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1.5B
+}
+
+
+@dataclass
+class ConvNeXtConfig:
+    """Sizes of a ConvNeXt; the defaults are those of ConvNeXt-Tiny for ImageNet-1k.
+
+    Args:
+        depths, dims: blocks and channels of each stage.
+        num_classes: outputs of the classifier.
+        in_channels: channels of the images.
+        patch_size: kernel and stride of the stem; each later stage halves the resolution.
+        activation: one activation of `polytrope.ops.build_activation`, or a list with one per block.
+        drop_path: probability of skipping the last block's branch; it grows linearly from 0 at the first.
+        layer_scale: initial value of the per-channel scale of each branch; 0 for no scale.
+        final_norm_epsilon: added to the variance in the layer norm before the classifier; the others have 1e-6.
+    """
+
+    depths: list[int] = field(default_factory=lambda: [3, 3, 9, 3])
+    dims: list[int] = field(default_factory=lambda: [96, 192, 384, 768])
+    num_classes: int = 1000
+    in_channels: int = 3
+    patch_size: int = 4
+    activation: ActivationConfig | list[ActivationConfig] = "gelu"
+    drop_path: float = 0.0
+    layer_scale: float = 1e-6
+    final_norm_epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        self.depths, self.dims = list(self.depths), list(self.dims)
+        if not self.depths or len(self.depths) != len(self.dims) or min(self.depths + self.dims) < 1:
+            raise ValueError(
+                f"depths: {self.depths} and dims {self.dims} must be equally long lists of positive numbers"
+            )
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
+        for name in ("num_classes", "in_channels", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 < self.final_norm_epsilon < math.inf:
+            raise ValueError(f"final_norm_epsilon must be above 0 and finite, got {self.final_norm_epsilon}")
+        activation_configs(self.activation, sum(self.depths))
+
+    def activation_widths(self) -> list[int]:
+        """Channels that the activation of each block sees."""
+        return [4 * width for depth, width in zip(self.depths, self.dims, strict=True) for _ in range(depth)]
+
+    def layer_numbers(self) -> int:
+        """How many values the first number in the names of its activation modules has: the stages."""
+        return len(self.depths)
+
+
+CONVNEXT_PRESETS: dict[str, dict[str, list[int]]] = {
+    "convnext-atto": {"depths": [2, 2, 6, 2], "dims": [40, 80, 160, 320]},
+    "convnext-femto": {"depths": [2, 2, 6, 2], "dims": [48, 96, 192, 384]},
+    "convnext-pico": {"depths": [2, 2, 6, 2], "dims": [64, 128, 256, 512]},
+    "convnext-nano": {"depths": [2, 2, 8, 2], "dims": [80, 160, 320, 640]},
+    "convnext-tiny": {"depths": [3, 3, 9, 3], "dims": [96, 192, 384, 768]},
+    "convnext-small": {"depths": [3, 3, 27, 3], "dims": [96, 192, 384, 768]},
+    "convnext-base": {"depths": [3, 3, 27, 3], "dims": [128, 256, 512, 1024]},
+    "convnext-large": {"depths": [3, 3, 27, 3], "dims": [192, 384, 768, 1536]},
+}
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """What is known of a model without building it.
+
+    Args:
+        config: dataclass of its sizes; its checks are in `__post_init__`.
+        data: what it is trained on.
+        presets: published sizes, by name.
+    """
+
+    config: type[Any]
+    data: Literal["text", "images"]
+    presets: Mapping[str, Mapping[str, Any]]
+
+
+# Every model of `polytrope.models.ARCHITECTURES`.
+MODEL_KINDS: dict[str, ModelKind] = {
+    "gpt2": ModelKind(GPT2Config, "text", GPT2_PRESETS),
+    "convnext": ModelKind(ConvNeXtConfig, "images", CONVNEXT_PRESETS),
+}

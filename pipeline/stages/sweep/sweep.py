@@ -1,0 +1,150 @@
+"""The `sweep` stage: it returns its trials as stages, each durable and resumable by itself, and what follows them.
+
+search:
+  uses: sweep
+  with:
+    stage: {uses: train, inputs: {dataset: shard}, with: {model: {n_layer: 2}, on_divergence: record}}
+    ranges: {learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}, weight_decay: [0, 0.1]}
+    trials: 9
+    metric: val/loss
+    mode: min
+    halving: {parameter: steps, smallest: 100, rounds: 3}     # 9 × 100, 3 × 300, 1 × 900 steps
+
+`search/best` is then the model of the best trial, `search/overview` a table and a plot of all.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from polytrope.pipeline.data.training_file import figure_of_training
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, StageContext, Stages, load_stage, stage
+from polytrope.pipeline.stages.sweep.parameters import (
+    NextRoundParameters,
+    OverviewParameters,
+    SweepParameters,
+    Value,
+)
+from polytrope.pipeline.support.text import suggest
+
+_NEXT, _OVERVIEW = (f"polytrope.pipeline.stages.sweep.sweep:{name}" for name in ("next_round", "overview"))
+
+
+def check(parameters: SweepParameters, _upstream: Mapping[str, Any]) -> None:
+    """Refuse a trial without a function, names of parameters that it does not have, and rounds that nobody reaches."""
+    uses = parameters.stage.get("uses")
+    if not isinstance(uses, str):
+        raise UserError("stage: the trial has no `uses:`", "for example `stage: {uses: train, inputs: …, with: …}`")
+    model = load_stage(uses).parameters_model
+    budget = [] if parameters.halving is None else [parameters.halving.parameter]
+    for name in [*parameters.ranges, *budget]:
+        first = name.partition(".")[0]
+        if first not in model.model_fields and model.model_config.get("extra") != "allow":
+            field = "ranges" if name in parameters.ranges else "halving.parameter"
+            raise UserError(f"{field}: stage `{uses}` has no parameter `{first}`", suggest(first, model.model_fields))
+    if (halving := parameters.halving) is not None:
+        needed = halving.factor ** (halving.rounds - 1)
+        if parameters.trials < needed:
+            raise UserError(
+                f"trials: {parameters.trials} are too few for {halving.rounds} rounds, each of which takes one in "
+                f"{halving.factor} of the trials before",
+                f"at least {needed}, or fewer rounds",
+            )
+
+
+@stage(check=check)
+def sweep(context: StageContext, parameters: SweepParameters) -> Stages:
+    """Draw the trials' parameters and return them as stages, with the rounds that follow, `best` and `overview`."""
+    trials = draw_trials(parameters)
+    (context.output / "trials.json").write_text(json.dumps(trials, indent=1) + "\n", encoding="utf-8")
+    stages: dict[str, Any] = {name: _trial(parameters, 0, values) for name, values in trials.items()}
+    rounds = 1 if parameters.halving is None else parameters.halving.rounds
+    last: Any = {name: name for name in trials}
+    everything: dict[str, str] = {f"round0/{name}": name for name in trials}
+    common = {"sweep": parameters.model_dump(mode="json", exclude_unset=True), "trials": trials}
+    for number in range(1, rounds):
+        name = f"round{number}"
+        stages[name] = {"uses": _NEXT, "inputs": {"models": last}, "with": {**common, "number": number}}
+        last = f"{name}/*"
+        everything[name] = last
+    stages["best"] = {
+        "uses": "select",
+        "inputs": {"models": last},
+        "with": {"metric": parameters.metric, "mode": parameters.mode},
+    }
+    stages["overview"] = {"uses": _OVERVIEW, "inputs": {"models": everything}, "with": common}
+    return Stages(stages, {"trials": len(trials)})
+
+
+@stage()
+def next_round(context: StageContext, models: dict[str, Artifact], parameters: NextRoundParameters) -> Stages:
+    """Choose the best trials of the round before and return them with a larger budget, trained from the start."""
+    sweep, number = parameters.sweep, parameters.number
+    found = {name: figure_of_training(model.path, sweep.metric) for name, model in models.items()}
+    values = {name: value for name, (value, _) in found.items() if value is not None}
+    if not values:
+        name, (_, why) = next(iter(found.items()))
+        raise UserError(f"no trial of round {number - 1} has a {sweep.metric}; `{name}`: {why}", "look at its training")
+    ranked = sorted(values, key=values.__getitem__, reverse=sweep.mode == "max")
+    chosen = ranked[: sweep.kept(number)]
+    context.message(f"{len(chosen)} of {len(models)} go on: {', '.join(chosen)}")
+    return Stages(
+        {name: _trial(sweep, number, parameters.trials[name]) for name in chosen},
+        {"trials": len(chosen), f"best/{sweep.metric}": values[ranked[0]]},
+    )
+
+
+@stage()
+def overview(context: StageContext, models: dict[str, Artifact], parameters: OverviewParameters) -> dict[str, float]:
+    """Write `sweep.json`, a row per trial and round, and `sweep.png`: one line per trial through all its parameters."""
+    from polytrope.pipeline.stages.sweep.coordinates import draw_coordinates
+
+    sweep = parameters.sweep
+    rows = []
+    for label, model in models.items():
+        round_name, name = label.split("/")
+        value, why = figure_of_training(model.path, sweep.metric)
+        row = {"trial": name, "round": int(round_name.removeprefix("round")), **parameters.trials[name]}
+        rows.append({**row, sweep.metric: value, **({"left_out": why} if why else {})})
+    (context.output / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (context.output / "sweep.png").write_bytes(draw_coordinates(rows, list(sweep.ranges), sweep.metric, sweep.mode))
+    context.log_artifact("sweep.json", parent=True)
+    context.log_artifact("sweep.png", parent=True)
+    return {"rows": len(rows), "left_out": sum("left_out" in row for row in rows)}
+
+
+def draw_trials(parameters: SweepParameters) -> dict[str, dict[str, Value]]:
+    """Trial → its values. Points of Halton's sequence: evenly spread, and the first ones stay when more are drawn."""
+    from scipy.stats import qmc
+
+    shares = qmc.Halton(len(parameters.ranges), seed=parameters.seed).random(parameters.trials)
+    trials = {}
+    for number, point in enumerate(shares):
+        values: dict[str, Value] = {}
+        for share, (name, given) in zip(map(float, point), parameters.ranges.items(), strict=True):
+            values[name] = given[int(share * len(given))] if isinstance(given, list) else given.value(share)
+        trials[f"trial{number:03d}"] = values
+    return trials
+
+
+def _trial(sweep: SweepParameters, number: int, values: Mapping[str, Value]) -> dict[str, Any]:
+    """The stage of a trial in a round."""
+    spec = copy.deepcopy(sweep.stage)
+    given = spec["with"] = dict(spec.get("with") or {})
+    for name, value in {**values, **sweep.budget(number)}.items():
+        *path, last = name.split(".")
+        place = given
+        for part in path:
+            inner = place.get(part)
+            if inner is not None and not isinstance(inner, dict):
+                raise UserError(
+                    f"ranges: `{name}`, but `{part}` of the trial is {inner!r}",
+                    f"write it as a mapping: `{part}: {{…}}`",
+                )
+            place[part] = place = dict(inner or {})
+        place[last] = value
+    return spec

@@ -1,0 +1,213 @@
+"""`model.activation` of the `train` stage: a pydantic model per activation, told apart by `name`, without torch.
+
+A test compares them with the modules of `polytrope.ops`, which import it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    Tag,
+    WrapValidator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+# What a learnable activation may start as: functions to imitate, and what its family has beside them.
+IMITATED = (
+    "gelu", "gelu_tanh", "relu", "relu6", "silu", "tanh", "sigmoid", "mish", "elu", "softplus", "hardswish",
+    "leaky_relu",
+)  # fmt: skip
+CLASSICAL = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
+_STARTS = ("variance_preserving", *IMITATED)
+
+if TYPE_CHECKING:
+    AnyStart = str
+    Start = str
+    PolynomialStart = str
+    PublishedStart = str
+    PublishedPolynomialStart = str
+    ClassicalName = str
+else:
+    ClassicalName = Literal[CLASSICAL]
+    AnyStart = Literal["variance_preserving", "stable", "torchortho", *IMITATED]
+    Start = Literal[_STARTS]
+    PolynomialStart = Literal["variance_preserving", "stable", *IMITATED]
+    PublishedStart = Literal["variance_preserving", "torchortho", *IMITATED]
+    PublishedPolynomialStart = Literal["variance_preserving", "stable", "torchortho", *IMITATED]
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_End = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+def _rising(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] >= value[1]:
+        raise ValueError(f"the first end must be below the second: {list(value)}")
+    return value
+
+
+def _not_gated(value: bool) -> bool:
+    if value:
+        raise ValueError("the blocks of these models have no gate, which halves the width; leave it out")
+    return value
+
+
+Interval = Annotated[tuple[_End, _End], Field(strict=False), AfterValidator(_rising)]
+Gate = Annotated[bool, AfterValidator(_not_gated)]
+
+
+class _Named(BaseModel):
+    model_config = _STRICT
+    layers: str | int | None = Field(None, description="in a list: the blocks that have it, such as 3, 0-5 or 6-")
+
+
+class _Classical(_Named):
+    name: ClassicalName
+
+
+class _Elementwise(_Named):
+    """What all elementwise families have."""
+
+    degree: int = Field(3, ge=1, le=16, description="1…16")
+    num_parameters: int = Field(1, ge=1, description="groups of channels that have coefficients of their own")
+    dim: int = Field(-1, description="the dimension whose channels are grouped")
+    glu: Gate = Field(False, description="gated; not in these models")
+
+
+class _Polynomial(_Elementwise):
+    interval: Interval | None = Field(None, description="beyond it the function goes on along its tangents")
+    learnable_recurrence: bool = Field(False, description="learn the recurrence of the basis as well")
+
+
+class _Hermite(_Polynomial):
+    name: Literal["hermite"]
+    init: PublishedPolynomialStart = Field("variance_preserving", description="how it starts")
+
+
+class _Chebyshev(_Polynomial):
+    name: Literal["chebyshev"]
+    init: PolynomialStart = Field("variance_preserving", description="how it starts")
+
+
+class _Legendre(_Polynomial):
+    name: Literal["legendre"]
+    init: PolynomialStart = Field("variance_preserving", description="how it starts")
+
+
+class _Fourier(_Elementwise):
+    name: Literal["fourier"]
+    degree: int = Field(5, ge=1, le=16, description="1…16")
+    interval: Interval | None = Field(None, description="beyond it the function goes on along its tangents")
+    harmonic: bool = Field(False, description="one learnable frequency and its multiples")
+    init: PublishedStart = Field("variance_preserving", description="how it starts")
+
+
+class _Tropical(_Elementwise):
+    name: Literal["tropical"]
+    degree: int = Field(5, ge=1, le=16, description="1…16")
+    init: PublishedStart = Field("variance_preserving", description="how it starts")
+
+
+class _TropicalRational(_Elementwise):
+    name: Literal["tropical_rational"]
+    degree: int = Field(6, ge=1, le=16, description="1…16")
+    init: Start = Field("variance_preserving", description="how it starts")
+
+
+class _Rational(_Elementwise):
+    name: Literal["rational"]
+    degree: int = Field(5, ge=1, le=16, description="of the numerator, 1…16")
+    denominator_degree: int | None = Field(None, ge=0, le=16, description="default: one less")
+    interval: Interval | None = Field(None, description="beyond it the function goes on along its tangents")
+    init: Start = Field("variance_preserving", description="how it starts")
+
+
+class _PolyReLU(_Elementwise):
+    name: Literal["polyrelu"]
+    interval: Interval | None = Field(None, description="beyond it the function goes on along its tangents")
+    init: Start = Field("variance_preserving", description="how it starts")
+
+
+class _PiecewiseLinear(_Elementwise):
+    name: Literal["piecewise_linear"]
+    degree: int = Field(8, ge=1, le=64, description="number of pieces, 1…64")
+    interval: Interval = Field((-4.0, 4.0), description="the first and the last knot")
+    init: Start = Field("variance_preserving", description="how it starts")
+
+
+class _PolyNorm(_Named):
+    name: Literal["polynorm"]
+    degree: int = Field(3, ge=1, le=16, description="1…16")
+    epsilon: float = Field(1e-6, gt=0, description="added to mean squares")
+    init: Start = Field("variance_preserving", description="how it starts")
+
+
+_Settings = Annotated[
+    _Classical | _Hermite | _Chebyshev | _Legendre | _Fourier | _Tropical | _TropicalRational | _Rational | _PolyReLU
+    | _PiecewiseLinear | _PolyNorm,
+    Field(discriminator="name"),
+]  # fmt: skip
+LEARNABLE_SETTINGS: dict[str, type[BaseModel]] = {
+    "hermite": _Hermite,
+    "chebyshev": _Chebyshev,
+    "legendre": _Legendre,
+    "fourier": _Fourier,
+    "tropical": _Tropical,
+    "tropical_rational": _TropicalRational,
+    "rational": _Rational,
+    "polyrelu": _PolyReLU,
+    "polynorm": _PolyNorm,
+    "piecewise_linear": _PiecewiseLinear,
+}
+
+
+def spelled_out(value: Any) -> Any:
+    """`gelu` as `{name: gelu}`, `hermite3` as `{name: hermite, degree: 3}`; anything else as it is."""
+    options = {"name": value} if isinstance(value, str) else value
+    if not isinstance(options, dict) or not isinstance(options.get("name"), str) or "degree" in options:
+        return options
+    short = re.fullmatch(r"([a-z_]+?)(\d+)", options["name"])
+    if short is None or short[1] in CLASSICAL:
+        return options
+    return {**options, "name": short[1], "degree": int(short[2])}
+
+
+def _check_entry(value: Any, check: Callable[[Any], Any]) -> Any:
+    check(spelled_out(value))
+    return value  # as it was given: the defaults are the module's own
+
+
+def _check_one(value: Any, check: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict) and "layers" in value:
+        raise ValueError("`layers` stands in a list that covers every block: `[{layers: 0-5, name: gelu}, …]`")
+    return _check_entry(value, check)
+
+
+class _ShortForm:
+    """For the JSON schema: `gelu` and `hermite3` are accepted too."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        names = {"enum": [*CLASSICAL, *LEARNABLE_SETTINGS]}
+        return {"anyOf": [names, {"type": "string", "pattern": r"^[a-z_]+\d+$"}, handler(schema)]}
+
+
+if TYPE_CHECKING:
+    Activation = str | dict[str, Any] | list[str | dict[str, Any]]
+else:
+    _One = Annotated[_Settings, WrapValidator(_check_one), _ShortForm()]
+    _Entry = Annotated[_Settings, WrapValidator(_check_entry), _ShortForm()]
+    Activation = Annotated[
+        Annotated[_One, Tag("one")] | Annotated[list[_Entry], Tag("list")],
+        Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "one"),
+        PlainSerializer(lambda value: value),
+    ]

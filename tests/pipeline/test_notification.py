@@ -1,0 +1,56 @@
+"""`notify:`: a command of the user's hears how each run ended, and cannot change it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_support import workflow_of
+
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.launch.launch import run
+from polytrope.pipeline.workflow.spec import Workflow
+
+TELL = (
+    'printf \'{"status": "%s", "run": "%s", "message": "%s", "store": "%s"}\' "$POLYTROPE_STATUS" "$POLYTROPE_RUN" '
+    '"$POLYTROPE_MESSAGE" "$POLYTROPE_STORE" > told.json'
+)
+
+
+def with_notify(directory: Path, stages: dict[str, Any], notify: str) -> Workflow:
+    return workflow_of(directory, stages).model_copy(update={"notify": notify})
+
+
+@pytest.mark.parametrize(("uses", "status"), [("make", "succeeded"), ("fail_until", "failed")])
+def test_a_command_hears_how_a_run_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uses: str, status: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stage: dict[str, Any] = {"uses": uses, "retries": 0, "with": {"text": "1"} if uses == "make" else {"attempts": 1}}
+    state = run(with_notify(tmp_path, {"only": stage}, TELL), store="store", run_id="mine", tracking=False)
+    assert state.status == status
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["status"] == status
+    assert told["run"] == "mine"
+    assert told["message"].endswith(f"run mine {status}: 1 {status}")
+    assert Path(told["store"]) == tmp_path / "store"
+
+
+def test_a_command_that_fails_is_named_and_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stages = {"only": {"uses": "make", "with": {"text": "1"}}}
+    notify = "echo the hook is gone >&2; exit 3"
+    state = run(with_notify(tmp_path, stages, notify), store="store", tracking=False, display="none")
+    assert state.status == "succeeded"
+    assert "notify: `echo the hook is gone >&2; exit 3` ended with 3: the hook is gone" in capsys.readouterr().err
+
+
+def test_a_variable_that_is_not_set_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    workflow = with_notify(tmp_path, {"only": {"uses": "make", "with": {"text": "1"}}}, "curl ${env.NO_SUCH_HOOK}")
+    with pytest.raises(UserError, match=r"notify: .*NO_SUCH_HOOK"):
+        run(workflow, store=tmp_path / "store", tracking=False)
+    assert not list(tmp_path.glob("store/runs/*"))
