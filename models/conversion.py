@@ -18,18 +18,20 @@ from polytrope.models.surgery import Activation, replace_module, replaced
 from polytrope.ops.fitting.targets import resolve_target, sample
 from polytrope.ops.interpolate import Fit, fit, fit_to_error
 
+_CHUNK = 1 << 20
+
 
 @dataclass(frozen=True)
 class FitOptions:
     """How every layer is fitted.
 
     Args:
-        family, degree: of the new activations.
+        family, degree: of the new activations; family `auto`, with a target error: what needs the fewest parameters.
         target_error: instead of `degree`, which is then the largest one tried: the smallest degree whose error is at
             most this. The error is the root mean square over the measured inputs, relative to that of the target.
         coverage: share of the inputs inside the fitted interval; None: the interval of the smallest error over all
             inputs, those on the tangent lines outside included.
-        derivative_weight: λ of the Sobolev norm.
+        derivative_weight: λ of the Sobolev norm, for inputs in units of their standard deviation.
         constraints: as of `fit`: `ends`, `end_values`, `origin`.
     """
 
@@ -79,7 +81,7 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
     settings = {
         "interval": interval,
         "weight": measure,
-        "derivative_weight": options.derivative_weight,
+        "derivative_weight": options.derivative_weight * _variance(measure),
         "constraints": options.constraints,
         "held_out": calibration.held_out,
         "dtype": calibration.dtype,
@@ -89,12 +91,19 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
             found = fit(activation.module, options.family, options.degree, **settings)  # type: ignore[arg-type]
         else:
             scale = _root_mean_square(activation.module, measure)
-            degrees = range(min(2, options.degree), options.degree + 1)
+            degrees = range(1 if options.family == "auto" else min(2, options.degree), options.degree + 1)
             error = options.target_error * scale
             found = fit_to_error(activation.module, options.family, error, degrees=degrees, **settings)
     except ValueError as error:
         raise type(error)(f"activation `{activation.name}`: {error}") from error
     return LayerConversion(activation.name, activation.module, calibration, found)
+
+
+def _variance(measure: tuple[np.ndarray, np.ndarray]) -> float:
+    """Of the inputs; 1 where all are the same."""
+    points, counts = measure
+    weights = counts / counts.sum()
+    return float(weights @ (points - weights @ points) ** 2) or 1.0
 
 
 def _root_mean_square(module: nn.Module, measure: tuple[np.ndarray, np.ndarray]) -> float:
@@ -132,15 +141,24 @@ def layer_costs(
     costs: dict[str, float] = {}
     with measuring(model):
         with _counting({conversion.name: conversion.module for conversion in conversions}) as before:
-            original = forward(model, batch).double()
+            original = forward(model, batch)
         for conversion in conversions:
             name = conversion.name
             module = conversion.fit.build()
             with replaced(model, name, module), _counting({name: module}) as after:
-                moved = forward(model, batch).double()
+                moved = forward(model, batch)
             _check_effect(before, after, "before its conversion")
-            costs[name] = float((moved - original).norm() / original.norm())
+            costs[name] = _relative_distance(moved, original)
     return costs
+
+
+def _relative_distance(moved: Tensor, original: Tensor) -> float:
+    """|moved - original| / |original|, summed in float64 part by part: logits are large."""
+    difference, size = 0.0, 0.0
+    for here, there in zip(moved.flatten().split(_CHUNK), original.flatten().split(_CHUNK), strict=True):  # type: ignore[no-untyped-call]
+        difference += float((here.double() - there.double()).square().sum())
+        size += float(there.double().square().sum())
+    return math.sqrt(difference / size) if size else math.inf if difference else 0.0
 
 
 def prove(

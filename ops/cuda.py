@@ -72,8 +72,12 @@ class Kind(NamedTuple):
 def kind_of(index: int | None, dtype: torch.dtype, formula: Formula) -> Kind:
     """The kind of a call on the GPU of this index; None: the current one."""
     # Numbers that make a difference, whatever those of the caller are.
-    interval, epsilon = (-0.9, 0.8) if formula.interval else (), 0.1 if formula.family == Family.POLYNORM else 0.0
-    formula = formula._replace(interval=interval, dim=-1, epsilon=epsilon)
+    formula = formula._replace(
+        interval=(-0.9, 0.8) if formula.interval else (),
+        dim=-1,
+        epsilon=0.1 if formula.family == Family.POLYNORM else 0.0,
+        variable=(0.1, 1.2) if formula.variable else (),
+    )
     return Kind(torch.cuda.current_device() if index is None else index, dtype, formula)
 
 

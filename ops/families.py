@@ -28,6 +28,10 @@ class Family(IntEnum):
     POLYNORM = 11
 
 
+# Families that may be functions of a scaled variable.
+WITH_VARIABLE = (Family.POLYNOMIAL, Family.HERMITE, Family.CHEBYSHEV, Family.LEGENDRE)
+
+
 def check_degree(degree: Any, largest: int = MAX_DEGREE, name: str = "degree") -> int:
     """An integer in 1…largest.
 
@@ -50,6 +54,7 @@ class Formula(NamedTuple):
         dim: negative; the dimension of x along which groups of channels have parameters of their own.
         gated: x holds [a, b] along its last dimension, the result is F(a) · b; `dim` is then -1.
         epsilon: what PolyNorm adds to mean squares; no other family has one, and PolyNorm nothing of the above.
+        variable: `()`, or `(shift, scale)` of a polynomial: F is its function of (x - shift) / scale.
     """
 
     family: int
@@ -59,6 +64,7 @@ class Formula(NamedTuple):
     dim: int = -1
     gated: bool = False
     epsilon: float = 0.0
+    variable: tuple[float, ...] = ()
 
 
 def parameter_count(formula: Formula) -> int:

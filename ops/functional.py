@@ -3,8 +3,10 @@
 All take float tensors of any shape and strides and return a dense tensor of the same dtype, its dimensions in memory in
 the order of x's (channels_last stays channels_last); bfloat16 and float16 are computed in float32 and rounded once.
 Coefficients are `[count]` for one function, or `[groups, count]`: then the channels of dimension `dim` fall into that
-many equal groups, each with its own. `interval=(lo, hi)` continues the function along its tangents outside. With
-`glu=True` the last dimension holds [a, b], and F(a) · b comes back.
+many equal groups, each with its own. `interval=(lo, hi)` continues the function along its tangents outside; it is of x,
+whatever the variable. `variable=(shift, scale)` makes polynomials those of (x - shift) / scale: on a wide or narrow
+interval, or one beside 0, they need coefficients of the size of the function only in such a variable. With `glu=True`
+the last dimension holds [a, b], and F(a) · b comes back.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from polytrope.ops.families import MAX_DEGREE, MAX_PIECES, Family, Formula
 from polytrope.ops.packing import PLAIN, Packing
 
 Interval = tuple[float, float]
+Variable = tuple[float, float]  # (shift, scale)
+_WIDEST = 1e37
 _SHARES = tuple(1 / math.factorial(k) for k in range(1, MAX_DEGREE + 1))  # of term k
 # Parts that must be equally long: the number of the first one, and their names.
 _EQUALLY_LONG: dict[Family, tuple[int, tuple[str, ...]]] = {
@@ -50,32 +54,76 @@ def check_interval(interval: Any) -> Interval | None:
     return low, high
 
 
+def check_variable(variable: Any) -> Variable | None:
+    """`(shift, scale)` as floats whose size float32 can take, scale > 0 and its inverse too, or None.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if variable is None:
+        return None
+    try:
+        shift, scale = (float(number) for number in variable)
+    except (TypeError, ValueError):
+        raise ValueError(f"variable: expected (shift, scale) or None, got {variable!r}") from None
+    if not (abs(shift) <= _WIDEST and 1 / _WIDEST <= scale <= _WIDEST):
+        raise ValueError(
+            f"variable: expected a shift of at most {_WIDEST:.0e} and a scale from {1 / _WIDEST:.0e} to {_WIDEST:.0e}, "
+            f"got ({shift}, {scale})"
+        )
+    return shift, scale
+
+
 def hermite(
-    x: Tensor, coefficients: Tensor, *, dim: int = -1, interval: Interval | None = None, glu: bool = False
+    x: Tensor,
+    coefficients: Tensor,
+    *,
+    dim: int = -1,
+    interval: Interval | None = None,
+    variable: Variable | None = None,
+    glu: bool = False,
 ) -> Tensor:
     """sum_k coefficients[k] He_k(x) / k!, probabilists' Hermite polynomials; coefficients `[(groups,) degree + 1]`."""
-    return _apply(Family.HERMITE, x, (coefficients,), dim, interval, glu)
+    return _apply(Family.HERMITE, x, (coefficients,), dim, interval, glu, variable=variable)
 
 
 def chebyshev(
-    x: Tensor, coefficients: Tensor, *, dim: int = -1, interval: Interval | None = None, glu: bool = False
+    x: Tensor,
+    coefficients: Tensor,
+    *,
+    dim: int = -1,
+    interval: Interval | None = None,
+    variable: Variable | None = None,
+    glu: bool = False,
 ) -> Tensor:
     """sum_k coefficients[k] T_k(x), Chebyshev polynomials of the first kind; coefficients `[(groups,) degree + 1]`."""
-    return _apply(Family.CHEBYSHEV, x, (coefficients,), dim, interval, glu)
+    return _apply(Family.CHEBYSHEV, x, (coefficients,), dim, interval, glu, variable=variable)
 
 
 def legendre(
-    x: Tensor, coefficients: Tensor, *, dim: int = -1, interval: Interval | None = None, glu: bool = False
+    x: Tensor,
+    coefficients: Tensor,
+    *,
+    dim: int = -1,
+    interval: Interval | None = None,
+    variable: Variable | None = None,
+    glu: bool = False,
 ) -> Tensor:
     """sum_k coefficients[k] P_k(x), Legendre polynomials; coefficients `[(groups,) degree + 1]`."""
-    return _apply(Family.LEGENDRE, x, (coefficients,), dim, interval, glu)
+    return _apply(Family.LEGENDRE, x, (coefficients,), dim, interval, glu, variable=variable)
 
 
 def polynomial(
-    x: Tensor, coefficients: Tensor, *, dim: int = -1, interval: Interval | None = None, glu: bool = False
+    x: Tensor,
+    coefficients: Tensor,
+    *,
+    dim: int = -1,
+    interval: Interval | None = None,
+    variable: Variable | None = None,
+    glu: bool = False,
 ) -> Tensor:
     """sum_k coefficients[k] x^k; coefficients `[(groups,) degree + 1]`."""
-    return _apply(Family.POLYNOMIAL, x, (coefficients,), dim, interval, glu)
+    return _apply(Family.POLYNOMIAL, x, (coefficients,), dim, interval, glu, variable=variable)
 
 
 def polyrelu(
@@ -99,6 +147,7 @@ def favard(
     *,
     dim: int = -1,
     interval: Interval | None = None,
+    variable: Variable | None = None,
     glu: bool = False,
 ) -> Tensor:
     """sum_k coefficients[k] B_k(x) with B_{k+1} = (scales[k] x + shifts[k]) B_k - couplings[k] B_{k-1}, all learnable.
@@ -122,7 +171,7 @@ def favard(
         times_x = torch.nn.functional.pad(now[:, :-1], (1, 0))
         now, before = scale[:, k : k + 1] * times_x + shift[:, k : k + 1] * now - coupling[:, k : k + 1] * before, now
         powers = powers + weights[:, k + 1 : k + 2] * now
-    return _apply(Family.POLYNOMIAL, x, (powers,), dim, interval, glu)
+    return _apply(Family.POLYNOMIAL, x, (powers,), dim, interval, glu, variable=variable)
 
 
 def fourier(
@@ -238,19 +287,22 @@ def _apply(
     interval: Interval | None,
     glu: bool,
     epsilon: float = 0.0,
+    variable: Variable | None = None,
 ) -> Tensor:
-    interval = check_interval(interval)
+    interval, variable = check_interval(interval), check_variable(variable)
     shapes = tuple([part.shape for part in parts])
     if kernels.is_plain(x, *parts) and (x.is_cuda or kernels.has_kernel("cpu", None, x.dtype)):
         dtypes = tuple([part.dtype for part in parts])
         index = x.get_device()  # -1: the CPU
         strides = None if x.is_contiguous() else x.stride()
-        call = _prepare(family, index, x.dtype, x.shape, strides, dtypes, shapes, dim, interval, glu, float(epsilon))
+        call = _prepare(
+            family, index, x.dtype, x.shape, strides, dtypes, shapes, dim, interval, glu, float(epsilon), variable
+        )
         if isinstance(call, native.Call) or (call is not None and cuda.is_verified(call.kind)):
             return kernels.call_directly(call, x, parts)
     if any(part.is_complex() for part in parts):
         raise TypeError(f"coefficients: expected real numbers, got {', '.join(str(part.dtype) for part in parts)}")
-    formula, packing = describe(family, x.dtype, x.shape, shapes, dim, interval, glu, epsilon)
+    formula, packing = describe(family, x.dtype, x.shape, shapes, dim, interval, glu, epsilon, variable)
     return kernels.activate(x, parts, packing, formula)
 
 
@@ -267,11 +319,12 @@ def _prepare(
     interval: Interval | None,
     glu: bool,
     epsilon: float,
+    variable: Variable | None,
 ) -> native.Call | cuda.Call | None:
     """None where the parameters are not of a dtype that kernels read, such as integers, or a GPU has no kernel."""
     if any(part not in native.DATA_TYPES for part in part_dtypes):
         return None
-    formula, packing = describe(family, dtype, shape, part_shapes, dim, interval, glu, epsilon)
+    formula, packing = describe(family, dtype, shape, part_shapes, dim, interval, glu, epsilon, variable)
     if index >= 0:
         return cuda.prepare(formula, packing, index, dtype, shape, part_dtypes, part_shapes, strides)
     return native.prepare(formula, packing, dtype, shape, part_dtypes, part_shapes, strides)
@@ -286,6 +339,7 @@ def describe(
     interval: Interval | None,
     glu: bool,
     epsilon: float,
+    variable: Variable | None = None,
 ) -> tuple[Formula, Packing]:
     """The formula and the packing for an x and parts of these shapes, which are checked."""
     if dtype not in native.DATA_TYPES:
@@ -311,7 +365,7 @@ def describe(
         if channels % groups:
             raise ValueError(f"coefficients: {groups} groups do not divide the {channels} channels of dimension {dim}")
     where = dim if groups > 1 else -1
-    return Formula(family, degree, second_degree, interval or (), where, glu, epsilon), packing
+    return Formula(family, degree, second_degree, interval or (), where, glu, epsilon, variable or ()), packing
 
 
 def _count(family: Family, shapes: tuple[torch.Size, ...]) -> tuple[int, int, Packing]:

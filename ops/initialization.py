@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from polytrope.ops.fitting.curves import Array, Curve, with_tangents
+from polytrope.ops.fitting.polynomial import of_line
 from polytrope.ops.moments import gaussian_moments
 
 Ends = tuple[float, float]
@@ -50,8 +51,10 @@ def normalize(
     return scale_and_offset(*moments, positive=positive)
 
 
-def polynomial(name: str, degree: int, init: str, interval: Ends | None = None) -> Array:
+def polynomial(name: str, degree: int, init: str, interval: Ends | None = None, variable: Ends | None = None) -> Array:
     """Initial coefficients `[degree + 1]` of the Hermite, Chebyshev or Legendre basis.
+
+    With the variable (shift, scale) they are of the basis in (x - shift) / scale: the function is the same in any.
 
     `variance_preserving`: with x ~ N(0, 1) and F = sum a_k He_k / k!, E[F²] = sum a_k² / k! and
     E[F'²] = sum_{k≥1} a_k² / (k-1)!. Take a_k = s for k ≥ 1; then E[F'²] = s² sum_{k<n} 1/k! = 1 gives s, and a_0 with
@@ -69,10 +72,13 @@ def polynomial(name: str, degree: int, init: str, interval: Ends | None = None) 
         hermite *= np.where(np.arange(degree + 1) % 4 < 2, 1.0, -1.0)
     if interval is not None and init != "torchortho":
         hermite = _with_tails(hermite / scale, interval)
-    if name == "hermite":
+    if name == "hermite" and variable is None:
         return hermite
     # The same function in the other basis: its moments do not depend on the basis.
-    solution: Array = np.linalg.solve(to_powers(name, degree).T, hermite @ to_powers("hermite", degree))
+    powers = hermite @ to_powers("hermite", degree)
+    if variable is not None:
+        powers = np.array(of_line(powers, *variable))
+    solution: Array = np.linalg.solve(to_powers(name, degree).T, powers)
     return solution
 
 

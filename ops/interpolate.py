@@ -9,28 +9,43 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+from polytrope.ops import families
 from polytrope.ops.families import check_degree
 from polytrope.ops.fitting import placement, polynomial, quadrature
-from polytrope.ops.fitting.certificate import Built, Certificate, certify
+from polytrope.ops.fitting.certificate import Built, Certificate, Inputs, certify
 from polytrope.ops.fitting.curves import Array, Curve, with_tangents
-from polytrope.ops.fitting.refinement import Data
-from polytrope.ops.fitting.solvers import LINEAR, NONLINEAR, Condition, Problem, columns_of, fit_linear, interpolate
+from polytrope.ops.fitting.refinement import Data, Ends
+from polytrope.ops.fitting.solvers import (
+    LINEAR,
+    NESTED,
+    NONLINEAR,
+    Condition,
+    Problem,
+    Solution,
+    columns_of,
+    fit_linear,
+    interpolate,
+    raised,
+)
 from polytrope.ops.fitting.targets import Target, find_kinks, resolve_target, sample
 from polytrope.ops.functional import check_interval
-from polytrope.ops.modules import LEARNABLE, build_activation
+from polytrope.ops.modules import LEARNABLE, LearnableActivation, build_activation
 
 __all__ = ["FAMILIES", "Certificate", "Condition", "Fit", "fit", "fit_to_error", "parameter_count"]
 
 FAMILIES = tuple(name for name in LEARNABLE if name in LINEAR or name in NONLINEAR)
-_ROUNDED = 1.1  # of the error in exact arithmetic: beyond, rounding limits a fit
+# The families that `auto` chooses from, the fastest first; Chebyshev and Legendre are the polynomials of Hermite again.
+FAMILIES_BY_COST = ("hermite", "polyrelu", "tropical", "rational", "tropical_rational", "fourier")
+_FEW = 192  # points of a histogram that a search is done on
 _WIDER = tuple(1.5**k for k in range(1, 9))
 
 
@@ -104,191 +119,43 @@ def fit(
         held_out: raw inputs that are not in the weight; the certificate's root mean square counts them too.
         dtype: the floating-point format that the module is for: of its parameters and inputs.
         rounding_tolerance: largest rounding error of the formula in this format, relative to the largest |f| on the
-            interval, beyond the rounding of any result in it; None: any. With measured inputs, polynomials and PolyReLU
-            take fewer terms or a wider interval where these lose less.
+            interval, beyond the rounding of any result in it; None: any. With measured inputs a degree that loses more
+            is given up for a wider interval, or the best lower degree.
+
+    With measured inputs no degree has a larger root mean square error than a lower one (tropical excepted): where it
+    would have, the lower one is returned, its further terms 0.
 
     Raises:
         ValueError: an argument that is not as described; a target that is not finite or not elementwise; more
             constraints than coefficients; a degree too high for the format on this interval.
     """
-    options: dict[str, Any] = {
-        "interval": interval,
-        "weight": weight,
-        "derivative_weight": derivative_weight,
-        "constraints": constraints,
-        "method": method,
-        "nodes": nodes,
-        "derivative": derivative,
-        "tails": tails,
-        "held_out": held_out,
-        "dtype": dtype,
-        "rounding_tolerance": rounding_tolerance,
-    }
-    if not isinstance(weight, tuple) or family not in LINEAR or rounding_tolerance is None:
-        return _fit(target, family, degree, **options)
-    best: Fit | None = None
-    refused: ValueError | None = None
-    for terms in range(check_degree(degree), 0, -1):
-        try:
-            found = _fit(target, family, terms, **options)
-        except RoundingError as error:
-            refused = refused or error
-            continue
-        except ValueError:
-            if best is None and refused is None:
-                raise
-            break  # constraints that need more terms
-        if best is None or found.certificate.rms < best.certificate.rms:
-            padded = {"coefficients": np.pad(found.parameters["coefficients"], (0, degree - terms))}
-            best = replace(found, config=found.config | {"degree": degree}, parameters=padded)
-        exact = math.sqrt(found.certificate.h1_mean_square)
-        if found.certificate.rms <= _ROUNDED * exact:
-            break  # rounding is not what limits it, so fewer terms are no better
-    if best is None:
-        assert refused is not None
-        raise refused
-    return best
-
-
-def _fit(
-    target: str | Target | nn.Module,
-    family: str,
-    degree: int,
-    *,
-    interval: tuple[float, float] | Literal["best"] | None,
-    weight: quadrature.Weight,
-    derivative_weight: float,
-    constraints: Sequence[str | Condition],
-    method: str,
-    nodes: Sequence[float] | None,
-    derivative: Target | None,
-    tails: bool,
-    held_out: Array | None,
-    dtype: torch.dtype,
-    rounding_tolerance: float | None,
-) -> Fit:
-    """As `fit`, with this very degree."""
-    if family not in FAMILIES:
-        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
     degree = check_degree(degree)
-    inputs = quadrature.measured(weight) if isinstance(weight, tuple) else None
-    if interval == "best":
-        if inputs is None or not tails or method != "least_squares":
-            raise ValueError("interval: 'best' needs measured inputs as the weight, tails, and least squares")
-        ends = None
-    elif inputs is not None and interval is None:
-        ends = check_interval(_widened(float(inputs[0][0]), float(inputs[0][-1])))
-    else:
-        ends = check_interval(interval)
-    if not (math.isfinite(derivative_weight) and derivative_weight >= 0):
-        raise ValueError(f"derivative_weight: expected a number ≥ 0, got {derivative_weight}")
-    is_polynomial = family in polynomial.FAMILIES
-    if interval is None and ends is None and not (is_polynomial and weight == "gaussian" and method == "least_squares"):
-        raise ValueError("interval: None (the whole line) is for polynomials with weight='gaussian' by least squares")
-    if not is_polynomial and ((constraints and family not in LINEAR) or method != "least_squares" or nodes is not None):
-        raise ValueError(f"constraints, nodes and interpolation are for polynomials, not for {family}")
-    if method not in ("least_squares", "interpolation"):
-        raise ValueError(f"method: expected least_squares or interpolation, got {method!r}")
-    function = resolve_target(target)
-
-    def exact(x: Array) -> tuple[Array, Array]:
-        return sample(function, x, derivative)
-
-    if inputs is not None:
-        x, weights = inputs
-        low, high = ends or _widened(float(x[0]), float(x[-1]))
-    else:
-        low, high = ends or (-quadrature.GAUSSIAN_REACH, quadrature.GAUSSIAN_REACH)
-    kinks = find_kinks(function, low, high, derivative)
-    if inputs is None:
-        assert not isinstance(weight, tuple)
-        x, weights = quadrature.nodes(low, high, kinks, weight)
-    value, slope = exact(x)
-    data = Data(x, weights, value, slope, derivative_weight)
-    if interval == "best":
-        ends = (low, high)
-        if family in LINEAR:
-            ends = placement.best_interval(data, lambda ends: columns_of(family, degree, ends, tails=True))
-    if inputs is not None and not is_polynomial:
-        data = placement.compressed(data)  # Gauss-Newton steps over every bin of a histogram would take seconds
-    problem = Problem(family, degree, ends, data, kinks, tails, free_ends=interval == "best")
-    if is_polynomial and method == "interpolation":
-        solution = interpolate(problem, exact, nodes)
-    elif family in LINEAR:
-        solution = fit_linear(problem, exact, _conditions(constraints, ends))
-    else:
-        solution = NONLINEAR[family](problem)
-    if solution.interval is not None:
-        ends = solution.interval
-    low, high = ends or (low, high)
-    kinks = [kink for kink in (*kinks, *_folds(solution.parameters)) if low < kink < high]
-    config: dict[str, Any] = {"name": family, "degree": degree}
-    curve = solution.curve
-    if tails and ends is not None and LEARNABLE[family].accepts_interval:
-        config["interval"] = [low, high]
-        curve = with_tangents(curve, low, high)
-    module = _build(config, solution.parameters, dtype)
-
-    def evaluate(points: Array) -> Array:
-        with torch.no_grad():
-            result: Array = module(torch.from_numpy(points).to(dtype)).double().numpy()
-        return result
-
-    # On the whole line the maxima are those within four standard deviations: a polynomial leaves any bound further out.
-    shown = ends or (-4.0, 4.0)
-    unseen = np.zeros(0) if held_out is None else np.asarray(held_out, dtype=np.float64)
-    reach = (
-        shown
-        if inputs is None
-        else (float(min(x[0], unseen.min(initial=x[0]))), float(max(x[-1], unseen.max(initial=x[-1]))))
+    if family == "auto":
+        raise ValueError("family: auto chooses by an error: fit_to_error(target, 'auto', error)")
+    task = _task(
+        target,
+        interval=interval,
+        weight=weight,
+        derivative_weight=derivative_weight,
+        constraints=constraints,
+        method=method,
+        nodes=nodes,
+        derivative=derivative,
+        tails=tails,
+        held_out=held_out,
+        dtype=dtype,
+        rounding_tolerance=rounding_tolerance,
     )
-    certificate = certify(
-        exact,
-        curve,
-        Built(evaluate, dtype),
-        shown,
-        kinks,
-        (x, weights),
-        unseen,
-        reach,
-        derivative_weight,
-        solution.condition,
-    )
-    found = Fit(config, solution.parameters, certificate, curve, dtype)
-    if rounding_tolerance is None:
-        return found
-    smallest = float(torch.finfo(dtype).tiny)
-    largest = float(np.abs(value[(x >= shown[0]) & (x <= shown[1])]).max(initial=0.0))
-    if certificate.rounding_error <= (rounding_tolerance + 2 * torch.finfo(dtype).eps) * largest + smallest:
-        return found
-    refused = RoundingError(
-        f"degree: {family} of degree {degree} on ({shown[0]:.4g}, {shown[1]:.4g}) loses "
-        f"{certificate.rounding_error:.2g} to rounding in {str(dtype).removeprefix('torch.')}; take a lower degree or "
-        "another interval"
-    )
-    if interval != "best":
-        raise refused
-    # Around a kink the best interval shrinks until the format cannot take it: the next wider one that it can.
-    middle, half = (low + high) / 2, (high - low) / 2
-    for factor in _WIDER:
-        with contextlib.suppress(ValueError):
-            return _fit(
-                target,
-                family,
-                degree,
-                interval=(middle - factor * half, middle + factor * half),
-                weight=weight,
-                derivative_weight=derivative_weight,
-                constraints=constraints,
-                method=method,
-                nodes=nodes,
-                derivative=derivative,
-                tails=tails,
-                held_out=held_out,
-                dtype=dtype,
-                rounding_tolerance=rounding_tolerance,
-            )
-    raise refused
+    _check_family(task, family)
+    if not task.is_measured:
+        return _certified(task, _only(task, family, degree))
+    best: _Candidate | None = None
+    refusals: dict[int, ValueError] = {}
+    for found in _ascending(task, family, degree, refusals):
+        best = found
+    if best is None:
+        raise refusals[degree]
+    return _certified(task, best)
 
 
 def fit_to_error(
@@ -302,30 +169,327 @@ def fit_to_error(
     """The fit of the smallest degree whose weighted root mean square error is at most `error`.
 
     Args:
+        family: one of `FAMILIES`; or `auto`: of those and of all degrees the fit with the fewest parameters, and of
+            equally many the one that is computed fastest.
         options: of `fit`, without the degree.
 
     Raises:
-        ValueError: no degree reaches it; names the best one.
+        ValueError: no degree reaches it; names the best one, and why others were refused.
     """
-    best: Fit | None = None
-    for degree in degrees:
+    task = _task(target, **options)
+    families = [name for name in FAMILIES_BY_COST if _can(task, name)] if family == "auto" else [family]
+    for name in families:
+        _check_family(task, name)
+    refusals: dict[str, dict[int, ValueError]] = {name: {} for name in families}
+    ladders = {name: _ascending(task, name, max(degrees), refusals[name]) for name in families}
+    best: _Candidate | None = None
+    # In this order every ladder is climbed from its first degree on.
+    for _, _, name, degree in sorted(
+        (parameter_count(name, degree), rank, name, degree)
+        for rank, name in enumerate(families)
+        for degree in range(1, max(degrees) + 1)
+    ):
+        found = next(ladders[name])
+        if found is None or degree not in degrees:
+            continue
+        if found.rms <= error:
+            return _certified(task, found)
+        if best is None or found.rms < best.rms:
+            best = found
+    reached = "none can be fitted" if best is None else f"{_named(family, best)} has {best.rms:.3g}"
+    raise ValueError(
+        f"target error: {family} reaches no error of {error:.3g} up to degree {max(degrees)}: {reached}"
+        + "".join(_reasons(name, refusals[name]) for name in families)
+    )
+
+
+def _reasons(family: str, refusals: dict[int, ValueError]) -> str:
+    """The degrees that were refused, and why the first of them was."""
+    if not refusals:
+        return ""
+    first = next(iter(refusals.values()))
+    return f"; refused: {family} of degree {', '.join(map(str, refusals))} ({first})"
+
+
+def _named(family: str, found: _Candidate) -> str:
+    degree = f"degree {found.config['degree']}"
+    return f"{found.config['name']} of {degree}" if family == "auto" else degree
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is asked for, checked, and the target at the points: the same for all families and degrees.
+
+    Args:
+        exact: the target.
+        data: at all points.
+        few: at fewer points, to search on.
+        kinks: of the target.
+        interval: where to fit; None: the whole line. With `free_ends` the range of the inputs.
+        reach: smallest and largest input; None: those of the interval.
+        inputs: what errors are measured on.
+    """
+
+    exact: Curve
+    data: Data
+    few: Data
+    kinks: list[float]
+    interval: Ends | None
+    free_ends: bool
+    reach: Ends | None
+    inputs: Inputs
+    constraints: Sequence[str | Condition]
+    method: str
+    nodes: Sequence[float] | None
+    tails: bool
+    dtype: torch.dtype
+    rounding_tolerance: float | None
+
+    @property
+    def is_measured(self) -> bool:
+        return self.reach is not None
+
+    def problem(self, family: str, degree: int, interval: Ends | None) -> Problem:
+        data = self.data if family in LINEAR or not self.is_measured else self.few
+        variable = polynomial.natural_variable(family, interval)
+        return Problem(family, degree, interval, data, self.kinks, self.tails, self.free_ends, variable=variable)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A fit before its certificate; `rms` is the certificate's."""
+
+    config: dict[str, Any]
+    solution: Solution
+    curve: Curve
+    built: Built
+    kinks: list[float]
+    shown: Ends
+    rms: float
+
+
+def _task(
+    target: str | Target | nn.Module,
+    *,
+    interval: tuple[float, float] | Literal["best"] | None = (-4.0, 4.0),
+    weight: quadrature.Weight = "uniform",
+    derivative_weight: float = 1.0,
+    constraints: Sequence[str | Condition] = (),
+    method: str = "least_squares",
+    nodes: Sequence[float] | None = None,
+    derivative: Target | None = None,
+    tails: bool = True,
+    held_out: Array | None = None,
+    dtype: torch.dtype = torch.float32,
+    rounding_tolerance: float | None = 1e-3,
+) -> _Task:
+    """Check the arguments of `fit`, as far as no family is concerned."""
+    inputs = quadrature.measured(weight) if isinstance(weight, tuple) else None
+    if not (math.isfinite(derivative_weight) and derivative_weight >= 0):
+        raise ValueError(f"derivative_weight: expected a number ≥ 0, got {derivative_weight}")
+    if method not in ("least_squares", "interpolation"):
+        raise ValueError(f"method: expected least_squares or interpolation, got {method!r}")
+    ends: Ends | None
+    if interval == "best" and (inputs is None or not tails or method != "least_squares"):
+        raise ValueError("interval: 'best' needs measured inputs as the weight, tails, and least squares")
+    if inputs is not None and (interval is None or interval == "best"):
+        ends = check_interval(_widened(float(inputs[0][0]), float(inputs[0][-1])))
+    else:
+        assert interval != "best"
+        ends = check_interval(interval)
+    if ends is None and (weight != "gaussian" or method != "least_squares"):
+        raise ValueError("interval: None (the whole line) is for polynomials with weight='gaussian' by least squares")
+    function = resolve_target(target)
+
+    def exact(x: Array) -> tuple[Array, Array]:
+        return sample(function, x, derivative)
+
+    low, high = ends or (-quadrature.GAUSSIAN_REACH, quadrature.GAUSSIAN_REACH)
+    if inputs is not None:
+        low, high = min(low, float(inputs[0][0])), max(high, float(inputs[0][-1]))
+    kinks = find_kinks(function, low, high, derivative)
+    if inputs is None:
+        assert not isinstance(weight, tuple)
+        inputs, reach = quadrature.nodes(low, high, kinks, weight), None
+    else:
+        reach = (low, high)
+    unseen = np.zeros(0) if held_out is None else np.asarray(held_out, dtype=np.float64)
+    if reach is not None and len(unseen):
+        reach = (min(reach[0], float(unseen.min())), max(reach[1], float(unseen.max())))
+    data = Data(*inputs, *exact(inputs[0]), derivative_weight)
+    return _Task(
+        exact=exact,
+        data=data,
+        few=data if reach is None else placement.compressed(data, _FEW, exact),
+        kinks=kinks,
+        interval=ends,
+        free_ends=interval == "best",
+        reach=reach,
+        inputs=Inputs.of(exact, dtype, inputs, unseen),
+        constraints=constraints,
+        method=method,
+        nodes=nodes,
+        tails=tails,
+        dtype=dtype,
+        rounding_tolerance=rounding_tolerance,
+    )
+
+
+def _check_family(task: _Task, family: str) -> None:
+    if family not in FAMILIES:
+        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    is_polynomial = family in polynomial.FAMILIES
+    if task.interval is None and not is_polynomial:
+        raise ValueError("interval: None (the whole line) is for polynomials with weight='gaussian' by least squares")
+    constrained = bool(task.constraints) and family not in LINEAR
+    if constrained or (not is_polynomial and (task.method != "least_squares" or task.nodes is not None)):
+        raise ValueError(f"constraints, nodes and interpolation are for polynomials, not for {family}")
+
+
+def _can(task: _Task, family: str) -> bool:
+    try:
+        _check_family(task, family)
+    except ValueError:
+        return False
+    return True
+
+
+def _only(task: _Task, family: str, degree: int) -> _Candidate:
+    """The fit of this very degree."""
+    problem = task.problem(family, degree, task.interval)
+    if family not in LINEAR:
+        *_, solution = NONLINEAR[family](problem)
+        return _candidate(task, problem, solution)
+    return _candidate(task, problem, _linear(task, problem))
+
+
+def _linear(task: _Task, problem: Problem) -> Solution:
+    if task.method == "interpolation":
+        return interpolate(problem, task.exact, task.nodes)
+    return fit_linear(problem, task.exact, _conditions(task.constraints, problem.interval))
+
+
+def _ascending(task: _Task, family: str, highest: int, refusals: dict[int, ValueError]) -> Iterator[_Candidate | None]:
+    """For degree 1, 2, … `highest` the best of all fits up to that degree, written with that degree: none is worse than
+    the one before. None as long as all were refused; `refusals` gets the reasons.
+    """
+    best: _Candidate | None = None
+    for degree, attempt in enumerate(_attempts(task, family, highest), start=1):
         try:
-            candidate = fit(target, family, degree, **options)
-        except ValueError:
-            if best is None or degree < max(degrees):
-                continue  # constraints that need a higher degree
-            break  # a degree that float32 cannot take
-        if candidate.certificate.rms <= error:
-            return candidate
-        if best is None or candidate.certificate.rms < best.certificate.rms:
-            best = candidate
-    reached = "none can be fitted" if best is None else f"degree {best.config['degree']} has {best.certificate.rms:.3g}"
-    raise ValueError(f"target error: {family} reaches no error of {error:.3g} up to degree {max(degrees)}: {reached}")
+            found = attempt()
+            if best is None or found.rms < best.rms or family not in NESTED:
+                best = found
+        except ValueError as error:
+            refusals[degree] = error
+        if best is not None and best.config["degree"] < degree:
+            best = _raised(best, degree) if family in NESTED else None
+        yield best
+
+
+def _attempts(task: _Task, family: str, highest: int) -> Iterator[Callable[[], _Candidate]]:
+    """How to fit each degree from 1 on."""
+    if family not in LINEAR:
+        problem = task.problem(family, highest, task.interval)
+        for degree, solution in enumerate(NONLINEAR[family](problem), start=1):
+            yield partial(_candidate, task, replace(problem, degree=degree), solution)
+        return
+    intervals: Sequence[Ends | None] = [task.interval] * (highest + 1)
+    if task.free_ends:
+
+        def columns(low: Array, high: Array, x: Array) -> tuple[Array, Array]:
+            return columns_of(family, families.MAX_DEGREE, (low, high), tails=True)(x)
+
+        intervals = placement.best_intervals(task.few, task.kinks, columns, highest)
+    for degree in range(1, highest + 1):
+        yield partial(_robust, task, task.problem(family, degree, intervals[degree]))
+
+
+def _robust(task: _Task, problem: Problem) -> _Candidate:
+    try:
+        return _candidate(task, problem, _linear(task, problem))
+    except RoundingError:
+        if not task.free_ends or problem.interval is None:
+            raise
+        # Around a kink the best interval shrinks until the format cannot take it: the next wider one that it can.
+        middle, half = (problem.interval[0] + problem.interval[1]) / 2, (problem.interval[1] - problem.interval[0]) / 2
+        for factor in _WIDER:
+            wider = task.problem(problem.family, problem.degree, (middle - factor * half, middle + factor * half))
+            with contextlib.suppress(RoundingError):
+                return _candidate(task, wider, _linear(task, wider))
+        raise
+
+
+def _raised(found: _Candidate, degree: int) -> _Candidate:
+    """The same function with a higher degree."""
+    family = found.config["name"]
+    parameters = raised(family, found.solution.parameters, degree)
+    return replace(
+        found,
+        config=found.config | {"degree": degree},
+        solution=replace(found.solution, parameters=parameters),
+    )
+
+
+def _candidate(task: _Task, problem: Problem, solution: Solution) -> _Candidate:
+    """The solution as a module.
+
+    Raises:
+        RoundingError: the format cannot take it.
+    """
+    ends = solution.interval or problem.interval
+    config: dict[str, Any] = {"name": problem.family, "degree": problem.degree}
+    if problem.variable is not None:
+        config["variable"] = list(problem.variable)
+    curve = solution.curve
+    if task.tails and ends is not None and LEARNABLE[problem.family].accepts_interval:
+        config["interval"] = list(ends)
+        curve = with_tangents(curve, *ends)
+    module = _build(config, solution.parameters, task.dtype)
+
+    def evaluate(points: Array) -> Array:
+        with torch.no_grad():
+            result: Array = module(torch.from_numpy(points).to(task.dtype)).double().numpy()
+        return result
+
+    built = Built(evaluate, task.dtype)
+    # On the whole line the maxima are those within four standard deviations: a polynomial leaves any bound further out.
+    shown = ends or (-4.0, 4.0)
+    kinks = [kink for kink in (*task.kinks, *module.kinks()) if shown[0] < kink < shown[1]]
+    found = _Candidate(config, solution, curve, built, kinks, shown, task.inputs.root_mean_square(built))
+    if task.rounding_tolerance is not None:
+        lost = built.rounding_error(curve, *shown)
+        x, value = task.data.x, task.data.value
+        largest = float(np.abs(value[(x >= shown[0]) & (x <= shown[1])]).max(initial=0.0))
+        limits = torch.finfo(task.dtype)
+        if not lost <= (task.rounding_tolerance + 2 * limits.eps) * largest + float(limits.tiny):
+            raise RoundingError(
+                f"degree: {problem.family} of degree {problem.degree} on ({shown[0]:.4g}, {shown[1]:.4g}) loses "
+                f"{lost:.2g} to rounding in {str(task.dtype).removeprefix('torch.')}; take a lower degree or another "
+                "interval"
+            )
+    return found
+
+
+def _certified(task: _Task, found: _Candidate) -> Fit:
+    certificate = certify(
+        task.exact,
+        found.curve,
+        found.built,
+        found.shown,
+        found.kinks,
+        (task.data.x, task.data.weights),
+        found.rms,
+        task.reach or found.shown,
+        task.data.derivative_weight,
+        found.solution.condition,
+    )
+    return Fit(found.config, found.solution.parameters, certificate, found.curve, task.dtype)
 
 
 def parameter_count(family: str, degree: int) -> int:
     """Learnable numbers of one activation."""
-    return sum(parameter.numel() for parameter in LEARNABLE[family](degree).parameters())
+    below = degree - 1 if family == "rational" else 0
+    return families.parameter_count(families.Formula(families.Family[family.upper()], degree, below))
 
 
 def _conditions(constraints: Sequence[str | Condition], ends: tuple[float, float] | None) -> list[Condition]:
@@ -347,21 +511,13 @@ def _conditions(constraints: Sequence[str | Condition], ends: tuple[float, float
     return list(dict.fromkeys(result))
 
 
-def _folds(parameters: dict[str, Array]) -> list[float]:
-    """Where the absolute value in a rational function's denominator has its kinks."""
-    denominator = parameters.get("denominator")
-    if denominator is None:
-        return []
-    roots = np.roots(np.trim_zeros(np.append(denominator[::-1], 0.0), "f"))
-    return sorted(float(root.real) for root in roots if abs(root.imag) <= 1e-6 * max(abs(root), 1e-300))
-
-
 def _widened(low: float, high: float) -> tuple[float, float]:
     return (low, high) if low < high else (low - 0.5, high + 0.5)
 
 
-def _build(config: dict[str, Any], parameters: dict[str, Array], dtype: torch.dtype) -> nn.Module:
+def _build(config: dict[str, Any], parameters: dict[str, Array], dtype: torch.dtype) -> LearnableActivation:
     module = build_activation(config).to(dtype)
+    assert isinstance(module, LearnableActivation)
     own = dict(module.named_parameters())
     if set(own) != set(parameters):
         raise ValueError(f"{config['name']}: the module learns {sorted(own)}, the fit gives {sorted(parameters)}")

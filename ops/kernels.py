@@ -20,7 +20,11 @@ from polytrope.ops import cuda, native, reference
 from polytrope.ops.families import Formula
 from polytrope.ops.packing import PLAIN, Packing
 
-_TAIL = "int family, int degree, int second_degree, float[] interval, int dim, bool gated, float epsilon"
+# The last one has a default: programs exported before it came do not name it.
+_TAIL = (
+    "int family, int degree, int second_degree, float[] interval, int dim, bool gated, float epsilon, "
+    "float[] variable=[]"
+)
 _LIBRARY = torch.library.Library("polytrope", "DEF")
 _LIBRARY.define(f"activation(Tensor x, Tensor parameters, {_TAIL}) -> Tensor")
 _LIBRARY.define(f"activation_backward(Tensor gradient, Tensor x, Tensor parameters, {_TAIL}) -> (Tensor, Tensor)")
@@ -177,11 +181,12 @@ def activate(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Form
 
 
 def _listed(formula: Formula) -> tuple[Any, ...]:
-    return (int(formula.family), *formula[1:3], list(formula.interval), *formula[4:])
+    return (int(formula.family), *formula[1:3], list(formula.interval), *formula[4:7], list(formula.variable))
 
 
 def _formula(arguments: Sequence[Any]) -> Formula:
-    return Formula(*arguments)._replace(interval=tuple(arguments[3]))
+    formula = Formula(*arguments)
+    return formula._replace(interval=tuple(formula.interval), variable=tuple(formula.variable))
 
 
 def _forward(x: Tensor, parameters: Tensor, *arguments: Any) -> Tensor:

@@ -21,8 +21,9 @@ from polytrope.ops import functional, initialization, plain, tensors
 from polytrope.ops.families import MAX_PIECES, check_degree
 from polytrope.ops.fitting import solvers
 from polytrope.ops.fitting.curves import Array
+from polytrope.ops.fitting.polynomial import of_line
 from polytrope.ops.fitting.targets import resolve_target
-from polytrope.ops.functional import Interval
+from polytrope.ops.functional import Interval, Variable, check_variable
 from polytrope.ops.functional import check_interval as check_interval
 from polytrope.ops.moments import Moments, moments_of_hermite, moments_of_module
 from polytrope.ops.plain import PlainForm
@@ -65,6 +66,7 @@ class LearnableActivation(nn.Module):
     accepts_groups: ClassVar[bool] = True  # of channels, and gated use
     published: bool = False  # whether torchortho has this family
     starts: ClassVar[tuple[str, ...]] = ("variance_preserving",)  # beside torchortho and functions to imitate
+    variable: Variable | None = None  # of a polynomial
 
     def __init__(
         self,
@@ -148,16 +150,17 @@ class LearnableActivation(nn.Module):
     def _imitate(self, init: Init, family: str, denominator_degree: int | None = None) -> dict[str, Array]:
         low, high = self.interval or (-4.0, 4.0)
         with self._naming_starts():
-            found = solvers.imitate(init, family, self.degree, (low, high), denominator_degree)
+            found = solvers.imitate(init, family, self.degree, (low, high), denominator_degree, self.variable)
         x = np.linspace(low, high, 4001)
         exact, _ = found.curve(x)
         numbers = (torch.from_numpy(np.atleast_1d(value)) for value in {**self._initial, **found.parameters}.values())
-        rounded = self.function(torch.from_numpy(x).float(), *(part.float() for part in numbers)).double().numpy()
+        narrow = [part.float() for part in numbers]
+        rounded = self.function(torch.from_numpy(x).float(), *narrow, **self._coordinates()).double().numpy()
         lost = float(np.abs(rounded - exact).max())
         if not lost <= _ROUNDING * max(1.0, float(np.abs(exact).max())):
             raise ValueError(
                 f"init: {self.name} of degree {self.degree} on ({low:.4g}, {high:.4g}) loses {lost:.2g} to rounding in "
-                f"float32 as an imitation; take a lower degree or another interval"
+                f"float32 as an imitation; take a lower degree, another interval or, for a polynomial, a variable"
             )
         return found.parameters
 
@@ -183,8 +186,11 @@ class LearnableActivation(nn.Module):
     def _options(self) -> dict[str, Any]:
         """What `function` takes by name."""
         if self.accepts_interval:
-            return {"dim": self.dim, "interval": self.interval, "glu": self.glu}
+            return {"dim": self.dim, "interval": self.interval, "glu": self.glu, **self._coordinates()}
         return {"dim": self.dim, "glu": self.glu}
+
+    def _coordinates(self) -> dict[str, Any]:
+        return {} if self.variable is None else {"variable": self.variable}
 
     def config(self) -> dict[str, Any]:
         """What `build_activation` needs to make this module again; its parameters are in its state."""
@@ -249,7 +255,7 @@ class LearnableActivation(nn.Module):
         """
         keys = self._torchortho_keys()
         if not keys:
-            raise ValueError(f"state: torchortho has no {self.name} activation like this one")
+            raise ValueError(f"state: torchortho has no {self.name} activation like this one ({self.extra_repr()})")
         found: dict[str, Tensor] = {}
         for name, key in keys.items():
             own = self.get_parameter(name)
@@ -281,18 +287,23 @@ class OrthogonalPolynomial(LearnableActivation):
     Args:
         name: `hermite` (B_k = He_k / k!, probabilists'), `chebyshev` (T_k) or `legendre` (P_k).
         learnable_recurrence: learn the recurrence of the basis as well (`functional.favard`), starting from this one.
+        variable: (shift, scale): sum_k coefficients[k] B_k(u) of u = (x - shift) / scale; None: of x. Not learned, it
+            changes the coordinates only: the function that `init` names is the same in any variable.
     """
 
     starts = ("variance_preserving", "stable")
 
-    def __init__(self, name: str, degree: int = 3, *, learnable_recurrence: bool = False, **options: Any) -> None:
+    def __init__(
+        self, name: str, degree: int = 3, *, learnable_recurrence: bool = False, variable: Any = None, **options: Any
+    ) -> None:
         bases = {"hermite": functional.hermite, "chebyshev": functional.chebyshev, "legendre": functional.legendre}
         if name not in bases:
             raise ValueError(f"basis: expected one of {', '.join(bases)}, got {name!r}")
         self.published = name == "hermite"
         super().__init__(name, degree, **options)
         self.learnable_recurrence = learnable_recurrence
-        coefficients = initialization.polynomial(name, self.degree, self.init, self.interval)
+        self.variable = check_variable(variable)
+        coefficients = initialization.polynomial(name, self.degree, self.init, self.interval, self.variable)
         if learnable_recurrence:
             scales, couplings = initialization.recurrence(name, self.degree)
             others = {"scales": scales, "shifts": np.zeros(self.degree), "couplings": couplings}
@@ -306,10 +317,11 @@ class OrthogonalPolynomial(LearnableActivation):
     couplings: nn.Parameter
 
     def config(self) -> dict[str, Any]:
-        return super().config() | ({"learnable_recurrence": True} if self.learnable_recurrence else {})
+        variable = {} if self.variable is None else {"variable": list(self.variable)}
+        return super().config() | variable | ({"learnable_recurrence": True} if self.learnable_recurrence else {})
 
     def _powers(self) -> Array:
-        """Coefficients of 1, x, x², …"""
+        """Coefficients of 1, u, u², … of the variable u."""
         values = self._numbers()
         if not self.learnable_recurrence:
             powers: Array = values["coefficients"] @ initialization.to_powers(self.name, self.degree)
@@ -326,12 +338,14 @@ class OrthogonalPolynomial(LearnableActivation):
     def moments(self) -> Moments:
         if self.interval is not None:
             return super().moments()
-        if self.name == "hermite" and not self.learnable_recurrence:
+        if self.name == "hermite" and not self.learnable_recurrence and self.variable is None:
             return moments_of_hermite(self._numbers()["coefficients"])
-        return moments_of_hermite(initialization.to_hermite(self._powers()))
+        shift, scale = self.variable or (0.0, 1.0)
+        powers = np.array(of_line(self._powers(), -shift / scale, 1.0 / scale))
+        return moments_of_hermite(initialization.to_hermite(powers))
 
     def plain(self) -> PlainForm:
-        return plain.powers(self._powers(), self.interval)
+        return plain.powers(self._powers(), self.interval, self.variable)
 
 
 class Hermite(OrthogonalPolynomial):
@@ -343,7 +357,8 @@ class Hermite(OrthogonalPolynomial):
         super().__init__("hermite", degree, **options)
 
     def _torchortho_keys(self) -> dict[str, str]:
-        return {} if self.learnable_recurrence else {"coefficients": "coefficients"}
+        own = not self.learnable_recurrence and self.variable is None
+        return {"coefficients": "coefficients"} if own else {}
 
 
 class Chebyshev(OrthogonalPolynomial):

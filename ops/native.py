@@ -14,7 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polytrope.ops.families import MAX_DEGREE, MAX_PIECES, Family, Formula, parameter_count, result_shape
+from polytrope.ops.families import (
+    MAX_DEGREE,
+    MAX_PIECES,
+    WITH_VARIABLE,
+    Family,
+    Formula,
+    parameter_count,
+    result_shape,
+)
 from polytrope.ops.packing import Packing
 
 DATA_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -43,6 +51,8 @@ class Problem(ctypes.Structure):
         ("inner", ctypes.c_int64),
         ("low", ctypes.c_double),
         ("high", ctypes.c_double),
+        ("shift", ctypes.c_double),
+        ("inverse_scale", ctypes.c_double),
         ("epsilon", ctypes.c_double),
     )
 
@@ -104,6 +114,12 @@ def check(formula: Formula, dtype: torch.dtype, shape: torch.Size, widths: Seque
         ends = formula.interval
         if family in _NEVER_WITH_INTERVAL or len(ends) != 2 or not -math.inf < ends[0] < ends[1] < math.inf:
             raise ValueError(f"interval: expected none, or finite lo < hi of a family that has one, got {list(ends)}")
+    if formula.variable:
+        numbers = formula.variable
+        if family not in WITH_VARIABLE or len(numbers) != 2 or not all(map(math.isfinite, numbers)) or numbers[1] <= 0:
+            raise ValueError(
+                f"variable: expected none, or finite shift and scale > 0 of a polynomial, got {list(numbers)}"
+            )
     if family == Family.POLYNORM and (dims == 0 or groups != 1 or formula.gated):
         raise ValueError("x: polynorm takes at least one dimension, one group of coefficients and no gate")
     if formula.gated and (dims == 0 or shape[-1] % 2 or formula.dim != -1):
@@ -181,17 +197,20 @@ def make_problem(
         at = order.index(len(shape) + (formula.dim if groups > 1 else -1))
         sizes = [shape[dim] for dim in order]
         outer, inner = math.prod(sizes[:at]), math.prod(sizes[at:]) // groups
+    shift, scale = formula.variable or (0.0, 1.0)
     return Problem(
         formula.family,
         formula.degree,
         formula.second_degree,
         DATA_TYPES[dtype],
-        bool(formula.interval),
+        bool(formula.interval or formula.variable),
         formula.gated,
         outer,
         groups,
         inner // 2 if formula.gated else inner,
-        *(formula.interval or (0.0, 0.0)),
+        *(formula.interval or (-math.inf, math.inf)),
+        shift,
+        1.0 / scale,
         formula.epsilon,
     )
 

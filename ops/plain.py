@@ -13,6 +13,7 @@ from torch import Tensor
 from polytrope.ops import functional, reference
 from polytrope.ops.families import Family
 from polytrope.ops.fitting.curves import Array
+from polytrope.ops.fitting.polynomial import of_line
 
 
 class PlainForm(NamedTuple):
@@ -29,16 +30,18 @@ class PlainForm(NamedTuple):
     continues: bool
 
 
-def powers(coefficients: Array, interval: tuple[float, float] | None) -> PlainForm:
-    """sum_k coefficients[k] x^k, in powers of (x - middle) / half of the interval, where float32 loses nothing."""
-    low, high = interval or (-1.0, 1.0)
+def powers(
+    coefficients: Array, interval: tuple[float, float] | None, variable: tuple[float, float] | None = None
+) -> PlainForm:
+    """sum_k coefficients[k] u^k of the variable u = (x - shift) / scale, x by default.
+
+    In powers of (x - middle) / half of the interval, where float32 loses nothing; without one, of the variable.
+    """
+    shift, scale = variable or (0.0, 1.0)
+    low, high = interval or (shift - scale, shift + scale)
     middle, half = (low + high) / 2, (high - low) / 2
-    shifted = np.zeros(len(coefficients))
-    for power in coefficients[::-1]:  # Horner's rule with the polynomial x = middle + half · t
-        shifted = middle * shifted + half * np.concatenate([[0.0], shifted[:-1]])
-        shifted[0] += power
-    formula = partial(_shifted_powers, middle=middle, half=half)
-    return PlainForm({"powers": shifted}, formula, interval is not None)
+    numbers = {"powers": np.array(of_line(coefficients, (middle - shift) / scale, half / scale))}
+    return PlainForm(numbers, partial(_shifted_powers, middle=middle, half=half), interval is not None)
 
 
 def _shifted_powers(x: Tensor, numbers: Mapping[str, Tensor], middle: float, half: float) -> Tensor:
@@ -97,11 +100,13 @@ def apply(
     interval: tuple[float, float] | None,
     glu: bool,
     epsilon: float = 0.0,
+    variable: tuple[float, float] | None = None,
 ) -> Tensor:
     """What every function of `functional` ends in, without kernels: for a file that does without this package."""
     interval = None if interval is None else (interval[0], interval[1])
+    variable = None if variable is None else (variable[0], variable[1])
     shapes = tuple([part.shape for part in parts])
-    formula, packing = functional.describe(family, x.dtype, x.shape, shapes, dim, interval, glu, epsilon)
+    formula, packing = functional.describe(family, x.dtype, x.shape, shapes, dim, interval, glu, epsilon, variable)
     return reference.evaluate(x, packing.pack(parts, packing.constant(x.device)), formula)
 
 

@@ -314,13 +314,20 @@ def evaluate(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
 
 def _with_tails(x: Tensor, numbers: Numbers, formula: Formula) -> Tensor:
     family, n, m = Family(formula.family), formula.degree, formula.second_degree
+    shift, scale = formula.variable or (0.0, 1.0)
+    rate = 1.0 / scale  # the derivative of the formula's variable by x
+
+    def variable(x: Tensor) -> Tensor:
+        return (x - shift) * rate if formula.variable else x
+
     if not formula.interval:
-        return FORMULAS[family](x, numbers, n, m)
+        return FORMULAS[family](variable(x), numbers, n, m)
     low, high = formula.interval
-    value = FORMULAS[family](torch.where(x < low, low, torch.where(x > high, high, x)), numbers, n, m)
+    inside = torch.where(x < low, low, torch.where(x > high, high, x))
+    value = FORMULAS[family](variable(inside), numbers, n, m)
     for end, outside in ((low, x < low), (high, x > high)):
-        at = x.new_full((), end)
-        beyond = torch.where(outside, x - end, 0.0)  # not 0 · ∞ on the other side
+        at = variable(x.new_full((), end))
+        beyond = torch.where(outside, x - end, 0.0) * rate  # not 0 · ∞ on the other side
         tangent = FORMULAS[family](at, numbers, n, m) + beyond * SLOPES[family](at, numbers, n, m)
         value = torch.where(outside, tangent, value)
     return value

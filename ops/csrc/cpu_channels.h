@@ -170,8 +170,8 @@ struct StripPass {
       if (own != prepared) {
         kernel.prepare(own, table, n, m, {});
         if (problem.tails) {
-          low = group_kernel.tangent(own, problem.low, n, m);
-          high = group_kernel.tangent(own, problem.high, n, m);
+          low = group_kernel.tangent(own, end_of(problem, problem.low), n, m);
+          high = group_kernel.tangent(own, end_of(problem, problem.high), n, m);
         }
         prepared = own;
       }
@@ -188,9 +188,10 @@ struct StripPass {
     const int n = problem.degree, m = problem.second_degree;
     if (!problem.tails) return kernel.forward(x, x_stride, y, y_stride, rows, width, tables, n, m);
     alignas(64) Patch<S> inside;
-    const S low = S(problem.low), high = S(problem.high);
+    const Entrance<S> entrance(problem);
+    const S low = entrance.low, high = entrance.high;
     each(rows, [&](int i, int c) {
-      store(inside + i * strip_channels + c, limited(load<V>(x + i * x_stride + c)));
+      store(inside + i * strip_channels + c, entrance.variable(load<V>(x + i * x_stride + c)));
     });
     kernel.forward(inside, strip_channels, y, y_stride, rows, width, tables, n, m);
     each(rows, [&](int i, int c) {
@@ -211,7 +212,8 @@ struct StripPass {
       return kernel.backward(x, x_stride, g, g_stride, dx, dx_stride, rows, width, tables, totals, n, m);
     }
     alignas(64) Patch<S> inside, inner_g;
-    const S low = S(problem.low), high = S(problem.high);
+    const Entrance<S> entrance(problem);
+    const S low = entrance.low, high = entrance.high, rate = entrance.rate;
     double* const tails = totals ? totals + sums * strip_channels : nullptr;
     each(rows, [&](int i, int c) {
       const V v = load<V>(x + i * x_stride + c), gv = load<V>(g + i * g_stride + c);
@@ -221,14 +223,14 @@ struct StripPass {
         accumulate(v > high ? gv : V{}, tails + 2 * strip_channels + c);
         accumulate(v > high ? gv * (v - high) : V{}, tails + 3 * strip_channels + c);
       }
-      store(inside + i * strip_channels + c, limited(v));
+      store(inside + i * strip_channels + c, entrance.variable(v));
       store(inner_g + i * strip_channels + c, v < low ? V{} : (v > high ? V{} : gv));
     });
     if (!totals) kernel.slope(inside, strip_channels, inner_g, strip_channels, dx, dx_stride, rows, width, tables, n, m);
     else kernel.backward(inside, strip_channels, inner_g, strip_channels, dx, dx_stride, rows, width, tables, totals, n, m);
     each(rows, [&](int i, int c) {
       const V v = load<V>(x + i * x_stride + c), gv = load<V>(g + i * g_stride + c);
-      V slope = load<V>(dx + i * dx_stride + c);
+      V slope = load<V>(dx + i * dx_stride + c) * rate;
       slope = v < low ? gv * load<V>(low_slopes + c) : slope;
       slope = v > high ? gv * load<V>(high_slopes + c) : slope;
       store(dx + i * dx_stride + c, slope);
@@ -236,9 +238,6 @@ struct StripPass {
   }
 
  private:
-  V limited(V x) const {
-    return smaller(broadcast<V>(S(problem.high)), larger(broadcast<V>(S(problem.low)), x));
-  }
   template <class Visit>
   void each(int rows, const Visit& visit) const {
     for (int i = 0; i < rows; ++i)

@@ -232,8 +232,8 @@ int backward(const Call& call, const void* g, const void* x, const void* const* 
     if (problem.tails) {
       const double* tail = total + kernel.sums;
       const double values[tail_sums] = {tail[0], tail[1], tail[2], tail[3]};
-      kernel.add_tail(own, problem.low, values[0], values[1], total, problem.degree, problem.second_degree);
-      kernel.add_tail(own, problem.high, values[2], values[3], total, problem.degree, problem.second_degree);
+      kernel.add_tail(own, end_of(problem, problem.low), values[0], values[1], total, problem.degree, problem.second_degree);
+      kernel.add_tail(own, end_of(problem, problem.high), values[2], values[3], total, problem.degree, problem.second_degree);
     }
     kernel.finish(total, own, gradient.get() + group * kernel.parameters, problem.degree, problem.second_degree,
                   {});

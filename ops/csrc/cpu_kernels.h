@@ -192,8 +192,8 @@ struct Kernel {
   void (*slope)(const void*, const void*, void*, int, Access, const S*, int, int);
   void (*prepare)(const double*, S*, int, int, Share);
   void (*finish)(const double*, const double*, double*, int, int, Share);
-  Tangent (*tangent)(const double*, double, int, int);
-  void (*add_tail)(const double*, double, double, double, double*, int, int);
+  Tangent (*tangent)(const double*, End, int, int);
+  void (*add_tail)(const double*, End, double, double, double*, int, int);
   int parameters, sums;
 };
 
@@ -268,6 +268,19 @@ constexpr int largest_table = 384, largest_sums = 2 * max_pieces;  // of Harmoni
 constexpr int largest_channel_table = PiecewiseLinear::largest_table;
 constexpr int tail_sums = 4;
 
+// x limited to the interval, and the family's variable of that. A copy of the problem's numbers, as the compiler reads
+// these again after each store.
+template <class S>
+struct Entrance {
+  S low, high, shift, rate;
+  explicit Entrance(const Problem& problem)
+      : low(S(problem.low)), high(S(problem.high)), shift(S(problem.shift)), rate(S(problem.inverse_scale)) {}
+  template <class V>
+  POLYTROPE_FUNCTION V variable(V x) const {
+    return (smaller(broadcast<V>(high), larger(broadcast<V>(low), x)) - shift) * rate;
+  }
+};
+
 // What one group's elements pass through.
 template <class S>
 struct Pass {
@@ -280,8 +293,8 @@ struct Pass {
   Pass(const Problem& problem, const Kernel<S>& kernel, const double* parameters) : problem(problem), kernel(kernel) {
     kernel.prepare(parameters, table, problem.degree, problem.second_degree, {});
     if (!problem.tails) return;
-    left = kernel.tangent(parameters, problem.low, problem.degree, problem.second_degree);
-    right = kernel.tangent(parameters, problem.high, problem.degree, problem.second_degree);
+    left = kernel.tangent(parameters, end_of(problem, problem.low), problem.degree, problem.second_degree);
+    right = kernel.tangent(parameters, end_of(problem, problem.high), problem.degree, problem.second_degree);
   }
 
   // Where a problem has tails, the elements are of S and results stay in the cache, whatever `access` says.
@@ -317,7 +330,7 @@ struct Pass {
     S* dx = static_cast<S*>(to);
     alignas(64) S inside[block], inner_g[block];
     enter(x, inside, count);
-    const S low = S(left.at), high = S(right.at);
+    const S low = S(left.at), high = S(right.at), rate = S(problem.inverse_scale);
     V low_values = V{}, low_slopes = V{}, high_values = V{}, high_slopes = V{};
     for (int i = 0; sums && i < count; i += lanes<S>) {
       const V v = load<V>(x + i), gv = load<V>(g + i);
@@ -331,7 +344,7 @@ struct Pass {
     else kernel.slope(inside, g, dx, count, {}, table, problem.degree, problem.second_degree);
     for (int i = 0; i < count; i += lanes<S>) {
       const V v = load<V>(x + i), gv = load<V>(g + i);
-      V slope = load<V>(dx + i);
+      V slope = load<V>(dx + i) * rate;
       slope = v < low ? gv * S(left.slope) : slope;
       slope = v > high ? gv * S(right.slope) : slope;
       store(dx + i, slope);
@@ -341,13 +354,10 @@ struct Pass {
   }
 
  private:
-  // x limited to the interval.
+  // The family's variable, of x limited to the interval.
   void enter(const S* x, S* inside, int count) const {
-    const S low = S(left.at), high = S(right.at);
-    for (int i = 0; i < count; i += lanes<S>) {
-      const V v = load<V>(x + i);
-      store(inside + i, smaller(broadcast<V>(high), larger(broadcast<V>(low), v)));
-    }
+    const Entrance<S> entrance(problem);
+    for (int i = 0; i < count; i += lanes<S>) store(inside + i, entrance.variable(load<V>(x + i)));
   }
 };
 

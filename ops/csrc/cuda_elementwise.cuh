@@ -73,7 +73,7 @@ __device__ __forceinline__ void load_function(const Problem& p, const Parameters
     __syncthreads();
     const int end = threadIdx.x / 32;
     if (end < 2 && threadIdx.x % 32 == 0) {
-      const Tangent at = tangent_of_table<Family>(function.wide, end ? p.high : p.low, p.degree, p.second_degree);
+      const Tangent at = tangent_of_table<Family>(function.wide, end_of(p, end ? p.high : p.low), p.degree, p.second_degree);
       function.ends[2 * end] = float(at.value);
       function.ends[2 * end + 1] = float(at.slope);
     }
@@ -141,18 +141,22 @@ struct Walk {
 template <class Family>
 struct Evaluation {
   const float *table, *ends;  // of Function
-  float low, high;
+  float low, high, shift, rate;  // rate: the derivative of the family's variable by x
   int n, m;
   bool tails;
 
-  // What the family is evaluated at, for `count` elements.
+  __device__ __forceinline__ Evaluation(const Function<Family>& function, const Problem& p, int n, int m, bool tails)
+      : table(function.table), ends(function.ends), low(float(p.low)), high(float(p.high)), shift(float(p.shift)),
+        rate(float(p.inverse_scale)), n(n), m(m), tails(tails) {}
+
+  // The family's variable, of `count` elements limited to the interval.
   template <int count>
   __device__ __forceinline__ void limit(const float* xs, float* inside) const {
 #pragma unroll
     for (int k = 0; k < count; ++k) inside[k] = xs[k];
     if (!tails) return;
 #pragma unroll
-    for (int k = 0; k < count; ++k) inside[k] = xs[k] < low ? low : xs[k] > high ? high : xs[k];
+    for (int k = 0; k < count; ++k) inside[k] = ((xs[k] < low ? low : xs[k] > high ? high : xs[k]) - shift) * rate;
   }
 
   template <int count>
@@ -184,6 +188,7 @@ struct Evaluation {
     if (!tails) return;
 #pragma unroll
     for (int k = 0; k < count; ++k) {
+      ds[k] *= rate;
       if (xs[k] < low) {
         tail[0] += gs[k];
         tail[1] += gs[k] * (xs[k] - low);
@@ -271,7 +276,7 @@ __global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
   constexpr bool flat = form != general;
   const bool gated = !flat && p.gated, tails = form != plain && !never_has_tails<Family> && p.tails;
   const int n = D ? D : p.degree, m = D ? E : p.second_degree;
-  const Evaluation<Family> f{function.table, function.ends, float(p.low), float(p.high), n, m, tails};
+  const Evaluation<Family> f(function, p, n, m, tails);
   const int type = p.data_type;
   const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
   bool far = false;  // whether this thread has met such elements
@@ -320,7 +325,7 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
   constexpr bool flat = form != general;
   const bool gated = !flat && p.gated, tails = form != plain && !never_has_tails<Family> && p.tails;
   const int n = D ? D : p.degree, m = D ? E : p.second_degree;
-  const Evaluation<Family> f{function.table, function.ends, float(p.low), float(p.high), n, m, tails};
+  const Evaluation<Family> f(function, p, n, m, tails);
   const int sums = Family::sums(n, m), row = sums + tail_sums, type = p.data_type;
   const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
   bool far = false;  // whether this thread has met such elements
@@ -402,8 +407,8 @@ __global__ void __launch_bounds__(finish_threads)
       __syncthreads();
       const int end = threadIdx.x / 32;
       if (end < 2 && threadIdx.x % 32 == 0)
-        add_tail_of_table<Family>(function.wide, end ? p.high : p.low, total[sums + 2 * end], total[sums + 2 * end + 1],
-                                  beyond[end], n, m);
+        add_tail_of_table<Family>(function.wide, end_of(p, end ? p.high : p.low), total[sums + 2 * end],
+                                  total[sums + 2 * end + 1], beyond[end], n, m);
       __syncthreads();
       for (int k = threadIdx.x; k < sums; k += finish_threads) total[k] += beyond[0][k] + beyond[1][k];
       __syncthreads();

@@ -15,6 +15,8 @@
 
 #include <cstdint>
 #include <type_traits>
+
+#include "problem.h"
 #ifdef __CUDACC__
 #define POLYTROPE_HOST_DEVICE __host__ __device__
 #define POLYTROPE_FUNCTION __host__ __device__ __forceinline__
@@ -1015,33 +1017,41 @@ struct Tangent {
   double at, value, slope;
 };
 
+// One end of the interval: x there, the family's variable there, and the derivative of this by x.
+struct End {
+  double at, variable, rate;
+  POLYTROPE_FUNCTION bool is_finite() const { return at - at == 0; }
+};
+POLYTROPE_FUNCTION End end_of(const Problem& p, double at) { return {at, (at - p.shift) * p.inverse_scale, p.inverse_scale}; }
+
 template <class Family>
-POLYTROPE_FUNCTION Tangent tangent_of_table(const double* table, double at, int n, int m) {
-  const Dual y = Family::value(Dual{at, 1}, table, n, m);
-  return {at, y.value, y.slope};
+POLYTROPE_FUNCTION Tangent tangent_of_table(const double* table, End end, int n, int m) {
+  const Dual y = Family::value(Dual{end.variable, end.rate}, table, n, m);
+  return {end.at, y.value, y.slope};
 }
 
 template <class Family>
-POLYTROPE_FUNCTION Tangent tangent(const double* raw, double at, int n, int m) {
+POLYTROPE_FUNCTION Tangent tangent(const double* raw, End end, int n, int m) {
   double t[Family::largest_table] = {};
   Family::prepare(raw, t, n, m);
-  return tangent_of_table<Family>(t, at, n, m);
+  return tangent_of_table<Family>(t, end, n, m);
 }
 
-// Adds to the sums what the elements beyond `at` contribute: `values` = sum of g, `slopes` = sum of g (x - at).
+// Adds to the sums what the elements beyond an end contribute: `values` = sum of g, `slopes` = sum of g (x - end).
 template <class Family>
-POLYTROPE_FUNCTION void add_tail_of_table(const double* table, double at, double values, double slopes, double* total,
+POLYTROPE_FUNCTION void add_tail_of_table(const double* table, End end, double values, double slopes, double* total,
                                           int n, int m) {
+  if (!end.is_finite()) return;  // there are none
   Dual sums[Family::largest_sums] = {};
-  Family::backward(Dual{at, 1}, Dual{1, 0}, table, sums, n, m);
+  Family::backward(Dual{end.variable, end.rate}, Dual{1, 0}, table, sums, n, m);
   for (int k = 0; k < Family::sums(n, m); ++k) total[k] += values * sums[k].value + slopes * sums[k].slope;
 }
 
 template <class Family>
-POLYTROPE_FUNCTION void add_tail(const double* raw, double at, double values, double slopes, double* total, int n, int m) {
+POLYTROPE_FUNCTION void add_tail(const double* raw, End end, double values, double slopes, double* total, int n, int m) {
   double t[Family::largest_table] = {};
   Family::prepare(raw, t, n, m);
-  add_tail_of_table<Family>(t, at, values, slopes, total, n, m);
+  add_tail_of_table<Family>(t, end, values, slopes, total, n, m);
 }
 
 }  // namespace polytrope

@@ -71,10 +71,10 @@ class Built:
     evaluate: Callable[[Array], Array]
     dtype: torch.dtype
 
-    def representable(self, x: Array) -> Array:
-        """The numbers of the format nearest to x."""
-        rounded: Array = torch.from_numpy(np.ascontiguousarray(x)).to(self.dtype).double().numpy()
-        return rounded
+    def rounding_error(self, fitted: Curve, low: float, high: float) -> float:
+        """The largest |F as run - F in float64| at a few hundred points."""
+        (off,) = _rounding(fitted, self, (np.linspace(low, high, _CELLS // 16 + 1),))
+        return float(np.abs(off).max())
 
     def every_number(self, low: float, high: float) -> Array | None:
         """All numbers of the format from low to high, if it has 16 bits."""
@@ -84,6 +84,35 @@ class Built:
         return np.unique(numbers[(numbers >= low) & (numbers <= high)])
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a fit is measured on, as the format holds it.
+
+    Args:
+        points: first those of the fit, then raw inputs that it has not seen.
+        value: the target's, there.
+        weights: of the points of the fit, of sum 1.
+    """
+
+    points: Array
+    value: Array
+    weights: Array
+
+    @classmethod
+    def of(cls, target: Curve, dtype: torch.dtype, nodes: tuple[Array, Array], held_out: Array) -> Inputs:
+        points = _representable(np.concatenate([nodes[0], held_out]), dtype)
+        return cls(points, target(points)[0], nodes[1])
+
+    def root_mean_square(self, built: Built) -> float:
+        """Of F - f over the points of the fit, or over the unseen ones if that is more."""
+        error = built.evaluate(self.points) - self.value
+        count = len(self.weights)
+        counted = self.weights > 1e-30 * self.weights.max()  # far out it is nothing, and a polynomial may be anything
+        seen = float(np.sqrt(self.weights[counted] @ error[:count][counted] ** 2))
+        unseen = float(np.sqrt(np.mean(error[count:] ** 2))) if count < len(error) else 0.0
+        return max(seen, unseen)
+
+
 def certify(
     target: Curve,
     fitted: Curve,
@@ -91,7 +120,7 @@ def certify(
     interval: tuple[float, float],
     kinks: list[float],
     nodes: tuple[Array, Array],
-    held_out: Array,
+    rms: float,
     reach: tuple[float, float],
     derivative_weight: float,
     condition: float,
@@ -102,7 +131,7 @@ def certify(
         target, fitted: f and F with their slopes, in float64.
         kinks: where f' or F' jumps; grid points are put on both sides of each, and between them.
         nodes: points and weights (of sum 1) of the fit.
-        held_out: raw inputs that the fit has not seen.
+        rms: of `Inputs.root_mean_square`.
         reach: smallest and largest measured input, or the interval again.
     """
     low, high = interval
@@ -124,32 +153,29 @@ def certify(
         _bounds(points, part, part_slope)
         for points, part, part_slope in zip((grid, left, right), error[:3], error_slope[:3], strict=True)
     )
-    run, true = _as_run(target, fitted, built, (grid, left, right, x, held_out))
+    rounding = _rounding(fitted, built, (grid, left, right))
     every = built.every_number(float(left[0]), float(right[-1]))
     if every is None:
         share = float(torch.finfo(built.dtype).eps)
         maxima = [
             bound[0] + _ROUNDING_MARGIN * float(np.abs(off).max()) + share * float(np.abs(values).max())
-            for bound, off, values in zip((inside, *outside), run[:3], fit_value[:3], strict=True)
+            for bound, off, values in zip((inside, *outside), rounding, fit_value[:3], strict=True)
         ]
     else:
         errors = np.abs(built.evaluate(every) - target(every)[0])
         within = (every >= low) & (every <= high)
         maxima = [float(errors[part].max(initial=0.0)) for part in (within, every < low, every > high)]
-    counted = weights > 1e-30 * weights.max()  # far out a weight is nothing, and a polynomial may be anything
-    seen = float(np.sqrt(weights[counted] @ true[3][counted] ** 2))
-    unseen = float(np.sqrt(np.mean(true[4] ** 2))) if len(held_out) else 0.0
     exact_rms, rms_derivative = (float(np.sqrt(weights @ part[3] ** 2)) for part in (error, error_slope))
     return Certificate(
         maximum=maxima[0],
-        rms=max(seen, unseen),
+        rms=rms,
         maximum_derivative=inside[1],
         rms_derivative=rms_derivative,
         maximum_outside=max(maxima[1:]),
         maximum_derivative_outside=max(pair[1] for pair in outside),
         h1_mean_square=exact_rms**2 + derivative_weight * rms_derivative**2,
         condition=float(condition),
-        rounding_error=float(np.abs(run[0]).max()),
+        rounding_error=float(np.abs(rounding[0]).max()),
         target_mean=float(weights @ value[3]),
         fit_mean=float(weights @ fit_value[3]),
         target_mean_square=float(weights @ value[3] ** 2),
@@ -159,13 +185,17 @@ def certify(
     )
 
 
-def _as_run(target: Curve, fitted: Curve, built: Built, parts: tuple[Array, ...]) -> tuple[list[Array], list[Array]]:
-    """For each part of the points, rounded to the format: F as run less F in float64, and less f."""
+def _rounding(fitted: Curve, built: Built, parts: tuple[Array, ...]) -> list[Array]:
+    """For each part of the points, rounded to the format: F as run less F in float64."""
     ends = np.cumsum([len(part) for part in parts])[:-1]
-    points = built.representable(np.concatenate(parts))
-    computed = built.evaluate(points)
-    off, wrong = computed - fitted(points)[0], computed - target(points)[0]
-    return np.split(off, ends), np.split(wrong, ends)
+    points = _representable(np.concatenate(parts), built.dtype)
+    return np.split(built.evaluate(points) - fitted(points)[0], ends)
+
+
+def _representable(x: Array, dtype: torch.dtype) -> Array:
+    """The numbers of the format nearest to x."""
+    rounded: Array = torch.from_numpy(np.ascontiguousarray(x)).to(dtype).double().numpy()
+    return rounded
 
 
 def _grid(low: float, high: float, kinks: list[float]) -> Array:

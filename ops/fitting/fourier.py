@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from polytrope.ops.fitting.curves import Array
-from polytrope.ops.fitting.refinement import Data, Ends, best_of
-from polytrope.ops.fitting.triangle import triangle_of
+from polytrope.ops.fitting.refinement import Data, Ends, Turn, best_of
 
-Start = tuple[float, Array, Ends, float]  # sum of squares, parameters, ends, condition number
-_REFINED = 2
+_STRETCHES = (1.1, 1.5, 2.2, 4.0)  # periods to start from, in intervals
+_RIDGE = 1e-13
+_LARGE = 1e-10  # weight of the amplitudes' squares: a slow wave of a large amplitude is little more than a parabola
 
 
 @dataclass(frozen=True)
@@ -62,28 +62,43 @@ class Cosines:
         }
 
 
-def fit_cosines(data: Data, degree: int, intervals: Sequence[Ends], free_ends: bool) -> tuple[Cosines, Ends, float]:
+def fit_cosines(
+    data: Data, degree: int, intervals: Sequence[Ends], free_ends: bool
+) -> Iterator[tuple[Cosines, Ends, float]]:
     """Least squares of value and slope at all points, along tangent lines outside the interval.
 
-    Starts from the harmonics of several periods (a function that is not periodic wants one longer than the interval);
-    the best are refined in all parameters.
+    Starts from the harmonics of several periods (a function that is not periodic wants one longer than the interval),
+    and from what was found for the degree below with one frequency more; the best are refined in all parameters.
 
     Args:
         intervals: to start from; one, or several with `free_ends`.
         free_ends: the ends of the interval are refined as well.
 
     Returns:
-        The cosines, the interval, and the condition number of the linear problem.
+        For degree 1, 2, … the cosines, the interval, and the condition number of the linear problem.
     """
-    flat, found, condition, cost = _refined(data, degree, intervals, free_ends)
-    if free_ends:  # once more from around where that ended: there are many local minima
-        low, high = found
-        step = (high - low) / 12
-        around = [(low, high), (low - step, high), (low + step, high), (low, high - step), (low, high + step)]
-        again = _refined(data, degree, around, free_ends)
-        if again[3] < cost:
-            flat, found, condition, _ = again
-    return Cosines.of(flat), found, condition
+    before: Cosines | None = None
+    last: Ends = intervals[0]
+    for count in range(1, degree + 1):
+        tried = list(dict.fromkeys([*intervals, last] if free_ends else intervals))
+        unit = 2 * math.pi * np.arange(1, count + 1)
+        pairs = [(unit / ((end[1] - end[0]) * stretch), end) for end in tried for stretch in _STRETCHES]
+        if before is not None:
+            own = np.sort(np.abs(before.frequencies))
+            more = (own[-1] * (1 + 1 / count), own[-1] * (1 + 2 / count), own[0] / 2)
+            pairs += [(np.append(before.frequencies, frequency), last) for frequency in more]
+        frequencies, ends = np.array([pair[0] for pair in pairs]), np.array([pair[1] for pair in pairs])
+        _, costs, condition = _linear(data, frequencies, ends)
+        harmonic = costs[: len(tried) * len(_STRETCHES)].reshape(len(tried), len(_STRETCHES)).argmin(axis=1)
+        chosen = [
+            *(np.arange(len(tried)) * len(_STRETCHES) + harmonic),
+            *range(len(tried) * len(_STRETCHES), len(pairs)),
+        ]
+        linear, frequencies, last = best_of(
+            _model, frequencies[chosen], ends[chosen], data, free_ends=free_ends, ridge=_LARGE
+        )
+        before = Cosines.of(np.concatenate([linear, frequencies]))
+        yield before, last, condition
 
 
 def fit_harmonics(data: Data, degree: int, ends: Ends) -> tuple[Cosines, float]:
@@ -91,62 +106,54 @@ def fit_harmonics(data: Data, degree: int, ends: Ends) -> tuple[Cosines, float]:
 
     The problem is linear once the frequency is given, which is searched for among periods of 1.05 to 4 intervals.
     """
-    stretches = list(np.geomspace(1.05, 4.0, 25))
-    best = min((_harmonics(data, degree, ends, stretch) for stretch in stretches), key=lambda start: start[0])
-    step = (4.0 / 1.05) ** (1 / 24)
-    while step > 1.0001:
+    stretches = np.geomspace(1.05, 4.0, 25)
+    step = stretches[1] / stretches[0]
+    while True:
+        frequencies = 2 * math.pi / ((ends[1] - ends[0]) * stretches[:, None]) * np.arange(1, degree + 1)
+        flats, costs, condition = _linear(data, frequencies, np.tile(ends, (len(stretches), 1)))
+        best = int(costs.argmin())
+        if step < 1.0001:
+            return Cosines.of(flats[best]), condition
         step = math.sqrt(step)
-        stretch = 2 * math.pi / ((ends[1] - ends[0]) * best[1][2 * degree + 1])
-        beside = [_harmonics(data, degree, ends, stretch * factor) for factor in (1 / step, step)]
-        best = min([best, *beside], key=lambda start: start[0])
-    return Cosines.of(best[1]), best[3]
+        stretches = stretches[best] * np.array([1.0, 1 / step, step])
 
 
-def _refined(data: Data, degree: int, intervals: Sequence[Ends], free_ends: bool) -> tuple[Array, Ends, float, float]:
-    """Parameters, ends, condition number and sum of squares of the best of two starts on each interval."""
-    starts = []
-    for interval in intervals:
-        starts += sorted(_starts(data, degree, interval), key=lambda entry: entry[0])[:_REFINED]
-    models = [(_model, flat, ends) for _, flat, ends, _ in starts]
-    number, flat, ends, cost = best_of(models, data, free_ends=free_ends, steps=40)
-    return flat, ends, starts[number][3], cost
-
-
-def _starts(data: Data, degree: int, ends: Ends) -> list[Start]:
-    """Linear least squares for the harmonics of several periods."""
-    return [_harmonics(data, degree, ends, stretch) for stretch in (1.1, 1.5, 2.2, 4.0)]
-
-
-def _harmonics(data: Data, degree: int, ends: Ends, stretch: float) -> Start:
-    """Linear least squares for the harmonics of a period of so many intervals."""
-    frequencies = 2 * math.pi / ((ends[1] - ends[0]) * stretch) * np.arange(1, degree + 1)
-    inside = np.clip(data.x, *ends)
+def _linear(data: Data, frequencies: Array, ends: Array) -> tuple[Array, Array, float]:
+    """Parameters `[starts, …]` of the best cosines of given frequencies `[starts, degree]` on intervals `[starts, 2]`,
+    their sums of squares, and the condition number of the first problem.
+    """
+    inside = np.clip(data.x, ends[:, :1], ends[:, 1:])
     values, slopes = _columns(inside, frequencies)
-    matrix = data.rows(values + (data.x - inside)[:, None] * slopes, slopes)
-    triangle, wanted, rest = triangle_of(matrix, data.right)
-    scale = np.linalg.norm(triangle, axis=0)
+    root = np.sqrt(data.weights)[:, None]
+    rows = (values + (data.x - inside)[..., None] * slopes) * root, slopes * (root * math.sqrt(data.derivative_weight))
+    matrix = np.concatenate(rows, axis=1)
+    scale = np.sqrt(np.einsum("brk,brk->bk", matrix, matrix))
     scale[scale == 0.0] = 1.0
-    solution, _, _, singular = np.linalg.lstsq(triangle / scale, wanted, rcond=1e-8)
-    missed = triangle @ (solution / scale) - wanted
-    flat = np.concatenate([solution / scale, frequencies])
-    return rest + float(missed @ missed), flat, ends, float(singular[0] / max(singular[-1], 1e-300))
+    matrix = matrix / scale[:, None]
+    gram = matrix.swapaxes(1, 2) @ matrix + _RIDGE * np.eye(matrix.shape[2])
+    solution = np.linalg.solve(gram, (data.right @ matrix)[:, :, None])
+    missed = (matrix @ solution)[:, :, 0] - data.right
+    condition = float(np.sqrt(np.linalg.cond(gram[0])))
+    return np.concatenate([solution[:, :, 0] / scale, frequencies], axis=1), (missed**2).sum(axis=1), condition
 
 
 def _columns(x: Array, frequencies: Array) -> tuple[Array, Array]:
-    """Values and slopes of 1, the cosines and the sines."""
-    angle = np.multiply.outer(x, frequencies)
+    """Values and slopes of 1, the cosines and the sines: `[starts, points, 1 + 2 · degree]`."""
+    angle = x[:, :, None] * frequencies[:, None]
     cos, sin = np.cos(angle), np.sin(angle)
-    values = np.concatenate([np.ones((len(x), 1)), cos, sin], axis=1)
-    return values, np.concatenate([np.zeros((len(x), 1)), -sin * frequencies, cos * frequencies], axis=1)
+    one, along = np.ones((*x.shape, 1)), frequencies[:, None]
+    return np.concatenate([one, cos, sin], axis=2), np.concatenate([0.0 * one, -sin * along, cos * along], axis=2)
 
 
-def _model(flat: Array, x: Array) -> tuple[Array, Array, Array, Array]:
-    current = Cosines.of(flat)
-    values, slopes = _columns(x, current.frequencies)
-    linear = flat[: len(flat) - len(current.frequencies)]
-    cos, sin = np.split(values[:, 1:], 2, axis=1)
-    along = -current.cosine * sin + current.sine * cos  # ∂F / ∂ω = x · along
-    bend = -(current.cosine * cos + current.sine * sin) * current.frequencies
-    by_value = np.concatenate([values, x[:, None] * along], axis=1)
-    by_slope = np.concatenate([slopes, along + x[:, None] * bend], axis=1)
-    return values @ linear, slopes @ linear, by_value, by_slope
+def _model(frequencies: Array, x: Array) -> tuple[Array, Array, Turn]:
+    count = frequencies.shape[1]
+    values, slopes = _columns(x, frequencies)
+    cos, sin = values[..., 1 : 1 + count], values[..., 1 + count :]
+
+    def turn(coefficients: Array) -> tuple[Array, Array]:
+        cosine, sine = coefficients[:, None, 1 : 1 + count], coefficients[:, None, 1 + count :]
+        along = sine * cos - cosine * sin  # ∂F / ∂ω = x · along
+        bend = -(cosine * cos + sine * sin) * frequencies[:, None]
+        return x[..., None] * along, along + x[..., None] * bend
+
+    return values, slopes, turn

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.triangle import triangle_of
 
 FAMILIES = ("hermite", "chebyshev", "legendre")
+Variable = tuple[float, float]  # (shift, scale): polynomials of (x - shift) / scale
+_HERMITE_REACH = 5.0
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,18 @@ class Basis:
 
     Args:
         degree: of the highest polynomial.
-        interval: (low, high), or None for the whole line.
+        interval: (low, high), or None for the whole line. For `evaluate` also two arrays `[intervals, 1]`: the points
+            are then `[intervals, points]`, or the same `[points]` for all.
     """
 
     degree: int
-    interval: tuple[float, float] | None
+    interval: tuple[Any, Any] | None
 
     def evaluate(self, x: Array) -> tuple[Array, Array]:
-        """Values and slopes (in x) of all basis functions: two `[points, degree + 1]`."""
+        """Values and slopes (in x) of all basis functions: two `[*points, degree + 1]`."""
         # One row per function: each step of a recurrence then runs over contiguous memory.
-        values, slopes = np.empty((self.degree + 1, len(x))), np.zeros((self.degree + 1, len(x)))
+        shape = np.broadcast_shapes(np.shape(x), () if self.interval is None else np.shape(self.interval[0]))
+        values, slopes = np.empty((self.degree + 1, *shape)), np.zeros((self.degree + 1, *shape))
         values[0] = 1.0
         if self.interval is None:
             values[1] = x
@@ -39,7 +44,7 @@ class Basis:
                 values[k + 1] = (x * values[k] - math.sqrt(k) * values[k - 1]) / math.sqrt(k + 1)
             for k in range(1, self.degree + 1):
                 slopes[k] = math.sqrt(k) * values[k - 1]
-            return values.T, slopes.T
+            return np.moveaxis(values, 0, -1), np.moveaxis(slopes, 0, -1)
         middle, half = self._affine()
         t = (x - middle) / half
         values[1] = t
@@ -47,7 +52,7 @@ class Basis:
             values[k + 1] = ((2 * k + 1) * t * values[k] - k * values[k - 1]) / (k + 1)
         for k in range(self.degree):  # P'_{k+1} = P'_{k-1} + (2k + 1) P_k
             slopes[k + 1] = (2 * k + 1) / half * values[k] + (slopes[k - 1] if k > 0 else 0.0)
-        return values.T, slopes.T
+        return np.moveaxis(values, 0, -1), np.moveaxis(slopes, 0, -1)
 
     def evaluate_with_tangents(self, x: Array) -> tuple[Array, Array]:
         """As `evaluate`, but outside the interval each basis function goes on along its tangent at the end."""
@@ -55,45 +60,63 @@ class Basis:
             return self.evaluate(x)
         inside = np.clip(x, *self.interval)
         values, slopes = self.evaluate(inside)
-        return values + slopes * (x - inside)[:, None], slopes
+        return values + slopes * (x - inside)[..., None], slopes
 
-    def _affine(self) -> tuple[float, float]:
+    def _affine(self) -> tuple[Any, Any]:
         assert self.interval is not None
         low, high = self.interval
         return (low + high) / 2, (high - low) / 2
 
-    def to_family(self, coefficients: Array, family: str) -> Array:
-        """The same polynomial in the family's basis (Hermite: He_k / k!, all in x itself).
+    def to_family(self, coefficients: Array, family: str, variable: Variable | None = None) -> Array:
+        """The same polynomial in the family's basis (Hermite: He_k / k!) or `powers`, of x or (x - shift) / scale.
 
         The change of basis is done in exact rational arithmetic and rounded once: its matrix is badly conditioned for
         wide intervals and high degrees.
         """
         exact = [Fraction(float(value)) for value in coefficients]
+        shift, scale = (Fraction(number) for number in variable or (0.0, 1.0))
         if self.interval is None:
             roots = np.sqrt(np.cumprod([1.0, *range(1, self.degree + 1)]))
             in_hermite = coefficients * roots  # a_k / k! He_k with a_k = c_k √k!
-            if family == "hermite":
+            if family == "hermite" and variable is None:
                 return np.asarray(in_hermite, dtype=np.float64)
             powers = [Fraction(0)] * (self.degree + 1)
             for value, row in zip(in_hermite, _rows("hermite", self.degree), strict=True):
                 powers = [power + Fraction(float(value)) * entry for power, entry in zip(powers, row, strict=True)]
+            powers = of_line(powers, shift, scale)
         else:
-            powers = self._in_powers(exact)
+            middle, half = (Fraction(float(part)) for part in self._affine())
+            in_t = [Fraction(0)] * len(exact)  # powers of t = (x - middle) / half
+            for value, row in zip(exact, _rows("legendre", self.degree), strict=True):
+                in_t = [power + value * entry for power, entry in zip(in_t, row, strict=True)]
+            powers = of_line(in_t, (shift - middle) / half, scale / half)
+        if family == "powers":
+            return np.array([float(value) for value in powers])
         return np.array([float(value) for value in _from_powers(powers, _rows(family, self.degree))])
 
-    def _in_powers(self, coefficients: Sequence[Fraction]) -> list[Fraction]:
-        in_t = [Fraction(0)] * len(coefficients)
-        for value, row in zip(coefficients, _rows("legendre", self.degree), strict=True):
-            in_t = [power + value * entry for power, entry in zip(in_t, row, strict=True)]
-        middle, half = (Fraction(float(part)) for part in self._affine())
-        in_x: list[Fraction] = []
-        for value in reversed(in_t):  # Horner's rule with the polynomial t = (x - middle) / half
-            shifted = [Fraction(0), *in_x]
-            in_x = [
-                (shifted[k] - (middle * in_x[k] if k < len(in_x) else 0)) / half + (value if k == 0 else 0)
-                for k in range(len(shifted))
-            ]
-        return in_x[: len(coefficients)]
+
+def of_line(powers: Sequence[Any] | Array, offset: Any, slope: Any) -> list[Any]:
+    """The polynomial sum_k powers[k] x^k at x = offset + slope · t, in powers of t; exactly where all are fractions."""
+    found = [0 * power for power in powers]
+    for power in reversed(powers):  # Horner's rule
+        shifted = [0 * power, *found[:-1]]
+        found = [offset * here + slope * below for here, below in zip(found, shifted, strict=True)]
+        found[0] += power
+    return found
+
+
+def natural_variable(family: str, ends: tuple[float, float] | None) -> Variable | None:
+    """(shift, scale) in which a fit on an interval has coefficients of the size of the function; None: x itself.
+
+    Chebyshev and Legendre polynomials get [-1, 1], Hermite polynomials as many standard deviations as a million normal
+    numbers reach. Both numbers are of float32, so that no kernel rounds them. It is x on the whole line and for other
+    families.
+    """
+    if ends is None or family not in FAMILIES:
+        return None
+    low, high = ends
+    scale = (high - low) / 2 / (_HERMITE_REACH if family == "hermite" else 1.0)
+    return float(np.float32((low + high) / 2)), float(np.float32(scale))
 
 
 @cache

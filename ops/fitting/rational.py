@@ -6,15 +6,18 @@ quotient smooth on the interval, the fitted sum is kept non-negative there, wher
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from polytrope.ops.fitting.curves import Array
-from polytrope.ops.fitting.refinement import Data, Ends, best_of
+from polytrope.ops.fitting.refinement import Data, Ends, Turn, best_of
+
+_LINEARISED = 6  # problems from a start on
+_BELLS = (0.5, 2.0, 8.0)  # denominators 1 + c u²: fits that never cross the fold of the absolute value
+_RIDGE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -36,99 +39,107 @@ class Quotient:
         return value, (top_slope - value * below_slope) / below
 
 
-def fit_quotient(
-    data: Data, degrees: tuple[int, int], intervals: Sequence[Ends], free_ends: bool
-) -> tuple[Quotient, Ends, float]:
+def fit_quotients(
+    data: Data, degrees: Sequence[tuple[int, int]], intervals: Sequence[Ends], free_ends: bool
+) -> Iterator[tuple[Quotient, Ends, float]]:
     """Least squares of value and slope at all points, along tangent lines outside the interval.
 
     Args:
-        degrees: of numerator and denominator.
+        degrees: of numerators and denominators, ascending; every quotient starts from the one before as well.
         intervals: to start from; one, or several with `free_ends`.
         free_ends: the ends of the interval are refined as well.
 
     Returns:
-        The quotient, the interval, and the condition number of the last linearised problem.
+        For each of the degrees the quotient, the interval, and the condition number of its last linearised problem.
     """
-    p, q = degrees
-    starts, origins = [], []
-    for interval in intervals:
-        reach = max(abs(end) for end in interval)  # powers of a variable in [-1, 1]
-        flats, condition = _starts(data.within(interval), p, q, reach)
-        starts += [(partial(_model, p, reach), flat, interval) for flat in flats]
-        origins += [(reach, condition)] * len(flats)
-    number, solution, ends, _ = best_of(starts, data, free_ends=free_ends)
-    reach, condition = origins[number]
-    numerator = solution[: p + 1] / reach ** np.arange(p + 1)
-    denominator = solution[p + 1 :] / reach ** np.arange(1, q + 1)
-    return Quotient(numerator, denominator), ends, condition
+    reach = max(abs(end) for end in intervals[0])  # powers of a variable in [-1, 1]
+    below, last = np.zeros(0), intervals[0]
+    for p, q in degrees:
+        ends = np.array([*intervals, last] if free_ends else intervals)
+        starts, condition = _starts(data, p, q, reach, ends)
+        starts = np.concatenate([starts, np.pad(below, (0, q - len(below)))[None]])
+        ends = np.concatenate([ends, np.tile(last, (len(starts) - len(ends), 1))])
+        numerator, below, last = best_of(partial(_model, p, reach), starts, ends, data, free_ends=free_ends)
+        in_x = numerator / reach ** np.arange(p + 1), below / reach ** np.arange(1, q + 1)
+        yield Quotient(*in_x), last, condition
 
 
-def _starts(data: Data, p: int, q: int, reach: float) -> tuple[list[Array], float]:
-    """Numerator and denominator in powers of x / reach, from linear problems on the interval."""
-    powers, power_slopes = _powers(data.x / reach, max(p, q))
+def _starts(data: Data, p: int, q: int, reach: float, ends: Array) -> tuple[Array, float]:
+    """Denominators `[starts, q]` in powers of x / reach: from linear problems, one for every interval, and more for the
+    last; and the condition number of the last problem on the first.
+    """
+    u = data.x / reach
+    powers, power_slopes = _powers(u, max(p, q))
     power_slopes = power_slopes / reach
     top, top_slope = powers[:, : p + 1], power_slopes[:, : p + 1]
     low, low_slope = powers[:, 1 : q + 1], power_slopes[:, 1 : q + 1]
     value, slope = data.value, data.slope
-    below, below_slope = np.ones_like(data.x), np.zeros_like(data.x)
-    solution, condition = np.zeros(p + 1 + q), 1.0
-    best: tuple[float, Array] = (math.inf, solution)
-    for _ in range(12):
+    inside = (data.x >= ends[:, :1]) & (data.x <= ends[:, 1:])
+    root = np.sqrt(data.weights * inside)[:, :, None]
+    factor = np.sqrt(data.derivative_weight)
+    below, below_slope = np.ones(inside.shape), np.zeros(inside.shape)
+    rows = np.concatenate([top, -value[:, None] * low], axis=1)
+    row_slopes = np.concatenate([top_slope, -(slope[:, None] * low + value[:, None] * low_slope)], axis=1)
+    least, best = np.full(len(ends), np.inf), np.zeros((len(ends), q))
+    condition = 1.0
+    for _ in range(_LINEARISED if q else 1):
         # With the last denominator D as weight: (P - f Q) / D and its derivative vanish at an exact fit.
-        rows = np.concatenate([top, -value[:, None] * low], axis=1)
-        row_slopes = np.concatenate([top_slope, -(slope[:, None] * low + value[:, None] * low_slope)], axis=1)
-        first = rows / below[:, None]
-        second = row_slopes / below[:, None] - rows * (below_slope / below**2)[:, None]
-        matrix = data.rows(first, second)
-        right = data.rows(value / below, slope / below - value * below_slope / below**2)
-        scale = np.linalg.norm(matrix, axis=0)
-        scale[scale == 0.0] = 1.0
-        found, _, _, singular = np.linalg.lstsq(matrix / scale, right, rcond=1e-10)
-        condition = float(singular[0] / max(singular[-1], 1e-300))
-        solution = found / scale
-        fitted, fitted_slope, _, _ = _model(p, reach, solution, data.x)
-        residual = data.rows(fitted, fitted_slope) - data.right
-        cost = float(residual @ residual)
-        if cost < best[0]:
-            best = (cost, solution)
-        inner = low @ solution[p + 1 :]
-        below, below_slope = 1.0 + np.abs(inner), np.where(inner < 0, -1.0, 1.0) * (low_slope @ solution[p + 1 :])
-    starts = [best[1]]
-    for curvature in (0.5, 2.0, 8.0):  # bells 1 + c t²: a fit that never crosses the fold of the absolute value
-        bell = np.zeros(q)
-        if q >= 2:
-            bell[1] = curvature
-        root = np.sqrt(data.weights)
-        columns = top / (1.0 + low @ bell)[:, None]
-        linear = np.linalg.lstsq(columns * root[:, None], value * root, rcond=None)[0]
-        starts.append(np.concatenate([linear, bell]))
-    return starts, condition
+        share, turn = 1.0 / below[:, :, None], (below_slope / below**2)[:, :, None]
+        matrix = np.concatenate([rows * share * root, factor * root * (row_slopes * share - rows * turn)], axis=1)
+        weighted = value[:, None] * share * root, factor * root * (slope[:, None] * share - value[:, None] * turn)
+        solution, condition = _least_squares(matrix, np.concatenate(weighted, axis=1)[:, :, 0])
+        numerator, denominator = solution[:, : p + 1], solution[:, p + 1 :]
+        inner = denominator @ low.T
+        below = 1.0 + np.abs(inner)
+        below_slope = np.where(inner < 0, -1.0, 1.0) * (denominator @ low_slope.T)
+        # The absolute value folds what is negative: the quotient that the problem meant is lost there.
+        fitted = numerator @ top.T / below
+        fitted_slope = (numerator @ top_slope.T - fitted * below_slope) / below
+        missed = ((fitted - value) ** 2 + data.derivative_weight * (fitted_slope - slope) ** 2) * root[:, :, 0] ** 2
+        cost = missed.sum(axis=1)
+        better = cost < least
+        least[better], best[better] = cost[better], denominator[better]
+    bells = np.zeros((len(_BELLS) if q >= 2 else 0, q))
+    if q >= 2:
+        bells[:, 1] = _BELLS
+    return np.concatenate([best, bells]), condition
 
 
-def _model(p: int, reach: float, flat: Array, x: Array) -> tuple[Array, Array, Array, Array]:
-    a, b = flat[: p + 1], flat[p + 1 :]
-    powers, power_slopes = _powers(x / reach, max(p, len(b)))
+def _least_squares(matrix: Array, right: Array) -> tuple[Array, float]:
+    """Of `[problems, rows, columns]` by normal equations: these are only starts. And the first one's condition."""
+    scale = np.sqrt(np.einsum("brk,brk->bk", matrix, matrix))
+    scale[scale == 0.0] = 1.0
+    scaled = matrix / scale[:, None]
+    gram = scaled.swapaxes(1, 2) @ scaled + _RIDGE * np.eye(matrix.shape[2])
+    solution = np.linalg.solve(gram, (right[:, None] @ scaled)[:, 0, :, None])[:, :, 0] / scale
+    return solution, float(np.sqrt(np.linalg.cond(gram[0])))
+
+
+def _model(p: int, reach: float, flat: Array, x: Array) -> tuple[Array, Array, Turn]:
+    """Powers over the denominator, for the denominators `flat`."""
+    q = flat.shape[1]
+    powers, power_slopes = _powers(x / reach, max(p, q))
     power_slopes = power_slopes / reach
-    top, top_slope = powers[:, : p + 1], power_slopes[:, : p + 1]
-    low, low_slope = powers[:, 1 : len(b) + 1], power_slopes[:, 1 : len(b) + 1]
-    inner = low @ b
+    low, low_slope = powers[..., 1 : q + 1], power_slopes[..., 1 : q + 1]
+    inner = (low @ flat[:, :, None])[..., 0]
     sign = np.where(inner < 0, -1.0, 1.0)
-    below, below_slope = 1.0 + np.abs(inner), sign * (low_slope @ b)
-    fitted = (top @ a) / below
-    fitted_slope = (top_slope @ a - fitted * below_slope) / below
-    by_a = top / below[:, None]
-    slope_by_a = (top_slope - by_a * below_slope[:, None]) / below[:, None]
-    signed, signed_slope = sign[:, None] * low, sign[:, None] * low_slope
-    by_b = -(fitted / below)[:, None] * signed
-    slope_by_b = (
-        -by_b * below_slope[:, None] - fitted[:, None] * signed_slope - fitted_slope[:, None] * signed
-    ) / below[:, None]
-    by_value, by_slope = np.concatenate([by_a, by_b], axis=1), np.concatenate([slope_by_a, slope_by_b], axis=1)
-    return fitted, fitted_slope, by_value, by_slope
+    share = (1.0 / (1.0 + np.abs(inner)))[..., None]
+    turned = (sign * (low_slope @ flat[:, :, None])[..., 0])[..., None] * share  # D' / D
+    values = powers[..., : p + 1] * share
+    slopes = power_slopes[..., : p + 1] * share - values * turned
+
+    def turn(coefficients: Array) -> tuple[Array, Array]:
+        fitted, fitted_slope = values @ coefficients[:, :, None], slopes @ coefficients[:, :, None]
+        along = -sign[..., None] * share
+        return along * fitted * low, along * (fitted * low_slope + (fitted_slope - fitted * turned) * low)
+
+    return values, slopes, turn
 
 
-def _powers(x: Array, degree: int) -> tuple[Array, Array]:
-    values = x[:, None] ** np.arange(degree + 1)
-    slopes = np.zeros_like(values)
-    slopes[:, 1:] = values[:, :-1] * np.arange(1, degree + 1)
+def _powers(u: Array, degree: int) -> tuple[Array, Array]:
+    values, slopes = np.empty((*u.shape, degree + 1)), np.empty((*u.shape, degree + 1))
+    values[..., 0], slopes[..., 0] = 1.0, 0.0
+    for k in range(degree):
+        values[..., k + 1] = values[..., k] * u
+        slopes[..., k + 1] = (k + 1) * values[..., k]
     return values, slopes

@@ -1,26 +1,35 @@
-"""Levenberg-Marquardt for the few parameters that enter a fit nonlinearly: frequencies, breakpoints, denominators.
+"""Levenberg-Marquardt for the few parameters that enter a fit nonlinearly: frequencies, denominators, ends.
 
-`refine_ends` does it for a function with tangent lines outside an interval. Its value is differentiable in the ends of
-the interval as well, so these can be refined in the same steps.
+Many starts are refined at once, by normal equations. The parameters that enter linearly are eliminated (variable
+projection: Golub and Pereyra, 1973, with Kaufman's step): the path of the others alone is far straighter. A function
+has tangent lines outside an interval; its value is differentiable in the ends of the interval as well, so these can be
+refined in the same steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from polytrope.ops.fitting.curves import Array
-from polytrope.ops.fitting.triangle import triangle_of
 
 Ends = tuple[float, float]
-Residuals = Callable[[Array], tuple[Array, Array]]  # parameters → residuals [m], Jacobian [m, parameters]
-# parameters, points → values, slopes, and the derivatives of both by the parameters
-Model = Callable[[Array, Array], tuple[Array, Array, Array, Array]]
-_FREED = 4
-_GAIN = 1e-6  # of a step, below which the refinement of a start ends
+# Coefficients of the columns `[starts, columns]` → the derivatives of value and slope by the nonlinear parameters, two
+# `[starts, points, parameters]`.
+Turn = Callable[[Array], tuple[Array, Array]]
+# Nonlinear parameters `[starts, parameters]`, points `[starts, points]` → values and slopes of the columns that are
+# combined, two `[starts, points, columns]`, and the derivatives of the combination.
+Model = Callable[[Array, Array], tuple[Array, Array, Turn]]
+_TRIED_STEPS = 4  # for every start, its ends fixed
+_KEPT = 3
+_MIDDLE_STEPS = 5  # for the best of them, from there and from their starts
+_LAST = 2
+_STEPS = 16
+_RIDGE = 1e-13  # of columns of length 1: what float64 can tell from dependent ones
+_GAIN = 1e-4  # of a step, below which the refinement of a start ends
 
 
 @dataclass(frozen=True)
@@ -57,88 +66,124 @@ class Data:
         return float(low), float(high)
 
 
-def refine(residuals: Residuals, start: Array, steps: int = 60, tolerance: float = 1e-12) -> tuple[Array, float]:
-    """The best parameters found from `start`, and their sum of squares; never worse than the start."""
-    parameters = start.astype(np.float64)
-    residual, jacobian = residuals(parameters)
-    cost, damping = float(residual @ residual), 1e-3
-    for _ in range(steps):
-        scale = np.linalg.norm(jacobian, axis=0)
-        scale[scale < 1e-12] = 1.0
-        triangle, wanted, _ = triangle_of(jacobian / scale, -residual)
-        improved = False
-        while damping < 1e10:
-            stacked = np.concatenate([triangle, np.sqrt(damping) * np.eye(len(parameters))])
-            step = np.linalg.lstsq(stacked, np.concatenate([wanted, np.zeros(len(parameters))]), rcond=None)[0]
-            candidate = parameters + step / scale
-            new_residual, new_jacobian = residuals(candidate)
-            new_cost = float(new_residual @ new_residual)
-            if np.isfinite(new_cost) and np.isfinite(new_jacobian).all() and new_cost < cost:
-                improved = True
-                break
-            damping *= 4.0
-        if not improved:
-            break
-        gain = (cost - new_cost) / max(cost, 1e-300)
-        parameters, residual, jacobian, cost = candidate, new_residual, new_jacobian, new_cost
-        damping = max(damping / 6.0, 1e-12)
-        if gain < tolerance:
-            break
-    return parameters, cost
+def best_of(
+    model: Model, starts: Array, ends: Array, data: Data, *, free_ends: bool, ridge: float = 0.0
+) -> tuple[Array, Array, Ends]:
+    """The best coefficients, nonlinear parameters and ends that any start leads to.
 
-
-def refine_ends(
-    model: Model, start: Array, ends: Ends, data: Data, *, free_ends: bool, steps: int = 60
-) -> tuple[Array, Ends, float]:
-    """The best parameters of a function with tangent lines outside `ends`, over all points; with `free_ends` the best
-    ends too, within the range of the points. Returns parameters, ends, and the sum of squares.
+    Args:
+        starts: nonlinear parameters `[starts, parameters]`.
+        ends: `[starts, 2]`; with `free_ends` they are refined too, within the range of the points.
+        ridge: weight of the coefficients' sum of squares, for columns that nearly depend on each other.
     """
-    if free_ends:
-        ends = max(ends[0], float(data.x[0])), min(ends[1], float(data.x[-1]))
-    smallest = 0.05 * (ends[1] - ends[0])
+    flat = np.concatenate([starts, np.clip(ends, data.x[0], data.x[-1]) if free_ends else ends], axis=1)
+    tried = _refined(model, flat, data, free_ends=False, ridge=ridge, steps=_TRIED_STEPS)
+    order = np.argsort(tried.costs, kind="stable")[:_KEPT]
+    flat = tried.flat[order]
+    if free_ends:  # each way has led to the better minimum
+        both = np.concatenate([tried.flat[order], np.concatenate([starts, ends], axis=1)[order]])
+        middle = _refined(model, both, data, free_ends=True, ridge=ridge, steps=_MIDDLE_STEPS)
+        flat = middle.flat[np.argsort(middle.costs, kind="stable")[:_LAST]]
+    found = _refined(model, flat, data, free_ends=free_ends, ridge=ridge, steps=_STEPS)
+    best = int(found.costs.argmin())
+    parameters, (low, high) = found.flat[best, :-2], found.flat[best, -2:]
+    return found.coefficients[best], parameters, (float(low), float(high))
 
-    def residuals(flat: Array) -> tuple[Array, Array]:
-        parameters, low, high = (flat[:-2], flat[-2], flat[-1]) if free_ends else (flat, *ends)
-        if free_ends and (high - low < smallest or low < data.x[0] or high > data.x[-1]):
-            return np.full(2 * len(data.x), np.inf), np.full((2 * len(data.x), len(flat)), np.inf)
-        inside = np.clip(data.x, low, high)
-        beyond = data.x - inside
-        value, slope, by_value, by_slope = model(parameters, inside)
-        value, by_value = value + beyond * slope, by_value + beyond[:, None] * by_slope
-        jacobian = data.rows(by_value, by_slope)
+
+@dataclass(frozen=True)
+class _State:
+    """Where every start has come to.
+
+    Args:
+        flat: nonlinear parameters and ends.
+        coefficients: the best for them.
+        costs: sums of squares.
+        gram, gradient: JᵀJ and Jᵀr of the free parameters, the coefficients eliminated.
+    """
+
+    flat: Array
+    coefficients: Array
+    costs: Array
+    gram: Array
+    gradient: Array
+
+    def take(self, index: Array) -> _State:
+        return _State(*(part[index] for part in vars(self).values()))
+
+    def put(self, index: Array, other: _State) -> None:
+        for old, new in zip(vars(self).values(), vars(other).values(), strict=True):
+            old[index] = new
+
+
+def _refined(model: Model, flat: Array, data: Data, *, free_ends: bool, ridge: float, steps: int) -> _State:
+    """What each start leads to; never worse than the start."""
+    smallest = 0.05 * (flat[:, -1] - flat[:, -2])
+    damping, active = np.full(len(flat), 1e-3), np.arange(len(flat))
+    state = _linearised(model, flat, data, free_ends, ridge)
+    result = state.take(active)
+    for _ in range(steps):
+        scale = np.sqrt(np.maximum(np.einsum("bkk->bk", state.gram), 0.0))
+        scale[scale <= 1e-12 * scale.max(axis=1, initial=0.0, keepdims=True)] = 1.0
+        scaled = state.gram / scale[:, :, None] / scale[:, None, :]
+        np.einsum("bkk->bk", scaled)[:] += damping[:, None]
+        step = np.linalg.solve(scaled, (state.gradient / scale)[:, :, None])[:, :, 0] / scale
+        candidates = state.flat.copy()
+        candidates[:, : step.shape[1]] -= step
+        if free_ends:
+            candidates[:, -2:] = np.clip(candidates[:, -2:], data.x[0], data.x[-1])
+        new = _linearised(model, candidates, data, free_ends, ridge)
+        better = (new.costs < state.costs) & (candidates[:, -1] - candidates[:, -2] >= smallest)
+        gain = np.where(better, state.costs - new.costs, 0.0)
+        going = np.where(better, gain > _GAIN * state.costs, damping < 1e6)
+        state.put(better, new.take(better))
+        result.put(active, state)
+        damping = np.where(better, np.maximum(damping / 8, 1e-12), damping * 6)
+        if not going.any():
+            break
+        if not going.all():
+            damping, active, smallest, state = damping[going], active[going], smallest[going], state.take(going)
+    return result
+
+
+def _linearised(model: Model, flat: Array, data: Data, free_ends: bool, ridge: float) -> _State:
+    parameters, low, high = flat[:, :-2], flat[:, -2:-1], flat[:, -1:]
+    x, root, factor = data.x, np.sqrt(data.weights)[:, None], math.sqrt(data.derivative_weight)
+    value, slope = np.split(data.right, 2)
+    inside = np.clip(x, low, high)
+    beyond = (x - inside)[:, :, None]
+    with np.errstate(all="ignore"):  # a step too long is not taken
+        columns, column_slopes, turn = model(parameters, inside)
+        at = (columns + beyond * column_slopes) * root
+        slope_at = column_slopes * (factor * root)
+        gram = at.swapaxes(1, 2) @ at + slope_at.swapaxes(1, 2) @ slope_at
+        gram += ridge * np.eye(gram.shape[1])
+        scale = np.sqrt(np.einsum("bkk->bk", gram))
+        usable = np.isfinite(gram).all(axis=(1, 2))
+        scale[(scale == 0.0) | ~usable[:, None]] = 1.0
+        gram[~usable] = 0.0
+        inverse = np.linalg.inv(gram / scale[:, :, None] / scale[:, None, :] + _RIDGE * np.eye(gram.shape[1]))
+        right = np.where(usable[:, None], value @ at + slope @ slope_at, 0.0)
+        coefficients = (inverse @ (right / scale)[:, :, None])[:, :, 0] / scale
+        missed = (at @ coefficients[:, :, None])[:, :, 0] - value
+        missed_slope = (slope_at @ coefficients[:, :, None])[:, :, 0] - slope
+        costs = (missed**2).sum(axis=1) + (missed_slope**2).sum(axis=1) + ridge * (coefficients**2).sum(axis=1)
+        by_value, by_slope = turn(coefficients)
+        by_value = (by_value + beyond * by_slope) * root
+        by_slope = by_slope * (factor * root)
         if free_ends:
             # Moving an end turns the tangent line about it: F(end) + F'(end) (x - end) changes by F''(end) (x - end).
             tiny = 1e-5 * (high - low)
-            around = model(parameters, np.array([low - tiny, low + tiny, high - tiny, high + tiny]))[1]
-            bends = (around[1] - around[0]) / (2 * tiny), (around[3] - around[2]) / (2 * tiny)
-            outside = np.stack([(data.x < low) * bends[0], (data.x > high) * bends[1]], axis=1)
-            jacobian = np.concatenate([jacobian, data.rows(beyond[:, None] * outside, outside)], axis=1)
-        return data.rows(value, slope) - data.right, jacobian
-
-    flat, cost = refine(residuals, np.concatenate([start, ends]) if free_ends else start, steps, _GAIN)
-    if free_ends:
-        return flat[:-2], (float(flat[-2]), float(flat[-1])), cost
-    return flat, ends, cost
-
-
-def best_of(
-    starts: Sequence[tuple[Model, Array, Ends]], data: Data, *, free_ends: bool, steps: int = 60
-) -> tuple[int, Array, Ends, float]:
-    """The best of several starts (model, parameters, ends): its number, parameters, ends and sum of squares.
-
-    All are refined for their own ends first, a little. Then the ends of the best few too, both from there and from
-    their starts: each way has led to the better minimum.
-    """
-    found = []
-    for number, (model, start, ends) in enumerate(starts):
-        flat, _, cost = refine_ends(model, start, ends, data, free_ends=False, steps=15 if free_ends else steps)
-        found.append((number, flat, ends, cost))
-    found.sort(key=lambda entry: entry[3])
-    if free_ends:
-        free = [
-            (number, *refine_ends(starts[number][0], start, ends, data, free_ends=True, steps=steps))
-            for number, flat, ends, _ in found[:_FREED]
-            for start in (flat, starts[number][1])
-        ]
-        found = sorted(free, key=lambda entry: entry[3])
-    return found[0]
+            around = model(parameters, np.concatenate([low - tiny, low + tiny, high - tiny, high + tiny], axis=1))[1]
+            slopes = (around @ coefficients[:, :, None])[:, :, 0]
+            bends = np.stack([slopes[:, 1] - slopes[:, 0], slopes[:, 3] - slopes[:, 2]], axis=1) / (2 * tiny)
+            turned = np.stack([x < low, x > high], axis=2) * bends[:, None, :] * root
+            by_value = np.concatenate([by_value, turned * beyond], axis=2)
+            by_slope = np.concatenate([by_slope, factor * turned], axis=2)
+        # What the coefficients can make up for is no part of the step.
+        shared = (at.swapaxes(1, 2) @ by_value + slope_at.swapaxes(1, 2) @ by_slope) / scale[:, :, None]
+        gram = by_value.swapaxes(1, 2) @ by_value + by_slope.swapaxes(1, 2) @ by_slope
+        gram = gram - shared.swapaxes(1, 2) @ (inverse @ shared)
+        gradient = (missed[:, None] @ by_value + missed_slope[:, None] @ by_slope)[:, 0]
+    usable &= np.isfinite(gram).all(axis=(1, 2)) & np.isfinite(gradient).all(axis=1) & np.isfinite(costs)
+    costs[~usable], gram[~usable], gradient[~usable] = np.inf, 0.0, 0.0
+    return _State(flat.copy(), coefficients, costs, gram, gradient)

@@ -7,9 +7,9 @@ nonlinearly; broken lines are found by dynamic programming.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Problem:
         family: of `LINEAR` or `NONLINEAR`.
         free_ends: the interval is one to start from.
         denominator_degree: of a rational function; default: one less than the numerator's.
+        variable: of a polynomial: (shift, scale), the coefficients then are of its basis in (x - shift) / scale.
     """
 
     family: str
@@ -39,6 +40,7 @@ class Problem:
     tails: bool
     free_ends: bool
     denominator_degree: int | None = None
+    variable: polynomial.Variable | None = None
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,14 @@ def interpolate(problem: Problem, exact: Curve, nodes: Sequence[float] | None) -
     at, slope_at = basis.evaluate(points)
     matrix, right = np.concatenate([at, slope_at[with_slope]]), np.concatenate([value, slope[with_slope]])
     coefficients, condition = polynomial.solve(matrix, right)
-    parameters = {"coefficients": basis.to_family(coefficients, problem.family)}
-    return Solution(_combination(basis.evaluate, coefficients), parameters, condition)
+    curve = _combination(basis.evaluate, coefficients)
+    return Solution(curve, _linear_parameters(problem, coefficients), condition, problem.interval)
 
 
 def fit_linear(problem: Problem, exact: Curve, conditions: list[Condition]) -> Solution:
     """Polynomials and PolyReLU: linear least squares under the conditions."""
-    data, degree = problem.data, problem.degree
-    columns = columns_of(problem.family, degree, problem.interval, problem.tails)
+    data = problem.data
+    columns = columns_of(problem.family, problem.degree, problem.interval, problem.tails)
     values, slopes = columns(data.x)
     rows, fixed = None, None
     if conditions:
@@ -89,12 +91,19 @@ def fit_linear(problem: Problem, exact: Curve, conditions: list[Condition]) -> S
         rows = np.where(is_slope[:, None], at_slope, at_value)
         fixed = np.where(is_slope, target_slope, target_value)
     coefficients, condition = polynomial.solve(data.rows(values, slopes), data.right, rows, fixed)
+    inside = columns_of(problem.family, problem.degree, problem.interval, tails=False)
+    curve = _combination(inside, coefficients)
+    return Solution(curve, _linear_parameters(problem, coefficients), condition, problem.interval)
+
+
+def _linear_parameters(problem: Problem, coefficients: Array) -> dict[str, Array]:
+    """What the module learns, from coefficients of the functions that `columns_of` gives."""
     if problem.family == "polyrelu":
-        parameters = coefficients / _reach(problem.interval) ** np.arange(degree + 1)
+        assert problem.interval is not None
+        basis, written = _positive_basis(problem.degree, problem.interval), "powers"
     else:
-        parameters = polynomial.Basis(degree, problem.interval).to_family(coefficients, problem.family)
-    inside = columns_of(problem.family, degree, problem.interval, tails=False)
-    return Solution(_combination(inside, coefficients), {"coefficients": parameters}, condition)
+        basis, written = polynomial.Basis(problem.degree, problem.interval), problem.family
+    return {"coefficients": basis.to_family(coefficients, written, problem.variable)}
 
 
 def _combination(columns: Curve, coefficients: Array) -> Curve:
@@ -105,41 +114,50 @@ def _combination(columns: Curve, coefficients: Array) -> Curve:
     return curve
 
 
-def columns_of(family: str, degree: int, interval: Ends | None, tails: bool) -> Curve:
-    """Values and slopes of the functions that a linear family combines, on along their tangents with `tails`."""
+def columns_of(family: str, degree: int, interval: tuple[Any, Any] | None, tails: bool) -> Curve:
+    """Values and slopes of the functions that a linear family combines, on along their tangents with `tails`.
+
+    Args:
+        interval: also of two arrays, see `polynomial.Basis`.
+    """
     if family != "polyrelu":
         basis = polynomial.Basis(degree, interval)
         return basis.evaluate_with_tangents if tails else basis.evaluate
     assert interval is not None
-    reach, exponents = _reach(interval), np.arange(degree + 1)
+    basis = _positive_basis(degree, interval)
 
     def powers(x: Array) -> tuple[Array, Array]:
-        """(max(0, x) / reach)^k (PolyCom, 2024)."""
-        positive = np.maximum(x, 0.0)[:, None] / reach
-        values = positive**exponents
-        slopes = np.zeros_like(values)
-        slopes[:, 1:] = values[:, :-1] * exponents[1:] * (x > 0)[:, None] / reach
-        return values, slopes
+        """Polynomials of max(0, x) (PolyCom, 2024)."""
+        values, slopes = basis.evaluate(np.maximum(x, 0.0))
+        return values, slopes * (x > 0)[..., None]
 
     def with_tangents(x: Array) -> tuple[Array, Array]:
         inside = np.clip(x, *interval)
         values, slopes = powers(inside)
-        return values + slopes * (x - inside)[:, None], slopes
+        return values + slopes * (x - inside)[..., None], slopes
 
     return with_tangents if tails else powers
 
 
-def _reach(interval: Ends | None) -> float:
-    return max(interval[1], 1e-6) if interval is not None else 1.0
+def _positive_basis(degree: int, interval: tuple[Any, Any]) -> polynomial.Basis:
+    """In which polynomials of max(0, x) are solved, x up to the end of the interval."""
+    low, high = interval
+    return polynomial.Basis(degree, (0.0 * high, np.maximum(high, 1e-2 * (high - low))))
 
 
 def imitate(
-    target: str | Target, family: str, degree: int, ends: Ends | None, denominator_degree: int | None = None
+    target: str | Target,
+    family: str,
+    degree: int,
+    ends: Ends | None,
+    denominator_degree: int | None = None,
+    variable: polynomial.Variable | None = None,
 ) -> Solution:
     """The member of a family closest to `target` in value and slope.
 
     Args:
         ends: of the interval, all points of which count alike; None (polynomials): the whole line, as often as N(0, 1).
+        variable: as in `Problem`.
 
     Raises:
         ValueError: no such target, or one that is not finite or not elementwise there.
@@ -153,44 +171,48 @@ def imitate(
     kinks = find_kinks(function, low, high)
     x, weights = quadrature.nodes(low, high, kinks, "uniform" if ends else "gaussian")
     data = Data(x, weights, *exact(x), 1.0)
-    problem = Problem(family, degree, ends, data, kinks, True, False, denominator_degree)
+    problem = Problem(family, degree, ends, data, kinks, True, False, denominator_degree, variable)
     if family in LINEAR:
         return fit_linear(problem, exact, [])
     if family not in NONLINEAR:
         raise ValueError(f"a {family} activation imitates no function")
-    return NONLINEAR[family](problem)
+    *_, found = NONLINEAR[family](problem)
+    return found
 
 
-def _fit_tropical(problem: Problem) -> Solution:
-    line, parameters = tropical.fit_convex(problem.data, problem.degree)
-    return Solution(line.evaluate, parameters, 1.0)
+def _fit_tropical(problem: Problem) -> Iterator[Solution]:
+    for degree in range(1, problem.degree + 1):
+        line, parameters = tropical.fit_convex(problem.data, degree)
+        yield Solution(line.evaluate, parameters, 1.0)
 
 
-def _fit_tropical_rational(problem: Problem) -> Solution:
-    line, parameters = tropical.fit_rational(problem.data, problem.degree, problem.kinks)
-    return Solution(line.evaluate, parameters, 1.0)
+def _fit_tropical_rational(problem: Problem) -> Iterator[Solution]:
+    for line, parameters in tropical.fit_rationals(problem.data, problem.degree, problem.kinks):
+        yield Solution(line.evaluate, parameters, 1.0)
 
 
-def _fit_fourier(problem: Problem) -> Solution:
+def _fit_fourier(problem: Problem) -> Iterator[Solution]:
     intervals, data = _starting_points(problem)
-    cosines, ends, condition = fourier.fit_cosines(data, problem.degree, intervals, problem.free_ends)
-    return Solution(cosines.evaluate, cosines.parameters(), condition, ends)
+    for cosines, ends, condition in fourier.fit_cosines(data, problem.degree, intervals, problem.free_ends):
+        yield Solution(cosines.evaluate, cosines.parameters(), condition, ends)
 
 
-def _fit_harmonic(problem: Problem) -> Solution:
+def _fit_harmonic(problem: Problem) -> Iterator[Solution]:
     assert problem.interval is not None
     cosines, condition = fourier.fit_harmonics(problem.data, problem.degree, problem.interval)
-    return Solution(cosines.evaluate, cosines.harmonic_parameters(), condition)
+    yield Solution(cosines.evaluate, cosines.harmonic_parameters(), condition)
 
 
-def _fit_rational(problem: Problem) -> Solution:
+def _fit_rational(problem: Problem) -> Iterator[Solution]:
     intervals, data = _starting_points(problem)
-    below = problem.degree - 1 if problem.denominator_degree is None else problem.denominator_degree
-    quotient, ends, condition = rational.fit_quotient(data, (problem.degree, below), intervals, problem.free_ends)
-    parameters = {"numerator": quotient.numerator}
-    if below:
-        parameters["denominator"] = quotient.denominator
-    return Solution(quotient.evaluate, parameters, condition, ends)
+    top = problem.degree
+    below = top - 1 if problem.denominator_degree is None else problem.denominator_degree
+    degrees = [(degree, max(below - (top - degree), 0)) for degree in range(1, top + 1)]
+    for quotient, ends, condition in rational.fit_quotients(data, degrees, intervals, problem.free_ends):
+        parameters = {"numerator": quotient.numerator}
+        if len(quotient.denominator):
+            parameters["denominator"] = quotient.denominator
+        yield Solution(quotient.evaluate, parameters, condition, ends)
 
 
 def _starting_points(problem: Problem) -> tuple[list[Ends], Data]:
@@ -202,10 +224,30 @@ def _starting_points(problem: Problem) -> tuple[list[Ends], Data]:
 
 
 LINEAR = (*polynomial.FAMILIES, "polyrelu")
-NONLINEAR: dict[str, Callable[[Problem], Solution]] = {
+# Each gives what it finds for degree 1, 2, … (`harmonic`: for the degree of the problem alone).
+NONLINEAR: dict[str, Callable[[Problem], Iterator[Solution]]] = {
     "fourier": _fit_fourier,
     "harmonic": _fit_harmonic,
     "tropical": _fit_tropical,
     "tropical_rational": _fit_tropical_rational,
     "rational": _fit_rational,
 }
+
+# Families that contain their members of lower degree; of a tropical activation every degree has slopes of its own.
+NESTED = tuple(family for family in (*LINEAR, *NONLINEAR) if family not in ("tropical", "harmonic"))
+
+
+def raised(family: str, parameters: dict[str, Array], degree: int) -> dict[str, Array]:
+    """The same function with a higher degree, of a family in `NESTED`: more terms are 0, or lines are there twice."""
+    if family == "fourier":
+        waves = np.arange(len(parameters["frequencies"]) + 1, degree + 1)
+        more = {"amplitudes": 0.0 * waves, "phases": 0.0 * waves, "frequencies": waves * parameters["frequencies"][0]}
+        return {name: np.append(value, more[name]) if name in more else value for name, value in parameters.items()}
+    lengths = {"coefficients": degree + 1, "numerator": degree + 1, "denominator": degree - 1}
+    if family == "rational" and "denominator" not in parameters and degree > 1:
+        parameters = parameters | {"denominator": np.zeros(0)}
+    mode: Any = "edge" if family == "tropical_rational" else "constant"
+    return {
+        name: np.pad(value, (0, lengths.get(name, degree + 1) - len(value)), mode=mode)
+        for name, value in parameters.items()
+    }

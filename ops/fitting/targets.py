@@ -137,3 +137,15 @@ def find_kinks(target: Target, low: float, high: float, derivative: Target | Non
         if not len(left):
             return []
     return sorted({float(point) for point in (left + right) / 2})
+
+
+def broken_line(target: Target, low: float, high: float) -> list[float] | None:
+    """By how much the slope changes at each kink, where the function is made of straight lines; None: it is not."""
+    if not low < high:
+        return None
+    edges = np.array([low, *find_kinks(target, low, high), high])
+    inside = edges[:-1, None] + np.diff(edges)[:, None] * np.linspace(0.001, 0.999, 33)
+    slopes = sample(target, inside)[1]
+    if (np.ptp(slopes, axis=1) > 1e-9 * max(float(np.abs(slopes).max()), 1e-300)).any():
+        return None
+    return [float(bend) for bend in np.diff(slopes[:, 0])]

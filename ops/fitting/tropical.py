@@ -7,17 +7,19 @@ then values are solved for by least squares and breakpoints refined by Gauss-New
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from polytrope.ops.fitting.curves import Array
-from polytrope.ops.fitting.refinement import Data, refine
+from polytrope.ops.fitting.refinement import Data
 from polytrope.ops.fitting.triangle import triangle_of
 
 _GRID = 120  # candidate breakpoints
 _INSERTED = 3  # breakpoints that are added at most to what the dynamic programming chose
 _SWEEPS = 4
+_RIDGE = 1e-13  # of columns of length 1: what float64 can tell from dependent ones
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,28 @@ class BrokenLine:
         return slopes, intercepts
 
 
-def fit_rational(data: Data, degree: int, kinks: list[float]) -> tuple[BrokenLine, dict[str, Array]]:
-    """The best broken line with at most `degree` convex and `degree` concave breakpoints, and its max-plus form.
+def fit_rationals(data: Data, degree: int, kinks: list[float]) -> Iterator[tuple[BrokenLine, dict[str, Array]]]:
+    """For degree 1, 2, … the best broken line with at most that many convex and as many concave breakpoints, and its
+    max-plus form.
 
     Returns:
         The line, and `numerator_slopes`, `numerator_intercepts`, `denominator_slopes`, `denominator_intercepts` of
         max_k (p_k x + c_k) - max_k (q_k x + d_k), each `[degree + 1]`.
     """
     candidates = _candidates(data, kinks)
-    line = _refined(_choose_breaks(candidates, data, degree), candidates, data, degree)
-    convex, concave = line.changes > 0, line.changes < 0
-    upper = BrokenLine(line.offset, line.slope, line.breaks[convex], line.changes[convex])
-    lower = BrokenLine(0.0, 0.0, line.breaks[concave], -line.changes[concave])
-    parameters: dict[str, Array] = {}
-    for name, part in (("numerator", upper), ("denominator", lower)):
-        slopes, intercepts = part.lines()
-        missing = degree + 1 - len(slopes)  # a line that is there twice changes nothing
-        parameters[f"{name}_slopes"] = np.concatenate([slopes, np.repeat(slopes[-1:], missing)])
-        parameters[f"{name}_intercepts"] = np.concatenate([intercepts, np.repeat(intercepts[-1:], missing)])
-    return line, parameters
+    chosen = _choose_breaks(candidates, data, degree)
+    for count, breaks in enumerate(chosen, start=1):
+        line = _refined(breaks, candidates, data, count)
+        convex, concave = line.changes > 0, line.changes < 0
+        upper = BrokenLine(line.offset, line.slope, line.breaks[convex], line.changes[convex])
+        lower = BrokenLine(0.0, 0.0, line.breaks[concave], -line.changes[concave])
+        parameters: dict[str, Array] = {}
+        for name, part in (("numerator", upper), ("denominator", lower)):
+            slopes, intercepts = part.lines()
+            missing = count + 1 - len(slopes)  # a line that is there twice changes nothing
+            parameters[f"{name}_slopes"] = np.concatenate([slopes, np.repeat(slopes[-1:], missing)])
+            parameters[f"{name}_intercepts"] = np.concatenate([intercepts, np.repeat(intercepts[-1:], missing)])
+        yield line, parameters
 
 
 def fit_convex(data: Data, degree: int) -> tuple[BrokenLine, dict[str, Array]]:
@@ -84,10 +89,36 @@ def fit_convex(data: Data, degree: int) -> tuple[BrokenLine, dict[str, Array]]:
         return data.rows(*line.evaluate(x)) - data.right, data.rows(jacobian, np.zeros_like(jacobian))
 
     offset = float(data.weights @ (data.value - BrokenLine(0.0, 0.0, breaks, changes).evaluate(x)[0]))
-    flat, _ = refine(residuals, np.concatenate([[offset], breaks]))
+    flat = _gauss_newton(residuals, np.concatenate([[offset], breaks]))
     line = BrokenLine(float(flat[0]), 0.0, np.sort(flat[1:]), changes)
     _, intercepts = line.lines()
     return line, {"coefficients": intercepts / step}
+
+
+def _gauss_newton(residuals: Callable[[Array], tuple[Array, Array]], start: Array) -> Array:
+    """The best parameters found from `start` (Levenberg-Marquardt); never worse than the start.
+
+    Args:
+        residuals: parameters → residuals `[m]`, Jacobian `[m, parameters]`.
+    """
+    parameters, damping = start.astype(np.float64), 1e-3
+    residual, jacobian = residuals(parameters)
+    for _ in range(60):
+        scale = np.linalg.norm(jacobian, axis=0)
+        scale[scale == 0.0] = 1.0
+        gram = (jacobian / scale).T @ (jacobian / scale) + damping * np.eye(len(start))
+        candidate = parameters - np.linalg.solve(gram, residual @ jacobian / scale) / scale
+        new = residuals(candidate)
+        cost, new_cost = float(residual @ residual), float(new[0] @ new[0])
+        if new_cost < cost:
+            parameters, (residual, jacobian), damping = candidate, new, max(damping / 6, 1e-12)
+            if cost - new_cost < 1e-10 * cost:
+                break
+        elif damping > 1e8:
+            break
+        else:
+            damping *= 5
+    return parameters
 
 
 def _candidates(data: Data, kinks: list[float]) -> Array:
@@ -99,8 +130,8 @@ def _candidates(data: Data, kinks: list[float]) -> Array:
     return np.asarray(points[np.concatenate([[True], np.diff(points) > 1e-7 * (points[-1] - points[0])])])
 
 
-def _choose_breaks(points: Array, data: Data, degree: int) -> Array:
-    """Interior breakpoints of the best interpolating broken line, by dynamic programming.
+def _choose_breaks(points: Array, data: Data, degree: int) -> list[Array]:
+    """For degree 1, 2, … the interior breakpoints of the best interpolating broken line, by dynamic programming.
 
     State: the last breakpoint, and how many convex and concave ones came before. Whether a breakpoint is convex is the
     sign of the target's second difference there.
@@ -125,7 +156,12 @@ def _choose_breaks(points: Array, data: Data, degree: int) -> Array:
             best[end, 1:], origin[end, 1:] = reached[:-1], chosen[:-1]
         else:
             best[end, :, 1:], origin[end, :, 1:] = reached[:, :-1], chosen[:, :-1]
-    i, j = np.unravel_index(int(best[-1].argmin()), best[-1].shape)
+    return [_backwards(points, best[-1, : k + 1, : k + 1], origin, convex) for k in range(1, degree + 1)]
+
+
+def _backwards(points: Array, last: Array, origin: Array, convex: Array) -> Array:
+    """The breakpoints that led to the best of the last states."""
+    i, j = np.unravel_index(int(last.argmin()), last.shape)
     breaks: list[float] = []
     current = int(origin[-1, i, j])
     while current > 0:
@@ -177,52 +213,84 @@ def _segment_costs(points: Array, heights: Array, data: Data) -> Array:
 
 
 def _refined(breaks: Array, candidates: Array, data: Data, degree: int) -> BrokenLine:
-    x, right = data.x, data.right
-
-    def solve(points: Array) -> tuple[BrokenLine, float]:
-        beyond = np.subtract.outer(x, points)
-        values = np.concatenate([np.ones((len(x), 1)), x[:, None], np.maximum(beyond, 0.0)], axis=1)
-        slopes = np.concatenate([np.zeros((len(x), 1)), np.ones((len(x), 1)), (beyond > 0).astype(float)], axis=1)
-        triangle, wanted, rest = triangle_of(data.rows(values, slopes), right)
-        solution = np.linalg.lstsq(triangle, wanted, rcond=None)[0]
-        missed = triangle @ solution - wanted
-        return BrokenLine(float(solution[0]), float(solution[1]), points, solution[2:]), rest + float(missed @ missed)
-
+    """Breakpoints moved, and more of them where there is room; then the best line with them."""
+    x = data.x
     closest = 0.02 * math.sqrt(float(data.weights @ (x - data.weights @ x) ** 2))  # nearer breaks make a step
 
-    def allowed(line: BrokenLine) -> bool:
-        if len(line.breaks) > 1 and np.diff(line.breaks).min() < closest:
-            return False
-        return int((line.changes > 0).sum()) <= degree and int((line.changes < 0).sum()) <= degree
+    def costs(tried: Array) -> tuple[Array, Array]:
+        """Sums of squares of the best lines with these breakpoints, inf where it is not allowed; their changes."""
+        found, changes = _line_costs(tried, data)
+        near = np.diff(tried, axis=1).min(axis=1, initial=np.inf) < closest
+        many = np.maximum((changes > 0).sum(axis=1), (changes < 0).sum(axis=1)) > degree
+        return np.where(near | many, np.inf, found), changes
 
-    def moved(line: BrokenLine, cost: float) -> tuple[BrokenLine, float]:
-        """One breakpoint at a time between its neighbours: the cost is continuous but not smooth in them."""
-        for width in (0.5, 0.25, 0.12, 0.06, 0.03, 0.015):
-            for _ in range(_SWEEPS):
-                before_sweep = cost
-                for index in range(len(line.breaks)):
-                    before, here, after = np.concatenate([[x[0]], line.breaks, [x[-1]]])[index : index + 3]
-                    for target in (here - width * (here - before), here + width * (after - here)):
-                        points = line.breaks.copy()
-                        points[index] = target
-                        candidate, candidate_cost = solve(points)
-                        if candidate_cost < cost and allowed(candidate):
-                            line, cost = candidate, candidate_cost
-                if cost > before_sweep * (1 - 1e-3):
+    def moved(points: Array, cost: float) -> tuple[Array, float]:
+        """Breakpoints between their neighbours: the cost is continuous but not smooth in them."""
+        count = len(points)
+        for width in (0.4, 0.16, 0.06, 0.02):
+            for _ in range(_SWEEPS * max(count, 1)):
+                gaps = np.diff(np.concatenate([[x[0]], points, [x[-1]]])) * width
+                shifts = np.concatenate([np.diag(-gaps[:-1]), np.diag(gaps[1:])])
+                each = costs(points + shifts)[0].reshape(2, count)
+                # All that are better alone, together; or the best of them.
+                best = each.argmin(axis=0)
+                gain = each.min(axis=0) < cost
+                if not gain.any():
                     break
-        return line, cost
+                steps = np.where(best == 0, -gaps[:-1], gaps[1:])
+                alone = steps * (np.arange(count) == each.min(axis=0).argmin())
+                tried = points + np.stack([steps * gain, steps * gain / 2, alone])
+                tried = tried[(np.diff(tried, axis=1) > 0).all(axis=1)]
+                new = costs(tried)[0]
+                before, cost, points = cost, float(new.min()), tried[int(new.argmin())]
+                if cost > before * (1 - 1e-3):
+                    break
+        return points, cost
 
-    best, best_cost = solve(breaks)
-    while not allowed(best):  # too many of one sign: the weakest of them goes
-        sign = 1.0 if int((best.changes > 0).sum()) > degree else -1.0
-        strength = np.where(best.changes * sign > 0, np.abs(best.changes), np.inf)
-        best, best_cost = solve(np.delete(best.breaks, int(strength.argmin())))
-    best, best_cost = moved(best, best_cost)
-    for _ in range(min(_INSERTED, 2 * degree - len(best.breaks))):  # there may be room for more of the other sign
-        tried = [solve(np.sort(np.append(best.breaks, point))) for point in candidates[1:-1]]
-        possible = [entry for entry in tried if allowed(entry[0])]
-        line, cost = min(possible, key=lambda entry: entry[1], default=(best, best_cost))
-        if cost >= best_cost * (1 - 1e-3):
+    points = breaks
+    while True:  # too many of one sign: the weakest of them goes
+        cost, changes = (part[0] for part in costs(points[None]))
+        if np.isfinite(cost) or not len(points):
             break
-        best, best_cost = moved(line, cost)
-    return best
+        sign = 1.0 if int((changes > 0).sum()) > int((changes < 0).sum()) else -1.0
+        points = np.delete(points, int(np.where(changes * sign > 0, np.abs(changes), np.inf).argmin()))
+    points, cost = moved(points, float(cost))
+    for _ in range(min(_INSERTED, 2 * degree - len(points))):  # there may be room for more of the other sign
+        tried = np.sort(np.concatenate([np.tile(points, (len(candidates) - 2, 1)), candidates[1:-1, None]], axis=1))
+        found = costs(tried)[0]
+        longer, new = moved(tried[int(found.argmin())], float(found.min()))
+        if not new < cost * (1 - 1e-3):
+            break
+        points, cost = longer, new
+    return _line(points, data)
+
+
+def _line(points: Array, data: Data) -> BrokenLine:
+    """The best line with these breakpoints."""
+    triangle, wanted, _ = triangle_of(data.rows(*(part[0] for part in _hinges(data.x, points[None]))), data.right)
+    solution = np.linalg.lstsq(triangle, wanted, rcond=None)[0]
+    return BrokenLine(float(solution[0]), float(solution[1]), points, solution[2:])
+
+
+def _line_costs(points: Array, data: Data) -> tuple[Array, Array]:
+    """Sums of squares of the best lines with the breakpoints `[lines, breaks]`, and their changes of slope."""
+    root = np.sqrt(data.weights)[:, None]
+    values, slopes = _hinges(data.x, points)
+    values, slopes = values * root, slopes * (root * math.sqrt(data.derivative_weight))
+    value, slope = np.split(data.right, 2)
+    gram = values.swapaxes(1, 2) @ values + slopes.swapaxes(1, 2) @ slopes
+    scale = np.sqrt(np.einsum("bkk->bk", gram))
+    scale[scale == 0.0] = 1.0
+    scaled = gram / scale[:, :, None] / scale[:, None, :] + _RIDGE * np.eye(gram.shape[1])
+    right = (value @ values + slope @ slopes) / scale
+    solution = np.linalg.solve(scaled, right[:, :, None]) / scale[:, :, None]
+    missed = ((values @ solution)[:, :, 0] - value) ** 2 + ((slopes @ solution)[:, :, 0] - slope) ** 2
+    return missed.sum(axis=1), solution[:, 2:, 0]
+
+
+def _hinges(x: Array, points: Array) -> tuple[Array, Array]:
+    """Values and slopes of 1, x and max(0, x - point): two `[lines, points of x, functions]`."""
+    beyond = x[None, :, None] - points[:, None]
+    one = np.ones((*beyond.shape[:2], 1))
+    values = np.concatenate([one, one * x[:, None], np.maximum(beyond, 0.0)], axis=2)
+    return values, np.concatenate([0.0 * one, one, (beyond > 0).astype(np.float64)], axis=2)

@@ -356,6 +356,8 @@ def test_piecewise_linear_has_a_form_of_ordinary_operations() -> None:
         {"name": "fourier", "degree": 5, "harmonic": True, "interval": [-2.0, 3.0]},
         {"name": "hermite", "degree": 5, "learnable_recurrence": True, "interval": [-2.0, 3.0]},
         {"name": "legendre", "degree": 4, "learnable_recurrence": True},
+        {"name": "chebyshev", "degree": 6, "variable": [1.0, 3.0]},
+        {"name": "hermite", "degree": 6, "variable": [1.0, 0.5], "interval": [-2.0, 3.0]},
         {"name": "rational", "degree": 3, "denominator_degree": 0, "interval": [-2.0, 3.0]},
         {"name": "polyrelu", "degree": 4, "interval": [-1.0, 2.0]},
     ],

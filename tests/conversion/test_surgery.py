@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conversion_support import own_model, tokens
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from polytrope.models.calibration import Calibration, add, calibrate
 from polytrope.models.conversion import FitOptions, apply, fit_layers, layer_costs
 from polytrope.models.surgery import Activation, find_activations, replace_module, restore_activations
 from polytrope.ops import build_activation, is_learnable_activation
+from polytrope.pipeline.stages.convert.conversion_record import advise
 
 
 class Shared(nn.Module):
@@ -141,6 +144,41 @@ def test_costs_are_those_of_single_layers_and_leave_the_model_as_it_was() -> Non
     apply(alone, fits[1:])
     expected = float((run(alone, batch) - original).norm() / original.norm())
     assert costs[fits[1].name] == pytest.approx(expected, rel=1e-4)
+
+
+def test_costs_never_hold_the_output_in_float64() -> None:
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+            result = function(*arguments, **(keywords or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+                self.numbers = max(self.numbers, result.numel())
+            return result
+
+    model, batch = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 1 << 15)), torch.randn(96, 2)
+    found = find_activations(model)
+    fits = fit_layers(found, calibrate(model, found, [batch], run), FitOptions(degree=3))
+    with Largest() as largest:
+        (cost,) = layer_costs(model, fits, batch, run).values()
+    assert 0 < largest.numbers <= 1 << 20 < run(model, batch).numel()
+    before = run(model, batch).double()
+    apply(model, fits)
+    assert cost == pytest.approx(float((run(model, batch).double() - before).norm() / before.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("target", "degree"), [(nn.ReLU(), 1), (nn.LeakyReLU(0.2), 1), (nn.GELU(), None)])
+def test_the_advice_names_what_is_exact_for_straight_lines(target: nn.Module, degree: int | None) -> None:
+    model, batch = nn.Sequential(nn.Linear(2, 8), target), torch.randn(400, 2)
+    found = find_activations(model)
+    calibrations, options = calibrate(model, found, [batch], run), FitOptions(degree=3)
+    fits = fit_layers(found, calibrations, options)
+    (entry,) = advise(fits, layer_costs(model, fits, batch, run), options)
+    assert entry.advice is not None
+    assert (f"tropical_rational of degree {degree} has it exactly" in entry.advice) == (degree is not None)
+    if degree is not None:
+        exact = fit_layers(found, calibrations, FitOptions("tropical_rational", degree))
+        assert exact[0].relative_error < 1e-6
 
 
 def test_a_description_is_enough_to_put_activations_back() -> None:

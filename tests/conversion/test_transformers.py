@@ -330,6 +330,7 @@ FAMILIES: list[dict[str, Any]] = [
     {"name": "hermite", "degree": 5, "interval": [-2, 3], "num_parameters": 3},
     {"name": "chebyshev", "degree": 4, "num_parameters": 2, "dim": 1},
     {"name": "legendre", "degree": 4, "glu": True},
+    {"name": "legendre", "degree": 6, "interval": [-2, 6], "variable": [2, 4]},
     {"name": "hermite", "degree": 4, "learnable_recurrence": True, "interval": [-2, 2]},
     {"name": "fourier", "degree": 3, "num_parameters": 2},
     {"name": "fourier", "degree": 3, "harmonic": True},

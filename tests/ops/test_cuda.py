@@ -103,6 +103,9 @@ CASES = [
     Formula(Family.LEGENDRE, 8, 0, (), -1, True),
     Formula(Family.PIECEWISE_LINEAR, 40),
     Formula(Family.CHEBYSHEV, 16),
+    Formula(Family.CHEBYSHEV, 8, 0, (-0.9, 0.8), variable=(0.1, 1.2)),
+    Formula(Family.HERMITE, 5, 0, (), -1, True, variable=(-0.1, 0.7)),
+    Formula(Family.LEGENDRE, 6, variable=(0.1, 1.2)),
     Formula(Family.POLYNORM, 3, epsilon=0.1),
 ]
 

@@ -14,7 +14,7 @@ from polytrope.models.conversion import FitOptions, LayerConversion, fit_layer
 from polytrope.models.rewriting import FunctionalActivation
 from polytrope.models.selection import Left
 from polytrope.models.surgery import Activation
-from polytrope.ops.fitting.targets import resolve_target
+from polytrope.ops.fitting.targets import broken_line, resolve_target
 from polytrope.pipeline.data.conversion_file import Advice, ConversionRecord, ConvertedLayer, LeftActivation
 
 _CURVE_POINTS = 161
@@ -97,12 +97,29 @@ def advise(conversions: Sequence[LayerConversion], costs: Mapping[str, float], o
     return entries
 
 
+def _exact_degree(conversion: LayerConversion) -> int | None:
+    """Of the tropical rational activation that is this function, where it is one and the fit is not exact already."""
+    if conversion.relative_error < 1e-6:
+        return None
+    bends = broken_line(
+        resolve_target(conversion.module), conversion.calibration.minimum, conversion.calibration.maximum
+    )
+    return None if bends is None else max(sum(bend > 0 for bend in bends), sum(bend < 0 for bend in bends), 1)
+
+
 def _suggestion(conversion: LayerConversion, share: float, options: FitOptions) -> str:
     degree = int(conversion.fit.config["degree"]) + 2
     opening = f"{share:.0%} of what the conversion costs"
+    exact = _exact_degree(conversion)
+    if exact is not None:
+        return (
+            f"{opening}; this function is made of straight lines: tropical_rational of degree {exact} has it exactly, "
+            "as a piecewise linear activation with its knots would"
+        )
     if degree > 16:
         return f"{opening}; leave this layer as it is if that is too much"
-    higher = FitOptions(options.family, degree, None, options.coverage, options.derivative_weight, options.constraints)
+    family = conversion.fit.config["name"]
+    higher = FitOptions(family, degree, None, options.coverage, options.derivative_weight, options.constraints)
     try:
         better = fit_layer(Activation(conversion.name, conversion.module), conversion.calibration, higher)
     except ValueError:

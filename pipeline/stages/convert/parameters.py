@@ -6,7 +6,7 @@ import re
 import sys
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 
@@ -22,23 +22,33 @@ def _read_layers(value: Any) -> Any:
     return text
 
 
+def _check_auto(value: float | None, info: ValidationInfo) -> float | None:
+    if value is None and info.data.get("family") == "auto":
+        raise ValueError("family auto chooses by it: give target_error (0.01 is 1 %), or name a family")
+    return value
+
+
 class ConvertParameters(BaseModel):
     """What replaces the activations, and how it is fitted."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     family: Literal[
-        "hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu"
-    ] = Field("hermite", description="family of the new activations")
+        "hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu", "auto"
+    ] = Field(
+        "hermite",
+        description="family of the new activations; auto: that of the fewest parameters that meets target_error",
+    )
     degree: int | None = Field(
         None,
         ge=1,
         le=16,
         description="degree, 8 if not given; with target_error the highest one tried, 16 if not given",
     )
-    target_error: float | None = Field(
+    target_error: Annotated[float | None, AfterValidator(_check_auto)] = Field(
         None,
         gt=0,
+        validate_default=True,
         description="smallest degree per layer with at most this rms error, relative to the activation's rms",
     )
     coverage: float | None = Field(
@@ -48,7 +58,11 @@ class ConvertParameters(BaseModel):
         description="share of a layer's inputs inside the fitted interval, tangent lines outside; "
         "null: the interval of the smallest error over all inputs",
     )
-    derivative_weight: float = Field(0.01, ge=0, description="weight of the slope's error against the value's")
+    derivative_weight: float = Field(
+        0.01,
+        ge=0,
+        description="weight of the slope's error against the value's, inputs in units of their standard deviation",
+    )
     constraints: list[Literal["ends", "end_values", "origin"]] = Field(
         default_factory=list, description="what holds exactly: value and slope at the ends, values there, F(0) = f(0)"
     )
