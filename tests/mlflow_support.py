@@ -37,7 +37,7 @@ class Server:
         self.directory = directory
         self.artifacts = artifacts or str(directory / "artifacts")
         self.backend = backend or f"sqlite:///{directory}/server.db"
-        self.port = free_port(0)
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -111,7 +111,7 @@ class Postgres:
         self.directory = Path(tempfile.mkdtemp(prefix="polytrope-postgres-"))
         if self.user:
             shutil.chown(self.directory, "postgres", "postgres")
-        self.port = free_port(0)
+        self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
         command = [self.programs / "initdb", "-D", self.directory / "data", "-A", "trust", "-U", "mlflow", "--no-sync"]
         done = subprocess.run(command, capture_output=True, text=True, cwd="/", **self.user)

@@ -35,19 +35,19 @@ class Ray:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
         self.environment = {**kept, **access, "PATH": f"{PROGRAMS}:{os.environ['PATH']}"}
-        self.port, self.dashboard = free_port(0), free_port(0)
+        self.port, self.dashboard = free_port(), free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
         self.places: list[Path] = []
         self.start(
             "--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port(0)}",
+            f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={free_port()}",
         )  # fmt: skip
         self.address = f"http://127.0.0.1:{self.dashboard}"
         wait_until(self.answers, "the Ray head starts", 90)
 
     def start(self, *options: str) -> None:
         command = [str(PROGRAMS / "ray"), "start", "--block", "--node-ip-address=127.0.0.1", *options]
-        command += [f"--dashboard-agent-listen-port={free_port(0)}", f"--dashboard-agent-grpc-port={free_port(0)}"]
+        command += [f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"]
         command += ["--object-store-memory=100000000", "--disable-usage-stats"]
         # one each, as on different machines: Ray removes a job's files from it when a node no longer uses them
         self.places.append(Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")))  # short: it holds sockets

@@ -21,7 +21,7 @@ class S3Server:
     """An S3 server with a bucket of its own for every test."""
 
     def __init__(self) -> None:
-        self.port = free_port(0)
+        self.port = free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         program = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{self.port}'])"
         self.process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
@@ -74,7 +74,7 @@ class Door:
     """
 
     def __init__(self, server: S3Server) -> None:
-        self.server, self.port = server, free_port(0)
+        self.server, self.port = server, free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.open()
 

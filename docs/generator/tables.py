@@ -85,53 +85,103 @@ def shared_options() -> str:
 
 
 def results(*names: str) -> str:
-    """The files of benchmarks/results, as they are; without a file, how to make it."""
+    """The tables that benchmarks wrote for people, `benchmarks/results/NAME.md`."""
     parts = []
-    for name in names or sorted(path.stem for path in RESULTS.glob("*.json")):
-        path = RESULTS / f"{name}.json"
-        if not path.exists():
-            command = f"python -m benchmarks.{name.partition('-')[0]}"
-            parts.append(f"Not measured yet: `{command}` writes `benchmarks/results/{name}.json`.\n")
-            continue
-        if path.with_suffix(".md").exists():
-            parts.append(
-                re.sub(r"^#+ .*\n", "", path.with_suffix(".md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-            )
-            continue
-        content = json.loads(path.read_text(encoding="utf-8"))
-        about = {key: value for key, value in content.items() if key != "results"} if isinstance(content, dict) else {}
-        measured = content.get("results", content) if isinstance(content, dict) else content
-        parts.append(_about(about) if measured is not content else "")
-        parts.append(table(["measured", "value"], _rows("", measured)))
+    for name in names:
+        path = RESULTS / f"{name}.md"
+        if path.exists():
+            parts.append(re.sub(r"^#+ .*\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
+        else:
+            parts.append(f"Not measured yet: `python -m benchmarks.{name}` writes `benchmarks/results/{name}.md`.\n")
     return "\n".join(parts)
+
+
+def kernels() -> str:
+    """The activations on a CPU: a row per activation, 32 and 16 bits in one cell."""
+    content = json.loads((RESULTS / "ops-cpu.json").read_text(encoding="utf-8"))
+    machine = content["machine"]
+    found: dict[str, dict[str, Any]] = {}
+    for row in content["rows"]:
+        config = dict(row["config"])
+        name = f"{config.pop('name')} {config.pop('degree')}"
+        found.setdefault(", ".join([name, *(_option(*option) for option in config.items())]), {})[row["dtype"]] = row
+    rows = []
+    for name, kinds in found.items():
+        wide, narrow = kinds["float32"], kinds["bfloat16"]
+        both = [[f"{row[key]:.2f}" for row in (wide, narrow)] for key in ("times_gelu", "faster_than_compiled")]
+        times = [f"{row['polytrope'][key]:.2f}" for key in ("forward_ms", "backward_ms") for row in (wide, narrow)]
+        ortho = wide.get("faster_than_torchortho")
+        bar = wide.get("bar_times_gelu")
+        cells = [f"{times[0]} / {times[1]}", f"{times[2]} / {times[3]}", *(" / ".join(pair) for pair in both)]
+        rows.append([name, *cells, "" if bar is None else f"{bar:g}", "" if ortho is None else f"{ortho:,.0f}"])
+    heads = ["activation, degree", "forward, ms", "backward, ms", "× GELU's time", "times faster than torch.compile"]
+    shape = " × ".join(map(str, content["shape"]))
+    return (
+        f"{shape} elements, {machine['threads']} threads ({machine['instruction_set']}), torch {machine['torch']}; "
+        f"medians of {content['repeats']} rounds. In each cell float32 / bfloat16.\n\n"
+        + table([*heads, "bar, × GELU", "times faster than torchortho, float32"], rows)
+    )
+
+
+def _option(name: str, value: Any) -> str:
+    if value is True:
+        return name
+    if isinstance(value, list):
+        return f"{name} \\[{', '.join(f'{item:g}' for item in value)}\\]"
+    return {"num_parameters": "one set per channel"}.get(name, f"{name} {value}")
+
+
+def engine() -> str:
+    """What the engine's cases took, and the peers beside it."""
+    found = json.loads((RESULTS / "engine.json").read_text(encoding="utf-8"))["results"]
+    peers = found["peers"]
+    compared = [["polytrope", f"{peers['polytrope_ms_per_stage']:.1f}", ""]]
+    for name, title, unit in (
+        ("prefect_threads", "Prefect, in threads", "task"),
+        ("prefect_processes", "Prefect, in processes", "task"),
+        ("metaflow", "Metaflow", "task"),
+    ):
+        compared.append([title, f"{peers[f'{name}_ms_per_{unit}']:.1f}", f"{peers[f'{name}_times_slower']:.1f}"])
+    parts = [
+        f"{_place(peers)}\n",
+        table(["tool", "ms per stage", "times slower than polytrope"], compared),
+        "\nThe engine by itself:\n",
+    ]
+    local, ray, plan = found["local"], found["ray"], found["plan"]
+    journal, hashing = found["journal"], found["hashing"]
+    rows = [
+        [f"{local['stages']:,} stages in processes", f"{local['ms_per_stage']:.1f} ms each", local],
+        ["the same again, nothing changed", f"{local['no_change_seconds']:.2f} s for all", local],
+        [
+            f"{ray['stages']:,} stages on Ray",
+            f"{ray['ms_per_stage']:.1f} ms each (a bare Ray task: {ray['bare_ms_per_task']:.2f} ms)",
+            ray,
+        ],
+        [f"plan of {plan['stages']:,} stages", f"{plan['seconds']:.2f} s", plan],
+        [
+            f"journal of {journal['events']:,} events ({journal['megabytes']:.0f} MB)",
+            f"read in {journal['seconds']:.2f} s, state in {journal['read_and_fold_seconds']:.2f} s",
+            journal,
+        ],
+        [
+            f"{hashing['gibibytes']} GiB of results",
+            f"found unchanged in {hashing['no_change_seconds']:.2f} s, hashed again in "
+            f"{hashing['verify_seconds']:.1f} s",
+            hashing,
+        ],
+    ]
+    measured = [[what, took, f"{case['date']}, {plain(case['processor'])}"] for what, took, case in rows]
+    return "\n".join([*parts, table(["what", "took", "measured"], measured)])
+
+
+def _place(case: dict[str, Any]) -> str:
+    return f"{case['cpus']} cores of {case['processor']}, Python {case['python']}, {case['date']}."
 
 
 def pictures(name: str) -> str:
     """The plots of a benchmark, `benchmarks/results/NAME-*.png`; for pages one folder below docs/."""
     found = sorted(RESULTS.glob(f"{name}-*.png"))
     return "\n\n".join(f"![{path.stem}](../../benchmarks/results/{path.name})" for path in found) + "\n"
-
-
-def _about(content: dict[str, Any]) -> str:
-    return "".join(f"- {plain(key)}: {plain(_text(value))}\n" for key, value in content.items())
-
-
-def _rows(prefix: str, content: Any) -> list[list[str]]:
-    if isinstance(content, dict):
-        return [row for key, value in content.items() for row in _rows(f"{prefix} · {key}".strip(" ·"), value)]
-    if isinstance(content, list) and content and isinstance(content[0], dict):
-        return [row for index, value in enumerate(content) for row in _rows(f"{prefix} {index + 1}", value)]
-    return [[plain(prefix), plain(_text(content))]]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(_text, value))
-    return str(value)
 
 
 TABLES: dict[str, Callable[..., str]] = {
@@ -141,5 +191,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "activations": activations,
     "shared_options": shared_options,
     "results": results,
+    "kernels": kernels,
+    "engine": engine,
     "pictures": pictures,
 }

@@ -339,6 +339,7 @@ def _run_commands(command: _AddCommand) -> None:
     )
     card.add_argument("--stage", metavar="STAGE", help="that made the model (default: the last one that made one)")
     card.add_argument("--output", "-o", metavar="FILE", help=".md or .html (default: card-RUN.md)")
+    card.add_argument("--license", metavar="ID", help="of the model, as Hugging Face names it: apache-2.0, mit, …")
     cancel = command(
         "cancel",
         "running:cancel",
@@ -383,12 +384,14 @@ def _look_commands(command: _AddCommand) -> None:
         "status",
         "looking:status",
         "show the stages of a run",
-        "polytrope status\npolytrope status 20261123-1712-ab12 --json",
+        "polytrope status\npolytrope status --watch\npolytrope status 20261123-1712-ab12 --json",
         "run",
         "store",
         "address",
-        description="Reads the journal only: works without Ray and MLflow, and while the run is going on.",
+        description="Reads the run's files only: works without Ray and MLflow, and while the run goes on. A running "
+        "stage shows how far it is, what is left at its pace, and what it said last.",
     )
+    status.add_argument("--watch", "-w", action="store_true", help="the display of `run`, until the run ends")
     status.add_argument("--json", action="store_true", help="print JSON")
     runs = command("runs", "looking:runs", "list the runs in a store", "polytrope runs\npolytrope runs --json", "store")
     runs.add_argument("--json", action="store_true", help="print JSON")
@@ -396,7 +399,7 @@ def _look_commands(command: _AddCommand) -> None:
     logs = command(
         "logs",
         "looking:logs",
-        "print the output of a run's stages",
+        "print what a run's stages said and printed",
         "polytrope logs --stage train -f\npolytrope logs 20261123-1712-ab12",
         "run",
         "store",
@@ -415,6 +418,27 @@ def _look_commands(command: _AddCommand) -> None:
     diff.add_argument("run_a", metavar="RUN_A", help="run id or its start")
     diff.add_argument("run_b", metavar="RUN_B", help="run id or its start")
     diff.add_argument("--json", action="store_true", help="print JSON")
+
+    opened = command(
+        "open",
+        "opening:open_result",
+        "print where the result of a run is, and open it in the browser",
+        """
+        polytrope open                          # the newest run: its report, else its page in MLflow
+        polytrope open 20261123-1712-ab12 mlflow
+        polytrope open card
+        ls "$(polytrope open artifact train --print)"
+        """,
+        "store",
+        description="Where there is no browser it only prints. A local MLflow server is started if none is there.",
+    )
+    opened.add_argument(
+        "words",
+        nargs="*",
+        metavar="[RUN] [report|mlflow|card|artifact [STAGE]]",
+        help="a run (default: the newest), what to open, and of which stage",
+    )
+    opened.add_argument("--print", action="store_true", help="only print the path or address, for scripts")
 
 
 def _workflow_commands(command: _AddCommand) -> None:
@@ -515,9 +539,10 @@ def _service_commands(command: _AddCommand) -> None:
         "ui",
         "services:ui",
         "start MLflow's web page on the results",
-        "polytrope ui\npolytrope ui --port 5001",
+        "polytrope ui\npolytrope ui 20261123-1712-ab12 --port 5001",
         "run",
         "store",
+        description="It prints the address of the run itself.",
     )
     ui.add_argument("--port", type=int, default=5000, help="default 5000")
     ui.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: reachable from this machine only")

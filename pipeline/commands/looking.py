@@ -21,39 +21,88 @@ from polytrope.pipeline.commands.common import (
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.environment import compare_environments
 from polytrope.pipeline.launch.failure import failure_lines, way_on
-from polytrope.pipeline.launch.progress import counts
-from polytrope.pipeline.runs.journal import RunState, StageState, fold, read
-from polytrope.pipeline.runs.record import run_status
+from polytrope.pipeline.launch.progress import Progress, counts, show_event
+from polytrope.pipeline.runs.journal import JournalReader, RunState, StageState, fold, read
+from polytrope.pipeline.runs.record import INTERRUPTED, run_state, run_status
+from polytrope.pipeline.runs.spool import SpoolReader
+from polytrope.pipeline.runs.stage_progress import StageProgress, read_progress, said_lines
 from polytrope.pipeline.store.store import Store
-from polytrope.pipeline.support.text import format_duration, metric_text, suggest
+from polytrope.pipeline.support.text import command, format_duration, metric_text, suggest
 from polytrope.pipeline.workflow.keys import explain
+
+_LOOK = 0.5  # seconds between two looks at a run that goes on
 
 
 def status(options: argparse.Namespace) -> int:
     """The stages of one run; exit code 1 if it failed."""
+    if options.watch:
+        _check_watch(options)
     if options.address:
         from polytrope.pipeline.commands import cluster
 
         return cluster.status(options)
     store = open_store(options)
     directory = find_run(store, options.run)
-    state = fold(read(directory))
-    current = run_status(directory)
+    if options.watch:
+        try:
+            watch(store, directory)
+        except KeyboardInterrupt:  # of the watch, which changes nothing
+            stop = command("cancel", directory.name, store=store.address)
+            print(f"\nrun {directory.name} is left alone; to stop it: {stop}")
+            return EXIT_SUCCESS
+    state = run_state(directory)
     if options.json:
-        print_json(_status_data(directory, state, current))
+        print_json(_status_data(directory, state))
     else:
-        _print_status(store, directory, state, current)
-    return EXIT_RUN_FAILED if current in ("failed", "cancelled", "interrupted") else EXIT_SUCCESS
+        _print_status(store, directory, state)
+    return EXIT_RUN_FAILED if state.status in ("failed", "cancelled", INTERRUPTED) else EXIT_SUCCESS
 
 
-def _status_data(directory: Path, state: RunState, current: str) -> dict[str, Any]:
-    stages = [
-        {key: value for key, value in asdict(stage).items() if key != "components"} for stage in state.stages.values()
-    ]
+def _check_watch(options: argparse.Namespace) -> None:
+    if options.json:
+        raise UserError("--watch is for people, and --json prints once", "leave one of them out")
+    if options.address:
+        raise UserError(
+            "--watch does not work with --address",
+            "`polytrope logs RUN -f --address URL` follows the driver; a store that this machine reaches can be "
+            "watched: `polytrope status RUN --watch --store STORE`",
+        )
+
+
+def watch(store: Store, directory: Path) -> None:
+    """The display of `run`, from another terminal or machine, until the run ends or its driver is gone."""
+    state, journal = RunState(), JournalReader(directory)
+    events = journal.read_new()
+    fold(events, state)
+    progress = Progress(state.stages, SpoolReader(directory / "spool"), stream=sys.stdout)
+    with progress:
+        state = RunState()
+        while True:
+            now = time.time()
+            for event in events:
+                fold([event], state)
+                show_event(progress, event, state, age=max(0.0, now - event.time))
+            if state.done:
+                break
+            if run_status(directory) == INTERRUPTED:
+                progress.interrupt()
+                break
+            time.sleep(_LOOK)
+            store.pull_run(directory.name)
+            events = journal.read_new()
+    print()
+
+
+def _status_data(directory: Path, state: RunState) -> dict[str, Any]:
+    stages = []
+    for stage in state.stages.values():
+        data = {key: value for key, value in asdict(stage).items() if key != "components"}
+        data["progress"] = _progress(directory, stage).to_dict() if stage.state == "running" else None
+        stages.append(data)
     return {
         "run_id": directory.name,
         "workflow": state.workflow,
-        "status": current,
+        "status": state.status,
         "attempt": state.attempt,
         "executor": state.executor,
         "started": state.started,
@@ -63,19 +112,23 @@ def _status_data(directory: Path, state: RunState, current: str) -> dict[str, An
     }
 
 
-def _print_status(store: Store, directory: Path, state: RunState, current: str) -> None:
+def _progress(directory: Path, stage: StageState) -> StageProgress:
+    return read_progress(directory, stage.name, stage.attempt)
+
+
+def _print_status(store: Store, directory: Path, state: RunState) -> None:
     say(
-        f"{directory.name}: {state.workflow}, {current}, attempt {state.attempt}, {state.executor} executor, "
+        f"{directory.name}: {state.workflow}, {state.status}, attempt {state.attempt}, {state.executor} executor, "
         f"{_span(state)}"
     )
     print()
-    print_table(["stage", "state", "time", "result"], [_stage_row(stage) for stage in state.stages.values()])
+    print_table(["stage", "state", "time", "result"], [_stage_row(directory, stage) for stage in state.stages.values()])
     for stage in state.stages.values():
         for note in stage.notes.values():
             print(f"\n{stage.name}: {note}")
     if failures := failure_lines(state, directory, store):
         say("\n".join(("", *failures)))
-    if current in ("failed", "cancelled", "interrupted"):
+    if state.status in ("failed", "cancelled", INTERRUPTED):
         print("", *way_on(state, directory, store), sep="\n")
 
 
@@ -88,13 +141,16 @@ def _span(state: RunState) -> str:
     return text
 
 
-def _stage_row(stage: StageState) -> list[str]:
+def _stage_row(directory: Path, stage: StageState) -> list[str]:
     seconds = stage.duration
-    if stage.state == "running" and stage.started is not None:
-        seconds = max(0.0, time.time() - stage.started)  # its process has another clock that cannot jump
     result = stage.reason or " · ".join(
         f"{name} {metric_text(value)}" for name, value in list(stage.summary.items())[:5]
     )
+    if stage.state == "running" and stage.started is not None:
+        seconds = max(0.0, time.time() - stage.started)  # its process has another clock that cannot jump
+        result = _progress(directory, stage).text()
+    elif stage.state == INTERRUPTED and (said := _progress(directory, stage)).total:
+        result = f"got to {said.text(said.time)}"
     if stage.state == "cached" and stage.hit_from:
         result = f"{result} (from run {stage.hit_from})".strip()
     if stage.state in ("failed", "retrying") and stage.error:
@@ -109,7 +165,7 @@ def runs(options: argparse.Namespace) -> int:
     rows, data, unreadable = [], [], 0
     for directory in store.run_directories()[: options.limit]:
         try:
-            state, current = fold(read(directory)), run_status(directory)
+            state = run_state(directory)
         except UserError as error:  # of this run alone
             print(f"polytrope: {error}", file=sys.stderr)
             unreadable += 1
@@ -117,8 +173,8 @@ def runs(options: argparse.Namespace) -> int:
         stages = counts(stage.state for stage in state.stages.values())
         started = "" if state.started is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started))
         took = "" if state.duration is None else format_duration(state.duration)
-        rows.append([directory.name, state.workflow, current, started, took, stages])
-        data.append({**_status_data(directory, state, current), "stages": stages})
+        rows.append([directory.name, state.workflow, state.status, started, took, stages])
+        data.append({**_status_data(directory, state), "stages": stages})
     if options.json:
         print_json(data)
     elif rows:
@@ -129,7 +185,7 @@ def runs(options: argparse.Namespace) -> int:
 
 
 def logs(options: argparse.Namespace) -> int:
-    """What the stages printed, in the order of the stages; with `-f` as it comes."""
+    """What the stages said and printed, in the order of the stages; with `-f` as it comes."""
     if options.address:
         from polytrope.pipeline.commands import cluster
 
@@ -140,22 +196,33 @@ def logs(options: argparse.Namespace) -> int:
     if options.stage is not None and not any(_wanted(name, options.stage) for name in state.stages):
         raise UserError(f"run {directory.name} has no stage `{options.stage}`", suggest(options.stage, state.stages))
     shown: dict[str, int] = {}
+    readers: dict[str, SpoolReader] = {}
+    silent = True
     last = ""
     while True:
         store.pull_run(directory.name)
-        ended = fold(read(directory)).done or run_status(directory) == "interrupted"
-        for stage, path in _log_files(directory, options.stage):
-            text = _new_text(path, shown, options.tail)
+        state = run_state(directory)
+        new: dict[str, str] = {}
+        for name in state.stages:
+            if _wanted(name, options.stage):
+                reader = readers.setdefault(name, SpoolReader(directory / "spool", stage=name))
+                new[name] = "".join(said_lines(reader.read_new()))
+        for name, path in _log_files(directory, options.stage):
+            new[name] = new.get(name, "") + _new_text(path, shown, partial=options.follow)
+        for stage, text in new.items():
+            if options.tail is not None and silent:
+                text = "".join(text.splitlines(keepends=True)[-options.tail :])
+            if text and stage != last and options.stage is None:
+                print(f"==> {stage} <==")
             if text:
-                if stage != last and options.stage is None:
-                    print(f"==> {stage} <==")
-                    last = stage
-                sys.stdout.write(text if text.endswith("\n") or options.follow else text + "\n")
+                last = stage
+                sys.stdout.write(text)
         sys.stdout.flush()
-        if not options.follow or ended:
+        silent = silent and not any(new.values())
+        if not options.follow or state.done or state.status == INTERRUPTED:
             break
-        time.sleep(0.5)
-    if not shown:
+        time.sleep(_LOOK)
+    if silent:
         print(f"run {directory.name} has no output yet (a stage taken from the store prints nothing)", file=sys.stderr)
     return EXIT_SUCCESS
 
@@ -175,16 +242,15 @@ def _log_files(directory: Path, stage: str | None) -> Iterator[tuple[str, Path]]
                 yield event.stage, directory / log
 
 
-def _new_text(path: Path, shown: dict[str, int], tail: int | None) -> str:
+def _new_text(path: Path, shown: dict[str, int], *, partial: bool) -> str:
+    """What was printed since the last look. `partial`: the rest of its last line may be yet to come."""
     start = shown.get(str(path), 0)
     with path.open("rb") as file:
         file.seek(start)
         data = file.read()
     shown[str(path)] = start + len(data)
     text = data.decode(errors="replace")
-    if tail is not None and start == 0:
-        text = "".join(text.splitlines(keepends=True)[-tail:])
-    return text
+    return text if not text or text.endswith("\n") or partial else text + "\n"
 
 
 def diff(options: argparse.Namespace) -> int:

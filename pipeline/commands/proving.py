@@ -128,6 +128,8 @@ def card(options: argparse.Namespace) -> int:
     store = open_store(options)
     directory = find_run(store, options.run)
     output = Path(options.output or f"card-{directory.name}.md")
-    write_card(store, directory, output, options.stage)
+    write_card(store, directory, output, options.stage, options.license)
     print(f"wrote {output}")
+    if options.license is None and output.suffix == ".md":
+        print("  the license stands there as unknown: `--license apache-2.0` names one")
     return EXIT_SUCCESS

@@ -8,6 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,36 +18,92 @@ from typing import Any
 from polytrope.pipeline.commands.common import find_run, open_store, read_run_file
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.support.text import command
 from polytrope.pipeline.workflow.references import resolve_environment
 
 
 def ui(options: argparse.Namespace) -> int:
-    """Start MLflow's server on the tracking database of a run and say where it is; ends with Ctrl-C."""
-    from polytrope.pipeline.tracking.database import database_file
-    from polytrope.pipeline.tracking.process import free_port, server_command, tracking_uri
+    """Start MLflow's server on the tracking database of a run and say where the run is; ends with Ctrl-C."""
+    from polytrope.pipeline.tracking.process import check_port
 
     store = open_store(options)
-    configured = options.uri
-    if configured is None and (options.run is not None or store.run_directories()):
-        configured = _tracking(find_run(store, options.run)).get("uri")
-    uri = resolve_environment(tracking_uri(configured, store.local("")), os.environ)
-    if uri.startswith(("http://", "https://")):
-        print(f"the results are on the MLflow server {uri}")
+    directory = find_run(store, options.run) if options.run is not None or store.run_directories() else None
+    place = mlflow_place(store, directory, options.uri)
+    if place.server is not None:
+        print(f"the results are on the MLflow server {place.server}{place.page}")
         return EXIT_SUCCESS
-    if uri.startswith("sqlite:///") and not database_file(uri).exists():
+    check_port(options.host, options.port)
+    return serve(store, place, options.host, options.port)
+
+
+@dataclass(frozen=True)
+class MLflowPlace:
+    """Where a run is to be seen.
+
+    Args:
+        uri: MLflow's tracking URI.
+        server: its address, if it is a server and no database.
+        page: of the run below the address; of the list of experiments, if MLflow does not have the run.
+    """
+
+    uri: str
+    server: str | None
+    page: str
+
+
+def mlflow_place(store: Store, run: Path | None, uri: str | None = None) -> MLflowPlace:
+    """Where MLflow has a run.
+
+    Args:
+        store: that holds the run.
+        run: its directory.
+        uri: instead of the run's own tracking URI.
+
+    Raises:
+        UserError: the database is not there.
+    """
+    from polytrope.pipeline.tracking.cursor import read_cursor
+    from polytrope.pipeline.tracking.database import database_file
+    from polytrope.pipeline.tracking.overview import TRAINING_VIEW, address
+    from polytrope.pipeline.tracking.process import tracking_uri, without_password
+
+    configured = uri if uri is not None or run is None else _tracking(run).get("uri")
+    resolved = resolve_environment(tracking_uri(configured, store.local("")), os.environ)
+    if resolved.startswith("sqlite:///") and not database_file(resolved).exists():
         raise UserError(
-            f"there are no results in {database_file(uri)}",
+            f"there are no results in {database_file(resolved)}",
             "`polytrope run WORKFLOW` makes some; `--store DIR` or `--uri URI` looks elsewhere",
         )
-    subprocess.run([sys.executable, "-m", "polytrope.pipeline.tracking.database", uri], check=True)
-    port = free_port(options.port)
-    print(f"MLflow: http://{options.host}:{port} (Ctrl-C ends it)", flush=True)
+    page = f"/#/experiments{TRAINING_VIEW}"
+    if run is not None:
+        cursor = read_cursor(run, resolved)
+        if cursor.parent is not None and cursor.experiment is not None:
+            page = f"/{address(cursor.experiment, cursor.parent)}"
+        elif _tracking(run).get("enabled", True):
+            again = command("sync", run.name, store=store.address)
+            print(f"polytrope: run {run.name} is not there yet\n  → {again}", file=sys.stderr)
+    is_server = resolved.startswith(("http://", "https://"))
+    return MLflowPlace(resolved, without_password(resolved).rstrip("/") if is_server else None, page)
+
+
+def serve(store: Store, place: MLflowPlace, host: str, port: int, ready: Callable[[str], None] | None = None) -> int:
+    """MLflow's server on a database, until Ctrl-C. `ready`: called with the page's address once it answers."""
+    from polytrope.pipeline.tracking.process import check_tracking, server_command
+
+    subprocess.run([sys.executable, "-m", "polytrope.pipeline.tracking.database", place.uri], check=True)
+    print(f"MLflow: http://{host}:{port}{place.page} (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, _interrupt)
     server = subprocess.Popen(
-        server_command(uri, store.local("mlflow-artifacts"), options.host, port),
+        server_command(place.uri, store.local("mlflow-artifacts"), host, port),
         env={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ},  # processes for features not used here
     )
     try:
+        while ready is not None and server.poll() is None:
+            with contextlib.suppress(UserError):
+                check_tracking(f"http://{host}:{port}")
+                ready(f"http://{host}:{port}{place.page}")
+                break
+            time.sleep(0.2)
         return EXIT_SUCCESS if server.wait() == 0 else EXIT_RUN_FAILED
     except KeyboardInterrupt:
         return EXIT_SUCCESS
@@ -85,8 +144,12 @@ def sync(options: argparse.Namespace) -> int:
 def _sync(store: Store, directory: Path) -> int:
     from polytrope.pipeline.tracking import process as mlflow
     from polytrope.pipeline.tracking.cursor import read_cursor
+    from polytrope.pipeline.tracking.loggers import log_now
 
     name, tracking = directory.name, _tracking(directory)
+    if tracking.get("loggers"):
+        for logger, problem in log_now(store, directory).items():
+            print(f"polytrope: {logger} has not taken all of run {name}: {problem}", file=sys.stderr)
     if not tracking.get("enabled", True):
         print(f"run {name} was made without MLflow (`tracking.enabled: false`)")
         return EXIT_SUCCESS

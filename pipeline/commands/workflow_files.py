@@ -10,7 +10,7 @@ from typing import Any
 from polytrope.pipeline.commands.common import find_run, open_store, print_json, print_table, say, workflow_of
 from polytrope.pipeline.engine.returned import with_stored
 from polytrope.pipeline.errors import EXIT_SUCCESS, UserError
-from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.runs.record import run_state
 from polytrope.pipeline.stage import BUILTIN_STAGES, StageDefinition, load_stage
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.text import count
@@ -25,7 +25,7 @@ def graph(options: argparse.Namespace) -> int:
     states: dict[str, str] = {}
     if options.run:
         store = open_store(options, workflow)
-        stages = fold(read(find_run(store, options.run))).stages
+        stages = run_state(find_run(store, options.run)).stages
         states = {name: stage.state for name, stage in stages.items()}
         done = {name: stage.key for name, stage in stages.items() if stage.digest}
         _, nodes = with_stored(workflow, nodes, store, done)

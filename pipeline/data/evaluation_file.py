@@ -54,7 +54,8 @@ class EvaluatedModel(OpenRecord):
 
     Args:
         stage, digest: of the artifact.
-        loss: nats per token or image; perplexity is its exponential, None where that overflows.
+        loss: nats per token or image; perplexity, of text, is its exponential, None where that overflows.
+        drift_missing: why it has none although it was asked for.
         layers: of each activation, the curve and the distribution of its inputs.
         domains: of each polynomial without tangents, the inputs outside of its certified range.
         sample: a text that the model wrote.
@@ -77,6 +78,7 @@ class EvaluatedModel(OpenRecord):
     images: int | None = None
     bytes: int | None = None
     drift: Drift | None = None
+    drift_missing: str | None = None
     layers: list[dict[str, Any]] | None = None
     domains: list[CertifiedDomain] | None = None
     sample: str | None = None

@@ -23,11 +23,15 @@ class SpeedProtocol(OpenRecord):
 
 
 class Speed(Record):
-    """The figures of every model by name: `step_milliseconds`, `training_throughput`, …"""
+    """The figures of every model by name: `step_milliseconds`, `training_throughput`, …
+
+    `failures`: models that could not be measured, and why.
+    """
 
     format: Literal[1] = 1
     protocol: SpeedProtocol
     models: dict[str, dict[str, float]]
+    failures: dict[str, str] | None = None
 
 
 def write_speed(directory: Path, speed: Speed) -> None:

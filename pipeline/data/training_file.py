@@ -38,10 +38,18 @@ class Training(OpenRecord):
     skipped_batches: int | None = None
     rollbacks: list[str] | None = None
 
+    def metrics(self) -> dict[str, float]:
+        """What was measured: `val/loss`."""
+        return {name: value for name, value in (self.model_extra or {}).items() if isinstance(value, int | float)}
+
+    def counts(self) -> dict[str, int]:
+        """How large it was: `parameters`, `steps`, `tokens`; facts, not measurements."""
+        content = self.model_dump(include=set(type(self).model_fields) - {"format"}, exclude_none=True)
+        return {name: value for name, value in content.items() if isinstance(value, int)}
+
     def figures(self) -> dict[str, int | float]:
         """Everything in it that is a number."""
-        content = self.model_dump(exclude={"format"}, exclude_none=True)
-        return {name: value for name, value in content.items() if isinstance(value, int | float)}
+        return {**self.counts(), **self.metrics()}
 
 
 def write_training(directory: Path, training: Training, history: Sequence[Mapping[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -19,7 +20,7 @@ from polytrope.pipeline.executors import check_resources
 from polytrope.pipeline.launch.environment import changed_versions, record_environment
 from polytrope.pipeline.launch.failure import failure_lines, way_on
 from polytrope.pipeline.launch.notification import notify
-from polytrope.pipeline.launch.progress import Progress, counts, summary_rows
+from polytrope.pipeline.launch.progress import Progress, counts, show_event, summary_rows
 from polytrope.pipeline.runs.journal import ENDED_STATES, Event, RunState, fold
 from polytrope.pipeline.runs.record import check_workflow, workflow_files
 from polytrope.pipeline.runs.spool import SpoolReader
@@ -30,6 +31,7 @@ from polytrope.pipeline.support.signal_mask import signals_blocked
 from polytrope.pipeline.support.streams import Output
 from polytrope.pipeline.support.terminal import columns, wrapped
 from polytrope.pipeline.support.text import command, complete_commands, count, format_duration
+from polytrope.pipeline.tracking.loggers import check_loggers, logger_directory, read_problems, start_loggers
 from polytrope.pipeline.tracking.process import check_tracking, failed_sync, start_sync, tracking_uri, wait_for_sync
 from polytrope.pipeline.workflow.draw import layout, svg
 from polytrope.pipeline.workflow.graph import StageNode, build_graph
@@ -37,6 +39,7 @@ from polytrope.pipeline.workflow.references import resolve_environment
 from polytrope.pipeline.workflow.spec import Workflow
 
 Display = Literal["auto", "quiet", "none"]
+REPORT = "report.html"
 _SYNC_PATIENCE = 20.0  # seconds without progress that a finished run waits for MLflow
 _CACHED_PATIENCE = 1.5  # the same for a run that computed nothing
 
@@ -64,7 +67,7 @@ def launch(
         store: instead of the workflow's.
         run_id: of a new run, or of the one to go on with; None: a new one with a new id.
         resume: True: the run must exist; False: it must not; None: either.
-        tracking: False: nothing is sent to MLflow.
+        tracking: False: nothing is sent to MLflow, nor given to other loggers.
         display: auto: live on a terminal and line by line elsewhere; quiet: failures; none: nothing is printed.
         overrides: what `--set` changed, for the record.
         options: see `RunOptions`.
@@ -93,9 +96,11 @@ def launch(
     tracked = tracking and workflow.tracking.enabled
     if tracked and workflow.tracking.required:
         _check_tracking(workflow, place)
+    if tracking:
+        _check_loggers(workflow)
     _check_resources(workflow, graph, executor or workflow.executor)
     notified = _notified(workflow)
-    session = _Session(workflow, graph, place, tracked, display, observer, stream)
+    session = _Session(workflow, graph, place, tracked, tracking, display, observer, stream)
     record = {
         "argv": sys.argv,
         "overrides": list(overrides),
@@ -166,6 +171,13 @@ def _check_tracking(workflow: Workflow, store: Store) -> None:
         raise UserError(f"{place}: {error.message}", f"{error.hint}; {ways}" if error.hint else ways) from None
 
 
+def _check_loggers(workflow: Workflow) -> None:
+    try:
+        check_loggers(list(workflow.tracking.loggers))
+    except UserError as error:
+        raise UserError(f"{workflow.where('tracking', 'loggers')}: {error.message}", error.hint) from None
+
+
 def _check_resources(workflow: Workflow, graph: dict[str, StageNode], executor: str) -> None:
     try:
         check_resources(graph, executor, workflow.ray_address)
@@ -185,18 +197,21 @@ class _Session:
         graph: dict[str, StageNode],
         store: Store,
         tracked: bool,
+        logged: bool,
         display: Display,
         observer: Observer | None,
         stream: TextIO | None,
     ) -> None:
         self.workflow, self.graph, self.store = workflow, graph, store
         self.tracked, self.display = tracked, display
+        self.logger_names = list(workflow.tracking.loggers) if logged else []
         self.stream = cast(TextIO, Output(stream or sys.stdout))
         self.observer = observer
         self.state = RunState()
         self.directory: Path | None = None
         self.progress: Progress | None = None
         self.sync: Any = None
+        self.loggers: Any = None
         self.grown = False  # since the graph was drawn
 
     def observe(self, event: Event) -> None:
@@ -220,6 +235,8 @@ class _Session:
         if self.tracked:
             self._draw()
             self.sync = start_sync(self.store, directory, self.workflow.tracking)
+        if self.logger_names:
+            self.loggers = start_loggers(self.store, directory)
         if self.display == "none":
             return
         if self.display != "quiet":
@@ -230,7 +247,7 @@ class _Session:
         for name, stage in self.state.stages.items():
             if stage.state in ("succeeded", "cached") and name in self.progress.stages:
                 view = self.progress.stages[name]
-                view.state, view.duration, view.error = stage.state, stage.duration, "in an earlier attempt"
+                view.state, view.duration, view.detail = stage.state, stage.duration, "in an earlier attempt"
         with signals_blocked():  # it has threads
             self.progress.__enter__()
 
@@ -264,12 +281,16 @@ class _Session:
     def end(self) -> None:
         """Stop the display, let MLflow catch up, and say what came out."""
         if self.progress is not None:
+            if not self.state.done:
+                self.progress.interrupt()
             self.progress.__exit__()
         if self.directory is None:  # refused before there was anything to say
             return
         shown = self.display != "none"
         if shown:
             print_summary(self.state, self.store, self.directory, tracked=self.tracked, stream=self.stream)
+        if self.loggers is not None:
+            self._end_loggers(self.directory, shown)
         if self.sync is None:
             return
         problem = self._missing_in_mlflow(self.directory)
@@ -277,39 +298,26 @@ class _Session:
             print(f"MLflow has not received everything: {problem}", file=self.stream)
             print(f"  → {command('sync', self.directory.name, store=self.store.address)}", file=self.stream)
 
+    def _end_loggers(self, directory: Path, shown: bool) -> None:
+        """Let them write the last figures; where they are, and what was not taken."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.loggers.wait(_SYNC_PATIENCE)
+        problems = read_problems(directory)
+        code = self.loggers.poll()
+        if code != 0:  # `sync` and `resume` begin anew
+            why = "is slow and goes on" if code is None else f"failed, see {directory / 'logs' / 'loggers.log'}"
+            problems = dict.fromkeys(self.logger_names, why) | problems
+        for name in self.logger_names if shown else ():
+            place = logger_directory(self.store, name, directory.name)
+            print(f"{name}: {problems.get(name) or place}", file=self.stream)
+        if problems and shown:
+            print(f"  → {command('sync', directory.name, store=self.store.address)}", file=self.stream)
+
     def _missing_in_mlflow(self, directory: Path) -> str | None:
         """Wait for MLflow; not long if nothing was computed: the process then ends by itself a little later."""
         if all(stage.state in ("cached", "skipped") for stage in self.state.stages.values()):
             return failed_sync(self.sync, directory, _CACHED_PATIENCE)
         return wait_for_sync(self.sync, directory, _SYNC_PATIENCE)
-
-
-def show_event(progress: Progress, event: Event, state: RunState) -> None:
-    """One journal event on the display."""
-    name = event.stage
-    if event.type == "stages_returned":
-        for further in event.get("stages", []):
-            progress.stage_state(further, "pending")
-    if name is None or not event.type.startswith("stage_"):
-        return
-    stage = state.stages[name]
-    if event.type == "stage_waiting":
-        progress.stage_event(name, 1, {"kind": "message", "text": stage.reason or "waits"})
-        return
-    detail = ""
-    if stage.state == "cached":
-        detail = f"from run {stage.hit_from}"
-    elif stage.state in ("skipped", "cancelled"):
-        detail = stage.reason or ""
-    elif stage.state == "retrying":
-        detail = f"{_message(stage.error)}; again in {event.get('delay', 0):g} s"
-    elif stage.state == "failed":
-        detail = _message(stage.error)
-    progress.stage_state(name, stage.state, attempt=max(1, stage.attempt), duration=stage.duration, detail=detail)
-
-
-def _message(error: dict[str, Any] | None) -> str:
-    return str((error or {}).get("message", "")).strip()
 
 
 def print_summary(
@@ -338,21 +346,20 @@ def print_summary(
     width = max((len(row[0]) for row in rows), default=0)
     for name, text in rows[:40]:
         say(f"  {name.ljust(width)}  {text}")
-    for report in _reports(state, store):
-        say(f"report: {report}")
+    reports = report_stages(state, store)
+    for stage in reports:
+        words = ["open", directory.name, "report", *([stage] if len(reports) > 1 else [])]
+        say(f"report: {command(*words, store=store.address)}")
     if tracked:
-        say(f"MLflow: {command('ui', store=store.address)}")
+        say(f"MLflow: {command('ui', directory.name, store=store.address)}")
     stream.flush()
 
 
-def _reports(state: RunState, store: Store) -> list[Path]:
+def report_stages(state: RunState, store: Store) -> list[str]:
+    """The stages of a run whose results hold a report."""
     found = []
-    for stage in state.stages.values():
+    for name, stage in state.stages.items():
         artifact = store.load(stage.key) if stage.key and stage.digest else None
-        if artifact is not None:
-            found += [
-                store.materialize(artifact.key) / entry["path"]
-                for entry in artifact.files
-                if entry["path"] == "report.html"
-            ]
+        if artifact is not None and any(entry["path"] == REPORT for entry in artifact.files):
+            found.append(name)
     return found

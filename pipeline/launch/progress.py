@@ -1,4 +1,7 @@
-"""What a person sees while a workflow runs: a live table on a terminal, single lines elsewhere, results at the end."""
+"""What a person sees while a workflow runs: a live table on a terminal, single lines elsewhere, results at the end.
+
+The driver's own display and `polytrope status --watch`, which follows a run of another process, are the same.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
-from polytrope.pipeline.runs.journal import ENDED_STATES
+from polytrope.pipeline.runs.journal import ENDED_STATES, Event, RunState
+from polytrope.pipeline.runs.record import INTERRUPTED
+from polytrope.pipeline.runs.spool import SpoolEvent
+from polytrope.pipeline.runs.stage_progress import StageProgress, in_time_order
 from polytrope.pipeline.support.text import format_duration, metric_text
 
+_WIDE = 100  # columns of a terminal that has room for a bar beside the figures
 LINE_INTERVAL = 15.0  # seconds between two progress lines of one stage where there is no terminal
 _REFRESH = 0.25  # seconds between two looks at the events of running stages
 _MARKS = {
@@ -23,9 +30,8 @@ _MARKS = {
     "failed": ("✘", "bold red"),
     "skipped": ("–", "dim"),
     "cancelled": ("■", "yellow"),
+    INTERRUPTED: ("■", "bold yellow"),
 }
-
-SpoolEvent = tuple[str, int, Mapping[str, Any]]
 
 
 class EventSource(Protocol):
@@ -43,10 +49,8 @@ class StageView:
     attempt: int = 1
     started: float | None = None
     duration: float | None = None
-    done: float = 0.0
-    total: float = 0.0
-    message: str = ""
-    error: str = ""
+    said: StageProgress = field(default_factory=StageProgress)
+    detail: str = ""
     printed: float = field(default=0.0, repr=False)
 
 
@@ -103,6 +107,13 @@ class Progress:
         if self._display is not None:
             self._display.stop()
 
+    def interrupt(self) -> None:
+        """The driver is gone or gives up: nothing runs any more, and the last picture stays on the screen."""
+        with self._lock:
+            for view in self.stages.values():
+                if view.state in ("running", "retrying"):
+                    view.state = INTERRUPTED
+
     def _follow(self) -> None:
         while not self._stop.wait(_REFRESH):
             self.poll()
@@ -110,7 +121,7 @@ class Progress:
     def poll(self) -> None:
         """Read and show what the stages have said since the last call."""
         if self._source is not None:
-            for stage, attempt, event in self._source.read_new():
+            for stage, attempt, event in in_time_order(self._source.read_new()):
                 self.stage_event(stage, attempt, event)
 
     def stage_state(
@@ -121,21 +132,25 @@ class Progress:
         attempt: int = 1,
         duration: float | None = None,
         detail: str = "",
+        age: float = 0.0,
     ) -> None:
-        """A state change. `detail`: error text, reason of a skip, or the run a cached result came from."""
+        """A state change. `detail`: error text, reason of a skip, or the run a cached result came from.
+
+        `age`: seconds since it happened.
+        """
         with self._lock:
             view = self.stages.setdefault(name, StageView(name))
             if view.state == state and view.attempt == attempt:
                 return
             view.state, view.attempt = state, attempt
             if state == "running":
-                view.started, view.duration, view.done, view.total, view.message = self._clock(), None, 0.0, 0.0, ""
+                view.started, view.duration, view.said = self._clock() - age, None, StageProgress()
             if state in ENDED_STATES:
                 own = None if view.started is None else self._clock() - view.started
                 view.duration = duration if duration is not None else own
-            view.error = detail  # of an earlier attempt: no longer
+            view.detail = detail  # of an earlier attempt: no longer
         if state != "pending" and (not self._quiet or state == "failed"):
-            self._line(view, self._state_text(view))
+            self._line(view, self._state_text(view), age)
 
     def stage_event(self, name: str, attempt: int, event: Mapping[str, Any]) -> None:
         """An event of `EventWriter`: progress and messages are shown, the rest is for MLflow."""
@@ -143,23 +158,18 @@ class Progress:
             view = self.stages.setdefault(name, StageView(name))
             if attempt < view.attempt or view.state in ENDED_STATES:
                 return
-            kind = event.get("kind")
-            if kind == "progress":
-                view.done, view.total = float(event.get("done", 0)), float(event.get("total", 0))
-                view.message = str(event.get("message", ""))
-            elif kind == "message":
-                view.message = str(event.get("text", ""))
-            else:
+            if not view.said.add(event):
                 return
             due = self._clock() - view.printed >= LINE_INTERVAL
-        if kind == "message" or due:
-            self._line(view, self._progress_text(view))
+        if event.get("kind") == "message" or due:
+            self._line(view, view.said.text() or view.state, view.said.silence())
 
-    def _line(self, view: StageView, text: str) -> None:
+    def _line(self, view: StageView, text: str, age: float) -> None:
         view.printed = self._clock()
         if self._live or (self._quiet and view.state != "failed"):
             return
-        print(f"{time.strftime('%H:%M:%S')}  {view.name}: {text}", file=self._stream, flush=True)
+        when = time.strftime("%H:%M:%S", time.localtime(time.time() - age))
+        print(f"{when}  {view.name}: {text}", file=self._stream, flush=True)
 
     def _state_text(self, view: StageView) -> str:
         text = view.state
@@ -167,17 +177,9 @@ class Progress:
             text += f" (attempt {view.attempt})"
         if view.state in ("succeeded", "failed") and view.duration is not None:
             text += f" after {format_duration(view.duration)}"
-        if view.error:
-            text += f": {view.error.strip().splitlines()[0]}"  # the whole text ends the run's output, once
+        if view.detail:
+            text += f": {view.detail.strip().splitlines()[0]}"  # the whole text ends the run's output, once
         return text
-
-    def _progress_text(self, view: StageView) -> str:
-        parts = []
-        if view.total:
-            parts.append(f"{view.done:g}/{view.total:g}")
-        if view.message:
-            parts.append(view.message)
-        return " · ".join(parts) or view.state
 
     def table(self) -> Any:
         """The rich table of all stages; of very many, those that are running or went wrong, and counts."""
@@ -185,8 +187,9 @@ class Progress:
         from rich.table import Table
         from rich.text import Text
 
+        wide = self._width() >= _WIDE
         table = Table.grid(padding=(0, 1))
-        for justify in ("left", "left", "left", "right", "left", "left"):
+        for justify in ("left", "left", "left", "right", *(["left"] if wide else []), "left"):
             table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
         table.columns[1].no_wrap = table.columns[-1].no_wrap = False  # where room is short, these alone give way
         with self._lock:
@@ -197,19 +200,23 @@ class Progress:
                 seconds = self._clock() - view.started if running and view.started is not None else view.duration
                 bar: Any = ""
                 if running:
-                    bar = ProgressBar(total=view.total or None, completed=view.done, width=22, pulse=not view.total)
-                detail = view.error.split("\n")[0] or view.message
+                    total = view.said.total
+                    bar = ProgressBar(total=total or None, completed=view.said.done, width=16, pulse=not total)
+                detail = view.detail.split("\n")[0] or (view.said.text() if running else view.said.message)
                 table.add_row(
                     Text(mark, style=style),
                     Text(view.name, style="bold" if running else "", no_wrap=True, overflow="ellipsis"),
                     Text(view.state if view.attempt == 1 else f"{view.state} ({view.attempt})", style=style),
                     "" if seconds is None else format_duration(seconds),
-                    bar,
+                    *([bar] if wide else []),
                     Text(detail, style="red" if view.state == "failed" else "", no_wrap=True, overflow="ellipsis"),
                 )
         for state, count in hidden.items():
-            table.add_row("", Text(f"… {count} {state}", style="dim"), "", "", "", "")
+            table.add_row("", Text(f"… {count} {state}", style="dim"))
         return table
+
+    def _width(self) -> int:
+        return self._display.console.width if self._display is not None else _WIDE
 
     def _visible(self) -> tuple[list[StageView], dict[str, int]]:
         views = list(self.stages.values())
@@ -239,3 +246,33 @@ def summary_rows(summaries: Mapping[str, Mapping[str, float]], limit: int = 8) -
             shown = [f"{name} {metric_text(float(value))}" for name, value in list(metrics.items())[:limit]]
             rows.append([stage, " · ".join(shown) + (" …" if len(metrics) > limit else "")])
     return rows
+
+
+def show_event(progress: Progress, event: Event, state: RunState, age: float = 0.0) -> None:
+    """One journal event on the display. `age`: seconds since it was written."""
+    name = event.stage
+    if event.type == "stages_returned":
+        for further in event.get("stages", []):
+            progress.stage_state(further, "pending")
+    if name is None or not event.type.startswith("stage_"):
+        return
+    stage = state.stages[name]
+    if event.type == "stage_waiting":
+        progress.stage_event(name, 1, {"kind": "message", "text": stage.reason or "waits"})
+        return
+    detail = ""
+    if stage.state == "cached":
+        detail = f"from run {stage.hit_from}"
+    elif stage.state in ("skipped", "cancelled"):
+        detail = stage.reason or ""
+    elif stage.state == "retrying":
+        detail = f"{_message(stage.error)}; again in {event.get('delay', 0):g} s"
+    elif stage.state == "failed":
+        detail = _message(stage.error)
+    progress.stage_state(
+        name, stage.state, attempt=max(1, stage.attempt), duration=stage.duration, detail=detail, age=age
+    )
+
+
+def _message(error: Mapping[str, Any] | None) -> str:
+    return str((error or {}).get("message", "")).strip()

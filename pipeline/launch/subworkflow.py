@@ -89,12 +89,26 @@ def subworkflow(
         raise RuntimeError(f"the inner run {run_id} {state.status}: {'; '.join(failed) or state.error}")
     read = {source for node in graph.values() for source in node.input_nodes}
     for name in parameters.outputs or [name for name in graph if name not in read]:
+        if state.stages[name].state == "skipped":
+            _say_skipped(context, name, str(state.stages[name].reason), asked=name in parameters.outputs)
+            continue
         artifact = store.find(state.stages[name].key or "")
-        if artifact is not None:
-            shutil.copytree(store.materialize(artifact.key), context.output / name, copy_function=shutil.copy)
-            for directory, _, _ in os.walk(context.output / name):  # read-only as in the store, and more may go into it
-                os.chmod(directory, 0o755)
+        if artifact is None:
+            raise RuntimeError(f"the result of the inner stage `{name}` is no longer in the store")
+        shutil.copytree(store.materialize(artifact.key), context.output / name, copy_function=shutil.copy)
+        for directory, _, _ in os.walk(context.output / name):  # read-only as in the store, and more may go into it
+            os.chmod(directory, 0o755)
     return {f"{name}/{key}": value for name, item in state.stages.items() for key, value in item.summary.items()}
+
+
+def _say_skipped(context: StageContext, name: str, reason: str, *, asked: bool) -> None:
+    """A stage that left nothing to keep. `asked`: it stands in `outputs`."""
+    if asked:
+        raise UserError(
+            f"outputs: the inner stage `{name}` was skipped ({reason}), so there is nothing of it to keep",
+            f"take `{name}` out of `outputs`, or give `{context.stage}` the same condition as `when:`",
+        )
+    context.note(f"the inner stage `{name}` was skipped ({reason}): nothing of it is kept")
 
 
 def _load(path: Path, parameters: SubworkflowParameters, directory: Path) -> tuple[Workflow, dict[str, StageNode]]:

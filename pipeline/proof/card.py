@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polytrope.pipeline.data.evaluation_file import EVALUATION_FILE, read_evaluation
+from polytrope.pipeline.data.evaluation_file import EVALUATION_FILE, Evaluation, read_evaluation
 from polytrope.pipeline.data.lineage import read_lineage
 from polytrope.pipeline.data.training_file import read_history
 from polytrope.pipeline.errors import UserError
@@ -21,6 +21,7 @@ from polytrope.pipeline.support.pages import count, render_page
 from polytrope.pipeline.support.text import metric_text, suggest, uncommitted
 from polytrope.pipeline.tracking.names import flatten
 from polytrope.pipeline.tracking.overview import markdown_table
+from polytrope.pipeline.workflow.encoding import readable
 
 _TEMPLATE = Path(__file__).with_name("card.html")
 _PACKAGES = ("polytrope", "torch", "deepspeed", "ray", "numpy", "tokenizers", "datasets", "safetensors")
@@ -41,13 +42,17 @@ class Section:
     picture: bytes | None = None
 
 
-def write_card(store: Store, directory: Path, output: Path, stage: str | None = None) -> None:
-    """Write the card of a run's model to `output` (.md with the picture beside it, or self-contained .html).
+def write_card(
+    store: Store, directory: Path, output: Path, stage: str | None = None, license: str | None = None
+) -> None:
+    """Write the card of a run's model to `output`: .md, with front matter as Hugging Face reads it and the picture
+    beside it, or self-contained .html.
 
     Args:
         store: that holds the run. directory: of the run.
         output: the file.
         stage: that made the model; by default the last one that made one.
+        license: of the model, as Hugging Face writes it: `apache-2.0`. None: nobody has said.
 
     Raises:
         UserError: no such model, or a place that cannot be written.
@@ -78,7 +83,8 @@ def write_card(store: Store, directory: Path, output: Path, stage: str | None = 
             page = render_page(_TEMPLATE, title=title, summary=summary, sections=shown)
             output.write_text(page, encoding="utf-8")
         else:
-            output.write_text(_markdown(title, summary, shown, output), encoding="utf-8")
+            front = _front_matter(store, artifacts, model, title, license)
+            output.write_text(front + _markdown(title, summary, shown, output), encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written: {error.strerror or error}") from None
 
@@ -122,9 +128,20 @@ def _rows(values: Mapping[str, Any]) -> list[list[str]]:
     return [["", ""], *([key, value] for key, value in flat.items())]
 
 
-def _data(store: Store, artifacts: Artifacts, model: StoredArtifact) -> Section | None:
+def _dataset(artifacts: Artifacts, model: StoredArtifact) -> StoredArtifact | None:
+    """What the model was trained or calibrated on."""
     digest = _inputs(model).get("dataset")
-    dataset = next((item for item in artifacts.values() if item.digest == digest), None)
+    return next((item for item in artifacts.values() if item.digest == digest), None)
+
+
+def _source(dataset: StoredArtifact | None) -> dict[str, Any]:
+    """Where the data came from: the `source` parameter of the stage that made the data set."""
+    found = None if dataset is None else readable(dataset.components.get("parameters", {}).get("source"))
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _data(store: Store, artifacts: Artifacts, model: StoredArtifact) -> Section | None:
+    dataset = _dataset(artifacts, model)
     if dataset is None:
         return None
     description = _read(store, dataset, "dataset.json") or {}
@@ -133,7 +150,7 @@ def _data(store: Store, artifacts: Artifacts, model: StoredArtifact) -> Section 
     table = [["split", *used]]
     for split, part in description.get("splits", {}).items():
         table.append([split, *(f"{part[column]:,}" if column in part else "" for column in used)])
-    source = dataset.components.get("parameters", {}).get("source")
+    source = _source(dataset)
     tokenizer = description.get("tokenizer") or {}
     text = f"`{description.get('name', dataset.stage)}`"
     if source:
@@ -211,6 +228,46 @@ def _lineage(store: Store, model: StoredArtifact) -> Section:
     return Section("Lineage", text, rows if lineage.ancestors else [])
 
 
+def _front_matter(store: Store, artifacts: Artifacts, model: StoredArtifact, title: str, license: str | None) -> str:
+    """YAML that Hugging Face's hub reads: only what is known, and only names that the hub knows."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    description = _read(store, model, "model.json")
+    dataset = _dataset(artifacts, model)
+    source = _source(dataset)
+    hub = str(source["dataset"]) if source.get("kind") == "hub" else None
+    evaluation = _evaluation(store, artifacts, model)
+    tasks = {"text": "text-generation", "images": "image-classification"}
+    results = []
+    if evaluation is not None:
+        content, label = evaluation
+        same = dataset is not None and content.dataset.digest == dataset.digest  # evaluated on what it was trained on
+        for figure in _FIGURES:
+            value = getattr(content.models[label], figure)
+            if value is not None:
+                results.append(
+                    EvalResult(
+                        task_type=tasks[content.kind],
+                        dataset_type=hub if hub and same else content.dataset.name,
+                        dataset_name=content.dataset.name,
+                        dataset_split="validation",
+                        metric_type=figure,
+                        metric_value=value,
+                    )
+                )
+    data = ModelCardData(
+        license=license or "unknown",
+        datasets=[hub] if hub else None,
+        library_name="polytrope",
+        tags=["polytrope", description["architecture"]],
+        pipeline_tag=None if evaluation is None else tasks[evaluation[0].kind],
+        model_name=title if results else None,
+        eval_results=results or None,
+        ignore_metadata_errors=False,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n"
+
+
 def _use() -> Section:
     """How to load it, and what it is not for."""
     text = (
@@ -225,8 +282,8 @@ def _use() -> Section:
     return Section("Use and limits", text, code=code)
 
 
-def _results(store: Store, artifacts: Artifacts, model: StoredArtifact) -> Section | None:
-    """Of every evaluation that read this model, with the other models beside it."""
+def _evaluation(store: Store, artifacts: Artifacts, model: StoredArtifact) -> tuple[Evaluation, str] | None:
+    """The first evaluation that read this model and the model's label there."""
     for artifact in artifacts.values():
         labels = _inputs(artifact).get("models")
         if not isinstance(labels, dict) or model.digest not in labels.values():
@@ -234,17 +291,24 @@ def _results(store: Store, artifacts: Artifacts, model: StoredArtifact) -> Secti
         if not _holds(artifact, EVALUATION_FILE):
             continue
         evaluation = read_evaluation(store.materialize(artifact.key))
-        found = {label: result.model_dump(include=set(_FIGURES)) for label, result in evaluation.models.items()}
-        shown = [key for key in _FIGURES if any(figures[key] is not None for figures in found.values())]
-        table = [["", *shown]]
-        for label, figures in found.items():
-            mark = " (this model)" if labels.get(label) == model.digest else ""
-            table.append(
-                [label + mark, *(metric_text(figures[key]) if figures[key] is not None else "" for key in shown)]
-            )
-        protocol = ", ".join(f"{key} {value}" for key, value in dict(evaluation.protocol).items())
-        return Section("Results", f"On validation data that no training read: {protocol}.", table)
+        return evaluation, next(label for label, digest in labels.items() if digest == model.digest)
     return None
+
+
+def _results(store: Store, artifacts: Artifacts, model: StoredArtifact) -> Section | None:
+    """Of an evaluation that read this model, with the other models beside it."""
+    found = _evaluation(store, artifacts, model)
+    if found is None:
+        return None
+    evaluation, own = found
+    figures_of = {label: result.model_dump(include=set(_FIGURES)) for label, result in evaluation.models.items()}
+    shown = [key for key in _FIGURES if any(figures[key] is not None for figures in figures_of.values())]
+    table = [["", *shown]]
+    for label, figures in figures_of.items():
+        mark = " (this model)" if evaluation.models[label].digest == evaluation.models[own].digest else ""
+        table.append([label + mark, *(metric_text(figures[key]) if figures[key] is not None else "" for key in shown)])
+    protocol = ", ".join(f"{key} {value}" for key, value in dict(evaluation.protocol).items())
+    return Section("Results", f"On validation data that no training read: {protocol}.", table)
 
 
 def _environment(store: Store, model: StoredArtifact, record: Mapping[str, Any]) -> Section:

@@ -8,17 +8,31 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.runs.journal import RESULT_STATES, fold, read
+from polytrope.pipeline.runs.journal import RESULT_STATES, RunState, fold, read
 from polytrope.pipeline.runs.lease import is_held
 from polytrope.pipeline.workflow.source import parse_source, read_source
+
+INTERRUPTED = "interrupted"
 
 
 def run_status(directory: Path) -> str:
     """pending, running, succeeded, failed, cancelled, or interrupted: its driver is gone without having finished."""
-    status = fold(read(directory)).status
-    if status in ("pending", "running") and not is_held(directory):
-        return "interrupted"
-    return status
+    return run_state(directory).status
+
+
+def run_state(directory: Path) -> RunState:
+    """Where a run really stands: of one whose driver is gone nothing is running, whatever the journal said last.
+
+    `status` of the run, and `state` of each stage that was running, is then `interrupted`.
+    """
+    held = is_held(directory)  # looked at first: a driver that ends meanwhile has written its end
+    state = fold(read(directory))
+    if state.status in ("pending", "running") and not (held or is_held(directory)):
+        state.status = INTERRUPTED
+        for stage in state.stages.values():
+            if stage.state in ("running", "retrying"):
+                stage.state = INTERRUPTED
+    return state
 
 
 def check_workflow(directory: Path, workflow: str, stages: Collection[str]) -> None:

@@ -45,21 +45,30 @@ class SpoolReader:
         offsets: bytes already read of each file, by path relative to `directory` (a cursor saved earlier). Changed in
             place by `read_new`.
         stage: only what this one said; None: all.
+        tail: of each file that is new, read about so many bytes at its end; None: all.
     """
 
-    def __init__(self, directory: Path, offsets: dict[str, int] | None = None, stage: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        offsets: dict[str, int] | None = None,
+        stage: str | None = None,
+        tail: int | None = None,
+    ) -> None:
         self.directory = Path(directory)
         self._pattern = f"{'*' if stage is None else glob.escape(safe_name(stage))}/*/*.jsonl"
         self.offsets = {} if offsets is None else offsets
-        self._names: dict[str, str] = {}
+        self._tail = tail
+        self._names = {} if stage is None else {safe_name(stage): stage}
 
     def read_new(self) -> Iterator[SpoolEvent]:
         """Every whole line that is new, each file in its own order, attempts in ascending order."""
         paths = [path for path in self.directory.glob(self._pattern) if path.parent.name.isdigit()]
         for path in sorted(paths, key=lambda path: (path.parts[-3], int(path.parts[-2]), path.name)):
             name = str(path.relative_to(self.directory))
-            offset = self.offsets.get(name, 0)
-            if path.stat().st_size <= offset:
+            size = path.stat().st_size
+            offset = self.offsets.get(name, 0 if self._tail is None else max(0, size - self._tail))
+            if size <= offset:
                 continue
             with path.open("rb") as file:
                 file.seek(offset)
@@ -79,7 +88,7 @@ class SpoolReader:
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
-    """A line that a killed process left torn is no event."""
+    """A line that a killed process left torn, or that a tail begins in, is no event."""
     try:
         event = json.loads(line)
     except ValueError:

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette: told apart with every common colour blindness; lightened a little for dark pages.
 _LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA5C94", "#B08900", "#56B4E9", "#555555", "#7A4FB5", "#8C3B1B", "#5C7A00")
 _DARK = ("#4FA8DC", "#F08A4B", "#3CC9A0", "#D98CC0", "#E0BE4A", "#8ED0F5", "#B5B5B5", "#B497E7", "#D98E6E", "#A9C94A")
+_MOST_CLASSES, _LONGEST_NAME = 20, 14  # names at the axes of a confusion matrix, and characters of each
 
 
 @dataclass(frozen=True)
@@ -311,23 +312,39 @@ def _draw_interval(axes: Axes, entry: Mapping[str, Any], position: int, colour: 
     axes.scatter([entry["mean"]], [position], color=colour, s=42, zorder=4)
 
 
-def draw_confusion(theme: Theme, matrices: Mapping[str, Sequence[Sequence[int]]]) -> Figure:
-    """Confusion matrices: rows are true classes, columns predictions; shares of each row."""
-    columns = min(3, len(matrices))
+def draw_confusion(
+    theme: Theme, matrices: Mapping[str, Sequence[Sequence[int]]], class_names: Sequence[str] | None = None
+) -> Figure:
+    """Confusion matrices: rows are true classes, columns predictions; shares of each row.
+
+    `class_names`: of all classes; of more than 20 some are written. None: they have numbers.
+    """
+    longest = max((len(name) for name in class_names or ()), default=0)
+    columns = min(3 if longest <= 6 else 2, len(matrices))
     rows = -(-len(matrices) // columns)
     figure: Figure
-    figure, grid = plt.subplots(rows, columns, figsize=(9.2, 3.1 * rows), layout="constrained", squeeze=False)
+    height = 3.1 if columns == 3 else 4.4
+    figure, grid = plt.subplots(rows, columns, figsize=(9.2, height * rows), layout="constrained", squeeze=False)
     for panel, (name, matrix) in zip(grid.flat, matrices.items(), strict=False):
         counts = np.asarray(matrix, dtype=float)
         shares = counts / np.maximum(1.0, counts.sum(axis=1, keepdims=True))
         panel.imshow(shares, cmap="Blues" if theme.background == "#ffffff" else "cividis", vmin=0.0, vmax=1.0)
         panel.grid(visible=False)
         panel.set_title(name)
+        if class_names is not None:
+            shown = evenly(range(len(class_names)), _MOST_CLASSES)
+            texts = [_shortened(class_names[index]) for index in shown]
+            panel.set_xticks(shown, texts, rotation=0 if longest <= 2 else 90, fontsize=7)
+            panel.set_yticks(shown, texts, fontsize=7)
         panel.set_xlabel("predicted")
         panel.set_ylabel("true")
     for panel in list(grid.flat)[len(matrices) :]:
         panel.set_visible(False)
     return figure
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
 def short_layer(name: str, number: int) -> str:

@@ -28,6 +28,7 @@ STORE_COMMANDS = frozenset(
         "import",
         "verify",
         "ui",
+        "open",
         "sync",
         "card",
         "reproduce",

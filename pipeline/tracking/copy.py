@@ -27,7 +27,14 @@ from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.tracking import overview as mlflow_summary
 from polytrope.pipeline.tracking.cursor import Postponed, Shown, read_cursor
 from polytrope.pipeline.tracking.curves import Curves
-from polytrope.pipeline.tracking.names import METRICS_PER_REQUEST, TAG_LENGTH, milliseconds, printable
+from polytrope.pipeline.tracking.names import (
+    METRICS_PER_REQUEST,
+    TAG_LENGTH,
+    loss_curves,
+    milliseconds,
+    printable,
+    workflow_run_name,
+)
 from polytrope.pipeline.tracking.server import Server, is_permanent, one_line
 from polytrope.pipeline.tracking.shown import show
 
@@ -128,7 +135,7 @@ class Copy:
         if self.found is not None:
             return self.found
         began = milliseconds(self.events[0].time)
-        all_runs = list(self._search(self.directory.name))
+        all_runs = list(self._search(f"tags.`polytrope.run_id` = '{self.directory.name}'"))
         parents = {self.cursor.parent} | {
             run.info.run_id
             for run in all_runs
@@ -148,12 +155,10 @@ class Copy:
                     self.client.delete_run(identifier)
         return self.found
 
-    def _search(self, run_id: str) -> Iterator[Run]:
+    def _search(self, condition: str) -> Iterator[Run]:
         token = None
         while True:
-            page = self.client.search_runs(
-                [self.cursor.experiment], f"tags.`polytrope.run_id` = '{run_id}'", max_results=1000, page_token=token
-            )
+            page = self.client.search_runs([self.cursor.experiment], condition, max_results=1000, page_token=token)
             yield from page
             token = page.token
             if not token:
@@ -180,7 +185,7 @@ class Copy:
         if self.cursor.parent is not None:
             return
         self.cursor.parent = existing.get(None) or self._create(
-            run_id,
+            self._name(str(workflow["name"]), run_id),
             self.events[0].time,
             {
                 "polytrope.kind": "workflow",
@@ -194,6 +199,11 @@ class Copy:
             },
         )
         self._save()
+
+    def _name(self, workflow: str, run_id: str) -> str:
+        """Of the workflow's run: counted among those of the experiment."""
+        runs = self._search("tags.`polytrope.kind` = 'workflow'")
+        return printable(workflow_run_name(workflow, (run.info.run_name or "" for run in runs), run_id))
 
     def _record(self) -> dict[str, Any]:
         return dict(json.loads((self.directory / "workflow.json").read_bytes()))
@@ -325,14 +335,24 @@ class Copy:
         """What a cached stage said when another run computed it: its curves can be seen and compared here, too."""
         self.cursor.pending.pop(stage, None)
         metrics: list[Metric] = []
+        losses: list[Metric] = []
         for said in SpoolReader(self.store.run_directory(source) / "spool", stage=origin).read_new():
             if said.event["kind"] == "metrics":
                 metrics += self.curves.new_points(child, said)
+                losses += self._losses(said._replace(stage=stage))
             elif said.event["kind"] == "params":
                 self.curves.parameters(child, said.event["values"])
             else:
                 self._keep_for_later(said._replace(stage=stage))
         self.curves.send(child, metrics)
+        self.curves.send(self.cursor.parent or "", losses)
+
+    def _losses(self, said: SpoolEvent) -> list[Metric]:
+        """The same on the workflow's own run, whose first charts they are."""
+        values = loss_curves(said.stage, said.event["values"])
+        if said.event.get("step") is None or not values or self.cursor.parent is None:
+            return []
+        return list(self.curves.new_points(self.cursor.parent, said._replace(event={**said.event, "values": values})))
 
     def _send_file(self, item: Postponed) -> None:
         """Send a file; if only that fails (an artifact store that this machine cannot write), it waits."""
@@ -446,10 +466,10 @@ class Copy:
         for said in SpoolReader(self.directory / "spool", offsets).read_new():
             child = self.cursor.children.get(said.stage) or self._child(said.stage, said.event["time"], {})
             if said.event["kind"] == "metrics":
-                metrics = waiting.setdefault(child, [])
-                metrics += self.curves.new_points(child, said)
-                if len(metrics) >= METRICS_PER_REQUEST:
-                    self.curves.send(child, waiting.pop(child))
+                waiting.setdefault(child, []).extend(self.curves.new_points(child, said))
+                waiting.setdefault(self.cursor.parent or "", []).extend(self._losses(said))
+                for run_id in [run_id for run_id, metrics in waiting.items() if len(metrics) >= METRICS_PER_REQUEST]:
+                    self.curves.send(run_id, waiting.pop(run_id))
             elif said.event["kind"] == "params":
                 self.curves.parameters(child, said.event["values"])
             else:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from polytrope.pipeline.workflow.encoding import readable
@@ -15,6 +15,7 @@ PARAMETER_LENGTH, TAG_LENGTH, KEY_LENGTH = 6000, 5000, 250  # characters
 METRICS_PER_REQUEST, PARAMETERS_PER_REQUEST = 900, 100  # MLflow takes 1000 and 100
 _LARGEST_STEP = 2**63 - 1
 _CUT = " … (cut)"
+LOSSES = "-losses"  # what the curves that matter most are kept under
 
 
 def mlflow_name(name: str) -> str:
@@ -51,6 +52,25 @@ def number(value: float) -> float:
 def step_number(step: float | None) -> int:
     """The step of a point; of the stage as a whole: 0."""
     return max(-_LARGEST_STEP, min(_LARGEST_STEP, int(step or 0)))
+
+
+def loss_curves(stage: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Those of a stage's values that are losses, by their names on the workflow's own run: `-losses/train: val`.
+
+    MLflow sorts charts by the part before the last `/`; a dash comes before every stage.
+    """
+    found = {name: value for name, value in values.items() if name.split("/")[-1] == "loss"}
+    return {
+        f"{LOSSES}/{stage}" + (f": {name.removesuffix('/loss')}" if "/" in name else ""): value
+        for name, value in found.items()
+    }
+
+
+def workflow_run_name(workflow: str, earlier: Iterable[str], run_id: str) -> str:
+    """`quickstart #3`, after the names of the earlier runs of the workflow; with the run's id if a person gave it."""
+    numbers = [int(match[1]) for name in earlier if (match := re.match(rf"{re.escape(workflow)} #(\d+)", name))]
+    given = "" if re.fullmatch(r"\d{8}-\d{6}-[0-9a-f]{6}", run_id) else f" {run_id}"
+    return f"{workflow} #{max(numbers, default=0) + 1}{given}"
 
 
 def milliseconds(seconds: float) -> int:

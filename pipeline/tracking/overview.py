@@ -13,6 +13,7 @@ from polytrope.pipeline.runs.journal import RunState
 from polytrope.pipeline.support.text import format_duration, metric_text, uncommitted
 from polytrope.pipeline.tracking.names import parent_folder
 
+TRAINING_VIEW = "?workflowType=machine_learning"  # without it MLflow shows its pages for language-model applications
 _COLUMNS, _ROWS, _PANELS = 8, 24, 12
 
 
@@ -84,8 +85,8 @@ def draw(comparison: Comparison) -> bytes:
 
 
 def address(experiment: str, run_id: str, artifact: str = "") -> str:
-    """Of an MLflow run, or of a file that belongs to it, within MLflow's web page."""
-    return f"#/experiments/{experiment}/runs/{run_id}" + (f"/artifacts/{artifact}" if artifact else "")
+    """Of an MLflow run, or of a file that belongs to it, within MLflow's web page: in its pages for training."""
+    return f"#/experiments/{experiment}/runs/{run_id}" + (f"/artifacts/{artifact}" if artifact else "") + TRAINING_VIEW
 
 
 def source_name(record: Mapping[str, Any]) -> str:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import http.client
+import itertools
 import os
 import socket
 import subprocess
@@ -261,13 +263,56 @@ def server_command(uri: str, artifact_root: Path, host: str, port: int) -> list[
     ]
 
 
-def free_port(preferred: int = 5000) -> int:
-    """`preferred` if it is free on 127.0.0.1, else any free port."""
-    for port in (preferred, 0):
-        with socket.socket() as server:
-            try:
-                server.bind(("127.0.0.1", port))
-                return int(server.getsockname()[1])
-            except OSError:
-                continue
-    raise UserError("no free port on 127.0.0.1", "give one with --port")
+def running_server(uri: str) -> str | None:
+    """http address of an MLflow server of this user and machine that shows a tracking database; None: there is none."""
+    import psutil
+
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "mlflow" in words and "server" in words and uri in words:
+            options = dict(itertools.pairwise(words))
+            if "--host" in options and "--port" in options:
+                return f"http://{options['--host']}:{options['--port']}"
+    return None
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody uses."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port that cannot be listened on.
+
+    Raises:
+        UserError: says which process has it, as far as this user may know.
+    """
+    if not 0 < port < 65536:
+        raise UserError(f"--port {port}: is no port", "give one from 1024 to 65535")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server itself: a closed one is no use
+            server.bind(address)
+            server.listen()
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise UserError(f"--host {host} --port {port}: cannot be listened on: {error}", "give others") from None
+        raise UserError(
+            f"--port {port}: is used by {_listener(port)}", f"end it, or give another one: `--port {free_port()}`"
+        ) from None
+
+
+def _listener(port: int) -> str:
+    """`process 4711 (python -m http.server …)`."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):  # some systems show connections to root only
+        for connection in psutil.net_connections("tcp"):
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
+            if listens and connection.pid is not None:
+                command = " ".join(psutil.Process(connection.pid).cmdline())
+                return f"process {connection.pid} ({command[:100]}{'…' if len(command) > 100 else ''})"
+    return "a process of another user"

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.record import run_status
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import replace_file
@@ -174,7 +175,8 @@ def needs_copy(store: Store, directory: Path, uri: str) -> bool:
         if cursor.parent is None and (directory / CURSOR_FILE).exists():
             return False  # another server has it
         return not cursor.complete and run_status(directory) not in ("pending", "running")
-    except Exception:  # not for this process to judge
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UserError) as error:  # what is wrong with it
+        _log.warning("run %s cannot be looked at, so it is not completed in MLflow: %s", directory.name, error)
         return False
 
 

@@ -21,6 +21,7 @@ COLOURS = {
     "failed": "#fee2e2",
     "skipped": "#e4e4e7",
     "cancelled": "#ffedd5",
+    "interrupted": "#fde68a",
 }
 _BOX_HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 46.0, 56.0, 22.0, 16.0
 _CHARACTER_WIDTH = 7.6  # of 13 px text, generous

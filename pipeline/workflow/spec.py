@@ -6,7 +6,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -100,6 +100,9 @@ class TrackingSpec(BaseModel):
     enabled: bool = Field(default=True, description="false: nothing is sent to MLflow")
     required: bool = Field(
         default=True, description="true: refuse to start while MLflow does not answer; false: send everything later"
+    )
+    loggers: list[Literal["tensorboard", "wandb"]] = Field(
+        default=[], description="loggers besides MLflow; they write files into the store, `wandb` offline"
     )
     git_diff: bool = Field(
         default=False,

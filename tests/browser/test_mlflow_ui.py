@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ from mlflow_support import POLYTROPE, QUICK, polytrope, wait_until
 from quickstart_support import run_quickstart
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 from polytrope.pipeline.commands.common import find_run
@@ -46,9 +44,9 @@ def store(request: pytest.FixtureRequest) -> Store:
 
 
 @pytest.fixture(scope="module")
-def address(store: Store) -> Iterator[str]:
-    """Of `polytrope ui` on the store."""
-    port = free_port(0)
+def served(store: Store) -> Iterator[tuple[str, str]]:
+    """Address of `polytrope ui` on the store, and the page that it names."""
+    port = free_port()
     server = subprocess.Popen(
         [POLYTROPE, "ui", "--store", store.address, "--port", str(port)],
         env={**os.environ, **QUICK},
@@ -59,7 +57,7 @@ def address(store: Store) -> Iterator[str]:
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
-        (url,) = re.findall(r"http://\S+", line)
+        ((url, place),) = re.findall(r"(http://[^/]+)(/\S+)", line)
 
         def answers() -> bool:
             try:
@@ -69,25 +67,15 @@ def address(store: Store) -> Iterator[str]:
                 return False
 
         wait_until(answers, "polytrope ui answers", 120)
-        yield url
+        yield url, place
     finally:
         server.terminate()  # not SIGINT, which a shell's background jobs ignore
         server.communicate(timeout=30)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def browser() -> Iterator[webdriver.Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("there is no browser (Debian packages `chromium` and `chromium-driver`)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
-        options.add_argument(argument)
-    options.add_argument("--window-size=1280,860")
-    browser = webdriver.Chrome(options=options, service=Service(driver))
-    yield browser
-    browser.quit()
+@pytest.fixture(scope="module")
+def address(served: tuple[str, str]) -> str:
+    return served[0]
 
 
 def runs_of(store: Store, run_id: str) -> dict[str, Run]:
@@ -131,15 +119,20 @@ def screenshot(browser: webdriver.Chrome, name: str) -> None:
         browser.save_screenshot(str(Path(directory) / f"{name}.png"))
 
 
-def run_url(address: str, run: Run) -> str:
-    return f"{address}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+def run_url(address: str, run: Run, tab: str = "") -> str:
+    return f"{address}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}{tab}?workflowType=machine_learning"
 
 
 def test_the_experiment_lists_the_run_and_its_stages(
     browser: webdriver.Chrome, address: str, runs: dict[str, Run]
 ) -> None:
     parent = runs["parent"]
-    page(browser, f"{address}/#/experiments/{parent.info.experiment_id}/runs", "matching runs", parent.info.run_name)
+    page(
+        browser,
+        f"{address}/#/experiments/{parent.info.experiment_id}/runs?workflowType=machine_learning",
+        "matching runs",
+        parent.info.run_name,
+    )
     expander = "[data-testid='expander'], [aria-label*='xpand'] , .ag-cell button"
     for element in browser.find_elements(By.CSS_SELECTOR, expander):
         if shows(browser, *(name for name in runs if name != "parent")):
@@ -150,6 +143,41 @@ def test_the_experiment_lists_the_run_and_its_stages(
             continue
     wait_until(lambda: shows(browser, *(name for name in runs if name != "parent")), "the children are listed")
     screenshot(browser, "mlflow-runs")
+
+
+def test_ui_names_the_page_of_the_run_among_those_for_training(
+    browser: webdriver.Chrome, served: tuple[str, str], store: Store, runs: dict[str, Run]
+) -> None:
+    parent = runs["parent"]
+    assert re.fullmatch(r"quickstart #\d+", parent.info.run_name)
+    opened = subprocess.run(
+        [POLYTROPE, "open", "mlflow", "--print", "--store", store.address], capture_output=True, text=True, check=True
+    )
+    assert opened.stdout.strip() == "".join(served)
+    page(browser, opened.stdout.strip(), parent.info.run_name, "Finished")
+    assert not shows(browser, "Evaluation runs"), "the pages for language-model applications have this"
+
+
+def test_the_first_charts_of_the_run_are_the_losses_of_its_trainings(
+    browser: webdriver.Chrome, address: str, store: Store, runs: dict[str, Run]
+) -> None:
+    parent = runs["parent"]
+    trainings = {name: run for name, run in runs.items() if "train/loss" in run.data.metrics}
+    page(browser, run_url(address, parent, "/model-metrics"), "Model metrics", "-losses")
+    first = browser.find_element(By.XPATH, "//*[@aria-expanded='true'][contains(., '(')]")
+    assert first.text.split()[0] == "-losses"
+    client = MlflowClient(tracking_uri=f"sqlite:///{store.address}/mlflow.db")
+    for name, training in trainings.items():
+        for curve in ("train", "val"):
+            points = client.get_metric_history(training.info.run_id, f"{curve}/loss")
+            shown = client.get_metric_history(parent.info.run_id, f"-losses/{name}: {curve}")
+            assert [(p.step, p.value) for p in shown] == [(p.step, p.value) for p in points]
+    wait_until(lambda: drawn(browser, "-losses/baseline: train"), "the first training's curve is drawn")
+    screenshot(browser, "mlflow-losses")
+    counts = {"parameters", "steps", "samples", "tokens", "format"}
+    for run in trainings.values():
+        assert not counts & run.data.metrics.keys()
+        assert {"parameters", "steps", "samples", "tokens"} <= run.data.params.keys()
 
 
 def test_the_parent_shows_what_was_run_and_leads_to_children_and_report(
@@ -179,7 +207,7 @@ def test_a_training_shows_its_loss_curves(
     browser: webdriver.Chrome, address: str, store: Store, runs: dict[str, Run]
 ) -> None:
     name, training = next((name, run) for name, run in sorted(runs.items()) if "train/loss" in run.data.metrics)
-    page(browser, f"{run_url(address, training)}/model-metrics", "Model metrics", "train")
+    page(browser, run_url(address, training, "/model-metrics"), "Model metrics", "train")
     client = MlflowClient(tracking_uri=f"sqlite:///{store.address}/mlflow.db")
     for metric in ("val/loss", "train/loss"):
         section = browser.find_element(

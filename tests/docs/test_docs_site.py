@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -83,3 +84,21 @@ def test_a_plot_is_drawn_from_the_module(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match="degree"):
         plots._family("piecewise_linear")
     sys.modules.pop("plots")
+
+
+def test_comparisons_are_tables_for_people() -> None:
+    from tables import RESULTS, engine, kernels
+
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in kernels().splitlines() if line.startswith("|")]
+    measured = json.loads((RESULTS / "ops-cpu.json").read_text())["rows"]
+    assert len(rows) - 2 == len(measured) / 2, "both types in one row"
+    hermite = next(row for row in rows if row[0] == "hermite 8")
+    wide, narrow = (row for row in measured if row["config"] == {"name": "hermite", "degree": 8})
+    assert hermite[3] == f"{wide['times_gelu']:.2f} / {narrow['times_gelu']:.2f}"
+    assert hermite[6] == f"{wide['faster_than_torchortho']:,.0f}"
+    peers = json.loads((RESULTS / "engine.json").read_text())["results"]["peers"]
+    assert f"| Metaflow | {peers['metaflow_ms_per_task']:.1f} | {peers['metaflow_times_slower']:.1f} |" in engine()
+    page = kernels() + engine()
+    assert "_ms" not in page
+    assert "_seconds" not in page
+    assert len(page.splitlines()) < 45

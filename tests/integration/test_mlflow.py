@@ -184,7 +184,7 @@ def test_a_run_is_in_mlflow_with_all_that_its_stages_said(project: Path, server:
     wait_until(lambda: {run.info.status for run in server.runs("again").values()} == {"FINISHED"}, "the second run")
     cached = server.runs("again")["train[rate=2.0]"]
     assert cached.data.tags["polytrope.cache_hit"] == "true"
-    assert cached.data.tags["polytrope.source_run"] == parent.info.run_name
+    assert cached.data.tags["polytrope.source_run"] == parent.data.tags["polytrope.run_id"]
     assert cached.data.metrics["final_loss"] == 2.0 / STEPS
     assert child.info.run_id in cached.data.tags[NOTE]
     for name in ("train/loss", "lr"):  # its curves are here as well, so that runs can be compared
@@ -453,7 +453,7 @@ def test_registered_model_is_loaded_by_its_alias_and_served(
     assert model.metadata.get_params_schema() is not None
     assert model.input_example == ["The "]
 
-    port = free_port(0)
+    port = free_port()
     serve = [sys.executable, "-m", "mlflow", "models", "serve", "-m", address, "--env-manager", "local"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `serve` starts the environment's uvicorn by name
     with (project / "serve.log").open("wb") as log:

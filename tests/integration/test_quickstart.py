@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from quickstart_support import Run, run_quickstart
+
+from polytrope.pipeline.commands.cli import main
 
 LABELS = ("baseline", "hermite", "converted", "finetuned", "control")
 
@@ -33,6 +36,21 @@ def test_both_executors_commit_the_same_bytes(local_quickstart: Run, ray: Run) -
     assert local_quickstart.state.executor == "local"
     for stage in ("shard", "baseline", "hermite", "convert", "finetune", "evaluate", "report"):
         assert local_quickstart.state.stages[stage].digest == ray.state.stages[stage].digest, stage
+
+
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_the_logs_show_every_training_from_its_start_to_its_last_step(
+    executor: str, local_quickstart: Run, ray: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"local": local_quickstart, "ray": ray}[executor]
+    assert main(["logs", "--store", run.store.address, run.state.run_id]) == 0
+    parts = capsys.readouterr().out.split("==> ")[1:]
+    logs = dict(part.split(" <==\n") for part in parts)
+    assert set(logs) == set(run.state.stages)
+    for stage, steps in (("baseline", 200), ("hermite", 200), ("finetune", 20), ("finetune_baseline", 20)):
+        lines = logs[stage].splitlines()
+        assert lines[0].endswith(f"0/{steps} · starting 2 workers")
+        assert re.search(rf"{steps}/{steps} · loss \d\.\d+ · [\d.]+k tokens/s$", lines[-1]), stage
 
 
 def test_mlflow_holds_the_parent_and_all_children_with_the_figures_of_the_report(ray: Run, tmp_path: Path) -> None:

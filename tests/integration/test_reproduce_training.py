@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.store.store import Store
@@ -65,8 +66,14 @@ def test_the_model_card_says_what_the_files_say(project: Path) -> None:
     artifacts = {name: store.load(stage.key or "") for name, stage in stages.items()}
     assert artifacts["train"] is not None
     assert artifacts["evaluate"] is not None
-    polytrope(project, "card", "--output", "cards/card.md")
+    polytrope(project, "card", "--output", "cards/card.md", "--license", "apache-2.0")
     text = (project / "cards" / "card.md").read_text()
+    card = ModelCard(text)  # as the hub reads it
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
+        "apache-2.0", "polytrope", "text-generation",
+    )  # fmt: skip
+    assert card.data.datasets is None, "its data is on no hub"
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
     for title in (
         "Data",
         "Model",
@@ -80,11 +87,14 @@ def test_the_model_card_says_what_the_files_say(project: Path) -> None:
     ):
         assert f"## {title}" in text
     evaluation = json.loads((store.materialize(artifacts["evaluate"].key) / "evaluation.json").read_text())
+    assert measured["loss"] == evaluation["models"]["ours"]["loss"]
     assert f"| ours (this model) | {evaluation['models']['ours']['loss']:.4g} |" in text
     model = json.loads((store.materialize(artifacts["train"].key) / "model.json").read_text())
     assert f"{model['parameters']:,} parameters" in text
     assert "hermite, degree 3" in text
     assert "| steps | 6 |" in text
+    assert "$class" not in text
+    assert "from kind python" in text
     assert "| torch | " in text
     assert str(stages["shard"].digest) in text
     assert str(stages["train"].digest) in text

@@ -304,7 +304,7 @@ def test_addresses_and_servers_that_cannot_be_used_are_refused(address: str, mon
         Store("ftp://bucket/x")
     with pytest.raises(UserError, match="NoSuchBucket"):
         Store("s3://no-such-bucket/x").create()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port(0)}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(UserError, match="cannot be used"):
         Store(address).create()

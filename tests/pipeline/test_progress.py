@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 from rich.console import Console
 
-from polytrope.pipeline.launch.progress import LINE_INTERVAL, Progress, SpoolEvent, counts, summary_rows
+from polytrope.pipeline.launch.progress import LINE_INTERVAL, Progress, counts, summary_rows
+from polytrope.pipeline.runs.spool import SpoolEvent
 from polytrope.pipeline.support.text import metric_text
 
 
@@ -30,7 +31,7 @@ def lines(stream: io.StringIO) -> list[str]:
 
 
 def progress_event(done: float, message: str = "loss 2.31") -> SpoolEvent:
-    return ("train", 1, {"kind": "progress", "done": done, "total": 10, "message": message})
+    return SpoolEvent("train", 1, {"kind": "progress", "done": done, "total": 10, "message": message})
 
 
 def test_without_a_terminal_each_state_change_is_one_line() -> None:
@@ -61,7 +62,7 @@ def test_progress_lines_come_at_most_every_interval_and_messages_at_once() -> No
         clock.now += 1
         source.events = [progress_event(second)]
         display.poll()
-    source.events = [("train", 1, {"kind": "message", "text": "checkpoint at step 5"})]
+    source.events = [SpoolEvent("train", 1, {"kind": "message", "text": "checkpoint at step 5"})]
     display.poll()
     assert lines(stream) == ["train: running", "train: 14/10 · loss 2.31", "train: 15/10 · checkpoint at step 5"]
 
@@ -120,7 +121,7 @@ def test_live_display_starts_and_ends_cleanly() -> None:
     with Progress(["train"], source, stream=stream, live=True) as display:
         display.stage_state("train", "running")
         source.events = [progress_event(5)]
-    assert display.stages["train"].done == 5
+    assert display.stages["train"].said.done == 5
     assert "train" in stream.getvalue()
 
 
@@ -147,4 +148,4 @@ def test_an_error_of_an_earlier_attempt_is_gone_when_the_stage_succeeds() -> Non
     display.stage_state("train", "retrying", detail="lost worker")
     display.stage_state("train", "running", attempt=2)
     display.stage_state("train", "succeeded", attempt=2)
-    assert display.stages["train"].error == ""
+    assert display.stages["train"].detail == ""

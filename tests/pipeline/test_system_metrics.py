@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
+
+from polytrope.pipeline.executors.system_metrics import sampled
+from polytrope.pipeline.stage import EventWriter, stage_context
 
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
 WORKFLOW = """\
@@ -16,6 +23,14 @@ stages:
   slow: {uses: "watched_stages:rest", with: {seconds: 2.6}}
   quick: {uses: "watched_stages:rest", with: {seconds: 0.0}}
 """
+
+
+def test_a_look_at_the_machine_that_fails_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    context = stage_context(tmp_path)
+    (tmp_path / "blocked").write_text("no directory")
+    with sampled(replace(context, events=EventWriter(tmp_path / "blocked")), first=0.0, interval=0.01):
+        time.sleep(0.1)
+    assert capsys.readouterr().err.startswith("no system metrics (any more): FileExistsError: ")
 
 
 def test_a_stage_logs_system_metrics_while_it_runs(tmp_path: Path) -> None:

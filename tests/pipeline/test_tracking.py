@@ -6,6 +6,7 @@ import base64
 import http.server
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -25,10 +26,11 @@ from mlflow.utils.validation import _validate_metric, _validate_param
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import RunState, StageState
+from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.tracking import names as mlflow_names
 from polytrope.pipeline.tracking import overview as mlflow_summary
 from polytrope.pipeline.tracking.cursor import Cursor
-from polytrope.pipeline.tracking.process import check_tracking, free_port, tracking_uri, without_password
+from polytrope.pipeline.tracking.process import check_port, check_tracking, free_port, tracking_uri, without_password
 from polytrope.pipeline.tracking.server import is_permanent
 
 
@@ -82,7 +84,7 @@ def test_a_broken_server_is_refused_without_showing_its_password(web: Any, code:
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
-    port = free_port(0)
+    port = free_port()
     with pytest.raises(UserError, match="does not answer"):
         check_tracking(f"http://127.0.0.1:{port}")
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match="does not answer"):
@@ -109,11 +111,19 @@ def test_the_driver_does_not_import_mlflow() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_free_port_is_the_wished_one_or_another() -> None:
-    port = free_port(0)
-    assert free_port(port) == port
+def test_a_port_in_use_is_refused_by_the_name_of_who_has_it() -> None:
+    port = free_port()
+    check_port("127.0.0.1", port)
     with socket.create_server(("127.0.0.1", port)):
-        assert free_port(port) != port
+        with pytest.raises(UserError, match=rf"--port {port}: is used by process {os.getpid()} \(.*pytest") as refused:
+            check_port("127.0.0.1", port)
+        assert re.fullmatch(r"end it, or give another one: `--port \d+`", refused.value.hint)
+        assert f"--port {port}`" not in refused.value.hint
+    check_port("127.0.0.1", port)
+    with pytest.raises(UserError, match="--port 70000: is no port"):
+        check_port("127.0.0.1", 70000)
+    with pytest.raises(UserError, match=r"--host 192\.0\.2\.1 --port"):
+        check_port("192.0.2.1", port)
 
 
 @given(st.text(max_size=300), st.floats(), st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False))
@@ -214,3 +224,26 @@ def test_of_very_many_refusals_the_first_are_kept_and_the_last_line_says_that_th
     for number in range(50, 60):
         cursor.refuse(f"metric {number}: no")
     assert cursor.refused[-2:] == ["metric 49: no", "and more; logs/mlflow.log of the run has all"]
+
+
+def test_another_run_that_cannot_be_judged_is_left_alone_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from polytrope.pipeline.tracking.process import log_file
+    from polytrope.pipeline.tracking.sync import needs_copy
+
+    store = Store(tmp_path)
+    for name, record in (
+        ("torn", '{"workflow": {"tra'),
+        ("odd", '{"workflow": []}'),
+        ("bad", '{"workflow": {"tracking": 3}}'),
+    ):
+        directory = store.run_directory(name)
+        log_file(directory).parent.mkdir(parents=True)
+        log_file(directory).touch()
+        (directory / "workflow.json").write_text(record)
+        caplog.clear()
+        assert not needs_copy(store, directory, "sqlite:///x.db")
+        assert [message.split(":")[0] for message in caplog.messages] == [
+            f"run {name} cannot be looked at, so it is not completed in MLflow"
+        ]

@@ -242,6 +242,7 @@ def test_confusion_matrix_counts_true_classes_by_prediction() -> None:
     scores.add(torch.eye(3)[[0, 1, 1, 2]] * 5, torch.tensor([0, 1, 2, 2]))
     assert scores.figures()["confusion"] == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert scores.figures()["top5"] == 1.0
+    assert "perplexity" not in scores.figures(), "of classes it says nothing"
 
 
 def copy_of(model: Artifact, directory: Path) -> Artifact:
@@ -366,10 +367,17 @@ def test_a_failed_training_and_a_loss_that_is_no_number_are_results_too(
         next(broken.parameters()).fill_(math.nan)
     save_model(tmp_path / "broken", broken, tokenizer=dataset.path)
     failed = {"diverged": failed_training(tmp_path / "failed"), "nan": Artifact(tmp_path / "broken", "digest", "train")}
-    content = run(tmp_path / "run", dataset, {**models, **failed}, samples=8, drift={"hermite": "diverged"})
+    content = run(
+        tmp_path / "run", dataset, {**models, **failed}, samples=8, drift={"hermite": "diverged", "gelu": "relu"}
+    )
     assert content["models"]["diverged"]["failure"] == "diverged at step 3: gradient norm is nan"
     assert content["models"]["nan"]["failure"] == "its validation loss is nan"
     assert content["models"]["gelu"]["loss"] > 0
+    assert "drift" not in content["models"]["hermite"]
+    why = "no drift from `diverged`, whose training failed: diverged at step 3: gradient norm is nan"
+    assert content["models"]["hermite"]["drift_missing"] == why
+    assert content["models"]["gelu"]["drift_missing"] == "no drift from `relu`, whose stage was skipped"
+    assert f"hermite: {why}" in [event["text"] for event in read_events(tmp_path / "run", "message")]
     assert not any(name.startswith(("diverged", "nan")) for name in content["returned"])
     with pytest.raises(UserError, match="no model is left to evaluate; `diverged`: diverged at step 3"):
         run(tmp_path / "none", dataset, failed, samples=8)
@@ -389,6 +397,9 @@ def test_speed_is_measured_for_every_model_and_leaves_it_as_it_was(
     content = json.loads((tmp_path / "output" / "speed.json").read_text())
     assert content["protocol"]["units"] == 4 * SEQUENCE_LENGTH
     assert set(content["models"]) == set(models)
+    assert content["failures"] == {"failed": "diverged at step 3: gradient norm is nan"}
+    (said,) = read_events(tmp_path, "message")
+    assert said["text"] == "failed is not measured: diverged at step 3: gradient norm is nan"
     for label, figures in content["models"].items():
         assert returned[f"{label}/step_milliseconds"] == figures["step_milliseconds"] > 0
         assert figures["training_throughput"] == pytest.approx(
@@ -396,6 +407,20 @@ def test_speed_is_measured_for_every_model_and_leaves_it_as_it_was(
         )
         assert figures["forward_throughput"] > 0
         assert figures["latency_milliseconds"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_torch_does_not_see_is_not_replaced_by_the_cpu(
+    tmp_path: Path, dataset: Artifact, models: dict[str, Artifact]
+) -> None:
+    context = replace(make_context(tmp_path), resources=Resources(gpus=1))
+    with pytest.raises(
+        UserError, match=r"resources\.gpus: `train` was given 1 GPUs, but torch .* sees none"
+    ) as refused:
+        measure_speed(context, dataset, models, MeasureSpeedParameters())
+    assert "leave `gpus:` out to use the CPU" in refused.value.hint
+    with pytest.raises(UserError, match=r"resources\.gpus"):
+        evaluate(context, dataset, models, EvaluateParameters())
 
 
 def test_bytes_kept_for_backward_count_each_tensor_once() -> None:

@@ -21,7 +21,7 @@ from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.stages.report.parameters import ReportParameters
 from polytrope.pipeline.stages.report.report import check, report
 from polytrope.pipeline.stages.report.statistics import holm, mean_interval, paired_p_value
-from polytrope.pipeline.support.figures import evenly, short_layer
+from polytrope.pipeline.support.figures import THEMES, draw_confusion, evenly, short_layer
 
 ENTROPY = 5.5
 
@@ -330,6 +330,37 @@ def test_failures_are_rows_of_their_own_and_in_no_mean(tmp_path: Path) -> None:
     assert metrics["fourier/failed"] == 1.0
     text = read_page(tmp_path / "output" / "report.html").text
     assert "train[activation=fourier,seed=0]diverged at step 7: gradient norm is nan" in text
+
+
+def test_pictures_have_the_names_of_their_classes_and_no_perplexity(tmp_path: Path) -> None:
+    evaluation = make_evaluation(tmp_path / "evaluate", {"gelu": 1.0, "hermite": 1.25})
+    path = evaluation.path / "evaluation.json"
+    content = json.loads(path.read_text())
+    content["kind"], content["unigram_entropy"] = "images", None
+    content["dataset"] = {**content["dataset"], "class_names": ["cat", "dog"], "splits": {"validation": {"images": 4}}}
+    for row in content["models"].values():  # as evaluations were written before
+        for key in ("tokens", "bytes", "bits_per_byte", "sample"):
+            del row[key]
+        row |= {"images": 4, "confusion": [[1, 1], [0, 2]]}
+    content["models"]["hermite"]["drift_missing"] = "no drift from `relu`, whose training failed: diverged at step 3"
+    path.write_text(json.dumps(content))
+    metrics = report(make_context(tmp_path), evaluation, {}, ReportParameters())
+    page = read_page(tmp_path / "output" / "report.html").text
+    figures = json.loads((tmp_path / "output" / "report.json").read_text())
+    assert "perplexity" not in page
+    assert not any("perplexity" in name for name in [*metrics, *figures["table"][0]])
+    assert "no drift from relu, whose training failed: diverged at step 3" in page
+    assert (tmp_path / "output" / "plots" / "confusion.png").exists()
+
+
+def test_a_confusion_matrix_is_labelled_with_its_classes() -> None:
+    figure = draw_confusion(THEMES["light"], {"gelu": [[1, 0], [1, 2]]}, ["cat", "a very long name of a class"])
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        assert [label.get_text() for label in axis.get_ticklabels()] == ["cat", "a very long n…"]
+    many = draw_confusion(THEMES["light"], {"gelu": np.eye(100).tolist()}, [str(number) for number in range(100)])
+    ticks = many.axes[0].yaxis
+    assert [label.get_text() for label in ticks.get_ticklabels()] == [str(int(place)) for place in ticks.get_ticklocs()]
+    assert len(ticks.get_ticklocs()) == 20
 
 
 def test_few_values_and_many_comparisons() -> None:

@@ -71,6 +71,23 @@ def load_inner(project: Path, run_id: str) -> dict[str, str]:
     return {name: stage.state for name, stage in fold(read(directory)).stages.items()}
 
 
+def test_a_skipped_stage_is_said_to_leave_nothing_and_refused_where_it_was_asked_for(project: Path) -> None:
+    stages = {
+        "one": {"uses": "subworkflow_stages:part", "with": {"number": 1}},
+        "other": {"uses": "subworkflow_stages:part", "with": {"number": 2}, "when": "1 > 2"},
+    }
+    (project / "inner.yaml").write_text(json.dumps({"name": "inner", "stages": stages}))
+    said: dict[str, tuple[str, list[str]]] = {}
+    for name, outputs in (("default", []), ("asked", ["one", "other"])):
+        explore = {"uses": "subworkflow", "with": {"path": "inner.yaml", "outputs": outputs}, "retries": 0}
+        workflow = Workflow.from_dict({"name": name, "stages": {"explore": explore}}, directory=Path.cwd())
+        state = launch(workflow, executor="local", tracking=False).stages["explore"]
+        said[name] = (str((state.error or {}).get("message")), list(state.notes.values()))
+    assert len(said["default"][1]) == 1
+    assert said["default"][1][0].startswith("the inner stage `other` was skipped (")
+    assert said["asked"][0].startswith("outputs: the inner stage `other` was skipped (")
+
+
 def test_a_workflow_file_is_checked_before_anything_starts(project: Path) -> None:
     part = {"uses": "subworkflow_stages:part", "with": {"number": 1}}
     (project / "inner.yaml").write_text(json.dumps({"name": "inner", "stages": {"part": part}}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import socket
 import time
 import traceback
 from collections.abc import Iterator
@@ -65,13 +66,21 @@ def evaluate_models(
     for index, (label, model) in enumerate(models.items()):
         context.progress(index, len(models), label)
         reference = models.get(parameters.drift.get(label, ""))
-        if reference is not None and recorded_failure(reference):
+        if reference is not None and (why := recorded_failure(reference)):
+            missing = f"no drift from `{parameters.drift[label]}`, whose training failed: {why}"
             reference = None
+        elif label in parameters.drift and reference is None:
+            missing = f"no drift from `{parameters.drift[label]}`, whose stage was skipped"
+        else:
+            missing = None
         failure = recorded_failure(model)
         results[label] = _failed(model, failure) if failure else evaluate_one(evaluator, label, model, reference)
         if results[label].failure is not None:
             context.message(f"{label}: {results[label].failure}")
             continue
+        if missing is not None:
+            context.note(f"{label}: {missing}")
+            results[label] = results[label].model_copy(update={"drift_missing": missing})
         figures = metrics_of(label, results[label])
         context.log_metrics(figures)
         summary.update(figures)
@@ -151,6 +160,23 @@ def metrics_of(label: str, model: EvaluatedModel) -> dict[str, float]:
     return metrics
 
 
+def granted_device(context: StageContext) -> torch.device:
+    """The GPU where the stage was given one, else the CPU.
+
+    Raises:
+        UserError: it was given one, and this torch sees none: figures of the CPU would pass for those of a GPU.
+    """
+    if context.resources.gpus <= 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"resources.gpus: `{context.stage}` was given {context.resources.gpus:g} GPUs, but torch "
+            f"{torch.__version__} sees none on {socket.gethostname()}",
+            "install a torch for CUDA there, or leave `gpus:` out to use the CPU",
+        )
+    return torch.device("cuda")
+
+
 class Evaluator:
     """The validation data and the settings, shared by all models of the stage."""
 
@@ -164,7 +190,7 @@ class Evaluator:
     ) -> None:
         self.context, self.dataset, self.description = context, dataset, description
         self.parameters, self.samples = parameters, samples
-        self.device = torch.device("cuda" if context.resources.gpus > 0 and torch.cuda.is_available() else "cpu")
+        self.device = granted_device(context)
         self.reader = open_split(dataset.path, "validation")
         self.images = description.kind == "images"
         self.tokenizer: Tokenizer | None = None
@@ -231,6 +257,7 @@ class Evaluator:
                 )
                 result["drift"]["cosine"] = cosines
         if self.tokenizer is not None:
+            result["perplexity"] = scores.perplexity()
             if self.byte_lengths is not None:
                 result["bytes"] = bytes_scored
                 result["bits_per_byte"] = scores.loss / math.log(2) / bytes_scored if bytes_scored else None

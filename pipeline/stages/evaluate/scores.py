@@ -83,6 +83,11 @@ class Scores:
         self.correct += np.bincount(index, weights=correct.astype(np.float64), minlength=self.bins)
         self.filled += np.bincount(index, minlength=self.bins)
 
+    def perplexity(self) -> float | None:
+        """Exponential of the mean loss, of a text; None where that overflows."""
+        mean = self.loss / self.count
+        return math.exp(mean) if mean < _LARGEST_LOSS else None
+
     def figures(self) -> dict[str, Any]:
         """Means: loss in nats, top-1 and top-5 accuracy, expected calibration error, and what was compared.
 
@@ -92,7 +97,6 @@ class Scores:
         mean = self.loss / self.count
         result: dict[str, Any] = {
             "loss": mean,
-            "perplexity": math.exp(mean) if mean < _LARGEST_LOSS else None,
             "top1": self.first / self.count,
             "top5": self.fifth / self.count,
             "calibration_error": float(np.abs(self.correct - self.confidence).sum() / self.count),

@@ -18,7 +18,7 @@ from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.speed_file import SPEED_FILE, Speed, SpeedProtocol, write_speed
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
-from polytrope.pipeline.stages.evaluate.evaluation import recorded_failure
+from polytrope.pipeline.stages.evaluate.evaluation import granted_device, recorded_failure
 from polytrope.pipeline.stages.evaluate.parameters import MeasureSpeedParameters
 
 Batch = tuple[Tensor, Tensor]
@@ -30,18 +30,21 @@ def measure_models(
     """Write `speed.json`; returns `LABEL/step_milliseconds`, … of all models.
 
     The rounds go over all models in turn, so that whatever else the machine does meets all of them; the figures are
-    medians over the rounds. Failed trainings are left out.
+    medians over the rounds. Failed trainings have no figures but a reason, in `failures`.
 
     Raises:
         UserError: no model is left, or one does not fit the dataset.
     """
     torch.set_num_threads(parameters.threads)
-    device = torch.device("cuda" if context.resources.gpus > 0 and torch.cuda.is_available() else "cpu")
+    device = granted_device(context)
     batch = read_batch(dataset, parameters.batch_size, device)
+    failures = {label: failure for label, model in models.items() if (failure := recorded_failure(model)) is not None}
+    for label, failure in failures.items():
+        context.note(f"{label} is not measured: {failure}")
     timers = {
         label: Timer(load_model(model.path, device), batch, parameters.steps)
         for label, model in models.items()
-        if recorded_failure(model) is None
+        if label not in failures
     }
     if not timers:
         raise UserError("no model is left to measure", "look at the trainings: all of them failed")
@@ -52,7 +55,8 @@ def measure_models(
     results = {label: timer.figures() for label, timer in timers.items()}
     unit = "tokens" if batch[0].dtype == torch.int64 else "images"
     protocol = {**parameters.model_dump(), "device": device.type, "unit": unit, "units": units_of(batch)}
-    speed = Speed(format=1, protocol=SpeedProtocol.model_validate(protocol), models=results)
+    left_out = {"failures": failures} if failures else {}
+    speed = Speed(format=1, protocol=SpeedProtocol.model_validate(protocol), models=results, **left_out)
     write_speed(context.output, speed)
     context.log_artifact(SPEED_FILE)
     summary = {f"{label}/{name}": value for label, figures in results.items() for name, value in figures.items()}

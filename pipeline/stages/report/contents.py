@@ -64,6 +64,7 @@ def collect(
             if result.failure is not None
         ],
         "speed": None if speed is None else speed.protocol.model_dump(),
+        "not_measured": _not_measured(results, speed, parameters),
         "training": [entry for label in models if (entry := _training(label, models[label], parameters))],
         "conversion": [] if conversion is None else _conversion(read_conversion(conversion.path)),
         "converted": None if conversion is None else _label_of(conversion, models),
@@ -87,11 +88,20 @@ def collect(
     return figures
 
 
+def _not_measured(
+    results: Mapping[str, EvaluatedModel], speed: Speed | None, parameters: ReportParameters
+) -> list[Figures]:
+    """What was asked for and could not be had of a model, and why."""
+    reasons = [(label, result.drift_missing) for label, result in results.items() if result.drift_missing]
+    reasons += [(label, f"no speed: {why}") for label, why in ((speed and speed.failures) or {}).items()]
+    return [{"label": label, "name": parameters.labels.get(label, label), "reason": why} for label, why in reasons]
+
+
 def _row(label: str, result: EvaluatedModel, parameters: ReportParameters, model: Artifact | None) -> Figures:
     row: Figures = {"label": label, "name": parameters.labels.get(label, label)}
-    if model is not None:
-        row["budget"] = budget(read_lineage(model.path))
-    return row | result.model_dump(include={"activation"} | _ACCURACY | _COUNTS, exclude_none=True)
+    shown = _ACCURACY if result.images is None else _ACCURACY - {"perplexity"}  # of images it says nothing
+    row["budget"] = None if model is None else budget(read_lineage(model.path))  # not every model need be an input
+    return row | result.model_dump(include={"activation"} | shown | _COUNTS, exclude_none=True)
 
 
 def _training(label: str, artifact: Artifact, parameters: ReportParameters) -> Figures | None:

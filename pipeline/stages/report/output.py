@@ -117,7 +117,9 @@ def _drawings(
         if result.confusion is not None and label in shown.values()
     }
     if confusion:
-        drawings["confusion"] = partial(plots.draw_confusion, matrices=confusion)
+        drawings["confusion"] = partial(
+            plots.draw_confusion, matrices=confusion, class_names=content.dataset.class_names
+        )
     return drawings
 
 

@@ -97,4 +97,5 @@ def train(
     write_lineage(context.output, lineage)
     if parameters.register_as and training.failure is None:
         context.log_model(".", name=parameters.register_as, alias=parameters.register_alias)
-    return training.figures()
+    context.log_params(training.counts())
+    return training.metrics()

@@ -1,0 +1,97 @@
+"""`polytrope open` and `ui`: from a finished run to its result in a browser, on the quickstart's store."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from quickstart_support import Run
+
+from polytrope.pipeline.commands.cli import main
+from polytrope.pipeline.tracking.process import free_port
+
+POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def test_a_run_ends_with_the_commands_that_open_its_results(local_quickstart: Run) -> None:
+    report, mlflow = local_quickstart.output.strip().splitlines()[-2:]
+    run, store = local_quickstart.state.run_id, local_quickstart.store.address
+    assert report == f"report: polytrope open {run} report --store {store}"
+    assert mlflow == f"MLflow: polytrope ui {run} --store {store}"
+    assert not re.search(r"[0-9a-f]{64}", local_quickstart.output)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "report.html"),
+        (["report"], "report.html"),
+        (["report", "report"], "report.html"),
+        (["artifact", "baseline"], "files"),
+        (["card"], None),
+    ],
+)
+def test_what_is_printed_is_there(
+    words: list[str], expected: str | None, local_quickstart: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, store = local_quickstart.state.run_id, local_quickstart.store.address
+    given = [run] if words == ["report", "report"] else []
+    assert main(["open", *given, *words, "--print", "--store", store]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    assert path.exists()
+    assert path.name == (expected or f"{run}.html")
+    if words[:1] == ["artifact"]:
+        assert path == local_quickstart.artifact("baseline")
+    if words == ["card"]:
+        assert "Use and limits" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["artifact"], "the stage is missing"),
+        (["artifact", "basline"], "did you mean `baseline`?"),
+        (["report", "baseline"], "`baseline` made none"),
+        (["mlflow"], "no MLflow server shows this run now"),
+        (["mlflow", "baseline"], "`baseline` is one word too many"),
+        (["RUN", "reports"], "did you mean `report`?"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(
+    words: list[str], said: str, local_quickstart: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [local_quickstart.state.run_id if word == "RUN" else word for word in words]
+    assert main(["open", *words, "--print", "--store", local_quickstart.store.address]) == 2
+    output = capsys.readouterr()
+    assert said in output.err
+    assert output.out == ""
+
+
+def test_the_browser_gets_the_file_and_without_one_the_line_has_to_do(local_quickstart: Run, tmp_path: Path) -> None:
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened\n')
+    browser.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    command = [POLYTROPE, "open", "report", "--store", local_quickstart.store.address]
+    for variables in ({}, {"BROWSER": f"{browser} %s"}):
+        assert not (tmp_path / "opened").exists()
+        done = subprocess.run(
+            command, env={**environment, **variables}, capture_output=True, text=True, timeout=60, check=True
+        )
+    assert (tmp_path / "opened").read_text().strip() == Path(done.stdout.strip()).as_uri()
+
+
+def test_ui_does_not_take_another_port_than_it_was_given(
+    local_quickstart: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)):
+        assert main(["ui", "--port", str(port), "--store", local_quickstart.store.address]) == 2
+    assert f"--port {port}: is used by process {os.getpid()} (" in capsys.readouterr().err
