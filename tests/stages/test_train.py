@@ -116,6 +116,17 @@ def test_what_a_worker_prints_shows_no_secret(
     assert log in str(error.value)
 
 
+def test_another_loss_is_trained_on_and_cross_entropy_is_validated(tmp_path: Path, dataset: Artifact) -> None:
+    """At the start p is 1/V everywhere: Poly-1 is ε (1 - 1/V) above cross entropy."""
+    loss = {"name": "poly", "epsilon": 2.0}
+    run_training(
+        tmp_path, dataset, workers=1, loss=loss, steps=1, log_every=1, warmup_steps=0, learning_rate=1e-9,
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "output/training.json").read_text())
+    assert summary["val/loss"] == pytest.approx(validation_loss(tmp_path, dataset, 7), rel=1e-5)
+    assert summary["train/loss"] - summary["val/loss"] == pytest.approx(2.0 * (1 - 1 / 320), abs=0.05)
+
+
 def test_learns(trained: Path) -> None:
     losses = [entry["val/loss"] for entry in history(trained) if "val/loss" in entry]
     assert losses[-1] < losses[0] < math.log(320)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
 from polytrope.models.checkpoint import load_weights, save_model
+from polytrope.models.losses import make_loss
 from polytrope.ops import kernels
 from polytrope.pipeline.data.training_file import Training, write_training
 from polytrope.pipeline.errors import UserError
@@ -293,6 +294,8 @@ def _create_model(plan: TrainingPlan) -> nn.Module:
         raise UserError(f"the model cannot be built: {error}", "see `with: model:` of this stage") from error
     model.train()
     model.set_activation_checkpointing(plan.parameters.activation_checkpointing)  # type: ignore[operator]
+    if plan.parameters.loss is not None:
+        model.training_loss = make_loss(**plan.parameters.loss.model_dump())  # type: ignore[assignment]
     if plan.parameters.trainable is not None:
         freeze(model, plan.architecture, plan.parameters.trainable)
     if plan.parameters.augmentation is not None:

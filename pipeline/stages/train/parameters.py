@@ -122,12 +122,37 @@ class AugmentationParameters(BaseModel):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability mass moved to the uniform distribution")
 
 
+class CrossEntropyLoss(BaseModel):
+    """Cross entropy."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Literal["cross_entropy"]
+
+
+class PolyLoss(BaseModel):
+    """Poly-1: cross entropy + epsilon · (1 - probability of the target)."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: Literal["poly"]
+    epsilon: float = Field(1.0, ge=-1, description="added to the first coefficient of cross entropy's series in 1 - p")
+
+
+TrainingLoss = CrossEntropyLoss | PolyLoss
+
+
 class TrainParameters(BaseModel):
     """Everything that decides the result of a training."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: ModelParameters | None = Field(None, description="the model; not with an `initial` input (fine-tuning)")
+    loss: Annotated[TrainingLoss, Field(discriminator="name")] | None = Field(
+        None,
+        description="what is minimised: {name: poly, epsilon: 1.0} (at least -1), or {name: cross_entropy}, the default; "
+        "validation always measures cross entropy",
+    )
     trainable: list[Annotated[str, AfterValidator(check_entry)]] | None = Field(
         None,
         min_length=1,
