@@ -150,8 +150,8 @@ class TrainParameters(BaseModel):
     model: ModelParameters | None = Field(None, description="the model; not with an `initial` input (fine-tuning)")
     loss: Annotated[TrainingLoss, Field(discriminator="name")] | None = Field(
         None,
-        description="what is minimised: {name: poly, epsilon: 1.0} (at least -1), or {name: cross_entropy}, the default; "
-        "validation always measures cross entropy",
+        description="what is minimised: {name: poly, epsilon: 1.0} (at least -1), or {name: cross_entropy}, as is the "
+        "default; validation always measures cross entropy",
     )
     trainable: list[Annotated[str, AfterValidator(check_entry)]] | None = Field(
         None,
