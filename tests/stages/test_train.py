@@ -358,13 +358,15 @@ def test_nan_stops_the_training_and_says_where(tmp_path: Path, dataset: Artifact
         run_training(tmp_path, dataset, learning_rate=1e30, gradient_clipping=0.0, warmup_steps=0)
 
 
-def test_a_divergence_can_be_the_result(tmp_path: Path, dataset: Artifact) -> None:
-    broken = {"learning_rate": 1e30, "gradient_clipping": 0.0, "warmup_steps": 0}
+def test_a_divergence_can_be_the_result(tmp_path: Path, dataset: Artifact, trained: Path) -> None:
+    broken = {"learning_rate": 1e30, "gradient_clipping": 0.0, "warmup_steps": 0, "zero_stage": 3}
     summary = run_training(tmp_path, dataset, **broken, on_divergence="record", log_every=1, register_as="lines")
     training = json.loads((tmp_path / "output" / "training.json").read_text())
     assert re.match(r"diverged at step \d+ \(batch \d+\): gradient norm is (nan|inf)", training["failure"])
     assert summary == {}, "nothing was measured at its end"
     assert training["steps"] == len(history(tmp_path))
+    whole = json.loads((trained / "output/training.json").read_text())
+    assert training["parameters"] == whole["parameters"], "also of shards"
     assert not (tmp_path / "output" / "model.safetensors").exists()
     assert read_events(tmp_path, "model") == []
 
