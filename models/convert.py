@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,8 @@ from polytrope.models.rewriting import FunctionalActivation
 from polytrope.models.selection import Left, Selection, select_activations
 from polytrope.models.surgery import Choice, is_activation, replace_module
 from polytrope.models.writing import appearing
+from polytrope.ops.families import check_degree
+from polytrope.ops.interpolate import FAMILIES
 
 CERTIFICATES = "certificates.json"
 RATED_SAMPLES = 8  # that the costs and the difference are of
@@ -206,12 +209,13 @@ def convert(
         progress: is told what begins, by the number of the step, of 3.
 
     Raises:
-        ValueError: nothing to convert, data the model cannot run on, a layer that cannot be fitted, a conversion that
-            has no effect.
+        ValueError: an option that is not as described, nothing to convert, data the model cannot run on, a layer that
+            cannot be fitted, a conversion that has no effect.
     """
-    batches = read_batches(data, samples)
-    highest = degree or (8 if target_error is None else 16)
+    highest = (8 if target_error is None else 16) if degree is None else degree
     options = FitOptions(family, highest, target_error, coverage, derivative_weight, tuple(constraints))
+    _check(options, samples)
+    batches = read_batches(data, samples)
     if not in_place:
         try:
             model = copy.deepcopy(model)
@@ -220,6 +224,23 @@ def convert(
     run = inputs.forward if forward is None else _first_tensor_of(forward)
     choice = Choice(types, include, exclude, layers)
     return convert_batches(model, batches, options, choice, forward=run, tell=progress)
+
+
+def _check(options: FitOptions, samples: int | None) -> None:
+    known = (*FAMILIES, "auto")
+    if options.family not in known:
+        raise ValueError(f"family: expected one of {', '.join(known)}, got {options.family!r}")
+    check_degree(options.degree)
+    if options.target_error is None and options.family == "auto":
+        raise ValueError("family: auto chooses by target_error; give it (0.01 is 1 %), or name a family")
+    if options.target_error is not None and not 0 < options.target_error < math.inf:
+        raise ValueError(f"target_error: expected a number > 0, got {options.target_error!r}")
+    if options.coverage is not None and not 0.5 < options.coverage <= 1:
+        raise ValueError(f"coverage: expected a share above 0.5, at most 1, got {options.coverage!r}")
+    if not 0 <= options.derivative_weight < math.inf:
+        raise ValueError(f"derivative_weight: expected a number ≥ 0, got {options.derivative_weight!r}")
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples: expected at least 1, or None for all, got {samples!r}")
 
 
 def convert_batches(

@@ -74,6 +74,28 @@ def check_variable(variable: Any) -> Variable | None:
     return shift, scale
 
 
+def check_input(x: Tensor, glu: bool) -> None:
+    """What kernels refuse of x, for functions that are written in torch.
+
+    Raises:
+        TypeError: no float tensor.
+        ValueError: `glu`, and no two halves along the last dimension.
+    """
+    _check_dtype(x.dtype)
+    if glu:
+        _check_halves(x.shape)
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in native.DATA_TYPES:
+        raise TypeError(f"activations take float tensors (bfloat16, float16, float32, float64), got {dtype}")
+
+
+def _check_halves(shape: torch.Size) -> None:
+    if len(shape) == 0 or shape[-1] % 2:
+        raise ValueError(f"x: with glu the last dimension holds two halves, got shape {list(shape)}")
+
+
 def hermite(
     x: Tensor,
     coefficients: Tensor,
@@ -287,14 +309,14 @@ def composition(
     A polynomial everywhere, without comparisons. coefficients: of each P_i `[(groups,) degree + 1]`, innermost first.
     bfloat16 and float16 are rounded at the end only.
     """
-    if glu:
-        x, factor = x.chunk(2, -1)
+    check_input(x, glu)
+    x, factor = x.chunk(2, -1) if glu else (x, None)
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     value = (wide - center) / half_width
     for numbers in coefficients:
         value = _chebyshev_sum(value, numbers, dim, {})
-    value = (value * wide if gate else value).to(x.dtype)
-    return value * factor if glu else value
+    value = value * wide if gate else value
+    return (value if factor is None else value * factor.to(value.dtype)).to(x.dtype)
 
 
 def _chebyshev_sum(u: Tensor, coefficients: Tensor, dim: int, powers: dict[int, Tensor]) -> Tensor:
@@ -385,8 +407,7 @@ def describe(
     variable: Variable | None = None,
 ) -> tuple[Formula, Packing]:
     """The formula and the packing for an x and parts of these shapes, which are checked."""
-    if dtype not in native.DATA_TYPES:
-        raise TypeError(f"activations take float tensors (bfloat16, float16, float32, float64), got {dtype}")
+    _check_dtype(dtype)
     degree, second_degree, packing = _count(family, part_shapes)
     groups, dims = packing.groups(part_shapes), len(shape)
     if family != Family.PIECEWISE_LINEAR:
@@ -396,8 +417,7 @@ def describe(
     if family == Family.POLYNORM and dims == 0:
         raise ValueError("x: polynorm needs at least one dimension, got a scalar")
     if glu:
-        if dims == 0 or shape[-1] % 2:
-            raise ValueError(f"x: with glu the last dimension holds two halves, got shape {list(shape)}")
+        _check_halves(shape)
         if groups > 1 and dim not in (-1, dims - 1):
             raise ValueError(f"dim: with glu the groups lie along the last dimension, got {dim}")
     if groups > 1:

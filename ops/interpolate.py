@@ -122,8 +122,8 @@ def fit(
             interval, beyond the rounding of any result in it; None: any. With measured inputs a degree that loses more
             is given up for a wider interval, or the best lower degree.
 
-    With measured inputs no degree has a larger root mean square error than a lower one (tropical excepted): where it
-    would have, the lower one is returned, its further terms 0.
+    With measured inputs no degree has a larger root mean square error than a lower one (tropical and interpolation
+    excepted): where it would have, the lower one is returned, its further terms 0.
 
     Raises:
         ValueError: an argument that is not as described; a target that is not finite or not elementwise; more
@@ -373,16 +373,17 @@ def _ascending(task: _Task, family: str, highest: int, refusals: dict[int, Value
     """For degree 1, 2, … `highest` the best of all fits up to that degree, written with that degree: none is worse than
     the one before. None as long as all were refused; `refusals` gets the reasons.
     """
+    is_nested = family in NESTED and task.method != "interpolation"  # whose conditions are those of this very degree
     best: _Candidate | None = None
     for degree, attempt in enumerate(_attempts(task, family, highest), start=1):
         try:
             found = attempt()
-            if best is None or found.rms < best.rms or family not in NESTED:
+            if best is None or found.rms < best.rms or not is_nested:
                 best = found
         except ValueError as error:
             refusals[degree] = error
         if best is not None and best.config["degree"] < degree:
-            best = _raised(best, degree) if family in NESTED else None
+            best = _raised(best, degree) if is_nested else None
         yield best
 
 
@@ -390,7 +391,14 @@ def _attempts(task: _Task, family: str, highest: int) -> Iterator[Callable[[], _
     """How to fit each degree from 1 on."""
     if family not in LINEAR:
         problem = task.problem(family, highest, task.interval)
-        for degree, solution in enumerate(NONLINEAR[family](problem), start=1):
+        solutions = NONLINEAR[family](problem)
+        for degree in range(1, highest + 1):
+            try:
+                solution = next(solutions)
+            except ValueError as error:  # the search has ended with it: so have all further degrees
+                for _ in range(degree, highest + 1):
+                    yield partial(_refuse, error)
+                return
             yield partial(_candidate, task, replace(problem, degree=degree), solution)
         return
     intervals: Sequence[Ends | None] = [task.interval] * (highest + 1)
@@ -402,6 +410,10 @@ def _attempts(task: _Task, family: str, highest: int) -> Iterator[Callable[[], _
         intervals = placement.best_intervals(task.few, task.kinks, columns, highest)
     for degree in range(1, highest + 1):
         yield partial(_robust, task, task.problem(family, degree, intervals[degree]))
+
+
+def _refuse(error: ValueError) -> _Candidate:
+    raise error
 
 
 def _robust(task: _Task, problem: Problem) -> _Candidate:

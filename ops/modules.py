@@ -728,9 +728,8 @@ def _affine(
 
     Like the kernels it computes bfloat16 and float16 in float32 and rounds once.
     """
+    functional.check_input(x, glu)
     wide = torch.promote_types(x.dtype, torch.float32)
-    if glu and (x.dim() == 0 or x.shape[-1] % 2):
-        raise ValueError(f"x: with glu the last dimension holds two halves, got shape {list(x.shape)}")
     argument, factor = x.chunk(2, dim=-1) if glu else (x, None)
     argument = argument.to(wide)
     numbers = [number.to(wide).flatten() for number in (gain, offset, input_scale, input_shift)]

@@ -291,9 +291,15 @@ def _with_last(problem: _Problem, chain: Chain, v: Array, degree: int, kept: Arr
     return replace(chain, polynomials=(*chain.polynomials, last), error=error, condition=condition)
 
 
+def _terms(chain: Chain) -> Array:
+    """Numbers of the terms of the last polynomial that are not 0; of the zero polynomial the constant."""
+    last = chain.polynomials[-1]
+    return np.flatnonzero(last) if last.any() else np.zeros(1, dtype=np.int64)
+
+
 def _refitted(problem: _Problem, chain: Chain) -> Chain:
     """With the last polynomial fitted on these points."""
-    kept = np.flatnonzero(chain.polynomials[-1])
+    kept = _terms(chain)
     v = _run(chain.polynomials[:-1], (problem.x - chain.center) / chain.half)[0]
     inner = replace(chain, polynomials=chain.polynomials[:-1])
     return _with_last(problem, inner, v, chain.degrees[-1], kept)
@@ -306,7 +312,7 @@ def _minimax(problem: _Problem, chain: Chain) -> Chain:
     """
     u = (problem.x - chain.center) / chain.half
     v = _run(chain.polynomials[:-1], u)[0]
-    kept = np.flatnonzero(chain.polynomials[-1])
+    kept = _terms(chain)
     columns = _columns(problem, v, chain.degrees[-1], chain.gate, kept)
     basis, triangle = np.linalg.qr(columns)
     weights = np.full(len(u), 1.0 / len(u))
@@ -321,6 +327,8 @@ def _minimax(problem: _Problem, chain: Chain) -> Chain:
         off = np.abs(problem.values - basis @ solution)
         if off.max() < best[0]:
             best = (float(off.max()), np.linalg.solve(triangle, solution))
+        if not off.any():
+            break
         weights = weights * off
         weights /= weights.sum()
     last = np.zeros_like(chain.polynomials[-1])

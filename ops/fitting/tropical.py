@@ -255,8 +255,11 @@ def _refined(breaks: Array, candidates: Array, data: Data, degree: int) -> Broke
         sign = 1.0 if int((changes > 0).sum()) > int((changes < 0).sum()) else -1.0
         points = np.delete(points, int(np.where(changes * sign > 0, np.abs(changes), np.inf).argmin()))
     points, cost = moved(points, float(cost))
+    between = candidates[1:-1]
     for _ in range(min(_INSERTED, 2 * degree - len(points))):  # there may be room for more of the other sign
-        tried = np.sort(np.concatenate([np.tile(points, (len(candidates) - 2, 1)), candidates[1:-1, None]], axis=1))
+        if not len(between):
+            break
+        tried = np.sort(np.concatenate([np.tile(points, (len(between), 1)), between[:, None]], axis=1))
         found = costs(tried)[0]
         longer, new = moved(tried[int(found.argmin())], float(found.min()))
         if not new < cost * (1 - 1e-3):

@@ -135,6 +135,26 @@ def test_what_cannot_be_told_is_asked_for(x: Tensor) -> None:
         convert(nn.GELU(), [x])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"family": "hermit"}, r"^family: expected one of hermite, .*, auto, got 'hermit'"),
+        ({"family": "auto"}, "^family: auto chooses by target_error"),
+        ({"degree": 0}, "^degree: expected an integer from 1 to 16, got 0"),
+        ({"target_error": 0.0}, "^target_error: expected a number > 0, got 0.0"),
+        ({"coverage": 2.0}, "^coverage: expected a share above 0.5, at most 1, got 2.0"),
+        ({"derivative_weight": -1.0}, "^derivative_weight: expected a number ≥ 0, got -1.0"),
+        ({"samples": 0}, "^samples: expected at least 1, or None for all, got 0"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_data_is_read(options: dict[str, Any], message: str) -> None:
+    def data(_model: nn.Module) -> Any:
+        raise AssertionError("read")
+
+    with pytest.raises(ValueError, match=message):
+        convert(network(), data, **options)
+
+
 def test_a_conversion_in_place_that_fails_leaves_the_model_as_it_was(x: Tensor) -> None:
     model = network()
     names, before = [name for name, _ in model.named_modules()], model(x)["logits"]

@@ -121,6 +121,14 @@ def test_groups_gated_use_and_half_precision() -> None:
         torch.testing.assert_close(glu(x), single(x[:, :2]) * x[:, 2:])
         imitation = activation(CONFIGS[2])
         coarse = imitation(x.bfloat16())
+        both = torch.cat([x[:, :2], x[:, 2:]], dim=1).bfloat16()
+        assert torch.equal(glu(both), glu(both.float()).bfloat16())
+        for wrong in (torch.zeros(2, 3), torch.zeros(())):
+            with pytest.raises(ValueError, match="with glu the last dimension holds two halves"):
+                glu(wrong)
+        for name in ("composition", "affine"):
+            with pytest.raises(TypeError, match="activations take float tensors"):
+                build_activation({"name": name})(torch.ones(3, dtype=torch.int64))
     assert coarse.dtype == torch.bfloat16
     assert torch.equal(coarse, imitation(x.bfloat16().float()).bfloat16())  # one rounding, at the end
 
@@ -231,6 +239,15 @@ def test_measured_inputs_are_what_is_fitted_and_those_outside_do_not_count() -> 
     assert found.certificate.maximum < 0.03
     with pytest.raises(ValueError, match=r"domain: no measured input lies in \(7, 9\); they are -6 … 6"):
         fit_composition("gelu", (7.0, 9.0), 3, measured=measured)
+
+
+@pytest.mark.parametrize("depth", [1, 6])
+def test_inputs_that_a_relu_takes_to_0_are_fitted_by_0(depth: int) -> None:
+    x = np.linspace(-7, -2, 101)
+    for measured in (None, (x, np.ones(101))):
+        found = fit_composition("relu", (-8.0, -1.0), depth, measured=measured)
+        assert found.certificate.maximum == 0.0
+        assert not found.build()(torch.linspace(-8, -1, 9)).any()
 
 
 def test_a_target_error_takes_the_smallest_depth_and_then_the_fewest_products() -> None:

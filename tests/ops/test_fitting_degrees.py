@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polytrope.ops.fitting import placement
+from polytrope.ops.fitting import placement, solvers
 from polytrope.ops.fitting.refinement import Data
 from polytrope.ops.fitting.solvers import columns_of
 from polytrope.ops.fitting.targets import broken_line, find_kinks, resolve_target, sample
@@ -155,6 +157,39 @@ def test_what_cannot_be_reached_is_said_with_the_best_and_the_reasons() -> None:
         fit_to_error("gelu", "hermite", 1e-12, degrees=range(1, 9), constraints=("ends", "origin"))
     with pytest.raises(ValueError, match="auto chooses by an error: fit_to_error"):
         fit("gelu", "auto", 3)
+
+
+def test_interpolation_keeps_its_conditions_where_a_lower_degree_has_less_error() -> None:
+    nodes = np.array([-3.0, -1.0, 0.5, 3.0])
+    found = fit("gelu", "hermite", 7, interval=(-4, 4), weight=(POINTS, COUNTS), method="interpolation", nodes=nodes)
+    below = fit("gelu", "hermite", 6, interval=(-4, 4), weight=(POINTS, COUNTS), method="interpolation", nodes=nodes)
+    assert below.certificate.rms < found.certificate.rms
+    value, slope = found.curve(nodes)
+    wanted, slope_wanted = sample(resolve_target("gelu"), nodes)
+    assert np.abs(value - wanted).max() < 1e-12
+    assert np.abs(slope - slope_wanted).max() < 1e-12
+
+
+@pytest.mark.parametrize("target", ["gelu", "relu"])
+@pytest.mark.parametrize("x", [0.0, 1.5])
+def test_an_activation_that_receives_one_number_is_fitted_and_one_family_that_fails_takes_no_other_away(
+    x: float, target: str
+) -> None:
+    options: dict[str, Any] = {"interval": "best", "weight": (np.array([x]), np.ones(1))}
+    wanted = float(resolve_target(target)(torch.tensor(x)))
+    exact = fit(target, "tropical_rational", 6, **options).build()
+    assert float(exact(torch.tensor(x))) == pytest.approx(wanted, abs=1e-6)
+
+    def broken(_problem: Any) -> Iterator[Any]:
+        yield from ()
+        raise ValueError("no such search")
+
+    kept, solvers.NONLINEAR["rational"] = solvers.NONLINEAR["rational"], broken
+    try:
+        with pytest.raises(ValueError, match=r"rational of degree 1, 2 \(no such search\)"):
+            fit_to_error("gelu", "auto", -1.0, degrees=(1, 2), **options)
+    finally:
+        solvers.NONLINEAR["rational"] = kept
 
 
 def test_a_function_of_straight_lines_is_known() -> None:

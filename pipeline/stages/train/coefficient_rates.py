@@ -14,20 +14,24 @@ from polytrope.ops import LearnableActivation
 STEP = 50.0
 LARGEST = 10.0
 WITHOUT_ENDS = 0.1  # where the formula goes on outside, no step is small for all inputs
+FINE_TUNING = 0.1  # of the step: the functions of a trained model have their shape, which a whole step takes away
 _POINTS = 65
 
 
-def coefficient_multiple(activation: LearnableActivation) -> float:
+def coefficient_multiple(activation: LearnableActivation, fine_tuning: bool = False) -> float:
     """The learning rate of an activation's coefficients, in units of the base rate, rounded to 1, 2 or 5 · 10^k.
 
     AdamW moves every coefficient by about the learning rate, whatever its gradient: how far that moves the function is
     the matter of the coordinates. With R, the root mean square over the interval (or [-4, 4]) of the norm of F's
     gradient by its coefficients, a step moves F by at most R times the rate; so the rate is `STEP` / R, and the same
     function learns equally fast in any basis. Where no straight lines follow outside the interval, `WITHOUT_ENDS`.
+
+    Args:
+        fine_tuning: the model is a trained or converted one: `FINE_TUNING` times that where straight lines follow.
     """
     if activation.accepts_interval and activation.interval is None:
         return WITHOUT_ENDS
-    return _rounded(min(LARGEST, STEP / response(activation)))
+    return _rounded(min(LARGEST, STEP / response(activation)) * (FINE_TUNING if fine_tuning else 1.0))
 
 
 def response(activation: LearnableActivation) -> float:

@@ -17,8 +17,8 @@ def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict
     """Matrices decay; norms, biases, layer scales and activation coefficients do not; coefficients have their own rate.
 
     Coefficients are one group, `coefficients`, where `coefficient_learning_rate` is given; else one for each multiple
-    of the base rate that `coefficient_multiple` says: `coefficients_x10`. `peak` is a group's peak learning rate; the
-    schedule scales it.
+    of the base rate that `coefficient_multiple` says: `coefficients_x10`; parameters without a model are those of
+    fine-tuning. `peak` is a group's peak learning rate; the schedule scales it.
     """
     from polytrope.ops import is_learnable_activation
     from polytrope.pipeline.stages.train.coefficient_rates import coefficient_multiple
@@ -30,7 +30,7 @@ def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict
         if is_learnable_activation(module):
             name, peak = COEFFICIENTS, own_rate
             if peak is None:
-                multiple = coefficient_multiple(module)  # type: ignore[arg-type]
+                multiple = coefficient_multiple(module, fine_tuning=parameters.model is None)  # type: ignore[arg-type]
                 name, peak = f"{COEFFICIENTS}_x{multiple:g}", multiple * parameters.learning_rate
             peaks[name] = peak
             group_of |= {id(parameter): name for parameter in module.parameters()}

@@ -170,7 +170,8 @@ class TrainParameters(BaseModel):
         None,
         ge=0,
         description="peak learning rate of activation coefficients; default: a multiple of learning_rate that moves "
-        "every activation equally fast (10 for Hermite polynomials on [-4, 4]; a tenth without an interval)",
+        "every activation equally fast (10 for Hermite polynomials on [-4, 4]; a tenth of that in fine-tuning, and a "
+        "tenth without an interval)",
     )
     minimum_learning_rate: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of the peak")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up before the cosine")
