@@ -17,7 +17,7 @@ from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.surgery import Activation, replace_module, replaced
 from polytrope.ops.fitting.targets import resolve_target, sample
 from polytrope.ops.interpolate import Fit, fit, fit_to_error
-from polytrope.ops.polynomial_only import fit_composition, fit_composition_to_error
+from polytrope.ops.polynomial_only import MAX_DEPTH, fit_composition, fit_composition_to_error
 
 _CHUNK = 1 << 20
 
@@ -59,11 +59,22 @@ class PolynomialOnly:
         depth: multiplicative depth of every activation; with a target error the largest one tried.
         domain: (lo, hi) of every activation; None: the extremes of the measured inputs, widened.
         margin: by how much of their distance, on each side.
+
+    Raises:
+        ValueError: one that cannot be.
     """
 
     depth: int = 6
     domain: tuple[float, float] | None = None
     margin: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.depth <= MAX_DEPTH:
+            raise ValueError(f"depth: expected 1 to {MAX_DEPTH}, got {self.depth}")
+        if self.domain is not None and not (-math.inf < self.domain[0] < self.domain[1] < math.inf):
+            raise ValueError(f"domain: expected (lo, hi) with lo < hi, both finite, got {self.domain}")
+        if not 0 <= self.margin < math.inf:
+            raise ValueError(f"margin: expected a share of at least 0, got {self.margin}")
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,17 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 def head(batches: Sequence[Any], count: int) -> Any:
     """The first `count` samples of the batch with the most numbers; all of a batch whose tensors have other lengths."""
     largest = max(batches, key=lambda batch: next((tensor.numel() for tensor in tensors_of(batch)), 0))
-    tensors = list(tensors_of(largest))
-    if not tensors or any(tensor.dim() == 0 or len(tensor) != len(tensors[0]) for tensor in tensors):
-        return largest
-    return _mapped(largest, lambda tensor: tensor[:count])
+    first = part(largest, 0, count)
+    return largest if first is None else first
+
+
+def part(batch: Any, start: int, stop: int) -> Any:
+    """The samples `start` … `stop` - 1 of a batch; None where its tensors have other lengths, or there are none."""
+    tensors = list(tensors_of(batch))
+    splits = isinstance(batch, Tensor | Mapping | tuple | list) and bool(tensors)
+    if not splits or any(tensor.dim() == 0 or len(tensor) != len(tensors[0]) for tensor in tensors):
+        return None
+    return _mapped(batch, lambda tensor: tensor[start:stop])
 
 
 def forward(model: nn.Module, batch: Any) -> Tensor:
