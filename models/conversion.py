@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +173,7 @@ def _root_mean_square(module: nn.Module, measure: tuple[np.ndarray, np.ndarray])
 
 
 def fit_layers(
-    activations: Sequence[Activation], calibrations: Mapping[str, Calibration], options: FitOptions
+    activations: Iterable[Activation], calibrations: Mapping[str, Calibration], options: FitOptions
 ) -> list[LayerConversion]:
     """Fits of all activations, in order; see `fit_layer`."""
     return [fit_layer(activation, calibrations[activation.name], options) for activation in activations]
@@ -188,37 +188,41 @@ def apply(model: nn.Module, conversions: Sequence[LayerConversion]) -> None:
 def layer_costs(
     model: nn.Module,
     conversions: Sequence[LayerConversion],
-    batch: Any,
+    batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Tensor],
 ) -> dict[str, float]:
     """How far the model's output moves when only this layer is converted: |difference| / |output|, per layer.
 
-    The model is as it was afterwards.
+    One batch after the other: two outputs of one of them are all that is held. The model is as it was afterwards.
 
     Raises:
         ValueError: the model does not call the new module where it called the old one; names it.
     """
-    costs: dict[str, float] = {}
+    difference = {conversion.name: 0.0 for conversion in conversions}
+    size = 0.0
+    modules = {conversion.name: conversion.fit.build() for conversion in conversions}
     with measuring(model):
-        with _counting({conversion.name: conversion.module for conversion in conversions}) as before:
-            original = forward(model, batch)
-        for conversion in conversions:
-            name = conversion.name
-            module = conversion.fit.build()
-            with replaced(model, name, module), _counting({name: module}) as after:
-                moved = forward(model, batch)
-            _check_effect(before, after, "before its conversion")
-            costs[name] = _relative_distance(moved, original)
-    return costs
+        for batch in batches:
+            with _counting({conversion.name: conversion.module for conversion in conversions}) as before:
+                original = forward(model, batch)
+            size += _squares(original)
+            for name, module in modules.items():
+                with replaced(model, name, module), _counting({name: module}) as after:
+                    moved = forward(model, batch)
+                _check_effect(before, after, "before its conversion")
+                difference[name] += _squares(moved, original)
+    return {name: math.sqrt(moved / size) if size else math.inf if moved else 0.0 for name, moved in difference.items()}
 
 
-def _relative_distance(moved: Tensor, original: Tensor) -> float:
-    """|moved - original| / |original|, summed in float64 part by part: logits are large."""
-    difference, size = 0.0, 0.0
-    for here, there in zip(moved.flatten().split(_CHUNK), original.flatten().split(_CHUNK), strict=True):  # type: ignore[no-untyped-call]
-        difference += float((here.double() - there.double()).square().sum())
-        size += float(there.double().square().sum())
-    return math.sqrt(difference / size) if size else math.inf if difference else 0.0
+def _squares(here: Tensor, there: Tensor | None = None) -> float:
+    """|here - there|², summed in float64 part by part: logits are large."""
+    parts = here.flatten().split(_CHUNK)  # type: ignore[no-untyped-call]
+    if there is None:
+        return sum(float(part.double().square().sum()) for part in parts)
+    others = there.flatten().split(_CHUNK)  # type: ignore[no-untyped-call]
+    return sum(
+        float((part.double() - other.double()).square().sum()) for part, other in zip(parts, others, strict=True)
+    )
 
 
 def prove(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,11 @@ from polytrope.models.writing import appearing
 from polytrope.ops.polynomial_only import MAX_DEPTH
 
 CERTIFICATES = "certificates.json"
-RATED_SAMPLES = 8  # that the costs and the difference are of
+RATED_SAMPLES = 8  # that the difference is of, and the costs if nothing else is said
+SAID_EVERY = 10.0  # seconds, how far a long step is
 _FORMAT = 1
 
+_Item = TypeVar("_Item")
 Forward = Callable[[nn.Module, Any], Tensor]
 Measure = Callable[[nn.Module, Selection, Sequence[Any]], dict[str, Calibration]]
 
@@ -63,7 +65,8 @@ class ConvertedActivation:
         certificate: bounds of its errors by name (`polytrope.ops.interpolate.Certificate`); None where there is none,
             as outside of a domain.
         inputs: extremes and quantiles of what it receives.
-        cost: how far the model's output moves when this one alone is converted, relative to the output.
+        cost: how far the model's output moves when this one alone is converted, relative to the output; None: not
+            measured.
     """
 
     name: str
@@ -73,7 +76,7 @@ class ConvertedActivation:
     relative_error: float
     certificate: dict[str, Any]
     inputs: dict[str, Any]
-    cost: float
+    cost: float | None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Conversion:
         difference: of the model's output on the first samples from the one before: |difference| / |output|.
         layers: the fits with their calibrations; none in a conversion that was loaded.
         selection: what was chosen, with the calls that became modules; None in one that was loaded.
-        rated: the samples that `difference` and the costs are of.
+        rated: the samples that `difference` is of.
         polynomials: with `polynomial_only`, what they cost, and their inputs on samples that were kept aside.
     """
 
@@ -118,7 +121,7 @@ class Conversion:
                     "{:.2f} … {:.2f}".format(*entry.interval),
                     f"{entry.relative_error:.2e}",
                     f"{entry.certificate['maximum']:.2e}",
-                    f"{entry.cost:.2e}",
+                    "–" if entry.cost is None else f"{entry.cost:.2e}",
                 ]
             )
         only = self.polynomials
@@ -218,6 +221,7 @@ def convert(
     exclude: Sequence[str] = (),
     layers: tuple[int, int] | None = None,
     samples: int | None = 256,
+    rated_samples: int = RATED_SAMPLES,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     in_place: bool = False,
     progress: Callable[[int, str], None] | None = None,
@@ -239,9 +243,10 @@ def convert(
             inputs, widened on each side by that share of their distance.
         types, include, exclude, layers: which activations, as of `surgery.Choice`.
         samples: as many samples of the data are used, rounded up to whole batches; None: all.
+        rated_samples: the costs of the activations are measured on as many, one activation after the other; 0: not.
         forward: how a batch goes through the model, where the above does not fit; returns what holds a tensor.
         in_place: convert `model` itself; otherwise a copy, and `model` stays as it is. After an error it is as it was.
-        progress: is told what begins, by the number of the step, of 3.
+        progress: is told what begins, by the number of the step, of 3, and in a long one how far it is.
 
     Raises:
         ValueError: options that do not go together, nothing to convert, data the model cannot run on, a layer that
@@ -276,7 +281,7 @@ def convert(
             raise ValueError(f"{type(model).__name__} cannot be copied: {error}; use in_place=True") from error
     run = inputs.forward if forward is None else _first_tensor_of(forward)
     choice = Choice(types, include, exclude, layers)
-    return convert_batches(model, batches, options, choice, forward=run, tell=progress)
+    return convert_batches(model, batches, options, choice, forward=run, tell=progress, rated_samples=rated_samples)
 
 
 def convert_batches(
@@ -288,11 +293,13 @@ def convert_batches(
     forward: Forward = inputs.forward,
     measure: Measure | None = None,
     tell: Callable[[int, str], None] | None = None,
+    rated_samples: int = RATED_SAMPLES,
 ) -> Conversion:
     """What `convert` does, in place.
 
     Args:
         measure: calibrates the chosen activations elsewhere.
+        tell: is told what begins, and in a long step how far it is.
 
     Raises:
         ValueError: as of `convert`; the model is as it was.
@@ -301,6 +308,10 @@ def convert_batches(
     held_out: list[Any] = []
     if options.polynomial_only is not None:
         batches, held_out = hold_out(batches)
+
+    def going(step: int, what: str, items: Sequence[_Item]) -> Iterator[_Item]:
+        return inputs.paced(items, lambda text: say(step, f"{what}: {text}"), every=SAID_EVERY)
+
     total = sum(map(size_of, batches))
     said = f" on {total} samples" if total else ""
     if not model._modules and is_activation(model):
@@ -322,12 +333,15 @@ def convert_batches(
         found = selection.activations
         say(1, f"calibrating {len(found)} activations{said}")
         if measure is None:
-            calibrations = calibrate(model, found, batches, forward)
+            calibrations = calibrate(model, found, going(1, "calibrating", batches), forward)
         else:
             calibrations = measure(model, selection, batches)
         say(2, f"fitting {options.title()}")
-        fits = fit_layers(found, calibrations, options)
-        costs = layer_costs(model, fits, rated, forward)
+        fits = fit_layers(going(2, "fitting", found), calibrations, options)
+        costs: Mapping[str, float] = {}
+        if rated_samples:
+            rating = inputs.heads(batches, rated_samples)
+            costs = layer_costs(model, fits, going(2, "rating", rating), forward)
         try:
             apply(model, fits)
             names = [entry.name for entry in fits]
@@ -339,11 +353,11 @@ def convert_batches(
                 replace_module(model, entry.name, entry.module)
             raise
     difference = float((after - before).norm() / before.norm().clamp(min=1e-300))
-    activations = [_described(entry, costs[entry.name]) for entry in fits]
+    activations = [_described(entry, costs.get(entry.name)) for entry in fits]
     return Conversion(model, activations, selection.left, total, difference, fits, selection, rated, polynomials)
 
 
-def _described(entry: LayerConversion, cost: float) -> ConvertedActivation:
+def _described(entry: LayerConversion, cost: float | None) -> ConvertedActivation:
     return ConvertedActivation(
         name=entry.name,
         target=target_name(entry.module),

@@ -136,6 +136,12 @@ class ConvertParameters(BaseModel):
         "module's name",
     )
     calibration_samples: int = Field(256, ge=1, description="training samples that measure the layers' inputs")
+    rated_samples: int = Field(
+        8,
+        ge=0,
+        description="samples on which every layer alone is converted, to say how far the output moves; 0: no layer is "
+        "rated, and there is no advice",
+    )
     batch_size: int = Field(32, ge=1, description="samples per forward pass of the calibration")
     threads: int = Field(1, ge=1, description="CPU threads; part of the result's identity")
     ray_tasks: int = Field(

@@ -95,8 +95,11 @@ def convert_model(
     )
     choice = Choice(parameters.types, parameters.include, parameters.exclude, parameters.layer_range())
     measure = partial(_on_ray, source, parameters.ray_tasks) if parameters.ray_tasks else None
-    made = convert_batches(model, batches, options, choice, measure=measure, tell=tell)
-    written = record(made.layers, options, {entry.name: entry.cost for entry in made.activations}, made.left)
+    made = convert_batches(
+        model, batches, options, choice, measure=measure, tell=tell, rated_samples=parameters.rated_samples
+    )
+    costs = {entry.name: entry.cost for entry in made.activations if entry.cost is not None}
+    written = record(made.layers, options, costs, made.left)
     if made.polynomials is not None:
         written = with_polynomials(written, made.polynomials)
     if output is None:
