@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.surgery import Activation, replace_module, replaced
 from polytrope.ops.fitting.targets import resolve_target, sample
 from polytrope.ops.interpolate import Fit, fit, fit_to_error
-from polytrope.ops.polynomial_only import fit_composition, fit_composition_to_error
+from polytrope.ops.polynomial_only import MAX_DEPTH, fit_composition, fit_composition_to_error
 
 _CHUNK = 1 << 20
 
@@ -59,11 +59,22 @@ class PolynomialOnly:
         depth: multiplicative depth of every activation; with a target error the largest one tried.
         domain: (lo, hi) of every activation; None: the extremes of the measured inputs, widened.
         margin: by how much of their distance, on each side.
+
+    Raises:
+        ValueError: one that cannot be.
     """
 
     depth: int = 6
     domain: tuple[float, float] | None = None
     margin: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.depth <= MAX_DEPTH:
+            raise ValueError(f"depth: expected 1 to {MAX_DEPTH}, got {self.depth}")
+        if self.domain is not None and not (-math.inf < self.domain[0] < self.domain[1] < math.inf):
+            raise ValueError(f"domain: expected (lo, hi) with lo < hi, both finite, got {self.domain}")
+        if not 0 <= self.margin < math.inf:
+            raise ValueError(f"margin: expected a share of at least 0, got {self.margin}")
 
 
 @dataclass(frozen=True)
@@ -162,7 +173,7 @@ def _root_mean_square(module: nn.Module, measure: tuple[np.ndarray, np.ndarray])
 
 
 def fit_layers(
-    activations: Sequence[Activation], calibrations: Mapping[str, Calibration], options: FitOptions
+    activations: Iterable[Activation], calibrations: Mapping[str, Calibration], options: FitOptions
 ) -> list[LayerConversion]:
     """Fits of all activations, in order; see `fit_layer`."""
     return [fit_layer(activation, calibrations[activation.name], options) for activation in activations]
@@ -177,37 +188,41 @@ def apply(model: nn.Module, conversions: Sequence[LayerConversion]) -> None:
 def layer_costs(
     model: nn.Module,
     conversions: Sequence[LayerConversion],
-    batch: Any,
+    batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Tensor],
 ) -> dict[str, float]:
     """How far the model's output moves when only this layer is converted: |difference| / |output|, per layer.
 
-    The model is as it was afterwards.
+    One batch after the other: two outputs of one of them are all that is held. The model is as it was afterwards.
 
     Raises:
         ValueError: the model does not call the new module where it called the old one; names it.
     """
-    costs: dict[str, float] = {}
+    difference = {conversion.name: 0.0 for conversion in conversions}
+    size = 0.0
+    modules = {conversion.name: conversion.fit.build() for conversion in conversions}
     with measuring(model):
-        with _counting({conversion.name: conversion.module for conversion in conversions}) as before:
-            original = forward(model, batch)
-        for conversion in conversions:
-            name = conversion.name
-            module = conversion.fit.build()
-            with replaced(model, name, module), _counting({name: module}) as after:
-                moved = forward(model, batch)
-            _check_effect(before, after, "before its conversion")
-            costs[name] = _relative_distance(moved, original)
-    return costs
+        for batch in batches:
+            with _counting({conversion.name: conversion.module for conversion in conversions}) as before:
+                original = forward(model, batch)
+            size += _squares(original)
+            for name, module in modules.items():
+                with replaced(model, name, module), _counting({name: module}) as after:
+                    moved = forward(model, batch)
+                _check_effect(before, after, "before its conversion")
+                difference[name] += _squares(moved, original)
+    return {name: math.sqrt(moved / size) if size else math.inf if moved else 0.0 for name, moved in difference.items()}
 
 
-def _relative_distance(moved: Tensor, original: Tensor) -> float:
-    """|moved - original| / |original|, summed in float64 part by part: logits are large."""
-    difference, size = 0.0, 0.0
-    for here, there in zip(moved.flatten().split(_CHUNK), original.flatten().split(_CHUNK), strict=True):  # type: ignore[no-untyped-call]
-        difference += float((here.double() - there.double()).square().sum())
-        size += float(there.double().square().sum())
-    return math.sqrt(difference / size) if size else math.inf if difference else 0.0
+def _squares(here: Tensor, there: Tensor | None = None) -> float:
+    """|here - there|², summed in float64 part by part: logits are large."""
+    parts = here.flatten().split(_CHUNK)  # type: ignore[no-untyped-call]
+    if there is None:
+        return sum(float(part.double().square().sum()) for part in parts)
+    others = there.flatten().split(_CHUNK)  # type: ignore[no-untyped-call]
+    return sum(
+        float((part.double() - other.double()).square().sum()) for part, other in zip(parts, others, strict=True)
+    )
 
 
 def prove(

@@ -14,29 +14,42 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from polytrope.models import inputs
 from polytrope.models.calibration import Calibration, calibrate
-from polytrope.models.conversion import FitOptions, LayerConversion, apply, fit_layers, layer_costs, prove
+from polytrope.models.conversion import (
+    FitOptions,
+    LayerConversion,
+    PolynomialOnly,
+    apply,
+    fit_layers,
+    layer_costs,
+    prove,
+)
+from polytrope.models.convert_options import check_polynomial_only
 from polytrope.models.formats import read_model, write_model
 from polytrope.models.formats.module import MODULE_FILE, load_module
 from polytrope.models.inputs import Data, read_batches, size_of
 from polytrope.models.modes import measuring
+from polytrope.models.polynomials import Polynomials, hold_out, measure_polynomials
 from polytrope.models.rewriting import FunctionalActivation
 from polytrope.models.selection import Left, Selection, select_activations
 from polytrope.models.surgery import Choice, is_activation, replace_module
 from polytrope.models.writing import appearing
 from polytrope.ops.families import check_degree
 from polytrope.ops.interpolate import FAMILIES
+from polytrope.ops.polynomial_only import MAX_DEPTH
 
 CERTIFICATES = "certificates.json"
-RATED_SAMPLES = 8  # that the costs and the difference are of
+RATED_SAMPLES = 8  # that the difference is of, and the costs if nothing else is said
+SAID_EVERY = 10.0  # seconds, how far a long step is
 _FORMAT = 1
 
+_Item = TypeVar("_Item")
 Forward = Callable[[nn.Module, Any], Tensor]
 Measure = Callable[[nn.Module, Selection, Sequence[Any]], dict[str, Calibration]]
 
@@ -51,9 +64,11 @@ class ConvertedActivation:
         config: of the new module, for `polytrope.ops.build_activation`.
         interval: where the fit holds; it goes on along tangents outside.
         relative_error: root mean square over the measured inputs, relative to that of the target.
-        certificate: bounds of its errors by name (`polytrope.ops.interpolate.Certificate`).
+        certificate: bounds of its errors by name (`polytrope.ops.interpolate.Certificate`); None where there is none,
+            as outside of a domain.
         inputs: extremes and quantiles of what it receives.
-        cost: how far the model's output moves when this one alone is converted, relative to the output.
+        cost: how far the model's output moves when this one alone is converted, relative to the output; None: not
+            measured.
     """
 
     name: str
@@ -63,7 +78,7 @@ class ConvertedActivation:
     relative_error: float
     certificate: dict[str, Any]
     inputs: dict[str, Any]
-    cost: float
+    cost: float | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +93,8 @@ class Conversion:
         difference: of the model's output on the first samples from the one before: |difference| / |output|.
         layers: the fits with their calibrations; none in a conversion that was loaded.
         selection: what was chosen, with the calls that became modules; None in one that was loaded.
-        rated: the samples that `difference` and the costs are of.
+        rated: the samples that `difference` is of.
+        polynomials: with `polynomial_only`, what they cost, and their inputs on samples that were kept aside.
     """
 
     model: nn.Module = field(repr=False, compare=False)
@@ -89,6 +105,7 @@ class Conversion:
     layers: list[LayerConversion] = field(default_factory=list, repr=False, compare=False)
     selection: Selection | None = field(default=None, repr=False, compare=False)
     rated: Any = field(default=None, repr=False, compare=False)
+    polynomials: Polynomials | None = None
 
     @property
     def certificates(self) -> dict[str, dict[str, Any]]:
@@ -106,10 +123,18 @@ class Conversion:
                     "{:.2f} … {:.2f}".format(*entry.interval),
                     f"{entry.relative_error:.2e}",
                     f"{entry.certificate['maximum']:.2e}",
-                    f"{entry.cost:.2e}",
+                    "–" if entry.cost is None else f"{entry.cost:.2e}",
                 ]
             )
+        only = self.polynomials
+        if only is not None:
+            rows[0] += ["depth", "products", "held-out inputs outside"]
+            for row in rows[1:]:
+                cost, seen = only.costs[row[0]], only.seen[row[0]]
+                row += [str(cost.depth), str(cost.products), f"{seen.outside} of {seen.inputs}"]
         text = f"{_table(rows)}\n\nall together: the output moves by {self.difference:.2e}"
+        if only is not None:
+            text += f"\n{only.describe()}"
         if self.left:
             stays = [["stays as it is", "kind", "reason"]]
             stays += [[entry.name, entry.kind, entry.reason] for entry in self.left]
@@ -138,6 +163,7 @@ class Conversion:
             "difference": self.difference,
             "activations": [asdict(entry) for entry in self.activations],
             "left": [asdict(entry) for entry in self.left],
+            "polynomials": None if self.polynomials is None else self.polynomials.to_dict(),
         }
         with appearing(Path(directory), CERTIFICATES) as aside:
             write_model(aside, self.model, source=None if source is None else Path(source), inputs=named or None)
@@ -163,33 +189,41 @@ class Conversion:
             entries = [{**entry, "interval": tuple(entry["interval"])} for entry in content["activations"]]
             activations = [ConvertedActivation(**entry) for entry in entries]
             left = [Left(**entry) for entry in content["left"]]
+            only = content.get("polynomials")
+            polynomials = None if only is None else Polynomials.from_dict(only)
             samples, difference = int(content["samples"]), float(content["difference"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read: {error}; name a directory of Conversion.save") from error
         if (source / MODULE_FILE).exists():
             if model is None:
                 raise ValueError(f"{source}: give a fresh model too, Conversion.load(directory, model)")
-            return cls(load_module(source, model), activations, left, samples, difference)
+            loaded = load_module(source, model)
+            return cls(loaded, activations, left, samples, difference, polynomials=polynomials)
         if model is not None:
             raise ValueError(f"{source} says how its model is built: Conversion.load(directory), without a model")
-        return cls(read_model(source), activations, left, samples, difference)
+        return cls(read_model(source), activations, left, samples, difference, polynomials=polynomials)
 
 
 def convert(
     model: nn.Module,
     data: Data,
     *,
-    family: str = "hermite",
+    family: str | None = None,
     degree: int | None = None,
     target_error: float | None = None,
     coverage: float | None = None,
     derivative_weight: float = 0.01,
     constraints: Sequence[str] = (),
+    polynomial_only: bool = False,
+    depth: int | None = None,
+    domain: tuple[float, float] | None = None,
+    domain_margin: float = 0.25,
     types: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     layers: tuple[int, int] | None = None,
     samples: int | None = 256,
+    rated_samples: int = RATED_SAMPLES,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     in_place: bool = False,
     progress: Callable[[int, str], None] | None = None,
@@ -200,20 +234,47 @@ def convert(
         model: any; it is in the mode it was in afterwards.
         data: batches (a DataLoader, a list of dicts, tensors or tuples), or a function that runs the model. A dict goes
             in by name; of a tuple as many entries as the model's `forward` requires, the others are labels.
-        family, target_error, coverage, derivative_weight, constraints: as of `conversion.FitOptions`.
+        family, target_error, coverage, derivative_weight, constraints: as of `conversion.FitOptions`; hermite if not
+            given.
         degree: 8 if not given; with `target_error` the highest one tried, 16 if not given.
+        polynomial_only: sums and products alone, for encrypted inference and verification, on a certified range; a
+            quarter of the samples is kept aside and checks it.
+        depth: multiplicative depth of each polynomial, 6 if not given; with `target_error` the largest one tried, 16 if
+            not given.
+        domain, domain_margin: the certified range (lo, hi) of all of them; if not given, the extremes of the measured
+            inputs, widened on each side by that share of their distance.
         types, include, exclude, layers: which activations, as of `surgery.Choice`.
         samples: as many samples of the data are used, rounded up to whole batches; None: all.
+        rated_samples: the costs of the activations are measured on as many, one activation after the other; 0: not.
         forward: how a batch goes through the model, where the above does not fit; returns what holds a tensor.
         in_place: convert `model` itself; otherwise a copy, and `model` stays as it is. After an error it is as it was.
-        progress: is told what begins, by the number of the step, of 3.
+        progress: is told what begins, by the number of the step, of 3, and in a long one how far it is.
 
     Raises:
-        ValueError: an option that is not as described, nothing to convert, data the model cannot run on, a layer that
+        ValueError: an option that is not as described or does not go with another, nothing to convert, data the model cannot run on, a layer that
             cannot be fitted, a conversion that has no effect.
     """
-    highest = (8 if target_error is None else 16) if degree is None else degree
-    options = FitOptions(family, highest, target_error, coverage, derivative_weight, tuple(constraints))
+    given = {
+        "family": family,
+        "degree": degree,
+        "coverage": coverage,
+        "derivative_weight": derivative_weight,
+        "constraints": list(constraints),
+        "depth": depth,
+        "domain": domain,
+        "domain_margin": domain_margin,
+    }
+    check_polynomial_only(polynomial_only, given)
+    largest_depth = (6 if target_error is None else MAX_DEPTH) if depth is None else depth
+    options = FitOptions(
+        "composition" if polynomial_only else family or "hermite",
+        (8 if target_error is None else 16) if degree is None else degree,
+        target_error,
+        coverage,
+        derivative_weight,
+        tuple(constraints),
+        PolynomialOnly(largest_depth, domain, domain_margin) if polynomial_only else None,
+    )
     _check(options, samples)
     batches = read_batches(data, samples)
     if not in_place:
@@ -223,12 +284,12 @@ def convert(
             raise ValueError(f"{type(model).__name__} cannot be copied: {error}; use in_place=True") from error
     run = inputs.forward if forward is None else _first_tensor_of(forward)
     choice = Choice(types, include, exclude, layers)
-    return convert_batches(model, batches, options, choice, forward=run, tell=progress)
+    return convert_batches(model, batches, options, choice, forward=run, tell=progress, rated_samples=rated_samples)
 
 
 def _check(options: FitOptions, samples: int | None) -> None:
     known = (*FAMILIES, "auto")
-    if options.family not in known:
+    if options.polynomial_only is None and options.family not in known:
         raise ValueError(f"family: expected one of {', '.join(known)}, got {options.family!r}")
     check_degree(options.degree)
     if options.target_error is None and options.family == "auto":
@@ -252,16 +313,25 @@ def convert_batches(
     forward: Forward = inputs.forward,
     measure: Measure | None = None,
     tell: Callable[[int, str], None] | None = None,
+    rated_samples: int = RATED_SAMPLES,
 ) -> Conversion:
     """What `convert` does, in place.
 
     Args:
         measure: calibrates the chosen activations elsewhere.
+        tell: is told what begins, and in a long step how far it is.
 
     Raises:
         ValueError: as of `convert`; the model is as it was.
     """
     say = tell or (lambda _step, _text: None)
+    held_out: list[Any] = []
+    if options.polynomial_only is not None:
+        batches, held_out = hold_out(batches)
+
+    def going(step: int, what: str, items: Sequence[_Item]) -> Iterator[_Item]:
+        return inputs.paced(items, lambda text: say(step, f"{what}: {text}"), every=SAID_EVERY)
+
     total = sum(map(size_of, batches))
     said = f" on {total} samples" if total else ""
     if not model._modules and is_activation(model):
@@ -283,33 +353,40 @@ def convert_batches(
         found = selection.activations
         say(1, f"calibrating {len(found)} activations{said}")
         if measure is None:
-            calibrations = calibrate(model, found, batches, forward)
+            calibrations = calibrate(model, found, going(1, "calibrating", batches), forward)
         else:
             calibrations = measure(model, selection, batches)
         say(2, f"fitting {options.title()}")
-        fits = fit_layers(found, calibrations, options)
-        costs = layer_costs(model, fits, rated, forward)
+        fits = fit_layers(going(2, "fitting", found), calibrations, options)
+        costs: Mapping[str, float] = {}
+        if rated_samples:
+            rating = inputs.heads(batches, rated_samples)
+            costs = layer_costs(model, fits, going(2, "rating", rating), forward)
         try:
             apply(model, fits)
-            prove(model, [entry.name for entry in fits], rated, forward)
+            names = [entry.name for entry in fits]
+            prove(model, names, rated, forward)
             after = _output(model, rated, forward)
+            polynomials = measure_polynomials(model, names, held_out, forward) if held_out else None
         except BaseException:
             for entry in fits:
                 replace_module(model, entry.name, entry.module)
             raise
     difference = float((after - before).norm() / before.norm().clamp(min=1e-300))
-    activations = [_described(entry, costs[entry.name]) for entry in fits]
-    return Conversion(model, activations, selection.left, total, difference, fits, selection, rated)
+    activations = [_described(entry, costs.get(entry.name)) for entry in fits]
+    return Conversion(model, activations, selection.left, total, difference, fits, selection, rated, polynomials)
 
 
-def _described(entry: LayerConversion, cost: float) -> ConvertedActivation:
+def _described(entry: LayerConversion, cost: float | None) -> ConvertedActivation:
     return ConvertedActivation(
         name=entry.name,
         target=target_name(entry.module),
         config=entry.fit.config,
         interval=entry.interval,
         relative_error=entry.relative_error,
-        certificate=entry.fit.certificate.to_dict(),
+        certificate={
+            name: value if math.isfinite(value) else None for name, value in entry.fit.certificate.to_dict().items()
+        },
         inputs=entry.calibration.summary(),
         cost=cost,
     )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from polytrope.models import is_own
 from polytrope.models.modes import wrapped_forward
 
+_Item = TypeVar("_Item")
 Batch = dict[str, Tensor]
 # Batches (a DataLoader, a list of tensors, tuples or dicts), one batch, or a function that runs the model.
 Data = Iterable[Any] | Callable[[nn.Module], Any]
@@ -73,10 +75,46 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 def head(batches: Sequence[Any], count: int) -> Any:
     """The first `count` samples of the batch with the most numbers; all of a batch whose tensors have other lengths."""
     largest = max(batches, key=lambda batch: next((tensor.numel() for tensor in tensors_of(batch)), 0))
-    tensors = list(tensors_of(largest))
-    if not tensors or any(tensor.dim() == 0 or len(tensor) != len(tensors[0]) for tensor in tensors):
-        return largest
-    return _mapped(largest, lambda tensor: tensor[:count])
+    first = part(largest, 0, count)
+    return largest if first is None else first
+
+
+def heads(batches: Sequence[Any], count: int) -> list[Any]:
+    """The first `count` samples, from as few batches as can be; `head` where one has them."""
+    found: list[Any] = []
+    total = 0
+    numbers = [next((tensor.numel() for tensor in tensors_of(batch)), 0) for batch in batches]
+    for index in sorted(range(len(batches)), key=lambda index: -numbers[index]):
+        if total >= count:
+            break
+        found.append(head([batches[index]], count - total))
+        total += size_of(found[-1]) or count  # of a function the samples are not known
+    return found
+
+
+def paced(items: Sequence[_Item], say: Callable[[str], None], *, every: float) -> Iterator[_Item]:
+    """The items; where they take long, `say` is told how many are done and how long the others will take.
+
+    Args:
+        every: seconds from one line to the next.
+    """
+    started = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - said >= every:
+            left = (now - started) / done * (len(items) - done)
+            say(f"{done} of {len(items)} done, about {left:.0f} s left")
+            said = now
+        yield item
+
+
+def part(batch: Any, start: int, stop: int) -> Any:
+    """The samples `start` … `stop` - 1 of a batch; None where its tensors have other lengths, or there are none."""
+    tensors = list(tensors_of(batch))
+    splits = isinstance(batch, Tensor | Mapping | tuple | list) and bool(tensors)
+    if not splits or any(tensor.dim() == 0 or len(tensor) != len(tensors[0]) for tensor in tensors):
+        return None
+    return _mapped(batch, lambda tensor: tensor[start:stop])
 
 
 def forward(model: nn.Module, batch: Any) -> Tensor:

@@ -424,8 +424,12 @@ def _robust(task: _Task, problem: Problem) -> _Candidate:
             raise
         # Around a kink the best interval shrinks until the format cannot take it: the next wider one that it can.
         middle, half = (problem.interval[0] + problem.interval[1]) / 2, (problem.interval[1] - problem.interval[0]) / 2
+        # Never beyond the inputs: what is certified on the interval is to be a statement about them.
+        assert task.interval is not None
+        least, most = task.interval
         for factor in _WIDER:
-            wider = task.problem(problem.family, problem.degree, (middle - factor * half, middle + factor * half))
+            ends = (max(middle - factor * half, least), min(middle + factor * half, most))
+            wider = task.problem(problem.family, problem.degree, ends)
             with contextlib.suppress(RoundingError):
                 return _candidate(task, wider, _linear(task, wider))
         raise

@@ -406,7 +406,7 @@ def stage_context(
 
 
 CheckFunction = Callable[[Any, Mapping[str, Any]], None]
-PromiseFunction = Callable[[Any, Mapping[str, Any], Resources], Any]
+PromiseFunction = Callable[[Any, Mapping[str, Any], Resources, Path], Any]
 FingerprintFunction = Callable[[Any, Path], Mapping[str, str]]
 
 
@@ -441,9 +441,10 @@ def stage(
         check: `check(parameters, upstream)` raises `UserError` before anything starts. `upstream` maps each input name
             to the validated parameters of the producing stage (a dict of them by label for a fan-in, None if absent).
             A message that begins with `parameter: `, `inputs.NAME: ` or `resources.NAME: ` is shown with its line.
-        promise: `promise(parameters, upstream, resources)` returns what is certain of the result before anything starts
-            (one of `pipeline.data.promised`, or anything that later stages understand; None: nothing), and raises
-            `UserError` where an input cannot fit. `upstream` maps each input to what its stage promised.
+        promise: `promise(parameters, upstream, resources, directory)` returns what is certain of the result before
+            anything starts (one of `pipeline.data.promised`, or anything that later stages understand; None: nothing),
+            and raises `UserError` where an input cannot fit. `upstream` maps each input to what its stage promised;
+            `directory`: the workflow file's, for relative paths.
         fingerprint: `fingerprint(parameters, directory)` returns what beyond the parameters decides the result (digests
             of the files they name), as strings; part of the key. `directory`: the workflow file's, for relative paths.
             Raises `UserError` if a file is missing or empty.

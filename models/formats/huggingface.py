@@ -7,6 +7,7 @@ Weights are read as float32. Converted activations are described in `config.json
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import warnings
@@ -193,7 +194,28 @@ def _read_activations(content: Mapping[str, Any], directory: Path) -> tuple[dict
         raise ValueError(f"{path}: the converted activations cannot be read: {error!r}") from error
 
 
-def _own_model(config: dict[str, Any], record: Architecture, directory: Path, state: State) -> nn.Module:
+def own_settings(directory: Path) -> tuple[str, dict[str, Any] | None]:
+    """What `config.json` alone tells: transformers' name of the architecture, and the settings of this package's model.
+
+    Settings are those of a directory that becomes this package's model, else None. Converted activations are not among
+    them: those are in the weights' file as well.
+
+    Raises:
+        ValueError: a file that cannot be read, settings that are not supported.
+    """
+    content = read_config(directory)
+    config = original_settings(content)
+    model_type = str(config["model_type"])
+    record = find_huggingface(model_type)
+    if record is None:
+        return model_type, None
+    settings = dataclasses.asdict(_own_config(config, record, directory))
+    if _read_activations(content, directory)[0]:
+        del settings["activation"]
+    return record.name, settings
+
+
+def _own_config(config: dict[str, Any], record: Architecture, directory: Path) -> Any:
     named, classes = config.get("architectures"), record.huggingface.classes
     if named and named[0] not in classes:
         raise ValueError(
@@ -201,7 +223,15 @@ def _own_model(config: dict[str, Any], record: Architecture, directory: Path, st
             f"{' or '.join(classes)}"
         )
     try:
-        model = record.build(record.huggingface.read(config))
+        return record.huggingface.read(config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{directory}: {error}") from error
+
+
+def _own_model(config: dict[str, Any], record: Architecture, directory: Path, state: State) -> nn.Module:
+    settings = _own_config(config, record, directory)
+    try:
+        model = record.build(settings)
         weights = find_weights(state, str(directory), [record])
         record.load(model, record.own_names(weights.state))
     except (ValueError, TypeError) as error:

@@ -64,6 +64,20 @@ class PromisedModel:
 
 
 @dataclass(frozen=True)
+class PromisedForeignModel:
+    """A model of transformers, which this package converts but neither trains nor evaluates.
+
+    Args:
+        model_type: transformers' name of its architecture.
+    """
+
+    model_type: str
+
+
+AnyPromisedModel = PromisedModel | PromisedForeignModel
+
+
+@dataclass(frozen=True)
 class PromisedEvaluation:
     """Figures of the models with these labels."""
 
@@ -81,13 +95,15 @@ _TITLES: dict[type[Any], str] = {
     PromisedText: "a data set",
     PromisedImages: "a data set",
     PromisedModel: "a model",
+    PromisedForeignModel: "a model of transformers, for the stage `convert` alone",
     PromisedEvaluation: "an evaluation",
     PromisedSpeed: "a measurement of speed",
 }
 _MAKERS: dict[type[Any], str] = {
     PromisedText: "a `shard` or `shard_images` stage",
     PromisedImages: "a `shard` or `shard_images` stage",
-    PromisedModel: "a `train` or `convert` stage",
+    PromisedModel: "a `train`, `convert` or `import_model` stage of a GPT-2 or ConvNeXt",
+    PromisedForeignModel: "an `import_model` stage",
     PromisedEvaluation: "an `evaluate` stage",
     PromisedSpeed: "a `measure_speed` stage",
 }
@@ -113,6 +129,11 @@ def expect(field: str, promise: Any, kind: type[_Promise]) -> _Promise | None:
 def expect_data(field: str, promise: Any) -> PromisedData | None:
     """The same for a data set of any kind."""
     return promise if isinstance(promise, PromisedImages) else expect(field, promise, PromisedText)
+
+
+def expect_model(field: str, promise: Any) -> AnyPromisedModel | None:
+    """The same for a model, those of transformers too."""
+    return promise if isinstance(promise, PromisedForeignModel) else expect(field, promise, PromisedModel)
 
 
 def architectures_for(kind: str) -> list[str]:

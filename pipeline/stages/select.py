@@ -82,7 +82,9 @@ def check(parameters: SelectParameters, upstream: Mapping[str, Any]) -> None:
         )
 
 
-def promise(_parameters: SelectParameters, upstream: Mapping[str, Any], _resources: Resources) -> PromisedModel | None:
+def promise(
+    _parameters: SelectParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
+) -> PromisedModel | None:
     """What is known of all the models alike; refuses what is no model, and an evaluation that is none."""
     expect("inputs.evaluation", upstream.get("evaluation"), PromisedEvaluation)
     models = [expect(f"inputs.models.{label}", given, PromisedModel) for label, given in upstream["models"].items()]

@@ -646,7 +646,7 @@ def _checked(workflow: Workflow, node: StageNode, finished: Mapping[str, StageNo
         if options.promise is None:
             return node
         upstream = _upstream(node, finished, lambda source: source.promise)
-        return replace(node, promise=options.promise(node.parameters, upstream, node.resources))
+        return replace(node, promise=options.promise(node.parameters, upstream, node.resources, workflow.directory))
 
 
 def _fingerprinted(workflow: Workflow, node: StageNode) -> StageNode:

@@ -101,7 +101,7 @@ def converted(model: nn.Module, x: Tensor, **choice: Any) -> Selection:
     selection = select_activations(model, [x], run, **choice)
     measured = calibrate(model, selection.activations, [x], run)
     fits = fit_layers(selection.activations, measured, FitOptions("rational", 3))
-    layer_costs(model, fits, x, run)
+    layer_costs(model, fits, [x], run)
     apply(model, fits)
     prove(model, [entry.name for entry in selection.activations], x, run)
     return selection

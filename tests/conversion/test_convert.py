@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from polytrope.models.calls import lift
+from polytrope.models.conversion import layer_costs
 from polytrope.models.convert import Conversion, convert
 from polytrope.models.formats import read_model
+from polytrope.models.inputs import forward
 from polytrope.ops import is_learnable_activation
 
 
@@ -89,6 +92,42 @@ def test_the_data_is_read_until_there_are_enough_samples(x: Tensor) -> None:
 
     assert convert(network(), batches(), degree=4, samples=40).samples == 64
     assert read == [0, 1]
+
+
+def test_activations_are_rated_on_as_many_samples_as_asked_for_or_not_at_all(tmp_path: Path, x: Tensor) -> None:
+    many = convert(network(), [x[:32], x[32:]], degree=4, rated_samples=96)
+    few = convert(network(), [x[:32], x[32:]], degree=4)
+    model = network()
+    lift(model, many.selection.calls if many.selection else [])
+    together = layer_costs(model, many.layers, [x], forward)
+    for one, other in zip(many.activations, few.activations, strict=True):
+        assert one.cost == pytest.approx(together[one.name], rel=1e-5)  # of two batches what it is of one
+        assert one.cost != pytest.approx(other.cost, rel=1e-5)
+    model = network()
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    unrated = convert(model, [x[:64]], degree=4, rated_samples=0, in_place=True)
+    without = len(calls)
+    assert [entry.cost for entry in unrated.activations] == [None, None]
+    assert unrated.difference > 0
+    assert unrated.report().splitlines()[1].endswith("–")
+    again = network()
+    again.register_forward_hook(lambda *_: calls.append(1))
+    convert(again, [x[:64]], degree=4, in_place=True)
+    assert len(calls) - without == without + 3  # the output before, and with each of two activations
+    unrated.save(tmp_path / "out")
+    assert Conversion.load(tmp_path / "out", Network()) == unrated
+
+
+def test_a_long_step_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
+    said: list[tuple[int, str]] = []
+    convert(network(), list(x.split(32)), degree=2, progress=lambda step, text: said.append((step, text)))
+    assert [step for step, _ in said] == [0, 1, 2]  # nothing takes long here
+    monkeypatch.setattr("polytrope.models.convert.SAID_EVERY", 0.0)
+    convert(network(), list(x.split(32)), degree=2, progress=lambda step, text: said.append((step, text)))
+    assert (1, "calibrating: 1 of 3 done, about 0 s left") in said
+    assert (1, "calibrating: 2 of 3 done, about 0 s left") in said
+    assert (2, "fitting: 1 of 2 done, about 0 s left") in said
 
 
 def test_a_conversion_is_saved_and_loaded_into_a_fresh_module(tmp_path: Path, x: Tensor) -> None:

@@ -39,7 +39,7 @@ def test_every_submodule_keeps_its_own_mode_also_after_an_error() -> None:
     state = copy.deepcopy(model.state_dict())
     found = find_activations(model)
     fits = fit_layers(found, calibrate(model, found, [x], run), FitOptions(degree=3))
-    layer_costs(model, fits, x, run)
+    layer_costs(model, fits, [x], run)
     prove(model, ["2"], x, run)
     with pytest.raises(ValueError, match="cannot run on the calibration data"):
         calibrate(model, found, [torch.randn(2, 5)], run)
@@ -194,7 +194,7 @@ def test_torchs_own_encoder_layer_uses_the_new_activation_in_evaluation_mode() -
     before = run(model, x)
     found = find_activations(model)
     fits = fit_layers(found, calibrate(model, found, [x], run), FitOptions(degree=2))
-    costs = layer_costs(model, fits, x, run)
+    costs = layer_costs(model, fits, [x], run)
     assert min(costs.values()) > 1e-4
     assert model.layers[0].activation_relu_or_gelu == 2  # as it was
     assert model.use_nested_tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from fractions import Fraction
@@ -21,10 +22,13 @@ from training_support import read_events
 from polytrope.models.calibration import Calibration
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.conversion import FitOptions, PolynomialOnly, fit_layer
+from polytrope.models.convert import Conversion
+from polytrope.models.convert import convert as polytrope_convert
 from polytrope.models.domains import describe_outside, watching
 from polytrope.models.formats import read_model
 from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.onnx_operators import check_polynomial
+from polytrope.models.polynomials import hold_out
 from polytrope.models.surgery import Activation
 from polytrope.ops import Composition, build_activation
 from polytrope.ops.circuit import count
@@ -33,7 +37,6 @@ from polytrope.pipeline.data.conversion_file import read_conversion
 from polytrope.pipeline.stage import Artifact, stage_context
 from polytrope.pipeline.stages.convert.convert import convert
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
-from polytrope.pipeline.stages.convert.polynomials import hold_out
 
 
 @pytest.fixture
@@ -255,6 +258,60 @@ def test_watching_counts_each_side_nan_included() -> None:
 def test_what_does_not_go_with_polynomials_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ConvertParameters.model_validate({"polynomial_only": True, **given})
+    if isinstance(given.get("domain"), str):
+        return  # as text, for the command
+    same = message.replace("less than or equal to 16", "depth: expected 1 to 16, got 17")
+    with pytest.raises(ValueError, match=same):
+        polytrope_convert(nn.Sequential(nn.GELU()), [torch.randn(8, 2)], **{"polynomial_only": True, **given})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"depth": 0}, "depth: expected 1 to 16, got 0"),
+        ({"domain": (1.0, -1.0)}, r"domain: expected \(lo, hi\) with lo < hi"),
+        ({"domain_margin": -0.1}, "margin: expected a share of at least 0"),
+        ({"polynomial_only": False, "domain_margin": 0.5}, "domain_margin is for polynomial_only"),
+    ],
+)
+def test_options_of_polynomials_that_cannot_be_are_refused_in_python(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        polytrope_convert(nn.Sequential(nn.GELU()), [torch.randn(8, 2)], **{"polynomial_only": True, **given})
+
+
+def test_a_module_becomes_polynomials_in_python_and_its_report_says_what_they_cost(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Tanh())
+    x = torch.randn(64, 8)
+    x[48:] *= 8  # of these samples no domain is made
+    labels = torch.zeros(64)
+    conversion = polytrope_convert(model, [(x, labels)], polynomial_only=True, depth=3)
+    assert conversion.samples == 48
+    only = conversion.polynomials
+    assert only is not None
+    assert (only.samples, only.depth) == (16, 6)
+    gelu = conversion.model[1]  # type: ignore[index]
+    low, high = gelu.domain
+    received = model[0](x[48:])
+    assert only.seen["1"].outside == int(((received < low) | (received > high)).sum()) > 0
+    assert only.products == 8 * sum(cost.products for cost in only.costs.values())
+    report = conversion.report()
+    assert f"{only.seen['1'].outside} of 128" in report
+    assert "all, one after the other: depth 6" in report
+    assert "INPUTS OUTSIDE OF THE CERTIFIED RANGE" in report
+    conversion.save(tmp_path / "out")
+    loaded = Conversion.load(tmp_path / "out", copy.deepcopy(model))
+    assert loaded == conversion
+    assert loaded.report() == report
+    given = polytrope_convert(model, [x], polynomial_only=True, depth=2, domain=(-90.0, 90.0))
+    assert [entry.interval for entry in given.activations] == [(-90.0, 90.0)] * 2
+    assert given.polynomials is not None
+    assert not any(seen.outside for seen in given.polynomials.seen.values())
+
+
+def test_a_function_that_runs_the_model_has_no_samples_to_keep_aside() -> None:
+    with pytest.raises(ValueError, match="a function that runs the model has none; give batches"):
+        polytrope_convert(nn.Sequential(nn.GELU()), lambda model: model(torch.randn(8, 2)), polynomial_only=True)
 
 
 def test_parameters_mean_the_same_when_they_are_read_again() -> None:

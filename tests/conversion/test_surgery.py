@@ -138,7 +138,7 @@ def test_costs_are_those_of_single_layers_and_leave_the_model_as_it_was() -> Non
     original = run(model, batch)
     found = find_activations(model)
     fits = fit_layers(found, calibrate(model, found, [batch], run), FitOptions(degree=3))
-    costs = layer_costs(model, fits, batch, run)
+    costs = layer_costs(model, fits, [batch], run)
     assert torch.equal(run(model, batch), original)
     alone = copy.deepcopy(model)
     apply(alone, fits[1:])
@@ -160,7 +160,7 @@ def test_costs_never_hold_the_output_in_float64() -> None:
     found = find_activations(model)
     fits = fit_layers(found, calibrate(model, found, [batch], run), FitOptions(degree=3))
     with Largest() as largest:
-        (cost,) = layer_costs(model, fits, batch, run).values()
+        (cost,) = layer_costs(model, fits, [batch], run).values()
     assert 0 < largest.numbers <= 1 << 20 < run(model, batch).numel()
     before = run(model, batch).double()
     apply(model, fits)
@@ -169,11 +169,12 @@ def test_costs_never_hold_the_output_in_float64() -> None:
 
 @pytest.mark.parametrize(("target", "degree"), [(nn.ReLU(), 1), (nn.LeakyReLU(0.2), 1), (nn.GELU(), None)])
 def test_the_advice_names_what_is_exact_for_straight_lines(target: nn.Module, degree: int | None) -> None:
+    torch.manual_seed(0)
     model, batch = nn.Sequential(nn.Linear(2, 8), target), torch.randn(400, 2)
     found = find_activations(model)
     calibrations, options = calibrate(model, found, [batch], run), FitOptions(degree=3)
     fits = fit_layers(found, calibrations, options)
-    (entry,) = advise(fits, layer_costs(model, fits, batch, run), options)
+    (entry,) = advise(fits, layer_costs(model, fits, [batch], run), options)
     assert entry.advice is not None
     assert (f"tropical_rational of degree {degree} has it exactly" in entry.advice) == (degree is not None)
     if degree is not None:

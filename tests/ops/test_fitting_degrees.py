@@ -197,3 +197,26 @@ def test_a_function_of_straight_lines_is_known() -> None:
     assert broken_line(resolve_target("leaky_relu"), -3.0, 8.0) == pytest.approx([0.99])
     assert broken_line(resolve_target("hardswish"), -5.0, 5.0) is None
     assert broken_line(resolve_target("gelu"), -5.0, 5.0) is None
+
+
+@pytest.mark.parametrize(
+    ("seed", "target", "family", "degree"), [(8, "tanh", "hermite", 16), (11, "silu", "hermite", 11)]
+)
+def test_an_interval_that_rounding_widens_stays_within_the_inputs(
+    seed: int, target: str, family: str, degree: int
+) -> None:
+    # Inputs of one sign, as behind a ReLU: below them the polynomial would be anything, and so would its certificate.
+    points = np.sort(np.exp(2 * np.random.default_rng(seed).normal(size=600))) * 1e-3
+    found = fit(
+        target,
+        family,
+        degree,
+        interval="best",
+        weight=(points, np.ones(600)),
+        derivative_weight=0.01 * float(np.var(points)),
+        dtype=torch.bfloat16,
+    )
+    low, high = found.config["interval"]
+    assert low > -1e-3 * points[-1]
+    assert high < 1.001 * points[-1]
+    assert found.certificate.maximum < 0.01

@@ -209,7 +209,7 @@ def test_a_stride_of_the_whole_length_scores_what_blocks_cannot(
     blocks = run(tmp_path / "blocks", dataset, models, samples=10)["models"]["gelu"]
     assert sliding["tokens"] == blocks["tokens"] + 9  # the first token of every later block
     with pytest.raises(UserError, match="longer than the dataset's sequences"):
-        promise(EvaluateParameters(stride=64), {"models": {"a": None}, "dataset": TEXT}, Resources())
+        promise(EvaluateParameters(stride=64), {"models": {"a": None}, "dataset": TEXT}, Resources(), Path())
 
 
 def test_blocks_are_read_batch_by_batch() -> None:
@@ -474,7 +474,7 @@ def test_labels_are_checked_before_anything_starts() -> None:
 
 def test_models_are_compared_with_the_data_before_anything_starts() -> None:
     model = PromisedModel("gpt2", {"vocab_size": 512, "sequence_length": 32}, "bpe")
-    found = promise(EvaluateParameters(), {"models": {"a": model, "b": None}, "dataset": TEXT}, Resources())
+    found = promise(EvaluateParameters(), {"models": {"a": model, "b": None}, "dataset": TEXT}, Resources(), Path())
     assert found == PromisedEvaluation(("a", "b"))
     images = PromisedImages(size=8, channels=1, classes=10)
     for dataset, one, words in (
@@ -483,9 +483,9 @@ def test_models_are_compared_with_the_data_before_anything_starts() -> None:
         (TEXT, TEXT, r"inputs\.models\.a: this input takes a model, and the stage makes a data set"),
     ):
         with pytest.raises(UserError, match=words):
-            promise(EvaluateParameters(), {"models": {"a": one}, "dataset": dataset}, Resources())
+            promise(EvaluateParameters(), {"models": {"a": one}, "dataset": dataset}, Resources(), Path())
     with pytest.raises(UserError, match="stride: for text"):
-        promise(EvaluateParameters(stride=4), {"models": {"a": None}, "dataset": images}, Resources())
+        promise(EvaluateParameters(stride=4), {"models": {"a": None}, "dataset": images}, Resources(), Path())
 
 
 @pytest.mark.parametrize(

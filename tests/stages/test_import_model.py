@@ -18,11 +18,13 @@ from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.formats import read_model
 from polytrope.models.formats.huggingface import save_huggingface
 from polytrope.pipeline import load_workflow, run
+from polytrope.pipeline.data.promised import PromisedForeignModel
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, load_stage, stage_context
 from polytrope.pipeline.stages.import_model.import_model import fingerprint
 from polytrope.pipeline.stages.import_model.parameters import ImportModelParameters
 from polytrope.pipeline.stages.train.training_plan import _read_initial
+from polytrope.pipeline.workflow.graph import build_graph
 
 SIZES = {"vocab_size": 257, "sequence_length": 32, "n_layer": 1, "n_head": 2, "n_embd": 16, "activation": "gelu_tanh"}
 
@@ -141,3 +143,78 @@ def test_a_workflow_converts_and_evaluates_a_checkpoint(tmp_path: Path, monkeypa
     sys.modules.pop("import_stages", None)
     assert abs(result["evaluated"].metrics["after/kl_divergence"]) < 0.01
     assert result["converted"].metrics["layers"] == 1
+
+
+FINE_TUNING = """
+name: flow
+stages:
+  pretrained: {{uses: import_model, with: {{path: {path}}}}}
+  text:
+    uses: shard
+    with: {{source: {{kind: files, paths: [corpus.txt]}}, tokenizer: {{kind: bytes}}, sequence_length: {length}}}
+  next:
+    uses: {uses}
+    inputs: {inputs}
+    with: {parameters}
+"""
+
+
+def planned(directory: Path, path: str, uses: str, *, length: int = 32, parameters: str = "{}") -> Any:
+    """The stages as a plan knows them: nothing runs."""
+    (directory / "corpus.txt").write_text("one\ntwo\n")
+    model = {"train": "initial: pretrained", "convert": "model: pretrained", "evaluate": "models: {a: pretrained}"}
+    (directory / "flow.yaml").write_text(
+        FINE_TUNING.format(
+            path=path, uses=uses, length=length, parameters=parameters, inputs=f"{{dataset: text, {model[uses]}}}"
+        )
+    )
+    return build_graph(load_workflow(directory / "flow.yaml"))
+
+
+TRAIN = "{steps: 1, global_batch_size: 2, learning_rate: 0.001}"
+
+
+def test_a_plan_knows_the_sizes_of_a_checkpoint(tmp_path: Path) -> None:
+    save_model(tmp_path / "own", gpt2())
+    save_huggingface(tmp_path / "huggingface", gpt2(), {}, None)
+    for path in ("own", "huggingface"):
+        stages = planned(tmp_path, path, "train", parameters=TRAIN)
+        promised = stages["pretrained"].promise
+        assert promised.architecture == "gpt2"
+        assert promised.settings.items() >= {**SIZES, "bias": True, "n_layer": 1}.items()
+        assert stages["next"].promise.settings["n_embd"] == 16
+        with pytest.raises(UserError, match=r"inputs\.initial: .* sequences \(33 tokens\) are longer .*: 32\)"):
+            planned(tmp_path, path, "train", length=33, parameters=TRAIN)
+        with pytest.raises(UserError, match=r"layers: 1- goes beyond the last layer: the model has 1"):
+            planned(tmp_path, path, "convert", parameters="{layers: 1-}")
+        as_huggingface = planned(tmp_path, path, "convert", parameters="{format: huggingface}")
+        assert as_huggingface["next"].promise == PromisedForeignModel("gpt2")
+
+
+def test_a_plan_knows_that_another_architecture_is_for_convert_alone(tmp_path: Path) -> None:
+    write_bert(tmp_path / "bert")
+    stages = planned(tmp_path, "bert", "convert")
+    assert stages["pretrained"].promise == stages["next"].promise == PromisedForeignModel("bert")
+    with pytest.raises(UserError, match=r"format: own is for gpt2 and convnext, and the model will be a bert"):
+        planned(tmp_path, "bert", "convert", parameters="{format: own}")
+    for uses, parameters in (("train", TRAIN), ("evaluate", "{}")):
+        with pytest.raises(UserError, match=r"takes a model, and the stage makes a model of transformers"):
+            planned(tmp_path, "bert", uses, parameters=parameters)
+
+
+def test_a_plan_refuses_a_description_that_cannot_be_read_and_promises_nothing_where_weights_decide(
+    tmp_path: Path,
+) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / "weights.safetensors")
+    assert planned(tmp_path, "weights.safetensors", "train", parameters=TRAIN)["pretrained"].promise is None
+    for name, content, words in (
+        ("model.json", '{"format": 1, "architecture": "bert", "config": {}}', "unknown architecture `bert`"),
+        ("model.json", '{"format": 1, "architecture": "gpt2", "config": {"n_embd": 15}}', "must be a multiple"),
+        ("model.json", "{", "cannot be read"),
+        ("config.json", '{"model_type": "gpt2", "n_inner": 7}', "n_inner"),
+    ):
+        directory = tmp_path / f"damaged-{words.split()[-1].strip(chr(96))}"
+        directory.mkdir()
+        (directory / name).write_text(content)
+        with pytest.raises(UserError, match=rf"with\.path.*{words}"):
+            planned(tmp_path, directory.name, "train", parameters=TRAIN)

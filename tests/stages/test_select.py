@@ -121,11 +121,11 @@ def test_it_promises_what_all_its_models_promise() -> None:
     small, large = (PromisedModel("gpt2", {"n_layer": layers}) for layers in (1, 2))
     parameters = SelectParameters(metric="loss", mode="min")
     for models, expected in (({"a": small, "b": small}, small), ({"a": small, "b": large}, None), ({"a": None}, None)):
-        assert promise(parameters, {"models": models, "evaluation": None}, Resources()) == expected
+        assert promise(parameters, {"models": models, "evaluation": None}, Resources(), Path()) == expected
     with pytest.raises(UserError, match=r"inputs\.models\.a: this input takes a model"):
-        promise(parameters, {"models": {"a": PromisedSpeed(("a",))}, "evaluation": None}, Resources())
+        promise(parameters, {"models": {"a": PromisedSpeed(("a",))}, "evaluation": None}, Resources(), Path())
     with pytest.raises(UserError, match=r"inputs\.evaluation: this input takes an evaluation"):
-        promise(parameters, {"models": {"a": small}, "evaluation": small}, Resources())
+        promise(parameters, {"models": {"a": small}, "evaluation": small}, Resources(), Path())
 
 
 STAGES = """

@@ -315,7 +315,7 @@ def test_a_tokenizer_of_hugging_face_is_taken_from_its_directory(corpus: Path, t
         assert lengths[ours.encode("a naïve text")].sum() == len("a naïve text".encode())
 
     parameters = ShardParameters.model_validate({"source": FILES, "tokenizer": chosen})
-    promised = promise(parameters, {}, Resources())
+    promised = promise(parameters, {}, Resources(), Path())
     assert promised == PromisedText(128, None, "huggingface")  # how many tokens it has, its file says
     assert PromisedModel("gpt2", {}).trained_on(promised).settings == {"sequence_length": 128}
     assert misfit(PromisedModel("gpt2", {"vocab_size": 7}), promised) is None

@@ -432,7 +432,7 @@ TEXT = PromisedText(sequence_length=128, tokens=2048, tokenizer="bpe")
 
 
 def promised(given: TrainParameters, dataset: Any, initial: PromisedModel | None = None) -> PromisedModel | None:
-    return promise(given, {"dataset": dataset, "initial": initial}, Resources(workers=2))
+    return promise(given, {"dataset": dataset, "initial": initial}, Resources(workers=2), Path())
 
 
 def test_what_cannot_work_is_refused_before_anything_starts() -> None:

@@ -68,11 +68,16 @@ def record(
     costs: Mapping[str, float],
     left: Sequence[Left],
 ) -> ConversionRecord:
-    """The whole of `conversion.json`; `costs` as of `layer_costs`, `left` as of `select_activations`."""
+    """The whole of `conversion.json`.
+
+    Args:
+        costs: as of `layer_costs`; empty: not measured, so that there is no advice.
+        left: as of `select_activations`.
+    """
     return ConversionRecord(
         format=1,
         layers=[describe(conversion) for conversion in conversions],
-        advice=advise(conversions, costs, options),
+        advice=advise(conversions, costs, options) if costs else None,
         left=[LeftActivation.model_validate(asdict(entry)) for entry in left],
     )
 

@@ -8,24 +8,39 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from polytrope.models import make_config
 from polytrope.models.configurations import MODEL_KINDS, activation_configs
 from polytrope.pipeline.data.lineage import read_lineage, write_lineage
-from polytrope.pipeline.data.promised import PromisedModel, expect, expect_data, refuse_misfit
+from polytrope.pipeline.data.promised import (
+    AnyPromisedModel,
+    PromisedForeignModel,
+    expect_data,
+    expect_model,
+    refuse_misfit,
+)
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 
 
-def promise(parameters: ConvertParameters, upstream: Mapping[str, Any], _resources: Resources) -> PromisedModel | None:
+def promise(
+    parameters: ConvertParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
+) -> AnyPromisedModel | None:
     """The converted model; refuses data or layers that the model cannot have, and activations that are so already."""
-    model = expect("inputs.model", upstream["model"], PromisedModel)
+    model = expect_model("inputs.model", upstream["model"])
     data = expect_data("inputs.dataset", upstream["dataset"])
+    if model is None or isinstance(model, PromisedForeignModel):  # what it takes, only the model itself knows
+        if model is not None and parameters.format == "own":
+            raise UserError(
+                f"format: own is for {' and '.join(MODEL_KINDS)}, and the model will be a {model.model_type} of "
+                "transformers",
+                "leave it out",
+            )
+        return model
     refuse_misfit("inputs.dataset", model, data)
-    if model is None:
-        return None
     config = make_config(MODEL_KINDS[model.architecture].config, model.settings)
     layers, numbers = parameters.layer_range(), config.layer_numbers()
     if layers is not None and (layers[0] >= numbers or sys.maxsize > layers[1] >= numbers):
@@ -39,6 +54,8 @@ def promise(parameters: ConvertParameters, upstream: Mapping[str, Any], _resourc
             f"family: the model was trained with `{parameters.replacement()}` activations already",
             "convert a model with a classical activation (gelu, gelu_tanh, relu, silu, tanh)",
         )
+    if parameters.format == "huggingface":
+        return PromisedForeignModel(model.architecture)
     # which activations it has then depends on what is found in it
     return replace(model, settings={name: value for name, value in model.settings.items() if name != "activation"})
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
+from polytrope.models.convert_options import check_polynomial_only
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 
 MAX_DEPTH = 16  # of `polytrope.ops.polynomial_only`, which a plan does not import
@@ -48,33 +49,10 @@ def _read_domain(value: Any) -> Any:
 Family = Literal[
     "hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu", "auto"
 ]
-_WHY_NOT_POLYNOMIAL = {
-    "fourier": "is made of cosines",
-    "rational": "divides",
-    "tropical": "compares",
-    "tropical_rational": "compares",
-    "polyrelu": "compares x with 0",
-}
 
 
 def _check_polynomial_only(value: bool, info: ValidationInfo) -> bool:
-    given = info.data
-    if not value:
-        own: dict[str, Any] = {"depth": None, "domain": None, "domain_margin": 0.25}
-        for name, default in own.items():
-            if name in given and given[name] != default:
-                raise ValueError(f"{name} is for polynomial_only")
-        return value
-    family = given.get("family")
-    if family is not None:
-        why = _WHY_NOT_POLYNOMIAL.get(family)
-        reason = f"{why}, so it is no polynomial" if why else "is one basis of what is fitted anyway"
-        raise ValueError(f"family {family} {reason}; leave family out")
-    others: dict[str, Any] = {"degree": None, "coverage": None, "derivative_weight": 0.01, "constraints": []}
-    for name, default in others.items():
-        if name in given and given[name] != default:
-            instead = "; use depth" if name == "degree" else "; use domain" if name == "coverage" else ""
-            raise ValueError(f"{name} is for other conversions{instead or '; leave it out'}")
+    check_polynomial_only(value, info.data)
     return value
 
 
@@ -158,6 +136,12 @@ class ConvertParameters(BaseModel):
         "module's name",
     )
     calibration_samples: int = Field(256, ge=1, description="training samples that measure the layers' inputs")
+    rated_samples: int = Field(
+        8,
+        ge=0,
+        description="samples on which every layer alone is converted, to say how far the output moves; 0: no layer is "
+        "rated, and there is no advice",
+    )
     batch_size: int = Field(32, ge=1, description="samples per forward pass of the calibration")
     threads: int = Field(1, ge=1, description="CPU threads; part of the result's identity")
     ray_tasks: int = Field(

@@ -23,7 +23,7 @@ from polytrope.models.surgery import Activation, Choice, describe_activations
 from polytrope.pipeline.data.conversion_file import ConversionRecord, write_conversion
 from polytrope.pipeline.stages.convert.conversion_record import record
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
-from polytrope.pipeline.stages.convert.polynomials import hold_out, with_polynomials
+from polytrope.pipeline.stages.convert.polynomials import with_polynomials
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,6 @@ def convert_model(
     torch.set_num_threads(parameters.threads)
     model = read_model(source.path, source.config or None)
     batches = source.batches(model)
-    held_out: list[Batch] = []
-    if parameters.polynomial_only:
-        batches, held_out = hold_out(batches)
     options = FitOptions(
         parameters.replacement(),
         parameters.highest_degree(),
@@ -98,10 +95,13 @@ def convert_model(
     )
     choice = Choice(parameters.types, parameters.include, parameters.exclude, parameters.layer_range())
     measure = partial(_on_ray, source, parameters.ray_tasks) if parameters.ray_tasks else None
-    made = convert_batches(model, batches, options, choice, measure=measure, tell=tell)
-    written = record(made.layers, options, {entry.name: entry.cost for entry in made.activations}, made.left)
-    if held_out:
-        written = with_polynomials(written, model, held_out, forward)
+    made = convert_batches(
+        model, batches, options, choice, measure=measure, tell=tell, rated_samples=parameters.rated_samples
+    )
+    costs = {entry.name: entry.cost for entry in made.activations if entry.cost is not None}
+    written = record(made.layers, options, costs, made.left)
+    if made.polynomials is not None:
+        written = with_polynomials(written, made.polynomials)
     if output is None:
         return Outcome(written, made.samples)
     _write_model(model, source.path, parameters, output, made.rated)

@@ -6,6 +6,7 @@ Parameters and flow; the work is in `polytrope.pipeline.stages.evaluate`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.promised import (
@@ -37,7 +38,9 @@ def check(parameters: EvaluateParameters, upstream: Mapping[str, Any]) -> None:
                 )
 
 
-def promise(parameters: EvaluateParameters, upstream: Mapping[str, Any], _resources: Resources) -> PromisedEvaluation:
+def promise(
+    parameters: EvaluateParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
+) -> PromisedEvaluation:
     """The labels of the figures; refuses a model that cannot take the data, and a stride longer than the context."""
     data = refuse_misfits(upstream)
     if isinstance(data, PromisedText) and parameters.stride is not None and parameters.stride > data.sequence_length:

@@ -6,6 +6,7 @@ A stage of its own, because what a clock says cannot be reproduced: trainings an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.promised import PromisedSpeed
@@ -21,7 +22,9 @@ def check(_parameters: MeasureSpeedParameters, upstream: Mapping[str, Any]) -> N
         raise UserError("inputs.models: no models", "name at least one: `models: {label: STAGE}`")
 
 
-def promise(_parameters: MeasureSpeedParameters, upstream: Mapping[str, Any], _resources: Resources) -> PromisedSpeed:
+def promise(
+    _parameters: MeasureSpeedParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
+) -> PromisedSpeed:
     """The labels of the times; refuses a model that cannot take the data."""
     refuse_misfits(upstream)
     return PromisedSpeed(tuple(upstream["models"]))

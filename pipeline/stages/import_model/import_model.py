@@ -7,11 +7,17 @@ pretrained:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from polytrope.models import make_config
+from polytrope.models.configurations import MODEL_KINDS
 from polytrope.pipeline.data.lineage import read_lineage, write_lineage
+from polytrope.pipeline.data.promised import AnyPromisedModel, PromisedForeignModel, PromisedModel
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import StageContext, stage
+from polytrope.pipeline.stage import Resources, StageContext, stage
 from polytrope.pipeline.stages.import_model.parameters import ImportModelParameters
 from polytrope.pipeline.support.file_digests import combined_digest, file_digests
 
@@ -34,7 +40,47 @@ def fingerprint(parameters: ImportModelParameters, directory: Path) -> dict[str,
     return {"checkpoint": combined_digest(list(files), file_digests(list(files.values()), field="path"))}
 
 
+def promise(
+    parameters: ImportModelParameters, _upstream: Mapping[str, Any], _resources: Resources, directory: Path
+) -> AnyPromisedModel | None:
+    """What the checkpoint's own description says of the model; nothing where the weights alone decide, or are absent.
+
+    Raises:
+        UserError: a description that cannot be read, or a model that is not supported.
+    """
+    path = directory / parameters.path
+    own, huggingface = (path / "model.json").is_file(), (path / "config.json").is_file()
+    if own == huggingface:  # neither: a state dict, DeepSpeed, nothing; both: refused when it is read
+        return None
+    try:
+        return _described(path) if own else _of_transformers(path)
+    except ValueError as error:
+        raise UserError(f"path: {error}", "docs/conversion.md lists what is read") from error
+
+
+def _described(path: Path) -> PromisedModel:
+    from polytrope.models.checkpoint import read_description
+
+    content = read_description(path)
+    architecture, tokenizer = str(content["architecture"]), content.get("tokenizer") or {}
+    try:
+        if architecture not in MODEL_KINDS:
+            raise ValueError(f"unknown architecture `{architecture}`; there are: {', '.join(MODEL_KINDS)}")
+        settings = asdict(make_config(MODEL_KINDS[architecture].config, content["config"]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path / 'model.json'}: {error}") from error
+    return PromisedModel(architecture, settings, tokenizer.get("kind"))
+
+
+def _of_transformers(path: Path) -> AnyPromisedModel:
+    from polytrope.models.formats.huggingface import own_settings
+
+    name, settings = own_settings(path)
+    return PromisedForeignModel(name) if settings is None else PromisedModel(name, settings)
+
+
 @stage(
+    promise=promise,
     fingerprint=fingerprint,
 )
 def import_model(context: StageContext, parameters: ImportModelParameters) -> dict[str, float]:

@@ -6,6 +6,7 @@ Parameters and flow; the work is in `polytrope.pipeline.stages.report`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.promised import (
@@ -14,6 +15,7 @@ from polytrope.pipeline.data.promised import (
     PromisedSpeed,
     expect,
     expect_data,
+    expect_model,
 )
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
@@ -37,10 +39,10 @@ def check(parameters: ReportParameters, upstream: Mapping[str, Any]) -> None:
             raise UserError(f"{name}: `{value}` is none of the models", f"there are: {', '.join(known)}")
 
 
-def promise(parameters: ReportParameters, upstream: Mapping[str, Any], _resources: Resources) -> None:
+def promise(parameters: ReportParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path) -> None:
     """Nothing that others read; refuses inputs of another kind, and labels that were not evaluated."""
     evaluation = expect("inputs.evaluation", upstream["evaluation"], PromisedEvaluation)
-    expect("inputs.conversion", upstream["conversion"], PromisedModel)
+    expect_model("inputs.conversion", upstream["conversion"])
     expect_data("inputs.dataset", upstream["dataset"])
     expect("inputs.speed", upstream["speed"], PromisedSpeed)
     for label, model in upstream["models"].items():

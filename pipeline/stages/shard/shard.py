@@ -47,7 +47,9 @@ def fingerprint(parameters: ShardParameters, directory: Path) -> dict[str, str]:
     }
 
 
-def promise(parameters: ShardParameters, _upstream: Mapping[str, Any], _resources: Resources) -> PromisedText:
+def promise(
+    parameters: ShardParameters, _upstream: Mapping[str, Any], _resources: Resources, _directory: Path
+) -> PromisedText:
     """The data set's sizes."""
     tokens = getattr(parameters.tokenizer, "vocab_size", None)
     return PromisedText(parameters.sequence_length, tokens, parameters.tokenizer.kind)

@@ -36,7 +36,9 @@ def fingerprint(parameters: ShardImagesParameters, directory: Path) -> dict[str,
     return found
 
 
-def promise(parameters: ShardImagesParameters, _upstream: Mapping[str, Any], _resources: Resources) -> PromisedImages:
+def promise(
+    parameters: ShardImagesParameters, _upstream: Mapping[str, Any], _resources: Resources, _directory: Path
+) -> PromisedImages:
     """The data set's sizes."""
     digits = parameters.source.kind == "digits"
     return PromisedImages(parameters.image_size, parameters.channels, 10 if digits else None)

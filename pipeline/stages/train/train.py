@@ -40,7 +40,9 @@ def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
         )
 
 
-def promise(parameters: TrainParameters, upstream: Mapping[str, Any], resources: Resources) -> PromisedModel | None:
+def promise(
+    parameters: TrainParameters, upstream: Mapping[str, Any], resources: Resources, _directory: Path
+) -> PromisedModel | None:
     """The model that will be trained; refuses what does not fit the data set or the workers."""
     split_batch(parameters, resources.workers)
     data = expect_data("inputs.dataset", upstream["dataset"])
