@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 _LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA5C94", "#B08900", "#56B4E9", "#555555", "#7A4FB5", "#8C3B1B", "#5C7A00")
 _DARK = ("#4FA8DC", "#F08A4B", "#3CC9A0", "#D98CC0", "#E0BE4A", "#8ED0F5", "#B5B5B5", "#B497E7", "#D98E6E", "#A9C94A")
 _MOST_CLASSES, _LONGEST_NAME = 20, 14  # names at the axes of a confusion matrix, and characters of each
+_LEGEND_INCHES = 0.55  # that the height of a figure has for its legend: two rows
 
 
 @dataclass(frozen=True)
@@ -175,12 +176,18 @@ def _draw_series(axes: Axes, theme: Theme, series: Series) -> None:
 
 
 def _name_above(figure: Figure, axes: Axes, theme: Theme, entries: int) -> None:
-    figure.legend(
-        *axes.get_legend_handles_labels(),
-        loc="outside upper center",
-        ncols=min(5, max(1, entries)),
-        labelcolor=theme.text,
-    )
+    """The legend over the panels: at most five names side by side, as many as fit, and room for their rows."""
+    for columns in range(min(5, max(1, entries)), 0, -1):
+        legend = figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns, labelcolor=theme.text
+        )
+        extent = legend.get_window_extent()
+        if extent.width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    taken = extent.height / figure.dpi - _LEGEND_INCHES
+    if taken > 0:
+        figure.set_figheight(figure.get_figheight() + taken)
 
 
 def draw_shapes(

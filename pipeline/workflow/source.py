@@ -152,9 +152,12 @@ def parse_source(text: str, name: str) -> Source:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
+        tab = mark is not None and re.match(r"[ ]*\t", [*text.split("\n"), ""][mark.line])
         raise UserError(
             f"{name}{line}: not valid YAML: {error.problem or error.context}",
-            "check the indentation and the quotes around this line",
+            "a tab stands in the indentation of this line: write spaces"
+            if tab
+            else "check the indentation and the quotes around this line",
         ) from None
     except yaml.YAMLError as error:
         raise UserError(f"{name}: not valid YAML: {error}") from None

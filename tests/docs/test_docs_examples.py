@@ -8,6 +8,7 @@ them. A block with a `title` is written to that file first. A block is left out 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,3 +81,19 @@ def test_a_wrong_output_is_found() -> None:
     assert missing_line(["a: will run", "b: …x"], output) is None
     assert missing_line(["b: …x", "a: will run"], output) == "a: will run"
     assert missing_line(["c"], output) == "c"
+
+
+def test_the_readme_is_short_before_more_and_its_links_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split("\n# More\n")[0].split()) <= 900
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(targets) > 20
+    for target in targets:
+        name, _, anchor = target.partition("#")
+        page = ROOT / (name or "README.md")
+        assert page.is_file(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}, (
+                target
+            )

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 from training_support import make_context, read_events
 
@@ -21,7 +22,16 @@ from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.stages.report.parameters import ReportParameters
 from polytrope.pipeline.stages.report.report import check, report
 from polytrope.pipeline.stages.report.statistics import holm, mean_interval, paired_p_value
-from polytrope.pipeline.support.figures import THEMES, draw_confusion, evenly, short_layer
+from polytrope.pipeline.support.figures import (
+    THEMES,
+    Curve,
+    Theme,
+    draw_confusion,
+    draw_losses,
+    evenly,
+    render,
+    short_layer,
+)
 
 ENTROPY = 5.5
 
@@ -361,6 +371,26 @@ def test_a_confusion_matrix_is_labelled_with_its_classes() -> None:
     ticks = many.axes[0].yaxis
     assert [label.get_text() for label in ticks.get_ticklabels()] == [str(int(place)) for place in ticks.get_ticklocs()]
     assert len(ticks.get_ticklocs()) == 20
+
+
+@pytest.mark.parametrize("entries", [5, 40])
+def test_long_names_of_branches_stay_inside_a_plot(entries: int) -> None:
+    names = [f"train[activation=gelu_tanh,seed={seed}]" for seed in range(entries)]
+    curves = [Curve(name, [1], [3.0], [1], [2.0]) for name in names]
+    drawn: list[Figure] = []
+
+    def draw(theme: Theme) -> Figure:
+        drawn.append(draw_losses(theme, curves, None, "token"))
+        return drawn[0]
+
+    render(draw, "light")
+    (figure,) = drawn
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    place = legend.get_window_extent()
+    assert place.x0 >= 0
+    assert place.x1 <= figure.bbox.width
+    assert figure.axes[0].get_window_extent().height > 250  # of 420 pixels: the curves keep their room
 
 
 def test_few_values_and_many_comparisons() -> None:

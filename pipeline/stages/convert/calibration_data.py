@@ -237,7 +237,7 @@ def _encoded(
     if tokenizer is None:
         raise UserError(
             f"convert: {directory} has no tokenizer.json, so the calibration data must be numbers",
-            "give a file .npy: images [n, channels, height, width] as float, or token ids [n, length]",
+            "give them with `--data FILE.npy`: token ids [n, length], or images [n, channels, height, width] as float",
         )
     keywords, longest = not is_own(model), longest_input(model, directory)
     length = _LONGEST if longest is None else min(longest, _LONGEST)
