@@ -251,8 +251,8 @@ def convert(
         progress: is told what begins, by the number of the step, of 3, and in a long one how far it is.
 
     Raises:
-        ValueError: an option that is not as described or does not go with another, nothing to convert, data the model cannot run on, a layer that
-            cannot be fitted, a conversion that has no effect.
+        ValueError: an option that is not as described or does not go with another, nothing to convert, data the model
+            cannot run on, a layer that cannot be fitted, a conversion that has no effect.
     """
     given = {
         "family": family,
