@@ -27,6 +27,7 @@ from polytrope.models.calibration import calibrate
 from polytrope.models.conversion import FitOptions, PolynomialOnly, apply, fit_layers
 from polytrope.models.domains import watching
 from polytrope.models.formats import read_model
+from polytrope.models.inputs import forward
 from polytrope.models.surgery import find_activations
 from polytrope.ops import Composition
 from polytrope.ops.circuit import count, make_circuit
@@ -34,7 +35,6 @@ from polytrope.ops.fitting.composition import fit_chain
 from polytrope.ops.fitting.targets import NAMED, sample
 from polytrope.pipeline.stages.convert.calibration_data import (
     documentation_sentences,
-    forward,
     text_batches,
     tokenizer_of,
 )

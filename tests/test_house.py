@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = ROOT / "pipeline"
@@ -70,3 +73,9 @@ def test_executors_are_named_in_one_table() -> None:
         )
     ]
     assert found == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_is_still_there(path: Path) -> None:
+    """They are run by hand, long after what they measure was moved."""
+    importlib.import_module(f"benchmarks.{path.stem}")

@@ -10,7 +10,7 @@ import pytest
 from engine_support import workflow_of
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.launch.launch import run
+from polytrope.pipeline.launch.launch import launch
 from polytrope.pipeline.workflow.spec import Workflow
 
 TELL = (
@@ -29,7 +29,7 @@ def test_a_command_hears_how_a_run_ended(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stage: dict[str, Any] = {"uses": uses, "retries": 0, "with": {"text": "1"} if uses == "make" else {"attempts": 1}}
-    state = run(with_notify(tmp_path, {"only": stage}, TELL), store="store", run_id="mine", tracking=False)
+    state = launch(with_notify(tmp_path, {"only": stage}, TELL), store="store", run_id="mine", tracking=False)
     assert state.status == status
     told = json.loads((tmp_path / "told.json").read_text())
     assert told["status"] == status
@@ -44,7 +44,7 @@ def test_a_command_that_fails_is_named_and_changes_nothing(
     monkeypatch.chdir(tmp_path)
     stages = {"only": {"uses": "make", "with": {"text": "1"}}}
     notify = "echo the hook is gone >&2; exit 3"
-    state = run(with_notify(tmp_path, stages, notify), store="store", tracking=False, display="none")
+    state = launch(with_notify(tmp_path, stages, notify), store="store", tracking=False, display="none")
     assert state.status == "succeeded"
     assert "notify: `echo the hook is gone >&2; exit 3` ended with 3: the hook is gone" in capsys.readouterr().err
 
@@ -52,5 +52,5 @@ def test_a_command_that_fails_is_named_and_changes_nothing(
 def test_a_variable_that_is_not_set_is_refused_before_anything_starts(tmp_path: Path) -> None:
     workflow = with_notify(tmp_path, {"only": {"uses": "make", "with": {"text": "1"}}}, "curl ${env.NO_SUCH_HOOK}")
     with pytest.raises(UserError, match=r"notify: .*NO_SUCH_HOOK"):
-        run(workflow, store=tmp_path / "store", tracking=False)
+        launch(workflow, store=tmp_path / "store", tracking=False)
     assert not list(tmp_path.glob("store/runs/*"))
