@@ -189,15 +189,25 @@ class ModelKind:
         config: dataclass of its sizes; its checks are in `__post_init__`.
         data: what it is trained on.
         presets: published sizes, by name.
+        groups: patterns of the names of parameters that are called by one word in `trainable`.
     """
 
     config: type[Any]
     data: Literal["text", "images"]
     presets: Mapping[str, Mapping[str, Any]]
+    groups: Mapping[str, tuple[str, ...]]
 
 
 # Every model of `polytrope.models.ARCHITECTURES`.
 MODEL_KINDS: dict[str, ModelKind] = {
-    "gpt2": ModelKind(GPT2Config, "text", GPT2_PRESETS),
-    "convnext": ModelKind(ConvNeXtConfig, "images", CONVNEXT_PRESETS),
+    "gpt2": ModelKind(GPT2Config, "text", GPT2_PRESETS, {"norms": ("*.ln_*",), "head": ("lm_head.*",)}),
+    "convnext": ModelKind(
+        ConvNeXtConfig,
+        "images",
+        CONVNEXT_PRESETS,
+        {
+            "norms": ("norm.*", "*.norm.*", "downsample_layers.0.1.*", "downsample_layers.[1-9]*.0.*"),
+            "head": ("head.*",),
+        },
+    ),
 }

@@ -21,6 +21,7 @@ from polytrope.models.activations import (
 from polytrope.models.architecture import Architecture, HuggingFace
 from polytrope.models.configurations import CONVNEXT_PRESETS, ActivationConfig, ConvNeXtConfig, activation_configs
 from polytrope.models.foreign import read_activation_name, read_settings
+from polytrope.models.losses import Loss, cross_entropy
 from polytrope.models.weights import load_renamed
 
 
@@ -77,7 +78,8 @@ class ConvNeXt(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing: ActivationCheckpointing = "none"
-        self.label_smoothing = 0.0  # of the training loss; set by the trainer
+        self.training_loss: Loss = cross_entropy  # it and its smoothing are set by the trainer
+        self.label_smoothing = 0.0
         dims, depths = config.dims, config.depths
         stem = nn.Sequential(
             nn.Conv2d(config.in_channels, dims[0], config.patch_size, config.patch_size),
@@ -112,7 +114,7 @@ class ConvNeXt(nn.Module):
             block.recomputes = mode == "mlp"
 
     def forward(self, images: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
-        """Logits `[batch, classes]`, or with `targets` the cross entropy in nats.
+        """Logits `[batch, classes]`, or with `targets` the cross entropy in nats (in training mode: `training_loss`).
 
         Args:
             images: `[batch, channels, height, width]`, normalised; any floating dtype (a data set has float32).
@@ -130,8 +132,9 @@ class ConvNeXt(nn.Module):
         logits: Tensor = self.head(self.norm(x.mean((-2, -1))))
         if targets is None:
             return logits
-        smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(logits.float(), targets, reduction=reduction, label_smoothing=smoothing)
+        if not self.training:
+            return cross_entropy(logits.float(), targets, reduction=reduction)
+        return self.training_loss(logits.float(), targets, reduction=reduction, label_smoothing=self.label_smoothing)
 
     def flops_per_image(self, height: int, width: int) -> float:
         """Floating-point operations of forward and backward per image: 6 per multiply-add of convolutions and linears.

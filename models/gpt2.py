@@ -25,6 +25,7 @@ from polytrope.models.activations import (
 from polytrope.models.architecture import Architecture, HuggingFace
 from polytrope.models.configurations import GPT2_PRESETS, ActivationConfig, GPT2Config, activation_configs
 from polytrope.models.foreign import read_activation_name, read_settings
+from polytrope.models.losses import Loss, cross_entropy
 from polytrope.models.modes import evaluation_mode
 from polytrope.models.weights import load_renamed
 
@@ -117,6 +118,7 @@ class GPT2(nn.Module):
         self.config = config
         self.tied_weights = {"lm_head.weight": "transformer.wte.weight"} if config.tie_word_embeddings else {}
         self.activation_checkpointing: ActivationCheckpointing = "none"
+        self.training_loss: Loss = cross_entropy  # set by the trainer
         activations = activation_configs(config.activation, config.n_layer)
         self.transformer = nn.ModuleDict(
             {
@@ -151,7 +153,8 @@ class GPT2(nn.Module):
             block.mlp.recomputes = mode == "mlp"  # type: ignore[union-attr]
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
-        """Logits `[batch, positions, vocab_size]`, or with `targets` the cross entropy in nats.
+        """Logits `[batch, positions, vocab_size]`, or with `targets` the cross entropy in nats (in training mode:
+        `training_loss`).
 
         Args:
             tokens: `[batch, positions]` int64, at most `sequence_length` positions.
@@ -168,7 +171,8 @@ class GPT2(nn.Module):
         logits: Tensor = self.lm_head(self.transformer["ln_f"](x))
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction=reduction)
+        loss = self.training_loss if self.training else cross_entropy
+        return loss(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
 
     def forward_with_cache(self, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """Logits of the last position `[batch, vocab_size]` and the extended cache, for sampling."""

@@ -21,6 +21,7 @@ class Training(OpenRecord):
     """The end of a training; its metrics stand beside these fields by their names (`val/loss`).
 
     Args:
+        trainable_parameters: how many of the `parameters` learned, where not all did.
         failure: how it diverged, under `on_divergence: record`.
         samples, tokens: that it has seen.
         result_step: the step whose weights are the model, where that is not the last one.
@@ -30,6 +31,7 @@ class Training(OpenRecord):
     format: Literal[1] = 1
     architecture: str
     parameters: int
+    trainable_parameters: int | None = None
     steps: int
     samples: int | None = None
     tokens: int | None = None

@@ -189,6 +189,8 @@ SECTIONS: dict[str, list[Mistake]] = {
             "epochs: 2\n      global_batch_size: 1\n      augmentation: {mixup: 0.2}",
             IMAGES,
         ),
+        Mistake("a loss that there is not", "global_batch_size: 8", "loss: {name: focal}"),
+        Mistake("what learns, misspelled", "global_batch_size: 8", "trainable: [coefs]"),
         Mistake("augmentation of text", "global_batch_size: 8", "augmentation: {horizontal_flip: true}"),
         Mistake("neither a model nor one to start from", f"      model: {_GPT2}\n", ""),
         Mistake(

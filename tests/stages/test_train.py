@@ -116,6 +116,17 @@ def test_what_a_worker_prints_shows_no_secret(
     assert log in str(error.value)
 
 
+def test_another_loss_is_trained_on_and_cross_entropy_is_validated(tmp_path: Path, dataset: Artifact) -> None:
+    """At the start p is 1/V everywhere: Poly-1 is ε (1 - 1/V) above cross entropy."""
+    loss = {"name": "poly", "epsilon": 2.0}
+    run_training(
+        tmp_path, dataset, workers=1, loss=loss, steps=1, log_every=1, warmup_steps=0, learning_rate=1e-9,
+    )  # fmt: skip
+    summary = json.loads((tmp_path / "output/training.json").read_text())
+    assert summary["val/loss"] == pytest.approx(validation_loss(tmp_path, dataset, 7), rel=1e-5)
+    assert summary["train/loss"] - summary["val/loss"] == pytest.approx(2.0 * (1 - 1 / 320), abs=0.05)
+
+
 def test_learns(trained: Path) -> None:
     losses = [entry["val/loss"] for entry in history(trained) if "val/loss" in entry]
     assert losses[-1] < losses[0] < math.log(320)
@@ -347,13 +358,15 @@ def test_nan_stops_the_training_and_says_where(tmp_path: Path, dataset: Artifact
         run_training(tmp_path, dataset, learning_rate=1e30, gradient_clipping=0.0, warmup_steps=0)
 
 
-def test_a_divergence_can_be_the_result(tmp_path: Path, dataset: Artifact) -> None:
-    broken = {"learning_rate": 1e30, "gradient_clipping": 0.0, "warmup_steps": 0}
+def test_a_divergence_can_be_the_result(tmp_path: Path, dataset: Artifact, trained: Path) -> None:
+    broken = {"learning_rate": 1e30, "gradient_clipping": 0.0, "warmup_steps": 0, "zero_stage": 3}
     summary = run_training(tmp_path, dataset, **broken, on_divergence="record", log_every=1, register_as="lines")
     training = json.loads((tmp_path / "output" / "training.json").read_text())
     assert re.match(r"diverged at step \d+ \(batch \d+\): gradient norm is (nan|inf)", training["failure"])
     assert summary == {}, "nothing was measured at its end"
     assert training["steps"] == len(history(tmp_path))
+    whole = json.loads((trained / "output/training.json").read_text())
+    assert training["parameters"] == whole["parameters"], "also of shards"
     assert not (tmp_path / "output" / "model.safetensors").exists()
     assert read_events(tmp_path, "model") == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -117,13 +118,17 @@ def gradient_norm(engine: Any, unsharded: float) -> float:
     return unsharded if norm is None else float(norm)
 
 
-def full_weights(engine: Any) -> dict[str, Tensor]:
-    """All weights and buffers in fp32 on every rank, on the CPU; a collective where they are sharded.
+def full_weights(engine: Any, frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All weights and buffers in fp32, on the CPU; a collective where they are sharded.
 
     Of a bf16 or fp16 training these are the optimizer's fp32 masters, gathered from their shards.
+
+    Args:
+        frozen: the weights that do not learn, as they were before the engine was made: it may round or shard its own.
+            Rank 0 has them; for the others what the engine holds is good enough.
     """
     module = engine.module
-    weights = {name: tensor.float().cpu() for name, tensor in master_weights(engine).items()}
+    weights = {name: tensor.float().cpu() for name, tensor in {**frozen, **master_weights(engine)}.items()}
     for name, tensor in module.state_dict().items():
         if name not in weights and name not in getattr(module, "tied_weights", {}):
             weights[name] = tensor.detach().cpu()
@@ -134,7 +139,7 @@ def master_weights(engine: Any) -> dict[str, Tensor]:
     """The weights that the optimizer works on, whole, by name; a collective where they are sharded."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    parameters = dict(engine.module.named_parameters())
+    parameters = {name: weight for name, weight in engine.module.named_parameters() if weight.requires_grad}
     narrow = engine.bfloat16_enabled() or engine.fp16_enabled()
     if engine.zero_optimization_stage() < 3 and not narrow:
         return {name: parameter.detach() for name, parameter in parameters.items()}

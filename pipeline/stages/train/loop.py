@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
-from polytrope.models.checkpoint import load_weights, read_description, save_model
+from polytrope.models.checkpoint import load_weights, save_model
+from polytrope.models.losses import make_loss
 from polytrope.ops import kernels
 from polytrope.pipeline.data.training_file import Training, write_training
 from polytrope.pipeline.errors import UserError
@@ -34,6 +35,7 @@ from polytrope.pipeline.stages.train.deepspeed_engine import (
 )
 from polytrope.pipeline.stages.train.modality import Modality, make_modality
 from polytrope.pipeline.stages.train.optimization import coefficient_rates, learning_rate_factor, set_learning_rate
+from polytrope.pipeline.stages.train.trainable import freeze
 from polytrope.pipeline.stages.train.training_metrics import (
     Meter,
     MetricsLog,
@@ -58,6 +60,10 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     import_deepspeed(on_cpu, parameters.compile)
     _seed(parameters.seed)
     model = _create_model(plan)
+    sizes = sizes_of(model)  # now: ZeRO-3 leaves nothing of most parameters here
+    frozen = {}
+    if rank == 0:  # which writes the model
+        frozen = {name: weight.detach() for name, weight in model.named_parameters() if not weight.requires_grad}
     chosen = choose_checkpoint(context, rank, plan.workers, plan.zero_stage)
     engine = create_engine(plan, model, on_cpu, universal=chosen is not None and chosen.universal)
     average = None
@@ -72,7 +78,7 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
         plan.steps,
         parameters.data_threads,
     )
-    run = _Run(plan, context, rank, device, engine, average, progress, modality, prefetcher)
+    run = _Run(plan, context, rank, device, engine, average, frozen, progress, modality, prefetcher)
     try:
         while progress.step < plan.steps:
             run.step()
@@ -80,7 +86,7 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
         if parameters.on_divergence != "record":
             raise
         if rank == 0:
-            _write_failure(plan, context.output, model, progress, error)
+            _write_failure(plan, context.output, sizes, progress, error)
         dist.barrier()  # every rank sees the same gradient norm, so all are here
         return
     finally:
@@ -89,7 +95,7 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     if rank == 0:
         if 0 < progress.best_step < plan.steps:
             weights = load_best(run.best_directory, progress.best_step)
-        _write_result(plan, context.output, model, weights, progress)
+        _write_result(plan, context.output, model, weights, sizes, progress)
     dist.barrier()
     run.checkpoints.finish()
 
@@ -105,12 +111,14 @@ class _Run:
         device: torch.device,
         engine: Any,
         average: WeightAverage | None,
+        frozen: dict[str, Tensor],
         progress: Progress,
         modality: Modality,
         prefetcher: Prefetcher,
     ) -> None:
         self.plan, self.context, self.rank, self.device = plan, context, rank, device
-        self.engine, self.average, self.progress, self.modality = engine, average, progress, modality
+        self.engine, self.average, self.frozen = engine, average, frozen
+        self.progress, self.modality = progress, modality
         self.prefetcher, self.meter, self.metrics = prefetcher, Meter(), MetricsLog(context, rank)
         parameters = plan.parameters
         self.checkpoints = CheckpointWriter(
@@ -162,7 +170,7 @@ class _Run:
 
     def weights(self) -> dict[str, Tensor]:
         """What the model would be now: whole, fp32, averaged if `ema_decay` is set; a collective under ZeRO-3."""
-        weights = full_weights(self.engine)
+        weights = full_weights(self.engine, self.frozen)
         if self.average is not None:
             weights |= {name: tensor.cpu() for name, tensor in self.average.averages.items()}
         return weights
@@ -286,9 +294,20 @@ def _create_model(plan: TrainingPlan) -> nn.Module:
         raise UserError(f"the model cannot be built: {error}", "see `with: model:` of this stage") from error
     model.train()
     model.set_activation_checkpointing(plan.parameters.activation_checkpointing)  # type: ignore[operator]
+    if plan.parameters.loss is not None:
+        model.training_loss = make_loss(**plan.parameters.loss.model_dump())  # type: ignore[assignment]
+    if plan.parameters.trainable is not None:
+        freeze(model, plan.architecture, plan.parameters.trainable)
     if plan.parameters.augmentation is not None:
         model.label_smoothing = plan.parameters.augmentation.label_smoothing  # type: ignore[assignment]
     return model
+
+
+def sizes_of(model: nn.Module) -> dict[str, int]:
+    """How large the model is: `parameters`, and `trainable_parameters` where not all learn."""
+    number = sum(weight.numel() for weight in model.parameters())
+    learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    return {"parameters": number} | ({"trainable_parameters": learning} if learning < number else {})
 
 
 def _train_step(
@@ -325,7 +344,12 @@ def to_model(inputs: Tensor, module: nn.Module, device: torch.device) -> Tensor:
 
 
 def _write_result(
-    plan: TrainingPlan, output: Path, model: nn.Module, weights: dict[str, Tensor], progress: Progress
+    plan: TrainingPlan,
+    output: Path,
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    sizes: dict[str, int],
+    progress: Progress,
 ) -> None:
     """The model artifact: deterministic files, without times or hosts."""
     save_model(output, model, tokenizer=plan.dataset, weights=weights)
@@ -338,7 +362,7 @@ def _write_result(
     summary = {
         "format": 1,
         "architecture": plan.architecture,
-        "parameters": read_description(output)["parameters"],
+        **sizes,
         "steps": plan.steps,
         "samples": samples,
         **final,
@@ -352,13 +376,15 @@ def _write_result(
     write_training(output, Training.model_validate(summary), progress.history)
 
 
-def _write_failure(plan: TrainingPlan, output: Path, model: nn.Module, progress: Progress, error: Diverged) -> None:
+def _write_failure(
+    plan: TrainingPlan, output: Path, sizes: dict[str, int], progress: Progress, error: Diverged
+) -> None:
     """The artifact of a training that diverged: what was logged until then and what happened, but no weights."""
-    training = Training(
-        format=1,
-        architecture=plan.architecture,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        steps=progress.step,
-        failure=f"diverged at {error}",
-    )
-    write_training(output, training, progress.history)
+    summary = {
+        "format": 1,
+        "architecture": plan.architecture,
+        **sizes,
+        "steps": progress.step,
+        "failure": f"diverged at {error}",
+    }
+    write_training(output, Training.model_validate(summary), progress.history)

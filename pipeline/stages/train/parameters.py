@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
 from polytrope.models.configurations import MODEL_KINDS, activation_configs
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stages.train.activation_parameters import Activation, AnyStart, Interval, spelled_out
+from polytrope.pipeline.stages.train.activation_parameters import (
+    CLASSICAL,
+    Activation,
+    AnyStart,
+    Interval,
+    spelled_out,
+)
+from polytrope.pipeline.stages.train.trainable import COEFFICIENTS, check_entry
 
 if TYPE_CHECKING:
     ArchitectureName = str
@@ -75,6 +82,11 @@ class ModelParameters(BaseModel):
         given = self.model_dump(exclude_none=True, exclude={"architecture", "preset", "activation_options"})
         return {**MODEL_KINDS[self.architecture].presets.get(self.preset or "", {}), **given}
 
+    def activations(self) -> list[dict[str, Any]]:
+        """The activation of each block, with its `name`."""
+        config = make_config(MODEL_KINDS[self.architecture].config, self.settings())
+        return [spelled_out(entry) for entry in activation_configs(config.activation, len(config.activation_widths()))]
+
     @model_validator(mode="after")
     def buildable(self) -> ModelParameters:
         kind = MODEL_KINDS[self.architecture]
@@ -86,11 +98,10 @@ class ModelParameters(BaseModel):
         for name in self.model_fields_set - {"architecture", "preset", "activation_options"}:
             if name not in known and getattr(self, name) is not None:
                 raise ValueError(f"{name}: a {self.architecture} has no such setting; there are {', '.join(known)}")
-        config = make_config(kind.config, self.settings())
-        widths = config.activation_widths()
-        for entry, width in zip(activation_configs(config.activation, len(widths)), widths, strict=True):
-            groups = spelled_out(entry).get("num_parameters", 1)
-            if spelled_out(entry).get("dim", -1) == -1 and width % groups:
+        widths = make_config(kind.config, self.settings()).activation_widths()
+        for entry, width in zip(self.activations(), widths, strict=True):
+            groups = entry.get("num_parameters", 1)
+            if entry.get("dim", -1) == -1 and width % groups:
                 raise ValueError(
                     f"activation: num_parameters ({groups}) does not divide the {width} channels of a block"
                 )
@@ -111,12 +122,43 @@ class AugmentationParameters(BaseModel):
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="probability mass moved to the uniform distribution")
 
 
+class CrossEntropyLoss(BaseModel):
+    """Cross entropy."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Literal["cross_entropy"]
+
+
+class PolyLoss(BaseModel):
+    """Poly-1: cross entropy + epsilon · (1 - probability of the target)."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: Literal["poly"]
+    epsilon: float = Field(1.0, ge=-1, description="added to the first coefficient of cross entropy's series in 1 - p")
+
+
+TrainingLoss = CrossEntropyLoss | PolyLoss
+
+
 class TrainParameters(BaseModel):
     """Everything that decides the result of a training."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: ModelParameters | None = Field(None, description="the model; not with an `initial` input (fine-tuning)")
+    loss: Annotated[TrainingLoss, Field(discriminator="name")] | None = Field(
+        None,
+        description="what is minimised: {name: poly, epsilon: 1.0} (at least -1), or {name: cross_entropy}, as is the "
+        "default; validation always measures cross entropy",
+    )
+    trainable: list[Annotated[str, AfterValidator(check_entry)]] | None = Field(
+        None,
+        min_length=1,
+        description="which parameters learn: coefficients, norms, head, or patterns of their names "
+        "(transformer.h.*.mlp.*); the others stay as they are. Default: all",
+    )
     steps: int | None = Field(None, ge=1, description="optimizer steps; give steps or epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the training samples; give steps or epochs")
     global_batch_size: int = Field(32, ge=1, description="samples per optimizer step, over all workers")
@@ -204,6 +246,14 @@ class TrainParameters(BaseModel):
             )
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
+        if self.trainable is not None and self.peak_flops is not None:
+            raise ValueError("peak_flops: MFU counts the gradients of all weights; leave it out with `trainable`")
+        if self.model is not None and COEFFICIENTS in (self.trainable or ()):
+            names = {entry["name"] for entry in self.model.activations()}
+            if names <= set(CLASSICAL):
+                raise ValueError(
+                    f"trainable: {COEFFICIENTS}: {', '.join(sorted(names))} has none; choose a learnable activation"
+                )
         return self
 
 

@@ -18,14 +18,14 @@ class WeightAverage:
     2019, as in TensorFlow's `ExponentialMovingAverage` with `num_updates`).
 
     Args:
-        model: whose weights are averaged.
+        model: whose weights are averaged, those that learn.
         decay: in [0, 1).
-        masters: all weights in fp32, by name: under bf16 and fp16 the optimizer's, of which the model's are roundings.
+        masters: these weights in fp32, by name: of bf16 and fp16 the optimizer's, of which the model's are roundings.
     """
 
     def __init__(self, model: nn.Module, decay: float, masters: Masters) -> None:
         self.decay, self.updates = decay, 0
-        self.parameters = dict(model.named_parameters())
+        self.parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         self._masters = masters
         current = masters()
         self.averages = {

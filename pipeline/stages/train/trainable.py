@@ -1,0 +1,68 @@
+"""`trainable`: which parameters learn. The others have no gradient and no optimizer state, and stay bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from polytrope.models.configurations import MODEL_KINDS
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.support.text import suggest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+COEFFICIENTS = "coefficients"  # found by the modules they belong to
+GROUPS = (COEFFICIENTS, *sorted({name for kind in MODEL_KINDS.values() for name in kind.groups}))
+
+
+def check_entry(entry: str) -> str:
+    """An entry of `trainable`, if it can be one.
+
+    Raises:
+        ValueError: neither a group's name nor a pattern of parameters' names.
+    """
+    if entry not in GROUPS and not set(".*") & set(entry):
+        raise ValueError(
+            f"expected a group ({', '.join(GROUPS)}) or a pattern of parameters' names, such as transformer.h.*.mlp.*"
+        )
+    return entry
+
+
+def freeze(model: nn.Module, architecture: str, trainable: Sequence[str]) -> None:
+    """Make the parameters that an entry names the only ones with gradients.
+
+    Args:
+        trainable: groups, and patterns of parameters' names (`*` stands for anything). A tensor with two names (a tied
+            head) learns if one of them is meant.
+
+    Raises:
+        UserError: an entry that names no parameter of this model.
+    """
+    names = dict(model.named_parameters(remove_duplicate=False))
+    learns: set[int] = set()
+    for entry in trainable:
+        found = _parameters_of(entry, model, architecture)
+        if not found:
+            raise UserError(
+                f"trainable: `{entry}` names no parameter of this {architecture}",
+                suggest(entry, names) if entry not in GROUPS else f"its activations have no {entry}",
+            )
+        learns |= found
+    for parameter in names.values():
+        parameter.requires_grad_(id(parameter) in learns)
+
+
+def _parameters_of(entry: str, model: nn.Module, architecture: str) -> set[int]:
+    from polytrope.ops import is_learnable_activation
+
+    if entry == COEFFICIENTS:
+        activations = (module for module in model.modules() if is_learnable_activation(module))
+        return {id(parameter) for module in activations for parameter in module.parameters()}
+    patterns = MODEL_KINDS[architecture].groups[entry] if entry in GROUPS else (entry,)
+    return {
+        id(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
