@@ -615,7 +615,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         let_go(sys.stdout)
         return EXIT_READER_LEFT
     except Exception as error:
-        return _unexpected(error, debug=options.debug)
+        from polytrope.pipeline.support.files import is_disk_full
+
+        if not is_disk_full(error):
+            return _unexpected(error, debug=options.debug)
+        _refuse("polytrope", str(error), "free some space: on the disk, or where the output goes")
+        code = EXIT_RUN_FAILED
     return _flushed(code)
 
 
@@ -649,10 +654,14 @@ def _unexpected(error: Exception, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
         return EXIT_RUN_FAILED
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", errors="backslashreplace", prefix="polytrope-error-", suffix=".log", delete=False
-    ) as log:
-        traceback.print_exception(error, file=log)
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="backslashreplace", prefix="polytrope-error-", suffix=".log", delete=False
+        ) as log:
+            traceback.print_exception(error, file=log)
+    except OSError:  # nowhere to write it
+        traceback.print_exception(error)
+        return EXIT_RUN_FAILED
     print(f"polytrope: unexpected {type(error).__name__}: {error}", file=sys.stderr)
     print(f"  → the traceback is in {log.name}; `--debug` prints it", file=sys.stderr)
     return EXIT_RUN_FAILED

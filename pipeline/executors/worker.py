@@ -50,6 +50,7 @@ Item = TypeVar("Item")
 ErrorKind = Literal["user", "bug", "error", "timeout", "worker lost", "store", "cancelled"]
 _BUGS = (NameError, TypeError, AttributeError, ImportError, AssertionError)  # the same happens again
 _PACKAGE = str(Path(__file__).parents[2])  # polytrope
+_LONGEST_TEXT = 20_000  # characters of a message or traceback in the journal, MLflow and the terminal
 
 
 @dataclass(frozen=True)
@@ -418,8 +419,12 @@ def _surroundings(task: StageTask) -> Iterator[None]:
 
 
 def describe_error(error: BaseException, secrets: Mapping[str, str]) -> StageError:
-    """An exception of a stage as the journal keeps it, without the values of secrets."""
-    hide = hider(secrets)
+    """An exception of a stage as the journal keeps it, without the values of secrets and of a length to be read."""
+    hidden = hider(secrets)
+
+    def hide(text: str) -> str:
+        return _shortened(hidden(text))
+
     name = type(error).__name__
     if isinstance(error, UserError):
         return StageError("user", hide(error.message), hide(error.hint), name)
@@ -432,6 +437,15 @@ def describe_error(error: BaseException, secrets: Mapping[str, str]) -> StageErr
         hint = "mend the function; it was not tried again, since that would end the same way"
         return StageError("bug", text, hint, name, frames, place)
     return StageError("error", text, "", name, frames, place)
+
+
+def _shortened(text: str) -> str:
+    """A text of any length (an exception may show a whole tensor) by its beginning and its end."""
+    left_out = len(text) - _LONGEST_TEXT
+    if left_out <= 0:
+        return text
+    half = _LONGEST_TEXT // 2
+    return f"{text[:half]}\n… {left_out:,} characters are left out here …\n{text[-half:]}"
 
 
 def _own_place(error: BaseException) -> str:

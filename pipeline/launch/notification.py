@@ -33,7 +33,8 @@ def notify(command: str, state: RunState, run_id: str, store: str) -> None:
     try:
         done = subprocess.run(
             command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", timeout=_PATIENCE, check=False,
+            stderr=subprocess.STDOUT, text=True, encoding="utf-8",
+            errors="replace", timeout=_PATIENCE, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         print(f"polytrope: notify: {error}", file=sys.stderr)

@@ -20,12 +20,13 @@ _LEFT_OUT: dict[str, tuple[str, ...]] = {
         ".aws", ".azure", ".gcloud", ".kube", ".docker", ".gnupg", ".git-credentials", "id_rsa*", "id_dsa*",
         "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "credentials",
         "credentials.*", "*credentials.json", "service-account*.json", "service_account*.json", "secrets.*",
-        "auth_token",
+        "secrets", "auth_token", "token", ".vault-token", "*client_secret*.json", "kubeconfig", "gcloud", ".boto",
+        ".s3cfg", "rclone.conf", ".huggingface", "*.tfstate", "*.tfstate.backup",
     ),
     "databases": ("*.db", "*.sqlite", "*.sqlite3", "*.db-wal", "*.db-shm", "*.dump", "*.mdb"),
     "environments and products": (
         ".git", ".hg", ".svn", ".venv", "venv", "node_modules", "__pycache__", "*.pyc", ".polytrope", "mlruns", "build",
-        "dist", "*.egg-info", ".*_cache", ".tox", ".nox", ".ipynb_checkpoints", ".ds_store",
+        "dist", "*.egg-info", ".*_cache", ".cache", ".tox", ".nox", ".ipynb_checkpoints", ".ds_store",
     ),
 }  # fmt: skip
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.files import flush, hash_descriptor, unique_name
+from polytrope.pipeline.support.text import is_unicode
 from polytrope.pipeline.workflow.keys import stage_key
 
 FORMAT = 1
@@ -130,13 +131,11 @@ def _walk(directory: Path) -> tuple[dict[str, os.stat_result], list[str]]:
         with os.scandir(current) as entries:
             for entry in entries:
                 name = prefix + entry.name
-                try:
-                    name.encode()
-                except UnicodeEncodeError:
+                if not is_unicode(name):
                     raise UserError(
                         f"the stage's output holds {os.fsencode(name)!r}, whose name is not UTF-8",
                         "rename it: object stores and JSON keep names in UTF-8 only",
-                    ) from None
+                    )
                 if entry.is_dir(follow_symlinks=False):
                     directories.append(name)
                     walk(entry.path, f"{name}/")

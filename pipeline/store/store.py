@@ -76,6 +76,7 @@ from polytrope.pipeline.support.files import (
     unique_name,
     write_bytes,
 )
+from polytrope.pipeline.support.text import is_unicode
 
 _DIGESTS = "digests.json"  # beside a delivered manifest: what the cache will say of its files
 _KEY_CHARACTERS = frozenset("0123456789abcdef")
@@ -157,6 +158,11 @@ class Store:
         """
         if self._created:
             return
+        if not is_unicode(self.address):
+            raise UserError(
+                f"store: the path {self.address!r} is not UTF-8",
+                "give another `store:`: a run records its paths in UTF-8",
+            )
         try:
             make_folders(self._here)
             self._backend.prepare()

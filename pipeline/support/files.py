@@ -31,7 +31,7 @@ def safe_name(name: str) -> str:
     )
     if text == name and len(text.encode()) <= 150 and not text.startswith("."):
         return text
-    digest = hashlib.sha256(name.encode()).hexdigest()[:12]  # different names stay different
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]  # different names stay different
     return f"{text.lstrip('.')[:100].encode()[:100].decode(errors='ignore')}-{digest}"
 
 

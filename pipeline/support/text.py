@@ -9,6 +9,16 @@ import re
 import shlex
 from collections.abc import Iterable
 
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write it: no half of a surrogate pair, as names of files in another encoding have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 # the commands that look into a store
 STORE_COMMANDS = frozenset(
     [

@@ -28,6 +28,7 @@ from typing import Any
 from pydantic import BaseModel, SecretBytes, SecretStr
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.support.text import is_unicode
 
 _DEEPEST = 100  # levels of nesting
 _LARGEST = 2**63  # integers from here on are written in hexadecimal: Python refuses long decimal ones
@@ -116,7 +117,7 @@ def _encode(value: Any, field: str, instance: _Instance, depth: int) -> Any:
     if kind is float:
         return value if math.isfinite(value) else {"$float": str(value)}
     if kind is str:
-        return value if _is_unicode(value) else {"$text": value.encode(errors="surrogatepass").hex()}
+        return value if is_unicode(value) else {"$text": value.encode(errors="surrogatepass").hex()}
     if kind in (list, tuple):
         items = [_encode(item, f"{field}.{index}", instance, depth + 1) for index, item in enumerate(value)]
         return items if kind is list else {"$tuple": items}
@@ -137,22 +138,13 @@ def _encode(value: Any, field: str, instance: _Instance, depth: int) -> Any:
 
 
 def _encode_mapping(value: dict[Any, Any], field: str, instance: _Instance, depth: int) -> Any:
-    if all(type(key) is str and not key.startswith("$") and _is_unicode(key) for key in value):
+    if all(type(key) is str and not key.startswith("$") and is_unicode(key) for key in value):
         return {key: _encode(item, f"{field}.{key}", instance, depth + 1) for key, item in value.items()}
     pairs = [
         [_encode(key, field, instance, depth + 1), _encode(item, f"{field}.{key}", instance, depth + 1)]
         for key, item in value.items()
     ]
     return {"$mapping": sorted(pairs, key=canonical_json)}
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can write it: no half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _instance(value: Any, field: str, depth: int) -> Any:

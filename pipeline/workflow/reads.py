@@ -10,6 +10,7 @@ from pathlib import Path
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.files import hash_file
+from polytrope.pipeline.support.text import is_unicode
 
 
 def read_digests(patterns: Iterable[str], directory: Path, prefix: str = "") -> dict[str, str]:
@@ -47,10 +48,8 @@ def _paths(pattern: str, directory: Path) -> set[Path]:
 
 def _name(path: Path, pattern: str, directory: Path) -> str:
     name = (path if os.path.isabs(pattern) else path.relative_to(directory)).as_posix()
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"reads: the name {name!r} is not valid UTF-8", "rename the file") from None
+    if not is_unicode(name):
+        raise UserError(f"reads: the name {name!r} is not valid UTF-8", "rename the file")
     return name
 
 

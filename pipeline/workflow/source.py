@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 import yaml
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.support.text import suggest
+from polytrope.pipeline.support.text import is_unicode, suggest
 
 KeyPath = tuple[str | int, ...]
 
@@ -78,6 +78,11 @@ def read_source(path: Path) -> Source:
 
 def _read(path: Path, including: tuple[Path, ...]) -> Source:
     resolved = path.resolve()
+    if not is_unicode(str(resolved)):
+        raise UserError(
+            f"the path of the workflow file {str(resolved)!r} is not UTF-8",
+            "rename the directory or file: a run records its workflow in UTF-8",
+        )
     if resolved in including:
         chain = " → ".join(str(_display(item)) for item in (*including[including.index(resolved) :], resolved))
         raise UserError(f"{_display(path)}: include cycle: {chain}", "remove one of these `include:` lines")
@@ -175,8 +180,10 @@ def parse_value(text: str) -> Any:
     is a comment, `a: b` is text, and so is nothing at all.
 
     Raises:
-        UserError: a list or mapping that is not closed, or has something behind it.
+        UserError: a list or mapping that is not closed, or has something behind it; not UTF-8.
     """
+    if not is_unicode(text):
+        raise UserError(f"--set: the value {text!r} is not UTF-8")
     stripped = text.strip()
     loader = _Loader(stripped)
     try:

@@ -56,6 +56,20 @@ def test_a_run_goes_on_and_exits_by_its_result(tmp_path: Path, output: str, uses
 
 def test_a_command_that_only_prints_says_that_its_reader_left(tmp_path: Path) -> None:
     assert command(tmp_path, "pipe", "stages")[0] in (0, 141)  # by the size of what it prints
-    code, errors = command(tmp_path, "full", "stages")
-    assert code == 1
-    assert "No space left on device" in errors
+    for words in (["stages"], ["schema"]):
+        code, errors = command(tmp_path, "full", *words)
+        assert code == 1
+        assert "No space left on device" in errors
+        assert "unexpected" not in errors
+
+
+def test_an_unexpected_error_is_told_where_no_file_can_be_written(tmp_path: Path) -> None:
+    program = (
+        "import resource; from polytrope.pipeline.commands.cli import _unexpected\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+        "try: raise KeyError('boom')\n"
+        "except KeyError as error: raise SystemExit(_unexpected(error, debug=False))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("KeyError: 'boom'\n")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -465,6 +466,26 @@ def test_an_empty_run_id_is_refused(project: Path) -> None:
     assert not list(project.glob(".polytrope/runs/*"))
     assert polytrope(project, "run", "w.yaml", "--run-id", "a").returncode == 0
     assert "there is no run ``" in polytrope(project, "status", "").stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("alias", "--remove", "x\udcff"), "there is no alias"),
+        (("run", "w.yaml", "--run-id", "x\udcff"), "cannot be a run id"),
+        (("run", "w.yaml", "--set", "params.steps=x\udcff"), "--set: the value 'x\\udcff' is not UTF-8"),
+        (("run", "w.yaml", "--store", "x\udcff"), "store: the path '{project}/x\\udcff' is not UTF-8"),
+        (("run", "x\udcff.yaml"), "the path of the workflow file '{project}/x\\udcff.yaml' is not UTF-8"),
+    ],
+)
+def test_words_of_another_encoding_are_refused_by_name(
+    project: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(project)
+    (project / "x\udcff.yaml").write_bytes((project / "w.yaml").read_bytes())
+    assert main(list(arguments)) == 2
+    assert message.format(project=project) in capsys.readouterr().err
+    assert not list(project.glob("**/runs/*"))
 
 
 def test_a_journal_that_is_a_directory_is_named_and_hides_no_other_run(project: Path) -> None:

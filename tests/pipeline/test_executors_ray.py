@@ -263,15 +263,26 @@ def test_a_cancelled_stage_that_will_not_end_is_ended_and_one_that_queues_is_for
         executor.close()
 
 
-def test_a_killed_driver_takes_the_cluster_with_it(place: Place) -> None:
-    pid_file = place.directory / "pids"
-    stages = {"s": {"uses": "spawn_and_hang", "with": {"pid_file": str(pid_file)}}}
+def test_a_killed_driver_takes_the_cluster_with_it_and_leaves_no_secret(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_TOKEN", "hunter2-hunter2")
+    pid_file, told = place.directory / "pids", place.directory / "told"
+    stages = {
+        "s": {"uses": "spawn_and_hang", "with": {"pid_file": str(pid_file)}},
+        "tell": {"uses": "tell_secret", "with": {"secret": "${env.TEST_TOKEN}", "there": str(told), "wait": True}},
+    }
     driver = start_driver(place, stages, executor="ray")
     pids = [int(pid) for pid in wait_for(pid_file).split()]
+    wait_for(told)
     pids += [child.pid for child in psutil.Process(driver.pid).children(recursive=True)]
     driver.kill()
     driver.wait()
     assert gone(pids)
+    files = [path for path in Path(place.store.address).rglob("*") if path.is_file()]
+    assert not [path for path in files if b"hunter2" in path.read_bytes()]
+    (log,) = (path for path in files if path.parent.name == "tell")
+    assert "connecting with\n${env.TEST_TOKEN}\n" in log.read_text()
     again = place.run({"s": {"uses": "make"}}, run_id="mine")
     assert (again.status, again.attempt) == ("succeeded", 2)
 

@@ -20,8 +20,9 @@ from polytrope.pipeline.launch import package
 def project(tmp_path: Path) -> Path:
     files = [
         "w.yaml", "st.py", "data/texts/a.txt", ".env", ".env.local", "conf/prod.env", ".ssh/config", "keys/id_rsa",
-        "server.pem", "aws/credentials", "gcp-credentials.json", "cache.sqlite3", "mine/pyvenv.cfg",
-        "mine/lib/big.py", ".git/config", "node_modules/x.js", "notes.ignored", "environment.yaml",
+        "server.pem", "aws/credentials", "gcp-credentials.json", "infra/live.tfstate",
+        "kubeconfig", "client_secret_1.json", "conf/gcloud/x.json", "secrets/db.txt", ".cache/x/token", "cache.sqlite3",
+        "mine/pyvenv.cfg", "mine/lib/big.py", ".git/config", "node_modules/x.js", "notes.ignored", "environment.yaml",
     ]  # fmt: skip
     for name in files:
         path = tmp_path / name
@@ -39,7 +40,7 @@ def test_only_the_project_is_chosen(project: Path) -> None:
     assert sorted(map(str, chosen.files)) == [".gitignore", "data/texts/a.txt", "environment.yaml", "st.py", "w.yaml"]
     assert {str(path) for path in chosen.left_out["credentials"]} == {
         ".env", ".env.local", "conf/prod.env", ".ssh", "keys/id_rsa", "server.pem", "aws/credentials",
-        "gcp-credentials.json",
+        "gcp-credentials.json", "infra/live.tfstate", "kubeconfig", "client_secret_1.json", "conf/gcloud", "secrets",
     }  # fmt: skip
     assert {str(path) for path in chosen.left_out["ignored by git"]} == {"notes.ignored"}
     assert {str(path) for path in chosen.left_out["databases"]} == {"cache.sqlite3"}

@@ -6,6 +6,7 @@ import dataclasses
 import decimal
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -467,6 +468,7 @@ def s(context: StageContext, how: str) -> dict[str, float]:
     if how == "other": sys.stdout = sys.stderr = object()
     if how == "descriptor": os.close(1)
     if how == "str": raise Odd
+    if how == "long": raise ValueError("x" * 1_000_000)
     if how == "none and str": sys.stderr = None; raise Odd
     if how == "metric": return {"loss": 1.0, "accuracy": None}
     return {"done": 1}
@@ -475,9 +477,13 @@ def s(context: StageContext, how: str) -> dict[str, float]:
 
 def test_a_stage_may_do_what_it_likes_with_its_output(place: Place, name: str) -> None:
     (place.directory / f"{name}_loud.py").write_text(LOUD)
-    hows = ["closed", "none", "other", "descriptor", "str", "none and str", "metric"]
+    hows = ["closed", "none", "other", "descriptor", "str", "none and str", "metric", "long"]
     stages = {
-        how.replace(" ", "_"): {"uses": f"{name}_loud:s", "with": {"how": how}, "retries": 0 if "str" in how else 2}
+        how.replace(" ", "_"): {
+            "uses": f"{name}_loud:s",
+            "with": {"how": how},
+            "retries": 0 if "str" in how or how == "long" else 2,
+        }
         for how in hows
     }
     state = place.run(stages, fields={"fail_fast": False})
@@ -490,6 +496,10 @@ def test_a_stage_may_do_what_it_likes_with_its_output(place: Place, name: str) -
         assert (error["kind"], error["class"]) == ("error", "Odd")
         assert error["message"] == "Odd: (its text cannot be shown: RuntimeError)"
     assert message(state, "metric").startswith("stage `metric` returned: `accuracy`: None is not a number")
+    long = state.stages["long"].error
+    assert long is not None
+    assert re.fullmatch(r"ValueError: x+\n… 980,\d+ characters are left out here …\nx+", long["message"])
+    assert (place.store.run_directory(state.run_id) / "journal.jsonl").stat().st_size < 100_000
     logs = place.store.run_directory(state.run_id) / "logs"
     for stage in stages:
         assert "said before" in (logs / stage / "1.log").read_text()

@@ -30,6 +30,7 @@ from polytrope.pipeline.stages.shard.images import (
     load_pixels,
     read_items,
     source_digest,
+    split_items,
 )
 from polytrope.pipeline.stages.shard.parameters import ShardImagesParameters
 from polytrope.pipeline.stages.shard.shard_images import shard_images
@@ -103,6 +104,17 @@ def test_a_folder_is_read_as_torchvision_reads_it_and_says_what_it_leaves(tmp_pa
         json.loads(line) for file in (tmp_path / "stage/events").iterdir() for line in file.read_text().splitlines()
     ]
     assert sum("left out:" in str(event.get("text")) for event in messages) == 3
+
+
+def test_names_of_another_encoding_are_read_and_those_of_classes_refused(tmp_path: Path) -> None:
+    for number in range(9):
+        save(tmp_path / "cat" / f"caf\udce9{number}.png", number)
+    source = FolderSource(kind="folder", path=".")
+    parts = split_items(read_items(source, tmp_path, tmp_path / "cache").items, None, 0.5)
+    assert sorted(map(len, parts.values())) == [2, 7]  # by the bytes of their names
+    save(tmp_path / "d\udce9" / "0.png", 0)
+    with pytest.raises(UserError, match=r"the name of the class b'.*d\\xe9' is not UTF-8"):
+        read_items(source, tmp_path, tmp_path / "cache")
 
 
 def test_an_empty_class_and_a_link_to_nowhere_are_refused_by_name(tmp_path: Path) -> None:

@@ -163,6 +163,13 @@ def test_parquet_takes_every_kind_of_text_column(tmp_path: Path) -> None:
         texts(tmp_path, ["bytes.parquet"], format="parquet")
 
 
+def test_a_name_that_is_not_utf_8_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "0.txt").write_text("there")
+    (tmp_path / "caf\udce9.txt").write_text("there")
+    with pytest.raises(UserError, match=r"caf\\xe9\.txt' is not UTF-8"):
+        find_files(["*.txt"], tmp_path)
+
+
 def test_links_to_nowhere_are_refused(tmp_path: Path) -> None:
     (tmp_path / "0.txt").write_text("there")
     (tmp_path / "1.txt").symlink_to("/nowhere/1")

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.shard.text_files import TEXT, check_lines, column_of, read_files, write_table
 from polytrope.pipeline.support.file_digests import combined_digest, file_digests
+from polytrope.pipeline.support.text import is_unicode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,7 +115,7 @@ def find_files(patterns: list[str], directory: Path) -> list[Path]:
     files below it that are not hidden; any other is a glob.
 
     Raises:
-        UserError: a pattern without a file, a file without content, a link to nowhere.
+        UserError: a pattern without a file, a file without content, a link to nowhere, a name that is not UTF-8.
     """
     found: list[Path] = []
     for pattern in patterns:
@@ -140,6 +141,10 @@ def find_files(patterns: list[str], directory: Path) -> list[Path]:
             )
         found += files
     for path in found:
+        if not is_unicode(str(path)):
+            raise UserError(
+                f"source.paths: the name {os.fsencode(path)!r} is not UTF-8", "rename the file (convmv renames many)"
+            )
         if path.stat().st_size == 0:
             raise UserError(f"source.paths: {path} is empty", "leave it out, or give a file with content")
     return list(dict.fromkeys(found))

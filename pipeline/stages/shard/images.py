@@ -30,6 +30,7 @@ from polytrope.pipeline.stages.shard.corpus import (
     refuse_offline_hub,
 )
 from polytrope.pipeline.support.file_digests import combined_digest, file_digests
+from polytrope.pipeline.support.text import is_unicode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -183,6 +184,11 @@ def _folder(source: FolderSource, directory: Path) -> ImageItems:
         if entry.name.startswith("."):
             found.left_out["hidden files and directories"] += 1
         elif entry.is_dir():
+            if not is_unicode(entry.name):
+                raise UserError(
+                    f"source.path: the name of the class {os.fsencode(entry.path)!r} is not UTF-8",
+                    "rename the directory (convmv renames many)",
+                )
             label = len(found.names)
             images = list(_images_below(Path(entry.path), found.left_out))
             if not images:
@@ -343,7 +349,8 @@ def split_items(
         return {"train": list(items), "validation": list(validation)}
     parts: dict[str, list[ImageItem]] = {"train": [], "validation": []}
     for item in items:
-        parts["validation" if is_validation(item.key.encode(), fraction) else "train"].append(item)
+        belongs = is_validation(item.key.encode(errors="surrogateescape"), fraction)  # names of any encoding
+        parts["validation" if belongs else "train"].append(item)
     return parts
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.support.text import is_unicode
 
 if TYPE_CHECKING:
     import pyarrow
@@ -163,10 +164,8 @@ def _texts_of_lines(path: Path, field: str) -> Iterator[str]:
             fields = ", ".join(record) if isinstance(record, dict) else "no fields"
             raise UserError(f"{place}: no text in field `{field}`", f"set source.text_field; this line has {fields}")
         text: str = record[field]
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{place}: half of a surrogate pair in `{field}`", "mend or remove the line") from None
+        if not is_unicode(text):
+            raise UserError(f"{place}: half of a surrogate pair in `{field}`", "mend or remove the line")
         yield text
 
 
