@@ -14,7 +14,8 @@ import pytest
 from pydantic import ValidationError
 
 from polytrope.models import special_tokens
-from polytrope.pipeline.data.promised import PromisedModel, PromisedText, misfit
+from polytrope.pipeline.data.misfits import misfit
+from polytrope.pipeline.data.promised import PromisedModel, PromisedText
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import read_tokenizer, tokenizer_from_json
 from polytrope.pipeline.errors import UserError

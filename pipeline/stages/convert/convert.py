@@ -14,13 +14,8 @@ from typing import Any
 from polytrope.models import make_config
 from polytrope.models.configurations import MODEL_KINDS, activation_configs
 from polytrope.pipeline.data.lineage import read_lineage, write_lineage
-from polytrope.pipeline.data.promised import (
-    AnyPromisedModel,
-    PromisedForeignModel,
-    expect_data,
-    expect_model,
-    refuse_misfit,
-)
+from polytrope.pipeline.data.misfits import refuse_misfit
+from polytrope.pipeline.data.promised import AnyPromisedModel, PromisedForeignModel, expect_data, expect_model
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters

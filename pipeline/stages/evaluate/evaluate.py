@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.misfits import refuse_misfit
 from polytrope.pipeline.data.promised import (
     PromisedData,
     PromisedEvaluation,
@@ -17,7 +18,6 @@ from polytrope.pipeline.data.promised import (
     PromisedText,
     expect,
     expect_data,
-    refuse_misfit,
 )
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage

@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.lineage import Lineage, read_lineage, write_lineage
-from polytrope.pipeline.data.promised import (
-    PromisedModel,
-    PromisedText,
-    expect,
-    expect_data,
-    misfit,
-    refuse_misfit,
-)
+from polytrope.pipeline.data.misfits import misfit, refuse_misfit
+from polytrope.pipeline.data.promised import PromisedModel, PromisedText, expect, expect_data
 from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage

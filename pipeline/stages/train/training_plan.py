@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.description import Dataset, read_dataset
-from polytrope.pipeline.data.promised import PromisedData, PromisedImages, PromisedModel, PromisedText, misfit
+from polytrope.pipeline.data.misfits import misfit
+from polytrope.pipeline.data.promised import PromisedData, PromisedImages, PromisedModel, PromisedText
 from polytrope.pipeline.data.tokenization import same_tokenizer
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext

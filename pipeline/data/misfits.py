@@ -1,0 +1,107 @@
+"""Why a model cannot take a data set, by what both promise.
+
+Apart from `promised`, which all stages import, because it looks at the models: they are part of the code that decides a
+result, and a data set is not made anew when a model changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from polytrope.models.configurations import MODEL_KINDS
+from polytrope.pipeline.data.promised import PromisedData, PromisedImages, PromisedModel, PromisedText
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.support.text import count
+
+
+def architectures_for(kind: str) -> list[str]:
+    """The models that take such data: `text` or `images`."""
+    return [name for name, record in MODEL_KINDS.items() if record.data == kind]
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why a model cannot take a data set: the setting it depends on ("" for the data's kind), a text, a way out."""
+
+    setting: str
+    text: str
+    hint: str
+
+
+def misfit(model: PromisedModel, data: PromisedData) -> Misfit | None:
+    """What keeps a model from taking this data; None: nothing that is known already."""
+    kind = "text" if isinstance(data, PromisedText) else "images"
+    if model.architecture not in architectures_for(kind):
+        return Misfit(
+            "",
+            f"a {model.architecture} cannot take {kind}, and this dataset holds {kind}",
+            f"use `architecture: {' or '.join(architectures_for(kind))}`, or another dataset",
+        )
+    if isinstance(data, PromisedText):
+        return _misfit_text(model.settings, data.tokens, data.sequence_length) or _misfit_tokenizer(model, data)
+    return _misfit_images(model.settings, data)
+
+
+def _misfit_tokenizer(model: PromisedModel, data: PromisedText) -> Misfit | None:
+    if model.tokenizer in (None, data.tokenizer):
+        return None
+    return Misfit(
+        "",
+        f"the model was trained with a {model.tokenizer} tokenizer, the dataset was made with a {data.tokenizer} one",
+        "use a dataset that was sharded with the model's tokenizer",
+    )
+
+
+def _misfit_text(settings: Mapping[str, Any], tokens: int | None, length: int) -> Misfit | None:
+    rows, positions = settings.get("vocab_size"), settings.get("sequence_length")
+    if rows is not None and tokens is not None and tokens > rows:
+        return Misfit(
+            "vocab_size",
+            f"the dataset's vocabulary ({tokens} tokens) is larger than the model's embedding (`vocab_size`: {rows})",
+            f"set the model's vocab_size to at least {tokens}, or leave it out",
+        )
+    if positions is not None and length > positions:
+        return Misfit(
+            "sequence_length",
+            f"the dataset's sequences ({length} tokens) are longer than the model's context "
+            f"(`sequence_length`: {positions})",
+            f"shard with a shorter sequence_length, or set the model's to at least {length}",
+        )
+    return None
+
+
+def _misfit_images(settings: Mapping[str, Any], data: PromisedImages) -> Misfit | None:
+    outputs, taken = settings.get("num_classes"), settings.get("in_channels")
+    if data.classes is not None and outputs is not None and outputs < data.classes:
+        return Misfit(
+            "num_classes",
+            f"the dataset has {data.classes} classes, the model {outputs} outputs (`num_classes`)",
+            f"set the model's num_classes to {data.classes}, or leave it out",
+        )
+    if taken is not None and taken != data.channels:
+        return Misfit(
+            "in_channels",
+            f"the dataset's images have {count(data.channels, 'channel')} (`channels`), the model takes {taken} "
+            "(`in_channels`)",
+            f"set the model's in_channels to {data.channels}, or leave it out",
+        )
+    patch, stages = settings.get("patch_size", 4), len(settings.get("depths", (3, 3, 9, 3)))
+    smallest = patch * 2 ** (stages - 1)
+    if data.size < smallest:
+        return Misfit(
+            "patch_size",
+            f"images of {data.size} × {data.size} (`image_size`) are too small for a stem of {patch} (`patch_size`) "
+            f"and {stages} stages (`depths`), which take at least {smallest} × {smallest}",
+            f"shard larger images, or use a smaller patch_size or fewer stages (for example patch_size: 1, "
+            f"{max(1, data.size.bit_length() - 1)} stages)",
+        )
+    return None
+
+
+def refuse_misfit(field: str, model: PromisedModel | None, data: PromisedData | None) -> None:
+    """Raise `UserError`, beginning with the field, where a model cannot take a data set."""
+    found = None if model is None or data is None else misfit(model, data)
+    if found is not None:
+        raise UserError(f"{field}: {found.text}", found.hint)
