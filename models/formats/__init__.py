@@ -100,11 +100,11 @@ def read_model(path: str | Path, config: Mapping[str, Any] | None = None) -> nn.
 
 
 def write_model(
-    directory: Path,
+    directory: str | Path,
     model: nn.Module,
     *,
     format: Literal["own", "huggingface"] | None = None,
-    source: Path | None = None,
+    source: str | Path | None = None,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model with its learned activations; read back and compared before it appears.
@@ -118,6 +118,7 @@ def write_model(
     Raises:
         ValueError: what the format cannot say, or a model that does not come back from it.
     """
+    directory, source = Path(directory), None if source is None else Path(source)
     ours = is_own(model)
     if format == "own" and not ours:
         titles = " and ".join(find_architecture(name).title for name in ARCHITECTURES)

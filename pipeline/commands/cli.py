@@ -424,7 +424,7 @@ def _look_commands(command: _AddCommand) -> None:
         "opening:open_result",
         "print where the result of a run is, and open it in the browser",
         """
-        polytrope open                          # the newest run: its report, else its page in MLflow
+        polytrope open     # the newest run: its report, else its page in MLflow
         polytrope open 20261123-1712-ab12 mlflow
         polytrope open card
         ls "$(polytrope open artifact train --print)"
