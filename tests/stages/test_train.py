@@ -492,7 +492,7 @@ def test_the_settings_of_activations_are_the_arguments_of_their_modules() -> Non
         family = LEARNABLE[name]
         own = [item for item in inspect.signature(family.__init__).parameters if item not in ("self", "options")]
         parents = inspect.signature(family.__mro__[1].__init__).parameters  # type: ignore[misc]
-        accepted = common | set(own) | (parents.keys() & {"learnable_recurrence"})
+        accepted = common | set(own) | (parents.keys() & {"learnable_recurrence", "variable"})
         accepted -= {"device", "dtype"} | (set() if family.accepts_interval else {"interval"})
         accepted -= set() if family.accepts_groups else {"num_parameters", "dim", "glu"}
         assert settings.model_fields.keys() - {"name", "layers"} == accepted, name

@@ -51,6 +51,8 @@ else:
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _End = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0)]
+_ComposedDegree = Annotated[int, Field(ge=1, le=128)]
 
 
 def _rising(value: tuple[float, float]) -> tuple[float, float]:
@@ -93,6 +95,9 @@ class _Elementwise(_Grouped):
 class _Polynomial(_Elementwise):
     interval: Interval | None = Field(None, description="beyond it the function goes on along its tangents")
     learnable_recurrence: bool = Field(False, description="learn the recurrence of the basis as well")
+    variable: Annotated[tuple[_End, _Positive], Field(strict=False)] | None = Field(
+        None, description="[shift, scale]: polynomials of (x - shift) / scale; default: of x"
+    )
 
 
 class _Hermite(_Polynomial):
@@ -170,9 +175,20 @@ class _Affine(_Grouped):
         return self
 
 
+class _Composition(_Grouped):
+    name: Literal["composition"]
+    degree: _ComposedDegree | Annotated[list[_ComposedDegree], Field(min_length=1)] = Field(
+        8, description="of the polynomials, innermost first, each 1…128; a number: of a single one"
+    )
+    domain: Interval = Field((-4.0, 4.0), description="the inputs it is made for; nothing is promised outside")
+    center: _End | None = Field(None, description="default: the middle of the domain")
+    gate: bool = Field(False, description="multiplied by x, as GELU is")
+    init: Start = Field("variance_preserving", description="how it starts")
+
+
 _Settings = Annotated[
     _Classical | _Hermite | _Chebyshev | _Legendre | _Fourier | _Tropical | _TropicalRational | _Rational | _PolyReLU
-    | _PiecewiseLinear | _PolyNorm | _Affine,
+    | _PiecewiseLinear | _PolyNorm | _Affine | _Composition,
     Field(discriminator="name"),
 ]  # fmt: skip
 LEARNABLE_SETTINGS: dict[str, type[BaseModel]] = {
@@ -187,6 +203,7 @@ LEARNABLE_SETTINGS: dict[str, type[BaseModel]] = {
     "polynorm": _PolyNorm,
     "piecewise_linear": _PiecewiseLinear,
     "affine": _Affine,
+    "composition": _Composition,
 }
 
 
