@@ -63,8 +63,11 @@ SECRET = "a-word-of-the-vault"  # as of `${env.NAME}`, which the parameters hold
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, dataset: Artifact) -> Path:
-    """Two workers, ZeRO-1, 12 steps."""
+    """Two workers, ZeRO-1, 12 steps; where workers were killed while they wrote the model."""
     directory = tmp_path_factory.mktemp("trained")
+    (directory / "output/.files.half").mkdir(parents=True)
+    for half in ("model.safetensors", ".files.half/model.json"):
+        (directory / "output" / half).write_text("{")
     run_training(directory, dataset, register_alias=SECRET)
     return directory
 
@@ -75,6 +78,8 @@ def parameters(**changes: Any) -> TrainParameters:
 
 def test_writes_a_model_that_loads_with_its_tokenizer_and_its_history(trained: Path, dataset: Artifact) -> None:
     output = trained / "output"
+    written = {"model.json", "model.safetensors", "tokenizer.json", "training.json", "history.json", "lineage.json"}
+    assert {path.name for path in output.iterdir()} == written
     model = load_model(output)
     assert model(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 8, 320)  # 257 tokens, rounded up to 64
     description = json.loads((output / "model.json").read_text())

@@ -18,7 +18,7 @@ from typing import IO, Any
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train.training_plan import TrainingPlan
-from polytrope.pipeline.support.files import replace_json
+from polytrope.pipeline.support.files import remove_tree, replace_json
 from polytrope.pipeline.support.log_filter import Filter
 
 # Ray Train's controller polls every 2 s by default, which is most of the time of a short training. Its own watchers are
@@ -68,6 +68,8 @@ def run_workers(context: StageContext, plan: TrainingPlan) -> None:
         batches, reasons = [entry["batch"] for entry in rollbacks], [entry["reason"] for entry in rollbacks]
         plan = dataclasses.replace(plan, skipped_batches=batches, skip_reasons=reasons)
         task = {"plan": plan, "context": context, "directory": directory}
+        for left in context.output.iterdir():  # by a worker that was killed while it wrote the model
+            remove_tree(left) if left.is_dir() else left.unlink()
         try:
             start(task, plan, directory)
             return
