@@ -10,7 +10,7 @@ from pathlib import Path
 from polytrope.pipeline.engine.options import Observer, RunOptions
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.failure import failure_lines, way_on
-from polytrope.pipeline.launch.launch import Display, launch
+from polytrope.pipeline.launch.launch import REPORT, Display, has_report, launch
 from polytrope.pipeline.launch.progress import counts
 from polytrope.pipeline.runs.journal import RESULT_STATES, RunState, StageState
 from polytrope.pipeline.store.store import Store
@@ -57,8 +57,7 @@ class StageResult:
     @property
     def report(self) -> Path | None:
         """Its `report.html`; None if it has none."""
-        found = None if self._key is None else self.path / "report.html"
-        return found if found is not None and found.exists() else None
+        return self.path / REPORT if self._store is not None and has_report(self._store, self._key) else None
 
 
 @dataclass(frozen=True, repr=False)

@@ -35,7 +35,7 @@ from polytrope.pipeline.tracking.loggers import check_loggers, logger_directory,
 from polytrope.pipeline.tracking.process import check_tracking, failed_sync, start_sync, tracking_uri, wait_for_sync
 from polytrope.pipeline.workflow.draw import layout, svg
 from polytrope.pipeline.workflow.graph import StageNode, build_graph
-from polytrope.pipeline.workflow.references import resolve_environment
+from polytrope.pipeline.workflow.references import environment_names, resolve_environment
 from polytrope.pipeline.workflow.spec import Workflow
 
 Display = Literal["auto", "quiet", "none"]
@@ -123,15 +123,16 @@ def launch(
     finally:
         session.end()
         if notified is not None and session.directory is not None:
-            notify(notified, session.state, session.directory.name, place.address)
+            notify(*notified, session.state, session.directory.name, place.address)
 
 
-def _notified(workflow: Workflow) -> str | None:
-    """The command of `notify:` with the variables that it names."""
+def _notified(workflow: Workflow) -> tuple[str, dict[str, str]] | None:
+    """The command of `notify:` with the variables that it names, and these."""
     if workflow.notify is None:
         return None
     try:
-        return str(resolve_environment(workflow.notify, os.environ))
+        resolved = str(resolve_environment(workflow.notify, os.environ))
+        return resolved, {name: os.environ[name] for name in environment_names(workflow.notify)}
     except UserError as error:
         raise UserError(f"{workflow.where('notify')}: {error.message}", error.hint) from None
 
@@ -357,9 +358,10 @@ def print_summary(
 
 def report_stages(state: RunState, store: Store) -> list[str]:
     """The stages of a run whose results hold a report."""
-    found = []
-    for name, stage in state.stages.items():
-        artifact = store.load(stage.key) if stage.key and stage.digest else None
-        if artifact is not None and any(entry["path"] == REPORT for entry in artifact.files):
-            found.append(name)
-    return found
+    return [name for name, stage in state.stages.items() if stage.digest and has_report(store, stage.key)]
+
+
+def has_report(store: Store, key: str | None) -> bool:
+    """Whether a result that is stored holds a report; nothing but its manifest is read."""
+    artifact = store.load(key) if key else None
+    return artifact is not None and any(entry["path"] == REPORT for entry in artifact.files)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from polytrope.pipeline.launch.progress import counts
 from polytrope.pipeline.runs.journal import RunState
+from polytrope.pipeline.support.secret_values import hider
 
 _PATIENCE = 60.0  # seconds
 
 
-def notify(command: str, state: RunState, run_id: str, store: str) -> None:
+def notify(command: str, secrets: Mapping[str, str], state: RunState, run_id: str, store: str) -> None:
     """Run the shell command with $POLYTROPE_STATUS, …; that it fails is said, and changes nothing.
 
     Args:
-        command: for `sh`.
+        command: for `sh`, with the values of its `${env.NAME}`.
+        secrets: NAME → that value; no message has it.
         state: how the run ended.
         run_id, store: where it can be looked at.
     """
+    hide = hider(secrets)
     stages = counts(stage.state for stage in state.stages.values())
     status = state.status if state.done else "interrupted"
     told = {
@@ -37,8 +41,9 @@ def notify(command: str, state: RunState, run_id: str, store: str) -> None:
             errors="replace", timeout=_PATIENCE, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
-        print(f"polytrope: notify: {error}", file=sys.stderr)
+        print(hide(f"polytrope: notify: {error}"), file=sys.stderr)
         return
     if done.returncode:
         said = done.stdout.strip().splitlines()[-1:]
-        print(f"polytrope: notify: `{command}` ended with {done.returncode}: {''.join(said)}", file=sys.stderr)
+        text = f"polytrope: notify: `{command}` ended with {done.returncode}: {''.join(said)}"
+        print(hide(text), file=sys.stderr)

@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,30 @@ def test_a_run_shows_its_progress_and_gives_results_by_stage(project: Path, caps
 
     with pytest.raises(polytrope.UserError, match="the workflow is loaded already"):
         polytrope.run(polytrope.load_workflow("w.yaml"), overrides=["params.steps=1"])
+
+
+def test_the_report_is_found_without_fetching_the_results_that_hold_none(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "two.yaml").write_text(
+        "name: two\nexecutor: local\nstages:\n"
+        '  make: {uses: "interface_stages:make"}\n'
+        '  use: {uses: "interface_stages:use", inputs: {source: make}}\n'
+    )
+    result = polytrope.run("two.yaml", tracking=False, display="none")
+    fetched: list[str] = []
+    materialize = polytrope.Store.materialize
+
+    def recorded(store: polytrope.Store, key: str, *arguments: Any) -> Path:
+        fetched.append(key)
+        return materialize(store, key, *arguments)
+
+    monkeypatch.setattr(polytrope.Store, "materialize", recorded)
+    assert result["use"].report is None
+    assert fetched == []
+    assert result.report is not None
+    assert result.report.read_text() == "page"
+    assert result["use"].path.is_dir()
 
 
 SCRIPT = """

@@ -10,6 +10,7 @@ import pytest
 from engine_support import workflow_of
 
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.launch import notification
 from polytrope.pipeline.launch.launch import launch
 from polytrope.pipeline.workflow.spec import Workflow
 
@@ -47,6 +48,22 @@ def test_a_command_that_fails_is_named_and_changes_nothing(
     state = launch(with_notify(tmp_path, stages, notify), store="store", tracking=False, display="none")
     assert state.status == "succeeded"
     assert "notify: `echo the hook is gone >&2; exit 3` ended with 3: the hook is gone" in capsys.readouterr().err
+
+
+def test_what_is_said_of_a_command_that_fails_shows_no_secret(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TEST_HOOK", "hunter2-hunter2")
+    monkeypatch.setattr(notification, "_PATIENCE", 0.2)
+    stages = {"only": {"uses": "make", "with": {"text": "1"}}}
+    for ending, said in (("exit 3", "ended with 3: no ${env.TEST_HOOK}"), ("exec sleep 9", "timed out")):
+        command = "echo no ${env.TEST_HOOK}; echo ${env.TEST_HOOK} > told; " + ending
+        launch(with_notify(tmp_path, stages, command), store="store", tracking=False, display="none")
+        error = capsys.readouterr().err
+        assert said in error
+        assert "hunter2" not in error
+        assert (tmp_path / "told").read_text() == "hunter2-hunter2\n"
 
 
 def test_a_variable_that_is_not_set_is_refused_before_anything_starts(tmp_path: Path) -> None:
