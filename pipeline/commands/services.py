@@ -135,7 +135,7 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def sync(options: argparse.Namespace) -> int:
-    """Send to MLflow what it has not received of one run, or of all."""
+    """Send to MLflow and the other loggers what they have not received of one run, or of all."""
     store = open_store(options)
     directories = store.run_directories() if options.all else [find_run(store, options.run)]
     return max((_sync(store, directory) for directory in directories), default=EXIT_SUCCESS)
@@ -147,25 +147,28 @@ def _sync(store: Store, directory: Path) -> int:
     from polytrope.pipeline.tracking.loggers import log_now
 
     name, tracking = directory.name, _tracking(directory)
-    if tracking.get("loggers"):
-        for logger, problem in log_now(store, directory).items():
-            print(f"polytrope: {logger} has not taken all of run {name}: {problem}", file=sys.stderr)
+    problems = log_now(store, directory) if tracking.get("loggers") else {}
+    if problems is None:
+        print(f"run {name} is being given to its loggers by another process")
+    for logger, problem in (problems or {}).items():
+        print(f"polytrope: {logger} has not taken all of run {name}: {problem}", file=sys.stderr)
+    logged = EXIT_RUN_FAILED if problems else EXIT_SUCCESS
     if not tracking.get("enabled", True):
         print(f"run {name} was made without MLflow (`tracking.enabled: false`)")
-        return EXIT_SUCCESS
+        return logged
     uri = resolve_environment(mlflow.tracking_uri(tracking.get("uri"), store.local("")), os.environ)
     mlflow.check_tracking(uri)
     code, reason = mlflow.sync_now(store, directory, uri, tracking.get("experiment"))
     store.push_run(name)
     if code == mlflow.EXIT_SENT:
         print(f"run {name} is complete in MLflow")
-        return EXIT_SUCCESS
+        return logged
     if code == mlflow.EXIT_UNFINISHED:
         print(f"run {name} goes on; MLflow has what it has done so far")
-        return EXIT_SUCCESS
+        return logged
     if code == mlflow.EXIT_BUSY:
         print(f"run {name} is being sent to MLflow by another process")
-        return EXIT_SUCCESS
+        return logged
     if code == mlflow.EXIT_REFUSED:
         cursor = read_cursor(directory, uri)
         if cursor.refused:

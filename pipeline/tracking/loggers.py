@@ -2,6 +2,7 @@
 
 A process beside the driver gives what journal and spool say to every logger of the workflow. It begins each time from
 the first event, into a place that it empties first: whatever died before, nothing is missing, nothing is there twice.
+One process at a time does so (`loggers.lock`).
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from typing import Any, NamedTuple, Protocol
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import Event, JournalReader, RunState, fold
-from polytrope.pipeline.runs.record import INTERRUPTED, run_status
+from polytrope.pipeline.runs.lease import is_held
 from polytrope.pipeline.runs.spool import SpoolEvent, SpoolReader
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import remove_tree, replace_file
+from polytrope.pipeline.tracking.lock import locked
 from polytrope.pipeline.tracking.names import flatten
 
 _POLL_SECONDS = 0.5
+_LOCK_PATIENCE = 5.0  # seconds that `polytrope sync` waits for the process of a run that goes on
+_EXIT_BUSY = 4  # another process is at it
 _log = logging.getLogger("polytrope.loggers")
 
 
@@ -107,9 +111,12 @@ def start_loggers(store: Store, run_directory: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def log_now(store: Store, run_directory: Path) -> dict[str, str]:
-    """Give all that a run has said to its loggers; logger → why it fell out."""
-    subprocess.run(_command(store, run_directory), check=True)
+def log_now(store: Store, run_directory: Path) -> dict[str, str] | None:
+    """Give all that a run has said to its loggers; logger → why it fell out. None: another process is at it."""
+    done = subprocess.run(_command(store, run_directory), check=False)
+    if done.returncode == _EXIT_BUSY:
+        return None
+    done.check_returncode()
     return read_problems(run_directory)
 
 
@@ -215,7 +222,7 @@ def _make(feed: _Feed, workflow: str, names: list[str]) -> Iterator[tuple[str, L
 
 
 def main() -> int:
-    """The command. It fails only if the run's files cannot be read."""
+    """The command. It fails only if the run's files cannot be read, or if another process is at it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_directory", type=Path)
     parser.add_argument("--store", required=True, help="its address")
@@ -225,18 +232,27 @@ def main() -> int:
     orphaned = threading.Event()
     if options.follow:
         threading.Thread(target=_watch_parent, args=(orphaned,), daemon=True).start()
-    record = json.loads((options.run_directory / "workflow.json").read_bytes())["workflow"]
-    problem_file(options.run_directory).unlink(missing_ok=True)
-    feed = _Feed(Store(options.store), options.run_directory, {})
+    patience = None if options.follow else _LOCK_PATIENCE
+    with locked(options.run_directory / "loggers.lock", patience, orphaned) as held:
+        if not held:
+            return _EXIT_BUSY
+        _log_run(Store(options.store), options.run_directory, orphaned if options.follow else None)
+    return 0
+
+
+def _log_run(store: Store, directory: Path, orphaned: threading.Event | None) -> None:
+    """From the first event on; `orphaned`: until the run ends or its driver is gone, None: what there is now."""
+    record = json.loads((directory / "workflow.json").read_bytes())["workflow"]
+    problem_file(directory).unlink(missing_ok=True)
+    feed = _Feed(store, directory, {})
     feed.loggers.update(_make(feed, str(record["name"]), list(record["tracking"].get("loggers", []))))
     while True:
-        last = not options.follow or orphaned.is_set() or run_status(options.run_directory) == INTERRUPTED
+        last = orphaned is None or orphaned.is_set() or not is_held(directory)  # before: it may write its end meanwhile
         feed.advance()
         if last or feed.state.done:
             break
         time.sleep(_POLL_SECONDS)
     feed.close()
-    return 0
 
 
 def _watch_parent(orphaned: threading.Event) -> None:

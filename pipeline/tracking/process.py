@@ -264,7 +264,10 @@ def server_command(uri: str, artifact_root: Path, host: str, port: int) -> list[
 
 
 def running_server(uri: str) -> str | None:
-    """http address of an MLflow server of this user and machine that shows a tracking database; None: there is none."""
+    """http address of an MLflow server on this machine that shows a tracking database.
+
+    None: there is none among the processes that this user may look at.
+    """
     import psutil
 
     for process in psutil.process_iter(["cmdline"]):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from polytrope.pipeline.support.files import replace_file
 from polytrope.pipeline.tracking.copy import Copy
 from polytrope.pipeline.tracking.cursor import CURSOR_FILE, read_cursor
 from polytrope.pipeline.tracking.database import ensure_database
+from polytrope.pipeline.tracking.lock import locked
 from polytrope.pipeline.tracking.process import (
     EXIT_BUSY,
     EXIT_FAILED,
@@ -41,6 +41,7 @@ from polytrope.pipeline.tracking.process import (
 from polytrope.pipeline.workflow.references import resolve_environment
 from polytrope.pipeline.workflow.spec import TrackingSpec
 
+_LOCK_FILE = "mlflow.lock"
 _POLL_SECONDS = 0.5
 _LONGEST_DELAY = 30.0  # seconds between two tries
 _LOCK_PATIENCE = 5.0  # seconds that `polytrope sync` waits for another process that copies the same run
@@ -54,7 +55,7 @@ def copy_once(store: Store, run_directory: Path, uri: str, experiment: str = "")
     Raises:
         Exception: whatever the server answered.
     """
-    with _lock(run_directory, _LOCK_PATIENCE) as held:
+    with locked(run_directory / _LOCK_FILE, _LOCK_PATIENCE) as held:
         if not held:
             return EXIT_BUSY
         ensure_database(uri, busy_file(run_directory))
@@ -100,7 +101,7 @@ def follow(store: Store, run_directory: Path, uri: str, experiment: str, orphane
     """
     delay, copy = 1.0, None
     others = _unfinished(store, run_directory, uri)
-    with _lock(run_directory, None, orphaned) as held:
+    with locked(run_directory / _LOCK_FILE, None, orphaned) as held:
         while held:
             gone = orphaned.is_set()
             try:
@@ -132,23 +133,6 @@ def follow(store: Store, run_directory: Path, uri: str, experiment: str, orphane
 def _note(run_directory: Path, error: Exception) -> None:
     with contextlib.suppress(OSError):
         replace_file(error_file(run_directory), " ".join(str(error).split())[:500].encode(), durable=False)
-
-
-@contextlib.contextmanager
-def _lock(run_directory: Path, patience: float | None, give_up: threading.Event | None = None) -> Iterator[bool]:
-    """Be the only process that copies this run. `patience` in seconds, None: until `give_up` is set."""
-    end = None if patience is None else time.monotonic() + patience
-    with open(run_directory / "mlflow.lock", "ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if (end is not None and time.monotonic() >= end) or (give_up is not None and give_up.is_set()):
-                    yield False
-                    return
-                time.sleep(0.1)
-        yield True
 
 
 # -- runs that nobody finished -----------------------------------------------------------------------------------------

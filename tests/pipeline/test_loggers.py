@@ -6,16 +6,21 @@ import glob
 import importlib.util
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import psutil
 import pytest
+from mlflow_support import wait_until
 
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import safe_name
+from polytrope.pipeline.tracking.lock import locked
 from polytrope.pipeline.tracking.loggers import LOGGERS, check_loggers, log_now
 from polytrope.pipeline.workflow.spec import TrackingSpec
 
@@ -128,12 +133,53 @@ def test_a_logger_has_every_point_once_whatever_died_before(
             assert str(rate) in parameters
             assert "workers" in parameters
 
+    with locked(store.run_directory("r1") / "loggers.lock", 0):  # as by the process of a run that goes on
+        assert log_now(store, store.run_directory("r1")) is None
+    curves, _ = READ[logger](store, "r1", "train[rate=0.5]")
+    assert len(curves["train/loss"]) == 4, "what another process writes is left alone"
+
     blocked = store.local(logger)
     blocked.rename(tmp_path / "elsewhere")
     blocked.write_text("no directory")  # a full disk, a missing right, …: it is left out with its reason
-    (name, reason), *others = log_now(store, store.run_directory("r1")).items()
+    problems = log_now(store, store.run_directory("r1"))
+    assert problems is not None
+    (name, reason), *others = problems.items()
     assert (name, others) == (logger, [])
+    assert main(["sync", "r1"]) == 1
+    assert f"{logger} has not taken all of run r1" in capsys.readouterr().err
     assert reason.startswith(("FileExistsError", "NotADirectoryError"))
+
+
+def test_a_killed_driver_takes_the_loggers_with_it_and_a_resume_writes_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "curve_stages.py").write_text(
+        STAGES.replace("return {", 'while not Path("go").exists(): time.sleep(0.02)\n    return {').replace(
+            "from pathlib", "import time\nfrom pathlib"
+        )
+    )
+    (tmp_path / "w.yaml").write_text(WORKFLOW.replace("LOGGERS", "tensorboard"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    store = Store(tmp_path / ".polytrope")
+    with (tmp_path / "output").open("wb") as output:
+        command = [sys.executable, "-m", "polytrope.pipeline.commands.cli", "run", "w.yaml", "--run-id", "r1"]
+        driver = subprocess.Popen(command, stdout=output, stderr=output)
+
+    def logs() -> list[psutil.Process]:
+        children = psutil.Process(driver.pid).children()
+        return [child for child in children if "polytrope.pipeline.tracking.loggers" in child.cmdline()]
+
+    wait_until(lambda: list(store.local("tensorboard").glob("r1/*/events*")), "the logger writes")
+    (process,) = logs()
+    driver.kill()
+    driver.wait()
+    process.wait(30)
+    (tmp_path / "go").touch()
+    assert main(["resume", "r1"]) == 0
+    for rate in (0.5, 0.25):
+        curves, _ = tensorboard_curves(store, "r1", f"train[rate={rate}]")
+        assert [step for step, _ in curves["train/loss"]] == [1, 2, 3, 4]
 
 
 def test_a_logger_whose_package_is_missing_is_refused_before_anything_starts() -> None:
