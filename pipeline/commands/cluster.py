@@ -29,13 +29,14 @@ def submit(options: argparse.Namespace) -> int:
     if options.dry_run:
         _print_package(package)
     file = Path(options.workflow).resolve()
-    for needed in map(Path, workflow_files(file)):
+    files = [Path(path) for path in workflow_files(file)]
+    for needed in files:
         if not needed.is_relative_to(directory):
             raise UserError(
                 f"{needed} is not below {directory}, the directory that is sent",
                 "start from the project's directory, or give `--working-dir DIR`",
             )
-    refuse_left_out(package, map(Path, workflow_files(file)))
+    refuse_left_out(package, files)
     if options.dry_run:
         return EXIT_SUCCESS
     client = cluster.connect(options.address)

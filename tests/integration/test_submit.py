@@ -3,7 +3,6 @@
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from mlflow_support import wait_until
 from ray_support import Ray
 
 from polytrope.pipeline.launch.submit import _package_source
+from polytrope.pipeline.tracking.process import free_port
 
 TOKEN = secrets.token_hex(32)  # the head asks every client for it, as the documentation recommends
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
@@ -39,12 +39,6 @@ def wait_for_flag(context: StageContext, source: Artifact, flag: str) -> None:
         time.sleep(0.1)
     (context.output / "y.txt").write_text((source.path / "x.txt").read_text())
 '''
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def environment() -> dict[str, str]:
