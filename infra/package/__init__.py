@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
     from polytrope.ops.interpolate import fit
     from polytrope.pipeline.errors import UserError
-    from polytrope.pipeline.launch.interface import run
+    from polytrope.pipeline.launch.interface import RunFailedError, run
     from polytrope.pipeline.stage import Artifact, StageContext, Stages, stage
     from polytrope.pipeline.store.store import Store
     from polytrope.pipeline.workflow.spec import StageSpec, Workflow, load_workflow
@@ -52,6 +52,7 @@ PLACES = {
     "PolyNorm": "polytrope.ops",
     "PolyReLU": "polytrope.ops",
     "Rational": "polytrope.ops",
+    "RunFailedError": "polytrope.pipeline.launch.interface",
     "StageContext": "polytrope.pipeline.stage",
     "StageSpec": "polytrope.pipeline.workflow.spec",
     "Stages": "polytrope.pipeline.stage",
@@ -87,6 +88,7 @@ __all__ = [
     "PolyNorm",
     "PolyReLU",
     "Rational",
+    "RunFailedError",
     "StageContext",
     "StageSpec",
     "Stages",

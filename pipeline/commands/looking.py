@@ -23,7 +23,8 @@ from polytrope.pipeline.launch.environment import compare_environments
 from polytrope.pipeline.launch.failure import failure_lines, way_on
 from polytrope.pipeline.launch.progress import Progress, counts, show_event
 from polytrope.pipeline.runs.journal import JournalReader, RunState, StageState, fold, read
-from polytrope.pipeline.runs.record import INTERRUPTED, run_state, run_status
+from polytrope.pipeline.runs.lease import is_held
+from polytrope.pipeline.runs.record import INTERRUPTED, run_state
 from polytrope.pipeline.runs.spool import SpoolReader
 from polytrope.pipeline.runs.stage_progress import StageProgress, read_progress, said_lines
 from polytrope.pipeline.store.store import Store
@@ -76,7 +77,7 @@ def watch(store: Store, directory: Path) -> None:
     fold(events, state)
     progress = Progress(state.stages, SpoolReader(directory / "spool"), stream=sys.stdout)
     with progress:
-        state = RunState()
+        state, gone = RunState(), False
         while True:
             now = time.time()
             for event in events:
@@ -84,10 +85,11 @@ def watch(store: Store, directory: Path) -> None:
                 show_event(progress, event, state, age=max(0.0, now - event.time))
             if state.done:
                 break
-            if run_status(directory) == INTERRUPTED:
+            if gone:
                 progress.interrupt()
                 break
             time.sleep(_LOOK)
+            gone = not is_held(directory)  # looked at first: a driver that ends meanwhile has written its end
             store.pull_run(directory.name)
             events = journal.read_new()
     print()

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import polytrope
-from polytrope.pipeline.launch.interface import RunFailedError
 
 STAGES = '''
 """Stages of this test."""
@@ -70,7 +69,7 @@ def test_a_run_shows_its_progress_and_gives_results_by_stage(project: Path, caps
     with pytest.raises(KeyError, match="did you mean `make`"):
         _ = result["mak"]
 
-    with pytest.raises(RunFailedError, match="make failed: ValueError: 10 steps are too many") as caught:
+    with pytest.raises(polytrope.RunFailedError, match="make failed: ValueError: 10 steps are too many") as caught:
         polytrope.run(Path("w.yaml"), overrides=["params.steps=10"], tracking=False, display="none")
     assert capsys.readouterr().out == ""
     assert f"polytrope resume {caught.value.result.run_id}" in str(caught.value)
