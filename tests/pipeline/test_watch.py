@@ -116,11 +116,13 @@ class Terminal:
         os.close(other)
         self.text = ""
 
-    def read(self) -> None:
+    def read(self) -> bool:
         try:
             self.text += os.read(self.descriptor, 1 << 16).decode(errors="replace")
         except OSError:  # its end
             self.process.wait(timeout=30)
+            return False
+        return True
 
     def until(self, pattern: re.Pattern[str]) -> None:
         while not pattern.search(self.plain()) and self.process.poll() is None:
@@ -131,8 +133,8 @@ class Terminal:
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.text)
 
     def ended(self) -> int:
-        while self.process.poll() is None:
-            self.read()
+        while self.read():  # its last picture may still be there when the process is not
+            pass
         os.close(self.descriptor)
         return self.process.returncode
 
