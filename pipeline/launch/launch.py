@@ -301,6 +301,7 @@ class _Session:
 
     def _end_loggers(self, directory: Path, shown: bool) -> None:
         """Let them write the last figures; where they are, and what was not taken."""
+        self.loggers.stdin.close()  # the run is over, whether or not its journal says so
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.loggers.wait(_SYNC_PATIENCE)
         problems = read_problems(directory)

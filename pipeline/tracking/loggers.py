@@ -25,7 +25,6 @@ from typing import Any, NamedTuple, Protocol
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import Event, JournalReader, RunState, fold
-from polytrope.pipeline.runs.lease import is_held
 from polytrope.pipeline.runs.spool import SpoolEvent, SpoolReader
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import remove_tree, replace_file
@@ -98,13 +97,13 @@ def problem_file(run_directory: Path) -> Path:
 
 
 def start_loggers(store: Store, run_directory: Path) -> subprocess.Popen[bytes]:
-    """Start the process for a run that begins or goes on; it ends by itself after the run, or soon after its driver."""
+    """Start the process for a run that begins or goes on; it ends after the run, or when its stdin closes."""
     log = run_directory / "logs" / "loggers.log"
     log.parent.mkdir(exist_ok=True)
     with log.open("ab") as file:
         return subprocess.Popen(
             [*_command(store, run_directory), "--follow"],
-            stdin=subprocess.PIPE,  # nobody writes to it: it closes with this process, whatever ends it
+            stdin=subprocess.PIPE,  # nobody writes to it: it closes with this process at the latest, whatever ends it
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -241,13 +240,13 @@ def main() -> int:
 
 
 def _log_run(store: Store, directory: Path, orphaned: threading.Event | None) -> None:
-    """From the first event on; `orphaned`: until the run ends or its driver is gone, None: what there is now."""
+    """From the first event on; `orphaned`: until the run ends or its driver is gone; None: what there is now."""
     record = json.loads((directory / "workflow.json").read_bytes())["workflow"]
     problem_file(directory).unlink(missing_ok=True)
     feed = _Feed(store, directory, {})
     feed.loggers.update(_make(feed, str(record["name"]), list(record["tracking"].get("loggers", []))))
     while True:
-        last = orphaned is None or orphaned.is_set() or not is_held(directory)  # before: it may write its end meanwhile
+        last = orphaned is None or orphaned.is_set()  # looked at first: what was said until then is told
         feed.advance()
         if last or feed.state.done:
             break
