@@ -32,12 +32,11 @@ class Misfit:
 
 def misfit(model: PromisedModel, data: PromisedData) -> Misfit | None:
     """What keeps a model from taking this data; None: nothing that is known already."""
-    kind = "text" if isinstance(data, PromisedText) else "images"
-    if model.architecture not in architectures_for(kind):
+    if model.architecture not in architectures_for(data.kind):
         return Misfit(
             "",
-            f"a {model.architecture} cannot take {kind}, and this dataset holds {kind}",
-            f"use `architecture: {' or '.join(architectures_for(kind))}`, or another dataset",
+            f"a {model.architecture} cannot take {data.kind}, and this dataset holds {data.kind}",
+            f"use `architecture: {' or '.join(architectures_for(data.kind))}`, or another dataset",
         )
     if isinstance(data, PromisedText):
         return _misfit_text(model.settings, data.tokens, data.sequence_length) or _misfit_tokenizer(model, data)
