@@ -6,9 +6,9 @@
 `prepare` fills the directory (default: .gpu, which git ignores) with a store that holds the sharded text, so that the
 GPU machine needs neither `datasets` nor time for it, and with wheels for its Python of what is missing there; MLflow,
 Ray and datasets are not needed. `run` goes through the steps in order of worth and writes the record after each, so
-that a cut loses nothing; a step that fails is written down with its error. Everything goes through the product:
-workflows on the `local` executor, DeepSpeed, its own resume. Bars: a Hermite step ≤ 1.02 × GELU's, MFU ≥ 0.45, resume
-in the same bytes, and no call of an activation that the reference answered (`activation_fallbacks`).
+that a cut loses nothing; a step that fails is written down with its error, and the exit code is 1. Everything goes
+through the product: workflows on the `local` executor, DeepSpeed, its own resume. Bars: a Hermite step ≤ 1.02 × GELU's,
+MFU ≥ 0.45, resume in the same bytes, and no call of an activation that the reference answered (`activation_fallbacks`).
 """
 
 from __future__ import annotations
@@ -139,7 +139,11 @@ def _installed(name: str) -> str:
 
 
 def measure(directory: Path, scale: dict[str, Any], only: list[str], output: Path) -> None:
-    """Every step in turn; the record is written after each."""
+    """Every step in turn; the record is written after each.
+
+    Raises:
+        SystemExit: a step failed; after all the others.
+    """
     import torch
 
     gpu = torch.cuda.is_available()
@@ -167,6 +171,9 @@ def measure(directory: Path, scale: dict[str, Any], only: list[str], output: Pat
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _show(name, record["steps"][name])
+    failed = [name for name, figures in record["steps"].items() if "error" in figures]
+    if failed:
+        raise SystemExit(f"gpu_train: {', '.join(failed)} failed; the record says why: {output}")
 
 
 def _show(name: str, figures: dict[str, Any]) -> None:

@@ -12,7 +12,10 @@ import sys
 import venv
 from pathlib import Path
 
+import pytest
 import torch
+
+from benchmarks import gpu_train
 
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = (
@@ -66,3 +69,13 @@ def test_a_bare_machine_trains_and_resumes_in_the_same_bytes(tmp_path: Path) -> 
     assert all(speed > 0 for speed in steps["training"]["tokens_per_second"].values())
     assert steps["resume"]["same_bytes"] == {"shard": True, "train": True}, said
     assert "driver killed after the checkpoint of step 2" in said
+
+
+def test_a_step_that_fails_is_in_the_record_and_in_the_exit_code(tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    wrong = {**gpu_train.SMALL, "model": {"n_layer": 0}}
+    with pytest.raises(SystemExit, match="training failed"):
+        gpu_train.measure(tmp_path / "travels", wrong, ["training", "kernels"], record)
+    steps = json.loads(record.read_text())["steps"]
+    assert "n_layer" in steps["training"]["error"]
+    assert steps["kernels"]["skipped"] == "needs a GPU"

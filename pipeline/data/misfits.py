@@ -32,16 +32,15 @@ class Misfit:
 
 def misfit(model: PromisedModel, data: PromisedData) -> Misfit | None:
     """What keeps a model from taking this data; None: nothing that is known already."""
-    kind = "text" if isinstance(data, PromisedText) else "images"
-    if model.architecture not in architectures_for(kind):
+    if model.architecture not in architectures_for(data.kind):
         return Misfit(
             "",
-            f"a {model.architecture} cannot take {kind}, and this dataset holds {kind}",
-            f"use `architecture: {' or '.join(architectures_for(kind))}`, or another dataset",
+            f"a {model.architecture} cannot take {data.kind}, and this dataset holds {data.kind}",
+            f"use `architecture: {' or '.join(architectures_for(data.kind))}`, or another dataset",
         )
     if isinstance(data, PromisedText):
         return _misfit_text(model.settings, data.tokens, data.sequence_length) or _misfit_tokenizer(model, data)
-    return _misfit_images(model.settings, data)
+    return _misfit_images(model, data)
 
 
 def _misfit_tokenizer(model: PromisedModel, data: PromisedText) -> Misfit | None:
@@ -72,7 +71,8 @@ def _misfit_text(settings: Mapping[str, Any], tokens: int | None, length: int) -
     return None
 
 
-def _misfit_images(settings: Mapping[str, Any], data: PromisedImages) -> Misfit | None:
+def _misfit_images(model: PromisedModel, data: PromisedImages) -> Misfit | None:
+    settings, usual = model.settings, MODEL_KINDS[model.architecture].config()
     outputs, taken = settings.get("num_classes"), settings.get("in_channels")
     if data.classes is not None and outputs is not None and outputs < data.classes:
         return Misfit(
@@ -87,7 +87,7 @@ def _misfit_images(settings: Mapping[str, Any], data: PromisedImages) -> Misfit 
             "(`in_channels`)",
             f"set the model's in_channels to {data.channels}, or leave it out",
         )
-    patch, stages = settings.get("patch_size", 4), len(settings.get("depths", (3, 3, 9, 3)))
+    patch, stages = settings.get("patch_size", usual.patch_size), len(settings.get("depths", usual.depths))
     smallest = patch * 2 ** (stages - 1)
     if data.size < smallest:
         return Misfit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from polytrope.pipeline.errors import UserError
 
@@ -19,6 +19,7 @@ class PromisedText:
         tokenizer: its kind.
     """
 
+    kind: ClassVar[Literal["text"]] = "text"
     sequence_length: int
     tokens: int | None
     tokenizer: str
@@ -28,6 +29,7 @@ class PromisedText:
 class PromisedImages:
     """Labelled images of one size; `classes` is None where only the images tell."""
 
+    kind: ClassVar[Literal["images"]] = "images"
     size: int
     channels: int
     classes: int | None
@@ -44,11 +46,13 @@ class PromisedModel:
         architecture: its name.
         settings: fields of its configuration, as far as they are known.
         tokenizer: kind of the tokenizer of its training data; None: not known, or none.
+        figures: names of those that its `training.json` may have; none where the model was not trained here.
     """
 
     architecture: str
     settings: Mapping[str, Any]
     tokenizer: str | None = None
+    figures: tuple[str, ...] = ()
 
     def trained_on(self, data: PromisedData) -> PromisedModel:
         """With what the data set decides where the settings say nothing."""
@@ -77,9 +81,10 @@ AnyPromisedModel = PromisedModel | PromisedForeignModel
 
 @dataclass(frozen=True)
 class PromisedEvaluation:
-    """Figures of the models with these labels."""
+    """Figures of the models with these labels, on data of this kind (None: not known)."""
 
     labels: tuple[str, ...]
+    kind: Literal["text", "images"] | None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from polytrope.pipeline.support.text import suggest
 TRAINING_FILE = "training.json"
 HISTORY_FILE = "history.json"
 _HINT = "name a `train` stage"
+_MEASURED = {"text": ("loss",), "images": ("loss", "accuracy")}  # in validation
 
 
 class Training(OpenRecord):
@@ -52,6 +53,12 @@ class Training(OpenRecord):
     def figures(self) -> dict[str, int | float]:
         """Everything in it that is a number."""
         return {**self.counts(), **self.metrics()}
+
+
+def figure_names(kind: Literal["text", "images"]) -> tuple[str, ...]:
+    """Names of the figures that a training on such data may have: its counts and its metrics."""
+    counts = [name for name, field in Training.model_fields.items() if field.annotation in (int, int | None)]
+    return (*counts, "train/loss", *(f"val/{name}" for name in _MEASURED[kind]), "val/best_loss")
 
 
 def write_training(directory: Path, training: Training, history: Sequence[Mapping[str, Any]]) -> None:

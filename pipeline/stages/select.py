@@ -30,6 +30,9 @@ SELECTION_FILE = "selection.json"
 _EVALUATED = (
     "loss", "perplexity", "bits_per_byte", "top1", "top5", "calibration_error", "parameters",
 )  # fmt: skip
+_OF_TEXT = ("perplexity", "bits_per_byte")
+_UNTRAINED = "the model was not trained here, so it has no figures of its own"
+_EVALUATE_FIRST = "evaluate the models first: `inputs: {models: …, evaluation: EVALUATE_STAGE}`"
 
 
 class SelectParameters(BaseModel):
@@ -83,12 +86,35 @@ def check(parameters: SelectParameters, upstream: Mapping[str, Any]) -> None:
 
 
 def promise(
-    _parameters: SelectParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
+    parameters: SelectParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
 ) -> PromisedModel | None:
-    """What is known of all the models alike; refuses what is no model, and an evaluation that is none."""
-    expect("inputs.evaluation", upstream.get("evaluation"), PromisedEvaluation)
-    models = [expect(f"inputs.models.{label}", given, PromisedModel) for label, given in upstream["models"].items()]
-    return models[0] if all(model == models[0] for model in models) else None
+    """What is known of all the models alike.
+
+    Raises:
+        UserError: an input of another kind; a figure that the evaluation, or the training of a model, will not have.
+    """
+    evaluation = expect("inputs.evaluation", upstream["evaluation"], PromisedEvaluation)
+    if evaluation is not None and evaluation.kind == "images" and parameters.metric in _OF_TEXT:
+        figures = [name for name in _EVALUATED if name not in _OF_TEXT]
+        raise UserError(
+            f"metric: an evaluation on images has no figure `{parameters.metric}`", suggest(parameters.metric, figures)
+        )
+    models = {
+        label: expect(f"inputs.models.{label}", given, PromisedModel) for label, given in upstream["models"].items()
+    }
+    for label, model in models.items():
+        # What evaluations have may come from one of a stage of one's own, which promises nothing; anything else is a
+        # figure of trainings: with an evaluation, `check` refuses it.
+        known = model is None or parameters.metric in (*_EVALUATED, *model.figures)
+        if model is not None and not known:
+            if not model.figures:
+                raise UserError(f"inputs.models.{label}: {_UNTRAINED}", _EVALUATE_FIRST)
+            raise UserError(
+                f"metric: the training of `{label}` will have no figure `{parameters.metric}`",
+                suggest(parameters.metric, model.figures),
+            )
+    first, *others = models.values()
+    return first if all(model == first for model in others) else None
 
 
 @stage(check=check, promise=promise)
@@ -163,8 +189,8 @@ def _trained(label: str, model: Artifact, metric: str) -> tuple[float | None, st
     """The figure of a training, or why it has none."""
     if read_training(model.path) is None:
         raise UserError(
-            f"select: `{label}` (stage `{model.stage}`) was not trained here, so it has no figures of its own",
-            "evaluate the models first: `inputs: {models: …, evaluation: EVALUATE_STAGE}`",
+            f"select: `{label}` (stage `{model.stage}`): {_UNTRAINED}",
+            _EVALUATE_FIRST,
         )
     try:
         return figure_of_training(model.path, metric)

@@ -103,6 +103,13 @@ _WITH_FIRST = f"""{TEXT}  first:
     inputs: {{dataset: shard}}
     with: {{model: {_GPT2}, steps: 9}}
 """
+
+
+def _best(title: str, model: str, metric: str) -> Mistake:
+    stage = f"  best:\n    uses: select\n    inputs: {{models: {{only: {model}}}}}\n"
+    return Mistake(title, "  report:\n", f"{stage}    with: {{metric: {metric}, mode: min}}\n  report:\n")
+
+
 _SECOND = """  tune:
     uses: train
     inputs: {dataset: longer, initial: train}
@@ -211,6 +218,8 @@ SECTIONS: dict[str, list[Mistake]] = {
         Mistake(
             "a model in the report that was not evaluated", f"{_MODELS}converted:", f"{_MODELS}convert:"
         ),
+        _best("a choice by a figure that trainings do not have", "train", "val/los"),
+        _best("a choice among models that were not trained", "convert", "val/loss"),
     ],
     "The command line": [
         _command("a misspelled command", "rnu", "workflow.yaml"),

@@ -475,8 +475,12 @@ def test_labels_are_checked_before_anything_starts() -> None:
 def test_models_are_compared_with_the_data_before_anything_starts() -> None:
     model = PromisedModel("gpt2", {"vocab_size": 512, "sequence_length": 32}, "bpe")
     found = promise(EvaluateParameters(), {"models": {"a": model, "b": None}, "dataset": TEXT}, Resources(), Path())
-    assert found == PromisedEvaluation(("a", "b"))
+    assert found == PromisedEvaluation(("a", "b"), "text")
     images = PromisedImages(size=8, channels=1, classes=10)
+    upstream = {"models": {"b": None}, "dataset": images}
+    assert promise(EvaluateParameters(), upstream, Resources(), Path()) == PromisedEvaluation(("b",), "images")
+    unknown = {"models": {"b": None}, "dataset": None}
+    assert promise(EvaluateParameters(), unknown, Resources(), Path()) == PromisedEvaluation(("b",), None)
     for dataset, one, words in (
         (images, model, r"inputs\.models\.a: a gpt2 cannot take images"),
         (replace(TEXT, sequence_length=64), model, r"inputs\.models\.a: .*\(64 tokens\) are longer"),

@@ -10,7 +10,8 @@ import pytest
 
 from polytrope.pipeline import Workflow, run
 from polytrope.pipeline.data.evaluation_file import EVALUATION_FILE
-from polytrope.pipeline.data.promised import PromisedModel, PromisedSpeed
+from polytrope.pipeline.data.promised import PromisedEvaluation, PromisedModel, PromisedSpeed
+from polytrope.pipeline.data.training_file import figure_names
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.interface import RunResult
 from polytrope.pipeline.stage import RETURNED_STAGES, Artifact, Resources, StageContext, load_stage, stage_context
@@ -126,6 +127,33 @@ def test_it_promises_what_all_its_models_promise() -> None:
         promise(parameters, {"models": {"a": PromisedSpeed(("a",))}, "evaluation": None}, Resources(), Path())
     with pytest.raises(UserError, match=r"inputs\.evaluation: this input takes an evaluation"):
         promise(parameters, {"models": {"a": small}, "evaluation": small}, Resources(), Path())
+
+
+def test_a_figure_that_no_model_will_have_is_refused_before_anything_starts() -> None:
+    trained, converted = PromisedModel("gpt2", {}, figures=figure_names("text")), PromisedModel("gpt2", {})
+    images, text = PromisedEvaluation(("a",), "images"), PromisedEvaluation(("a",), "text")
+
+    def promised(metric: str, model: PromisedModel | None, evaluation: PromisedEvaluation | None = None) -> Any:
+        parameters = SelectParameters.model_validate({"metric": metric, "mode": "min"})
+        return promise(parameters, {"models": {"a": model}, "evaluation": evaluation}, Resources(), Path())
+
+    for metric, model, evaluation in (
+        ("val/loss", trained, None),
+        ("tokens", trained, None),
+        ("my_figure", None, None),  # a stage of one's own
+        ("top1", converted, images),
+        ("perplexity", converted, text),
+        ("top1", converted, None),  # an evaluation of one's own
+    ):
+        assert promised(metric, model, evaluation) == model
+    with pytest.raises(UserError, match=r"^metric: the training of `a` .* `val/los`\n.*did you mean `val/loss`"):
+        promised("val/los", trained)
+    with pytest.raises(UserError, match=r"^metric: the training of `a` .* no figure `val/accuracy`"):
+        promised("val/accuracy", trained)
+    with pytest.raises(UserError, match=r"^inputs\.models\.a: .* not trained here.*\n.*evaluation: EVALUATE_STAGE"):
+        promised("val/loss", converted)
+    with pytest.raises(UserError, match=r"^metric: an evaluation on images has no figure `perplexity`"):
+        promised("perplexity", converted, images)
 
 
 STAGES = """

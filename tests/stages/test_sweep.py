@@ -125,6 +125,10 @@ def test_trials_are_spread_over_their_ranges_and_stay_when_more_are_drawn() -> N
     [
         ({"stage": {"with": {}}}, "stages.search.with.stage: the trial has no `uses:`"),
         ({"ranges": {"rte": [1, 2]}}, "with.ranges: stage `sweep_test_stages:train` has no parameter `rte`"),
+        (
+            {"stage": {"uses": "train"}, "ranges": {"seed": [1, 2]}, "metric": "val/los"},
+            "with.metric: a training has no figure `val/los`\n.*did you mean `val/loss`",
+        ),
         ({"ranges": {"rate": []}}, "`rate` has no values"),
         ({"trials": 2}, "with.trials: 2 are too few for 2 rounds, each of which takes one in 3"),
         ({"halving": {**SWEEP["halving"], "parameter": "step"}}, "with.halving.parameter: .* has no parameter `step`"),

@@ -35,6 +35,7 @@ from polytrope.models.configurations import MODEL_KINDS
 from polytrope.ops.fitting.targets import NAMED
 from polytrope.ops.modules import CLASSICAL, LEARNABLE, LearnableActivation, build_activation
 from polytrope.pipeline.data.promised import PromisedImages, PromisedModel, PromisedText
+from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, EventWriter, Resources, load_stage, stage_context
 from polytrope.pipeline.stages.evaluate.evaluate import evaluate
@@ -92,6 +93,11 @@ def test_writes_a_model_that_loads_with_its_tokenizer_and_its_history(trained: P
     summary = json.loads((output / "training.json").read_text())
     assert summary["tokens"] == 12 * 8 * 32
     assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    promised_names = set(figures_promised(parameters(), TEXT))  # what `select` is told before anything starts
+    never_here = {"trainable_parameters", "result_step", "skipped_batches"}
+    training = read_training(output)
+    assert training is not None
+    assert set(training.figures()) == promised_names - never_here
     facts = {name: value for event in read_events(trained, "params") for name, value in event["values"].items()}
     assert {name: facts[name] for name in ("parameters", "steps", "samples", "tokens")} == {
         name: str(summary[name]) for name in ("parameters", "steps", "samples", "tokens")
@@ -296,6 +302,8 @@ def test_images_train_in_half_precision_and_seeds_may_be_large(tmp_path: Path) -
         validation_samples=20,
     )  # fmt: skip
     assert summary["val/loss"] < 3
+    promised_names = set(figures_promised(parameters(model=CONVNEXT), DIGITS))
+    assert {"val/accuracy"} < set(summary) <= promised_names
 
 
 @pytest.mark.chaos
@@ -440,6 +448,12 @@ def promised(given: TrainParameters, dataset: Any, initial: PromisedModel | None
     return promise(given, {"dataset": dataset, "initial": initial}, Resources(workers=2), Path())
 
 
+def figures_promised(given: TrainParameters, dataset: Any) -> tuple[str, ...]:
+    found = promised(given, dataset)
+    assert found is not None
+    return found.figures
+
+
 def test_what_cannot_work_is_refused_before_anything_starts() -> None:
     with pytest.raises(UserError, match="model: missing"):
         check(parameters(model=None), {"initial": None})
@@ -469,6 +483,7 @@ def test_a_fine_tuning_is_compared_with_the_model_it_starts_from() -> None:
     assert (trained.settings["vocab_size"], trained.settings["sequence_length"]) == (2048, 128)
     tuning = parameters(model=None)
     assert promised(tuning, TEXT, trained) == trained
+    assert promised(tuning, TEXT, replace(trained, figures=())) == trained  # of a converted model
     for dataset, words in (
         (replace(TEXT, sequence_length=129), r"sequences \(129 tokens\) are longer"),
         (replace(TEXT, tokens=4096), "vocabulary"),

@@ -52,7 +52,8 @@ def promise(
     if parameters.format == "huggingface":
         return PromisedForeignModel(model.architecture)
     # which activations it has then depends on what is found in it
-    return replace(model, settings={name: value for name, value in model.settings.items() if name != "activation"})
+    settings = {name: value for name, value in model.settings.items() if name != "activation"}
+    return replace(model, settings=settings, figures=())
 
 
 def _name(activation: Any) -> str:

@@ -52,7 +52,7 @@ def promise(
         for name in ("stride", "prompt"):
             if getattr(parameters, name):
                 raise UserError(f"{name}: for text, and this dataset holds images", "leave it out")
-    return PromisedEvaluation(tuple(upstream["models"]))
+    return PromisedEvaluation(tuple(upstream["models"]), None if data is None else data.kind)
 
 
 def refuse_misfits(upstream: Mapping[str, Any]) -> PromisedData | None:

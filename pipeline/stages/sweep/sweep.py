@@ -20,7 +20,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from polytrope.pipeline.data.training_file import figure_of_training
+from polytrope.pipeline.data.training_file import figure_names, figure_of_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, Stages, load_stage, stage
 from polytrope.pipeline.stages.sweep.parameters import (
@@ -35,7 +35,7 @@ _NEXT, _OVERVIEW = (f"polytrope.pipeline.stages.sweep.sweep:{name}" for name in 
 
 
 def check(parameters: SweepParameters, _upstream: Mapping[str, Any]) -> None:
-    """Refuse a trial without a function, names of parameters that it does not have, and rounds that nobody reaches."""
+    """Refuse a trial without a function, names it does not have, and rounds that nobody reaches."""
     uses = parameters.stage.get("uses")
     if not isinstance(uses, str):
         raise UserError("stage: the trial has no `uses:`", "for example `stage: {uses: train, inputs: …, with: …}`")
@@ -46,6 +46,9 @@ def check(parameters: SweepParameters, _upstream: Mapping[str, Any]) -> None:
         if first not in model.model_fields and model.model_config.get("extra") != "allow":
             field = "ranges" if name in parameters.ranges else "halving.parameter"
             raise UserError(f"{field}: stage `{uses}` has no parameter `{first}`", suggest(first, model.model_fields))
+    figures = {*figure_names("text"), *figure_names("images")}
+    if uses == "train" and parameters.metric not in figures:
+        raise UserError(f"metric: a training has no figure `{parameters.metric}`", suggest(parameters.metric, figures))
     if (halving := parameters.halving) is not None:
         needed = halving.factor ** (halving.rounds - 1)
         if parameters.trials < needed:

@@ -92,8 +92,13 @@ class _Elementwise(_Grouped):
     degree: int = Field(3, ge=1, le=16, description="1…16")
 
 
-class _Polynomial(_Elementwise):
+class _Tailed(_Elementwise):
+    """What goes on by its formula, or along its tangents."""
+
     interval: Interval | None = Field(None, description="beyond it the function goes on along its tangents")
+
+
+class _Polynomial(_Tailed):
     learnable_recurrence: bool = Field(False, description="learn the recurrence of the basis as well")
     variable: Annotated[tuple[_End, _Positive], Field(strict=False)] | None = Field(
         None, description="[shift, scale]: polynomials of (x - shift) / scale; default: of x"
@@ -115,10 +120,9 @@ class _Legendre(_Polynomial):
     init: PolynomialStart = Field("variance_preserving", description="how it starts")
 
 
-class _Fourier(_Elementwise):
+class _Fourier(_Tailed):
     name: Literal["fourier"]
     degree: int = Field(5, ge=1, le=16, description="1…16")
-    interval: Interval | None = Field(None, description="beyond it the function goes on along its tangents")
     harmonic: bool = Field(False, description="one learnable frequency and its multiples")
     init: PublishedStart = Field("variance_preserving", description="how it starts")
 
@@ -135,17 +139,15 @@ class _TropicalRational(_Elementwise):
     init: Start = Field("variance_preserving", description="how it starts")
 
 
-class _Rational(_Elementwise):
+class _Rational(_Tailed):
     name: Literal["rational"]
     degree: int = Field(5, ge=1, le=16, description="of the numerator, 1…16")
     denominator_degree: int | None = Field(None, ge=0, le=16, description="default: one less")
-    interval: Interval | None = Field(None, description="beyond it the function goes on along its tangents")
     init: Start = Field("variance_preserving", description="how it starts")
 
 
-class _PolyReLU(_Elementwise):
+class _PolyReLU(_Tailed):
     name: Literal["polyrelu"]
-    interval: Interval | None = Field(None, description="beyond it the function goes on along its tangents")
     init: Start = Field("variance_preserving", description="how it starts")
 
 

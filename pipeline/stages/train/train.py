@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from polytrope.models.configurations import MODEL_KINDS
 from polytrope.pipeline.data.lineage import Lineage, read_lineage, write_lineage
 from polytrope.pipeline.data.misfits import misfit, refuse_misfit
 from polytrope.pipeline.data.promised import PromisedModel, PromisedText, expect, expect_data
-from polytrope.pipeline.data.training_file import read_training
+from polytrope.pipeline.data.training_file import figure_names, read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.train.parameters import TrainParameters, split_batch
@@ -50,7 +52,10 @@ def promise(
         found = None if data is None else misfit(model, data)
         if found is not None:
             raise UserError(f"model.{found.setting or 'architecture'}: {found.text}", found.hint)
-    return model if model is None or data is None else model.trained_on(data)
+    if model is None:
+        return None
+    trained = model if data is None else model.trained_on(data)
+    return replace(trained, figures=figure_names(MODEL_KINDS[model.architecture].data))
 
 
 def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
