@@ -28,6 +28,7 @@ from polytrope.models.conversion import FitOptions, apply, fit_layers
 from polytrope.models.formats import read_model
 from polytrope.models.inputs import Batch, forward
 from polytrope.models.surgery import Activation, find_activations
+from polytrope.ops import interpolate
 from polytrope.ops.interpolate import fit, parameter_count
 from polytrope.pipeline.stages.convert.calibration_data import (
     documentation_sentences,
@@ -49,16 +50,6 @@ FAMILIES = (
     ("tropical_rational", 1),
     ("tropical_rational", 2),
     ("polyrelu", 8),
-)
-ALL_FAMILIES = (
-    "hermite",
-    "chebyshev",
-    "legendre",
-    "fourier",
-    "tropical",
-    "tropical_rational",
-    "rational",
-    "polyrelu",
 )
 LAYERS = 30
 LAYERS_DEGREE = 8
@@ -121,7 +112,7 @@ def layer_times() -> list[dict[str, Any]]:
         activations.append(Activation(f"layer {layer}", nn.GELU()))
         calibrations[f"layer {layer}"] = Calibration.of(x)
     rows = []
-    for family in ALL_FAMILIES:
+    for family in interpolate.FAMILIES:
         wall, processor = time.perf_counter(), time.process_time()
         fits = fit_layers(activations, calibrations, FitOptions(family, LAYERS_DEGREE))
         rows.append(

@@ -184,6 +184,7 @@ def test_what_cannot_be_told_is_asked_for(x: Tensor) -> None:
         ({"coverage": 2.0}, "^coverage: expected a share above 0.5, at most 1, got 2.0"),
         ({"derivative_weight": -1.0}, "^derivative_weight: expected a number ≥ 0, got -1.0"),
         ({"samples": 0}, "^samples: expected at least 1, or None for all, got 0"),
+        ({"rated_samples": -1}, "^rated_samples: expected at least 0, got -1"),
     ],
 )
 def test_wrong_options_are_refused_before_the_data_is_read(options: dict[str, Any], message: str) -> None:
