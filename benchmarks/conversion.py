@@ -28,7 +28,7 @@ from polytrope.models.conversion import FitOptions, apply, fit_layers
 from polytrope.models.formats import read_model
 from polytrope.models.inputs import Batch, forward
 from polytrope.models.surgery import Activation, find_activations
-from polytrope.ops import interpolate
+from polytrope.ops.interpolate import FAMILIES as ALL_FAMILIES
 from polytrope.ops.interpolate import fit, parameter_count
 from polytrope.pipeline.stages.convert.calibration_data import (
     documentation_sentences,
@@ -112,7 +112,7 @@ def layer_times() -> list[dict[str, Any]]:
         activations.append(Activation(f"layer {layer}", nn.GELU()))
         calibrations[f"layer {layer}"] = Calibration.of(x)
     rows = []
-    for family in interpolate.FAMILIES:
+    for family in ALL_FAMILIES:
         wall, processor = time.perf_counter(), time.process_time()
         fits = fit_layers(activations, calibrations, FitOptions(family, LAYERS_DEGREE))
         rows.append(

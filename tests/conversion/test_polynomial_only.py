@@ -39,9 +39,11 @@ from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.data.conversion_file import read_conversion
 from polytrope.pipeline.stage import Artifact, stage_context
 from polytrope.pipeline.stages.convert import parameters as convert_parameters
-from polytrope.pipeline.stages.convert.conversion_record import advise
+from polytrope.pipeline.stages.convert.conversion_page import write_page
+from polytrope.pipeline.stages.convert.conversion_record import advise, record
 from polytrope.pipeline.stages.convert.convert import convert
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
+from polytrope.pipeline.stages.convert.polynomials import with_polynomials
 
 
 @pytest.fixture
@@ -347,6 +349,20 @@ def test_a_polynomial_that_received_nothing_has_no_extremes_in_json() -> None:
     assert (content["seen"]["a"]["minimum"], content["seen"]["a"]["maximum"]) == (None, None)
     assert (content["seen"]["b"]["minimum"], content["seen"]["b"]["maximum"]) == (0.5, 2.0)
     assert Polynomials.from_dict(content) == found
+
+
+def test_a_polynomial_that_received_nothing_has_no_extremes_in_the_record_and_on_the_page(tmp_path: Path) -> None:
+    options = FitOptions("composition", polynomial_only=PolynomialOnly(2))
+    fitted = fit_layer(Activation("a", nn.GELU()), Calibration.of(torch.linspace(-3, 3, 1000)), options)
+    module = fitted.fit.build()
+    assert isinstance(module, Composition)
+    idle = Polynomials({"a": count(module.circuit())}, {"a": Seen(module.domain)}, 1, 1)
+    made = with_polynomials(record([fitted], options, {}, []), idle)
+    (layer,) = made.layers
+    assert layer.outside is not None
+    assert (layer.outside.inputs, layer.outside.minimum, layer.outside.maximum) == (0, None, None)
+    page = write_page(tmp_path, made, "idle").read_text(encoding="utf-8")
+    assert "<td>0</td><td>0</td><td>0</td>\n<td>–</td></tr>" in page
 
 
 def test_the_range_is_what_was_measured_and_a_margin() -> None:
