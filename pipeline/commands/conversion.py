@@ -157,9 +157,10 @@ def _option(field: str) -> str:
 
 def _check(options: argparse.Namespace) -> None:
     """What needs no torch, which takes seconds to import."""
-    for path in (options.model, *options.data):
+    for field, path in (("MODEL", options.model), *(("--data", path) for path in options.data)):
         if not path.exists():
-            raise UserError(f"convert: {path}: there is no such file or directory", "polytrope convert --help")
+            hint = f"{field} is a path from {Path.cwd()}; `polytrope convert --help` says to what"
+            raise UserError(f"convert: {path}: there is no such file or directory", hint)
     output = options.output
     if output is None and not options.dry_run:
         raise UserError("convert: OUTPUT is missing", "polytrope convert MODEL OUTPUT, or --dry-run to write nothing")
