@@ -13,7 +13,6 @@ import copy
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -28,7 +27,9 @@ from polytrope.models.conversion import FitOptions, apply, fit_layers
 from polytrope.models.formats import read_model
 from polytrope.models.inputs import Batch, forward
 from polytrope.models.surgery import Activation, find_activations
+from polytrope.ops.interpolate import FAMILIES as ALL_FAMILIES
 from polytrope.ops.interpolate import fit, parameter_count
+from polytrope.pipeline.launch.environment import processor
 from polytrope.pipeline.stages.convert.calibration_data import (
     documentation_sentences,
     text_batches,
@@ -49,16 +50,6 @@ FAMILIES = (
     ("tropical_rational", 1),
     ("tropical_rational", 2),
     ("polyrelu", 8),
-)
-ALL_FAMILIES = (
-    "hermite",
-    "chebyshev",
-    "legendre",
-    "fourier",
-    "tropical",
-    "tropical_rational",
-    "rational",
-    "polyrelu",
 )
 LAYERS = 30
 LAYERS_DEGREE = 8
@@ -138,15 +129,6 @@ def layer_times() -> list[dict[str, Any]]:
     return rows
 
 
-def _processor() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     torch.manual_seed(0)
@@ -166,7 +148,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     calibrations = calibrate(model, found, text_batches(tokenizer, calibration, 32, 128, True), forward)
     result: dict[str, Any] = {
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),

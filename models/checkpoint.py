@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from polytrope.models import build_model, find_architecture
 from polytrope.models.activations import current_activations, normalised_activations
 from polytrope.models.configurations import activation_configs
-from polytrope.models.special_tokens import kept_fields
+from polytrope.models.special_tokens import kept_fields, read_tokenizer_entry
 from polytrope.models.weights import check_dtypes
 from polytrope.models.writing import appearing, compare_outputs, compare_weights
 
@@ -131,14 +131,6 @@ def read_description(directory: str | Path) -> dict[str, Any]:
     if missing := [name for name in ("architecture", "config") if name not in description]:
         raise ValueError(f"{path}: {missing[0]} is missing")
     return description
-
-
-def read_tokenizer_entry(directory: str | Path) -> Any:
-    """The `tokenizer` entry of a dataset or model directory, None if it has none (images)."""
-    for name in ("dataset.json", "model.json"):
-        if (path := Path(directory) / name).exists():
-            return json.loads(path.read_text(encoding="utf-8")).get("tokenizer")
-    return None
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:

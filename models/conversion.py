@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration
+from polytrope.models.convert_options import check_polynomial_only, replacement
 from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.surgery import Activation, replace_module, replaced
+from polytrope.ops.families import MAX_DEGREE, check_degree
 from polytrope.ops.fitting.targets import resolve_target, sample
-from polytrope.ops.interpolate import Fit, fit, fit_to_error
+from polytrope.ops.interpolate import FAMILIES, Fit, fit, fit_to_error
 from polytrope.ops.polynomial_only import MAX_DEPTH, fit_composition, fit_composition_to_error
 
 _CHUNK = 1 << 20
@@ -35,6 +37,9 @@ class FitOptions:
         derivative_weight: λ of the Sobolev norm, for inputs in units of their standard deviation.
         constraints: as of `fit`: `ends`, `end_values`, `origin`.
         polynomial_only: instead of all of the above but `target_error`: compositions of polynomials without tangents.
+
+    Raises:
+        ValueError: one that is not as described.
     """
 
     family: str = "hermite"
@@ -44,6 +49,20 @@ class FitOptions:
     derivative_weight: float = 0.01
     constraints: tuple[str, ...] = ()
     polynomial_only: PolynomialOnly | None = None
+
+    def __post_init__(self) -> None:
+        known = (*FAMILIES, "auto")
+        if self.polynomial_only is None and self.family not in known:
+            raise ValueError(f"family: expected one of {', '.join(known)}, got {self.family!r}")
+        check_degree(self.degree)
+        if self.target_error is None and self.family == "auto":
+            raise ValueError("family: auto chooses by target_error; give it (0.01 is 1 %), or name a family")
+        if self.target_error is not None and not 0 < self.target_error < math.inf:
+            raise ValueError(f"target_error: expected a number > 0, got {self.target_error!r}")
+        if self.coverage is not None and not 0.5 < self.coverage <= 1:
+            raise ValueError(f"coverage: expected a share above 0.5, at most 1, got {self.coverage!r}")
+        if not 0 <= self.derivative_weight < math.inf:
+            raise ValueError(f"derivative_weight: expected a number ≥ 0, got {self.derivative_weight!r}")
 
     def title(self) -> str:
         """What is fitted, for people."""
@@ -74,7 +93,55 @@ class PolynomialOnly:
         if self.domain is not None and not (-math.inf < self.domain[0] < self.domain[1] < math.inf):
             raise ValueError(f"domain: expected (lo, hi) with lo < hi, both finite, got {self.domain}")
         if not 0 <= self.margin < math.inf:
-            raise ValueError(f"margin: expected a share of at least 0, got {self.margin}")
+            raise ValueError(f"domain_margin: expected a share of at least 0, got {self.margin}")
+
+
+def fit_options(
+    *,
+    family: str | None,
+    degree: int | None,
+    target_error: float | None,
+    coverage: float | None,
+    derivative_weight: float,
+    constraints: Sequence[str],
+    polynomial_only: bool,
+    depth: int | None,
+    domain: tuple[float, float] | None,
+    domain_margin: float,
+) -> FitOptions:
+    """The options as they are given in Python, on the command line and in a workflow; None: not given.
+
+    Args:
+        family, degree, target_error, coverage, derivative_weight, constraints: as of `FitOptions`.
+        polynomial_only: compositions of polynomials; depth, domain, domain_margin: of them, as of `PolynomialOnly`.
+
+    Raises:
+        ValueError: an option that is not as described or does not go with another.
+    """
+    given = {
+        "family": family,
+        "degree": degree,
+        "coverage": coverage,
+        "derivative_weight": derivative_weight,
+        "constraints": list(constraints),
+        "depth": depth,
+        "domain": domain,
+        "domain_margin": domain_margin,
+    }
+    check_polynomial_only(polynomial_only, given)
+    if degree is None:
+        degree = 8 if target_error is None else MAX_DEGREE
+    if depth is None:
+        depth = 6 if target_error is None else MAX_DEPTH
+    return FitOptions(
+        replacement(family, polynomial_only),
+        degree,
+        target_error,
+        coverage,
+        derivative_weight,
+        tuple(constraints),
+        PolynomialOnly(depth, domain, domain_margin) if polynomial_only else None,
+    )
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,12 @@ from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.conversion import (
     FitOptions,
     LayerConversion,
-    PolynomialOnly,
     apply,
     fit_layers,
+    fit_options,
     layer_costs,
     prove,
 )
-from polytrope.models.convert_options import check_polynomial_only
 from polytrope.models.formats import read_model, write_model
 from polytrope.models.formats.module import MODULE_FILE, load_module
 from polytrope.models.inputs import Data, read_batches, size_of
@@ -40,9 +39,6 @@ from polytrope.models.rewriting import FunctionalActivation
 from polytrope.models.selection import Left, Selection, select_activations
 from polytrope.models.surgery import Choice, is_activation, replace_module
 from polytrope.models.writing import appearing
-from polytrope.ops.families import check_degree
-from polytrope.ops.interpolate import FAMILIES
-from polytrope.ops.polynomial_only import MAX_DEPTH
 
 CERTIFICATES = "certificates.json"
 RATED_SAMPLES = 8  # that the difference is of, and the costs if nothing else is said
@@ -254,28 +250,22 @@ def convert(
         ValueError: an option that is not as described or does not go with another, nothing to convert, data the model
             cannot run on, a layer that cannot be fitted, a conversion that has no effect.
     """
-    given = {
-        "family": family,
-        "degree": degree,
-        "coverage": coverage,
-        "derivative_weight": derivative_weight,
-        "constraints": list(constraints),
-        "depth": depth,
-        "domain": domain,
-        "domain_margin": domain_margin,
-    }
-    check_polynomial_only(polynomial_only, given)
-    largest_depth = (6 if target_error is None else MAX_DEPTH) if depth is None else depth
-    options = FitOptions(
-        "composition" if polynomial_only else family or "hermite",
-        (8 if target_error is None else 16) if degree is None else degree,
-        target_error,
-        coverage,
-        derivative_weight,
-        tuple(constraints),
-        PolynomialOnly(largest_depth, domain, domain_margin) if polynomial_only else None,
+    options = fit_options(
+        family=family,
+        degree=degree,
+        target_error=target_error,
+        coverage=coverage,
+        derivative_weight=derivative_weight,
+        constraints=constraints,
+        polynomial_only=polynomial_only,
+        depth=depth,
+        domain=domain,
+        domain_margin=domain_margin,
     )
-    _check(options, samples)
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples: expected at least 1, or None for all, got {samples!r}")
+    if rated_samples < 0:
+        raise ValueError(f"rated_samples: expected at least 0, got {rated_samples!r}")
     batches = read_batches(data, samples)
     if not in_place:
         try:
@@ -285,23 +275,6 @@ def convert(
     run = inputs.forward if forward is None else _first_tensor_of(forward)
     choice = Choice(types, include, exclude, layers)
     return convert_batches(model, batches, options, choice, forward=run, tell=progress, rated_samples=rated_samples)
-
-
-def _check(options: FitOptions, samples: int | None) -> None:
-    known = (*FAMILIES, "auto")
-    if options.polynomial_only is None and options.family not in known:
-        raise ValueError(f"family: expected one of {', '.join(known)}, got {options.family!r}")
-    check_degree(options.degree)
-    if options.target_error is None and options.family == "auto":
-        raise ValueError("family: auto chooses by target_error; give it (0.01 is 1 %), or name a family")
-    if options.target_error is not None and not 0 < options.target_error < math.inf:
-        raise ValueError(f"target_error: expected a number > 0, got {options.target_error!r}")
-    if options.coverage is not None and not 0.5 < options.coverage <= 1:
-        raise ValueError(f"coverage: expected a share above 0.5, at most 1, got {options.coverage!r}")
-    if not 0 <= options.derivative_weight < math.inf:
-        raise ValueError(f"derivative_weight: expected a number ≥ 0, got {options.derivative_weight!r}")
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples: expected at least 1, or None for all, got {samples!r}")
 
 
 def convert_batches(

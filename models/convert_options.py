@@ -1,10 +1,15 @@
-"""Which options of a conversion exclude each other: for Python, the command and the stage, checked without torch."""
+"""The options of a conversion for Python, the command and the stage, and which exclude each other; without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+# What `conversion.fit_options` takes.
+FIT_OPTIONS = frozenset(
+    {"family", "degree", "target_error", "coverage", "derivative_weight", "constraints"}
+    | {"polynomial_only", "depth", "domain", "domain_margin"}
+)
 _WHY_NOT_POLYNOMIAL = {
     "fourier": "is made of cosines",
     "rational": "divides",
@@ -14,6 +19,11 @@ _WHY_NOT_POLYNOMIAL = {
 }
 _OF_POLYNOMIALS: dict[str, Any] = {"depth": None, "domain": None, "domain_margin": 0.25}
 _OF_OTHERS: dict[str, Any] = {"degree": None, "coverage": None, "derivative_weight": 0.01, "constraints": []}
+
+
+def replacement(family: str | None, polynomial_only: bool) -> str:
+    """The family of the new activations."""
+    return "composition" if polynomial_only else family or "hermite"
 
 
 def check_polynomial_only(polynomial_only: bool, given: Mapping[str, Any]) -> None:

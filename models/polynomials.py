@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from polytrope.ops import Composition
 from polytrope.ops.circuit import Cost, count
 
 _HELD_OUT = 4  # one in so many samples
+_EXTREMES = ("minimum", "maximum")  # fields of `Seen`
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,20 @@ class Polynomials:
         return text if warning is None else f"{text}\n{warning}"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-ready numbers; an activation that received nothing has no extremes."""
-        return asdict(self)
+        """As JSON-ready numbers; an activation that received nothing has no extremes: None."""
+        content = asdict(self)
+        for entry in content["seen"].values():
+            for name in _EXTREMES:
+                entry[name] = entry[name] if math.isfinite(entry[name]) else None
+        return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Polynomials:
         """What `to_dict` gave."""
-        seen = {name: Seen(**{**entry, "domain": tuple(entry["domain"])}) for name, entry in content["seen"].items()}
+        seen = {}
+        for name, entry in content["seen"].items():
+            known = {key: value for key, value in entry.items() if key not in _EXTREMES or value is not None}
+            seen[name] = Seen(**{**known, "domain": tuple(entry["domain"])})
         costs = {name: Cost(**entry) for name, entry in content["costs"].items()}
         return cls(costs, seen, int(content["samples"]), int(content["batches"]))
 

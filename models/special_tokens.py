@@ -36,6 +36,14 @@ def _from_huggingface(content: dict[str, Any]) -> dict[str, Any]:
     return defaults | {name: content[name] for name in _KEPT if name in content}
 
 
+def read_tokenizer_entry(directory: str | Path) -> Any:
+    """The `tokenizer` entry of a dataset or model directory, None if it has none (images)."""
+    for name in ("dataset.json", "model.json"):
+        if (path := Path(directory) / name).exists():
+            return json.loads(path.read_text(encoding="utf-8")).get("tokenizer")
+    return None
+
+
 def token_fields(directory: Path | None) -> dict[str, Any]:
     """As `kept_fields`; else the end-of-text token of the directory's tokenizer, null where there is none.
 
@@ -52,11 +60,9 @@ def _end_of_text(directory: Path) -> int | None:
     path = directory / "tokenizer.json"
     if not path.exists():
         return None
-    for name in ("model.json", "dataset.json"):
-        if (directory / name).exists():
-            entry = json.loads((directory / name).read_text(encoding="utf-8")).get("tokenizer") or {}
-            if entry.get("end_of_text") is not None:
-                return int(entry["end_of_text"])
+    entry = read_tokenizer_entry(directory) or {}
+    if entry.get("end_of_text") is not None:
+        return int(entry["end_of_text"])
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.get("kind") == "bytes":
         return 256

@@ -111,7 +111,7 @@ def write_model(
 
     Args:
         format: default: `own` for models of this package, `huggingface` for those of transformers; any other module as
-            its weights and a description of its activations (`module`).
+            its weights and a description of its activations (`module`), of which the weights alone are compared.
         source: a directory whose tokenizer and other files belong to the model.
         inputs: what a model of transformers takes, by name, to compare its outputs; default: where they are known.
 

@@ -13,17 +13,17 @@ from torch import nn
 from polytrope.models.formats.states import load_safetensors
 from polytrope.models.surgery import describe_activations, restore_activations
 from polytrope.models.weights import check_dtypes
-from polytrope.models.writing import appearing
+from polytrope.models.writing import appearing, compare_weights
 
 MODULE_FILE = "module.json"
 _FORMAT = 1
 
 
 def save_module(directory: Path, model: nn.Module) -> None:
-    """Write `module.json` and `model.safetensors`; weights that several names share are written once.
+    """Write `module.json` and `model.safetensors`; weights that several names share are written once, and compared.
 
     Raises:
-        ValueError: a state that is no tensor.
+        ValueError: a state that is no tensor, or weights that do not come back as they were.
     """
     odd = [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
     if odd:
@@ -31,6 +31,8 @@ def save_module(directory: Path, model: nn.Module) -> None:
     content = {"format": _FORMAT, "class": type(model).__qualname__, "activations": describe_activations(model)}
     with appearing(directory, MODULE_FILE) as aside:
         save_model(model, str(aside / "model.safetensors"))
+        written, state = load_safetensors(aside / "model.safetensors"), model.state_dict()
+        compare_weights(written, {name: state[name] for name in written}, f"{directory} is not written")
         (aside / MODULE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

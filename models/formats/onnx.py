@@ -43,7 +43,7 @@ class Export:
     """What was written.
 
     Args:
-        deviation: the largest one of onnxruntime's outputs from the model's; 0 where it was not checked.
+        deviation: the largest one of onnxruntime's outputs from the model's.
         free: the dimensions that may have any size: `batch`, and `length` of token sequences.
         reason: why one of these is not free; None: all that there are are.
     """
@@ -58,10 +58,8 @@ class Export:
         return f"takes {takes}" if self.reason is None else f"takes {takes}, not more: {self.reason}"
 
 
-def save_onnx(
-    path: Path, model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None, check: bool = True
-) -> Export:
-    """Write `path`, a float32 model.
+def save_onnx(path: Path, model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None) -> Export:
+    """Write `path`, a float32 model; onnxruntime runs it on `inputs`, one sample and shorter sequences to compare.
 
     The first dimension of every input and output and the length of token sequences are free where the model allows it:
     one whose trace keeps the traced length, or number of samples, is written with that. Models of transformers compute
@@ -70,7 +68,6 @@ def save_onnx(
     Args:
         inputs: examples, from which the shapes of the other dimensions are taken.
         names: keyword of each input; None: they are positional.
-        check: run the file with onnxruntime on `inputs`, on one sample and on shorter sequences, and compare.
 
     Raises:
         ValueError: a package is missing, an activation without plain form, an operator ONNX does not have, or outputs
@@ -93,9 +90,7 @@ def save_onnx(
         checked = [examples, *([single] if "batch" in free else []), *([shorter] if "length" in free else [])]
         try:
             _export(path, plain, examples, shorter, labels, free)
-            return Export(
-                max([_check(path, model, part, labels, names) for part in checked if check], default=0.0), free, reason
-            )
+            return Export(max(_check(path, model, part, labels, names) for part in checked), free, reason)
         except ValueError as error:
             if not free:
                 raise

@@ -13,25 +13,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from polytrope.models.convert_options import FIT_OPTIONS
 from polytrope.pipeline.commands.common import print_table
 from polytrope.pipeline.commands.workflow_files import parameter_rows
 from polytrope.pipeline.data.conversion_file import ConversionRecord
+from polytrope.pipeline.data.records import finite
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 from polytrope.pipeline.workflow.refusals import words
 
 _SINGULAR = {"constraints": "constraint", "types": "type", "calibration_samples": "samples", "ray_tasks": "ray"}
 _LEFT_OUT = ("page", "register_as", "register_alias")  # the page is always written; no run is there to register it
-_NOT_AS_IS = {"family", "degree", "target_error", "coverage", "derivative_weight", "constraints"} | {
-    "include",
-    "exclude",
-    "types",
-    "layers",
-    "depth",
-    "domain",
-    "domain_margin",
-    "polynomial_only",
-}
+_NOT_AS_IS = FIT_OPTIONS | {"include", "exclude", "types", "layers", "rated_samples"}
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 _FIELD_METAVARS = {"domain": "LOW,HIGH"}
 _ADVICE = 8  # layers whose advice is printed
@@ -120,7 +113,7 @@ def convert(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(f"convert: {error}") from error
     if options.json and outcome.record is not None:
-        print(json.dumps(outcome.record.model_dump(exclude_unset=True)))
+        print(json.dumps(finite(outcome.record.model_dump(exclude_unset=True)), allow_nan=False))
     elif outcome.record is not None:
         print_record(outcome.record)
     if options.dry_run:
@@ -163,6 +156,11 @@ def _option(field: str) -> str:
 
 
 def _check(options: argparse.Namespace) -> None:
+    """What needs no torch, which takes seconds to import."""
+    for field, path in (("MODEL", options.model), *(("--data", path) for path in options.data)):
+        if not path.exists():
+            hint = f"{field} is a path from {Path.cwd()}; `polytrope convert --help` says to what"
+            raise UserError(f"convert: {path}: there is no such file or directory", hint)
     output = options.output
     if output is None and not options.dry_run:
         raise UserError("convert: OUTPUT is missing", "polytrope convert MODEL OUTPUT, or --dry-run to write nothing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from training_support import make_dataset
 
 from polytrope.models.calibration import add, calibrate
 from polytrope.models.checkpoint import load_model, save_model
+from polytrope.models.conversion import fit_options
+from polytrope.models.convert_options import FIT_OPTIONS
 from polytrope.models.formats import read_model
 from polytrope.models.inputs import forward
 from polytrope.models.selection import select_activations
@@ -131,7 +134,8 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
         (["{model}", "{out}", "--layers", "one"], "--layers: expected 3, 0-5 or 6-"),
         (["{model}", "{out}", "--layers", "5-2"], "--layers: expected 3, 0-5 or 6-"),
         (["{model}", "{out}", "--set", "n_head"], "expected FIELD=VALUE"),
-        (["{model}", "{out}", "--data", "{out}.txt"], "cannot be read as text"),
+        (["{model}", "{out}", "--data", "{out}.txt"], "out.txt: there is no such file or directory"),
+        (["{model}", "{out}", "--data", "{model}"], "cannot be read as text"),
         (["{model}", "{out}", "--data", "{nan}"], "an array of shape"),
         (["{model}", "{out}", "--degree", "17"], "--degree: expected at most 16, got '17'"),
         (["{model}", "{out}", "--degree", "0"], "--degree: expected at least 1, got '0'"),
@@ -146,6 +150,7 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
         (["{model}", "{out}", "--family", "auto"], "--target-error: family auto chooses by it: give target_error"),
         (["{model}", "{out}", "--as-is", "--dry-run"], "--as-is fits nothing"),
         (["{model}", "{out}", "--as-is", "--layers", "0-"], "--as-is fits nothing, so --layers means nothing"),
+        (["{model}", "{out}", "--as-is", "--rated-samples", "4"], "so --rated-samples means nothing"),
         (["{model}", "{out}", "--format", "own"], "own is for GPT-2 and ConvNeXt"),
         (["{model}", "{out}", "--type", "Swish"], "(GELUActivation): not of a type to convert"),
         (["{model}", "{out}", "--data", "{empty}"], "holds nothing"),
@@ -173,6 +178,17 @@ def test_mistakes_are_explained_and_nothing_is_written(
     assert main(["convert", *filled, *data]) == 2
     assert message in capsys.readouterr().err
     assert digests(tmp_path) == before
+
+
+def test_a_path_that_is_missing_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from polytrope.pipeline.commands.cli import main; "
+        f"assert main(['convert', {str(tmp_path / 'absent')!r}, {str(tmp_path / 'out')!r}]) == 2; "
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "absent: there is no such file or directory" in done.stderr
 
 
 def test_a_tokenizer_that_is_truncated_is_named(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,9 +261,8 @@ def test_layers_that_are_none_are_refused(given: Any) -> None:
 
 
 def test_a_target_error_alone_tries_all_degrees() -> None:
-    assert ConvertParameters().highest_degree() == 8
-    assert ConvertParameters(target_error=0.1).highest_degree() == 16
-    assert ConvertParameters(target_error=0.1, degree=4).highest_degree() == 4
+    for given, degree in (({}, 8), ({"target_error": 0.1}, 16), ({"target_error": 0.1, "degree": 4}, 4)):
+        assert fit_options(**ConvertParameters(**given).model_dump(include=set(FIT_OPTIONS))).degree == degree
     family = ConvertParameters.model_json_schema()["properties"]["family"]["anyOf"][0]["enum"]
     assert family[:-1] == [name for name in FAMILIES if name in family]
     assert set(family) - {"auto"} == set(FAMILIES)

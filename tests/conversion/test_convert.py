@@ -174,6 +174,19 @@ def test_what_cannot_be_told_is_asked_for(x: Tensor) -> None:
         convert(nn.GELU(), [x])
 
 
+def test_weights_that_do_not_come_back_as_they_were_are_not_written(x: Tensor, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(x.shape[1], 4), nn.GELU())
+
+    def restless(_module: nn.Module, state: dict[str, Any], *_arguments: Any) -> None:
+        state["0.bias"] = torch.randn(4)
+
+    conversion = convert(model, [x], degree=3)
+    conversion.model.register_state_dict_post_hook(restless)
+    with pytest.raises(ValueError, match=r"is not written: 0\.bias does not come back as it was"):
+        conversion.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -184,6 +197,7 @@ def test_what_cannot_be_told_is_asked_for(x: Tensor) -> None:
         ({"coverage": 2.0}, "^coverage: expected a share above 0.5, at most 1, got 2.0"),
         ({"derivative_weight": -1.0}, "^derivative_weight: expected a number ≥ 0, got -1.0"),
         ({"samples": 0}, "^samples: expected at least 1, or None for all, got 0"),
+        ({"rated_samples": -1}, "^rated_samples: expected at least 0, got -1"),
     ],
 )
 def test_wrong_options_are_refused_before_the_data_is_read(options: dict[str, Any], message: str) -> None:

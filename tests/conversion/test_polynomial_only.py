@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections import Counter
 from fractions import Fraction
@@ -21,22 +22,28 @@ from training_support import read_events
 
 from polytrope.models.calibration import Calibration
 from polytrope.models.checkpoint import load_model, save_model
-from polytrope.models.conversion import FitOptions, PolynomialOnly, fit_layer
+from polytrope.models.conversion import FitOptions, PolynomialOnly, fit_layer, fit_options
 from polytrope.models.convert import Conversion
 from polytrope.models.convert import convert as polytrope_convert
-from polytrope.models.domains import describe_outside, watching
+from polytrope.models.convert_options import FIT_OPTIONS
+from polytrope.models.domains import Seen, describe_outside, watching
 from polytrope.models.formats import read_model
 from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.onnx_operators import check_polynomial
-from polytrope.models.polynomials import hold_out
+from polytrope.models.polynomials import Polynomials, hold_out
 from polytrope.models.surgery import Activation
 from polytrope.ops import Composition, build_activation
 from polytrope.ops.circuit import count
+from polytrope.ops.polynomial_only import MAX_DEPTH
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.data.conversion_file import read_conversion
 from polytrope.pipeline.stage import Artifact, stage_context
+from polytrope.pipeline.stages.convert import parameters as convert_parameters
+from polytrope.pipeline.stages.convert.conversion_page import write_page
+from polytrope.pipeline.stages.convert.conversion_record import advise, record
 from polytrope.pipeline.stages.convert.convert import convert
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
+from polytrope.pipeline.stages.convert.polynomials import with_polynomials
 
 
 @pytest.fixture
@@ -270,7 +277,7 @@ def test_what_does_not_go_with_polynomials_is_refused(given: dict[str, Any], mes
     [
         ({"depth": 0}, "depth: expected 1 to 16, got 0"),
         ({"domain": (1.0, -1.0)}, r"domain: expected \(lo, hi\) with lo < hi"),
-        ({"domain_margin": -0.1}, "margin: expected a share of at least 0"),
+        ({"domain_margin": -0.1}, "^domain_margin: expected a share of at least 0"),
         ({"polynomial_only": False, "domain_margin": 0.5}, "domain_margin is for polynomial_only"),
     ],
 )
@@ -317,9 +324,45 @@ def test_a_function_that_runs_the_model_has_no_samples_to_keep_aside() -> None:
 def test_parameters_mean_the_same_when_they_are_read_again() -> None:
     given = ConvertParameters.model_validate({"polynomial_only": True, "domain": "-3,4"})
     assert ConvertParameters.model_validate(given.model_dump(mode="json")) == given
-    assert (given.replacement(), given.largest_depth()) == ("composition", 6)
-    assert ConvertParameters(polynomial_only=True, target_error=0.1).largest_depth() == 16
+    assert given.replacement() == "composition"
+    for parameters, depth in ((given, 6), (ConvertParameters(polynomial_only=True, target_error=0.1), MAX_DEPTH)):
+        options = fit_options(**parameters.model_dump(include=set(FIT_OPTIONS)))
+        assert options.family == "composition"
+        assert options.polynomial_only is not None
+        assert options.polynomial_only.depth == depth
+    assert convert_parameters.MAX_DEPTH == MAX_DEPTH
     assert ConvertParameters().replacement() == "hermite"
+
+
+def test_the_largest_depth_and_degree_are_advised_without_a_larger_one() -> None:
+    seen = Calibration.of(torch.linspace(-3, 3, 1000))
+    deepest = FitOptions("composition", polynomial_only=PolynomialOnly(MAX_DEPTH))
+    for target, options in ((nn.ReLU(), deepest), (nn.GELU(), FitOptions(degree=16))):
+        fitted = fit_layer(Activation("a", target), seen, options)
+        (advice,) = advise([fitted], {"a": 1.0}, options)
+        assert advice.advice == "100% of what the conversion costs; leave this layer as it is if that is too much"
+
+
+def test_a_polynomial_that_received_nothing_has_no_extremes_in_json() -> None:
+    found = Polynomials({}, {"a": Seen((-1.0, 1.0)), "b": Seen((-1.0, 1.0), 2, 0, 1, 0.5, 2.0, 1)}, 1, 1)
+    content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert (content["seen"]["a"]["minimum"], content["seen"]["a"]["maximum"]) == (None, None)
+    assert (content["seen"]["b"]["minimum"], content["seen"]["b"]["maximum"]) == (0.5, 2.0)
+    assert Polynomials.from_dict(content) == found
+
+
+def test_a_polynomial_that_received_nothing_has_no_extremes_in_the_record_and_on_the_page(tmp_path: Path) -> None:
+    options = FitOptions("composition", polynomial_only=PolynomialOnly(2))
+    fitted = fit_layer(Activation("a", nn.GELU()), Calibration.of(torch.linspace(-3, 3, 1000)), options)
+    module = fitted.fit.build()
+    assert isinstance(module, Composition)
+    idle = Polynomials({"a": count(module.circuit())}, {"a": Seen(module.domain)}, 1, 1)
+    made = with_polynomials(record([fitted], options, {}, []), idle)
+    (layer,) = made.layers
+    assert layer.outside is not None
+    assert (layer.outside.inputs, layer.outside.minimum, layer.outside.maximum) == (0, None, None)
+    page = write_page(tmp_path, made, "idle").read_text(encoding="utf-8")
+    assert "<td>0</td><td>0</td><td>0</td>\n<td>–</td></tr>" in page
 
 
 def test_the_range_is_what_was_measured_and_a_margin() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,9 +14,11 @@ from polytrope.models.convert import target_name
 from polytrope.models.selection import Left
 from polytrope.models.surgery import Activation
 from polytrope.ops import circuit
+from polytrope.ops.families import MAX_DEGREE
 from polytrope.ops.fitting.targets import broken_line, resolve_target
 from polytrope.ops.polynomial_only import MAX_DEPTH
 from polytrope.pipeline.data.conversion_file import Advice, ConversionRecord, ConvertedLayer, LeftActivation
+from polytrope.pipeline.data.records import finite
 
 _CURVE_POINTS = 161
 
@@ -46,7 +47,7 @@ def describe(conversion: LayerConversion) -> ConvertedLayer:
         "coefficients": conversion.fit.coefficients.tolist(),
         "relative_error": conversion.relative_error,
         "inputs": calibration.summary(),
-        "certificate": {name: _finite(value) for name, value in conversion.fit.certificate.to_dict().items()},
+        "certificate": finite(conversion.fit.certificate.to_dict()),  # outside of a domain nothing is certified
         "curve": {
             "x": x.tolist(),
             "target": target.tolist(),
@@ -55,11 +56,6 @@ def describe(conversion: LayerConversion) -> ConvertedLayer:
         },
     }
     return ConvertedLayer.model_validate(content)
-
-
-def _finite(value: float) -> float | None:
-    """None where nothing is certified: outside of a domain."""
-    return value if math.isfinite(value) else None
 
 
 def record(
@@ -128,15 +124,16 @@ def _suggestion(conversion: LayerConversion, share: float, options: FitOptions) 
         )
     if only is not None:
         depth = circuit.count(conversion.fit.build().circuit()).depth + 1  # type: ignore[operator]
-        what, largest = f"depth {depth}", MAX_DEPTH
-        higher = replace(options, target_error=None, polynomial_only=replace(only, depth=depth))
+        what = f"depth {depth}"
+        changed: dict[str, Any] = {"polynomial_only": replace(only, depth=depth)} if depth <= MAX_DEPTH else {}
     else:
-        depth = int(conversion.fit.config["degree"]) + 2
-        what, largest = f"degree {depth}", 16
+        degree = int(conversion.fit.config["degree"]) + 2
+        what = f"degree {degree}"
         family = conversion.fit.config["name"]
-        higher = replace(options, family=family, target_error=None, degree=depth)
-    if depth > largest:
+        changed = {"family": family, "degree": degree} if degree <= MAX_DEGREE else {}
+    if not changed:
         return f"{opening}; leave this layer as it is if that is too much"
+    higher = replace(options, target_error=None, **changed)
     try:
         better = fit_layer(Activation(conversion.name, conversion.module), conversion.calibration, higher)
     except ValueError:

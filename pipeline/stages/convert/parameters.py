@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
-from polytrope.models.convert_options import check_polynomial_only
+from polytrope.models.convert_options import check_polynomial_only, replacement
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 
 MAX_DEPTH = 16  # of `polytrope.ops.polynomial_only`, which a plan does not import
@@ -61,20 +61,7 @@ class ConvertParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    family: (
-        Literal[
-            "hermite",
-            "chebyshev",
-            "legendre",
-            "fourier",
-            "tropical",
-            "tropical_rational",
-            "rational",
-            "polyrelu",
-            "auto",
-        ]
-        | None
-    ) = Field(
+    family: Family | None = Field(
         None,
         description="family of the new activations, hermite if not given; auto: that of the fewest parameters that "
         "meets target_error",
@@ -159,17 +146,9 @@ class ConvertParameters(BaseModel):
     register_as: RegisteredName | None = Field(None, description="name in MLflow's model registry")
     register_alias: RegisteredAlias = Field("converted", description="alias of the registered version")
 
-    def highest_degree(self) -> int:
-        """The degree of the fits, or the highest one that is tried for the target error."""
-        return self.degree or (8 if self.target_error is None else 16)
-
     def replacement(self) -> str:
         """The family of the new activations."""
-        return "composition" if self.polynomial_only else self.family or "hermite"
-
-    def largest_depth(self) -> int:
-        """The depth of polynomials, or the largest one that is tried for the target error."""
-        return self.depth or (6 if self.target_error is None else MAX_DEPTH)
+        return replacement(self.family, self.polynomial_only)
 
     def layer_range(self) -> tuple[int, int] | None:
         """The numbers of the first and the last layer; None: all of them."""

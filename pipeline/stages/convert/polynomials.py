@@ -7,6 +7,7 @@ from dataclasses import asdict
 from polytrope.models.domains import Seen
 from polytrope.models.polynomials import Polynomials
 from polytrope.pipeline.data.conversion_file import CircuitCost, ConversionRecord, OutsideDomain, PolynomialModel
+from polytrope.pipeline.data.records import finite
 
 
 def with_polynomials(made: ConversionRecord, polynomials: Polynomials) -> ConversionRecord:
@@ -33,8 +34,8 @@ def _outside(seen: Seen) -> OutsideDomain:
         below=seen.below,
         above=seen.above,
         probability=seen.probability,
-        minimum=seen.minimum,
-        maximum=seen.maximum,
+        minimum=finite(seen.minimum),
+        maximum=finite(seen.maximum),
     )
 
 

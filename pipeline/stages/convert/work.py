@@ -13,8 +13,9 @@ from torch import nn
 
 from polytrope.models import is_own
 from polytrope.models.calibration import Calibration, calibrate
-from polytrope.models.conversion import FitOptions, PolynomialOnly
+from polytrope.models.conversion import fit_options
 from polytrope.models.convert import RATED_SAMPLES, convert_batches
+from polytrope.models.convert_options import FIT_OPTIONS
 from polytrope.models.formats import read_model, write_model
 from polytrope.models.formats.onnx import Export
 from polytrope.models.inputs import Batch, forward, head, size_of
@@ -82,17 +83,7 @@ def convert_model(
     torch.set_num_threads(parameters.threads)
     model = read_model(source.path, source.config or None)
     batches = source.batches(model)
-    options = FitOptions(
-        parameters.replacement(),
-        parameters.highest_degree(),
-        parameters.target_error,
-        parameters.coverage,
-        parameters.derivative_weight,
-        tuple(parameters.constraints),
-        PolynomialOnly(parameters.largest_depth(), parameters.domain, parameters.domain_margin)
-        if parameters.polynomial_only
-        else None,
-    )
+    options = fit_options(**parameters.model_dump(include=set(FIT_OPTIONS)))
     choice = Choice(parameters.types, parameters.include, parameters.exclude, parameters.layer_range())
     measure = partial(_on_ray, source, parameters.ray_tasks) if parameters.ray_tasks else None
     made = convert_batches(
