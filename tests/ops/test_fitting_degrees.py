@@ -159,6 +159,19 @@ def test_what_cannot_be_reached_is_said_with_the_best_and_the_reasons() -> None:
         fit("gelu", "auto", 3)
 
 
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        (range(1, 18), "degrees: expected an integer from 1 to 16, got 17"),
+        ([0, 1], "degrees: expected an integer from 1 to 16, got 0"),
+        ([], "degrees: expected at least one, got none"),
+    ],
+)
+def test_degrees_that_no_family_has_are_refused_before_anything_is_fitted(degrees: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_to_error("gelu", "hermite", 10.0, degrees=degrees, interval="best", weight=(POINTS, COUNTS))
+
+
 def test_interpolation_keeps_its_conditions_where_a_lower_degree_has_less_error() -> None:
     nodes = np.array([-3.0, -1.0, 0.5, 3.0])
     found = fit("gelu", "hermite", 7, interval=(-4, 4), weight=(POINTS, COUNTS), method="interpolation", nodes=nodes)
