@@ -205,6 +205,16 @@ def test_an_activation_that_receives_one_number_is_fitted_and_one_family_that_fa
         solvers.NONLINEAR["rational"] = kept
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("family", ["hermite", "polyrelu", "fourier", "rational"])
+def test_one_number_has_no_best_ends_and_gets_an_interval_around_it(family: str) -> None:
+    for points in (np.array([1.5]), np.array([1.5, 1.5 + 1e-7])):
+        options: dict[str, Any] = {"interval": "best", "weight": (points, np.ones(len(points)))}
+        found = fit("gelu", family, 3, **options)
+        assert found.config["interval"] == pytest.approx([1.0, 2.0], abs=1e-6)
+        assert found.certificate.rms < 1e-6
+
+
 def test_a_function_of_straight_lines_is_known() -> None:
     assert broken_line(resolve_target("relu6"), -3.0, 8.0) == pytest.approx([1.0, -1.0])
     assert broken_line(resolve_target("leaky_relu"), -3.0, 8.0) == pytest.approx([0.99])
