@@ -19,9 +19,9 @@ import numpy as np
 from polytrope.ops.circuit import Circuit, Cost, count, depth_of, make_circuit
 from polytrope.ops.families import MAX_COMPOSED
 from polytrope.ops.fitting.curves import Array
+from polytrope.ops.fitting.refinement import Ends
 from polytrope.ops.fitting.targets import Target, sample
 
-Ends = tuple[float, float]
 MAX_DEPTH = 16
 _INNER = (3, 7, 15)  # degrees of the polynomials inside: the most that their depths allow
 _THRESHOLDS = tuple(np.geomspace(2e-4, 0.6, 24).tolist())  # where the sign begins
