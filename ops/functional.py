@@ -37,21 +37,33 @@ _EQUALLY_LONG: dict[Family, tuple[int, tuple[str, ...]]] = {
 }
 
 
-def check_interval(interval: Any) -> Interval | None:
+def check_interval(interval: Any, name: str = "interval") -> Interval | None:
     """`(lo, hi)` as floats with lo < hi, or None.
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else; names the argument.
     """
     if interval is None:
         return None
     try:
         low, high = (float(end) for end in interval)
     except (TypeError, ValueError):
-        raise ValueError(f"interval: expected (lo, hi) or None, got {interval!r}") from None
+        raise ValueError(f"{name}: expected (lo, hi) or None, got {interval!r}") from None
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"interval: expected finite lo < hi, got ({low}, {high})")
+        raise ValueError(f"{name}: expected finite lo < hi, got ({low}, {high})")
     return low, high
+
+
+def check_domain(domain: Any) -> Interval:
+    """`(lo, hi)` as floats with lo < hi, for what is made for these inputs alone.
+
+    Raises:
+        ValueError: anything else, None too.
+    """
+    ends = check_interval(domain, "domain")
+    if ends is None:
+        raise ValueError("domain: expected (lo, hi), got None")
+    return ends
 
 
 def check_variable(variable: Any) -> Variable | None:
@@ -74,26 +86,37 @@ def check_variable(variable: Any) -> Variable | None:
     return shift, scale
 
 
-def check_input(x: Tensor, glu: bool) -> None:
-    """What kernels refuse of x, for functions that are written in torch.
+def check_input(dtype: torch.dtype, shape: torch.Size, glu: bool, groups: int = 1, dim: int = -1) -> int:
+    """Refuse an x of this dtype and shape that no activation takes, in a kernel or written in torch.
+
+    Args:
+        groups: of channels that have parameters of their own.
+        dim: the dimension of x whose channels these are.
+
+    Returns:
+        `dim`, negative; -1 for one group.
 
     Raises:
-        TypeError: no float tensor.
-        ValueError: `glu`, and no two halves along the last dimension.
+        TypeError: no floats.
+        ValueError: `glu`, and no two halves along the last dimension; groups that do not divide the channels, or lie
+            along a dimension that x has not, or with `glu` along another than the last.
     """
-    _check_dtype(x.dtype)
-    if glu:
-        _check_halves(x.shape)
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in native.DATA_TYPES:
         raise TypeError(f"activations take float tensors (bfloat16, float16, float32, float64), got {dtype}")
-
-
-def _check_halves(shape: torch.Size) -> None:
-    if len(shape) == 0 or shape[-1] % 2:
+    dims = len(shape)
+    if glu and (dims == 0 or shape[-1] % 2):
         raise ValueError(f"x: with glu the last dimension holds two halves, got shape {list(shape)}")
+    if groups == 1:
+        return -1
+    if glu and dim not in (-1, dims - 1):
+        raise ValueError(f"dim: with glu the groups lie along the last dimension, got {dim}")
+    if not -dims <= dim < dims:
+        raise ValueError(f"dim: expected {-dims}…{dims - 1} for x of shape {list(shape)}, got {dim}")
+    dim = dim if dim < 0 else dim - dims
+    channels = shape[dim] // (2 if glu else 1)
+    if channels % groups:
+        raise ValueError(f"coefficients: {groups} groups do not divide the {channels} channels of dimension {dim}")
+    return dim
 
 
 def hermite(
@@ -309,7 +332,7 @@ def composition(
     A polynomial everywhere, without comparisons. coefficients: of each P_i `[(groups,) degree + 1]`, innermost first.
     bfloat16 and float16 are rounded at the end only.
     """
-    check_input(x, glu)
+    check_input(x.dtype, x.shape, glu)
     x, factor = x.chunk(2, -1) if glu else (x, None)
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     value = (wide - center) / half_width
@@ -407,27 +430,14 @@ def describe(
     variable: Variable | None = None,
 ) -> tuple[Formula, Packing]:
     """The formula and the packing for an x and parts of these shapes, which are checked."""
-    _check_dtype(dtype)
     degree, second_degree, packing = _count(family, part_shapes)
-    groups, dims = packing.groups(part_shapes), len(shape)
+    where = check_input(dtype, shape, glu, packing.groups(part_shapes), dim)
     if family != Family.PIECEWISE_LINEAR:
         _check_degree("coefficients", degree)
     if family == Family.RATIONAL:
         _check_degree("denominator", second_degree)
-    if family == Family.POLYNORM and dims == 0:
+    if family == Family.POLYNORM and len(shape) == 0:
         raise ValueError("x: polynorm needs at least one dimension, got a scalar")
-    if glu:
-        _check_halves(shape)
-        if groups > 1 and dim not in (-1, dims - 1):
-            raise ValueError(f"dim: with glu the groups lie along the last dimension, got {dim}")
-    if groups > 1:
-        if not -dims <= dim < dims:
-            raise ValueError(f"dim: expected {-dims}…{dims - 1} for x of shape {list(shape)}, got {dim}")
-        dim = dim if dim < 0 else dim - dims
-        channels = shape[dim] // (2 if glu else 1)
-        if channels % groups:
-            raise ValueError(f"coefficients: {groups} groups do not divide the {channels} channels of dimension {dim}")
-    where = dim if groups > 1 else -1
     return Formula(family, degree, second_degree, interval or (), where, glu, epsilon, variable or ()), packing
 
 

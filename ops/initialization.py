@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from polytrope.ops.fitting.curves import Array, Curve, with_tangents
-from polytrope.ops.fitting.polynomial import of_line
+from polytrope.ops.fitting.polynomial import Variable, of_line
 from polytrope.ops.moments import gaussian_moments
 
 Ends = tuple[float, float]
@@ -51,7 +51,9 @@ def normalize(
     return scale_and_offset(*moments, positive=positive)
 
 
-def polynomial(name: str, degree: int, init: str, interval: Ends | None = None, variable: Ends | None = None) -> Array:
+def polynomial(
+    name: str, degree: int, init: str, interval: Ends | None = None, variable: Variable | None = None
+) -> Array:
     """Initial coefficients `[degree + 1]` of the Hermite, Chebyshev or Legendre basis.
 
     With the variable (shift, scale) they are of the basis in (x - shift) / scale: the function is the same in any.
@@ -297,6 +299,5 @@ def composition(degree: int, center: float, half: float, gate: bool) -> Array:
         return start
     order = min(degree, 3)
     powers = polynomial("hermite", order, "variance_preserving") @ to_powers("hermite", order)
-    in_u = np.polynomial.Polynomial(powers)(np.polynomial.Polynomial([center, half]))
-    start[: order + 1] = np.polynomial.chebyshev.poly2cheb(in_u.coef)
+    start[: order + 1] = np.linalg.solve(to_powers("chebyshev", order).T, np.array(of_line(powers, center, half)))
     return start

@@ -8,6 +8,7 @@ of what is minimised, and `interval="best"` chooses where they begin. How each f
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -74,7 +75,7 @@ class Fit:
 
     def build(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The activation module with these parameters; without `dtype` the one that the certificate is of."""
-        return _build(self.config, self.parameters, self.dtype if dtype is None else dtype)
+        return built_module(self.config, self.parameters, self.dtype if dtype is None else dtype)
 
 
 class RoundingError(ValueError):
@@ -174,9 +175,16 @@ def fit_to_error(
         options: of `fit`, without the degree.
 
     Raises:
-        ValueError: no degree reaches it; names the best one, and why others were refused.
+        ValueError: no degree reaches it; names the best one, and why others were refused. No degrees, or one that is
+            not in 1…16.
     """
-    task = _task(target, **options)
+    if len(degrees) == 0:
+        raise ValueError("degrees: expected at least one, got none")
+    for degree in degrees:
+        check_degree(degree, name="degrees")
+    of_fit = inspect.signature(fit).parameters.values()
+    defaults = {option.name: option.default for option in of_fit if option.kind is option.KEYWORD_ONLY}
+    task = _task(target, **defaults | options)
     families = [name for name in FAMILIES_BY_COST if _can(task, name)] if family == "auto" else [family]
     for name in families:
         _check_family(task, name)
@@ -271,17 +279,17 @@ class _Candidate:
 def _task(
     target: str | Target | nn.Module,
     *,
-    interval: tuple[float, float] | Literal["best"] | None = (-4.0, 4.0),
-    weight: quadrature.Weight = "uniform",
-    derivative_weight: float = 1.0,
-    constraints: Sequence[str | Condition] = (),
-    method: str = "least_squares",
-    nodes: Sequence[float] | None = None,
-    derivative: Target | None = None,
-    tails: bool = True,
-    held_out: Array | None = None,
-    dtype: torch.dtype = torch.float32,
-    rounding_tolerance: float | None = 1e-3,
+    interval: tuple[float, float] | Literal["best"] | None,
+    weight: quadrature.Weight,
+    derivative_weight: float,
+    constraints: Sequence[str | Condition],
+    method: str,
+    nodes: Sequence[float] | None,
+    derivative: Target | None,
+    tails: bool,
+    held_out: Array | None,
+    dtype: torch.dtype,
+    rounding_tolerance: float | None,
 ) -> _Task:
     """Check the arguments of `fit`, as far as no family is concerned."""
     inputs = quadrature.measured(weight) if isinstance(weight, tuple) else None
@@ -460,14 +468,8 @@ def _candidate(task: _Task, problem: Problem, solution: Solution) -> _Candidate:
     if task.tails and ends is not None and LEARNABLE[problem.family].accepts_interval:
         config["interval"] = list(ends)
         curve = with_tangents(curve, *ends)
-    module = _build(config, solution.parameters, task.dtype)
-
-    def evaluate(points: Array) -> Array:
-        with torch.no_grad():
-            result: Array = module(torch.from_numpy(points).to(task.dtype)).double().numpy()
-        return result
-
-    built = Built(evaluate, task.dtype)
+    module = built_module(config, solution.parameters, task.dtype)
+    built = Built.of(module, task.dtype)
     # On the whole line the maxima are those within four standard deviations: a polynomial leaves any bound further out.
     shown = ends or (-4.0, 4.0)
     kinks = [kink for kink in (*task.kinks, *module.kinks()) if shown[0] < kink < shown[1]]
@@ -531,7 +533,12 @@ def _widened(low: float, high: float) -> tuple[float, float]:
     return (low, high) if low < high else (low - 0.5, high + 0.5)
 
 
-def _build(config: dict[str, Any], parameters: dict[str, Array], dtype: torch.dtype) -> LearnableActivation:
+def built_module(config: dict[str, Any], parameters: dict[str, Array], dtype: torch.dtype) -> LearnableActivation:
+    """The activation of a configuration, with these parameters in this floating-point format.
+
+    Raises:
+        ValueError: parameters that are not those that the module learns.
+    """
     module = build_activation(config).to(dtype)
     assert isinstance(module, LearnableActivation)
     own = dict(module.named_parameters())

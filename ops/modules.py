@@ -25,7 +25,7 @@ from polytrope.ops.fitting import composition, solvers
 from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.polynomial import of_line
 from polytrope.ops.fitting.targets import NAMED, find_kinks, resolve_target, sample
-from polytrope.ops.functional import Interval, Variable, check_variable
+from polytrope.ops.functional import Interval, Variable, check_domain, check_variable
 from polytrope.ops.functional import check_interval as check_interval
 from polytrope.ops.moments import REACH, Moments, moments_of_hermite, moments_of_module
 from polytrope.ops.plain import PlainForm
@@ -728,20 +728,13 @@ def _affine(
 
     Like the kernels it computes bfloat16 and float16 in float32 and rounds once.
     """
-    functional.check_input(x, glu)
+    groups = gain.numel()
+    dim = functional.check_input(x.dtype, x.shape, glu, groups, dim)
     wide = torch.promote_types(x.dtype, torch.float32)
     argument, factor = x.chunk(2, dim=-1) if glu else (x, None)
     argument = argument.to(wide)
     numbers = [number.to(wide).flatten() for number in (gain, offset, input_scale, input_shift)]
-    groups = len(numbers[0])
     if groups > 1:
-        if not -x.dim() <= dim < x.dim():
-            raise ValueError(f"dim: expected {-x.dim()}…{x.dim() - 1} for x of shape {list(x.shape)}, got {dim}")
-        dim = dim if dim < 0 else dim - x.dim()
-        if argument.shape[dim] % groups:
-            raise ValueError(
-                f"gain: {groups} groups do not divide the {argument.shape[dim]} channels of dimension {dim}"
-            )
         argument = argument.unflatten(dim, (groups, argument.shape[dim] // groups))
         numbers = [number.reshape(groups, *[1] * -dim) for number in numbers]
     elif x.dim() == 0:
@@ -778,23 +771,18 @@ class Composition(LearnableActivation):
         **options: Any,
     ) -> None:
         super().__init__("composition", 1, **options)
-        degrees = [degree] if isinstance(degree, int) else list(degree)
+        degrees = list(degree) if isinstance(degree, (list, tuple)) else [degree]
         if not degrees:
             raise ValueError("degree: expected a number or the degrees of the polynomials, innermost first, got []")
         self.degrees = tuple(check_degree(entry, MAX_COMPOSED) for entry in degrees)
         self.degree = max(self.degrees)
-        ends = check_interval(domain)
-        if ends is None:
-            raise ValueError("domain: expected (lo, hi), got None")
-        self.domain: Interval = ends
-        self.center = sum(ends) / 2 if center is None else float(center)
-        if not ends[0] <= self.center <= ends[1]:
-            raise ValueError(f"center: expected a number in the domain {list(ends)}, got {center!r}")
-        self.half_width = max(ends[1] - self.center, self.center - ends[0])
+        self.domain = check_domain(domain)
+        self.center = _in_domain(sum(self.domain) / 2 if center is None else center, self.domain)
+        self.half_width = composition.half_width(self.domain, self.center)
         self.gate = bool(gate)
         identity = [np.pad([0.0, 1.0], (0, entry - 1)) for entry in self.degrees[:-1]]
         outer = initialization.composition(self.degrees[-1], self.center, self.half_width, self.gate)
-        self.learn(functional.composition, options, **_numbered([*identity, outer]))
+        self.learn(functional.composition, options, **composition.parameters([*identity, outer]))
 
     def _options(self) -> dict[str, Any]:
         own = {"center": self.center, "half_width": self.half_width, "gate": self.gate}
@@ -804,7 +792,7 @@ class Composition(LearnableActivation):
         with self._naming_starts():
             target = resolve_target(init)
             found = composition.fit_structure(target, self.domain, self.center, self.degrees, self.gate)
-        return _numbered(found)
+        return composition.parameters(found)
 
     def config(self) -> dict[str, Any]:
         degree = self.degrees[0] if len(self.degrees) == 1 else list(self.degrees)
@@ -827,8 +815,11 @@ class Composition(LearnableActivation):
         return PlainForm({}, lambda x, _numbers: circuit.run(x), False)
 
 
-def _numbered(parts: Sequence[Array]) -> dict[str, Array]:
-    return {f"polynomial_{number}": part for number, part in enumerate(parts, start=1)}
+def _in_domain(center: Any, domain: Interval) -> float:
+    with contextlib.suppress(TypeError, ValueError):
+        if domain[0] <= float(center) <= domain[1]:
+            return float(center)
+    raise ValueError(f"center: expected a number in the domain {list(domain)}, got {center!r}")
 
 
 def _crossings(slopes: Array, intercepts: Array) -> list[float]:

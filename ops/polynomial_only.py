@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from polytrope.ops.fitting import quadrature
+from polytrope.ops.fitting import composition, quadrature
 from polytrope.ops.fitting.certificate import Built, Inputs, certify
-from polytrope.ops.fitting.composition import MAX_DEPTH, Chain, fit_chain
+from polytrope.ops.fitting.composition import MAX_DEPTH, fit_chain
 from polytrope.ops.fitting.curves import Array, Curve
 from polytrope.ops.fitting.targets import Target, find_kinks, resolve_target, sample
-from polytrope.ops.functional import check_interval
-from polytrope.ops.interpolate import Fit
-from polytrope.ops.modules import build_activation
+from polytrope.ops.functional import check_domain
+from polytrope.ops.interpolate import Fit, built_module
+from polytrope.ops.modules import Composition
 
 __all__ = ["MAX_DEPTH", "fit_composition", "fit_composition_to_error"]
 
@@ -48,25 +48,13 @@ def fit_composition(
     Raises:
         ValueError: an argument that is not as described; a target that is not finite on the domain.
     """
-    ends = check_interval(domain)
-    if ends is None:
-        raise ValueError("domain: expected (lo, hi), got None")
+    ends = check_domain(domain)
     low, high = ends
     function = resolve_target(target)
     inputs = None if measured is None else _within(quadrature.measured(measured), ends)
     chain = fit_chain(function, ends, depth, inputs, at_most)
-    config = _config(chain, ends)
-    parameters = {f"polynomial_{number}": part for number, part in enumerate(chain.polynomials, start=1)}
-    module = build_activation(config).to(dtype)
-    with torch.no_grad():
-        for name, value in parameters.items():
-            module.get_parameter(name).copy_(torch.from_numpy(value))
-
-    def run(points: Array) -> Array:
-        with torch.no_grad():
-            result: Array = module(torch.from_numpy(points).to(dtype)).double().numpy()
-        return result
-
+    config = Composition(chain.degrees, domain=ends, center=chain.center, gate=chain.gate).config()
+    parameters = composition.parameters(chain.polynomials)
     kinks = find_kinks(function, low, high)
     points, weights = quadrature.nodes(low, high, kinks, "uniform") if inputs is None else inputs
     unseen = np.zeros(0) if held_out is None else np.asarray(held_out, dtype=np.float64)
@@ -75,7 +63,7 @@ def fit_composition(
     def exact(x: Array) -> tuple[Array, Array]:
         return sample(function, x)
 
-    built = Built(run, dtype)
+    built = Built.of(built_module(config, parameters, dtype), dtype)
     certificate = certify(
         _only_inside(exact, ends, dtype),
         _only_inside(chain.evaluate, ends, dtype),
@@ -107,8 +95,9 @@ def fit_composition_to_error(
         depth: the largest one tried.
 
     Raises:
-        ValueError: no depth reaches it; names the best one.
+        ValueError: no depth reaches it; names the best one. A depth that is not in 1…16.
     """
+    composition.check_depth(depth)
     best: Fit | None = None
     for tried in range(1, depth + 1):
         found = fit_composition(
@@ -131,18 +120,6 @@ def _within(inputs: tuple[Array, Array], domain: tuple[float, float]) -> tuple[A
             f"{points[-1]:.4g}"
         )
     return points[inside], weights[inside] / weights[inside].sum()
-
-
-def _config(chain: Chain, domain: tuple[float, float]) -> dict[str, object]:
-    degrees = list(chain.degrees)
-    config: dict[str, object] = {
-        "name": "composition",
-        "degree": degrees[0] if len(degrees) == 1 else degrees,
-        "domain": list(domain),
-    }
-    if chain.center != sum(domain) / 2:
-        config["center"] = chain.center
-    return config | ({"gate": True} if chain.gate else {})
 
 
 def _only_inside(curve: Curve, domain: tuple[float, float], dtype: torch.dtype) -> Curve:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from polytrope.ops.fitting.curves import Array, Curve
 
@@ -70,6 +71,17 @@ class Built:
 
     evaluate: Callable[[Array], Array]
     dtype: torch.dtype
+
+    @classmethod
+    def of(cls, module: nn.Module, dtype: torch.dtype) -> Built:
+        """An elementwise module whose parameters are of this format."""
+
+        def evaluate(points: Array) -> Array:
+            with torch.no_grad():
+                result: Array = module(torch.from_numpy(points).to(dtype)).double().numpy()
+            return result
+
+        return cls(evaluate, dtype)
 
     def rounding_error(self, fitted: Curve, low: float, high: float) -> float:
         """The largest |F as run - F in float64| at a few hundred points."""

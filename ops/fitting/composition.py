@@ -19,9 +19,9 @@ import numpy as np
 from polytrope.ops.circuit import Circuit, Cost, count, depth_of, make_circuit
 from polytrope.ops.families import MAX_COMPOSED
 from polytrope.ops.fitting.curves import Array
+from polytrope.ops.fitting.refinement import Ends
 from polytrope.ops.fitting.targets import Target, sample
 
-Ends = tuple[float, float]
 MAX_DEPTH = 16
 _INNER = (3, 7, 15)  # degrees of the polynomials inside: the most that their depths allow
 _THRESHOLDS = tuple(np.geomspace(2e-4, 0.6, 24).tolist())  # where the sign begins
@@ -33,6 +33,7 @@ _AS_GOOD = 1.1  # times the smallest error: then the fewest products decide
 _LAWSON_STEPS = 150
 _ROUNDING = 1e-7  # of the target's root mean square: errors that float32 does not tell apart
 _NOTHING = 1e-13  # a coefficient of this share of the largest is 0
+_EVERYWHERE = 0.1  # weight of the domain as such beside measured inputs: nothing may go wild where none was seen
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,26 @@ class Chain:
 
     def cost(self) -> Cost:
         return count(self.circuit())
+
+
+def half_width(domain: Ends, center: float) -> float:
+    """The distance from the center to the farther end."""
+    return max(domain[1] - center, center - domain[0])
+
+
+def parameters(polynomials: Sequence[Array]) -> dict[str, Array]:
+    """Chebyshev coefficients of P_1 … P_m by the names that `ops.Composition` learns them under."""
+    return {f"polynomial_{number}": part for number, part in enumerate(polynomials, start=1)}
+
+
+def check_depth(depth: int) -> None:
+    """Refuse a multiplicative depth that is not in 1…16.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not 1 <= depth <= MAX_DEPTH:
+        raise ValueError(f"depth: expected 1 to {MAX_DEPTH}, got {depth}")
 
 
 @dataclass(frozen=True)
@@ -104,8 +125,7 @@ def fit_chain(
     Raises:
         ValueError: a depth that is not in 1…16, a domain that is none.
     """
-    if not 1 <= depth <= MAX_DEPTH:
-        raise ValueError(f"depth: expected 1 to {MAX_DEPTH}, got {depth}")
+    check_depth(depth)
     problem = _problem(target, domain, None if measured is None else _joined(measured, domain), _GRID)
     tried = _structures(problem, domain, depth, between=at_most is not None)
     found = sorted((chain for structure in tried for chain in _best(problem, structure)), key=_error_of)
@@ -182,9 +202,6 @@ def _problem(target: Target, domain: Ends, measured: tuple[Array, Array] | None,
     return _Problem(domain, x, weights, values, measured is None, _symmetry(target, min(high, -low)))
 
 
-_EVERYWHERE = 0.1  # weight of the domain as such beside measured inputs: nothing may go wild where none was seen
-
-
 def _grid(low: float, high: float, points: int) -> Array:
     """Dense at both ends and around 0."""
     half = max(high, -low, (high - low) / 2)
@@ -240,7 +257,7 @@ def _inner_degrees(depth: int, smallest: int = 0) -> Iterator[tuple[int, ...]]:
 
 def _best(problem: _Problem, structure: _Structure) -> list[Chain]:
     """The least-squares fits of this structure: the best over the thresholds, if there is one."""
-    half = max(problem.domain[1] - structure.center, structure.center - problem.domain[0])
+    half = half_width(problem.domain, structure.center)
     u = (problem.x - structure.center) / half
     kept = _kept(structure)
     found: dict[int, Chain] = {}

@@ -37,10 +37,9 @@ def best_intervals(data: Data, kinks: Sequence[float], columns: Columns, degree:
         Those of degree 0, 1, … `degree`. The error of each is at most that of the one before: what is found for a
         degree is tried for all higher ones.
     """
-    x = data.x
-    if x[-1] - x[0] <= 1e-6 * max(abs(x[0]), abs(x[-1])):
-        middle = float(x[0] + x[-1]) / 2
-        return [(middle - 0.5, middle + 0.5)] * (degree + 1)
+    around = one_place(data)
+    if around is not None:
+        return [around] * (degree + 1)
     search = _Search(data, columns, deviation_of(data))
     tried = search.grid(kinks)
     costs = search.costs(tried)
@@ -56,6 +55,15 @@ def best_intervals(data: Data, kinks: Sequence[float], columns: Columns, degree:
     costs = search.costs(every)
     first = np.concatenate([np.arange(1, degree + 1)] * 2)
     return [rounded(*every[int(np.where(first <= max(k, 1), costs[:, k], np.inf).argmin())]) for k in range(degree + 1)]
+
+
+def one_place(data: Data) -> Ends | None:
+    """The interval of length 1 around inputs that are all nearly the same: none is the best. None: they are not."""
+    low, high = float(data.x[0]), float(data.x[-1])
+    if high - low > 1e-6 * max(abs(low), abs(high)):
+        return None
+    middle = (low + high) / 2
+    return middle - 0.5, middle + 0.5
 
 
 def deviation_of(data: Data) -> float:

@@ -192,8 +192,8 @@ def _fit_tropical_rational(problem: Problem) -> Iterator[Solution]:
 
 
 def _fit_fourier(problem: Problem) -> Iterator[Solution]:
-    intervals, data = _starting_points(problem)
-    for cosines, ends, condition in fourier.fit_cosines(data, problem.degree, intervals, problem.free_ends):
+    intervals, data, free_ends = _starting_points(problem)
+    for cosines, ends, condition in fourier.fit_cosines(data, problem.degree, intervals, free_ends):
         yield Solution(cosines.evaluate, cosines.parameters(), condition, ends)
 
 
@@ -204,23 +204,26 @@ def _fit_harmonic(problem: Problem) -> Iterator[Solution]:
 
 
 def _fit_rational(problem: Problem) -> Iterator[Solution]:
-    intervals, data = _starting_points(problem)
+    intervals, data, free_ends = _starting_points(problem)
     top = problem.degree
     below = top - 1 if problem.denominator_degree is None else problem.denominator_degree
     degrees = [(degree, max(below - (top - degree), 0)) for degree in range(1, top + 1)]
-    for quotient, ends, condition in rational.fit_quotients(data, degrees, intervals, problem.free_ends):
+    for quotient, ends, condition in rational.fit_quotients(data, degrees, intervals, free_ends):
         parameters = {"numerator": quotient.numerator}
         if len(quotient.denominator):
             parameters["denominator"] = quotient.denominator
         yield Solution(quotient.evaluate, parameters, condition, ends)
 
 
-def _starting_points(problem: Problem) -> tuple[list[Ends], Data]:
-    """Intervals to start from, and the points that count."""
+def _starting_points(problem: Problem) -> tuple[list[Ends], Data, bool]:
+    """Intervals to start from, the points that count, and whether the ends of the intervals are refined."""
     assert problem.interval is not None
-    if problem.free_ends:
-        return [problem.interval, *placement.starting_intervals(problem.data)], problem.data
-    return [problem.interval], problem.data if problem.tails else problem.data.within(problem.interval)
+    if not problem.free_ends:
+        return [problem.interval], problem.data if problem.tails else problem.data.within(problem.interval), False
+    around = placement.one_place(problem.data)
+    if around is not None:
+        return [around], problem.data, False
+    return [problem.interval, *placement.starting_intervals(problem.data)], problem.data, True
 
 
 LINEAR = (*polynomial.FAMILIES, "polyrelu")

@@ -33,7 +33,7 @@ def test_each_group_of_channels_has_numbers_of_its_own() -> None:
             a, d, b, c = (parameter[group] for parameter in module.parameters())
             parts.append(a * nn.functional.gelu(b * part + c) + d)
         torch.testing.assert_close(module(x), torch.cat(parts, dim=dim) * factor)
-    with pytest.raises(ValueError, match="gain: 2 groups do not divide the 7 channels of dimension -1"):
+    with pytest.raises(ValueError, match="coefficients: 2 groups do not divide the 7 channels of dimension -1"):
         Affine(num_parameters=2)(torch.zeros(2, 7))
     with pytest.raises(ValueError, match="dim: expected -1…0 for x of shape"):
         Affine(num_parameters=2, dim=1)(torch.zeros(4))

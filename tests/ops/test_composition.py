@@ -148,7 +148,12 @@ def test_a_composition_comes_back_from_its_configuration(config: dict[str, Any])
     [
         ({"degree": []}, "degree: expected a number or the degrees"),
         ({"degree": [7, 129]}, "degree: expected an integer from 1 to 128, got 129"),
-        ({"domain": [3, 1]}, "expected finite lo < hi"),
+        ({"degree": 2.5}, "degree: expected an integer from 1 to 128, got 2.5"),
+        ({"domain": [3, 1]}, "^domain: expected finite lo < hi"),
+        ({"domain": 3}, r"^domain: expected \(lo, hi\)"),
+        ({"domain": None}, r"^domain: expected \(lo, hi\), got None"),
+        ({"center": "left"}, r"center: expected a number in the domain \[-4.0, 4.0\], got 'left'"),
+        ({"center": math.nan}, r"center: expected a number in the domain \[-4.0, 4.0\], got nan"),
         ({"domain": [-1, 1], "center": 2.0}, r"center: expected a number in the domain \[-1.0, 1.0\]"),
         ({"interval": [-1, 1]}, "interval: not for composition"),
     ],
@@ -256,6 +261,8 @@ def test_a_target_error_takes_the_smallest_depth_and_then_the_fewest_products() 
     found = fit_composition_to_error("gelu", (-6.0, 6.0), 1e-3, measured=measured)
     cost = count(found.build().circuit())  # type: ignore[operator]
     assert found.certificate.rms <= 1e-3
+    with pytest.raises(ValueError, match="depth: expected 1 to 16, got 17"):  # at once, though depth 1 would do
+        fit_composition_to_error("relu", (-8.0, -1.0), 1.0, depth=17)
     with pytest.raises(ValueError, match=f"no composition up to depth {cost.depth - 1} reaches 0.001"):
         fit_composition_to_error("gelu", (-6.0, 6.0), 1e-3, depth=cost.depth - 1, measured=measured)
     best = fit_composition("gelu", (-6.0, 6.0), cost.depth, measured=measured)

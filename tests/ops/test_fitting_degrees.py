@@ -159,6 +159,19 @@ def test_what_cannot_be_reached_is_said_with_the_best_and_the_reasons() -> None:
         fit("gelu", "auto", 3)
 
 
+@pytest.mark.parametrize(
+    ("degrees", "message"),
+    [
+        (range(1, 18), "degrees: expected an integer from 1 to 16, got 17"),
+        ([0, 1], "degrees: expected an integer from 1 to 16, got 0"),
+        ([], "degrees: expected at least one, got none"),
+    ],
+)
+def test_degrees_that_no_family_has_are_refused_before_anything_is_fitted(degrees: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_to_error("gelu", "hermite", 10.0, degrees=degrees, interval="best", weight=(POINTS, COUNTS))
+
+
 def test_interpolation_keeps_its_conditions_where_a_lower_degree_has_less_error() -> None:
     nodes = np.array([-3.0, -1.0, 0.5, 3.0])
     found = fit("gelu", "hermite", 7, interval=(-4, 4), weight=(POINTS, COUNTS), method="interpolation", nodes=nodes)
@@ -190,6 +203,16 @@ def test_an_activation_that_receives_one_number_is_fitted_and_one_family_that_fa
             fit_to_error("gelu", "auto", -1.0, degrees=(1, 2), **options)
     finally:
         solvers.NONLINEAR["rational"] = kept
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("family", ["hermite", "polyrelu", "fourier", "rational"])
+def test_one_number_has_no_best_ends_and_gets_an_interval_around_it(family: str) -> None:
+    for points in (np.array([1.5]), np.array([1.5, 1.5 + 1e-7])):
+        options: dict[str, Any] = {"interval": "best", "weight": (points, np.ones(len(points)))}
+        found = fit("gelu", family, 3, **options)
+        assert found.config["interval"] == pytest.approx([1.0, 2.0], abs=1e-6)
+        assert found.certificate.rms < 1e-6
 
 
 def test_a_function_of_straight_lines_is_known() -> None:
