@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -113,11 +114,21 @@ def select_activations(
             left.append(Left(call.name, call.kind, call.place, call.count, reason))
     if not chosen and not lifted:
         raise ValueError(_nothing(model, left, calls, types))
+    _refuse_idle_patterns(choice, [*chosen, *(entry.name for entry in left), *(call.name for call in lifted)])
     _lift_alike(model, lifted, batches[0], forward)
     names = {*chosen, *(call.name for call in lifted)}
     return Selection(
         [Activation(name, module) for name, module in model.named_modules() if name in names], lifted, left
     )
+
+
+def _refuse_idle_patterns(choice: Choice, names: Sequence[str]) -> None:
+    """A pattern that names nothing is a slip: what it was meant to keep would be converted without a word."""
+    for field, patterns in (("include", choice.include), ("exclude", choice.exclude)):
+        for pattern in patterns:
+            if not any(fnmatch(name, pattern) for name in names):
+                shown = ", ".join(names[:8]) + ", …" * (len(names) > 8)
+                raise ValueError(f"{field}: `{pattern}` is the name of no activation; there are: {shown}")
 
 
 def _nothing(model: nn.Module, left: Sequence[Left], calls: Sequence[Call], types: Sequence[str]) -> str:

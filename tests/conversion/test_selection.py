@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,3 +132,11 @@ def test_an_error_keeps_all_its_lines(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="the first line\nand the second of 8"):
         convert(network(Failing()), [X])
+
+
+@pytest.mark.parametrize(("field", "patterns"), [("include", ["1", "4.*"]), ("exclude", ["poler.*"])])
+def test_a_pattern_that_names_nothing_is_refused_with_the_names_there_are(field: str, patterns: list[str]) -> None:
+    model = network(nn.GELU(), nn.Linear(8, 8), nn.Sigmoid())
+    with pytest.raises(ValueError, match=rf"{field}: `{re.escape(patterns[-1])}` is the name of no activation; there"):
+        convert(model, [X], **{field: patterns})
+    assert convert(model, [X], degree=4, include=["1"], exclude=["3"]).certificates.keys() == {"1"}
