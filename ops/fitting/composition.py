@@ -300,7 +300,7 @@ def _best(problem: _Problem, structure: _Structure) -> list[Chain]:
                 inner = _rounded_signs(structure.inner, _THRESHOLDS[index], problem.dtype)
                 if inner is not None:
                     chain = Chain(structure.center, half, structure.gate, inner, math.inf, math.inf)
-                    found[index] = _with_last(problem, chain, _run(inner, u)[0], structure.degree, kept)
+                    found[index] = _with_last(problem, chain, _values(inner, u), structure.degree, kept)
 
     look(range(1, len(_THRESHOLDS), 4) if structure.inner else [0])
     for step in (2, 1) if structure.inner and found else ():
@@ -349,7 +349,7 @@ def _terms(chain: Chain) -> Array:
 def _refitted(problem: _Problem, chain: Chain) -> Chain:
     """With the last polynomial fitted on these points."""
     kept = _terms(chain)
-    v = _run(chain.polynomials[:-1], (problem.x - chain.center) / chain.half)[0]
+    v = _values(chain.polynomials[:-1], (problem.x - chain.center) / chain.half)
     inner = replace(chain, polynomials=chain.polynomials[:-1])
     return _with_last(problem, inner, v, chain.degrees[-1], kept)
 
@@ -360,7 +360,7 @@ def _minimax(problem: _Problem, chain: Chain) -> Chain:
     Weighted least squares whose weights are multiplied by the errors, until only the alternating extremes keep any.
     """
     u = (problem.x - chain.center) / chain.half
-    v = _run(chain.polynomials[:-1], u)[0]
+    v = _values(chain.polynomials[:-1], u)
     kept = _terms(chain)
     columns = _columns(problem, v, chain.degrees[-1], chain.gate, kept)
     basis, triangle = np.linalg.qr(columns)
@@ -383,6 +383,13 @@ def _minimax(problem: _Problem, chain: Chain) -> Chain:
     last = np.zeros_like(chain.polynomials[-1])
     last[kept] = best[1]
     return replace(chain, polynomials=(*chain.polynomials[:-1], last), error=best[0])
+
+
+def _values(polynomials: Sequence[Array], u: Array) -> Array:
+    """Of the composition."""
+    for numbers in polynomials:
+        u = np.polynomial.chebyshev.chebval(u, numbers)
+    return u
 
 
 def _run(polynomials: Sequence[Array], u: Array) -> tuple[Array, Array]:
