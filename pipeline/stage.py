@@ -195,6 +195,7 @@ class StageContext:
         resources: what the workflow file granted.
         events: the writer behind the `log_*` methods; hand it to worker processes.
         store: address of the store that the result goes to; for a stage that runs another workflow.
+        modules: those whose code is part of the key; None: called by hand, without a key.
     """
 
     stage: str
@@ -207,6 +208,24 @@ class StageContext:
     resources: Resources
     events: EventWriter
     store: str = ".polytrope"
+    modules: frozenset[str] | None = None
+
+    def import_function(self, name: str) -> Callable[..., Any]:
+        """The function or class `package.module:function` that a parameter names, imported.
+
+        Raises:
+            UserError: it is not there, or its code is no part of the stage's key (`@stage(imports=…)`).
+        """
+        module, _, function = name.partition(":")
+        if self.modules is not None and module not in self.modules:
+            raise UserError(
+                f"stage `{self.stage}` would run `{name}`, whose code is no part of its key",
+                "take the stage that names it as the input, with no other stage between",
+            )
+        found = getattr(importlib.import_module(module), function, None)
+        if not callable(found):
+            raise UserError(f"module `{module}` has no function `{function}`")
+        return typing.cast(Callable[..., Any], found)
 
     @property
     def starts_with_ray(self) -> bool:
@@ -408,6 +427,7 @@ def stage_context(
 CheckFunction = Callable[[Any, Mapping[str, Any]], None]
 PromiseFunction = Callable[[Any, Mapping[str, Any], Resources, Path], Any]
 FingerprintFunction = Callable[[Any, Path], Mapping[str, str]]
+ImportsFunction = Callable[[Any, Mapping[str, Any]], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -420,6 +440,7 @@ class StageOptions:
     check: CheckFunction | None = None
     promise: PromiseFunction | None = None
     fingerprint: FingerprintFunction | None = None
+    imports: ImportsFunction | None = None
 
 
 def stage(
@@ -430,6 +451,7 @@ def stage(
     check: CheckFunction | None = None,
     promise: PromiseFunction | None = None,
     fingerprint: FingerprintFunction | None = None,
+    imports: ImportsFunction | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Optional decorator of a stage function.
 
@@ -448,10 +470,14 @@ def stage(
         fingerprint: `fingerprint(parameters, directory)` returns what beyond the parameters decides the result (digests
             of the files they name), as strings; part of the key. `directory`: the workflow file's, for relative paths.
             Raises `UserError` if a file is missing or empty.
+        imports: `imports(parameters, upstream)` returns the functions of the project that the stage will import
+            (`StageContext.import_function`) because its parameters name them, or its inputs need them: by field
+            (`factory`, `inputs.model`), as `package.module:function`. Their code, and that of all project modules they
+            import, is part of the key. `upstream` maps each input to what its stage promised.
     """
     if isinstance(reads, str):
         raise TypeError(f"reads={reads!r}: give a list of paths")
-    options = StageOptions(tuple(reads), parallel, measured, check, promise, fingerprint)
+    options = StageOptions(tuple(reads), parallel, measured, check, promise, fingerprint, imports)
 
     def attach(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__polytrope_stage__ = options  # type: ignore[attr-defined]
