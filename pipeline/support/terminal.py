@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -28,6 +29,8 @@ _COLOURS = {
 }
 _COLOURED = ("state", "status", "plan", "verdict")  # headers of columns
 _SHORT = 12
+_NARROW = 24  # of a last column
+_MOST_LINES = 3  # of a cell of a narrow one
 _BETWEEN = " · "  # figures: `loss 2.31 · lr 0.001`
 _JOINED = "\ue000"  # a space that no line ends at; of Unicode's private area
 
@@ -76,8 +79,8 @@ def _folded(line: str, width: int, indent: str = "") -> list[str]:
 def table(rows: Sequence[Sequence[str]], width: int | None, colour: bool) -> list[str]:
     """Lines of left-aligned columns; the first row is the header.
 
-    Where the width is not enough, the widest columns are folded between words. No word is cut: a last cell whose words
-    are longer than the room for it stands below its row, and where the words of the other columns leave no room, each
+    Where the width is not enough, the widest columns are folded between words. No word is cut: a last cell that has no
+    room, or would be a tower of single words, stands below its row, and where the words of the other columns leave no room, each
     row becomes a paragraph.
     """
     painted = [index for index, name in enumerate(rows[0]) if colour and name in _COLOURED]
@@ -88,7 +91,8 @@ def table(rows: Sequence[Sequence[str]], width: int | None, colour: bool) -> lis
         parts = [[_longest_part(cell) for cell in row] for row in rows]
         words = [max(row[column] for row in parts) for column in every]
         left = width - sum(size + 2 for size in words[:-1])
-        below = {number for number, row in enumerate(parts) if row[-1] > left}
+        tall = _MOST_LINES * left if left < _NARROW else math.inf
+        below = {number for number, row in enumerate(parts) if row[-1] > left or len(rows[number][-1]) > tall}
         if below and left < _SHORT:
             return [line for row in rows[1:] for line in _paragraph(rows[0], row, width, painted)]
         widths[-1] = max(len(row[-1]) for number, row in enumerate(rows) if number not in below)
