@@ -80,8 +80,8 @@ def table(rows: Sequence[Sequence[str]], width: int | None, colour: bool) -> lis
     """Lines of left-aligned columns; the first row is the header.
 
     Where the width is not enough, the widest columns are folded between words. No word is cut: a last cell that has no
-    room, or would be a tower of single words, stands below its row, and where the words of the other columns leave no room, each
-    row becomes a paragraph.
+    room, or would be a tower of single words, stands below its row, and where the words of the other columns leave no
+    room, each row becomes a paragraph.
     """
     painted = [index for index, name in enumerate(rows[0]) if colour and name in _COLOURED]
     every = range(len(rows[0]))

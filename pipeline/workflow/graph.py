@@ -559,7 +559,10 @@ def _resolve(place: str, reference: str, branch: Mapping[str, str], names: _Name
     written, bracket, labelled = reference.partition("[")
     spec_name = names.find(written)
     if spec_name is None:
-        raise UserError(f"{place}: there is no stage `{reference}`", suggest(written, names.branches))
+        near = suggest(written, names.branches)
+        of_file = [name for name in names.branches if not parent_stage(name)]
+        hint = near if near.startswith("did you mean") else suggest(written, of_file)
+        raise UserError(f"{place}: there is no stage `{reference}`", hint)
     if spec_name not in names.branches:
         return _returned(place, spec_name, branch, names)
     candidates = [(node_name(spec_name, labels), labels) for labels, _ in names.branches[spec_name]]
@@ -591,7 +594,7 @@ def _returned(place: str, name: str, branch: Mapping[str, str], names: _Names) -
     members = names.members(parent)
     if name != f"{parent}/*":
         known = suggest(name, members) or "it returns none"
-        raise UserError(f"{place}: `{parent}` returns no stage `{name.removeprefix(f'{parent}/')}`", known)
+        raise UserError(f"{place}: there is no stage `{name}`: `{parent}` returns none of this name", known)
     return [found for member in members for found in _resolve(place, member, branch, replace(names, scope=""))]
 
 

@@ -215,7 +215,7 @@ stages:
         ("uses: sweep_test_stages:train\n        i", "nouses: 1\n        i", r":7: .*the trial has no `uses:`"),
         ("        with:\n          m", "        wiht:\n          m", r"stages\.search/trial000: unknown key `wiht`"),
         ("model: {kind: x}", "model: 3", r":\d+: stages\.search\.with\.ranges: .* `model` of the trial is 3"),
-        ("search/best", "search/bst", r":19: stages\.use\.inputs\.dataset: .* no stage `bst`\n.*`search/best`"),
+        ("search/best", "search/bst", r":19: stages\.use\.inputs\.dataset: .* `search/bst`: .*\n.*`search/best`"),
         ("  use: {uses: sweep_test_stages:train, inputs: {dataset: search/best}, with: {rate: 1, steps: 1}}\n",
          "    matrix: {x: [1]}\n", r":19: stages\.search\.matrix: a stage with a matrix cannot return stages"),
         ("smallest: 10", "smallest: 100", r":18: stages\.search/round1/trial000\.with\.steps: at most 200, got 300"),

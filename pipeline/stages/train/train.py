@@ -44,7 +44,7 @@ def promise(
     data = expect_data("inputs.dataset", upstream["dataset"])
     if isinstance(data, PromisedText) and parameters.augmentation is not None:
         given = ", ".join(sorted(f"`{name}`" for name in parameters.augmentation.model_fields_set))
-        raise UserError(f"augmentation: {given} for images, and this dataset holds text", "leave it out")
+        raise UserError(f"augmentation: {given}: for images, and this dataset holds text", "leave it out")
     if parameters.model is None:
         model = expect("inputs.initial", upstream["initial"], PromisedModel)
         refuse_misfit("inputs.initial", model, data)
