@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 from training_support import make_dataset
 
+from polytrope import load_workflow, run
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.formats import read_model
 from polytrope.models.formats.huggingface import save_huggingface
-from polytrope.pipeline import load_workflow, run
 from polytrope.pipeline.data.promised import PromisedForeignModel
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, load_stage, stage_context
