@@ -25,9 +25,8 @@ def activation_configs(activation: ActivationConfig | list[ActivationConfig], la
         return _by_range(activation, layers)
     if isinstance(activation, list):
         if len(activation) != layers:
-            raise ValueError(
-                f"activation: a list of length {len(activation)} for {layers} layers; give one per layer or one"
-            )
+            given = f"a list of length {len(activation)} for {layers} layers, {str(activation)[:60]}"
+            raise ValueError(f"activation: {given}; give one per layer or one")
         return activation
     return [activation] * layers
 
