@@ -308,7 +308,7 @@ def prove(
         with _counting(modules) as evaluating:
             forward(model, batch)
         for module in model.modules():
-            module.training = not isinstance(module, _CHANGED_BY_TRAINING)
+            module.training = not (isinstance(module, _CHANGED_BY_TRAINING) or _keeps_numbers(module))
         with _counting(modules) as training, torch.random.fork_rng():
             forward(model, batch)
     _check_effect(training, evaluating, "in training mode")
@@ -316,6 +316,11 @@ def prove(
 
 
 _CHANGED_BY_TRAINING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
+
+def _keeps_numbers(module: nn.Module) -> bool:
+    """Whether it has statistics of its own, whatever its class: training would change them."""
+    return any(buffer.is_floating_point() for buffer in module.buffers(recurse=False))
 
 
 @contextmanager
