@@ -14,6 +14,7 @@ from polytrope.models import find_architecture
 from polytrope.models.activations import describe_activation
 from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.inputs import forward
+from polytrope.models.parts.feedforward import QuadraticLinear
 from polytrope.models.surgery import Activation
 from polytrope.pipeline.data.analysis_file import InputStatistics
 from polytrope.pipeline.data.model_inputs import read_tensors
@@ -28,7 +29,7 @@ class AnalysedActivation:
         name: `block 1`, …
         title: its configuration in words.
         module: it.
-        linears: the linear layers of its MLP, before and after.
+        linears: the linear layers of its MLP, before and after; none where it is gated or quadratic.
         points, weights: its inputs, joined where they are close, and how often each was seen, float64 `[n]`.
         inputs: their statistics.
     """
@@ -81,7 +82,7 @@ def _described(name: str, model: nn.Module, activation: Activation, seen: Calibr
         name=name,
         title=describe_activation(config() if callable(config) else type(activation.module).__name__),
         module=activation.module,
-        linears=[module for module in owner.children() if isinstance(module, nn.Linear)],
+        linears=_linears(owner),
         points=points,
         weights=weights,
         inputs=InputStatistics(
@@ -92,6 +93,13 @@ def _described(name: str, model: nn.Module, activation: Activation, seen: Calibr
             maximum=seen.maximum,
         ),
     )
+
+
+def _linears(owner: nn.Module) -> list[nn.Linear]:
+    """Of an MLP whose slope is at most their norms times the activation's; none where it multiplies inputs."""
+    if getattr(owner, "gated", False) or any(isinstance(module, QuadraticLinear) for module in owner.children()):
+        return []
+    return [module for module in owner.children() if isinstance(module, nn.Linear)]
 
 
 def spectral_norm(linear: nn.Linear) -> float:
