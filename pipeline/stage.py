@@ -50,6 +50,8 @@ BUILTIN_STAGES: dict[str, str] = {
     "convert": "polytrope.pipeline.stages.convert.convert:convert",
     "evaluate": "polytrope.pipeline.stages.evaluate.evaluate:evaluate",
     "measure_speed": "polytrope.pipeline.stages.evaluate.measure_speed:measure_speed",
+    "analyze": "polytrope.pipeline.stages.analyze.analyze:analyze",
+    "export_circuit": "polytrope.pipeline.stages.export_circuit.export_circuit:export_circuit",
     "report": "polytrope.pipeline.stages.report.report:report",
     "select": "polytrope.pipeline.stages.select:select",
     "sweep": "polytrope.pipeline.stages.sweep.sweep:sweep",

@@ -6,7 +6,7 @@ what builds them stands beside, in one dict per field.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,7 +20,7 @@ class Part(BaseModel):
 
     def config(self) -> Entry:
         """Its name, with the options that are not the usual ones."""
-        options = self.model_dump(exclude_defaults=True, exclude={"layers", "name"})
+        options = self.model_dump(mode="json", exclude_defaults=True, exclude={"layers", "name"})
         name = str(self.name)  # type: ignore[attr-defined]
         return {"name": name, **options} if options else name
 
@@ -43,6 +43,22 @@ class SoftmaxSettings(Attention):
     name: Literal["softmax"] = "softmax"
 
 
+class ReciprocalSettings(BaseModel):
+    """1/d as a polynomial: what `export_circuit` puts in the place of the division."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    degree: int = Field(ge=1, le=128, description="of the Chebyshev polynomial")
+    newton: int = Field(ge=0, le=8, description="steps of Newton's iteration after it, which square the error")
+    domain: Annotated[tuple[float, float], Field(strict=False)] = Field(description="[low, high] of what is divided by")
+
+    @model_validator(mode="after")
+    def _is_positive(self) -> ReciprocalSettings:
+        if not 0.0 < self.domain[0] < self.domain[1]:
+            raise ValueError(f"domain: expected 0 < low < high, got {list(self.domain)}")
+        return self
+
+
 class PowerSettings(Attention):
     """Weights are an even power of the scores, divided by their sum."""
 
@@ -52,6 +68,10 @@ class PowerSettings(Attention):
     power: Literal[2, 4] = Field(2, description="2 or 4")
     recurrent: bool = Field(
         False, description="sample with a state of fixed size instead of a cache that grows; power: 2 only"
+    )
+
+    reciprocal: ReciprocalSettings | None = Field(
+        None, description="a polynomial instead of the division, on a range; default: the division"
     )
 
     @model_validator(mode="after")
