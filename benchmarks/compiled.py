@@ -2,13 +2,15 @@
 
     python -m benchmarks.ops --only compiled      # on the CPU; on a GPU it is a part of `benchmarks.gpu_ops`
 
-Forward and backward with all gradients. Each activation is there twice: as it is, lowered to arithmetic that fuses with
-bias and casts, and as an operator that the compiler does not look into. The contestants of a row take turns; what counts
-is the median of a turn's ratios to GELU's time in the same turn, all three compiled.
+Forward and backward with all gradients. Each activation is there twice: as it is, lowered to arithmetic that fuses
+with bias and casts, and as an operator that the compiler does not look into. The contestants of a row take turns; what
+counts is the median of a turn's ratios to GELU's time in the same turn, all three compiled. On the CPU, time is
+processor time: with `--threads 1` the work of others on the machine disturbs the caches only.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -87,13 +89,13 @@ def contestants(
 
 
 def turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each turn."""
+    """Milliseconds of processor time of each turn: what else runs on the machine takes its time, but not this."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append((time.process_time() - start) * 1e3)
     return times
 
 
@@ -112,6 +114,7 @@ def compare(
             call()
     times = take_turns(calls, repeats)
     row: dict[str, Any] = {"config": config, "size": size, "shape": list(shape), "dtype": dtype}
+    row |= {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}
     row["ms"] = {name: round(statistics.median(own), 4) for name, own in times.items()}
     for name, own in times.items():
         if name != "gelu":

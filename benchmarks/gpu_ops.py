@@ -271,7 +271,9 @@ def main() -> int:
     if not options.skip_compiled:
         for config in compile_all_ahead(BLOCKS, compile_block_ahead, console):
             calls = block_contestants(config)
-            document["compiled"].append(blocks.compare(config, "GPT-2", blocks.GPU_SHAPE, "bfloat16", calls, turns, options.repeats))
+            document["compiled"].append(
+                blocks.compare(config, "GPT-2", blocks.GPU_SHAPE, "bfloat16", calls, turns, options.repeats)
+            )
             write(document, options.out)
         console.print(blocks.table(document["compiled"], label))
     if not options.skip_tests:

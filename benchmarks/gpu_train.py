@@ -9,8 +9,8 @@ Ray and datasets are not needed. `run` goes through the steps in order of worth 
 that a cut loses nothing; a step that fails is written down with its error, and the exit code is 1. Everything goes
 through the product: workflows on the `local` executor, DeepSpeed, its own resume. The bars (`BARS`: a Hermite step
 ≤ 1.02 × GELU's, MFU ≥ 0.45, resume in the same bytes, no call of an activation that the reference answered, a compiled
-block with a learnable activation ≤ 1.05 × the one with GELU) stand in the record with what was measured and whether they
-are met; null where their step has not come that far.
+block with a learnable activation ≤ 1.05 × the one with GELU) stand in the record with what was measured and whether
+they are met; null where their step has not come that far.
 """
 
 from __future__ import annotations
@@ -221,7 +221,9 @@ def _show_bars(bars: list[dict[str, Any]]) -> None:
     words = {True: "met", False: "missed", None: "not measured"}
     for bar in bars:
         values = ", ".join(f"{name} {_number(value)}" for name, value in (bar["values"] or {}).items())
-        print(f"{bar['step']}: {bar['figure']} {bar['relation']} {bar['bar']}: {words[bar['met']]} ({values})", flush=True)
+        print(
+            f"{bar['step']}: {bar['figure']} {bar['relation']} {bar['bar']}: {words[bar['met']]} ({values})", flush=True
+        )
 
 
 def _show(name: str, figures: dict[str, Any]) -> None:
@@ -321,7 +323,9 @@ def training(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
         figures["activation_fallbacks"][activation] = sum(seen["activation_fallbacks"].values())
         figures["curve"][activation] = [round(value, 4) for value in seen["train/loss"].values()]
     speeds = figures["tokens_per_second"]
-    figures["step_over_gelu"] = {name: speeds["gelu_tanh"] / speed for name, speed in speeds.items() if name != "gelu_tanh"}
+    figures["step_over_gelu"] = {
+        name: speeds["gelu_tanh"] / speed for name, speed in speeds.items() if name != "gelu_tanh"
+    }
     return figures
 
 

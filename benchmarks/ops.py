@@ -300,7 +300,9 @@ def torchortho_module(name: str, degree: int) -> nn.Module | None:
 def label(config: dict[str, Any]) -> str:
     names = {"harmonic": "harmonic", "interval": "interval", "num_parameters": "per channel"}
     extras = [extra for name, extra in names.items() if config.get(name)]
-    return " ".join(str(config[name]) for name in ("name", "degree") if name in config) + "".join(f", {extra}" for extra in extras)
+    return " ".join(str(config[name]) for name in ("name", "degree") if name in config) + "".join(
+        f", {extra}" for extra in extras
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

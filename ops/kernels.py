@@ -23,9 +23,9 @@ from polytrope.ops import cuda, lowering, native, reference
 from polytrope.ops.families import Formula
 from polytrope.ops.packing import PLAIN, Packing
 
-# The last two have defaults: programs exported before they came do not name them. `arithmetic`: the version of what
-# torch.compile may make of the operator, so that its caches, which know the operator only, are asked for that one; empty:
-# it may not.
+# The last two have defaults: programs exported before they came do not name them. `arithmetic` is the version of what
+# torch.compile may make of the operator: its caches, which know the operator only, are asked for that one. Empty:
+# nothing.
 _TAIL = (
     "int family, int degree, int second_degree, float[] interval, int dim, bool gated, float epsilon, "
     'float[] variable=[], str arithmetic=""'
@@ -303,15 +303,15 @@ for _name, _on_cpu, _on_gpu, _by_formula in (
 def _lower(name: str, arithmetic: Callable[..., Any], tensors: int) -> None:
     """Let AOTAutograd, once autograd has seen the operator, put arithmetic in its place.
 
-    torch.compile's caches know a graph by the operators in it, so that there the operator has to name this `arithmetic`.
-    AOTInductor has no such caches. An exported program keeps the operator.
+    torch.compile's caches know a graph by the operators in it, so that there the operator has to name this
+    `arithmetic`. AOTInductor has no such caches. An exported program keeps the operator.
     """
 
     def rule(mode: Any, operator: Any, types: Any, arguments: Sequence[Any] = (), options: Any = None) -> Any:
         x, formula = arguments[tensors - 2], _formula(arguments[tensors:])
         version = arguments[tensors + len(Formula._fields) :]
         if mode.export:
-            is_wanted = functorch_config.decompose_custom_triton_ops  # torch's own word for an export that is to stay one
+            is_wanted = functorch_config.decompose_custom_triton_ops  # false where the program is to stay exported
         else:
             is_wanted = tuple(version) == (lowering.version(),)
         if not (is_wanted and lowering.is_lowered(*formula[:3], x.dtype, x.device.type)):

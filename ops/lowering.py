@@ -1,10 +1,12 @@
 """The operators as plain arithmetic, which a compiler fuses with what stands around them.
 
-What `reference` defines, with the derivatives written out: from x and the parameters alone, so that nothing else has to
-be kept for backward, and with sums over elements that are added in a fixed order. Like the kernels it computes bfloat16
-and float16 in float32 and rounds once. All of a formula's derivatives are described together; a compiler drops what
-nobody uses.
+Like the kernels (csrc/families.h): parameters become, in float64, the numbers that elements are computed with; values
+and slopes are written out from x alone, so that nothing else has to be kept for backward; the gradients of the
+parameters follow from sums over elements, which are added in a fixed order; bfloat16 and float16 are computed in
+float32 and rounded once. Value, slope and the terms of sums come together: a compiler drops what nobody uses.
 """
+
+# ruff: noqa: ARG001, ARG005 (all families' functions have one signature)
 
 from __future__ import annotations
 
@@ -18,13 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polytrope.ops import reference
 from polytrope.ops.families import Family, Formula
-from polytrope.ops.reference import Numbers
 
 _ENOUGH, _MOST = 256, 65536  # elements that are added in the dtype of the arithmetic, before float64 takes over
 _WIDE_DEGREE = 7  # float64 holds this power of every float32
 _WIDE_END = 1e40  # beyond every float32; its powers of that degree are finite
+
+Numbers = Sequence[Tensor]  # each `[groups]`, or shaped to meet the elements of its group
+Rows = Sequence[Sequence[float]]
 
 
 def version() -> str:
@@ -34,43 +37,7 @@ def version() -> str:
 
 @functools.cache
 def _digest() -> str:
-    sources = [Path(file).read_bytes() for file in (__file__, reference.__file__)]
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:16]
-
-
-class Expansion(NamedTuple):
-    """F and its derivatives at each element."""
-
-    value: Tensor
-    slope: Tensor  # dF/dx
-    shares: Sequence[Tensor]  # dF by each parameter
-    share_slopes: Sequence[Tensor]  # the derivatives of these by x; none for families without an interval
-
-
-class Basis(NamedTuple):
-    """B_0 = 1, B_1 = times(0) x, B_{k+1} = times(k) x B_k - less(k) B_{k-1}; B'_{k+1} = rise(k) B_k + keep(k) B'_{k-1}."""
-
-    times: Callable[[int], float]
-    less: Callable[[int], float]
-    rise: Callable[[int], float]
-    keep: Callable[[int], float]
-
-
-_POWERS = Basis(lambda k: 1.0, lambda k: 0.0, lambda k: k + 1.0, lambda k: 0.0)  # noqa: ARG005
-_BASES = {
-    Family.POLYNOMIAL: _POWERS,
-    Family.POLYRELU: _POWERS,
-    Family.HERMITE: Basis(lambda k: 1 / (k + 1), lambda k: 1 / (k + 1), lambda k: 1.0, lambda k: 0.0),  # noqa: ARG005
-    Family.CHEBYSHEV: Basis(
-        lambda k: 1.0 if k == 0 else 2.0,
-        lambda k: 1.0,  # noqa: ARG005
-        lambda k: 1.0 if k == 0 else 2.0 * (k + 1),
-        lambda k: (k + 1) / (k - 1) if k > 1 else 0.0,
-    ),
-    Family.LEGENDRE: Basis(
-        lambda k: (2 * k + 1) / (k + 1), lambda k: k / (k + 1), lambda k: 2.0 * k + 1, lambda k: float(k > 0)
-    ),
-}
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 def is_lowered(family: int, degree: int, second_degree: int, dtype: torch.dtype, device_type: str) -> bool:
@@ -81,18 +48,42 @@ def is_lowered(family: int, degree: int, second_degree: int, dtype: torch.dtype,
     if family == Family.RATIONAL:
         narrow = dtype != torch.float64 and device_type == "cpu"
         return narrow and max(degree, second_degree) <= _WIDE_DEGREE
-    return family in _EXPANSIONS
+    return family in _FAMILIES
 
 
 # Asked by the compiler as it traces, see `kernels.has_kernel`; which makes an empty one of a named tuple on the way.
 version._dynamo_marked_constant = is_lowered._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+class Expansion(NamedTuple):
+    """F at each element, its slope, and the terms of the sums that the gradients of the parameters are made of."""
+
+    value: Tensor
+    slope: Tensor
+    terms: Sequence[Tensor]
+
+
+class Lowered(NamedTuple):
+    """One family, as functions of n and m; x may be a scaled variable.
+
+    Args:
+        prepare: packed parameters -> the numbers that `expand` computes with, float64.
+        expand: x and these, in the dtype of the arithmetic -> F there.
+        finish: the sums of the terms -> the gradients of the packed parameters, float64.
+        end: packed parameters and a place -> the slope there, and its gradients by each parameter.
+    """
+
+    prepare: Callable[[Numbers, int, int], Numbers]
+    expand: Callable[[Tensor, Numbers, int, int], Expansion]
+    finish: Callable[[Numbers, int, int], Numbers]
+    end: Callable[[Numbers, float, int, int], tuple[Tensor, Sequence[Tensor | float]]] | None = None  # no intervals
+
+
 def forward(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
     """F(x), as `polytrope::activation`."""
+    groups = len(parameters)
     argument, factor = _halves(x, formula)
-    numbers = _numbers(parameters, argument.dtype, formula)
-    value = _join(_expand(_split(argument, len(parameters), formula), numbers, formula).value, len(parameters), formula)
+    value = _join(_evaluate(_split(argument, groups, formula), parameters, formula).value, groups, formula)
     return (value if factor is None else value * factor).to(x.dtype)
 
 
@@ -102,15 +93,15 @@ def backward(gradient: Tensor, x: Tensor, parameters: Tensor, formula: Formula) 
     x, parameters = torch.ops.aten.alias(x), torch.ops.aten.alias(parameters)
     groups = len(parameters)
     argument, factor = _halves(x, formula)
-    expansion = _expand(_split(argument, groups, formula), _numbers(parameters, argument.dtype, formula), formula)
+    found = _evaluate(_split(argument, groups, formula), parameters, formula)
     wide = gradient.to(argument.dtype)
     seed = _split(wide if factor is None else wide * factor, groups, formula)
-    x_gradient = _join(seed * expansion.slope, groups, formula)
+    x_gradient = _join(seed * found.slope, groups, formula)
     if factor is not None:
-        x_gradient = torch.cat([x_gradient, wide * _join(expansion.value, groups, formula)], -1)
-    grouped = formula.dim - 1 if groups > 1 else None
-    sums = torch.stack([_sum(seed * share, grouped) for share in expansion.shares], -1)
-    return x_gradient.to(x.dtype), sums.reshape(parameters.shape).to(parameters.dtype)
+        x_gradient = torch.cat([x_gradient, wide * _join(found.value, groups, formula)], -1)
+    sums = [_sum(seed * term, formula.dim - 1 if groups > 1 else None).reshape(-1) for term in found.terms]
+    columns = torch.stack(list(_finish(sums, _columns(parameters), formula)), -1)
+    return x_gradient.to(x.dtype), columns.to(parameters.dtype)
 
 
 def slope(gradient: Tensor, x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
@@ -134,12 +125,51 @@ def _join(x: Tensor, groups: int, formula: Formula) -> Tensor:
     return x if groups == 1 else x.flatten(formula.dim - 1, formula.dim)
 
 
-def _numbers(parameters: Tensor, dtype: torch.dtype, formula: Formula) -> list[Tensor]:
-    """One tensor for each packed parameter: a number, or one for each group, to be multiplied with what was `_split`."""
-    numbers = parameters.to(dtype)
-    if len(numbers) == 1:
-        return list(numbers[0].unbind())
-    return list(numbers.reshape(len(numbers), *[1] * -formula.dim, -1).unbind(-1))
+def _columns(parameters: Tensor) -> Numbers:
+    return parameters.double().unbind(-1)
+
+
+def _places(formula: Formula) -> list[tuple[float, float]]:
+    """Each end of the interval, and the variable there."""
+    shift, scale = formula.variable or (0.0, 1.0)
+    return [(end, (end - shift) / scale) for end in formula.interval]
+
+
+def _evaluate(x: Tensor, parameters: Tensor, formula: Formula) -> Expansion:
+    """With an interval, the last two terms are what lies beyond its ends."""
+    family, n, m = _FAMILIES[Family(formula.family)], formula.degree, formula.second_degree
+    shift, scale = formula.variable or (0.0, 1.0)
+    columns = _columns(parameters)
+    prepared = list(family.prepare(columns, n, m))
+    count = len(prepared)
+    for _, place in _places(formula):
+        assert family.end is not None
+        prepared.append(family.end(columns, place, n, m)[0] / scale)
+    table = torch.stack(prepared, -1).to(x.dtype)
+    # Inductor writes to memory what as_strided looks at; it would else prepare the numbers again for each vector.
+    table = table.as_strided(table.shape, (len(prepared), 1))
+    table = table[0] if len(table) == 1 else table.reshape(len(table), *[1] * -formula.dim, -1)
+    numbers = table.unbind(-1)
+    inside = x.clamp(*formula.interval) if formula.interval else x
+    found = family.expand((inside - shift) * (1.0 / scale) if formula.variable else inside, numbers[:count], n, m)
+    if formula.variable:
+        found = found._replace(slope=found.slope * (1.0 / scale))
+    if not formula.interval:
+        return found
+    beyond = [(x - formula.interval[0]).clamp(max=0.0), (x - formula.interval[1]).clamp(min=0.0)]
+    return Expansion(found.value + _combined(beyond, numbers[count:]), found.slope, [*found.terms, *beyond])
+
+
+def _finish(sums: Numbers, columns: Numbers, formula: Formula) -> Numbers:
+    """The gradients of the packed parameters from the sums of the terms."""
+    family, n, m = _FAMILIES[Family(formula.family)], formula.degree, formula.second_degree
+    places = _places(formula)
+    gradients = family.finish(sums[: len(sums) - len(places)], n, m)
+    for (_, place), total in zip(places, sums[len(sums) - len(places) :], strict=True):
+        assert family.end is not None
+        shares, scaled = family.end(columns, place, n, m)[1], total / (formula.variable or (0.0, 1.0))[1]
+        gradients = [gradient + scaled * share for gradient, share in zip(gradients, shares, strict=True)]
+    return gradients
 
 
 def _sum(terms: Tensor, grouped: int | None) -> Tensor:
@@ -163,71 +193,178 @@ def _sum(terms: Tensor, grouped: int | None) -> Tensor:
     return terms.sum(others, dtype=torch.float64)
 
 
-def _series(x: Tensor, p: Numbers, basis: Basis) -> Expansion:
-    """sum_k p[k] B_k(x)."""
-    values, slopes = [torch.ones_like(x)], [torch.zeros_like(x)]
-    for k in range(len(p) - 1):
-        value, slope = _times(basis.times(k), x) * values[k], _times(basis.rise(k), values[k])
-        if k > 0 and basis.less(k):
-            value = value - _times(basis.less(k), values[k - 1])
-        if k > 0 and basis.keep(k):
-            slope = slope + _times(basis.keep(k), slopes[k - 1])
-        values.append(value)
-        slopes.append(slope)
-    return Expansion(_weighted(p, values), _weighted(p[1:], slopes[1:]), values, slopes)
+def _combined(terms: Numbers, weights: Sequence[Tensor | float]) -> Tensor:
+    """sum_k weights[k] terms[k]; at least one weight is not 0."""
+    products = [
+        term if isinstance(weight, float) and weight == 1.0 else weight * term
+        for term, weight in zip(terms, weights, strict=True)
+        if not (isinstance(weight, float) and weight == 0.0)
+    ]
+    return functools.reduce(torch.add, products) if products else torch.zeros_like(terms[0])
 
 
-def _of_basis(basis: Basis) -> Callable[[Tensor, Numbers, int, int], Expansion]:
-    return lambda x, p, n, m: _series(x, p, basis)  # noqa: ARG005 (all have one signature)
+class Basis(NamedTuple):
+    """What a series is summed in: q_0 = 1, q_1 = x, q_{k+1} = times x q_k - less(k) q_{k-1}.
+
+    Args:
+        rows: n -> B_0 … B_n as sums of q_0 … q_n.
+        derived: n -> their derivatives as sums of q_0 … q_{n-1}.
+    """
+
+    times: float
+    less: Callable[[int], float]
+    rows: Callable[[int], Rows]
+    derived: Callable[[int], Rows]
 
 
-def _times(number: float, x: Tensor) -> Tensor:
-    return x if number == 1.0 else number * x
+def _of_powers(rows: Callable[[int], Rows]) -> Basis:
+    def derived(n: int) -> Rows:
+        return [[(j + 1) * row[j + 1] for j in range(n)] for row in rows(n)]
+
+    return Basis(1.0, lambda k: 0.0, rows, derived)
 
 
-def _weighted(weights: Numbers, terms: Sequence[Tensor]) -> Tensor:
-    total = weights[0] * terms[0]
-    for weight, term in zip(weights[1:], terms[1:], strict=True):
-        total = total + weight * term
-    return total
+def _identity(n: int) -> Rows:
+    return [[float(k == j) for j in range(n + 1)] for k in range(n + 1)]
 
 
-def _polyrelu(x: Tensor, p: Numbers, n: int, m: int) -> Expansion:  # noqa: ARG001 (all have one signature)
-    found, is_flat = _series(torch.relu(x), p, _POWERS), x <= 0
-    slope, *share_slopes = (torch.where(is_flat, 0.0, s) for s in (found.slope, *found.share_slopes))
-    return found._replace(slope=slope, share_slopes=share_slopes)
+def _hermite(n: int) -> Rows:
+    """He_k / k! = sum_i (-1)^i / (2^i i! j!) x^j, j = k - 2i."""
+
+    def entry(k: int, j: int) -> float:
+        i = (k - j) // 2
+        return 0.0 if j > k or (k - j) % 2 else (-0.5) ** i / (math.factorial(i) * math.factorial(j))
+
+    return [[entry(k, j) for j in range(n + 1)] for k in range(n + 1)]
 
 
-def _tropical(x: Tensor, p: Numbers, n: int, m: int) -> Expansion:  # noqa: ARG001
+def _derived_chebyshev(n: int) -> Rows:
+    """T'_k = 2k (T_{k-1} + T_{k-3} + …), where T_0 counts half."""
+    return [[k * (1.0 if j == 0 else 2.0) if j < k and (k - j) % 2 else 0.0 for j in range(n)] for k in range(n + 1)]
+
+
+def _leading(k: int) -> float:
+    """Of P_k; the q_k of Legendre's are P_k divided by it."""
+    return math.prod((2 * j - 1) / j for j in range(2, k + 1))
+
+
+def _legendre(n: int) -> Rows:
+    return [[_leading(k) if k == j else 0.0 for j in range(n + 1)] for k in range(n + 1)]
+
+
+def _derived_legendre(n: int) -> Rows:
+    """P'_k = (2k-1) P_{k-1} + (2k-5) P_{k-3} + …"""
+    return [[(2 * j + 1) * _leading(j) if j < k and (k - j) % 2 else 0.0 for j in range(n)] for k in range(n + 1)]
+
+
+_POWERS = _of_powers(_identity)
+_HERMITE = _of_powers(_hermite)
+_CHEBYSHEV = Basis(2.0, lambda k: 1.0, _identity, _derived_chebyshev)
+_LEGENDRE = Basis(1.0, lambda k: k * k / (4.0 * k * k - 1.0), _legendre, _derived_legendre)
+
+
+def _series(basis: Basis, is_rectified: bool = False) -> Lowered:
+    """sum_k p[k] B_k(x), or of max(x, 0)."""
+
+    def prepare(p: Numbers, n: int, m: int) -> Numbers:
+        rows, derived = basis.rows(n), basis.derived(n)
+        of_value = [_combined(p, [row[j] for row in rows]) for j in range(n + 1)]
+        return [*of_value, *(_combined(p, [row[j] for row in derived]) for j in range(n))]
+
+    def expand(x: Tensor, t: Numbers, n: int, m: int) -> Expansion:
+        place = torch.relu(x) if is_rectified else x
+        terms = _terms(place, n, basis)
+        value, slope = _sum_series(place, t[: n + 1], basis), _sum_series(place, t[n + 1 :], basis)
+        return Expansion(value, torch.where(x <= 0, 0.0, slope) if is_rectified else slope, terms)
+
+    def finish(sums: Numbers, n: int, m: int) -> Numbers:
+        return [_combined(sums, row) for row in basis.rows(n)]
+
+    def end(p: Numbers, place: float, n: int, m: int) -> tuple[Tensor, Sequence[float]]:
+        if is_rectified and place <= 0:
+            shares = [0.0] * (n + 1)
+        else:
+            q = [1.0, place]
+            for k in range(1, n):
+                q.append(basis.times * place * q[k] - basis.less(k) * q[k - 1])
+            shares = [sum((a * b for a, b in zip(row, q, strict=False)), 0.0) for row in basis.derived(n)]
+        return _combined(p, shares), shares
+
+    return Lowered(prepare, expand, finish, end)
+
+
+def _terms(x: Tensor, n: int, basis: Basis) -> list[Tensor]:
+    """q_0 … q_n."""
+    terms = [torch.ones_like(x), x]
+    for k in range(1, n):
+        following = (x if basis.times == 1.0 else basis.times * x) * terms[k]
+        terms.append(following - basis.less(k) * terms[k - 1] if basis.less(k) else following)
+    return terms
+
+
+def _sum_series(x: Tensor, t: Numbers, basis: Basis) -> Tensor:
+    """sum_k t[k] q_k by Horner's or Clenshaw's rule."""
+    last = len(t) - 1
+    if last == 0:
+        return t[0] * torch.ones_like(x)
+    many = x if basis.times == 1.0 else basis.times * x
+    after: Tensor | None = None
+    following = t[last] * (x if last == 1 else many) + t[last - 1]
+    before = t[last]
+    for k in range(last - 2, -1, -1):
+        after = before
+        before, following = following, (x if k == 0 else many) * following + t[k]
+        if basis.less(k + 1):
+            following = following - basis.less(k + 1) * after
+    if not basis.less(1):
+        return following
+    # Where terms overflow, inf - inf: F is ±inf with the sign of its leading term. (Inductor has no vector isnan.)
+    leading = t[last] * (x if last % 2 else x.abs()) * math.inf
+    return torch.where(following == following, following, leading)
+
+
+def _unchanged(numbers: Numbers, n: int, m: int) -> Numbers:
+    return numbers
+
+
+def _expand_tropical(x: Tensor, t: Numbers, n: int, m: int) -> Expansion:
     scale = math.sqrt(2.0) / n
-    value, _ = _largest([p[0] + torch.zeros_like(x), *(k * x + p[k] for k in range(1, n + 1))])
+    value, _ = _largest([t[0] + torch.zeros_like(x), *(k * x + t[k] for k in range(1, n + 1))])
     inside = x.clamp(max=1e30)  # beyond, lines overflow and would tie
-    best, index = _largest([p[0] + torch.zeros_like(x), *(k * inside + p[k] for k in range(1, n + 1))])
-    slope = torch.where(best.isnan(), best, index)
-    shares = [(index == k).to(x.dtype) * scale for k in range(n + 1)]
-    return Expansion(value * scale, slope * scale, shares, [])
+    best, index = _largest([t[0] + torch.zeros_like(x), *(k * inside + t[k] for k in range(1, n + 1))])
+    slope = torch.where(best == best, index, best)
+    return Expansion(value * scale, slope * scale, [(index == k).to(x.dtype) for k in range(n + 1)])
 
 
-def _tropical_rational(x: Tensor, p: Numbers, n: int, m: int) -> Expansion:  # noqa: ARG001
+def _finish_tropical(sums: Numbers, n: int, m: int) -> Numbers:
+    return [total * (math.sqrt(2.0) / n) for total in sums]
+
+
+def _expand_tropical_rational(x: Tensor, t: Numbers, n: int, m: int) -> Expansion:
+    """Beyond ±1e30 it goes on linearly."""
     count = n + 1
     inside = x.clamp(-1e30, 1e30)
-    value, slope = torch.zeros_like(x), torch.zeros_like(x)
-    shares: list[Tensor] = []
-    for side, sign in ((0, 1.0), (2 * count, -1.0)):
-        slopes, intercepts = p[side : side + count], p[side + count : side + 2 * count]
-        best, index = _largest([a * inside + b for a, b in zip(slopes, intercepts, strict=True)])
-        value = value + sign * best
-        chosen = slopes[0] + torch.zeros_like(x)
+    bests, slopes, terms = list[Tensor](), list[Tensor](), list[Tensor]()
+    for side in (0, 2 * count):
+        rises = t[side : side + count]
+        best, index = _largest([rise * inside + at for rise, at in zip(rises, t[side + count :], strict=False)])
+        chosen = rises[0] + torch.zeros_like(x)
         for k in range(1, count):
-            chosen = torch.where(index == k, slopes[k], chosen)
-        slope = slope + sign * torch.where(best.isnan(), best, chosen)
-        chosen_ones = [(index == k).to(x.dtype) for k in range(count)]
-        shares += [sign * one * factor for factor in (inside, 1.0) for one in chosen_ones]
+            chosen = torch.where(index == k, rises[k], chosen)
+        bests.append(best)
+        slopes.append(torch.where(best == best, chosen, best))
+        taken = [(index == k).to(x.dtype) for k in range(count)]
+        terms += [one * inside for one in taken] + taken
+    value = bests[0] - bests[1]
     far = torch.where(value.abs() > 1e20, value * (x.abs() * 1e-30), value)
-    return Expansion(torch.where(x == inside, value, far), slope, shares, [])
+    return Expansion(torch.where(x == inside, value, far), slopes[0] - slopes[1], terms)
 
 
-def _largest(lines: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _finish_tropical_rational(sums: Numbers, n: int, m: int) -> Numbers:
+    return [*sums[: 2 * n + 2], *(-total for total in sums[2 * n + 2 :])]
+
+
+def _largest(lines: Numbers) -> tuple[Tensor, Tensor]:
     """The largest at each element, NaN where one is, and the number of the first that is as large."""
     best, index = lines[0], torch.zeros_like(lines[0])
     for k, line in enumerate(lines[1:], 1):
@@ -236,49 +373,41 @@ def _largest(lines: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return best, index
 
 
-def _rational(x: Tensor, p: Numbers, n: int, m: int) -> Expansion:
+def _expand_rational(x: Tensor, t: Numbers, n: int, m: int) -> Expansion:
     """In float64: x and its powers are finite, but for ±inf, where F has the value of an x beyond every float32."""
     x = x.clamp(-_WIDE_END, _WIDE_END)
-    top, bottom = _series(x, p[: n + 1], _POWERS), _series(x, [torch.zeros_like(p[0]), *p[n + 1 :]], _POWERS)
-    sign, below = torch.sign(bottom.value), 1.0 / (1.0 + bottom.value.abs())
-    value = top.value * below
-    below_slope = sign * bottom.slope * below  # of log(1 + |…|)
-    slope = top.slope * below - value * below_slope
-    shares = [term * below for term in top.shares]
-    share_slopes = [(rise - term * below_slope) * below for term, rise in zip(top.shares, top.share_slopes, strict=True)]
-    fallen, fallen_slope = sign * value * below, sign * (slope - value * below_slope) * below
-    for term, rise in zip(bottom.shares[1:], bottom.share_slopes[1:], strict=True):
-        shares.append(-fallen * term)
-        share_slopes.append(-(fallen_slope * term + fallen * rise))
-    return Expansion(value, slope, shares, share_slopes)
-
-
-_EXPANSIONS: dict[Family, Callable[[Tensor, Numbers, int, int], Expansion]] = {
-    **{family: _of_basis(basis) for family, basis in _BASES.items()},
-    Family.POLYRELU: _polyrelu,
-    Family.TROPICAL: _tropical,
-    Family.TROPICAL_RATIONAL: _tropical_rational,
-    Family.RATIONAL: _rational,
-}
-
-
-def _expand(x: Tensor, numbers: Numbers, formula: Formula) -> Expansion:
-    family, n, m = Family(formula.family), formula.degree, formula.second_degree
-    shift, scale = formula.variable or (0.0, 1.0)
-    inside = x.clamp(*formula.interval) if formula.interval else x
-    variable = (inside - shift) * (1.0 / scale) if formula.variable else inside
-    found = _EXPANSIONS[family](variable, numbers, n, m)
-    if family in _BASES and not formula.interval:
-        # In an order in which, where terms overflow, F is infinite and not inf - inf. Elsewhere it has no such terms.
-        found = found._replace(value=reference.FORMULAS[family](variable, numbers, n, m))
-    if formula.variable:
-        found = found._replace(
-            slope=found.slope * (1.0 / scale), share_slopes=[slope * (1.0 / scale) for slope in found.share_slopes]
-        )
-    if not formula.interval:
-        return found
-    beyond = x - inside  # 0 inside
-    return found._replace(
-        value=found.value + beyond * found.slope,
-        shares=[share + beyond * slope for share, slope in zip(found.shares, found.share_slopes, strict=True)],
+    powers = _terms(x, max(n, m), _POWERS)
+    derived = [k * t[k] for k in range(1, n + 1)], [j * t[n + j] for j in range(1, m + 1)]
+    inner = x * _sum_series(x, t[n + 1 :], _POWERS)
+    sign, below = torch.sign(inner), 1.0 / (1.0 + inner.abs())
+    value = _sum_series(x, t[: n + 1], _POWERS) * below
+    fallen = sign * value * below
+    slope = _sum_series(x, derived[0], _POWERS) * below - fallen * _sum_series(x, derived[1], _POWERS)
+    return Expansion(
+        value, slope, [power * below for power in powers[: n + 1]] + [-fallen * power for power in powers[1 : m + 1]]
     )
+
+
+def _end_of_rational(p: Numbers, place: float, n: int, m: int) -> tuple[Tensor, Sequence[Tensor]]:
+    powers, rises = [place**k for k in range(max(n, m) + 1)], [k * place ** max(k - 1, 0) for k in range(max(n, m) + 1)]
+    top, top_slope = (_combined(p[: n + 1], numbers[: n + 1]) for numbers in (powers, rises))
+    inner, inner_slope = (_combined(p[n + 1 :], numbers[1 : m + 1]) for numbers in (powers, rises))
+    sign, below = torch.sign(inner), 1.0 / (1.0 + inner.abs())
+    growth = sign * inner_slope * below  # of the logarithm of what is below
+    value = top * below
+    slope = top_slope * below - value * growth
+    fallen, fallen_slope = sign * value * below, sign * (slope - value * growth) * below
+    shares = [(rises[k] - powers[k] * growth) * below for k in range(n + 1)]
+    return slope, shares + [-(fallen_slope * powers[j] + fallen * rises[j]) for j in range(1, m + 1)]
+
+
+_FAMILIES: dict[Family, Lowered] = {
+    Family.POLYNOMIAL: _series(_POWERS),
+    Family.HERMITE: _series(_HERMITE),
+    Family.CHEBYSHEV: _series(_CHEBYSHEV),
+    Family.LEGENDRE: _series(_LEGENDRE),
+    Family.POLYRELU: _series(_POWERS, is_rectified=True),
+    Family.TROPICAL: Lowered(_unchanged, _expand_tropical, _finish_tropical),
+    Family.TROPICAL_RATIONAL: Lowered(_unchanged, _expand_tropical_rational, _finish_tropical_rational),
+    Family.RATIONAL: Lowered(_unchanged, _expand_rational, _unchanged, _end_of_rational),
+}
