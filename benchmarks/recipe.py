@@ -147,11 +147,9 @@ def base_rates(trainings: Sequence[Row]) -> list[Row]:
 
 
 def markdown(settings: Sequence[Row], rates: Sequence[Row]) -> str:
-    """A table for each setting that was reported on, and one of the base rates."""
+    """A table for each setting with two seeds or more to report on, and one of the base rates."""
     lines: list[str] = []
-    for setting in settings:
-        if not any(entry["loss"] for entry in setting["activations"]):
-            continue  # all of it was for choosing
+    for setting in filter(is_reported, settings):
         heads = ["activation × rate", "seeds", "loss", "for choosing", "Δ to GELU, paired", "p, Holm"]
         for control in setting["controls"]:
             heads += [f"Δ to {control}", "p, Holm"]
@@ -183,6 +181,11 @@ def markdown(settings: Sequence[Row], rates: Sequence[Row]) -> str:
                 )
         lines += [*table(["text", "activation × rate", "base rate", "seeds", "mean", ""], rows), ""]
     return "\n".join(lines)
+
+
+def is_reported(setting: Row) -> bool:
+    """Whether something was compared there on two seeds or more."""
+    return any((entry.get("difference") or {"pairs": 0})["pairs"] > 1 for entry in setting["activations"])
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -248,12 +251,12 @@ def main() -> None:
     text = markdown(settings, rates)
     (options.output / "recipe.md").write_text(text, encoding="utf-8")
     largest: dict[str, Row] = {}
-    for setting in settings:
-        if len(setting["activations"]) > len(largest.get(setting["corpus"], {"activations": ()})["activations"]):
+    for setting in filter(is_reported, settings):
+        other = largest.setdefault(setting["corpus"], setting)
+        if len(setting["activations"]) > len(other["activations"]):
             largest[setting["corpus"]] = setting
     for corpus, setting in largest.items():
-        if any(entry.get("difference") for entry in setting["activations"]):
-            (options.output / f"recipe-{corpus}.png").write_bytes(picture(setting))
+        (options.output / f"recipe-{corpus}.png").write_bytes(picture(setting))
     print(text)
 
 
