@@ -55,12 +55,15 @@ def train(part: str, store: str, speeches: Path | None) -> None:
 def compare(trainings: Sequence[Row]) -> list[Row]:
     """Each setting with its activations, compared with GELU and with every control; Holm's correction for each kind."""
     settings: dict[tuple[Any, ...], dict[str, dict[int, float | None]]] = {}
+    accuracies: dict[tuple[Any, ...], dict[str, dict[int, float | None]]] = {}
     corpora: dict[tuple[Any, ...], str] = {}
     for row in trainings:
         setting = tuple(row[key] for key in SETTING)
         corpora.setdefault(setting, row["corpus"])
         loss = row["development_loss" if row["seed"] >= DEVELOPMENT else "test_loss"]
         settings.setdefault(setting, {}).setdefault(row["name"], {})[row["seed"]] = loss
+        if row["accuracy"] is not None:
+            accuracies.setdefault(setting, {}).setdefault(row["name"], {})[row["seed"]] = row["accuracy"]
     found = []
     for setting, losses in settings.items():
         baseline = next((name for name in BASELINES if name in losses), None)
@@ -68,12 +71,19 @@ def compare(trainings: Sequence[Row]) -> list[Row]:
             name: of for name, of in losses.items() if name.startswith(f"{CONTROL} ") and not name.endswith(FROZEN)
         }
         entries = [summarize(name, of, losses.get(baseline or "", {}), baseline) for name, of in losses.items()]
+        right = accuracies.get(setting, {})
         for entry in entries:
+            if entry["name"] in right:
+                of = right[entry["name"]]
+                entry["accuracy"] = mean_of([share for seed, share in of.items() if seed < DEVELOPMENT])
+                if entry["name"] != baseline:
+                    entry["accuracy_difference"] = difference(of, right.get(baseline or "", {}))
             if entry["name"] not in (*BASELINES, *controls):
                 own = losses[entry["name"]]
                 entry["differences_to_controls"] = {name: difference(own, of) for name, of in controls.items()}
         correct([entry.get("difference") for entry in entries])
         correct([one for entry in entries for one in entry.get("differences_to_controls", {}).values()])
+        correct([entry.get("accuracy_difference") for entry in entries])
         about = {"corpus": corpora[setting], **dict(zip(SETTING, setting, strict=True))}
         found.append({**about, "baseline": baseline, "controls": list(controls), "activations": entries})
     return found
@@ -90,16 +100,22 @@ def summarize(
     name: str, losses: Mapping[int, float | None], baseline: Mapping[int, float | None], baseline_name: str | None
 ) -> Row:
     """Mean loss over the reported seeds, and the paired difference to the baseline there."""
-    reported = [loss for seed, loss in losses.items() if seed < DEVELOPMENT and loss is not None]
+    reported = [loss for seed, loss in losses.items() if seed < DEVELOPMENT]
     developed = {seed: loss for seed, loss in losses.items() if seed >= DEVELOPMENT and loss is not None}
     failed = sum(loss is None for loss in losses.values())
-    entry: Row = {"name": name, "failed": failed, "development": developed, "loss": None}
-    if reported:
-        interval = mean_interval(reported)
-        entry["loss"] = {"mean": interval.mean, "half_width": interval.half_width, "values": reported}
+    entry: Row = {"name": name, "failed": failed, "development": developed, "loss": mean_of(reported)}
     if name != baseline_name:
         entry["difference"] = difference(losses, baseline)
     return entry
+
+
+def mean_of(values: Sequence[float | None]) -> Row | None:
+    """Mean and half of its interval; None without a value."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return None
+    interval = mean_interval(found)
+    return {"mean": interval.mean, "half_width": interval.half_width, "values": found}
 
 
 def difference(losses: Mapping[int, float | None], reference: Mapping[int, float | None]) -> Row | None:
@@ -153,7 +169,8 @@ def markdown(settings: Sequence[Row], rates: Sequence[Row]) -> str:
         heads = ["activation × rate", "seeds", "loss", "for choosing", "Δ to GELU, paired", "p, Holm"]
         for control in setting["controls"]:
             heads += [f"Δ to {control}", "p, Holm"]
-        heads.append("failed")
+        images = any(entry.get("accuracy") for entry in setting["activations"])
+        heads += ["accuracy", "Δ to GELU", "p, Holm", "failed"] if images else ["failed"]
         lines += [
             f"**{setting['corpus']}** ({setting['data']}): {setting['model']}, {setting['steps']} steps of "
             f"{setting['batch']} samples, base learning rate {setting['learning_rate']:g}",
@@ -167,6 +184,9 @@ def markdown(settings: Sequence[Row], rates: Sequence[Row]) -> str:
             of_controls = entry.get("differences_to_controls", {})
             for compared in (entry.get("difference"), *(of_controls.get(name) for name in setting["controls"])):
                 row += [plus_minus(compared, "+.4f"), p_value(compared)]
+            if images:
+                compared = entry.get("accuracy_difference")
+                row += [plus_minus(entry.get("accuracy"), ".4f"), plus_minus(compared, "+.4f"), p_value(compared)]
             rows.append([*row, str(entry["failed"])])
         lines += [*table(heads, rows), ""]
     if rates:

@@ -275,6 +275,7 @@ def describe(artifact: StoredArtifact, dataset: StoredArtifact, others: Mapping[
         "loss": loss,
         "development_loss": None,
         "test_loss": loss if images else None,  # nothing was chosen on images
+        "accuracy": artifact.summary.get("val/accuracy") if images else None,
     }
 
 

@@ -38,7 +38,9 @@ def rows() -> list[dict[str, Any]]:
                 if seed >= 10
                 else {"development_loss": 9.0, "test_loss": loss}
             )
-            found.append({**SETTING, "learning_rate": 3e-3, "name": name, "seed": seed, "loss": 9.0, **halves})
+            found.append(
+                {**SETTING, "learning_rate": 3e-3, "name": name, "seed": seed, "loss": 9.0, "accuracy": None, **halves}
+            )
     return found
 
 
@@ -63,6 +65,23 @@ def test_differences_are_of_the_seeds_and_documents_that_nothing_is_chosen_by() 
     text = recipe.markdown([setting], [])
     assert "| hermite4 gelu [-4, 4] × 10 | 3 | 4.0900 ± 0.1721 | – | -0.1100 ± 0.1314 |" in text
     assert "| affine gelu_tanh × 30 | 1 | 4.1000 | 10: 4.2000 | -0.1000 | – | – | – | – | – | 0 |" in text
+
+
+def test_images_are_compared_by_their_accuracy_too() -> None:
+    """A smaller loss with smoothed labels may be nothing but more confidence."""
+    found = {"gelu": {0: 0.99, 1: 0.98, 2: 0.99}, "affine gelu × 10": {0: 0.98, 1: 0.98, 2: 0.97}}
+    trainings = [
+        {**SETTING, "learning_rate": 3e-3, "name": name, "seed": seed, "test_loss": 1 - share, "accuracy": share}
+        for name, shares in found.items()
+        for seed, share in shares.items()
+    ]
+    (setting,) = recipe.compare(trainings)
+    assert setting["baseline"] == "gelu"
+    affine = next(entry for entry in setting["activations"] if entry["name"].startswith("affine"))
+    assert affine["accuracy"]["mean"] == pytest.approx(0.97667, abs=1e-5)
+    assert affine["accuracy_difference"]["values"] == pytest.approx([-0.01, 0.0, -0.02])
+    assert affine["accuracy_difference"]["holm_p_value"] == affine["accuracy_difference"]["p_value"]
+    assert "| accuracy | Δ to GELU | p, Holm | failed |" in recipe.markdown([setting], [])
 
 
 def test_a_base_rate_is_chosen_on_seeds_that_all_rates_have_and_not_where_one_failed() -> None:
