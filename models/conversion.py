@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration
-from polytrope.models.convert_options import check_polynomial_only, replacement
+from polytrope.models.convert_options import check_polynomial_only, check_weight, replacement
 from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.surgery import Activation, replace_module, replaced
 from polytrope.ops.channels import (
@@ -28,8 +28,9 @@ from polytrope.ops.channels import (
     steepest,
 )
 from polytrope.ops.families import MAX_DEGREE, check_degree
-from polytrope.ops.fitting.targets import Target, resolve_target, sample
+from polytrope.ops.fitting.targets import Target, find_kinks, resolve_target, sample
 from polytrope.ops.interpolate import FAMILIES, Fit, fit, fit_to_error
+from polytrope.ops.moments import REACH, gaussian_nodes
 from polytrope.ops.polynomial_only import MAX_DEPTH, fit_composition, fit_composition_to_error
 
 _CHUNK = 1 << 20
@@ -45,6 +46,8 @@ class FitOptions:
             most this. The error is the root mean square over the measured inputs, relative to that of the target.
         coverage: share of the inputs inside the fitted interval; None: the interval of the smallest error over all
             inputs, those on the tangent lines outside included.
+        weight: `measured` inputs, or `normal`: the normal distribution of their mean and deviation, under which a
+            polynomial without tangents is the projection (Peng et al., "AutoReP", 2023).
         derivative_weight: λ of the Sobolev norm, for inputs in units of their standard deviation.
         constraints: as of `fit`: `ends`, `end_values`, `origin`.
         polynomial_only: instead of all of the above but `target_error`: compositions of polynomials without tangents.
@@ -57,6 +60,7 @@ class FitOptions:
     degree: int = 8
     target_error: float | None = None
     coverage: float | None = None
+    weight: str = "measured"
     derivative_weight: float = 0.01
     constraints: tuple[str, ...] = ()
     polynomial_only: PolynomialOnly | None = None
@@ -78,7 +82,12 @@ class FitOptions:
     def title(self) -> str:
         """What is fitted, for people."""
         only = self.polynomial_only
-        return f"{self.family} of degree {self.degree}" if only is None else f"polynomials of depth {only.depth}"
+        projected = ", projected under a normal distribution" if self.weight == "normal" else ""
+        return (
+            f"{self.family} of degree {self.degree}{projected}"
+            if only is None
+            else f"polynomials of depth {only.depth}"
+        )
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,7 @@ def fit_options(
     degree: int | None,
     target_error: float | None,
     coverage: float | None,
+    weight: str,
     derivative_weight: float,
     constraints: Sequence[str],
     polynomial_only: bool,
@@ -123,7 +133,7 @@ def fit_options(
     """The options as they are given in Python, on the command line and in a workflow; None: not given.
 
     Args:
-        family, degree, target_error, coverage, derivative_weight, constraints: as of `FitOptions`.
+        family, degree, target_error, coverage, weight, derivative_weight, constraints: as of `FitOptions`.
         polynomial_only: compositions of polynomials; depth, domain, domain_margin: of them, as of `PolynomialOnly`.
 
     Raises:
@@ -133,6 +143,7 @@ def fit_options(
         "family": family,
         "degree": degree,
         "coverage": coverage,
+        "weight": weight,
         "derivative_weight": derivative_weight,
         "constraints": list(constraints),
         "depth": depth,
@@ -140,6 +151,7 @@ def fit_options(
         "domain_margin": domain_margin,
     }
     check_polynomial_only(polynomial_only, given)
+    check_weight(weight, given)
     if degree is None:
         degree = 8 if target_error is None else MAX_DEGREE
     if depth is None:
@@ -149,6 +161,7 @@ def fit_options(
         degree,
         target_error,
         coverage,
+        weight,
         derivative_weight,
         tuple(constraints),
         PolynomialOnly(depth, domain, domain_margin) if polynomial_only else None,
@@ -198,6 +211,8 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
         return _fit_polynomials(activation, calibration, options.polynomial_only, options.target_error)
     measure = calibration.measure()
     interval: Any = "best"
+    if options.weight == "normal":
+        return _project(activation, calibration, options)
     if options.coverage is not None:
         tail = (1.0 - options.coverage) / 2
         interval = (calibration.quantile(tail), calibration.quantile(1.0 - tail))
@@ -211,11 +226,48 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
         "held_out": calibration.held_out,
         "dtype": calibration.dtype,
     }
+    return _fit(activation, calibration, options, settings)
+
+
+def _fit(
+    activation: Activation, calibration: Calibration, options: FitOptions, settings: dict[str, Any]
+) -> LayerConversion:
+    """Of the degree that is asked for, or of the smallest one with the target error."""
     try:
         found = _fitted(activation.module, options, settings)
     except ValueError as error:
         raise type(error)(f"activation `{activation.name}`: {error}") from error
     return LayerConversion(activation.name, activation.module, calibration, found)
+
+
+def _project(activation: Activation, calibration: Calibration, options: FitOptions) -> LayerConversion:
+    """sum_k E[f(μ + s z) h_k(z)] h_k((x - μ) / s): least squares under N(μ, s²), a polynomial on the whole line."""
+    points, counts = calibration.measure()
+    weights = counts / counts.sum()
+    mean = float(weights @ points)
+    deviation = math.sqrt(_variance((points, counts)))
+    z, density = gaussian_nodes([(kink - mean) / deviation for kink in _kinks(activation, mean, deviation)])
+    return _fit(
+        activation,
+        calibration,
+        options,
+        {
+            "interval": (calibration.minimum, calibration.maximum)
+            if calibration.minimum < calibration.maximum
+            else (mean - deviation, mean + deviation),
+            "weight": (mean + deviation * z, density),
+            "derivative_weight": 0.0,
+            "tails": False,
+            "held_out": calibration.held_out,
+            "dtype": calibration.dtype,
+        },
+    )
+
+
+def _kinks(activation: Activation, mean: float, deviation: float) -> list[float]:
+    slopes = slopes_of(activation.module)
+    target = resolve_target(activation.module if slopes is None else function_of(slopes[steepest(slopes)]))
+    return find_kinks(target, mean - REACH * deviation, mean + REACH * deviation)
 
 
 def _fitted(module: nn.Module, options: FitOptions, settings: dict[str, Any]) -> Fit:
@@ -363,7 +415,7 @@ def prove(
         with _counting(modules) as evaluating:
             forward(model, batch)
         for module in model.modules():
-            module.training = not isinstance(module, _CHANGED_BY_TRAINING)
+            module.training = not (isinstance(module, _CHANGED_BY_TRAINING) or _keeps_numbers(module))
         with _counting(modules) as training, torch.random.fork_rng():
             forward(model, batch)
     _check_effect(training, evaluating, "in training mode")
@@ -371,6 +423,11 @@ def prove(
 
 
 _CHANGED_BY_TRAINING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
+
+def _keeps_numbers(module: nn.Module) -> bool:
+    """Whether it has statistics of its own, whatever its class: training would change them."""
+    return any(buffer.is_floating_point() for buffer in module.buffers(recurse=False))
 
 
 @contextmanager

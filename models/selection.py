@@ -65,11 +65,7 @@ def select_activations(
     model: nn.Module,
     batches: Sequence[Any],
     forward: Callable[[nn.Module, Any], Any],
-    *,
-    types: Sequence[str] = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: tuple[int, int] | None = None,
+    choice: Choice | None = None,
 ) -> Selection:
     """Run `forward(model, batch)` over the batches, find every activation, module or function, and choose.
 
@@ -78,15 +74,15 @@ def select_activations(
     beside a sigmoid, slopes per channel, and whatever belongs to a pooler or a head.
 
     Args:
-        types, include, exclude, layers: as of `Choice`.
+        choice: which activations are meant; default: all that are known.
 
     Raises:
         ValueError: nothing is left, a part of the selection takes nothing, or the model cannot run on the data; says
             what the model does contain.
     """
-    choice = Choice(types, include, exclude, layers)
+    choice = choice or Choice()
     calls, own = observe_calls(model, batches, forward)
-    classes = ACTIVATION_CLASSES | GATE_CLASSES | set(types)
+    classes = ACTIVATION_CLASSES | GATE_CLASSES | set(choice.types)
     chosen: list[str] = []
     kinds: dict[str, list[str]] = {}
     left: list[Left] = []
@@ -118,7 +114,7 @@ def select_activations(
         else:
             left.append(Left(call.name, call.kind, call.place, call.count, reason))
     if not chosen and not lifted:
-        raise ValueError(_nothing(model, left, calls, types))
+        raise ValueError(_nothing(model, left, calls, choice.types))
     refuse_idle(model, choice, kinds | {call.name: [call.kind] for call in calls})
     _lift_alike(model, lifted, batches[0], forward)
     names = {*chosen, *(call.name for call in lifted)}
