@@ -33,6 +33,7 @@ _GROUPS = 512
 _FINALISTS = 6  # whose last polynomial is fitted again on finer points, or made minimax
 _AS_GOOD = 1.1  # times the smallest error: then the fewest products decide
 _LAWSON_STEPS = 150
+_ROUNDING = 1e-7  # of the target's root mean square: what float32 does not tell apart
 _NOTHING = 1e-13  # a coefficient of this share of the largest is 0
 _EVERYWHERE = 0.1  # weight of the domain as such beside measured inputs: nothing may go wild where none was seen
 
@@ -167,9 +168,10 @@ def _as_run(problem: _Problem, chain: Chain, loss: Loss | None) -> Chain:
 
 
 def _told_apart(problem: _Problem) -> float:
-    """The error that rounding any result in the format makes: smaller ones are as good as each other."""
-    largest, size = np.abs(problem.values).max(), math.sqrt(float(problem.weights @ problem.values**2))
-    return torch.finfo(problem.dtype).eps / 2 * float(largest if problem.uniform else size)
+    """How much more error is as good: of the largest, what rounds any result in the format."""
+    if problem.uniform:
+        return torch.finfo(problem.dtype).eps / 2 * float(np.abs(problem.values).max())
+    return _ROUNDING * math.sqrt(float(problem.weights @ problem.values**2))
 
 
 def _joined(measured: tuple[Array, Array], domain: Ends) -> tuple[Array, Array]:
