@@ -119,7 +119,7 @@ def test_models_with_shared_gated_and_clipped_activations_are_converted_and_come
 ) -> None:
     model = write_transformers_model(tmp_path / "model", name)
     batch = images() * 3 if name == "mobilenet" else tokens()
-    found = find_activations(model)[:4]
+    found = find_activations(model, exclude=["pooler_activation"] if name == "albert" else [])[:4]
     assert {type(entry.module).__name__ for entry in found} == classes
 
     def run(network: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
