@@ -354,15 +354,7 @@ def convert_batches(
         say(0, f"looking for activations{said}")
         with inputs.on_calibration_data():
             before = _output(model, rated, forward)
-        selection = select_activations(
-            model,
-            batches,
-            forward,
-            types=choice.types,
-            include=choice.include,
-            exclude=choice.exclude,
-            layers=choice.layers,
-        )
+        selection = select_activations(model, batches, forward, choice)
         found = selection.activations
         say(1, f"calibrating {len(found)} activations{said}")
         if measure is None:

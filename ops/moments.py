@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,8 +113,14 @@ def gaussian_nodes(kinks: Sequence[float]) -> tuple[Array, Array]:
     """Points and weights under the normal density: 16-point Gauss-Legendre rules on panels that end at the kinks."""
     inside = [kink for kink in kinks if -REACH < kink < REACH]
     edges = np.unique(np.concatenate([np.linspace(-REACH, REACH, 113), np.asarray(inside, dtype=np.float64)]))
-    nodes, weights = np.polynomial.legendre.leggauss(16)
+    nodes, weights = _gauss_legendre()
     half = np.diff(edges)[:, None] / 2
     x = (edges[:-1, None] + half) + half * nodes
     density = half * weights * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
     return x.ravel(), density.ravel()
+
+
+@functools.cache
+def _gauss_legendre() -> tuple[Array, Array]:
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    return nodes, weights

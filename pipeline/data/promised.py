@@ -76,7 +76,18 @@ class PromisedForeignModel:
     model_type: str
 
 
-AnyPromisedModel = PromisedModel | PromisedForeignModel
+@dataclass(frozen=True)
+class PromisedBuiltModel:
+    """A model that a function of the project builds; what it is, only its call tells.
+
+    Args:
+        factory: `package.module:function`.
+    """
+
+    factory: str
+
+
+AnyPromisedModel = PromisedModel | PromisedForeignModel | PromisedBuiltModel
 
 
 @dataclass(frozen=True)
@@ -145,5 +156,6 @@ def expect_data(field: str, promise: Any) -> PromisedData | None:
 
 
 def expect_model(field: str, promise: Any) -> AnyPromisedModel | None:
-    """The same for a model, those of transformers too."""
-    return promise if isinstance(promise, PromisedForeignModel) else expect(field, promise, PromisedModel)
+    """The same for a model, those of transformers and of the project too."""
+    known = isinstance(promise, PromisedForeignModel | PromisedBuiltModel)
+    return promise if known else expect(field, promise, PromisedModel)

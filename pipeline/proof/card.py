@@ -257,6 +257,7 @@ def _front_matter(store: Store, artifacts: Artifacts, model: StoredArtifact, tit
                 )
     data = ModelCardData(
         license=license or "unknown",
+        base_model=read_lineage(store.materialize(model.key)).base_model,
         datasets=[hub] if hub else None,
         library_name="polytrope",
         tags=["polytrope", description["architecture"]],

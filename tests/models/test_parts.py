@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, model_config, read_description, save_model
 from polytrope.models.configurations import GPT2Config
+from polytrope.models.convert import convert
 from polytrope.models.formats import write_model
 from polytrope.models.parts.attention import (
     ATTENTIONS,
@@ -185,6 +186,15 @@ def test_a_model_of_parts_is_written_and_read(tmp_path: Path, architecture: str)
         write_model(
             tmp_path / "huggingface", made(architecture, **settings | {"activation": "gelu"}), format="huggingface"
         )
+
+
+def test_a_conversion_keeps_running_statistics_and_finds_the_activation_between_the_halves() -> None:
+    model = moved(made("gpt2", norm="batch", feedforward="gated", attention="power", activation="gelu")).eval()
+    converted = convert(model, [TOKENS], degree=12)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(converted.model.get_buffer(name), buffer), name
+    assert [entry.target for entry in converted.activations] == ["GELU", "GELU"]
+    assert 0 < converted.difference < 1e-3
 
 
 # --- attention: power
