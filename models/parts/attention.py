@@ -250,4 +250,4 @@ def build_attention(settings: Attention, sizes: AttentionSizes) -> nn.Module:
     Args:
         settings: as `parts.settings.read_part("attention", …)` gives them.
     """
-    return ATTENTIONS[settings.name](settings, sizes)  # type: ignore[attr-defined]
+    return ATTENTIONS[settings.name](settings, sizes)
