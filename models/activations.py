@@ -91,3 +91,16 @@ def normalised_activations(activation: ActivationConfig | list[ActivationConfig]
     from polytrope.ops.modules import read_activation
 
     return [read_activation(config) for config in activation_configs(activation, layers)]
+
+
+def describe_activation(config: Any) -> str:
+    """`gelu`, `hermite, degree 3`, or the settings of several layers where they differ."""
+    if isinstance(config, list):
+        texts = list(dict.fromkeys(describe_activation(entry) for entry in config))
+        return texts[0] if len(texts) == 1 else "; ".join(texts)
+    if isinstance(config, str):
+        return config
+    degree = config.get("degree")
+    if isinstance(degree, list | tuple):
+        degree = "/".join(map(str, degree))
+    return str(config.get("name")) + (f", degree {degree}" if degree is not None else "")

@@ -122,6 +122,12 @@ def read_description(directory: str | Path) -> dict[str, Any]:
             f"{directory} holds a model of transformers (config.json), not one of this package (model.json); GPT-2 and "
             "ConvNeXt become one by the stage `import_model`, other architectures are for the stage `convert` alone"
         )
+    if not path.exists() and path.with_name("module.json").exists():
+        raise ValueError(
+            f"{directory} holds a module of somebody's own (module.json), not a model of this package (model.json): it "
+            "is for the stage `convert` alone; a factory that returns a GPT-2 or ConvNeXt of "
+            "`polytrope.models.build_model` gives one that can be trained and evaluated"
+        )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -23,7 +23,8 @@ def layer_configs(field: str, given: Entry | list[Entry], layers: int) -> list[E
         return _by_range(field, given, layers)
     if isinstance(given, list):
         if len(given) != layers:
-            raise ValueError(f"{field}: a list of length {len(given)} for {layers} layers; give one per layer or one")
+            shown = f"a list of length {len(given)} for {layers} layers, {str(given)[:60]}"
+            raise ValueError(f"{field}: {shown}; give one per layer or one")
         return given
     return [given] * layers
 

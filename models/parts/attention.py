@@ -123,6 +123,10 @@ class PowerAttention(nn.Module):
         self.alpha = nn.Parameter(torch.full((sizes.heads,), 3.0))
         self.beta = nn.Parameter(torch.ones(sizes.heads))
         self.reciprocal: nn.Module = Reciprocal()
+        if settings.reciprocal is not None:
+            from polytrope.models.parts.reciprocal import PolynomialReciprocal
+
+            self.reciprocal = PolynomialReciprocal(settings.reciprocal)
         self.n_head = sizes.heads
         self.scale = sizes.scale
         self.ranges: RangePenalty | None = None

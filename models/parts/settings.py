@@ -6,14 +6,28 @@ what builds them stands beside, in one dict per field.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import math
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from polytrope.models.per_layer import Entry, layer_configs
 
 
-def _option(usual: Any, choices: tuple[Any, ...], description: str) -> Any:
-    return field(default=usual, metadata={"choices": choices, "description": description})
+def _choice(usual: Any, choices: tuple[Any, ...], description: str) -> Any:
+    """A field of a few values. `read` takes what was written, or raises ValueError."""
+
+    def read(value: Any) -> Any:
+        for choice in choices:
+            if type(value) is type(choice) and value == choice:
+                return choice
+        raise ValueError(f"expected {' or '.join(map(repr, choices))}, got {value!r}")
+
+    return field(default=usual, metadata={"read": read, "choices": choices, "description": description})
+
+
+def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As JSON has it."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,8 @@ class Part:
 
     def config(self) -> Entry:
         """Its name, with the options that are not the usual ones."""
-        options = {item.name: getattr(self, item.name) for item in fields(self)}
-        changed = {item.name: options[item.name] for item in fields(self) if options[item.name] != item.default}
+        options = asdict(self, dict_factory=_plain)
+        changed = {item.name: options[item.name] for item in fields(self) if getattr(self, item.name) != item.default}
         return {"name": self.name, **changed} if changed else self.name
 
 
@@ -45,15 +59,58 @@ class SoftmaxSettings(Attention):
 
 
 @dataclass(frozen=True)
+class ReciprocalSettings:
+    """1/d as a polynomial: what `export_circuit` puts in the place of the division.
+
+    Args:
+        degree: of the Chebyshev polynomial, 1…128.
+        newton: steps of Newton's iteration after it, 0…8, which square the error.
+        domain: [low, high] of what is divided by.
+    """
+
+    degree: int
+    newton: int
+    domain: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("degree", 1, 128), ("newton", 0, 8)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"reciprocal.{name}: expected an integer in {least}…{most}, got {value!r}")
+        numbers = [end for end in self.domain if type(end) in (int, float)]
+        if not len(numbers) == len(self.domain) == 2 or not 0.0 < self.domain[0] < self.domain[1] < math.inf:
+            raise ValueError(f"reciprocal.domain: expected [low, high] with 0 < low < high, got {list(self.domain)}")
+
+
+def _read_reciprocal(value: Any) -> ReciprocalSettings | None:
+    if value is None:
+        return None
+    wanted = {item.name for item in fields(ReciprocalSettings)}
+    if not isinstance(value, dict) or value.keys() != wanted:
+        raise ValueError(f"expected {', '.join(sorted(wanted))}, got {value!r}")
+    if not isinstance(value["domain"], (list, tuple)):
+        raise ValueError(f"reciprocal.domain: expected [low, high], got {value['domain']!r}")
+    return ReciprocalSettings(**{**value, "domain": tuple(value["domain"])})
+
+
+@dataclass(frozen=True)
 class PowerSettings(Attention):
     """Weights are an even power of the scores, divided by their sum."""
 
     name = "power"
     fixed_weights = True
 
-    power: int = _option(2, (2, 4), "2 or 4")
-    recurrent: bool = _option(
+    power: int = _choice(2, (2, 4), "2 or 4")
+    recurrent: bool = _choice(
         False, (False, True), "sample with a state of fixed size instead of a cache that grows; power: 2 only"
+    )
+    reciprocal: ReciprocalSettings | None = field(
+        default=None,
+        metadata={
+            "read": _read_reciprocal,
+            "choices": (),
+            "description": "{degree, newton, domain}: a polynomial instead of the division, on a range",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -128,7 +185,7 @@ class QuadraticSettings(FeedForward):
     name = "quadratic"
     multiplicative = True
 
-    square: bool = _option(True, (False, True), "with a term of squared inputs: three matrices per layer, not two")
+    square: bool = _choice(True, (False, True), "with a term of squared inputs: three matrices per layer, not two")
 
     def products(self, width: int) -> int:
         """Two or three matrices for each of `mlp`."""
@@ -158,14 +215,17 @@ def read_part(place: str, given: Any) -> Any:
     name = options.get("name") if isinstance(options, dict) else None
     if not isinstance(name, str) or name not in kinds:
         raise ValueError(f"{place}: expected one of {', '.join(kinds)}, or {{name: …}} with its options, got {given!r}")
-    choices = {item.name: item.metadata["choices"] for item in fields(kinds[name])}
+    known = {item.name: item.metadata["read"] for item in fields(kinds[name])}
     values = {option: value for option, value in options.items() if option != "name"}
     for option, value in values.items():
-        if option not in choices:
-            there = f"there are: {', '.join(choices)}" if choices else "it has none"
+        if option not in known:
+            there = f"there are: {', '.join(known)}" if known else "it has none"
             raise ValueError(f"{place}.{option}: {name} has no such option; {there}")
-        if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices[option]):
-            raise ValueError(f"{place}.{option}: expected {' or '.join(map(repr, choices[option]))}, got {value!r}")
+        try:
+            values[option] = known[option](value)
+        except ValueError as error:
+            prefix = "" if str(error).startswith(f"{option}.") else f"{option}: "
+            raise ValueError(f"{place}.{prefix}{error}") from error
     try:
         return kinds[name](**values)
     except ValueError as error:

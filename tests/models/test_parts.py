@@ -107,6 +107,21 @@ def test_every_part_has_settings_and_a_builder() -> None:
             {"attention": {"name": "power", "power": 4, "recurrent": True}},
             r"attention\.recurrent: only power: 2 has a state of that form, this is power: 4",
         ),
+        (
+            "gpt2",
+            {"attention": {"name": "power", "reciprocal": {"degree": 0, "newton": 1, "domain": [0.1, 4.0]}}},
+            r"attention\.reciprocal\.degree: expected an integer in 1…128, got 0",
+        ),
+        (
+            "gpt2",
+            {"attention": {"name": "power", "reciprocal": {"degree": 3, "newton": 1, "domain": [0, 4.0]}}},
+            r"attention\.reciprocal\.domain: expected \[low, high\] with 0 < low < high, got \[0, 4.0\]",
+        ),
+        (
+            "gpt2",
+            {"attention": {"name": "power", "reciprocal": 3}},
+            r"attention\.reciprocal: expected degree, domain, newton",
+        ),
         ("gpt2", {"attention": ["power"]}, "attention: a list of length 1 for 2 layers"),
         ("gpt2", {"attention": [{"layers": 0, "name": "power"}]}, "attention: no range of `layers` has layer 1"),
         ("gpt2", {"attention": "power", "dropout": 0.1}, "dropout: 0.1, but attention: power drops no weights"),

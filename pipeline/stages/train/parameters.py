@@ -295,7 +295,7 @@ class TrainParameters(BaseModel):
     @model_validator(mode="after")
     def consistent(self) -> TrainParameters:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either `steps` or `epochs`")
+            raise ValueError(f"give either `steps` ({self.steps}) or `epochs` ({self.epochs:g})")
         if self.micro_batch_size is not None and self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
@@ -344,7 +344,8 @@ def split_batch(parameters: TrainParameters, workers: int) -> tuple[int, int]:
     augmentation = parameters.augmentation
     if augmentation is not None and micro == 1 and (augmentation.mixup > 0 or augmentation.cutmix > 0):
         raise UserError(
-            "augmentation: mixup and cutmix mix the samples of a micro-batch, and each worker's has only one",
+            f"augmentation: mixup ({augmentation.mixup:g}) and cutmix ({augmentation.cutmix:g}) mix the samples of a "
+            "micro-batch, and each worker's has only one",
             f"set global_batch_size to at least {2 * workers}, or leave micro_batch_size out",
         )
     return micro, per_worker // micro

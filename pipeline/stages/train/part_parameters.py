@@ -23,10 +23,10 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from polytrope.models.parts.settings import PARTS, Part
+from polytrope.models.parts.settings import PARTS, Part, read_part
 
 
-def _model(kind: type[Part]) -> type[BaseModel]:
+def _model(place: str, kind: type[Part]) -> type[BaseModel]:
     """A part's settings as pydantic checks them, for errors with their place and for the schema."""
     described: dict[str, Any] = {"name": (Literal[kind.name], ...)}
     if kind.per_layer:
@@ -34,11 +34,16 @@ def _model(kind: type[Part]) -> type[BaseModel]:
         described["layers"] = (str | int | None, blocks)
     for item in fields(kind):
         choices = item.metadata["choices"]
-        allowed = bool if isinstance(item.default, bool) else Literal[choices]
+        allowed: Any = dict[str, Any] | None
+        if choices:
+            allowed = bool if isinstance(item.default, bool) else Literal[choices]
         described[item.name] = (allowed, Field(item.default, description=item.metadata["description"]))
 
     def possible(settings: Any) -> Any:
-        kind(**{item.name: getattr(settings, item.name) for item in fields(kind)})
+        try:
+            read_part(place, settings.model_dump(exclude={"layers"}))
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix(f"{place}.")) from error
         return settings
 
     strict = ConfigDict(extra="forbid", strict=True)
@@ -68,7 +73,7 @@ class _ShortForm:
 
 
 def _one(place: str, check: Callable[[Any, Callable[[Any], Any]], Any]) -> Any:
-    union = functools.reduce(operator.or_, map(_model, PARTS[place].values()))
+    union = functools.reduce(operator.or_, (_model(place, kind) for kind in PARTS[place].values()))
     return Annotated[union, Field(discriminator="name"), WrapValidator(check), _ShortForm(list(PARTS[place]))]
 
 

@@ -44,7 +44,8 @@ def promise(
     _, accumulation = split_batch(parameters, resources.workers)
     data = expect_data("inputs.dataset", upstream["dataset"])
     if isinstance(data, PromisedText) and parameters.augmentation is not None:
-        raise UserError("augmentation: for images, and this dataset holds text", "leave it out")
+        given = ", ".join(sorted(f"`{name}`" for name in parameters.augmentation.model_fields_set))
+        raise UserError(f"augmentation: {given}: for images, and this dataset holds text", "leave it out")
     if parameters.model is None:
         model = expect("inputs.initial", upstream["initial"], PromisedModel)
         refuse_misfit("inputs.initial", model, data)

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.described import read_model_promise
 from polytrope.pipeline.data.description import Dataset, read_dataset
 from polytrope.pipeline.data.misfits import misfit
 from polytrope.pipeline.data.promised import PromisedData, PromisedImages, PromisedModel, PromisedText
@@ -159,16 +160,13 @@ def _promised(description: Dataset) -> PromisedData:
 
 
 def _read_initial(initial: Artifact) -> PromisedModel:
-    from polytrope.models.checkpoint import read_description
-
     try:
-        content = read_description(initial.path)
+        return read_model_promise(initial.path)
     except ValueError as error:
         raise UserError(
             f"`initial` ({initial.stage}) holds no model that can be trained: {error}",
             "name a `train`, `convert` or `import_model` stage",
         ) from error
-    return PromisedModel(str(content["architecture"]), dict(content["config"]))
 
 
 def _same_tokenizer(initial: Artifact, dataset: Artifact) -> None:
