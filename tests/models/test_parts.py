@@ -149,6 +149,7 @@ def test_what_cannot_be_is_refused_by_its_field(architecture: str, settings: dic
     [
         ({"attention": "pwoer"}, r"attention\.one\n.*'softmax', 'power'"),
         ({"attention": {"name": "power", "recurrent": True, "power": 4}}, "recurrent: only power: 2"),
+        ({"attention": {"name": "power", "reciprocal": {"degree": 3}}}, r"reciprocal: expected degree, domain, newton"),
         ({"attention": {"name": "power", "layers": 0}}, "`layers` stands in a list"),
         ({"attention": "power", "dropout": 0.1}, "dropout: 0.1, but attention: power drops no weights"),
         ({"feedforward": ["gated", "mlp", "mlp"], "n_layer": 2}, "feedforward: a list of length 3 for 2 layers"),
