@@ -19,7 +19,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import UNPROMISED, Resources, StageDefinition, load_stage
 from polytrope.pipeline.support.text import suggest
-from polytrope.pipeline.workflow.code import Code, read_code
+from polytrope.pipeline.workflow.code import Code, read_code, read_named_code
 from polytrope.pipeline.workflow.conditions import condition_stages, evaluate_condition
 from polytrope.pipeline.workflow.encoding import encode_fields
 from polytrope.pipeline.workflow.loaded import stale_module
@@ -51,6 +51,7 @@ class StageNode:
         when: condition, see `polytrope.pipeline.workflow.conditions`.
         environment: variables that belong to the key, with their values.
         code: of the stage, as it was when the graph was built.
+        named_code: of the functions that its parameters name, or its inputs are made by.
         reads: file → sha256 of the data files that the stage or the workflow file names.
         read_patterns: how the workflow file names them.
         fingerprint: what the stage says beyond its parameters decides the result.
@@ -73,6 +74,7 @@ class StageNode:
     when: str | None
     environment: dict[str, str]
     code: Code = field(kw_only=True)
+    named_code: Code = field(default=Code({}, {}), kw_only=True)
     reads: dict[str, str] = field(default_factory=dict, kw_only=True)
     read_patterns: tuple[str, ...] = field(default=(), kw_only=True)
     fingerprint: dict[str, str] = field(default_factory=dict)
@@ -91,6 +93,11 @@ class StageNode:
             UserError: a value without a lossless form.
         """
         return encode_fields(self.parameters)
+
+    @property
+    def whole_code(self) -> Code:
+        """All that belongs to the key."""
+        return self.code | self.named_code
 
     @property
     def input_nodes(self) -> tuple[str, ...]:
@@ -648,10 +655,24 @@ def _checked(workflow: Workflow, node: StageNode, finished: Mapping[str, StageNo
     with _saying_where(workflow, node):
         if options.check is not None:
             options.check(node.parameters, _upstream(node, finished, lambda source: source.parameters))
+        upstream = _upstream(node, finished, _promise)
+        if options.imports is not None:
+            named = options.imports(node.parameters, upstream)
+            node = replace(node, named_code=_named_code(named))
         if options.promise is None:
             return node
-        upstream = _upstream(node, finished, _promise)
         return replace(node, promise=options.promise(node.parameters, upstream, node.resources, workflow.directory))
+
+
+def _named_code(functions: Mapping[str, str]) -> Code:
+    """The code of `package.module:function`s, by the field that names each."""
+    found = Code({}, {})
+    for field_name, function in functions.items():
+        try:
+            found |= read_named_code(function)
+        except UserError as error:
+            raise UserError(f"{field_name}: {error.message}", error.hint) from None
+    return found
 
 
 def _promise(source: StageNode) -> Any:

@@ -193,6 +193,18 @@ SECTIONS: dict[str, list[Mistake]] = {
         _activation("a gated activation in GPT-2", "{name: hermite, glu: true}"),
         _activation("too few activations", "[gelu]"),
         _activation("blocks without an activation", "[{layers: 0, name: gelu}]"),
+        Mistake("a misspelled part", "n_layer: 2", "attention: pwoer, n_layer: 2"),
+        Mistake(
+            "a state that a power does not have",
+            "n_layer: 2",
+            "attention: {name: power, power: 4, recurrent: true}, n_layer: 2",
+        ),
+        Mistake("dropout of weights that are not dropped", "n_layer: 2", "attention: power, dropout: 0.1, n_layer: 2"),
+        Mistake(
+            "a norm over a batch that is computed twice",
+            "activation: hermite3}",
+            "activation: hermite3, norm: batch}\n      activation_checkpointing: block",
+        ),
         Mistake("heads that do not divide the width", "n_head: 4", "n_head: 3"),
         Mistake("an unknown size", "n_layer: 2,", "preset: gpt3,"),
         Mistake("a setting of another architecture", "n_layer: 2", "depths: [1, 1]"),

@@ -16,9 +16,14 @@ from matplotlib.figure import Figure
 from scipy import stats
 from training_support import make_context, read_events
 
+from polytrope.ops import build_activation
+from polytrope.pipeline.data.analysis_file import Analysis, InputStatistics, write_analysis
 from polytrope.pipeline.data.lineage import Lineage, write_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
+from polytrope.pipeline.stages.analyze.analyses import ANALYSES
+from polytrope.pipeline.stages.analyze.parameters import KernelOptions, SignalOptions
+from polytrope.pipeline.stages.analyze.subject import AnalysedActivation
 from polytrope.pipeline.stages.report.parameters import ReportParameters
 from polytrope.pipeline.stages.report.report import check, report
 from polytrope.pipeline.stages.report.statistics import holm, mean_interval, paired_p_value
@@ -159,7 +164,27 @@ def make_report(directory: Path, **parameters: Any) -> dict[str, float]:
         ReportParameters(baseline="gelu", labels={"converted": "GELU → Hermite"}, **parameters),
         conversion,
         Artifact(inputs, "d" * 64, "shard"),
+        analysis=make_analysis(inputs / "analyze"),
     )
+
+
+def make_analysis(directory: Path) -> Artifact:
+    """Of a model with all figures, one with a part of them, and one that failed."""
+    directory.mkdir()
+    activation = build_activation("hermite3")
+    inputs = InputStatistics(count=9, mean=0.0, deviation=1.0, minimum=-3.0, maximum=3.0)
+    subject = AnalysedActivation("block 1", "hermite, degree 3", activation, [], np.zeros(1), np.ones(1), inputs)
+    kernel = ANALYSES["kernel"]([subject], KernelOptions(name="kernel", frequencies=4))
+    signal = ANALYSES["signal"]([subject], SignalOptions(name="signal"))
+    common = {"digest": "a" * 64, "stage": "train"}
+    models = {
+        "gelu": {**common, "kernel": kernel, "signal": signal},
+        "hermite": {**common, "kernel": kernel},
+        "converted": {**common, "failure": "it diverged"},
+    }
+    data = {"name": "a corpus", "digest": "0" * 64, "samples": 3}
+    write_analysis(directory, Analysis.model_validate({"format": 1, "dataset": data, "models": models}))
+    return Artifact(directory, "a" * 64, "analyze")
 
 
 @pytest.fixture(scope="module")
@@ -235,10 +260,22 @@ def test_conversion_errors_are_weighted_with_the_inputs_of_each_layer(made: tupl
     assert [row["rms_error"] for row in rows] == pytest.approx([0.01, 0.02])  # a constant error, whatever the weights
 
 
+def test_analyses_are_a_table_with_what_each_model_has_and_plots(made: tuple[Path, dict[str, float]]) -> None:
+    directory = made[0] / "output"
+    page = (directory / "report.html").read_text()
+    whole, part, failed = json.loads((directory / "report.json").read_text())["analysis"]
+    assert part["figures"].keys() < whole["figures"].keys()
+    assert failed == {"label": "converted", "name": "GELU → Hermite", "failure": "it diverged", "figures": {}}
+    assert whole["figures"]["signal/largest_lipschitz"] == pytest.approx(8 / math.sqrt(2.5))  # F'(3)
+    assert "<th>Lipschitz constant</th><th>mean frequency of a layer</th>" in page
+    assert "<tr><td>gelu</td><td>1.765</td><td>5.06</td>" in page
+    assert '<td>GELU → Hermite<small class="bad">it diverged</small></td>' + "<td>–</td>" * 4 in page
+
+
 def test_plots_and_page_are_shown_on_the_workflows_run(made: tuple[Path, dict[str, float]]) -> None:
     directory = made[0]
     plots = sorted(path.name for path in (directory / "output" / "plots").iterdir())
-    assert plots == ["conversion.png", "losses.png", "shapes.png"]
+    assert plots == ["conversion.png", "kernel.png", "losses.png", "shapes.png", "variances.png"]
     shown = {event["path"]: event["parent"] for event in read_events(directory, "artifact")}
     assert shown == {"report.html": True, "report.json": True, "plots": True}
 
@@ -246,7 +283,7 @@ def test_plots_and_page_are_shown_on_the_workflows_run(made: tuple[Path, dict[st
 def test_the_same_inputs_give_the_same_bytes(made: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     make_report(tmp_path)
     files = [path.relative_to(made[0]) for path in (made[0] / "output").rglob("*.*")]
-    assert len(files) == 5
+    assert len(files) == 7
     for path in files:
         assert (made[0] / path).read_bytes() == (tmp_path / path).read_bytes()
 

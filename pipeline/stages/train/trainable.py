@@ -13,8 +13,17 @@ from polytrope.pipeline.support.text import suggest
 if TYPE_CHECKING:
     from torch import nn
 
-COEFFICIENTS = "coefficients"  # found by the modules they belong to
-GROUPS = (COEFFICIENTS, *sorted({name for kind in MODEL_KINDS.values() for name in kind.groups}))
+# Found by the modules they belong to.
+COEFFICIENTS = "coefficients"
+MULTIPLICATIVE = "multiplicative"
+GROUPS = (COEFFICIENTS, MULTIPLICATIVE, *sorted({name for kind in MODEL_KINDS.values() for name in kind.groups}))
+
+
+# Why a model may have none of a group.
+_WITHOUT = {
+    COEFFICIENTS: "its activations have no coefficients",
+    MULTIPLICATIVE: "layers of `feedforward: quadratic` have them",
+}
 
 
 def check_entry(entry: str) -> str:
@@ -47,7 +56,7 @@ def freeze(model: nn.Module, architecture: str, trainable: Sequence[str]) -> Non
         if not found:
             raise UserError(
                 f"trainable: `{entry}` names no parameter of this {architecture}",
-                suggest(entry, names) if entry not in GROUPS else f"its activations have no {entry}",
+                suggest(entry, names) if entry not in GROUPS else _WITHOUT.get(entry, f"it has no {entry}"),
             )
         learns |= found
     for parameter in names.values():
@@ -55,8 +64,11 @@ def freeze(model: nn.Module, architecture: str, trainable: Sequence[str]) -> Non
 
 
 def _parameters_of(entry: str, model: nn.Module, architecture: str) -> set[int]:
+    from polytrope.models.parts.feedforward import multiplicative_parameters
     from polytrope.ops import is_learnable_activation
 
+    if entry == MULTIPLICATIVE:
+        return {id(parameter) for parameter in multiplicative_parameters(model)}
     if entry == COEFFICIENTS:
         activations = (module for module in model.modules() if is_learnable_activation(module))
         return {id(parameter) for module in activations for parameter in module.parameters()}
