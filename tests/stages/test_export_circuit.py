@@ -89,7 +89,16 @@ def test_the_file_computes_what_the_trained_model_does_up_to_the_certified_error
     assert 0.0 < exported[1]["deviation"] < 10 * exported[1]["reciprocal_error"]
 
 
-def test_costs_ranges_and_what_lies_outside_are_recorded(exported: tuple[Path, dict[str, float]]) -> None:
+def loss_of(network: torch.nn.Module, dataset: Artifact) -> float:
+    """On the first 6 validation samples."""
+    blocks = torch.from_numpy(open_split(dataset.path, "validation").samples(np.arange(6)).astype(np.int64))
+    with torch.no_grad():
+        return float(network(blocks[:, :-1], blocks[:, 1:]))
+
+
+def test_costs_ranges_and_what_lies_outside_are_recorded(
+    exported: tuple[Path, dict[str, float]], model: Artifact, dataset: Artifact
+) -> None:
     directory, returned = exported
     record = read_circuit(directory / "output")
     assert (record.positions, record.width, record.vocabulary) == (SEQUENCE_LENGTH, 16, 320)
@@ -108,6 +117,9 @@ def test_costs_ranges_and_what_lies_outside_are_recorded(exported: tuple[Path, d
     for activation in record.activations:
         assert activation.minimum < 0 < activation.maximum
     assert returned["rows_outside"] == 0.0
+    loss = loss_of(load_model(directory / "output"), dataset)
+    assert returned["val_loss"] == record.loss == pytest.approx(loss, rel=1e-5)
+    assert returned["val_loss_with_divisions"] == pytest.approx(loss_of(load_model(model.path), dataset), rel=1e-5)
     assert json.loads((directory / "output" / "lineage.json").read_text())["ancestors"][-1]["stage"] == "train"
 
 
