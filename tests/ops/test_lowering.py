@@ -119,7 +119,18 @@ def test_extremes_are_those_of_the_kernels(config: dict[str, Any]) -> None:
         torch.testing.assert_close(found, exact, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
-COMPILED = [CONFIGS[2], CONFIGS[5], CONFIGS[6], CONFIGS[13], CONFIGS[14], CONFIGS[16], CONFIGS[19], *MORE, CONTROL, COMPOSED]
+COMPILED = [
+    CONFIGS[2],
+    CONFIGS[5],
+    CONFIGS[6],
+    CONFIGS[13],
+    CONFIGS[14],
+    CONFIGS[16],
+    CONFIGS[19],
+    *MORE,
+    CONTROL,
+    COMPOSED,
+]
 
 
 @pytest.mark.parametrize("config", COMPILED, ids=label)
