@@ -502,7 +502,9 @@ def test_an_adapter_is_trained_on_a_converted_model_saved_and_merged(
     adapted = peft.get_peft_model(load(case), settings)
     optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], 0.1)
     with torch.no_grad():
-        torch.testing.assert_close(run(adapted.eval(), case.inputs), case.logits, rtol=0, atol=0)  # it starts as nothing
+        torch.testing.assert_close(
+            run(adapted.eval(), case.inputs), case.logits, rtol=0, atol=0
+        )  # it starts as nothing
     for _ in range(2):  # the first step moves one of the two factors alone
         adapted(**case.inputs, labels=tokens()).loss.backward()
         optimizer.step()
