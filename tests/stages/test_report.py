@@ -320,7 +320,7 @@ def test_the_same_inputs_give_the_same_bytes(made: tuple[Path, dict[str, float]]
 
 
 def test_models_of_different_budgets_are_marked_and_their_lineage_is_told(tmp_path: Path) -> None:
-    losses = {"gelu": 4.0, "tuned": 3.9}
+    losses = {"gelu": 4.0, "tuned": 4.00001}
     models = {label: make_model(tmp_path / label, label, loss) for label, loss in losses.items()}
     first = Lineage(samples=480, tokens=61_440)
     write_lineage(models["gelu"].path, first)
@@ -333,6 +333,7 @@ def test_models_of_different_budgets_are_marked_and_their_lineage_is_told(tmp_pa
     text = read_page(tmp_path / "output" / "report.html").text
     assert "These models were trained on different amounts of data" in text
     assert "train → convert" in text
+    assert 'class="muted">+0.0000<' in (tmp_path / "output" / "report.html").read_text(), "neither good nor bad"
     write_lineage(models["tuned"].path, first)
     report(make_context(tmp_path / "same"), Artifact(tmp_path / "evaluate", "e", "e"), models, ReportParameters())
     assert "different amounts" not in read_page(tmp_path / "same" / "output" / "report.html").text
