@@ -50,11 +50,20 @@ ROWS = {
     "PolyNorm 3": r"(forward|backward)_rows<3, true>",
 }
 SOURCES = ("cuda_polynomial.cu", "cuda_waves.cu", "cuda_lines.cu", "cuda_quotients.cu", "cuda_polynorm.cu")
+# Degrees 3, 6 and the highest of each family are enough.
+FEW = (
+    (
+        "first_degree(int, int last) { return last; }",
+        "first_degree(int first, int last) { return first <= 3 ? 3 : first <= 6 && last > 6 ? 6 : last; }",
+    ),
+)
 # What makes a kernel one for bfloat16.
 FIXED = (
     ("(type == type_float32)", "(false)"),
     ("(type == type_bfloat16)", "(true)"),
     ("scaled(is_scaled(p))", "scaled(false)"),
+    ("bounded(float(p.low) > -INFINITY || float(p.high) < INFINITY)", "bounded(true)"),
+    ("form != plain && !never_has_tails<Family> && p.tails;", "form == with_tails;"),  # as it was before 27 November
 )
 HALF_RATE = r"(FMNMX|FSETP|FSEL|FSET|ISETP|IADD|SEL|LOP3|PLOP3|SHF|PRMT|VIMNMX|I2F|F2F|F2I|LEA|MOV|R2UR|CS2R|FCHK|VOTE)"
 
@@ -93,14 +102,23 @@ def compile_all(sources: Path, scratch: Path, *, fixed: bool) -> tuple[str, list
     scratch.mkdir()
     for path in sources.iterdir():
         text = path.read_text(encoding="utf-8")
-        for old, new in FIXED if fixed else ():
+        for old, new in FEW + FIXED if fixed else FEW:
             text = text.replace(old, new)
         (scratch / path.name).write_text(text, encoding="utf-8")
     flags = [flag for flag in build.CUDA_FLAGS if "cudart" not in flag and "fPIC" not in flag]
     report, cubins = "", []
     for source in SOURCES:
         cubins.append(scratch / f"{source}.cubin")
-        command = ["nvcc", *flags, "-arch=sm_90", "-cubin", str(scratch / source), "-o", str(cubins[-1])]
+        command = [
+            "nvcc",
+            *flags,
+            "-DPOLYTROPE_FEW_DEGREES",
+            "-arch=sm_90",
+            "-cubin",
+            str(scratch / source),
+            "-o",
+            str(cubins[-1]),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"nvcc {source}: exit code {done.returncode}\n{done.stderr[-3000:]}")

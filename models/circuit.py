@@ -264,7 +264,7 @@ def with_reciprocals(model: GPT2, domains: Mapping[int, tuple[float, float]], de
         attention = block.attn
         assert isinstance(attention, PowerAttention)
         settings = ReciprocalSettings(degree=degree, newton=newton, domain=domains[number])
-        attention.settings = attention.settings.model_copy(update={"reciprocal": settings})
+        attention.settings = dataclasses.replace(attention.settings, reciprocal=settings)
         attention.reciprocal = PolynomialReciprocal(settings).to(attention.alpha.device).eval()
         entries.append(attention.settings.config())
     model.config = dataclasses.replace(model.config, attention=entries)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytrope.models.parts.ranges import RangePenalty
-from polytrope.models.parts.reciprocal import PolynomialReciprocal
 from polytrope.models.parts.settings import Attention, PowerSettings, SoftmaxSettings
 from polytrope.models.per_layer import Entry
 
@@ -123,9 +122,11 @@ class PowerAttention(nn.Module):
         self.c_proj = nn.Linear(sizes.width, sizes.width, bias=sizes.bias)
         self.alpha = nn.Parameter(torch.full((sizes.heads,), 3.0))
         self.beta = nn.Parameter(torch.ones(sizes.heads))
-        self.reciprocal: nn.Module = (
-            Reciprocal() if settings.reciprocal is None else PolynomialReciprocal(settings.reciprocal)
-        )
+        self.reciprocal: nn.Module = Reciprocal()
+        if settings.reciprocal is not None:
+            from polytrope.models.parts.reciprocal import PolynomialReciprocal
+
+            self.reciprocal = PolynomialReciprocal(settings.reciprocal)
         self.n_head = sizes.heads
         self.scale = sizes.scale
         self.ranges: RangePenalty | None = None
@@ -253,4 +254,4 @@ def build_attention(settings: Attention, sizes: AttentionSizes) -> nn.Module:
     Args:
         settings: as `parts.settings.read_part("attention", …)` gives them.
     """
-    return ATTENTIONS[settings.name](settings, sizes)  # type: ignore[attr-defined]
+    return ATTENTIONS[settings.name](settings, sizes)

@@ -120,4 +120,4 @@ def build_feedforward(settings: FeedForward, sizes: FeedForwardSizes) -> FeedFor
     Args:
         settings: as `parts.settings.read_part("feedforward", …)` gives them.
     """
-    return FEEDFORWARDS[settings.name](settings, sizes)  # type: ignore[attr-defined]
+    return FEEDFORWARDS[settings.name](settings, sizes)

@@ -150,4 +150,4 @@ def build_norm(settings: Norm, sizes: NormSizes) -> nn.Module:
     Args:
         settings: as `parts.settings.read_part("norm", …)` gives them.
     """
-    return NORMS[settings.name](settings, sizes)  # type: ignore[attr-defined]
+    return NORMS[settings.name](settings, sizes)
