@@ -4,8 +4,8 @@
 
 Forward and backward with all gradients. Activations that are lowered to arithmetic, which fuses with bias and casts,
 are there twice: as they are, and as an operator that the compiler does not look into. The contestants of a row take
-turns; what counts is the median of a turn's ratios to GELU's time in the same turn, all three compiled. On the CPU, time
-is processor time: with `--threads 1` the work of others on the machine disturbs the caches only.
+turns; what counts is the median of a turn's ratios to GELU's time in the same turn, all compiled. On the CPU, time is
+processor time: with `--threads 1` the work of others on the machine disturbs the caches only.
 """
 
 from __future__ import annotations
