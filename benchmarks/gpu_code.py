@@ -47,7 +47,7 @@ ROWS = {
     "Fourier 6, harmonic": r"(forward|backward)_kernel<Harmonic\w+<CoarseWaves>, 6, 0, plain>",
     "Rational 5": r"(forward|backward)_kernel<Rational, 5, 4, plain>",
     "PolyReLU 3": r"(forward|backward)_kernel<PolyReLU, 3, 0, plain>",
-    "PolyNorm 3": r"(forward|backward)_rows<3, true>",
+    "PolyNorm 3": r"(forward|backward)_rows<3, (?:of_16_bits|true)>",
 }
 SOURCES = ("cuda_polynomial.cu", "cuda_waves.cu", "cuda_lines.cu", "cuda_quotients.cu", "cuda_polynorm.cu")
 # Degrees 3, 6 and the highest of each family are enough.
@@ -136,6 +136,7 @@ def readable(names: Iterable[str]) -> dict[str, str]:
         short = short[: short.index(">(") + 1] if ">(" in short else short.split("(")[0]
         for number, form in enumerate(("plain", "with_tails", "general")):
             short = short.replace(f"(Form){number}", form)
+        short = short.replace("(Kept)4", "of_16_bits")
         found[mangled] = re.sub(r"\(\w+\)(\d)", r"\1", short)
     return found
 
