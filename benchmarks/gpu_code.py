@@ -1,14 +1,14 @@
-"""What the CUDA kernels cost by their machine code, where no GPU is at hand: registers, spills, instructions per element.
+"""What the CUDA kernels cost by their machine code, where no GPU is at hand: registers, spills, instructions.
 
     python -m benchmarks.gpu_code [--sources DIRECTORY] [--against FILE] [--out FILE]
 
 Compiles the kernels for sm_90 and reads ptxas's report (registers, spills) and, with cuobjdump, the loop that goes over
 the elements. For the loop the sources are compiled once more for bfloat16 alone, without a scaled variable, so that it
-holds nothing that is skipped at run time; of its branches those are followed that pass every load and store and, among
+holds little that is skipped at run time; of its branches those are followed that pass every load and store and, among
 these, the fewest instructions. `slots` is what a multiprocessor's four schedulers need at least for an element, in
-instructions per lane: all instructions; twice those that go through the integer, comparison and conversion pipe, of half
-the rate; eight times those of the special functions (CUDA C++ Programming Guide, throughput of arithmetic instructions,
-compute capability 9.0). A bound, not a time: what a GPU makes of it, only a GPU tells (`benchmarks.gpu_ops`).
+instructions per lane: all instructions; twice those of the integer, comparison and conversion pipe, of half the rate;
+eight times those of the special functions (CUDA C++ Programming Guide, throughput of arithmetic instructions, compute
+capability 9.0). A bound, not a time: what a GPU makes of it, only a GPU tells (`benchmarks.gpu_ops`).
 
 `--sources`: a directory of other sources, `ops/csrc` of an older commit; `--against`: the record of such a run, to
 stand beside. Needs nvcc, cuobjdump and nvdisasm (CUDA toolkit, or pip's nvidia-cuda-cuobjdump and -nvdisasm).
