@@ -1,14 +1,14 @@
-"""What the CUDA kernels cost by their machine code, where no GPU is at hand: registers, spills, instructions per element.
+"""What the CUDA kernels cost by their machine code, where no GPU is at hand: registers, spills, instructions.
 
     python -m benchmarks.gpu_code [--sources DIRECTORY] [--against FILE] [--out FILE]
 
 Compiles the kernels for sm_90 and reads ptxas's report (registers, spills) and, with cuobjdump, the loop that goes over
 the elements. For the loop the sources are compiled once more for bfloat16 alone, without a scaled variable, so that it
-holds nothing that is skipped at run time; of its branches those are followed that pass every load and store and, among
+holds little that is skipped at run time; of its branches those are followed that pass every load and store and, among
 these, the fewest instructions. `slots` is what a multiprocessor's four schedulers need at least for an element, in
-instructions per lane: all instructions; twice those that go through the integer, comparison and conversion pipe, of half
-the rate; eight times those of the special functions (CUDA C++ Programming Guide, throughput of arithmetic instructions,
-compute capability 9.0). A bound, not a time: what a GPU makes of it, only a GPU tells (`benchmarks.gpu_ops`).
+instructions per lane: all instructions; twice those of the integer, comparison and conversion pipe, of half the rate;
+eight times those of the special functions (CUDA C++ Programming Guide, throughput of arithmetic instructions, compute
+capability 9.0). A bound, not a time: what a GPU makes of it, only a GPU tells (`benchmarks.gpu_ops`).
 
 `--sources`: a directory of other sources, `ops/csrc` of an older commit; `--against`: the record of such a run, to
 stand beside. Needs nvcc, cuobjdump and nvdisasm (CUDA toolkit, or pip's nvidia-cuda-cuobjdump and -nvdisasm).
@@ -47,7 +47,7 @@ ROWS = {
     "Fourier 6, harmonic": r"(forward|backward)_kernel<Harmonic\w+<CoarseWaves>, 6, 0, plain>",
     "Rational 5": r"(forward|backward)_kernel<Rational, 5, 4, plain>",
     "PolyReLU 3": r"(forward|backward)_kernel<PolyReLU, 3, 0, plain>",
-    "PolyNorm 3": r"(forward|backward)_rows<3, true>",
+    "PolyNorm 3": r"(forward|backward)_rows<3, (?:of_16_bits|true)>",
 }
 SOURCES = ("cuda_polynomial.cu", "cuda_waves.cu", "cuda_lines.cu", "cuda_quotients.cu", "cuda_polynorm.cu")
 # Degrees 3, 6 and the highest of each family are enough.
@@ -136,6 +136,7 @@ def readable(names: Iterable[str]) -> dict[str, str]:
         short = short[: short.index(">(") + 1] if ">(" in short else short.split("(")[0]
         for number, form in enumerate(("plain", "with_tails", "general")):
             short = short.replace(f"(Form){number}", form)
+        short = short.replace("(Kept)4", "of_16_bits")
         found[mangled] = re.sub(r"\(\w+\)(\d)", r"\1", short)
     return found
 

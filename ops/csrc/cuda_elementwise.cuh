@@ -150,15 +150,21 @@ __device__ __forceinline__ bool any_thread(bool found) {
   return any;
 }
 
+// Whether 80 registers are enough for a kernel with tails.
+template <class Family>
+constexpr bool has_light_tails(Form form) {
+  return form == with_tails && std::is_same_v<Family, Polynomial>;
+}
+
 // Blocks that a multiprocessor is to hold: bounds the registers of a thread, many of which are sums.
 template <class Family, int D, int E>
 constexpr int backward_blocks(Form form) {
   const bool many = Family::sums(D, E) > 14 || (form == general && never_has_tails<Family>);  // maxima need more besides
-  return (form == general ? 2 : 3) - (many ? 1 : 0);
+  return (form == plain || has_light_tails<Family>(form) ? 3 : 2) - (many ? 1 : 0);
 }
 template <class Family, int D, int E>
 constexpr int forward_blocks(Form form) {
-  return form == general ? 2 : form == with_tails || Family::sums(D, E) > 20 ? 3 : 4;
+  return form == plain ? (Family::sums(D, E) > 20 ? 3 : 4) : has_light_tails<Family>(form) ? 3 : 2;
 }
 
 // Only where all elements lie side by side are there registers to spare for elements that are on their way.
