@@ -1,10 +1,13 @@
-"""The study of the recipe, from the trainings in stores: `python -m benchmarks.recipe --store DIRECTORY …`.
+"""The study of the recipe: `python -m benchmarks.recipe --store DIRECTORY … [--train PART …]`.
 
-`polytrope run workflows/recipe.yaml` makes trainings; `--set` gives other rates, seeds, activations, run after run in
-one store. Of every training that was validated on the whole validation split this takes the loss. Trainings that differ
-in nothing but the activation and the rate of its coefficients are compared, paired by seed: with GELU, and with the
-control at every rate it was trained at. Seeds from 10 on are for choosing rates; what is reported is of the others. It
-writes results/recipe.json (every loss and comparison), recipe.md (tables) and recipe-groups.png.
+Of every training in the stores that belongs to it (`polytrope run workflows/recipe.yaml`, with other rates, seeds and
+texts by `--set`) this takes the losses. `--train` makes those of a part of the study first, one at a time, in the first
+store; what is stored is not trained again, and what was interrupted goes on.
+
+Trainings that differ in nothing but the activation and the rate of its coefficients are compared, paired by seed: with
+GELU, and with the control at every rate it was trained at. Choices are made with the seeds from 10 on and about half of
+a text's validation documents; what is reported is of the other seeds and the other documents. It writes
+results/recipe.json (every loss and comparison), recipe.md (tables) and a plot for each text.
 """
 
 from __future__ import annotations
@@ -12,97 +15,77 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polytrope.ops import LearnableActivation, build_activation
+import yaml
+
+from benchmarks.recipe_trainings import (
+    BASELINES,
+    CONTROL,
+    DEVELOPMENT,
+    FROZEN,
+    PARTS,
+    SETTING,
+    Row,
+    compose,
+    read_trainings,
+)
 from polytrope.pipeline.stages.report.contents import paired_difference
 from polytrope.pipeline.stages.report.statistics import holm, mean_interval
-from polytrope.pipeline.stages.train.coefficient_rates import coefficient_multiple
-from polytrope.pipeline.store.manifest import StoredArtifact
-from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support import figures
 
+ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-DEVELOPMENT = 10  # the first of the seeds that rates are chosen by
-BASELINE = "gelu_tanh"
-CONTROL = "affine"
-SETTING = ("data", "train_tokens", "layers", "width", "steps", "batch", "learning_rate")
-Row = dict[str, Any]
 
 
-def read_trainings(addresses: Iterable[str]) -> list[Row]:
-    """Every training from scratch in the stores whose loss is of the whole validation split; each once."""
-    found: dict[tuple[Any, ...], Row] = {}
-    for address in addresses:
-        store = Store(address)
-        loaded = map(store.load, store.keys())
-        artifacts = [artifact for artifact in loaded if artifact is not None]
-        datasets = {artifact.digest: artifact for artifact in artifacts if artifact.components["uses"] == "shard"}
-        for artifact in artifacts:
-            inputs = artifact.components["inputs"]
-            dataset = datasets.get(inputs.get("dataset"))
-            if artifact.components["uses"] == "train" and dataset is not None and inputs["initial"] is None:
-                row = describe(artifact, dataset)
-                if row is not None:
-                    found.setdefault((*(row[key] for key in SETTING), row["name"], row["seed"]), row)
-    return [found[key] for key in sorted(found)]
-
-
-def describe(artifact: StoredArtifact, dataset: StoredArtifact) -> Row | None:
-    """One training as a row; None where a part of the validation split was left out, or blocks differ."""
-    parameters, sizes = artifact.components["parameters"], dataset.components["parameters"]
-    if parameters["validation_samples"] * sizes["sequence_length"] < dataset.summary["validation/tokens"]:
-        return None
-    model, base = parameters["model"], parameters["learning_rate"]
-    activation, own = model["activation"], parameters["coefficient_learning_rate"]
-    if isinstance(activation, list) or model["activation_options"] is not None:
-        return None
-    module = build_activation(activation)
-    name = name_of(activation)
-    if isinstance(module, LearnableActivation):
-        name += f" × {coefficient_multiple(module) if own is None else round(own / base, 4):g}"
-    return {
-        "data": next(file["sha256"] for file in dataset.files if file["path"].startswith("train/shard"))[:12],
-        "train_tokens": int(dataset.summary["train/tokens"]),
-        "layers": model["n_layer"],
-        "width": model["n_embd"],
-        "steps": parameters["steps"],
-        "batch": parameters["global_batch_size"],
-        "learning_rate": base,
-        "activation": activation,
-        "name": name,
-        "seed": parameters["seed"],
-        "loss": artifact.summary.get("val/loss"),  # None: it diverged
-    }
-
-
-def name_of(activation: str | Mapping[str, Any]) -> str:
-    """`hermite4 gelu [-4, 4]`: name, degree and options."""
-    if isinstance(activation, str):
-        return activation
-    options = [str(value) for key, value in activation.items() if key not in ("name", "degree")]
-    return " ".join([f"{activation['name']}{activation.get('degree', '')}", *options])
+def train(part: str, store: str, speeches: Path | None) -> None:
+    """Run the workflow of a part, one training at a time; a training that diverges is a result."""
+    with tempfile.TemporaryDirectory(prefix="polytrope-recipe-") as directory:
+        file = Path(directory) / "workflow.yaml"
+        file.write_text(yaml.safe_dump(compose(part, speeches), sort_keys=False), encoding="utf-8")
+        command = [sys.executable, "-m", "polytrope.pipeline.commands.cli", "run", str(file), "--store", store]
+        subprocess.run([*command, "--executor", "local", "--concurrency", "1"], cwd=ROOT, check=True)
 
 
 def compare(trainings: Sequence[Row]) -> list[Row]:
     """Each setting with its activations, compared with GELU and with every control; Holm's correction for each kind."""
     settings: dict[tuple[Any, ...], dict[str, dict[int, float | None]]] = {}
+    accuracies: dict[tuple[Any, ...], dict[str, dict[int, float | None]]] = {}
+    corpora: dict[tuple[Any, ...], str] = {}
     for row in trainings:
-        members = settings.setdefault(tuple(row[key] for key in SETTING), {})
-        members.setdefault(row["name"], {})[row["seed"]] = row["loss"]
+        setting = tuple(row[key] for key in SETTING)
+        corpora.setdefault(setting, row["corpus"])
+        loss = row["development_loss" if row["seed"] >= DEVELOPMENT else "test_loss"]
+        settings.setdefault(setting, {}).setdefault(row["name"], {})[row["seed"]] = loss
+        if row["accuracy"] is not None:
+            accuracies.setdefault(setting, {}).setdefault(row["name"], {})[row["seed"]] = row["accuracy"]
     found = []
     for setting, losses in settings.items():
-        controls = {name: of for name, of in losses.items() if name.startswith(f"{CONTROL} ")}
-        entries = [summarize(name, of, losses.get(BASELINE, {})) for name, of in losses.items()]
+        baseline = next((name for name in BASELINES if name in losses), None)
+        controls = {
+            name: of for name, of in losses.items() if name.startswith(f"{CONTROL} ") and not name.endswith(FROZEN)
+        }
+        entries = [summarize(name, of, losses.get(baseline or "", {}), baseline) for name, of in losses.items()]
+        right = accuracies.get(setting, {})
         for entry in entries:
-            if entry["name"] not in (BASELINE, *controls):
+            if entry["name"] in right:
+                of = right[entry["name"]]
+                entry["accuracy"] = mean_of([share for seed, share in of.items() if seed < DEVELOPMENT])
+                if entry["name"] != baseline:
+                    entry["accuracy_difference"] = difference(of, right.get(baseline or "", {}))
+            if entry["name"] not in (*BASELINES, *controls):
                 own = losses[entry["name"]]
                 entry["differences_to_controls"] = {name: difference(own, of) for name, of in controls.items()}
         correct([entry.get("difference") for entry in entries])
         correct([one for entry in entries for one in entry.get("differences_to_controls", {}).values()])
-        found.append({**dict(zip(SETTING, setting, strict=True)), "controls": list(controls), "activations": entries})
+        correct([entry.get("accuracy_difference") for entry in entries])
+        about = {"corpus": corpora[setting], **dict(zip(SETTING, setting, strict=True))}
+        found.append({**about, "baseline": baseline, "controls": list(controls), "activations": entries})
     return found
 
 
@@ -113,58 +96,124 @@ def correct(differences: Sequence[Row | None]) -> None:
         one["holm_p_value"] = corrected
 
 
-def summarize(name: str, losses: Mapping[int, float | None], baseline: Mapping[int, float | None]) -> Row:
-    """Mean loss over the reported seeds, and paired differences to the baseline there and on the development seeds."""
-    reported = [loss for seed, loss in losses.items() if seed < DEVELOPMENT and loss is not None]
+def summarize(
+    name: str, losses: Mapping[int, float | None], baseline: Mapping[int, float | None], baseline_name: str | None
+) -> Row:
+    """Mean loss over the reported seeds, and the paired difference to the baseline there."""
+    reported = [loss for seed, loss in losses.items() if seed < DEVELOPMENT]
     developed = {seed: loss for seed, loss in losses.items() if seed >= DEVELOPMENT and loss is not None}
     failed = sum(loss is None for loss in losses.values())
-    entry: Row = {"name": name, "failed": failed, "development": developed, "loss": None}
-    if reported:
-        interval = mean_interval(reported)
-        entry["loss"] = {"mean": interval.mean, "half_width": interval.half_width, "values": reported}
-    if name != BASELINE:
+    entry: Row = {"name": name, "failed": failed, "development": developed, "loss": mean_of(reported)}
+    if name != baseline_name:
         entry["difference"] = difference(losses, baseline)
-        entry["difference_in_development"] = difference(losses, baseline, development=True)
     return entry
 
 
-def difference(
-    losses: Mapping[int, float | None], reference: Mapping[int, float | None], *, development: bool = False
-) -> Row | None:
-    """Paired over the reported seeds, or the development seeds, that both have; None without any."""
+def mean_of(values: Sequence[float | None]) -> Row | None:
+    """Mean and half of its interval; None without a value."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return None
+    interval = mean_interval(found)
+    return {"mean": interval.mean, "half_width": interval.half_width, "values": found}
+
+
+def difference(losses: Mapping[int, float | None], reference: Mapping[int, float | None]) -> Row | None:
+    """Paired over the reported seeds that both have; None without any."""
     pairs = [
         (own, other)
         for seed in losses
-        if (seed >= DEVELOPMENT) == development
-        if (own := losses[seed]) is not None and (other := reference.get(seed)) is not None
+        if seed < DEVELOPMENT and (own := losses[seed]) is not None and (other := reference.get(seed)) is not None
     ]
     return paired_difference([own for own, _ in pairs], [other for _, other in pairs]) if pairs else None
 
 
-def markdown(settings: Sequence[Row]) -> str:
-    """A table for each setting."""
+def base_rates(trainings: Sequence[Row]) -> list[Row]:
+    """Of activations trained at several base rates with the seeds for choosing: the loss at each, and the best rate.
+
+    Only seeds that every rate has are counted; a rate with a failed training is not chosen.
+    """
+    groups: dict[tuple[Any, ...], dict[float, dict[int, float | None]]] = {}
+    about = [key for key in ("corpus", *SETTING, "name") if key != "learning_rate"]
+    for row in trainings:
+        if row["seed"] >= DEVELOPMENT:
+            rates = groups.setdefault(tuple(row[key] for key in about), {})
+            rates.setdefault(row["learning_rate"], {})[row["seed"]] = row["development_loss"]
+    found = []
+    for group, rates in groups.items():
+        seeds = sorted(set.intersection(*(set(losses) for losses in rates.values())))
+        if len(rates) < 2 or not seeds:
+            continue
+        means: dict[float, float] = {}
+        for rate in sorted(rates):
+            values = [loss for seed in seeds if (loss := rates[rate][seed]) is not None]
+            if len(values) == len(seeds):
+                means[rate] = sum(values) / len(values)
+        found.append(
+            {
+                **dict(zip(about, group, strict=True)),
+                "seeds": seeds,
+                "rates": [
+                    {"learning_rate": rate, "losses": rates[rate], "mean": means.get(rate)} for rate in sorted(rates)
+                ],
+                "chosen": min(means, key=means.__getitem__) if means else None,
+            }
+        )
+    return found
+
+
+def markdown(settings: Sequence[Row], rates: Sequence[Row]) -> str:
+    """A table for each setting with two seeds or more to report on, and one of the base rates."""
     lines: list[str] = []
-    for setting in settings:
-        heads = ["activation × rate", "loss, nats per token", "development seeds", "Δ to GELU, paired", "p, Holm"]
+    for setting in filter(is_reported, settings):
+        heads = ["activation × rate", "seeds", "loss", "for choosing", "Δ to GELU, paired", "p, Holm"]
         for control in setting["controls"]:
             heads += [f"Δ to {control}", "p, Holm"]
-        heads.append("failed")
+        images = any(entry.get("accuracy") for entry in setting["activations"])
+        heads += ["accuracy", "Δ to GELU", "p, Holm", "failed"] if images else ["failed"]
         lines += [
-            f"{setting['layers']} layers of {setting['width']}, {setting['steps']} steps of {setting['batch']} "
-            f"samples, base learning rate {setting['learning_rate']:g}, {setting['train_tokens']:,} tokens "
-            f"({setting['data']})",
+            f"**{setting['corpus']}** ({setting['data']}): {setting['model']}, {setting['steps']} steps of "
+            f"{setting['batch']} samples, base learning rate {setting['learning_rate']:g}",
             "",
         ]
         rows = []
         for entry in setting["activations"]:
-            row = [entry["name"], plus_minus(entry["loss"], ".4f")]
+            row = [entry["name"], str(len((entry["loss"] or {"values": ()})["values"]))]
+            row.append(plus_minus(entry["loss"], ".4f"))
             row.append(" · ".join(f"{seed}: {loss:.4f}" for seed, loss in entry["development"].items()) or "–")
             of_controls = entry.get("differences_to_controls", {})
             for compared in (entry.get("difference"), *(of_controls.get(name) for name in setting["controls"])):
                 row += [plus_minus(compared, "+.4f"), p_value(compared)]
+            if images:
+                compared = entry.get("accuracy_difference")
+                row += [plus_minus(entry.get("accuracy"), ".4f"), plus_minus(compared, "+.4f"), p_value(compared)]
             rows.append([*row, str(entry["failed"])])
-        lines += ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)] + [""]
+        lines += [*table(heads, rows), ""]
+    if rates:
+        lines += ["**Base learning rates**, by the documents and seeds for choosing", ""]
+        rows = []
+        for one in rates:
+            for rate in one["rates"]:
+                shown = " · ".join(f"{seed}: {_shown(loss)}" for seed, loss in sorted(rate["losses"].items()))
+                mark = "chosen" if rate["learning_rate"] == one["chosen"] else ""
+                rows.append(
+                    [one["corpus"], one["name"], f"{rate['learning_rate']:g}", shown, _shown(rate["mean"]), mark]
+                )
+        lines += [*table(["text", "activation × rate", "base rate", "seeds", "mean", ""], rows), ""]
     return "\n".join(lines)
+
+
+def is_reported(setting: Row) -> bool:
+    """Whether something was compared there on two seeds or more."""
+    return any((entry.get("difference") or {"pairs": 0})["pairs"] > 1 for entry in setting["activations"])
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
+
+
+def _shown(loss: float | None) -> str:
+    return "failed" if loss is None else f"{loss:.4f}"
 
 
 def plus_minus(entry: Row | None, layout: str) -> str:
@@ -176,40 +225,59 @@ def plus_minus(entry: Row | None, layout: str) -> str:
 
 
 def p_value(entry: Row | None) -> str:
-    return "–" if entry is None or entry["holm_p_value"] is None else f"{entry['holm_p_value']:.3f}"
+    return "–" if entry is None or entry["holm_p_value"] is None else f"{entry['holm_p_value']:.4f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = os.environ.get("POLYTROPE_STORE", ".polytrope")
-    parser.add_argument("--store", nargs="+", default=[default], help="stores that hold trainings; the first wins")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the figures and the plot")
-    options = parser.parse_args()
-    trainings = read_trainings(options.store)
-    settings = compare(trainings)
-    if not settings:
-        raise SystemExit(f"no finished training in {', '.join(options.store)}: polytrope run workflows/recipe.yaml")
-    options.output.mkdir(parents=True, exist_ok=True)
-    content = {"format": 2, "baseline": BASELINE, "development_seeds_from": DEVELOPMENT, "settings": settings}
-    content["trainings"] = trainings
-    (options.output / "recipe.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (options.output / "recipe.md").write_text(markdown(settings), encoding="utf-8")
-    largest = max(settings, key=lambda one: sum(entry["loss"] is not None for entry in one["activations"]))
-    control = next(iter(largest["controls"]), None)
+def picture(setting: Row) -> bytes:
+    """Losses, and differences to GELU and to the control at its first rate, best activation first."""
+    control = next(iter(setting["controls"]), None)
     shown = []
-    for entry in sorted((one for one in largest["activations"] if one["loss"]), key=lambda one: one["loss"]["mean"]):
+    for entry in sorted((one for one in setting["activations"] if one["loss"]), key=lambda one: one["loss"]["mean"]):
         compared = {
             "difference": entry.get("difference"),
             "difference_to_control": entry.get("differences_to_controls", {}).get(control),
         }
         present = {key: value for key, value in compared.items() if value is not None}
         shown.append({"group": entry["name"], "loss": entry["loss"], **present})
-    picture = figures.render(
-        lambda theme: figures.draw_groups(theme, shown, BASELINE, "loss", "validation loss, nats per token", control),
+    unit = "nats per token" if setting["model"].startswith("GPT") else "nats per image"
+    return figures.render(
+        lambda theme: figures.draw_groups(
+            theme, shown, setting["baseline"] or "GELU", "loss", f"{setting['corpus']}: loss, {unit}", control
+        ),
         "light",
     )
-    (options.output / "recipe-groups.png").write_bytes(picture)
-    print(markdown(settings))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = os.environ.get("POLYTROPE_STORE", ".polytrope")
+    parser.add_argument("--store", nargs="+", default=[default], help="stores that hold trainings; the first wins")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the figures and the plots")
+    parser.add_argument("--train", nargs="+", choices=tuple(PARTS), default=[], help="parts of the study to make first")
+    parser.add_argument("--speeches", type=Path, help="State of the Union addresses, a file each, YEAR_PRESIDENT.txt")
+    options = parser.parse_args()
+    for part in options.train:
+        train(part, options.store[0], options.speeches)
+    file = options.output / "recipe.json"
+    known = json.loads(file.read_text(encoding="utf-8"))["trainings"] if file.exists() else []
+    trainings = read_trainings(options.store, [row for row in known if "digest" in row])
+    settings, rates = compare(trainings), base_rates(trainings)
+    if not settings:
+        raise SystemExit(f"no finished training in {', '.join(options.store)}: polytrope run workflows/recipe.yaml")
+    options.output.mkdir(parents=True, exist_ok=True)
+    content = {"format": 3, "development_seeds_from": DEVELOPMENT, "settings": settings, "base_rates": rates}
+    content["trainings"] = trainings
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = markdown(settings, rates)
+    (options.output / "recipe.md").write_text(text, encoding="utf-8")
+    largest: dict[str, Row] = {}
+    for setting in filter(is_reported, settings):
+        other = largest.setdefault(setting["corpus"], setting)
+        if len(setting["activations"]) > len(other["activations"]):
+            largest[setting["corpus"]] = setting
+    for corpus, setting in largest.items():
+        (options.output / f"recipe-{corpus}.png").write_bytes(picture(setting))
+    print(text)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, create_model
 
@@ -50,6 +50,8 @@ BUILTIN_STAGES: dict[str, str] = {
     "convert": "polytrope.pipeline.stages.convert.convert:convert",
     "evaluate": "polytrope.pipeline.stages.evaluate.evaluate:evaluate",
     "measure_speed": "polytrope.pipeline.stages.evaluate.measure_speed:measure_speed",
+    "analyze": "polytrope.pipeline.stages.analyze.analyze:analyze",
+    "export_circuit": "polytrope.pipeline.stages.export_circuit.export_circuit:export_circuit",
     "report": "polytrope.pipeline.stages.report.report:report",
     "select": "polytrope.pipeline.stages.select:select",
     "sweep": "polytrope.pipeline.stages.sweep.sweep:sweep",
@@ -428,6 +430,15 @@ CheckFunction = Callable[[Any, Mapping[str, Any]], None]
 PromiseFunction = Callable[[Any, Mapping[str, Any], Resources, Path], Any]
 FingerprintFunction = Callable[[Any, Path], Mapping[str, str]]
 ImportsFunction = Callable[[Any, Mapping[str, Any]], Mapping[str, str]]
+ReturnsFunction = Callable[[Any], tuple[Mapping[tuple[str, ...], tuple[str, ...]], Mapping[str, Any]]]
+
+
+class _Unpromised:
+    def __repr__(self) -> str:
+        return "UNPROMISED"
+
+
+UNPROMISED: Final = _Unpromised()  # stands for a result of which nothing is known before it is there
 
 
 @dataclass(frozen=True)
@@ -441,6 +452,7 @@ class StageOptions:
     promise: PromiseFunction | None = None
     fingerprint: FingerprintFunction | None = None
     imports: ImportsFunction | None = None
+    returns: ReturnsFunction | None = None
 
 
 def stage(
@@ -452,6 +464,7 @@ def stage(
     promise: PromiseFunction | None = None,
     fingerprint: FingerprintFunction | None = None,
     imports: ImportsFunction | None = None,
+    returns: ReturnsFunction | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Optional decorator of a stage function.
 
@@ -465,7 +478,8 @@ def stage(
             A message that begins with `parameter: `, `inputs.NAME: ` or `resources.NAME: ` is shown with its line.
         promise: `promise(parameters, upstream, resources, directory)` returns what is certain of the result before
             anything starts (one of `pipeline.data.promised`, or anything that later stages understand; None: nothing),
-            and raises `UserError` where an input cannot fit. `upstream` maps each input to what its stage promised;
+            and raises `UserError` where an input cannot fit. `upstream` maps each input to what its stage promised,
+            `UNPROMISED` where that says nothing, None if there is no such input;
             `directory`: the workflow file's, for relative paths.
         fingerprint: `fingerprint(parameters, directory)` returns what beyond the parameters decides the result (digests
             of the files they name), as strings; part of the key. `directory`: the workflow file's, for relative paths.
@@ -474,10 +488,13 @@ def stage(
             (`StageContext.import_function`) because its parameters name them, or its inputs need them: by field
             (`factory`, `inputs.model`), as `package.module:function`. Their code, and that of all project modules they
             import, is part of the key. `upstream` maps each input to what its stage promised.
+        returns: `returns(parameters)`, where it is known before the stage runs which `Stages` it may return: these
+            stages, checked with all others before anything starts; and before them, for messages, where below this
+            stage the file has what stands in each: `{(): ("with", "stage"), ("with", "steps"): ("with", "budget")}`.
     """
     if isinstance(reads, str):
         raise TypeError(f"reads={reads!r}: give a list of paths")
-    options = StageOptions(tuple(reads), parallel, measured, check, promise, fingerprint, imports)
+    options = StageOptions(tuple(reads), parallel, measured, check, promise, fingerprint, imports, returns)
 
     def attach(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__polytrope_stage__ = options  # type: ignore[attr-defined]

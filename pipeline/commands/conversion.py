@@ -26,7 +26,7 @@ from polytrope.pipeline.workflow.refusals import words
 
 _SINGULAR = {"constraints": "constraint", "types": "type", "calibration_samples": "samples", "ray_tasks": "ray"}
 _LEFT_OUT = ("page", "register_as", "register_alias")  # the page is always written; no run is there to register it
-_NOT_AS_IS = FIT_OPTIONS | {"include", "exclude", "types", "layers", "rated_samples"}
+_NOT_AS_IS = FIT_OPTIONS | {"include", "exclude", "types", "layers", "rated_samples", "keep", "output_error"}
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 _FIELD_METAVARS = {"domain": "LOW,HIGH"}
 _ADVICE = 8  # layers whose advice is printed

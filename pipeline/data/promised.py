@@ -105,6 +105,14 @@ class PromisedSpeed:
     labels: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class PromisedAnalysis:
+    """What these analyses say of the models with these labels."""
+
+    labels: tuple[str, ...]
+    analyses: tuple[str, ...]
+
+
 _TITLES: dict[type[Any], str] = {
     PromisedText: "a data set",
     PromisedImages: "a data set",
@@ -112,6 +120,7 @@ _TITLES: dict[type[Any], str] = {
     PromisedForeignModel: "a model of transformers, for the stage `convert` alone",
     PromisedEvaluation: "an evaluation",
     PromisedSpeed: "a measurement of speed",
+    PromisedAnalysis: "an analysis",
 }
 _MAKERS: dict[type[Any], str] = {
     PromisedText: "a `shard` or `shard_images` stage",
@@ -120,6 +129,7 @@ _MAKERS: dict[type[Any], str] = {
     PromisedForeignModel: "an `import_model` stage",
     PromisedEvaluation: "an `evaluate` stage",
     PromisedSpeed: "a `measure_speed` stage",
+    PromisedAnalysis: "an `analyze` stage",
 }
 _Promise = TypeVar("_Promise")
 

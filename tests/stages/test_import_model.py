@@ -16,11 +16,11 @@ import yaml
 from safetensors.torch import save_file
 from training_support import make_dataset
 
+from polytrope import load_workflow, run
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.formats import read_model
 from polytrope.models.formats.huggingface import save_huggingface
-from polytrope.pipeline import load_workflow, run
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.data.promised import PromisedBuiltModel, PromisedForeignModel
 from polytrope.pipeline.errors import UserError

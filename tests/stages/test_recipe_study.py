@@ -1,34 +1,55 @@
-"""benchmarks.recipe: what is compared with what, and by which seeds a rate is chosen."""
+"""benchmarks.recipe: what is trained, what is compared with what, and by what something is chosen."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import yaml
 
-from benchmarks import recipe
+from benchmarks import recipe, recipe_trainings
+from benchmarks.recipe_stages import learned_start
+from polytrope.models import build_model
+from polytrope.models.checkpoint import load_model, save_model
 from polytrope.pipeline.store.manifest import StoredArtifact
+from polytrope.pipeline.workflow.graph import build_graph
+from polytrope.pipeline.workflow.spec import load_workflow
 
 LOSSES = {
     "gelu_tanh": {0: 4.2, 1: 4.3, 2: 4.1},
     "affine gelu_tanh × 10": {0: 4.1, 1: 4.2, 2: 4.05, 10: 4.0, 11: 4.3},
     "affine gelu_tanh × 30": {0: 4.1, 10: 4.2},
+    "affine gelu_tanh × 10, frozen as learned": {0: 4.15, 1: 4.2},
     "hermite4 gelu [-4, 4] × 10": {0: 4.05, 1: 4.17, 2: 4.05, 10: None},
 }
+SETTING = {"corpus": "text", "data": "a", "model": "GPT-2, 4 layers of 128", "steps": 480, "batch": 8}
 
 
 def rows() -> list[dict[str, Any]]:
-    setting = {"data": "a", "train_tokens": 1, "layers": 4, "width": 128, "steps": 480, "batch": 8}
-    return [
-        {**setting, "learning_rate": 3e-3, "name": name, "seed": seed, "loss": loss}
-        for name, losses in LOSSES.items()
-        for seed, loss in losses.items()
-    ]
+    """Losses that count stand in one half alone; the other has what must not be looked at."""
+    found = []
+    for name, losses in LOSSES.items():
+        for seed, loss in losses.items():
+            halves = (
+                {"development_loss": loss, "test_loss": 9.0}
+                if seed >= 10
+                else {"development_loss": 9.0, "test_loss": loss}
+            )
+            found.append(
+                {**SETTING, "learning_rate": 3e-3, "name": name, "seed": seed, "loss": 9.0, "accuracy": None, **halves}
+            )
+    return found
 
 
-def test_differences_are_of_the_seeds_that_nothing_is_chosen_by() -> None:
+def test_differences_are_of_the_seeds_and_documents_that_nothing_is_chosen_by() -> None:
     (setting,) = recipe.compare(rows())
-    assert setting["controls"] == ["affine gelu_tanh × 10", "affine gelu_tanh × 30"]
+    assert (setting["baseline"], setting["controls"]) == (
+        "gelu_tanh",
+        ["affine gelu_tanh × 10", "affine gelu_tanh × 30"],
+    )
     entries = {entry["name"]: entry for entry in setting["activations"]}
     hermite = entries["hermite4 gelu [-4, 4] × 10"]
     assert hermite["difference"]["values"] == pytest.approx([-0.15, -0.13, -0.05])
@@ -38,22 +59,129 @@ def test_differences_are_of_the_seeds_that_nothing_is_chosen_by() -> None:
     assert hermite["difference"]["holm_p_value"] >= hermite["difference"]["p_value"]
     assert hermite["failed"] == 1
     assert "differences_to_controls" not in entries["affine gelu_tanh × 30"]
+    frozen = entries["affine gelu_tanh × 10, frozen as learned"]["differences_to_controls"]
+    assert frozen["affine gelu_tanh × 10"]["values"] == pytest.approx([0.05, 0.0])
     assert entries["gelu_tanh"]["loss"]["mean"] == pytest.approx(4.2)
-    text = recipe.markdown([setting])
-    assert "| hermite4 gelu [-4, 4] × 10 | 4.0900 ± 0.1721 | – | -0.1100 ± 0.1314 |" in text
-    assert "| affine gelu_tanh × 30 | 4.1000 | 10: 4.2000 | -0.1000 | – | – | – | – | – | 0 |" in text
+    text = recipe.markdown([setting], [])
+    assert "| hermite4 gelu [-4, 4] × 10 | 3 | 4.0900 ± 0.1721 | – | -0.1100 ± 0.1314 |" in text
+    assert "| affine gelu_tanh × 30 | 1 | 4.1000 | 10: 4.2000 | -0.1000 | – | – | – | – | – | 0 |" in text
+
+
+def test_images_are_compared_by_their_accuracy_too() -> None:
+    """A smaller loss with smoothed labels may be nothing but more confidence."""
+    found = {"gelu": {0: 0.99, 1: 0.98, 2: 0.99}, "affine gelu × 10": {0: 0.98, 1: 0.98, 2: 0.97}}
+    trainings = [
+        {**SETTING, "learning_rate": 3e-3, "name": name, "seed": seed, "test_loss": 1 - share, "accuracy": share}
+        for name, shares in found.items()
+        for seed, share in shares.items()
+    ]
+    (setting,) = recipe.compare(trainings)
+    assert setting["baseline"] == "gelu"
+    affine = next(entry for entry in setting["activations"] if entry["name"].startswith("affine"))
+    assert affine["accuracy"]["mean"] == pytest.approx(0.97667, abs=1e-5)
+    assert affine["accuracy_difference"]["values"] == pytest.approx([-0.01, 0.0, -0.02])
+    assert affine["accuracy_difference"]["holm_p_value"] == affine["accuracy_difference"]["p_value"]
+    assert "| accuracy | Δ to GELU | p, Holm | failed |" in recipe.markdown([setting], [])
+
+
+def test_a_base_rate_is_chosen_on_seeds_that_all_rates_have_and_not_where_one_failed() -> None:
+    losses = {1.5e-3: {10: 4.0, 11: 4.2, 12: 1.0}, 3e-3: {10: 3.9, 11: 4.2}, 6e-3: {10: 3.0, 11: None}}
+    trainings = [
+        {
+            **SETTING,
+            "learning_rate": rate,
+            "name": "gelu_tanh",
+            "seed": seed,
+            "development_loss": loss,
+            "test_loss": -loss if loss else None,
+        }
+        for rate, found in losses.items()
+        for seed, loss in found.items()
+    ]
+    (chosen,) = recipe.base_rates(trainings)
+    assert (chosen["chosen"], chosen["seeds"]) == (3e-3, [10, 11])
+    assert [rate["mean"] for rate in chosen["rates"]] == [pytest.approx(4.1), pytest.approx(4.05), None]
+    assert "| text | gelu_tanh | 0.006 | 10: 3.0000 · 11: failed | failed |  |" in recipe.markdown([], [chosen])
+    assert recipe.base_rates([row for row in trainings if row["learning_rate"] == 3e-3]) == []
+
+
+def test_whole_documents_are_for_choosing_or_for_reporting() -> None:
+    sizes = [3, 1, 6, 2, 4]  # the longest first, each to the side with fewer tokens: 6, 2 | 4, 3, 1
+    tokens = np.concatenate([[1] * (size - 1) + [0] for size in sizes])
+    found = recipe_trainings.for_choosing(tokens.reshape(4, 4), 0)
+    assert found.shape == (4, 4)
+    assert found.reshape(-1).tolist() == [False] * (3 + 1) + [True] * (6 + 2) + [False] * 4
+    with pytest.raises(ValueError, match="one document"):
+        recipe_trainings.for_choosing(np.array([[1, 1, 0]]), 0)
+
+
+@pytest.mark.parametrize("part", recipe_trainings.PARTS)
+def test_each_part_is_a_workflow_of_the_ready_one(part: str, tmp_path: Path) -> None:
+    (tmp_path / "1790_someone.txt").write_text("a speech", encoding="utf-8")
+    composed = recipe_trainings.compose(part, tmp_path)
+    file = tmp_path / "workflow.yaml"
+    file.write_text(yaml.safe_dump(composed), encoding="utf-8")
+    count = 1  # the data
+    for trainings in recipe_trainings.PARTS[part]:
+        branches = len(trainings.activations) * len(trainings.seeds)
+        conversions = len(trainings.converted) * (1 + len(recipe_trainings.RATES_ON))
+        count += branches * (1 + 2 * trainings.frozen + bool(trainings.converted) + conversions)
+    assert len(build_graph(load_workflow(file))) == count
+    assert {stage["uses"] for stage in composed["stages"].values()} <= {
+        "shard", "shard_images", "train", "convert", recipe_trainings.LEARNED_START
+    }  # fmt: skip
+    rates = [stage["with"]["learning_rate"] for stage in composed["stages"].values() if stage["uses"] == "train"]
+    if part == "families":
+        multiples = [
+            stage["with"]["coefficient_learning_rate"] for name, stage in composed["stages"].items() if name != "data"
+        ]
+        assert multiples == ["${params.coefficient_learning_rate}", 3e-4, 3e-2]
+    if part == "base-rates":
+        assert rates == [3e-3, 1.5e-3, 6e-3] * 2
+    if part == "speeches":
+        assert composed["stages"]["data"]["with"]["source"]["paths"] == [f"{tmp_path}/*.txt"]
+    if part == "frozen":
+        frozen = composed["stages"]["frozen0"]
+        assert (frozen["inputs"]["initial"], frozen["with"]["coefficient_learning_rate"]) == ("start0", 0.0)
+        assert "model" not in frozen["with"]
+
+
+def test_a_frozen_activation_starts_as_learned_and_all_else_as_the_seed_says(tmp_path: Path) -> None:
+    config = {
+        "vocab_size": 11, "sequence_length": 4, "n_layer": 2, "n_head": 1, "n_embd": 8,
+        "activation": {"name": "affine", "init": "gelu_tanh"},
+    }  # fmt: skip
+    trained = build_model("gpt2", config)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter += 1.0
+    save_model(tmp_path / "learned", trained)
+
+    class Context:
+        output = tmp_path / "start"
+
+    class Learned:
+        path = tmp_path / "learned"
+
+    assert learned_start(Context(), Learned(), seed=5) == {"activations": 2.0}  # type: ignore[arg-type]
+    torch.manual_seed(5)
+    fresh = build_model("gpt2", config).state_dict()
+    start, learned = load_model(tmp_path / "start").state_dict(), trained.state_dict()
+    coefficients = {name for name in fresh if ".activation." in name}
+    assert coefficients
+    for name, tensor in start.items():
+        assert torch.equal(tensor, (learned if name in coefficients else fresh)[name]), name
 
 
 def artifact(**changes: Any) -> StoredArtifact:
     return StoredArtifact(
-        **{"key": "", "digest": "", "stage": "", "run_id": "", "duration": 0, "committed": 0} | changes
+        **{"key": "", "digest": "", "stage": "", "run_id": "", "duration": 0, "committed": 0, "summary": {}} | changes
     )
 
 
-def test_a_training_says_its_rate_and_counts_only_with_the_whole_validation_split() -> None:
+def test_a_training_says_its_rate_and_where_its_coefficients_came_from() -> None:
     files = ({"path": "train/shard-000000.tar", "sha256": "ab" * 32, "size": 1},)
-    summary = {"train/tokens": 1000.0, "validation/tokens": 100.0}
-    dataset = artifact(components={"parameters": {"sequence_length": 10}}, summary=summary, files=files)
+    dataset = artifact(components={"uses": "shard", "parameters": {"name": "text"}}, files=files)
     activation = {"name": "hermite", "degree": 4, "init": "gelu", "interval": [-4, 4]}
     parameters = {
         "model": {"activation": activation, "activation_options": None, "n_layer": 4, "n_embd": 128},
@@ -65,13 +193,59 @@ def test_a_training_says_its_rate_and_counts_only_with_the_whole_validation_spli
         "coefficient_learning_rate": None,
     }
 
-    def row(**changes: Any) -> dict[str, Any] | None:
-        training = artifact(components={"parameters": parameters | changes}, summary={"val/loss": 4.5})
-        return recipe.describe(training, dataset)
+    def trained(initial: str | None = None, digest: str = "t", **changes: Any) -> StoredArtifact:
+        components = {
+            "uses": "train",
+            "parameters": parameters | changes,
+            "inputs": {"dataset": "d", "initial": initial},
+        }
+        return artifact(digest=digest, components=components, summary={"val/loss": 4.5})
 
+    def row(**changes: Any) -> dict[str, Any] | None:
+        return recipe_trainings.describe(trained(**changes), dataset, others)
+
+    start = {"uses": recipe_trainings.LEARNED_START, "parameters": {"seed": 3}, "inputs": {"learned": "t"}}
+    conversion = {"uses": "convert", "parameters": {"family": "chebyshev", "degree": 8}, "inputs": {"model": "t"}}
+    others = {"t": trained(), "s": artifact(components=start), "c": artifact(components=conversion)}
     found = row()
     assert found is not None
-    assert (found["name"], found["loss"], found["data"]) == ("hermite4 gelu [-4, 4] × 10", 4.5, "abababababab")
+    assert (found["name"], found["loss"], found["test_loss"]) == ("hermite4 gelu [-4, 4] × 10", 4.5, None)
+    assert found["model"] == "GPT-2, 4 layers of 128"
     assert (row(coefficient_learning_rate=9e-2) or {})["name"] == "hermite4 gelu [-4, 4] × 30"
     assert (row(model=parameters["model"] | {"activation": "gelu_tanh"}) or {})["name"] == "gelu_tanh"
-    assert row(validation_samples=9) is None
+    assert found["model"] == "GPT-2, 4 layers of 128"
+    frozen = {"initial": "s", "model": None, "coefficient_learning_rate": 0.0}
+    assert (row(**frozen) or {})["name"] == "hermite4 gelu [-4, 4] × 10, frozen as learned"
+    assert row(**frozen | {"coefficient_learning_rate": 3e-3}) is None
+    assert row(**frozen | {"seed": 4}) is None  # other initial weights than its seed's
+    assert row(**frozen | {"learning_rate": 1e-3}) is None
+    on = row(initial="c", model=None, steps=100, learning_rate=1e-3, coefficient_learning_rate=5e-4)
+    assert on is not None
+    assert (on["name"], on["model"]) == ("chebyshev8 × 0.5", "GPT-2, 4 layers of 128, trained on")
+    assert (row(initial="t", model=None) or {})["model"] == "GPT-2, 4 layers of 128, trained on"
+    assert row(initial="c", model=None, seed=4, coefficient_learning_rate=5e-4) is None  # of another seed's model
+    assert row(initial="elsewhere", model=None) is None
+
+
+def test_images_are_measured_whole_and_by_the_training_itself() -> None:
+    dataset = artifact(
+        components={"uses": "shard_images", "parameters": {"name": "digits"}}, summary={"validation/images": 100.0}
+    )
+    model = {"activation": "gelu", "activation_options": None, "depths": [1, 1], "dims": [8, 16]}
+    parameters = {
+        "model": model, "steps": 10, "global_batch_size": 4, "seed": 0, "learning_rate": 3e-3,
+        "coefficient_learning_rate": None,
+    }  # fmt: skip
+
+    def row(samples: int) -> dict[str, Any] | None:
+        components = {
+            "uses": "train",
+            "parameters": parameters | {"validation_samples": samples},
+            "inputs": {"dataset": "d", "initial": None},
+        }
+        return recipe_trainings.describe(artifact(components=components, summary={"val/loss": 0.1}), dataset, {})
+
+    found = row(100)
+    assert found is not None
+    assert (found["model"], found["test_loss"]) == ("ConvNeXt [1, 1] of [8, 16]", 0.1)
+    assert row(99) is None

@@ -102,7 +102,15 @@ def convert_model(
     choice = Choice(parameters.types, parameters.include, parameters.exclude, parameters.layer_range())
     measure = partial(_on_ray, source, parameters.ray_tasks) if parameters.ray_tasks else None
     made = convert_batches(
-        model, batches, options, choice, measure=measure, tell=tell, rated_samples=parameters.rated_samples
+        model,
+        batches,
+        options,
+        choice,
+        measure=measure,
+        tell=tell,
+        rated_samples=parameters.rated_samples,
+        keep=parameters.keep,
+        output_error=parameters.output_error,
     )
     costs = {entry.name: entry.cost for entry in made.activations if entry.cost is not None}
     written = record(made.layers, options, costs, made.left)

@@ -15,6 +15,7 @@ from polytrope.pipeline.data.promised import PromisedData, PromisedImages, Promi
 from polytrope.pipeline.data.tokenization import same_tokenizer
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
+from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
 from polytrope.pipeline.stages.train.parameters import TrainParameters, split_batch
 
@@ -75,6 +76,8 @@ def make_plan(
     architecture, model = _resolve_model(description, dataset, initial, parameters)
     workers = context.resources.workers
     micro, accumulation = split_batch(parameters, workers)
+    settings = {name: value for name, value in model.items() if name != "activation_options"}
+    check_batch_statistics(architecture, settings, parameters, accumulation)
     samples = description.splits["train"].samples
     if samples < 1:
         raise UserError(f"the dataset of `{dataset.stage}` has no training samples", "use a larger corpus")

@@ -1,0 +1,379 @@
+"""The trainings of the recipe's study: which there are, as workflows, and what each one in a store came to."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch.nn import functional as F
+
+from polytrope.models.checkpoint import load_model
+from polytrope.ops import LearnableActivation, build_activation
+from polytrope.pipeline.data.reader import open_split
+from polytrope.pipeline.data.tokenization import read_tokenizer
+from polytrope.pipeline.stages.train.coefficient_rates import coefficient_multiple
+from polytrope.pipeline.store.manifest import StoredArtifact
+from polytrope.pipeline.store.store import Store
+
+WORKFLOW = Path(__file__).parents[1] / "workflows" / "recipe.yaml"
+DEVELOPMENT = 10  # the first of the seeds that rates are chosen by
+BASELINES = ("gelu_tanh", "gelu")  # GPT-2's, ConvNeXt's
+CONTROL = "affine"
+FROZEN = "frozen as learned"
+LEARNED_START = "benchmarks.recipe_stages:learned_start"
+SETTING = ("data", "model", "steps", "batch", "learning_rate")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Each activation with each seed; everything else as in workflows/recipe.yaml, with the changes of `DATA`.
+
+    Args:
+        activations: labels of the workflow's matrix, or any other activation.
+        data: a name in `DATA`.
+        learning_rate, multiple: the base rate, and that of the coefficients in units of it; None: as in the workflow.
+        frozen: also from the coefficients each of them ends with, which do not learn then.
+        converted: families of degree 8 that each model is converted to; then both are trained on for 100 steps at 1e-3,
+            the coefficients at each of `RATES_ON` in units of that.
+    """
+
+    activations: tuple[Any, ...] = ("gelu_tanh", "affine", "hermite4")
+    seeds: Sequence[int] = range(5)
+    data: str = "python"
+    learning_rate: float | None = None
+    multiple: float | None = None
+    frozen: bool = False
+    converted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Data:
+    """Stages of the workflow that make the data and train on it, and what is changed in their `with:`."""
+
+    stages: tuple[str, str] = ("shard", "train")
+    data: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+DATA = {
+    "python": Data(),
+    "digits": Data(("digits", "convnext")),
+    "speeches": Data(
+        data={"name": "state-of-the-union", "source": {"kind": "files"}, "validation_fraction": 0.1},
+        training={"validation_every": 0, "validation_samples": 64},  # the whole is measured afterwards
+    ),
+    "tiny": Data(  # is a rate of harm to any family?
+        data={
+            "name": "tiny",
+            "source": {"kind": "python", "max_bytes": 600_000},
+            "tokenizer": {"kind": "bytes"},
+            "sequence_length": 64,
+            "validation_fraction": 0.1,
+        },
+        training={
+            "model": {"n_layer": 2, "n_head": 2, "n_embd": 64, "activation": "${matrix.activation}"},
+            "steps": 300,
+            "warmup_steps": 10,
+            "validation_every": 0,
+        },
+    ),
+}
+ENDED: tuple[dict[str, Any], ...] = (  # straight lines follow outside an interval
+    {"name": "hermite", "degree": 4, "init": "gelu", "interval": [-4, 4]},
+    {"name": "hermite", "degree": 3, "interval": [-4, 4]},
+    {"name": "affine", "init": "gelu"},
+    {"name": "tropical_rational", "degree": 6},
+    {"name": "tropical", "degree": 5},
+    {"name": "piecewise_linear", "degree": 8},
+    {"name": "polynorm", "degree": 3},
+    {"name": "fourier", "degree": 5, "init": "gelu", "interval": [-4, 4]},
+    {"name": "rational", "degree": 5, "init": "gelu", "interval": [-4, 4]},
+)
+ENDLESS: tuple[dict[str, Any], ...] = (
+    {"name": "hermite", "degree": 3},
+    {"name": "hermite", "degree": 5},
+    {"name": "fourier", "degree": 5},
+    {"name": "rational", "degree": 5},
+    {"name": "polyrelu", "degree": 3},
+)
+RATES_ON = (0.0, 0.1, 0.5, 1.0, 5.0, 10.0)  # by the rule 0.5 (Hermite) and 1; from scratch it would be 5 and 10
+ON = {"steps": 100, "learning_rate": 1e-3, "warmup_steps": 10}
+PARTS: dict[str, tuple[Trainings, ...]] = {
+    "digits": (Trainings(("gelu", "affine", "hermite4"), data="digits"),),
+    "digits-again": (Trainings(("gelu", "affine", "hermite4"), range(5, 10), "digits"),),
+    "text": (Trainings(),),
+    "speeches": (Trainings(data="speeches"),),
+    "base-rates": tuple(
+        Trainings(("gelu_tanh",), (seed,), learning_rate=rate)
+        for seed in (DEVELOPMENT, DEVELOPMENT + 1)
+        for rate in (3e-3, 1.5e-3, 6e-3)
+    ),
+    "seeds": (Trainings(seeds=range(5, 10)),),
+    "frozen": (Trainings(("affine", "hermite4"), seeds=range(3), frozen=True),),
+    "faster": (Trainings(("affine", "hermite4"), multiple=30.0),),
+    "families": (
+        Trainings(("gelu", *ENDED, *ENDLESS), range(3), "tiny"),
+        Trainings(ENDED, range(3), "tiny", multiple=0.1),
+        Trainings(ENDLESS, range(3), "tiny", multiple=10.0),
+    ),
+    "fine-tuning": (Trainings(("gelu",), range(3), "tiny", converted=("hermite", "chebyshev")),),
+}
+
+
+def compose(part: str, speeches: Path | None) -> dict[str, Any]:
+    """A workflow with the trainings of a part, and nothing that follows them.
+
+    Args:
+        speeches: directory of the State of the Union addresses, `YEAR_PRESIDENT.txt`.
+    """
+    base = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))
+    stages: dict[str, Any] = {}
+    for index, trainings in enumerate(PARTS[part]):
+        changes = DATA[trainings.data]
+        data, train = (copy.deepcopy(base["stages"][name]) for name in changes.stages)
+        data["with"] |= copy.deepcopy(changes.data)
+        train["with"] |= changes.training
+        if trainings.data == "speeches":
+            if speeches is None:
+                raise SystemExit("part `speeches`: --speeches DIRECTORY has to name the State of the Union addresses")
+            data["with"]["source"]["paths"] = [f"{speeches.resolve()}/*.txt"]
+        labelled = {one["label"]: one for one in train["matrix"]["activation"] if isinstance(one, dict)}
+        chosen = [
+            labelled.get(one, one) if isinstance(one, str) else {"label": f"{one['name']}-{number}", **one}
+            for number, one in enumerate(trainings.activations)
+        ]
+        train["matrix"] = {"seed": list(trainings.seeds), "activation": chosen}
+        settings = train["with"]
+        if trainings.learning_rate is not None:
+            settings["learning_rate"] = trainings.learning_rate
+        if trainings.multiple is not None:
+            rate = trainings.multiple * base["params"]["learning_rate"]
+            settings["coefficient_learning_rate"] = round(rate, 9)
+        stages["data"], stages[f"train{index}"] = data, {**train, "inputs": {"dataset": "data"}}
+        if trainings.frozen:
+            stages |= _frozen(index, train)
+        if trainings.converted:
+            stages |= _trained_on(index, train, trainings.converted)
+    return {"name": f"recipe-{part}", "params": base["params"], "tracking": {"enabled": False}, "stages": stages}
+
+
+def _frozen(index: int, train: Mapping[str, Any]) -> dict[str, Any]:
+    """Each training of a stage again, from where its coefficients ended, which stay there."""
+    kept = {key: value for key, value in train["with"].items() if key != "model"}
+    start = {
+        "uses": LEARNED_START,
+        "matrix": train["matrix"],
+        "inputs": {"learned": f"train{index}"},
+        "with": {"seed": "${matrix.seed}"},
+    }
+    again = {
+        **train,
+        "inputs": {"dataset": "data", "initial": f"start{index}"},
+        "with": {**kept, "coefficient_learning_rate": 0.0},
+    }
+    return {f"start{index}": start, f"frozen{index}": again}
+
+
+def _trained_on(index: int, train: Mapping[str, Any], families: Iterable[str]) -> dict[str, Any]:
+    """The models of a stage trained on as they are, and converted, at every rate of their new coefficients."""
+    kept = {key: value for key, value in train["with"].items() if key != "model"} | ON
+    inputs = {"dataset": "data", "initial": f"train{index}"}
+    stages: dict[str, Any] = {f"on{index}": {**train, "inputs": inputs, "with": kept}}
+    for family in families:
+        stages[f"{family}{index}"] = {
+            "uses": "convert",
+            "matrix": train["matrix"],
+            "inputs": {"model": f"train{index}", "dataset": "data"},
+            "with": {"family": family, "degree": 8},
+        }
+        stages[f"on_{family}{index}"] = {
+            **train,
+            "matrix": {**train["matrix"], "rate": [round(rate * ON["learning_rate"], 9) for rate in RATES_ON]},
+            "inputs": {"dataset": "data", "initial": f"{family}{index}"},
+            "with": {**kept, "coefficient_learning_rate": "${matrix.rate}"},
+        }
+    return stages
+
+
+def read_trainings(addresses: Iterable[str], known: Iterable[Row] = ()) -> list[Row]:
+    """Every training of the stores that is one of a study's, each once (the first store wins).
+
+    Args:
+        known: rows of an earlier time; what was measured then is not measured again.
+    """
+    measured = {row["digest"]: row for row in known}
+    found: dict[tuple[Any, ...], Row] = {}
+    corpora: dict[str, str] = {}  # data → its name: the first store's
+    for address in addresses:
+        store = Store(address)
+        present = [artifact for artifact in map(store.load, store.keys()) if artifact is not None]
+        by_digest = {artifact.digest: artifact for artifact in present}
+        for artifact in present:
+            if artifact.components["uses"] != "train":
+                continue
+            dataset = by_digest.get(artifact.components["inputs"]["dataset"])
+            row = None if dataset is None else describe(artifact, dataset, by_digest)
+            if row is None or dataset is None:
+                continue
+            row["corpus"] = corpora.setdefault(row["data"], row["corpus"])
+            identity = (*(row[key] for key in SETTING), row["name"], row["seed"])
+            if identity in found:
+                continue
+            if row["digest"] in measured:
+                row |= {key: measured[row["digest"]][key] for key in ("loss", "development_loss", "test_loss")}
+            elif row["loss"] is not None and dataset.components["uses"] == "shard":
+                row |= measure(store.materialize(artifact.key), store.materialize(dataset.key))
+            found[identity] = row
+    return [found[key] for key in sorted(found)]
+
+
+def describe(artifact: StoredArtifact, dataset: StoredArtifact, others: Mapping[str, StoredArtifact]) -> Row | None:
+    """A training as a row; None if it is none of a study's: not measured on all images, blocks that differ.
+
+    Args:
+        others: what the store holds, by digest: where the training started.
+    """
+    parameters = artifact.components["parameters"]
+    start = where_it_started(artifact, others)
+    if start is None:
+        return None
+    model = start.scratch["model"]
+    images = dataset.components["uses"] == "shard_images"
+    if isinstance(model["activation"], list) or model["activation_options"] is not None:
+        return None
+    if images and parameters["validation_samples"] < dataset.summary["validation/images"]:
+        return None
+    name = name_of(start.activation)
+    own = start.coefficient_rate
+    module = build_activation(start.activation)
+    if isinstance(module, LearnableActivation):
+        default = coefficient_multiple(module, fine_tuning=start.kind == "train")
+        name += f" × {default if own is None else round(own / parameters['learning_rate'], 4):g}"
+    shape = f"ConvNeXt {model['depths']} of {model['dims']}" if images else ""
+    shape = shape or f"GPT-2, {model['n_layer']} layers of {model['n_embd']}"
+    shards = sorted((file["path"], file["sha256"]) for file in dataset.files if "/shard" in file["path"])
+    loss = artifact.summary.get("val/loss")  # None: it diverged
+    return {
+        "corpus": dataset.components["parameters"]["name"],
+        "data": hashlib.sha256("".join(digest for _, digest in shards).encode()).hexdigest()[:12],
+        "model": f"{shape}, trained on" if start.kind in ("train", "convert") else shape,
+        "steps": parameters["steps"],
+        "batch": parameters["global_batch_size"],
+        "learning_rate": parameters["learning_rate"],
+        "activation": start.activation,
+        "name": f"{name}, {FROZEN}" if start.kind == LEARNED_START else name,
+        "seed": parameters["seed"],
+        "digest": artifact.digest,
+        "loss": loss,
+        "development_loss": None,
+        "test_loss": loss if images else None,  # nothing was chosen on images
+        "accuracy": artifact.summary.get("val/accuracy") if images else None,
+    }
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training started.
+
+    Args:
+        kind: `scratch`, or the stage that made its first weights: train, convert, `LEARNED_START`.
+        scratch: parameters of the training from scratch that all goes back to: its own, if it is one.
+        activation: what the model has now.
+        coefficient_rate: of this training, or, frozen, of that which its coefficients come from; None: the default.
+    """
+
+    kind: str
+    scratch: Mapping[str, Any]
+    activation: str | Mapping[str, Any]
+    coefficient_rate: float | None
+
+
+def where_it_started(artifact: StoredArtifact, others: Mapping[str, StoredArtifact]) -> Start | None:
+    """None if it goes back to a training of another seed, to more than one, or to none that is here."""
+    parameters = artifact.components["parameters"]
+    own = parameters["coefficient_learning_rate"]
+    initial = artifact.components["inputs"]["initial"]
+    if initial is None:
+        return Start("scratch", parameters, parameters["model"]["activation"], own)
+    start = others.get(initial)
+    kind = None if start is None else start.components["uses"]
+    source = {"train": initial}
+    if start is not None and kind in (LEARNED_START, "convert"):
+        source[kind] = start.components["inputs"]["learned" if kind == LEARNED_START else "model"]
+    learned = others.get(source.get(kind or "", ""))
+    if start is None or kind is None or learned is None or learned.components["uses"] != "train":
+        return None
+    scratch = learned.components["parameters"]
+    if learned.components["inputs"]["initial"] is not None or scratch["seed"] != parameters["seed"]:
+        return None
+    activation = scratch["model"]["activation"]
+    if kind == "convert":
+        conversion = start.components["parameters"]
+        activation = {"name": conversion["family"], "degree": conversion["degree"]}
+        return None if own is None else Start(kind, scratch, activation, own)
+    if kind == LEARNED_START:
+        same = all(scratch[key] == parameters[key] for key in ("learning_rate", "steps", "global_batch_size"))
+        if not same or own != 0 or start.components["parameters"]["seed"] != parameters["seed"]:
+            return None
+        return Start(kind, scratch, activation, scratch["coefficient_learning_rate"])
+    return Start(kind, scratch, activation, own)
+
+
+def name_of(activation: str | Mapping[str, Any]) -> str:
+    """`hermite4 gelu [-4, 4]`: name, degree and options."""
+    if isinstance(activation, str):
+        return activation
+    options = [str(value) for key, value in activation.items() if key not in ("name", "degree")]
+    return " ".join([f"{activation['name']}{activation.get('degree', '')}", *options])
+
+
+@torch.no_grad()
+def measure(model_directory: Path, dataset_directory: Path) -> dict[str, float]:
+    """Losses in nats per token of a model of text: on the whole validation split, and on its two parts.
+
+    `development_loss` is of the documents for choosing, `test_loss` of the others.
+    """
+    model = load_model(model_directory)
+    reader = open_split(dataset_directory, "validation")
+    blocks = reader.samples(np.arange(len(reader))).astype(np.int64)
+    losses = []
+    for start in range(0, len(blocks), 16):
+        tokens = torch.from_numpy(blocks[start : start + 16])
+        logits = model(tokens[:, :-1])
+        found = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+        losses.append(found.view(len(tokens), -1).double())
+    each = torch.cat(losses)
+    chosen_by = torch.from_numpy(for_choosing(blocks, read_tokenizer(dataset_directory).end_of_text)[:, 1:])
+    parts = {"loss": each, "development_loss": each[chosen_by], "test_loss": each[~chosen_by]}
+    return {name: float(part.mean()) for name, part in parts.items()}
+
+
+def for_choosing(blocks: np.ndarray, end_of_text: int) -> np.ndarray:
+    """Which tokens of the blocks `[samples, tokens]`, one behind the other, are of documents for choosing: bool.
+
+    Documents are whole on one side or the other: the longest first, each goes to the side that has fewer tokens.
+
+    Raises:
+        ValueError: all is one document.
+    """
+    tokens = blocks.reshape(-1)
+    document = np.cumsum(tokens == end_of_text) - (tokens == end_of_text)  # an end belongs to what it ends
+    sizes = np.bincount(document)
+    if len(sizes) < 2:
+        raise ValueError("the validation split is one document, nothing is left to report on: give more documents")
+    sides = np.zeros(len(sizes), dtype=bool)
+    filled = {True: 0, False: 0}
+    for longest in np.argsort(-sizes, kind="stable"):
+        side = filled[True] <= filled[False]
+        sides[longest] = side
+        filled[side] += int(sizes[longest])
+    chosen: np.ndarray = sides[document].reshape(blocks.shape)
+    return chosen
