@@ -63,7 +63,7 @@ def received(model: nn.Module, batch: Batch) -> dict[LearnableActivation, Tensor
 
 
 def distill(
-    teacher: nn.Module, student: nn.Module, batches: Sequence[Batch], *, steps: int, learning_rate: float = 1e-2
+    teacher: nn.Module, student: nn.Module, batches: Sequence[Batch], *, steps: int, learning_rate: float = 3e-3
 ) -> list[float]:
     """Train the student's coefficients so that its token vectors are those of the teacher; weights are frozen.
 
