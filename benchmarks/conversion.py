@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration, calibrate
-from polytrope.models.conversion import FitOptions, apply, fit_layers
+from polytrope.models.conversion import FitOptions, PolynomialOnly, apply, fit_layers
 from polytrope.models.formats import read_model
 from polytrope.models.inputs import Batch, forward
 from polytrope.models.surgery import Activation, find_activations
@@ -103,7 +103,10 @@ def fitting_times(repeats: int) -> list[dict[str, Any]]:
 
 
 def layer_times() -> list[dict[str, Any]]:
-    """30 layers with a GELU, each with inputs of its own, by every family: seconds, and of the processor."""
+    """30 layers with a GELU, each with inputs of its own, by every family: seconds, and of the processor.
+
+    The degree of compositions is their depth.
+    """
     activations, calibrations = [], {}
     for layer in range(LAYERS):
         generator = torch.Generator().manual_seed(layer)
@@ -112,20 +115,25 @@ def layer_times() -> list[dict[str, Any]]:
         activations.append(Activation(f"layer {layer}", nn.GELU()))
         calibrations[f"layer {layer}"] = Calibration.of(x)
     rows = []
-    for family in ALL_FAMILIES:
+    only = PolynomialOnly()
+    chains = ("composition", only.depth, FitOptions("composition", polynomial_only=only))
+    for family, degree, options in (
+        *((name, LAYERS_DEGREE, FitOptions(name, LAYERS_DEGREE)) for name in ALL_FAMILIES),
+        chains,
+    ):
         wall, processor = time.perf_counter(), time.process_time()
-        fits = fit_layers(activations, calibrations, FitOptions(family, LAYERS_DEGREE))
+        fits = fit_layers(activations, calibrations, options)
         rows.append(
             {
                 "family": family,
-                "degree": LAYERS_DEGREE,
+                "degree": degree,
                 "layers": LAYERS,
                 "seconds": time.perf_counter() - wall,
                 "processor_seconds": time.process_time() - processor,
                 "relative_error": max(entry.relative_error for entry in fits),
             }
         )
-        print(f"{LAYERS} layers, {family} {LAYERS_DEGREE}: {rows[-1]['seconds']:.1f} s", flush=True)
+        print(f"{LAYERS} layers, {family} {degree}: {rows[-1]['seconds']:.1f} s", flush=True)
     return rows
 
 
@@ -229,9 +237,10 @@ def table(result: dict[str, Any]) -> str:
         f"{row['h1_mean_square']:.3g} |"
         for row in result["fitting"]
     ]
+    shared = f"degree {LAYERS_DEGREE}, compositions: depth {PolynomialOnly().depth}"
     lines += [
         "",
-        f"| {LAYERS} layers, degree {LAYERS_DEGREE} | bar | seconds | of the processor | largest relative error |",
+        f"| {LAYERS} layers, {shared} | bar | seconds | of the processor | largest relative error |",
         "|---" * 5 + "|",
     ]
     lines += [

@@ -69,7 +69,7 @@ def main() -> None:
 
 def quickstart_consumes(store: Path, steps: int) -> float:
     """Tokens per second of the quickstart's first training: two workers, the median of its reports after the first."""
-    from polytrope.pipeline import load_workflow, run
+    from polytrope import load_workflow, run
 
     workflow = load_workflow(ROOT / "workflows" / "quickstart.yaml", [f"params.steps={steps}"])
     stages = {name: workflow.stages[name] for name in ("shard", "baseline")}

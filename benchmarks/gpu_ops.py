@@ -5,8 +5,8 @@
 bfloat16 on [12, 1024, 3072] and [48, 1024, 3072]. Bandwidth counts the bytes that must move: 4 an element forward
 (x, y), 6 backward (x, g, dx), and is given as a share of what a copy of the same tensor reaches in the same run. The
 contestants of a row take turns; medians. Inductor compiles its versions, for the first shape, several at a time, into
-its cache on the disk before. Writes benchmarks/results/ops-gpu.json and .png and prints a table. Needs a GPU, nvcc and,
-for that step, compute-sanitizer.
+its cache on the disk before. So are the blocks of `benchmarks.compiled`, at GPT-2's sizes. Writes
+benchmarks/results/ops-gpu.json and .png and prints tables. Needs a GPU, nvcc and, for that step, compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks import compiled as blocks
 from benchmarks.ops import ByHand, label
 from polytrope.ops import build, build_activation, cuda
 
@@ -50,6 +51,7 @@ ROWS: list[dict[str, Any]] = [
     {"name": "polyrelu", "degree": 3},
     {"name": "polynorm", "degree": 3},
 ]
+BLOCKS = [config for config in blocks.ROWS if config in ROWS or config.get("interval")]
 BARS = {"forward_share": 0.85, "backward_share": 0.80, "times_gelu": 1.1}
 
 
@@ -92,6 +94,11 @@ def milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[s
     for call in calls.values():
         for _ in range(5):
             call()
+    return {name: statistics.median(values) for name, values in turns(calls, repeats).items()}
+
+
+def turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds on the GPU of each turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
@@ -102,7 +109,7 @@ def milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[s
             end.record()
             end.synchronize()
             times[name].append(start.elapsed_time(end))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def compiled(config: dict[str, Any]) -> nn.Module:
@@ -120,12 +127,24 @@ def compile_ahead(config: dict[str, Any]) -> None:
         module(x)
 
 
-def compile_all_ahead(console: Console) -> list[dict[str, Any]]:
+def block_contestants(config: dict[str, Any]) -> dict[str, Callable[[], object]]:
+    return blocks.contestants(config, blocks.GPU_SHAPE, "cuda", torch.bfloat16)
+
+
+def compile_block_ahead(config: dict[str, Any]) -> None:
+    """`compile_ahead` of the contestants of a block."""
+    for call in block_contestants(config).values():
+        call()
+
+
+def compile_all_ahead(
+    configs: list[dict[str, Any]], compile_one: Callable[[dict[str, Any]], None], console: Console
+) -> list[dict[str, Any]]:
     """The rows that could be compiled."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     cores, done = len(os.sched_getaffinity(0)), []
     with ProcessPoolExecutor(min(10, cores), multiprocessing.get_context("spawn")) as pool:
-        for config, future in [(config, pool.submit(compile_ahead, config)) for config in ROWS]:
+        for config, future in [(config, pool.submit(compile_one, config)) for config in configs]:
             failure = future.exception()
             if failure is None:
                 done.append(config)
@@ -237,9 +256,10 @@ def main() -> int:
         "bars": BARS,
         "repeats": options.repeats,
         "checks": {},
+        "compiled": [],
         "rows": rows,
     }
-    compilable = [] if options.skip_compiled else compile_all_ahead(console)
+    compilable = [] if options.skip_compiled else compile_all_ahead(ROWS, compile_ahead, console)
     for shape in SHAPES:
         for config in ROWS:
             row = measure(config, shape, options.repeats, shape == SHAPES[0] and config in compilable)
@@ -248,6 +268,14 @@ def main() -> int:
             write(document, options.out)
     plot(rows, machine, options.out.with_suffix(".png"))
     console.print(table(rows))
+    if not options.skip_compiled:
+        for config in compile_all_ahead(BLOCKS, compile_block_ahead, console):
+            calls = block_contestants(config)
+            document["compiled"].append(
+                blocks.compare(config, "GPT-2", blocks.GPU_SHAPE, "bfloat16", calls, turns, options.repeats)
+            )
+            write(document, options.out)
+        console.print(blocks.table(document["compiled"], label))
     if not options.skip_tests:
         document["checks"] = check(console)
         write(document, options.out)

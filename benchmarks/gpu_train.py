@@ -7,8 +7,10 @@
 GPU machine needs neither `datasets` nor time for it, and with wheels for its Python of what is missing there; MLflow,
 Ray and datasets are not needed. `run` goes through the steps in order of worth and writes the record after each, so
 that a cut loses nothing; a step that fails is written down with its error, and the exit code is 1. Everything goes
-through the product: workflows on the `local` executor, DeepSpeed, its own resume. Bars: a Hermite step ≤ 1.02 × GELU's,
-MFU ≥ 0.45, resume in the same bytes, and no call of an activation that the reference answered (`activation_fallbacks`).
+through the product: workflows on the `local` executor, DeepSpeed, its own resume. The bars (`BARS`: a Hermite step
+≤ 1.02 × GELU's, MFU ≥ 0.45, resume in the same bytes, no call of an activation that the reference answered, a compiled
+block with a learnable activation ≤ 1.05 × the one with GELU) stand in the record with what was measured and whether
+they are met; null where their step has not come that far.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import operator
 import os
 import platform
 import shutil
@@ -26,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -37,7 +40,33 @@ ROOT = Path(__file__).resolve().parent.parent
 # What a machine with torch, transformers, tokenizers, safetensors, pyyaml, rich, psutil, jinja2, scipy lacks.
 WHEELS = ("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "hjson", "webdataset", "braceexpand")
 PYTHON, PLATFORM = "3.12", "manylinux_2_17_x86_64"
-BARS = {"hermite_over_gelu": 1.02, "mfu": 0.45}
+
+
+class Bar(NamedTuple):
+    """What the figures of a step have to reach, each of them.
+
+    Args:
+        step: of `STEPS`.
+        figure: whose values, by name, are compared.
+        relation: `≤`, `≥` or `=`.
+        bar: what they are compared with.
+    """
+
+    step: str
+    figure: str
+    relation: str
+    bar: float
+
+
+BARS = (
+    Bar("training", "step_over_gelu", "≤", 1.02),
+    Bar("training", "mfu", "≥", 0.45),
+    Bar("training", "activation_fallbacks", "=", 0),
+    Bar("resume", "same_bytes", "=", True),
+    Bar("images", "activation_fallbacks", "=", 0),
+    Bar("kernels", "compiled_block_over_gelu", "≤", 1.05),
+)
+RELATIONS: dict[str, Callable[[float, float], bool]] = {"≤": operator.le, "≥": operator.ge, "=": operator.eq}
 GELU_START = {"init": "gelu", "interval": [-4, 4]}
 FULL: dict[str, Any] = {
     "shard": {
@@ -157,7 +186,7 @@ def measure(directory: Path, scale: dict[str, Any], only: list[str], output: Pat
             "torch": torch.__version__,
         },
         "time": time.strftime("%Y-%m-%d", time.gmtime()),
-        "bars": BARS,
+        "bars": [],
         "rehearsal": not scale["gpus"],
         "steps": {},
     }
@@ -168,12 +197,33 @@ def measure(directory: Path, scale: dict[str, Any], only: list[str], output: Pat
         except Exception as error:
             figures = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()[-4000:]}
         record["steps"][name] = {"seconds": round(time.perf_counter() - started, 1), **figures}
+        record["bars"] = judge(record["steps"])
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _show(name, record["steps"][name])
+    _show_bars(record["bars"])
     failed = [name for name, figures in record["steps"].items() if "error" in figures]
     if failed:
         raise SystemExit(f"gpu_train: {', '.join(failed)} failed; the record says why: {output}")
+
+
+def judge(steps: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each bar with the values of its figure, and whether all of them meet it; null where there are none."""
+    judged = []
+    for bar in BARS:
+        values = steps.get(bar.step, {}).get(bar.figure)
+        met = all(RELATIONS[bar.relation](value, bar.bar) for value in values.values()) if values else None
+        judged.append({**bar._asdict(), "values": values, "met": met})
+    return judged
+
+
+def _show_bars(bars: list[dict[str, Any]]) -> None:
+    words = {True: "met", False: "missed", None: "not measured"}
+    for bar in bars:
+        values = ", ".join(f"{name} {_number(value)}" for name, value in (bar["values"] or {}).items())
+        print(
+            f"{bar['step']}: {bar['figure']} {bar['relation']} {bar['bar']}: {words[bar['met']]} ({values})", flush=True
+        )
 
 
 def _show(name: str, figures: dict[str, Any]) -> None:
@@ -273,7 +323,9 @@ def training(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
         figures["activation_fallbacks"][activation] = sum(seen["activation_fallbacks"].values())
         figures["curve"][activation] = [round(value, 4) for value in seen["train/loss"].values()]
     speeds = figures["tokens_per_second"]
-    figures["gelu_over_hermite3_speed"] = speeds["gelu_tanh"] / speeds["hermite3"]
+    figures["step_over_gelu"] = {
+        name: speeds["gelu_tanh"] / speed for name, speed in speeds.items() if name != "gelu_tanh"
+    }
     return figures
 
 
@@ -347,7 +399,7 @@ def _draw(folder: Path, count: int, size: int, classes: int) -> None:
 
 
 def kernels(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
-    """The table of the kernels beside copy, GELU and torch.compile, tests/gpu and compute-sanitizer."""
+    """The kernels beside copy, GELU and torch.compile, compiled blocks, tests/gpu and compute-sanitizer."""
     if not scale["gpus"]:
         return {"skipped": "needs a GPU"}
     log = directory / "gpu_ops.log"
@@ -355,7 +407,12 @@ def kernels(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
         done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_ops"], stdout=file, stderr=file, check=False)
     if done.returncode:
         raise RuntimeError(f"gpu_ops: exit code {done.returncode}\n{log.read_text(encoding='utf-8')[-3000:]}")
-    return {"record": "benchmarks/results/ops-gpu.json"}
+    from benchmarks.ops import label
+
+    place = ROOT / "benchmarks" / "results" / "ops-gpu.json"
+    blocks = json.loads(place.read_text(encoding="utf-8"))["compiled"]
+    ratios = {label(row["config"]): row["lowered_times_gelu"] for row in blocks}
+    return {"record": str(place.relative_to(ROOT)), "compiled_block_over_gelu": ratios}
 
 
 def make_importable(directory: Path) -> None:

@@ -1,10 +1,11 @@
 """The activations against `nn.GELU`, torchortho and `torch.compile` of hand-written code: time, saved tensors.
 
-    python -m benchmarks.ops [--threads 2] [--repeats 30] [--dtype float32]
+    python -m benchmarks.ops [--threads 2] [--repeats 30] [--dtype float32] [--only kernels | compiled]
 
-Forward and backward with coefficient gradients, on [1, 1024, 3072], in one process. The contestants of a row take
-turns, so that a disturbance of the machine meets all of them; what counts is the ratio of medians. Writes
-benchmarks/results/ops-cpu.json and .png. Columns without a contestant stay empty.
+Two parts: the kernels, and compiled blocks around an activation (benchmarks/compiled.py), which are the key `compiled`
+of the record. Of the kernels: forward and backward with coefficient gradients, on [1, 1024, 3072], in one process. The
+contestants of a row take turns, so that a disturbance of the machine meets all of them; what counts is the ratio of
+medians. Writes benchmarks/results/ops-cpu.json and .png. Columns without a contestant stay empty.
 
 Two things are there to make a row readable. "copy" is a contestant that only moves the bytes that any activation has to
 move: x.clone() forward and torch.add(x, gradient) backward; nothing can be much faster. And the allocator keeps freed
@@ -34,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks import compiled as blocks
 from polytrope.ops import build_activation
 
 RESULTS = Path(__file__).parent / "results"
@@ -298,7 +300,9 @@ def torchortho_module(name: str, degree: int) -> nn.Module | None:
 def label(config: dict[str, Any]) -> str:
     names = {"harmonic": "harmonic", "interval": "interval", "num_parameters": "per channel"}
     extras = [extra for name, extra in names.items() if config.get(name)]
-    return f"{config['name']} {config['degree']}" + "".join(f", {extra}" for extra in extras)
+    return " ".join(str(config[name]) for name in ("name", "degree") if name in config) + "".join(
+        f", {extra}" for extra in extras
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -358,28 +362,46 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def measure_kernels(dtypes: list[str], repeats: int, console: Console) -> list[dict[str, Any]]:
+    rows = []
+    for dtype in (getattr(torch, name) for name in dtypes):
+        for config, published, bar, published_bar in ROWS:
+            row = measure_row(config, published, dtype, repeats)
+            rows.append(row | {"bar_times_gelu": bar, "bar_faster_than_torchortho": published_bar})
+            console.print(f"{label(config)} {row['dtype']}: {row['times_gelu']:.2f} × GELU")
+    return rows
+
+
+def measure_compiled(dtypes: list[str], repeats: int, console: Console) -> list[dict[str, Any]]:
+    rows = []
+    for dtype in dtypes:
+        for size, shape in blocks.SHAPES.items():
+            for config in blocks.ROWS:
+                calls = blocks.contestants(config, shape, "cpu", getattr(torch, dtype))
+                rows.append(blocks.compare(config, size, shape, dtype, calls, blocks.turns, repeats))
+                console.print(f"{label(config)} {dtype}, {size}: {rows[-1]['lowered_times_gelu']:.2f} × GELU, compiled")
+    return rows
+
+
+PARTS: dict[str, tuple[str, Callable[[list[str], int, Console], list[dict[str, Any]]]]] = {
+    "kernels": ("rows", measure_kernels),
+    "compiled": ("compiled", measure_compiled),
+}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--dtype", choices=DTYPES, help="measure this one only and keep the other's rows")
+    parser.add_argument("--only", choices=tuple(PARTS), help="measure this part only and keep the other's rows")
     parser.add_argument("--out", type=Path, default=RESULTS / "ops-cpu.json")
     parser.add_argument("--trim", action="store_true", help="leave the allocator as it is")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     kept = not options.trim and keep_freed_memory()
-    console, rows = Console(width=None if sys.stdout.isatty() else 160), []
+    console = Console(width=None if sys.stdout.isatty() else 160)
     wanted = [options.dtype] if options.dtype else list(DTYPES)
-    if options.out.exists():
-        rows = [
-            row for row in json.loads(options.out.read_text(encoding="utf-8"))["rows"] if row["dtype"] not in wanted
-        ]
-    for dtype in (getattr(torch, name) for name in wanted):
-        for config, published, bar, published_bar in ROWS:
-            row = measure_row(config, published, dtype, options.repeats)
-            rows.append(row | {"bar_times_gelu": bar, "bar_faster_than_torchortho": published_bar})
-            console.print(f"{label(config)} {row['dtype']}: {row['times_gelu']:.2f} × GELU")
-    rows.sort(key=lambda row: DTYPES.index(row["dtype"]))
     machine = {
         "processor": platform.processor() or platform.machine(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
@@ -388,11 +410,23 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    before = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    document = {"shape": list(SHAPE), "repeats": options.repeats, "machine": machine} | before
+    for part in [options.only] if options.only else list(PARTS):
+        key, measure_part = PARTS[part]
+        rows = [row for row in document.get(key, []) if row["dtype"] not in wanted]
+        rows += measure_part(wanted, options.repeats, console)
+        rows.sort(key=lambda row: DTYPES.index(row["dtype"]))
+        document[key] = rows
+        if part == "kernels":
+            document |= {"repeats": options.repeats, "machine": machine}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"shape": list(SHAPE), "repeats": options.repeats, "machine": machine, "rows": rows}
     options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    plot(rows, options.out.with_suffix(".png"))
-    console.print(table(rows))
+    if "rows" in document:
+        plot(document["rows"], options.out.with_suffix(".png"))
+        console.print(table(document["rows"]))
+    if "compiled" in document:
+        console.print(blocks.table(document["compiled"], label))
 
 
 if __name__ == "__main__":

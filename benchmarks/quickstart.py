@@ -40,6 +40,7 @@ def main() -> None:
         subprocess.run([polytrope, "sync", "--all", "--store", store], check=True)
     results = {
         "command": "python -m benchmarks.quickstart",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "executor": options.executor,
         "cpus": os.cpu_count(),
         "seconds": first,

@@ -71,6 +71,8 @@ def make_config(kind: type[Any], fields: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: unknown or impossible field.
     """
+    from polytrope.models.parts.settings import PARTS
+
     unknown = sorted(set(fields) - set(kind.__dataclass_fields__))
     if unknown:
         raise ValueError(
@@ -78,10 +80,10 @@ def make_config(kind: type[Any], fields: Mapping[str, Any]) -> Any:
         )
     usual = asdict(kind())
     for name, value in fields.items():
-        if name != "activation":
+        if name not in ("activation", *PARTS):
             _check_kind(name, value, usual[name])
         elif not all(isinstance(entry, str | dict) for entry in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"activation: expected a name, its settings, or a list of these, got {value!r}")
+            raise ValueError(f"{name}: expected a name, its settings, or a list of these, got {value!r}")
     return kind(**fields)
 
 

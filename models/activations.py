@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from polytrope.models.configurations import ActivationConfig, activation_configs
+from polytrope.models.parts.feedforward import QuadraticLinear
 
 # What backward computes again instead of keeping it: nothing, the output of each activation, or whole blocks.
 ActivationCheckpointing = Literal["none", "mlp", "block"]
@@ -23,23 +24,30 @@ def make_activation(config: ActivationConfig) -> nn.Module:
     return module
 
 
-def project_activated(activation: nn.Module, projection: nn.Module, x: Tensor, *, recomputes: bool) -> Tensor:
+def project_activated(
+    activation: nn.Module, projection: nn.Module, x: Tensor, *, recomputes: bool, gated: bool = False
+) -> Tensor:
     """`projection(activation(x))`, the second half of an MLP.
 
     Args:
+        gated: x holds two halves a, b in its last dimension: `projection(activation(a) * b)`.
         recomputes: keep x only; backward computes `activation(x)` again for the gradient of the projection's weight,
             and nothing else. Halves what an MLP keeps at its full width, for one more pass of the activation.
     """
+
+    def project(value: Tensor) -> Tensor:
+        if gated:
+            value, factor = value.chunk(2, dim=-1)
+            return projection(activation(value) * factor)  # type: ignore[no-any-return]
+        return projection(activation(value))  # type: ignore[no-any-return]
+
     if not (recomputes and torch.is_grad_enabled()):
-        projected: Tensor = projection(activation(x))
-        return projected
+        return project(x)
     # Nothing random in between; and recomputation stops as soon as the projection's input is there again.
-    return checkpoint(  # type: ignore[no-any-return]
-        lambda value: projection(activation(value)), x, use_reentrant=False, preserve_rng_state=False
-    )
+    return checkpoint(project, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
-def standardize_inputs(linear: nn.Linear, std: float) -> None:
+def standardize_inputs(linear: nn.Linear | QuadraticLinear, std: float) -> None:
     """Scale freshly drawn weights so that the activation behind them sees inputs of variance 1.
 
     A normalised input and weights of deviation 1/√inputs give that; learnable activations start from it, and all learn
@@ -83,3 +91,16 @@ def normalised_activations(activation: ActivationConfig | list[ActivationConfig]
     from polytrope.ops.modules import read_activation
 
     return [read_activation(config) for config in activation_configs(activation, layers)]
+
+
+def describe_activation(config: Any) -> str:
+    """`gelu`, `hermite, degree 3`, or the settings of several layers where they differ."""
+    if isinstance(config, list):
+        texts = list(dict.fromkeys(describe_activation(entry) for entry in config))
+        return texts[0] if len(texts) == 1 else "; ".join(texts)
+    if isinstance(config, str):
+        return config
+    degree = config.get("degree")
+    if isinstance(degree, list | tuple):
+        degree = "/".join(map(str, degree))
+    return str(config.get("name")) + (f", degree {degree}" if degree is not None else "")

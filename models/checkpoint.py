@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
 from polytrope.models.activations import current_activations, normalised_activations
-from polytrope.models.configurations import activation_configs
+from polytrope.models.configurations import activation_configs, changed_parts
+from polytrope.models.parts.settings import PARTS
 from polytrope.models.special_tokens import kept_fields, read_tokenizer_entry
 from polytrope.models.weights import check_dtypes
 from polytrope.models.writing import appearing, compare_outputs, compare_weights
@@ -121,6 +122,12 @@ def read_description(directory: str | Path) -> dict[str, Any]:
             f"{directory} holds a model of transformers (config.json), not one of this package (model.json); GPT-2 and "
             "ConvNeXt become one by the stage `import_model`, other architectures are for the stage `convert` alone"
         )
+    if not path.exists() and path.with_name("module.json").exists():
+        raise ValueError(
+            f"{directory} holds a module of somebody's own (module.json), not a model of this package (model.json): it "
+            "is for the stage `convert` alone; a factory that returns a GPT-2 or ConvNeXt of "
+            "`polytrope.models.build_model` gives one that can be trained and evaluated"
+        )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -136,10 +143,14 @@ def read_description(directory: str | Path) -> dict[str, Any]:
 def model_config(model: nn.Module) -> dict[str, Any]:
     """The model's configuration as JSON, with its activations as they are now (after conversion).
 
+    Parts are left out where they are the usual ones.
+
     Raises:
         ValueError: an activation that no configuration describes.
     """
     config: dict[str, Any] = dataclasses.asdict(model.config)  # type: ignore[call-overload]
+    for part in PARTS.keys() & config.keys() - changed_parts(model.config).keys():
+        del config[part]
     modules = activation_modules(model)
     config["activation"] = current_activations(modules, activation_configs(config["activation"], len(modules)))
     return config
@@ -161,6 +172,6 @@ def compare_configs(written: nn.Module, meant: nn.Module, what: str) -> None:
     there, here = model_config(written), model_config(meant)
     for config, model in ((there, written), (here, meant)):
         config["activation"] = normalised_activations(config["activation"], len(activation_modules(model)))
-    for field, value in here.items():
-        if there[field] != value:
-            raise ValueError(f"{what}: {field} comes back as {there[field]!r} instead of {value!r}")
+    for field in sorted(here.keys() | there.keys()):
+        if there.get(field) != here.get(field):
+            raise ValueError(f"{what}: {field} comes back as {there.get(field)!r} instead of {here.get(field)!r}")

@@ -1,4 +1,4 @@
-"""The sizes of every model, and how its `activation` setting is read: what can be checked without torch."""
+"""The sizes of every model, and how its settings are read: what can be checked without torch."""
 
 from __future__ import annotations
 
@@ -7,56 +7,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-ActivationConfig = str | dict[str, Any]
+from polytrope.models.parts.settings import PARTS, Attention, FeedForward, Norm, read_part, read_parts
+from polytrope.models.per_layer import Entry, layer_configs
+
+ActivationConfig = Entry
 
 
 def activation_configs(activation: ActivationConfig | list[ActivationConfig], layers: int) -> list[ActivationConfig]:
-    """One activation per layer.
-
-    Args:
-        activation: one for all; a list with one per layer; or a list of `{layers: 0-5, name: gelu}` that covers every
-            layer once (layers count from 0; `6-` goes to the last one).
-        layers: how many there are.
+    """One activation per layer; see `layer_configs`.
 
     Raises:
-        ValueError: a list of another length, or ranges that leave a layer out or name one twice.
+        ValueError: as there; a gated activation, which halves the width.
     """
-    if isinstance(activation, list) and any(isinstance(entry, dict) and "layers" in entry for entry in activation):
-        return _by_range(activation, layers)
-    if isinstance(activation, list):
-        if len(activation) != layers:
-            raise ValueError(
-                f"activation: a list of length {len(activation)} for {layers} layers; give one per layer or one"
-            )
-        return activation
-    return [activation] * layers
-
-
-def _by_range(entries: list[ActivationConfig], layers: int) -> list[ActivationConfig]:
-    found: list[ActivationConfig | None] = [None] * layers
+    entries = layer_configs("activation", activation, layers)
     for entry in entries:
-        if not isinstance(entry, dict) or "layers" not in entry:
-            raise ValueError(f"activation: {entry!r} does not say for which `layers` it is, as others do")
-        config = {key: value for key, value in entry.items() if key != "layers"}
-        for layer in _range(entry["layers"], layers):
-            if found[layer] is not None:
-                raise ValueError(f"activation: layer {layer} is in two ranges of `layers`")
-            found[layer] = str(config["name"]) if set(config) == {"name"} else config
-    missing = [str(layer) for layer, config in enumerate(found) if config is None]
-    if missing:
-        raise ValueError(f"activation: no range of `layers` has layer {', '.join(missing)} (of 0-{layers - 1})")
-    return [config for config in found if config is not None]
+        if isinstance(entry, dict) and entry.get("glu"):
+            raise ValueError(f"activation: {entry!r} is gated, which halves the width; use `feedforward: gated`")
+    return entries
 
 
-def _range(text: Any, layers: int) -> range:
-    first, dash, last = str(text).partition("-")
-    try:
-        start, end = int(first), int(last) if last else layers - 1 if dash else int(first)
-    except ValueError:
-        raise ValueError(f"activation: `layers: {text}` is no range; write 3, 0-5 or 6-") from None
-    if not 0 <= start <= end < layers:
-        raise ValueError(f"activation: `layers: {text}` is outside 0-{layers - 1}")
-    return range(start, end + 1)
+def changed_parts(config: Any) -> dict[str, Any]:
+    """The parts of a configuration that are not those a model has where nothing is said."""
+    usual = type(config).__dataclass_fields__
+    return {
+        name: getattr(config, name) for name in PARTS if name in usual and getattr(config, name) != usual[name].default
+    }
 
 
 @dataclass
@@ -70,6 +45,8 @@ class GPT2Config:
         n_head: attention heads; divides `n_embd`.
         n_embd: width of the residual stream; the MLP is four times as wide.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per block.
+        attention, feedforward: parts of every block (`polytrope.models.parts`), or lists with one per block.
+        norm: part of the blocks and before the head.
         dropout: of embeddings, attention weights and both residual branches.
         bias: biases in linear layers and layer norms.
         layer_norm_epsilon: added to the variance in every layer norm.
@@ -84,6 +61,9 @@ class GPT2Config:
     n_head: int = 12
     n_embd: int = 768
     activation: ActivationConfig | list[ActivationConfig] = "gelu_tanh"
+    attention: Entry | list[Entry] = "softmax"
+    norm: Entry = "layer_norm"
+    feedforward: Entry | list[Entry] = "mlp"
     dropout: float = 0.0
     bias: bool = True
     layer_norm_epsilon: float = 1e-5
@@ -102,10 +82,27 @@ class GPT2Config:
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
         activation_configs(self.activation, self.n_layer)
+        self.norm_settings()
+        self.feedforward_settings()
+        if self.dropout and any(part.fixed_weights for part in self.attention_settings()):
+            raise ValueError(f"dropout: {self.dropout}, but attention: power drops no weights; leave dropout out")
+
+    def attention_settings(self) -> list[Attention]:
+        """Of each block."""
+        return read_parts("attention", self.attention, self.n_layer)
+
+    def norm_settings(self) -> Norm:
+        """Of all norms."""
+        norm: Norm = read_part("norm", self.norm)
+        return norm
+
+    def feedforward_settings(self) -> list[FeedForward]:
+        """Of each block."""
+        return read_parts("feedforward", self.feedforward, self.n_layer)
 
     def activation_widths(self) -> list[int]:
         """Channels that the activation of each block sees."""
-        return [4 * self.n_embd] * self.n_layer
+        return [part.hidden(self.n_embd) for part in self.feedforward_settings()]
 
     def layer_numbers(self) -> int:
         """How many values the first number in the names of its activation modules has."""
@@ -130,6 +127,8 @@ class ConvNeXtConfig:
         in_channels: channels of the images.
         patch_size: kernel and stride of the stem; each later stage halves the resolution.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per block.
+        norm: part of the blocks, before each stage and before the classifier (`polytrope.models.parts`).
+        feedforward: part of every block, or a list with one per block.
         drop_path: probability of skipping the last block's branch; it grows linearly from 0 at the first.
         layer_scale: initial value of the per-channel scale of each branch; 0 for no scale.
         final_norm_epsilon: added to the variance in the layer norm before the classifier; the others have 1e-6.
@@ -141,6 +140,8 @@ class ConvNeXtConfig:
     in_channels: int = 3
     patch_size: int = 4
     activation: ActivationConfig | list[ActivationConfig] = "gelu"
+    norm: Entry = "layer_norm"
+    feedforward: Entry | list[Entry] = "mlp"
     drop_path: float = 0.0
     layer_scale: float = 1e-6
     final_norm_epsilon: float = 1e-6
@@ -159,10 +160,27 @@ class ConvNeXtConfig:
         if not 0.0 < self.final_norm_epsilon < math.inf:
             raise ValueError(f"final_norm_epsilon must be above 0 and finite, got {self.final_norm_epsilon}")
         activation_configs(self.activation, sum(self.depths))
+        self.norm_settings()
+        self.feedforward_settings()
+
+    def block_widths(self) -> list[int]:
+        """Channels of each block."""
+        return [width for depth, width in zip(self.depths, self.dims, strict=True) for _ in range(depth)]
+
+    def norm_settings(self) -> Norm:
+        """Of all norms."""
+        norm: Norm = read_part("norm", self.norm)
+        return norm
+
+    def feedforward_settings(self) -> list[FeedForward]:
+        """Of each block."""
+        return read_parts("feedforward", self.feedforward, sum(self.depths))
 
     def activation_widths(self) -> list[int]:
         """Channels that the activation of each block sees."""
-        return [4 * width for depth, width in zip(self.depths, self.dims, strict=True) for _ in range(depth)]
+        return [
+            part.hidden(width) for part, width in zip(self.feedforward_settings(), self.block_widths(), strict=True)
+        ]
 
     def layer_numbers(self) -> int:
         """How many values the first number in the names of its activation modules has: the stages."""

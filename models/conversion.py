@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration
-from polytrope.models.convert_options import check_polynomial_only, replacement
+from polytrope.models.convert_options import check_polynomial_only, check_weight, replacement
 from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.surgery import Activation, replace_module, replaced
+from polytrope.ops.channels import (
+    channel_of,
+    fit_channels,
+    fit_channels_to_error,
+    function_of,
+    slopes_of,
+    smallest_mean_square,
+    steepest,
+)
 from polytrope.ops.families import MAX_DEGREE, check_degree
-from polytrope.ops.fitting.targets import resolve_target, sample
+from polytrope.ops.fitting.targets import Target, find_kinks, resolve_target, sample
 from polytrope.ops.interpolate import FAMILIES, Fit, fit, fit_to_error
+from polytrope.ops.moments import REACH, gaussian_nodes
 from polytrope.ops.polynomial_only import MAX_DEPTH, fit_composition, fit_composition_to_error
 
 _CHUNK = 1 << 20
@@ -34,6 +46,8 @@ class FitOptions:
             most this. The error is the root mean square over the measured inputs, relative to that of the target.
         coverage: share of the inputs inside the fitted interval; None: the interval of the smallest error over all
             inputs, those on the tangent lines outside included.
+        weight: `measured` inputs, or `normal`: the normal distribution of their mean and deviation, under which a
+            polynomial without tangents is the projection (Peng et al., "AutoReP", 2023).
         derivative_weight: λ of the Sobolev norm, for inputs in units of their standard deviation.
         constraints: as of `fit`: `ends`, `end_values`, `origin`.
         polynomial_only: instead of all of the above but `target_error`: compositions of polynomials without tangents.
@@ -46,6 +60,7 @@ class FitOptions:
     degree: int = 8
     target_error: float | None = None
     coverage: float | None = None
+    weight: str = "measured"
     derivative_weight: float = 0.01
     constraints: tuple[str, ...] = ()
     polynomial_only: PolynomialOnly | None = None
@@ -67,7 +82,12 @@ class FitOptions:
     def title(self) -> str:
         """What is fitted, for people."""
         only = self.polynomial_only
-        return f"{self.family} of degree {self.degree}" if only is None else f"polynomials of depth {only.depth}"
+        projected = ", projected under a normal distribution" if self.weight == "normal" else ""
+        return (
+            f"{self.family} of degree {self.degree}{projected}"
+            if only is None
+            else f"polynomials of depth {only.depth}"
+        )
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,7 @@ def fit_options(
     degree: int | None,
     target_error: float | None,
     coverage: float | None,
+    weight: str,
     derivative_weight: float,
     constraints: Sequence[str],
     polynomial_only: bool,
@@ -112,7 +133,7 @@ def fit_options(
     """The options as they are given in Python, on the command line and in a workflow; None: not given.
 
     Args:
-        family, degree, target_error, coverage, derivative_weight, constraints: as of `FitOptions`.
+        family, degree, target_error, coverage, weight, derivative_weight, constraints: as of `FitOptions`.
         polynomial_only: compositions of polynomials; depth, domain, domain_margin: of them, as of `PolynomialOnly`.
 
     Raises:
@@ -122,6 +143,7 @@ def fit_options(
         "family": family,
         "degree": degree,
         "coverage": coverage,
+        "weight": weight,
         "derivative_weight": derivative_weight,
         "constraints": list(constraints),
         "depth": depth,
@@ -129,6 +151,7 @@ def fit_options(
         "domain_margin": domain_margin,
     }
     check_polynomial_only(polynomial_only, given)
+    check_weight(weight, given)
     if degree is None:
         degree = 8 if target_error is None else MAX_DEGREE
     if depth is None:
@@ -138,6 +161,7 @@ def fit_options(
         degree,
         target_error,
         coverage,
+        weight,
         derivative_weight,
         tuple(constraints),
         PolynomialOnly(depth, domain, domain_margin) if polynomial_only else None,
@@ -162,9 +186,19 @@ class LayerConversion:
 
     @property
     def relative_error(self) -> float:
-        """Root mean square error over the measured inputs, relative to that of the target."""
+        """Root mean square error over the measured inputs, relative to that of the target; see `_size`."""
         certificate = self.fit.certificate
-        return certificate.rms / math.sqrt(max(certificate.target_mean_square, 1e-300))
+        return certificate.rms / _size(certificate.target_mean_square, self.fit.dtype)
+
+    def one_function(self) -> tuple[Target, Fit]:
+        """The target and the fit as functions of a number; where channels have their own, those of the one that bends
+        most.
+        """
+        slopes = slopes_of(self.module)
+        if slopes is None:
+            return resolve_target(self.module), self.fit
+        channel = steepest(slopes)
+        return resolve_target(function_of(slopes[channel])), channel_of(self.fit, channel)
 
 
 def fit_layer(activation: Activation, calibration: Calibration, options: FitOptions) -> LayerConversion:
@@ -177,12 +211,14 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
         return _fit_polynomials(activation, calibration, options.polynomial_only, options.target_error)
     measure = calibration.measure()
     interval: Any = "best"
+    if options.weight == "normal":
+        return _project(activation, calibration, options)
     if options.coverage is not None:
         tail = (1.0 - options.coverage) / 2
         interval = (calibration.quantile(tail), calibration.quantile(1.0 - tail))
         if interval[0] >= interval[1]:
             interval = (interval[0] - 0.5, interval[1] + 0.5)
-    settings = {
+    settings: dict[str, Any] = {
         "interval": interval,
         "weight": measure,
         "derivative_weight": options.derivative_weight * _variance(measure),
@@ -190,17 +226,61 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
         "held_out": calibration.held_out,
         "dtype": calibration.dtype,
     }
+    return _fit(activation, calibration, options, settings)
+
+
+def _fit(
+    activation: Activation, calibration: Calibration, options: FitOptions, settings: dict[str, Any]
+) -> LayerConversion:
+    """Of the degree that is asked for, or of the smallest one with the target error."""
     try:
-        if options.target_error is None:
-            found = fit(activation.module, options.family, options.degree, **settings)  # type: ignore[arg-type]
-        else:
-            scale = _root_mean_square(activation.module, measure)
-            degrees = range(1 if options.family == "auto" else min(2, options.degree), options.degree + 1)
-            error = options.target_error * scale
-            found = fit_to_error(activation.module, options.family, error, degrees=degrees, **settings)
+        found = _fitted(activation.module, options, settings)
     except ValueError as error:
         raise type(error)(f"activation `{activation.name}`: {error}") from error
     return LayerConversion(activation.name, activation.module, calibration, found)
+
+
+def _project(activation: Activation, calibration: Calibration, options: FitOptions) -> LayerConversion:
+    """sum_k E[f(μ + s z) h_k(z)] h_k((x - μ) / s): least squares under N(μ, s²), a polynomial on the whole line."""
+    points, counts = calibration.measure()
+    weights = counts / counts.sum()
+    mean = float(weights @ points)
+    deviation = math.sqrt(_variance((points, counts)))
+    z, density = gaussian_nodes([(kink - mean) / deviation for kink in _kinks(activation, mean, deviation)])
+    return _fit(
+        activation,
+        calibration,
+        options,
+        {
+            "interval": (calibration.minimum, calibration.maximum)
+            if calibration.minimum < calibration.maximum
+            else (mean - deviation, mean + deviation),
+            "weight": (mean + deviation * z, density),
+            "derivative_weight": 0.0,
+            "tails": False,
+            "held_out": calibration.held_out,
+            "dtype": calibration.dtype,
+        },
+    )
+
+
+def _kinks(activation: Activation, mean: float, deviation: float) -> list[float]:
+    slopes = slopes_of(activation.module)
+    target = resolve_target(activation.module if slopes is None else function_of(slopes[steepest(slopes)]))
+    return find_kinks(target, mean - REACH * deviation, mean + REACH * deviation)
+
+
+def _fitted(module: nn.Module, options: FitOptions, settings: dict[str, Any]) -> Fit:
+    slopes = slopes_of(module)
+    if options.target_error is None:
+        if slopes is None:
+            return fit(module, options.family, options.degree, **settings)
+        return fit_channels(slopes, options.family, options.degree, **settings)
+    error = options.target_error * _size(_mean_square(module, settings["weight"]), settings["dtype"])
+    degrees = range(1 if options.family == "auto" else min(2, options.degree), options.degree + 1)
+    if slopes is None:
+        return fit_to_error(module, options.family, error, degrees=degrees, **settings)
+    return fit_channels_to_error(slopes, options.family, error, degrees=degrees, **settings)
 
 
 def _variance(measure: tuple[np.ndarray, np.ndarray]) -> float:
@@ -213,6 +293,11 @@ def _variance(measure: tuple[np.ndarray, np.ndarray]) -> float:
 def _fit_polynomials(
     activation: Activation, calibration: Calibration, options: PolynomialOnly, target_error: float | None
 ) -> LayerConversion:
+    if slopes_of(activation.module) is not None:
+        raise ValueError(
+            f"activation `{activation.name}`: polynomial_only: its channels have slopes of their own, and a "
+            f"composition is one function for all of them; leave it out: exclude=['{activation.name}'] (--exclude)"
+        )
     low, high = calibration.minimum, calibration.maximum
     margin = options.margin * (high - low) if high > low else 0.5
     domain = options.domain or (low - margin, high + margin)
@@ -226,24 +311,46 @@ def _fit_polynomials(
         if target_error is None:
             found = fit_composition(activation.module, domain, options.depth, **settings)
         else:
-            error = target_error * _root_mean_square(activation.module, measure)
+            error = target_error * _size(_mean_square(activation.module, measure), calibration.dtype)
             found = fit_composition_to_error(activation.module, domain, error, depth=options.depth, **settings)
     except ValueError as error:
         raise type(error)(f"activation `{activation.name}`: {error}") from error
     return LayerConversion(activation.name, activation.module, calibration, found)
 
 
-def _root_mean_square(module: nn.Module, measure: tuple[np.ndarray, np.ndarray]) -> float:
+def _mean_square(module: nn.Module, measure: tuple[np.ndarray, np.ndarray]) -> float:
+    slopes = slopes_of(module)
+    if slopes is not None:
+        return smallest_mean_square(slopes, measure)
     points, counts = measure
     values, _ = sample(resolve_target(module), points)
-    return math.sqrt(float(counts @ values**2) / float(counts.sum()))
+    return float(counts @ values**2) / float(counts.sum())
+
+
+def _size(mean_square: float, dtype: torch.dtype) -> float:
+    """What the errors of an activation are relative to: the target's root mean square over the measured inputs; 1 where
+    the format cannot tell that from 0, as of a ReLU that receives nothing positive: errors are what they are then.
+    """
+    size = math.sqrt(mean_square)
+    return size if size >= torch.finfo(dtype).tiny else 1.0
 
 
 def fit_layers(
     activations: Iterable[Activation], calibrations: Mapping[str, Calibration], options: FitOptions
 ) -> list[LayerConversion]:
-    """Fits of all activations, in order; see `fit_layer`."""
-    return [fit_layer(activation, calibrations[activation.name], options) for activation in activations]
+    """Fits of all activations, in order; see `fit_layer`. As many at once as torch has threads."""
+    waiting: deque[Future[LayerConversion]] = deque()
+    found: list[LayerConversion] = []
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for activation in activations:
+            waiting.append(pool.submit(fit_layer, activation, calibrations[activation.name], options))
+            if len(waiting) > threads:  # taken up only now: whoever hands them out says how far this is
+                found.append(waiting.popleft().result())
+        return found + [future.result() for future in waiting]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def apply(model: nn.Module, conversions: Sequence[LayerConversion]) -> None:
@@ -257,10 +364,15 @@ def layer_costs(
     conversions: Sequence[LayerConversion],
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Tensor],
+    *,
+    walk: Callable[[Sequence[tuple[str, nn.Module]]], Iterable[tuple[str, nn.Module]]] = iter,
 ) -> dict[str, float]:
     """How far the model's output moves when only this layer is converted: |difference| / |output|, per layer.
 
     One batch after the other: two outputs of one of them are all that is held. The model is as it was afterwards.
+
+    Args:
+        walk: gives the layers, once for every batch, and may say how far it is.
 
     Raises:
         ValueError: the model does not call the new module where it called the old one; names it.
@@ -273,7 +385,7 @@ def layer_costs(
             with _counting({conversion.name: conversion.module for conversion in conversions}) as before:
                 original = forward(model, batch)
             size += _squares(original)
-            for name, module in modules.items():
+            for name, module in walk(list(modules.items())):
                 with replaced(model, name, module), _counting({name: module}) as after:
                     moved = forward(model, batch)
                 _check_effect(before, after, "before its conversion")
@@ -308,7 +420,7 @@ def prove(
         with _counting(modules) as evaluating:
             forward(model, batch)
         for module in model.modules():
-            module.training = not isinstance(module, _CHANGED_BY_TRAINING)
+            module.training = not (isinstance(module, _CHANGED_BY_TRAINING) or _keeps_numbers(module))
         with _counting(modules) as training, torch.random.fork_rng():
             forward(model, batch)
     _check_effect(training, evaluating, "in training mode")
@@ -316,6 +428,11 @@ def prove(
 
 
 _CHANGED_BY_TRAINING = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
+
+def _keeps_numbers(module: nn.Module) -> bool:
+    """Whether it has statistics of its own, whatever its class: training would change them."""
+    return any(buffer.is_floating_point() for buffer in module.buffers(recurse=False))
 
 
 @contextmanager

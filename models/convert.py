@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ from polytrope.models.conversion import (
     layer_costs,
     prove,
 )
+from polytrope.models.convert_options import check_keep
 from polytrope.models.formats import read_model, write_model
 from polytrope.models.formats.module import MODULE_FILE, load_module
 from polytrope.models.inputs import Data, read_batches, size_of
@@ -208,6 +209,7 @@ def convert(
     degree: int | None = None,
     target_error: float | None = None,
     coverage: float | None = None,
+    weight: str = "measured",
     derivative_weight: float = 0.01,
     constraints: Sequence[str] = (),
     polynomial_only: bool = False,
@@ -220,6 +222,8 @@ def convert(
     layers: tuple[int, int] | None = None,
     samples: int | None = 256,
     rated_samples: int = RATED_SAMPLES,
+    keep: int | None = None,
+    output_error: float | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     in_place: bool = False,
     progress: Callable[[int, str], None] | None = None,
@@ -230,8 +234,8 @@ def convert(
         model: any; it is in the mode it was in afterwards.
         data: batches (a DataLoader, a list of dicts, tensors or tuples), or a function that runs the model. A dict goes
             in by name; of a tuple as many entries as the model's `forward` requires, the others are labels.
-        family, target_error, coverage, derivative_weight, constraints: as of `conversion.FitOptions`; hermite if not
-            given.
+        family, target_error, coverage, weight, derivative_weight, constraints: as of `conversion.FitOptions`; hermite
+            if not given.
         degree: 8 if not given; with `target_error` the highest one tried, 16 if not given.
         polynomial_only: sums and products alone, for encrypted inference and verification, on a certified range; a
             quarter of the samples is kept aside and checks it.
@@ -242,6 +246,9 @@ def convert(
         types, include, exclude, layers: which activations, as of `surgery.Choice`.
         samples: as many samples of the data are used, rounded up to whole batches; None: all.
         rated_samples: the costs of the activations are measured on as many, one activation after the other; 0: not.
+        keep: so many activations stay as they are: those whose conversion alone moves the output most.
+        output_error: instead of `keep`: as few as leave an output that moves by at most this, relative to itself, if
+            what the others cost is independent, so that its squares add up.
         forward: how a batch goes through the model, where the above does not fit; returns what holds a tensor.
         in_place: convert `model` itself; otherwise a copy, and `model` stays as it is. After an error it is as it was.
         progress: is told what begins, by the number of the step, of 3, and in a long one how far it is.
@@ -255,6 +262,7 @@ def convert(
         degree=degree,
         target_error=target_error,
         coverage=coverage,
+        weight=weight,
         derivative_weight=derivative_weight,
         constraints=constraints,
         polynomial_only=polynomial_only,
@@ -266,6 +274,11 @@ def convert(
         raise ValueError(f"samples: expected at least 1, or None for all, got {samples!r}")
     if rated_samples < 0:
         raise ValueError(f"rated_samples: expected at least 0, got {rated_samples!r}")
+    if keep is not None and keep < 0:
+        raise ValueError(f"keep: expected at least 0, got {keep!r}")
+    if output_error is not None and not 0 < output_error < math.inf:
+        raise ValueError(f"output_error: expected a number > 0, got {output_error!r}")
+    check_keep(keep, output_error, rated_samples)
     batches = read_batches(data, samples)
     if not in_place:
         try:
@@ -274,7 +287,17 @@ def convert(
             raise ValueError(f"{type(model).__name__} cannot be copied: {error}; use in_place=True") from error
     run = inputs.forward if forward is None else _first_tensor_of(forward)
     choice = Choice(types, include, exclude, layers)
-    return convert_batches(model, batches, options, choice, forward=run, tell=progress, rated_samples=rated_samples)
+    return convert_batches(
+        model,
+        batches,
+        options,
+        choice,
+        forward=run,
+        tell=progress,
+        rated_samples=rated_samples,
+        keep=keep,
+        output_error=output_error,
+    )
 
 
 def convert_batches(
@@ -287,6 +310,8 @@ def convert_batches(
     measure: Measure | None = None,
     tell: Callable[[int, str], None] | None = None,
     rated_samples: int = RATED_SAMPLES,
+    keep: int | None = None,
+    output_error: float | None = None,
 ) -> Conversion:
     """What `convert` does, in place.
 
@@ -297,6 +322,21 @@ def convert_batches(
     Raises:
         ValueError: as of `convert`; the model is as it was.
     """
+    if keep or output_error is not None:
+        # What is kept is found on a model that is put back: the functions among it stay functions.
+        trial = copy.deepcopy(model)
+        whole = convert_batches(
+            trial, batches, options, choice, forward=forward, measure=measure, tell=tell, rated_samples=rated_samples
+        )
+        found_costs = {entry.name: entry.cost or 0.0 for entry in whole.activations}
+        kept = _dearest(found_costs, keep, output_error)
+        rest = replace(choice, exclude=[*choice.exclude, *kept])
+        made = convert_batches(
+            model, batches, options, rest, forward=forward, measure=measure, tell=tell, rated_samples=rated_samples
+        )
+        reasons = {name: f"kept: converted alone it would move the output by {found_costs[name]:.2e}" for name in kept}
+        left = [replace(entry, reason=reasons.get(entry.name, entry.reason)) for entry in made.left]
+        return replace(made, left=left)
     say = tell or (lambda _step, _text: None)
     held_out: list[Any] = []
     if options.polynomial_only is not None:
@@ -315,13 +355,7 @@ def convert_batches(
         with inputs.on_calibration_data():
             before = _output(model, rated, forward)
         selection = select_activations(
-            model,
-            batches,
-            forward,
-            types=choice.types,
-            include=choice.include,
-            exclude=choice.exclude,
-            layers=choice.layers,
+            model, batches, forward, choice, walk=lambda items: going(0, "looking for activations", items)
         )
         found = selection.activations
         say(1, f"calibrating {len(found)} activations{said}")
@@ -334,7 +368,8 @@ def convert_batches(
         costs: Mapping[str, float] = {}
         if rated_samples:
             rating = inputs.heads(batches, rated_samples)
-            costs = layer_costs(model, fits, going(2, "rating", rating), forward)
+            say(2, f"rating {len(fits)} activations")
+            costs = layer_costs(model, fits, rating, forward, walk=lambda items: going(2, "rating", items))
         try:
             apply(model, fits)
             names = [entry.name for entry in fits]
@@ -348,6 +383,27 @@ def convert_batches(
     difference = float((after - before).norm() / before.norm().clamp(min=1e-300))
     activations = [_described(entry, costs.get(entry.name)) for entry in fits]
     return Conversion(model, activations, selection.left, total, difference, fits, selection, rated, polynomials)
+
+
+def _dearest(costs: Mapping[str, float], keep: int | None, output_error: float | None) -> list[str]:
+    """The activations that stay, the dearest first.
+
+    Raises:
+        ValueError: all of them would.
+    """
+    ranked = sorted(costs, key=lambda name: (-costs[name], name))
+    if keep is None:
+        assert output_error is not None
+        rests = [math.sqrt(math.fsum(costs[name] ** 2 for name in ranked[start:])) for start in range(len(ranked))]
+        keep = next((start for start, rest in enumerate(rests) if rest <= output_error), len(ranked))
+        if keep == len(ranked):
+            raise ValueError(
+                f"output_error: no activation can be converted within {output_error:.3g}; `{ranked[-1]}` alone moves "
+                f"the output by {rests[-1]:.3g}"
+            )
+    if keep >= len(ranked):
+        raise ValueError(f"keep: {keep} of {len(ranked)} activations would stay, so that nothing would be converted")
+    return ranked[:keep]
 
 
 def _described(entry: LayerConversion, cost: float | None) -> ConvertedActivation:

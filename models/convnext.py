@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from polytrope.models.activations import (
@@ -19,42 +18,54 @@ from polytrope.models.activations import (
     standardize_inputs,
 )
 from polytrope.models.architecture import Architecture, HuggingFace
-from polytrope.models.configurations import CONVNEXT_PRESETS, ActivationConfig, ConvNeXtConfig, activation_configs
+from polytrope.models.configurations import (
+    CONVNEXT_PRESETS,
+    ActivationConfig,
+    ConvNeXtConfig,
+    activation_configs,
+    changed_parts,
+)
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.losses import Loss, cross_entropy
+from polytrope.models.parts.feedforward import FeedForwardSizes, QuadraticLinear, build_feedforward
+from polytrope.models.parts.norm import NormSizes, build_norm
+from polytrope.models.parts.ranges import RangePenalty
+from polytrope.models.parts.settings import FeedForward
 from polytrope.models.weights import load_renamed
 
 
-class ChannelsFirstLayerNorm(nn.Module):
-    """Layer norm over the channels of `[batch, channels, height, width]`."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        normalised = F.layer_norm(x.permute(0, 2, 3, 1), self.weight.shape, self.weight, self.bias, 1e-6)
-        return normalised.permute(0, 3, 1, 2)
-
-
 class Block(nn.Module):
-    """Depthwise 7×7 convolution, layer norm, and a pointwise MLP of four times the width, on a residual branch."""
+    """Depthwise 7×7 convolution, norm, and a pointwise MLP of four times the width, on a residual branch; or another
+    of `polytrope.models.parts.feedforward`.
+    """
 
-    def __init__(self, channels: int, activation: ActivationConfig, drop_path: float, layer_scale: float) -> None:
+    def __init__(
+        self,
+        config: ConvNeXtConfig,
+        channels: int,
+        activation: ActivationConfig,
+        settings: FeedForward,
+        drop_path: float,
+    ) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.pwconv1 = nn.Linear(channels, 4 * channels)
+        layers = build_feedforward(settings, FeedForwardSizes(channels, bias=True))
+        self.norm = build_norm(config.norm_settings(), NormSizes(channels, 1e-6))
+        self.pwconv1 = layers.inner
         self.act = make_activation(activation)
-        self.pwconv2 = nn.Linear(4 * channels, channels)
-        self.gamma = nn.Parameter(torch.full((channels,), layer_scale)) if layer_scale > 0 else None
+        self.pwconv2 = layers.outer
+        scale = config.layer_scale
+        self.gamma = nn.Parameter(torch.full((channels,), scale)) if scale > 0 else None
+        self.gated = layers.gated
         self.drop_path = drop_path
         self.recomputes = False
+        self.ranges: RangePenalty | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1)))
-        branch = project_activated(self.act, self.pwconv2, branch, recomputes=self.recomputes)
+        if self.ranges is not None and self.training:
+            self.ranges.inputs(branch.chunk(2, dim=-1)[0] if self.gated else branch)
+        branch = project_activated(self.act, self.pwconv2, branch, recomputes=self.recomputes, gated=self.gated)
         if self.gamma is not None:
             branch = self.gamma * branch
         return x + drop_samples(branch.permute(0, 3, 1, 2), self.drop_path, self.training)
@@ -80,28 +91,34 @@ class ConvNeXt(nn.Module):
         self.activation_checkpointing: ActivationCheckpointing = "none"
         self.training_loss: Loss = cross_entropy  # it and its smoothing are set by the trainer
         self.label_smoothing = 0.0
+        self.ranges: RangePenalty | None = None  # set by the trainer
         dims, depths = config.dims, config.depths
+        norm = config.norm_settings()
         stem = nn.Sequential(
             nn.Conv2d(config.in_channels, dims[0], config.patch_size, config.patch_size),
-            ChannelsFirstLayerNorm(dims[0]),
+            build_norm(norm, NormSizes(dims[0], 1e-6, channels_first=True)),
         )
         self.downsample_layers = nn.ModuleList([stem])
         for before, after in pairwise(dims):
             self.downsample_layers.append(
-                nn.Sequential(ChannelsFirstLayerNorm(before), nn.Conv2d(before, after, kernel_size=2, stride=2))
+                nn.Sequential(
+                    build_norm(norm, NormSizes(before, 1e-6, channels_first=True)),
+                    nn.Conv2d(before, after, kernel_size=2, stride=2),
+                )
             )
         total = sum(depths)
         activations = iter(activation_configs(config.activation, total))
+        layers = iter(config.feedforward_settings())
         rates = iter(config.drop_path * index / max(1, total - 1) for index in range(total))
         self.stages = nn.ModuleList(
-            nn.Sequential(*[Block(width, next(activations), next(rates), config.layer_scale) for _ in range(depth)])
+            nn.Sequential(*[Block(config, width, next(activations), next(layers), next(rates)) for _ in range(depth)])
             for depth, width in zip(depths, dims, strict=True)
         )
-        self.norm = nn.LayerNorm(dims[-1], eps=config.final_norm_epsilon)
+        self.norm = build_norm(norm, NormSizes(dims[-1], config.final_norm_epsilon))
         self.head = nn.Linear(dims[-1], config.num_classes)
         self.apply(_initialise)
         for block in self.blocks:
-            standardize_inputs(block.pwconv1, 0.02)
+            standardize_inputs(block.pwconv1, 0.02)  # type: ignore[arg-type]
 
     @property
     def blocks(self) -> list[Block]:
@@ -114,13 +131,16 @@ class ConvNeXt(nn.Module):
             block.recomputes = mode == "mlp"
 
     def forward(self, images: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
-        """Logits `[batch, classes]`, or with `targets` the cross entropy in nats (in training mode: `training_loss`).
+        """Logits `[batch, classes]`, or with `targets` the cross entropy in nats (in training mode: `training_loss`,
+        and penalties of ranges).
 
         Args:
             images: `[batch, channels, height, width]`, normalised; any floating dtype (a data set has float32).
             targets: `[batch]` int64 classes (-100: does not count), or `[batch, classes]` probabilities (mixup).
             reduction: of the loss: `mean`, `sum` or `none`.
         """
+        if self.ranges is not None:
+            self.ranges.start()
         x = images.to(self.head.weight.dtype)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x)
@@ -134,7 +154,8 @@ class ConvNeXt(nn.Module):
             return logits
         if not self.training:
             return cross_entropy(logits.float(), targets, reduction=reduction)
-        return self.training_loss(logits.float(), targets, reduction=reduction, label_smoothing=self.label_smoothing)
+        loss = self.training_loss(logits.float(), targets, reduction=reduction, label_smoothing=self.label_smoothing)
+        return loss if self.ranges is None else self.ranges.added_to(loss, reduction)
 
     def flops_per_image(self, height: int, width: int) -> float:
         """Floating-point operations of forward and backward per image: 6 per multiply-add of convolutions and linears.
@@ -144,16 +165,17 @@ class ConvNeXt(nn.Module):
         config = self.config
         height, width = height // config.patch_size, width // config.patch_size
         total = height * width * config.patch_size**2 * config.in_channels * config.dims[0]
+        parts = iter(config.feedforward_settings())
         for index, (depth, channels) in enumerate(zip(config.depths, config.dims, strict=True)):
             if index:
                 height, width = height // 2, width // 2
                 total += height * width * 4 * config.dims[index - 1] * channels
-            total += depth * height * width * (49 * channels + 8 * channels**2)
+            total += sum(height * width * (49 * channels + next(parts).products(channels)) for _ in range(depth))
         return 6.0 * (total + config.dims[-1] * config.num_classes)
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    if isinstance(module, nn.Linear | QuadraticLinear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -367,7 +389,14 @@ def config_from_huggingface(content: Mapping[str, Any]) -> ConvNeXtConfig:
 def to_huggingface(
     config: ConvNeXtConfig, activation: str, state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`config.json` and the weights as transformers names them."""
+    """`config.json` and the weights as transformers names them.
+
+    Raises:
+        ValueError: a ConvNeXt with other parts.
+    """
+    if parts := changed_parts(config):
+        said = ", ".join(f"{name}: {part}" for name, part in parts.items())
+        raise ValueError(f"transformers' ConvNeXt has no {said}; write the own format instead")
     described = {
         "model_type": "convnext",
         "architectures": ["ConvNextForImageClassification"],

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
 from polytrope.models.activations import (
@@ -23,67 +22,57 @@ from polytrope.models.activations import (
     standardize_inputs,
 )
 from polytrope.models.architecture import Architecture, HuggingFace
-from polytrope.models.configurations import GPT2_PRESETS, ActivationConfig, GPT2Config, activation_configs
+from polytrope.models.configurations import (
+    GPT2_PRESETS,
+    ActivationConfig,
+    GPT2Config,
+    activation_configs,
+    changed_parts,
+)
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.losses import Loss, cross_entropy
 from polytrope.models.modes import evaluation_mode
+from polytrope.models.parts.attention import AttentionSizes, build_attention
+from polytrope.models.parts.feedforward import FeedForwardSizes, QuadraticLinear, build_feedforward
+from polytrope.models.parts.norm import NormSizes, build_norm
+from polytrope.models.parts.ranges import RangePenalty
+from polytrope.models.parts.settings import Attention, FeedForward
 from polytrope.models.weights import load_renamed
 
-Cache = list[tuple[Tensor, Tensor]]  # per layer: keys and values [batch, heads, positions, head size]
 
+class Cache(NamedTuple):
+    """What sampling remembers.
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head causal attention; `[batch, positions, n_embd]` to the same shape."""
+    Args:
+        positions: that were read.
+        layers: of each block, what its attention needs for the next position.
+    """
 
-    def __init__(self, config: GPT2Config, layer: int) -> None:
-        super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.residual_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
-        self.dropout = config.dropout
-        scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
-        self.scale = scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
-
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        batch, length, width = x.shape
-        query, key, value = (
-            part.view(batch, length, self.n_head, width // self.n_head).transpose(1, 2)
-            for part in self.c_attn(x).split(width, dim=2)
-        )
-        if past is not None:
-            key, value = torch.cat((past[0], key), dim=2), torch.cat((past[1], value), dim=2)
-        # With a cache the new positions come last: the causal mask is the lower right corner of the full one.
-        earlier = key.size(2) - length
-        mask = None
-        if earlier and length > 1:
-            mask = torch.ones(length, key.size(2), dtype=torch.bool, device=x.device).tril(earlier)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=bool(earlier == 0 and length > 1),  # sizes are tensors while tracing
-            scale=self.scale,
-        )
-        mixed = mixed.transpose(1, 2).reshape(batch, length, width)
-        return self.residual_dropout(self.c_proj(mixed)), (key, value)
+    positions: int
+    layers: list[Any]
 
 
 class MLP(nn.Module):
-    """Linear to four times the width, activation, linear back."""
+    """A linear layer to a larger width, activation, linear back; or another of `polytrope.models.parts.feedforward`."""
 
-    def __init__(self, config: GPT2Config, activation: ActivationConfig) -> None:
+    def __init__(self, config: GPT2Config, activation: ActivationConfig, settings: FeedForward) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        layers = build_feedforward(settings, FeedForwardSizes(config.n_embd, config.bias))
+        self.c_fc = layers.inner
         self.activation = make_activation(activation)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = layers.outer
+        self.gated = layers.gated
         self.dropout = nn.Dropout(config.dropout)
         self.recomputes = False
+        self.ranges: RangePenalty | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        projected = project_activated(self.activation, self.c_proj, self.c_fc(x), recomputes=self.recomputes)
+        hidden = self.c_fc(x)
+        if self.ranges is not None and self.training:
+            self.ranges.inputs(hidden.chunk(2, dim=-1)[0] if self.gated else hidden)
+        projected = project_activated(
+            self.activation, self.c_proj, hidden, recomputes=self.recomputes, gated=self.gated
+        )
         mixed: Tensor = self.dropout(projected)
         return mixed
 
@@ -91,21 +80,36 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP."""
 
-    def __init__(self, config: GPT2Config, activation: ActivationConfig, layer: int) -> None:
+    def __init__(
+        self, config: GPT2Config, layer: int, activation: ActivationConfig, attention: Attention, settings: FeedForward
+    ) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
-        self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias)
-        self.mlp = MLP(config, activation)
+        scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        sizes = AttentionSizes(
+            width=config.n_embd,
+            heads=config.n_head,
+            bias=config.bias,
+            dropout=config.dropout,
+            scale=scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale,
+        )
+        self.ln_1 = _norm(config)
+        self.attn = build_attention(attention, sizes)
+        self.ln_2 = _norm(config)
+        self.mlp = MLP(config, activation, settings)
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        attended, present = self.attn(self.ln_1(x), past)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+    def forward_with_cache(self, x: Tensor, past: Any) -> tuple[Tensor, Any]:
+        """For positions that follow those of `past`; the second result is what the next ones need."""
+        attended, present = self.attn.forward_with_cache(self.ln_1(x), past)  # type: ignore[operator]
         x = x + attended
         return x + self.mlp(self.ln_2(x)), present
 
-    def forward_without_cache(self, x: Tensor) -> Tensor:
-        output: Tensor = self(x)[0]
-        return output
+
+def _norm(config: GPT2Config) -> nn.Module:
+    return build_norm(config.norm_settings(), NormSizes(config.n_embd, config.layer_norm_epsilon, bias=config.bias))
 
 
 class GPT2(nn.Module):
@@ -119,14 +123,20 @@ class GPT2(nn.Module):
         self.tied_weights = {"lm_head.weight": "transformer.wte.weight"} if config.tie_word_embeddings else {}
         self.activation_checkpointing: ActivationCheckpointing = "none"
         self.training_loss: Loss = cross_entropy  # set by the trainer
-        activations = activation_configs(config.activation, config.n_layer)
+        self.ranges: RangePenalty | None = None  # set by the trainer
+        blocks = zip(
+            activation_configs(config.activation, config.n_layer),
+            config.attention_settings(),
+            config.feedforward_settings(),
+            strict=True,
+        )
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.sequence_length, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config, entry, layer) for layer, entry in enumerate(activations)),
-                "ln_f": nn.LayerNorm(config.n_embd, config.layer_norm_epsilon, bias=config.bias),
+                "h": nn.ModuleList(Block(config, layer, *parts) for layer, parts in enumerate(blocks)),
+                "ln_f": _norm(config),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -161,27 +171,31 @@ class GPT2(nn.Module):
             targets: `[batch, positions]` int64; -100 marks positions that do not count.
             reduction: of the loss: `mean`, `sum` or `none`.
         """
+        if self.ranges is not None:
+            self.ranges.start()
         x = self._embed(tokens, 0)
         for block in self.blocks:
-            assert isinstance(block, Block)
             if self.activation_checkpointing == "block" and torch.is_grad_enabled():
-                x = recompute(block.forward_without_cache, x, use_reentrant=False)  # type: ignore[assignment]
+                x = recompute(block, x, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = block(x)[0]
+                x = block(x)
         logits: Tensor = self.lm_head(self.transformer["ln_f"](x))
         if targets is None:
             return logits
-        loss = self.training_loss if self.training else cross_entropy
-        return loss(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        measure = self.training_loss if self.training else cross_entropy
+        loss = measure(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+        return loss if self.ranges is None or not self.training else self.ranges.added_to(loss, reduction)
 
     def forward_with_cache(self, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """Logits of the last position `[batch, vocab_size]` and the extended cache, for sampling."""
-        x = self._embed(tokens, cache[0][0].size(2) if cache else 0)
-        extended: Cache = []
+        start = cache.positions if cache else 0
+        x = self._embed(tokens, start)
+        layers: list[Any] = []
         for index, block in enumerate(self.blocks):
-            x, present = block(x, cache[index] if cache else None)
-            extended.append(present)
-        return self.lm_head(self.transformer["ln_f"](x[:, -1])), extended
+            assert isinstance(block, Block)
+            x, present = block.forward_with_cache(x, cache.layers[index] if cache else None)
+            layers.append(present)
+        return self.lm_head(self.transformer["ln_f"](x[:, -1])), Cache(start + tokens.size(1), layers)
 
     def _embed(self, tokens: Tensor, start: int) -> Tensor:
         end = start + tokens.size(1)
@@ -234,7 +248,7 @@ class GPT2(nn.Module):
         sequence = tokens
         pending, cache = tokens[:, -limit:], None
         for _ in range(max_new_tokens):
-            if (cache[0][0].size(2) if cache else 0) + pending.size(1) > limit:
+            if (cache.positions if cache else 0) + pending.size(1) > limit:
                 pending, cache = sequence[:, -max(1, limit // 2) :], None
             logits, cache = self.forward_with_cache(pending, cache)
             pending = sample_token(logits.float(), temperature, top_k, generator)
@@ -267,9 +281,9 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, generato
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
+    if isinstance(module, nn.Linear | QuadraticLinear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
+    if isinstance(module, nn.Linear | QuadraticLinear) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
@@ -426,8 +440,11 @@ def to_huggingface(
     """`config.json` and the weights as transformers names them.
 
     Raises:
-        ValueError: a GPT-2 without biases.
+        ValueError: a GPT-2 without biases, or with other parts.
     """
+    if parts := changed_parts(config):
+        said = ", ".join(f"{name}: {part}" for name, part in parts.items())
+        raise ValueError(f"transformers' GPT-2 has no {said}; write the own format instead")
     if not config.bias:
         raise ValueError("transformers' GPT-2 has biases; this one has none: write the own format instead")
     described = {

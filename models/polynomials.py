@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -60,10 +60,7 @@ class Polynomials:
 
     def describe(self) -> str:
         """Costs in one sentence; a second one where inputs lay outside."""
-        text = (
-            f"all, one after the other: depth {self.depth}, {self.levels} levels; {self.products:.4g} products "
-            f"and {self.constant_products:.4g} by constants per sample ({self.samples} held-out samples)"
-        )
+        text = describe_costs(self)
         warning = describe_outside(self.seen)
         return text if warning is None else f"{text}\n{warning}"
 
@@ -84,6 +81,29 @@ class Polynomials:
             seen[name] = Seen(**{**known, "domain": tuple(entry["domain"])})
         costs = {name: Cost(**entry) for name, entry in content["costs"].items()}
         return cls(costs, seen, int(content["samples"]), int(content["batches"]))
+
+
+class Costs(Protocol):
+    """What the polynomials of a model cost together, measured or recorded; fields as of `Polynomials`."""
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def levels(self) -> int: ...
+    @property
+    def products(self) -> float: ...
+    @property
+    def constant_products(self) -> float: ...
+    @property
+    def samples(self) -> int: ...
+
+
+def describe_costs(costs: Costs) -> str:
+    """In one sentence."""
+    return (
+        f"all, one after the other: depth {costs.depth}, {costs.levels} levels; {costs.products:.4g} products "
+        f"and {costs.constant_products:.4g} by constants per sample ({costs.samples} held-out samples)"
+    )
 
 
 def hold_out(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from polytrope.models.surgery import (
     GATE_CLASSES,
     Activation,
     Choice,
-    class_names,
     gate_call,
     gate_module,
+    kinds_of,
+    refuse_idle,
     stays,
     takes_class,
 )
@@ -65,11 +65,9 @@ def select_activations(
     model: nn.Module,
     batches: Sequence[Any],
     forward: Callable[[nn.Module, Any], Any],
+    choice: Choice | None = None,
     *,
-    types: Sequence[str] = (),
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    layers: tuple[int, int] | None = None,
+    walk: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> Selection:
     """Run `forward(model, batch)` over the batches, find every activation, module or function, and choose.
 
@@ -78,26 +76,32 @@ def select_activations(
     beside a sigmoid, slopes per channel, and whatever belongs to a pooler or a head.
 
     Args:
-        types, include, exclude, layers: as of `Choice`.
+        choice: which activations are meant; default: all that are known.
+        walk: gives the batches, and may say how far it is.
 
     Raises:
-        ValueError: nothing is left, or the model cannot run on the data; says what the model does contain.
+        ValueError: nothing is left, a part of the selection takes nothing, or the model cannot run on the data; says
+            what the model does contain.
     """
-    choice = Choice(types, include, exclude, layers)
-    calls, own = observe_calls(model, batches, forward)
-    classes = ACTIVATION_CLASSES | GATE_CLASSES | set(types)
+    choice = choice or Choice()
+    calls, own = observe_calls(model, walk(batches), forward)
+    classes = ACTIVATION_CLASSES | GATE_CLASSES | set(choice.types)
     chosen: list[str] = []
+    kinds: dict[str, list[str]] = {}
     left: list[Left] = []
     for name, module in model.named_modules():
         reason: str | None
         if isinstance(module, torch.jit.ScriptModule):
+            kinds[name] = [type(module).__name__]
             left.append(Left(name, type(module).__name__, "TorchScript", None, "what it calls cannot be seen"))
             continue
         if name in own:
             kind = plain_kind(resolve_target(module))
             gate = gate_module(model, name) if kind is None else gate_call(name, kind)
-            reason = choice.reason_to_stay(name, [*class_names(module), kind or ""], gate)
+            kinds[name] = [*kinds_of(module), *([kind] if kind is not None else [])]
+            reason = choice.reason_to_stay(name, kinds[name], gate)
         elif takes_class(module, classes):
+            kinds[name] = kinds_of(module)
             reason = stays(model, name, choice)
         else:
             continue
@@ -113,22 +117,13 @@ def select_activations(
         else:
             left.append(Left(call.name, call.kind, call.place, call.count, reason))
     if not chosen and not lifted:
-        raise ValueError(_nothing(model, left, calls, types))
-    _refuse_idle_patterns(choice, [*chosen, *(entry.name for entry in left), *(call.name for call in lifted)])
+        raise ValueError(_nothing(model, left, calls, choice.types))
+    refuse_idle(model, choice, kinds | {call.name: [call.kind] for call in calls})
     _lift_alike(model, lifted, batches[0], forward)
     names = {*chosen, *(call.name for call in lifted)}
     return Selection(
         [Activation(name, module) for name, module in model.named_modules() if name in names], lifted, left
     )
-
-
-def _refuse_idle_patterns(choice: Choice, names: Sequence[str]) -> None:
-    """A pattern that names nothing is a slip: what it was meant to keep would be converted without a word."""
-    for field, patterns in (("include", choice.include), ("exclude", choice.exclude)):
-        for pattern in patterns:
-            if not any(fnmatch(name, pattern) for name in names):
-                shown = ", ".join(names[:8]) + ", …" * (len(names) > 8)
-                raise ValueError(f"{field}: `{pattern}` is the name of no activation; there are: {shown}")
 
 
 def _nothing(model: nn.Module, left: Sequence[Left], calls: Sequence[Call], types: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from polytrope.models.rewriting import FunctionalActivation, Site, route, sites_of
+from polytrope.ops.channels import slopes_of
 
 # By class name, so that the classes of transformers and timm are known without importing either.
 ACTIVATION_CLASSES = frozenset(
@@ -141,10 +143,10 @@ def find_activations(
         types, include, exclude, layers: as of `Choice`.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: nothing is left, or a part of the selection takes nothing.
     """
     choice = Choice(types, include, exclude, layers)
-    classes = (frozenset(types) if types else ACTIVATION_CLASSES | GATE_CLASSES) | {"FunctionalActivation"}
+    classes = ACTIVATION_CLASSES | GATE_CLASSES | set(types)
     known = [Activation(name, module) for name, module in model.named_modules() if takes_class(module, classes)]
     if not known:
         raise ValueError(
@@ -157,18 +159,56 @@ def find_activations(
     if not chosen:
         names = ", ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:8])
         raise ValueError(f"the selection leaves none of {len(known)} activations: {names}" + ", …" * (len(known) > 8))
+    refuse_idle(model, choice, {entry.name: kinds_of(entry.module) for entry in known})
     return chosen
+
+
+def kinds_of(module: nn.Module) -> list[str]:
+    """What `types` may call an activation module, its own class or function first."""
+    if isinstance(module, FunctionalActivation):
+        return [module.kind]
+    own = type(module).__name__
+    return [own, *sorted(class_names(module) - {own})]
+
+
+def refuse_idle(model: nn.Module, choice: Choice, kinds: Mapping[str, Sequence[str]]) -> None:
+    """Refuse an entry of a selection that is true of no activation: a slip, whose meaning would be lost without a word.
+
+    Args:
+        kinds: of all activations of the model by name, as of `kinds_of`.
+
+    Raises:
+        ValueError: the option, the entry, and what there is.
+    """
+    for option, patterns in (("include", choice.include), ("exclude", choice.exclude)):
+        for pattern in patterns:
+            if not any(fnmatch(name, pattern) for name in kinds):
+                raise ValueError(f"{option}: `{pattern}` is the name of no activation; there are: {_listed(kinds)}")
+    known = {_plain(kind) for each in kinds.values() for kind in each}
+    for kind in choice.types:
+        if _plain(kind) not in known:
+            there = dict.fromkeys(each[0] for each in kinds.values())
+            raise ValueError(f"types: `{kind}` is the type of no activation; there are: {_listed(there)}")
+    last = max(layer_number(name) for name, _ in model.named_modules())
+    for number in choice.layers or ():
+        if not 0 <= number <= last and number != sys.maxsize:  # that is how `6-` ends
+            raise ValueError(f"layers: {number} is the number of no layer; there are: 0 to {last}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = list(itertools.islice(names, 9))
+    return ", ".join(first[:8]) + ", …" * (len(first) > 8)
 
 
 def stays(model: nn.Module, name: str, choice: Choice) -> str | None:
     """Why an activation module is not converted; None if it is."""
     module = model.get_submodule(name)
     slopes = sum(parameter.numel() for parameter in module.parameters()) if "PReLU" in class_names(module) else 1
-    if slopes > 1:
+    if slopes > 1 and slopes_of(module) is None:  # a class of somebody's own, which may do anything with them
         return f"a slope for each of {slopes} channels: no one function can stand for it"
-    if isinstance(module, FunctionalActivation):
-        return choice.reason_to_stay(name, (module.kind,), gate_call(name, module.kind))
-    return choice.reason_to_stay(name, sorted(class_names(module)), gate_module(model, name))
+    is_call = isinstance(module, FunctionalActivation)
+    gate = gate_call(name, str(module.kind)) if is_call else gate_module(model, name)
+    return choice.reason_to_stay(name, kinds_of(module), gate)
 
 
 def layer_number(name: str) -> int:

@@ -83,6 +83,35 @@ def load_renamed(model: nn.Module, tensors: Mapping[str, Tensor], *, tied: Colle
     model.load_state_dict(tensors, strict=False)
 
 
+def load_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy `tensors` into `model` by its own names; of weights that several names share, one name is enough.
+
+    Args:
+        model: receives the weights; its own dtypes and devices stay.
+        source: the file or directory, for messages.
+
+    Raises:
+        ValueError: names or shapes that do not fit, or numbers that the model's dtypes do not hold.
+    """
+    own = model.state_dict(keep_vars=True)
+    check_dtypes({name: (tensor.dtype, own[name].dtype) for name, tensor in tensors.items() if name in own})
+    loaded = {own[name].data_ptr() for name in tensors if name in own}
+    problems = [f"unexpected {name}" for name in sorted(set(tensors) - set(own))]
+    problems += [
+        f"missing {name}"
+        for name, tensor in own.items()
+        if name not in tensors and tensor.data_ptr() not in loaded and tensor.numel()
+    ]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, the model's is {list(own[name].shape)}"
+        for name in own
+        if name in tensors and tensors[name].shape != own[name].shape
+    ]
+    if problems:
+        raise ValueError(f"{source}: the weights do not fit the model: {'; '.join(problems[:_SHOWN])}")
+    model.load_state_dict(tensors, strict=False)
+
+
 def check_dtypes(dtypes: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> None:
     """Refuse to store numbers where they would be rounded, or mean something else (a quantised weight has a scale).
 

@@ -24,7 +24,6 @@ from polytrope.ops import build, native, reference
 from polytrope.ops.families import Family, Formula, parameter_count, result_shape
 from polytrope.ops.packing import PLAIN, Packing
 
-_NEIGHBOURS = 32  # groups with fewer elements side by side go through transposed copies
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
@@ -126,11 +125,11 @@ def _verify(device: int, dtype: torch.dtype, formula: Formula) -> bool:
 def largest_error(loaded: ctypes.CDLL, device: torch.device, dtype: torch.dtype, formula: Formula) -> float:
     """Largest difference between kernel and float64 reference in values and gradients, over the largest of each.
 
-    One group of a length that vectors divide; two groups of a length that they do not, of one that they do, and of so
-    few neighbours that they go through transposed copies.
+    One group of a length that vectors divide; two groups of a length that they do not, and of one that they do; groups
+    of so few neighbours that a kernel goes down their columns, by vectors and one by one.
     """
     worst = 0.0
-    for groups, shape in ((1, (3, 1024)), (2, (5, 74)), (2, (3, 80)), (2, (40, 8))):
+    for groups, shape in ((1, (3, 1024)), (2, (5, 74)), (2, (3, 80)), (2, (40, 8)), (3, (21, 9))):
         groups = 1 if formula.family == Family.POLYNORM else groups
         width, count = shape[1] * (2 if formula.gated else 1), parameter_count(formula)
         rows = torch.arange(groups, device=device, dtype=torch.float64)[:, None]
@@ -165,7 +164,6 @@ class Call(NamedTuple):
     shape: torch.Size  # of the result
     layout: native.Layout
     task: native.Task
-    rows: int  # more than 0: x and the like are transposed to [-1, rows] on the way in, and back on the way out
     workspace: int  # bytes that backward needs beside its tensors
     library: ctypes.CDLL
     kind: Kind
@@ -221,13 +219,8 @@ def _call(
     layout: native.Layout,
     kind: Kind,
 ) -> Call:
-    problem, rows = task.problem, 0
-    if problem.groups > 1 and problem.inner < min(_NEIGHBOURS, problem.outer):
-        # Too few to be read eight at a time; transposed, all elements of a group are neighbours.
-        rows = problem.outer
-        problem.outer, problem.inner = 1, problem.outer * problem.inner
     size = loaded.polytrope_cuda_workspace(task)
-    return Call(formula, packing, result_shape(shape, formula), layout, task, rows, size, loaded, kind)
+    return Call(formula, packing, result_shape(shape, formula), layout, task, size, loaded, kind)
 
 
 def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
@@ -245,9 +238,7 @@ def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
     x = native.placed(x, strides)
     result = native.empty_for(x, call.shape, call.formula, result_strides)
     if result.numel() > 0:
-        target = result.new_empty(result.numel()) if call.rows else result
-        _run(call, None, _enter(call, x), [part.contiguous() for part in parts], target, None, None)
-        result = _leave(call, target, result)
+        _run(call, None, _aligned(x), [part.contiguous() for part in parts], result, None, None)
     return result if returned is None else native.placed(result, returned)
 
 
@@ -273,10 +264,7 @@ def backward(
     else:
         part_gradients = [] if frozen else [torch.empty_like(part) for part in parts]
         workspace = None if frozen else torch.empty(call.workspace, dtype=torch.uint8, device=x.device)
-        target = x_gradient.new_empty(x_gradient.numel()) if call.rows else x_gradient
-        seed = _enter(call, gradient)
-        _run(call, seed, _enter(call, x), parts, target, workspace, None if frozen else part_gradients)
-        x_gradient = _leave(call, target, x_gradient)
+        _run(call, _aligned(gradient), _aligned(x), parts, x_gradient, workspace, None if frozen else part_gradients)
     return x_gradient if returned is None else native.placed(x_gradient, returned), part_gradients
 
 
@@ -310,23 +298,9 @@ def _run(
         _check(call.library.polytrope_cuda_activation(*arguments, stream))
 
 
-def _enter(call: Call, x: Tensor) -> Tensor:
-    """A dense x as a kernel takes it: beginning at a multiple of 16 bytes, transposed where the call is."""
-    if call.rows:
-        x = _in_memory(x, call.rows).t().contiguous()
+def _aligned(x: Tensor) -> Tensor:
+    """A dense x as a kernel takes it: beginning at a multiple of 16 bytes."""
     return x.clone() if x.data_ptr() % 16 else x
-
-
-def _leave(call: Call, found: Tensor, result: Tensor) -> Tensor:
-    """`result`, with what a kernel found: where the call is transposed, that is transposed back."""
-    if call.rows:
-        _in_memory(result, call.rows).copy_(found.view(-1, call.rows).t())
-    return result
-
-
-def _in_memory(dense: Tensor, rows: int) -> Tensor:
-    columns = dense.numel() // rows
-    return dense.as_strided((rows, columns), (columns, 1))
 
 
 def _check(status: int) -> None:

@@ -10,6 +10,7 @@ taken. With an interval, G is what runs: the tangents outside are part of it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -96,8 +97,9 @@ def _with_tails(shape: Array, interval: Ends) -> Array:
     return scale * np.concatenate([[offset], shape[1:]])
 
 
+@functools.cache
 def to_powers(name: str, degree: int) -> Array:
-    """`[degree + 1, degree + 1]`: row k holds He_k / k!, T_k or P_k in powers of x."""
+    """`[degree + 1, degree + 1]`, to be read only: row k holds He_k / k!, T_k or P_k in powers of x."""
     convert, shares = {
         "hermite": (np.polynomial.hermite_e.herme2poly, [1 / math.factorial(k) for k in range(degree + 1)]),
         "chebyshev": (np.polynomial.chebyshev.cheb2poly, [1.0] * (degree + 1)),
@@ -107,6 +109,7 @@ def to_powers(name: str, degree: int) -> Array:
     for k, share in enumerate(shares):
         row = share * convert(np.eye(k + 1)[k])
         rows[k, : len(row)] = row
+    rows.flags.writeable = False
     return rows
 
 

@@ -47,6 +47,7 @@ FAMILIES = tuple(name for name in LEARNABLE if name in LINEAR or name in NONLINE
 # The families that `auto` chooses from, the fastest first; Chebyshev and Legendre are the polynomials of Hermite again.
 FAMILIES_BY_COST = ("hermite", "polyrelu", "tropical", "rational", "tropical_rational", "fourier")
 _FEW = 192  # points of a histogram that a search is done on
+_ROUNDED_POINTS = 251  # of an interval, at which rounding is measured before anything is certified
 _WIDER = tuple(1.5**k for k in range(1, 9))
 
 
@@ -260,7 +261,9 @@ class _Task:
     def problem(self, family: str, degree: int, interval: Ends | None) -> Problem:
         data = self.data if family in LINEAR or not self.is_measured else self.few
         variable = polynomial.natural_variable(family, interval)
-        return Problem(family, degree, interval, data, self.kinks, self.tails, self.free_ends, variable=variable)
+        return Problem(
+            family, degree, interval, self.exact, data, self.kinks, self.tails, self.free_ends, variable=variable
+        )
 
 
 @dataclass(frozen=True)
@@ -373,8 +376,8 @@ def _only(task: _Task, family: str, degree: int) -> _Candidate:
 
 def _linear(task: _Task, problem: Problem) -> Solution:
     if task.method == "interpolation":
-        return interpolate(problem, task.exact, task.nodes)
-    return fit_linear(problem, task.exact, _conditions(task.constraints, problem.interval))
+        return interpolate(problem, task.nodes)
+    return fit_linear(problem, _conditions(task.constraints, problem.interval))
 
 
 def _ascending(task: _Task, family: str, highest: int, refusals: dict[int, ValueError]) -> Iterator[_Candidate | None]:
@@ -466,20 +469,23 @@ def _candidate(task: _Task, problem: Problem, solution: Solution) -> _Candidate:
         config["variable"] = list(problem.variable)
     curve = solution.curve
     if task.tails and ends is not None and LEARNABLE[problem.family].accepts_interval:
-        config["interval"] = list(ends)
         curve = with_tangents(curve, *ends)
+        # At or below 0 a PolyReLU is a constant, and so are its tangents: an interval there changes nothing.
+        if problem.family != "polyrelu" or ends[1] > 0.0:
+            config["interval"] = list(ends)
     module = built_module(config, solution.parameters, task.dtype)
     built = Built.of(module, task.dtype)
     # On the whole line the maxima are those within four standard deviations: a polynomial leaves any bound further out.
     shown = ends or (-4.0, 4.0)
     kinks = [kink for kink in (*task.kinks, *module.kinks()) if shown[0] < kink < shown[1]]
-    found = _Candidate(config, solution, curve, built, kinks, shown, task.inputs.root_mean_square(built))
+    found = _Candidate(
+        config, solution, curve, built, kinks, shown, task.inputs.root_mean_square(task.inputs.errors(built))
+    )
     if task.rounding_tolerance is not None:
-        lost = built.rounding_error(curve, *shown)
-        x, value = task.data.x, task.data.value
-        largest = float(np.abs(value[(x >= shown[0]) & (x <= shown[1])]).max(initial=0.0))
-        limits = torch.finfo(task.dtype)
-        if not lost <= (task.rounding_tolerance + 2 * limits.eps) * largest + float(limits.tiny):
+        # On the interval, not at the inputs: where they are all 0, so is a GELU of them.
+        x = np.linspace(*shown, _ROUNDED_POINTS)
+        lost, largest = (float(np.abs(part).max()) for part in (built.rounding(curve, x), task.exact(x)[0]))
+        if not built.tolerates(lost, largest, task.rounding_tolerance):
             raise RoundingError(
                 f"degree: {problem.family} of degree {problem.degree} on ({shown[0]:.4g}, {shown[1]:.4g}) loses "
                 f"{lost:.2g} to rounding in {str(task.dtype).removeprefix('torch.')}; take a lower degree or another "

@@ -1,8 +1,9 @@
-"""The torch operator `polytrope::activation` with its shapes, autograd and vmap.
+"""The torch operator `polytrope::activation` with its shapes, autograd, vmap, and what a compiler makes of it.
 
 Only x (and the few parameters) is saved for backward. Kernels give values and first derivatives; what differentiates
 these again, forward mode and transforms of torch.func go through `reference.evaluate`, plain torch, which has
-derivatives of every order and kind.
+derivatives of every order and kind. Under torch.compile and AOTInductor, families that `lowering` has become plain
+arithmetic; the operator is there until autograd has seen it, so that the backward pass is that arithmetic too.
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 
-from polytrope.ops import cuda, native, reference
+from polytrope.ops import cuda, lowering, native, reference
 from polytrope.ops.families import Formula
 from polytrope.ops.packing import PLAIN, Packing
 
-# The last one has a default: programs exported before it came do not name it.
+# The last two have defaults: programs exported before they came do not name them. `arithmetic` is the version of what
+# torch.compile may make of the operator: its caches, which know the operator only, are asked for that one. Empty:
+# nothing.
 _TAIL = (
     "int family, int degree, int second_degree, float[] interval, int dim, bool gated, float epsilon, "
-    "float[] variable=[]"
+    'float[] variable=[], str arithmetic=""'
 )
 _LIBRARY = torch.library.Library("polytrope", "DEF")
 _LIBRARY.define(f"activation(Tensor x, Tensor parameters, {_TAIL}) -> Tensor")
@@ -171,6 +176,11 @@ _count_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]  # 
 def activate(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Formula) -> Tensor:
     """F(x), differentiable in x and the parts of its parameters: the operator, or without a kernel the reference."""
     _check_devices(x, parts)
+    is_lowered = lowering.is_lowered(*formula[:3], x.dtype, x.device.type)
+    if is_lowered and _is_compiling() and not torch.compiler.is_exporting() and not _is_transformed():
+        parameters = packing.side_by_side(parts)
+        compiled: Tensor = torch.ops.polytrope.activation(x, parameters, *_listed(formula), lowering.version())
+        return compiled
     parameters = packing.pack(parts, packing.constant(x.device))
     if _goes_through_kernel(x, formula):
         result: Tensor = torch.ops.polytrope.activation(x, parameters, *_listed(formula))
@@ -185,7 +195,7 @@ def _listed(formula: Formula) -> tuple[Any, ...]:
 
 
 def _formula(arguments: Sequence[Any]) -> Formula:
-    formula = Formula(*arguments)
+    formula = Formula(*arguments[: len(Formula._fields)])
     return formula._replace(interval=tuple(formula.interval), variable=tuple(formula.variable))
 
 
@@ -290,6 +300,28 @@ for _name, _on_cpu, _on_gpu, _by_formula in (
     _LIBRARY.impl(_name, _falling_back(_name, _on_gpu, _by_formula), "CUDA")
 
 
+def _lower(name: str, arithmetic: Callable[..., Any], tensors: int) -> None:
+    """Let AOTAutograd, once autograd has seen the operator, put arithmetic in its place.
+
+    torch.compile's caches know a graph by the operators in it, so that there the operator has to name this
+    `arithmetic`. AOTInductor has no such caches. An exported program keeps the operator.
+    """
+
+    def rule(mode: Any, operator: Any, types: Any, arguments: Sequence[Any] = (), options: Any = None) -> Any:
+        x, formula = arguments[tensors - 2], _formula(arguments[tensors:])
+        version = arguments[tensors + len(Formula._fields) :]
+        if mode.export:
+            is_wanted = functorch_config.decompose_custom_triton_ops  # false where the program is to stay exported
+        else:
+            is_wanted = tuple(version) == (lowering.version(),)
+        if not (is_wanted and lowering.is_lowered(*formula[:3], x.dtype, x.device.type)):
+            return mode.__torch_dispatch__(operator, types, arguments, options)
+        with mode:
+            return arithmetic(*arguments[:tensors], formula)
+
+    torch.library.register_torch_dispatch(f"polytrope::{name}", FunctionalTensorMode, rule, lib=_LIBRARY)
+
+
 def _forward_fake(x: Tensor, _parameters: Tensor, *arguments: Any) -> Tensor:
     return native.empty_result(x, _formula(arguments))
 
@@ -369,12 +401,13 @@ def _mapping(name: str, tensors: int) -> Callable[..., Any]:
     return mapped
 
 
-for _name, _tensors, _fake, _derivative in (
-    ("activation", 2, _forward_fake, _differentiate),
-    ("activation_backward", 3, _backward_fake, _differentiate_twice),
-    ("activation_slope", 3, _slope_fake, _differentiate_twice),
+for _name, _tensors, _fake, _derivative, _arithmetic in (
+    ("activation", 2, _forward_fake, _differentiate, lowering.forward),
+    ("activation_backward", 3, _backward_fake, _differentiate_twice, lowering.backward),
+    ("activation_slope", 3, _slope_fake, _differentiate_twice, lowering.slope),
 ):
     _operator = f"polytrope::{_name}"
     torch.library.register_fake(_operator, _fake, lib=_LIBRARY)
     torch.library.register_autograd(_operator, _derivative, setup_context=_saving(_tensors), lib=_LIBRARY)
     torch.library.register_vmap(_operator, _mapping(_name, _tensors), lib=_LIBRARY)
+    _lower(_name, _arithmetic, _tensors)

@@ -222,6 +222,10 @@ class LearnableActivation(nn.Module):
         """Where the slope may jump inside the interval."""
         return []
 
+    def polynomial_degree(self) -> int | None:
+        """Of the polynomial of x that F is, in the interval if there is one; None: it is none."""
+        return None
+
     def plain(self) -> PlainForm:
         """The function as ordinary operations on constants.
 
@@ -324,6 +328,9 @@ class OrthogonalPolynomial(LearnableActivation):
     def config(self) -> dict[str, Any]:
         variable = {} if self.variable is None else {"variable": list(self.variable)}
         return super().config() | variable | ({"learnable_recurrence": True} if self.learnable_recurrence else {})
+
+    def polynomial_degree(self) -> int | None:
+        return int(self.degree)
 
     def _powers(self) -> Array:
         """Coefficients of 1, u, u², … of the variable u."""
@@ -529,6 +536,9 @@ class Rational(LearnableActivation):
     def config(self) -> dict[str, Any]:
         default = self.denominator_degree == self.degree - 1
         return super().config() | ({} if default else {"denominator_degree": self.denominator_degree})
+
+    def polynomial_degree(self) -> int | None:
+        return int(self.degree) if self.denominator_degree == 0 else None
 
     def kinks(self) -> list[float]:
         """Where the sum between the bars is 0."""
@@ -803,6 +813,9 @@ class Composition(LearnableActivation):
             | center
             | ({"gate": True} if self.gate else {})
         )
+
+    def polynomial_degree(self) -> int | None:
+        return math.prod(self.degrees) + self.gate
 
     def circuit(self) -> Circuit:
         """The same by additions and multiplications alone, its numbers in float64."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,9 +53,27 @@ def moments(activation: nn.Module) -> Moments:
         found = own()
         assert isinstance(found, Moments)
         return found
+    return moments_of_curve(*curve_of(activation))
+
+
+def curve_of(activation: nn.Module, low: float = -REACH, high: float = REACH) -> tuple[Curve, list[float]]:
+    """An elementwise activation in float64 as x → value, slope, and where its slope jumps.
+
+    Args:
+        low, high: where kinks are looked for in a module that is not of this package.
+
+    Raises:
+        ValueError: a gated activation, one with groups of channels, or a module that is not elementwise.
+    """
+    if getattr(activation, "glu", False) or getattr(activation, "num_parameters", 1) > 1:
+        raise ValueError("only activations with one set of coefficients that are not gated")
     function = resolve_target(activation)
-    kinks = find_kinks(function, -REACH, REACH)
-    return moments_of_curve(lambda x: sample(function, x), kinks)
+    own = getattr(activation, "kinks", None)
+    if callable(own):
+        kinks = [*own(), *(getattr(activation, "interval", None) or ())]
+    else:
+        kinks = find_kinks(function, low, high)
+    return (lambda x: sample(function, x)), kinks
 
 
 def moments_of_module(module: nn.Module, kinks: Sequence[float]) -> Moments:
@@ -65,7 +84,7 @@ def moments_of_module(module: nn.Module, kinks: Sequence[float]) -> Moments:
 
 def moments_of_curve(curve: Curve, kinks: Sequence[float] = ()) -> Moments:
     """By quadrature. The map's slope is E[(z² - 1) F²] / 2: the normal density differentiated by its variance."""
-    x, density = _nodes(kinks)
+    x, density = gaussian_nodes(kinks)
     value, slope = curve(x)
     square = value**2
     return Moments(float(density @ square), float(density @ slope**2), float(density @ ((x * x - 1.0) * square)) / 2)
@@ -85,17 +104,23 @@ def moments_of_hermite(coefficients: Array) -> Moments:
 
 def gaussian_moments(curve: Curve, kinks: Sequence[float] = ()) -> tuple[float, float, float]:
     """E[G], E[G²], E[G'²] under N(0, 1) of a curve whose slope jumps at `kinks` only."""
-    x, density = _nodes(kinks)
+    x, density = gaussian_nodes(kinks)
     value, slope = curve(x)
     return float(density @ value), float(density @ value**2), float(density @ slope**2)
 
 
-def _nodes(kinks: Sequence[float]) -> tuple[Array, Array]:
+def gaussian_nodes(kinks: Sequence[float]) -> tuple[Array, Array]:
     """Points and weights under the normal density: 16-point Gauss-Legendre rules on panels that end at the kinks."""
     inside = [kink for kink in kinks if -REACH < kink < REACH]
     edges = np.unique(np.concatenate([np.linspace(-REACH, REACH, 113), np.asarray(inside, dtype=np.float64)]))
-    nodes, weights = np.polynomial.legendre.leggauss(16)
+    nodes, weights = _gauss_legendre()
     half = np.diff(edges)[:, None] / 2
     x = (edges[:-1, None] + half) + half * nodes
     density = half * weights * np.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
     return x.ravel(), density.ravel()
+
+
+@functools.cache
+def _gauss_legendre() -> tuple[Array, Array]:
+    nodes, weights = np.polynomial.legendre.leggauss(16)
+    return nodes, weights

@@ -37,12 +37,16 @@ class Packing(NamedTuple):
 
     def pack(self, parts: Sequence[Tensor], factors: Tensor | None) -> Tensor:
         """The packed parameters, float64; `factors`: what `constant` made of them."""
+        packed = self.side_by_side(parts)
+        return packed.double() if factors is None else packed * factors
+
+    def side_by_side(self, parts: Sequence[Tensor]) -> Tensor:
+        """The packed parameters without the factors, in the dtype of the parts."""
         rows = [
             part.reshape(-1, 1) if index < self.columns else part if part.dim() == 2 else part.unsqueeze(0)
             for index, part in enumerate(parts)
         ]
-        packed = rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
-        return packed.double() if factors is None else packed * factors
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
     def unpack(self, gradient: Tensor, parts: Sequence[Tensor], factors: Tensor | None) -> list[Tensor]:
         """The gradient of the packed parameters -> those of the parts, in their shapes and dtypes."""

@@ -6,17 +6,20 @@ multiplications. How: `fitting.composition`; what one costs: `circuit`.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
 
 from polytrope.ops.fitting import composition, quadrature
 from polytrope.ops.fitting.certificate import Built, Inputs, certify
-from polytrope.ops.fitting.composition import MAX_DEPTH, fit_chain
+from polytrope.ops.fitting.composition import MAX_DEPTH, Chain, fit_chain
 from polytrope.ops.fitting.curves import Array, Curve
 from polytrope.ops.fitting.targets import Target, find_kinks, resolve_target, sample
 from polytrope.ops.functional import check_domain
-from polytrope.ops.interpolate import Fit, built_module
+from polytrope.ops.interpolate import Fit, RoundingError, built_module
 from polytrope.ops.modules import Composition
 
 __all__ = ["MAX_DEPTH", "fit_composition", "fit_composition_to_error"]
@@ -31,6 +34,7 @@ def fit_composition(
     held_out: Array | None = None,
     dtype: torch.dtype = torch.float32,
     at_most: float | None = None,
+    rounding_tolerance: float | None = 1e-3,
 ) -> Fit:
     """A composition of polynomials of at most this multiplicative depth that is close to `target` on the domain.
 
@@ -43,27 +47,46 @@ def fit_composition(
         held_out: raw inputs that are not among them; the certificate's root mean square counts those in the domain too.
         dtype: the floating-point format that the module is for.
         at_most: of the chains of this depth with this root mean square error or less, the one of the fewest products;
-            None: among the best.
+            None: among the best. What rounding in the format loses is part of the error.
+        rounding_tolerance: as of `interpolate.fit`, relative to the largest |f| on the domain. A depth at which every
+            chain loses more is given up for a lower one.
 
     Raises:
         ValueError: an argument that is not as described; a target that is not finite on the domain.
+        RoundingError: the format cannot take even the shallowest chain.
     """
+    composition.check_depth(depth)
     ends = check_domain(domain)
     low, high = ends
     function = resolve_target(target)
     inputs = None if measured is None else _within(quadrature.measured(measured), ends)
-    chain = fit_chain(function, ends, depth, inputs, at_most)
-    config = Composition(chain.degrees, domain=ends, center=chain.center, gate=chain.gate).config()
-    parameters = composition.parameters(chain.polynomials)
-    kinks = find_kinks(function, low, high)
-    points, weights = quadrature.nodes(low, high, kinks, "uniform") if inputs is None else inputs
-    unseen = np.zeros(0) if held_out is None else np.asarray(held_out, dtype=np.float64)
-    unseen = unseen[(unseen >= low) & (unseen <= high)]
 
     def exact(x: Array) -> tuple[Array, Array]:
         return sample(function, x)
 
-    built = Built.of(built_module(config, parameters, dtype), dtype)
+    def build(chain: Chain) -> Built:
+        return Built.of(built_module(_config(chain, ends), composition.parameters(chain.polynomials), dtype), dtype)
+
+    def loss(chain: Chain, x: Array) -> Array | None:
+        built = build(chain)
+        off = built.rounding(chain.evaluate, x)
+        lost, largest = (float(np.abs(part).max()) for part in (off, exact(x)[0]))
+        return off if built.tolerates(lost, largest, rounding_tolerance) else None
+
+    for tried in range(depth, 0, -1):
+        chain = fit_chain(function, ends, tried, inputs, at_most, dtype, loss)
+        if math.isfinite(chain.error):
+            break
+    else:
+        raise RoundingError(
+            f"domain: on ({low:.4g}, {high:.4g}) every polynomial loses more than {rounding_tolerance:.2g} of the "
+            f"function to rounding in {str(dtype).removeprefix('torch.')}; take another domain or a wider format"
+        )
+    kinks = find_kinks(function, low, high)
+    points, weights = quadrature.nodes(low, high, kinks, "uniform") if inputs is None else inputs
+    unseen = np.zeros(0) if held_out is None else np.asarray(held_out, dtype=np.float64)
+    unseen = unseen[(unseen >= low) & (unseen <= high)]
+    built, given = build(chain), Inputs.of(exact, dtype, (points, weights), unseen)
     certificate = certify(
         _only_inside(exact, ends, dtype),
         _only_inside(chain.evaluate, ends, dtype),
@@ -71,12 +94,16 @@ def fit_composition(
         ends,
         kinks,
         (points, weights),
-        Inputs.of(exact, dtype, (points, weights), unseen).root_mean_square(built),
+        given.root_mean_square(given.errors(built)),
         ends,
         0.0,
         chain.condition,
     )
-    return Fit(config, parameters, certificate, chain.evaluate, dtype)
+    return Fit(_config(chain, ends), composition.parameters(chain.polynomials), certificate, chain.evaluate, dtype)
+
+
+def _config(chain: Chain, domain: tuple[float, float]) -> dict[str, Any]:
+    return Composition(chain.degrees, domain=domain, center=chain.center, gate=chain.gate).config()
 
 
 def fit_composition_to_error(
@@ -99,16 +126,25 @@ def fit_composition_to_error(
     """
     composition.check_depth(depth)
     best: Fit | None = None
+    refused: RoundingError | None = None
     for tried in range(1, depth + 1):
-        found = fit_composition(
-            target, domain, tried, measured=measured, held_out=held_out, dtype=dtype, at_most=0.9 * error
-        )
+        try:
+            found = fit_composition(
+                target, domain, tried, measured=measured, held_out=held_out, dtype=dtype, at_most=0.9 * error
+            )
+        except RoundingError as reason:
+            refused = reason
+            continue
         if found.certificate.rms <= error:
             return found
         if best is None or found.certificate.rms < best.certificate.rms:
             best = found
-    reached = "none" if best is None else f"{best.certificate.rms:.3g}"
-    raise ValueError(f"target error: no composition up to depth {depth} reaches {error:.3g}; the best has {reached}")
+    if best is None:
+        assert refused is not None
+        raise refused
+    raise ValueError(
+        f"target error: no composition up to depth {depth} reaches {error:.3g}; the best has {best.certificate.rms:.3g}"
+    )
 
 
 def _within(inputs: tuple[Array, Array], domain: tuple[float, float]) -> tuple[Array, Array]:

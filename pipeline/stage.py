@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, create_model
 
@@ -50,6 +50,8 @@ BUILTIN_STAGES: dict[str, str] = {
     "convert": "polytrope.pipeline.stages.convert.convert:convert",
     "evaluate": "polytrope.pipeline.stages.evaluate.evaluate:evaluate",
     "measure_speed": "polytrope.pipeline.stages.evaluate.measure_speed:measure_speed",
+    "analyze": "polytrope.pipeline.stages.analyze.analyze:analyze",
+    "export_circuit": "polytrope.pipeline.stages.export_circuit.export_circuit:export_circuit",
     "report": "polytrope.pipeline.stages.report.report:report",
     "select": "polytrope.pipeline.stages.select:select",
     "sweep": "polytrope.pipeline.stages.sweep.sweep:sweep",
@@ -195,6 +197,7 @@ class StageContext:
         resources: what the workflow file granted.
         events: the writer behind the `log_*` methods; hand it to worker processes.
         store: address of the store that the result goes to; for a stage that runs another workflow.
+        modules: those whose code is part of the key; None: called by hand, without a key.
     """
 
     stage: str
@@ -207,6 +210,24 @@ class StageContext:
     resources: Resources
     events: EventWriter
     store: str = ".polytrope"
+    modules: frozenset[str] | None = None
+
+    def import_function(self, name: str) -> Callable[..., Any]:
+        """The function or class `package.module:function` that a parameter names, imported.
+
+        Raises:
+            UserError: it is not there, or its code is no part of the stage's key (`@stage(imports=…)`).
+        """
+        module, _, function = name.partition(":")
+        if self.modules is not None and module not in self.modules:
+            raise UserError(
+                f"stage `{self.stage}` would run `{name}`, whose code is no part of its key",
+                "take the stage that names it as the input, with no other stage between",
+            )
+        found = getattr(importlib.import_module(module), function, None)
+        if not callable(found):
+            raise UserError(f"module `{module}` has no function `{function}`")
+        return typing.cast(Callable[..., Any], found)
 
     @property
     def starts_with_ray(self) -> bool:
@@ -408,6 +429,16 @@ def stage_context(
 CheckFunction = Callable[[Any, Mapping[str, Any]], None]
 PromiseFunction = Callable[[Any, Mapping[str, Any], Resources, Path], Any]
 FingerprintFunction = Callable[[Any, Path], Mapping[str, str]]
+ImportsFunction = Callable[[Any, Mapping[str, Any]], Mapping[str, str]]
+ReturnsFunction = Callable[[Any], tuple[Mapping[tuple[str, ...], tuple[str, ...]], Mapping[str, Any]]]
+
+
+class _Unpromised:
+    def __repr__(self) -> str:
+        return "UNPROMISED"
+
+
+UNPROMISED: Final = _Unpromised()  # stands for a result of which nothing is known before it is there
 
 
 @dataclass(frozen=True)
@@ -420,6 +451,8 @@ class StageOptions:
     check: CheckFunction | None = None
     promise: PromiseFunction | None = None
     fingerprint: FingerprintFunction | None = None
+    imports: ImportsFunction | None = None
+    returns: ReturnsFunction | None = None
 
 
 def stage(
@@ -430,6 +463,8 @@ def stage(
     check: CheckFunction | None = None,
     promise: PromiseFunction | None = None,
     fingerprint: FingerprintFunction | None = None,
+    imports: ImportsFunction | None = None,
+    returns: ReturnsFunction | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Optional decorator of a stage function.
 
@@ -443,15 +478,23 @@ def stage(
             A message that begins with `parameter: `, `inputs.NAME: ` or `resources.NAME: ` is shown with its line.
         promise: `promise(parameters, upstream, resources, directory)` returns what is certain of the result before
             anything starts (one of `pipeline.data.promised`, or anything that later stages understand; None: nothing),
-            and raises `UserError` where an input cannot fit. `upstream` maps each input to what its stage promised;
+            and raises `UserError` where an input cannot fit. `upstream` maps each input to what its stage promised,
+            `UNPROMISED` where that says nothing, None if there is no such input;
             `directory`: the workflow file's, for relative paths.
         fingerprint: `fingerprint(parameters, directory)` returns what beyond the parameters decides the result (digests
             of the files they name), as strings; part of the key. `directory`: the workflow file's, for relative paths.
             Raises `UserError` if a file is missing or empty.
+        imports: `imports(parameters, upstream)` returns the functions of the project that the stage will import
+            (`StageContext.import_function`) because its parameters name them, or its inputs need them: by field
+            (`factory`, `inputs.model`), as `package.module:function`. Their code, and that of all project modules they
+            import, is part of the key. `upstream` maps each input to what its stage promised.
+        returns: `returns(parameters)`, where it is known before the stage runs which `Stages` it may return: these
+            stages, checked with all others before anything starts; and before them, for messages, where below this
+            stage the file has what stands in each: `{(): ("with", "stage"), ("with", "steps"): ("with", "budget")}`.
     """
     if isinstance(reads, str):
         raise TypeError(f"reads={reads!r}: give a list of paths")
-    options = StageOptions(tuple(reads), parallel, measured, check, promise, fingerprint)
+    options = StageOptions(tuple(reads), parallel, measured, check, promise, fingerprint, imports, returns)
 
     def attach(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__polytrope_stage__ = options  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The plots of the pages on activations, drawn with the package's own modules and fits: no curve is copied."""
+"""Plots of the pages on activations and parts, drawn with the package's own modules and fits: no curve is copied."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ import torch
 from matplotlib.ticker import FuncFormatter, NullLocator
 from torch import Tensor
 
+from polytrope.models.parts.attention import causal_means, even_power
+from polytrope.models.parts.feedforward import QuadraticLinear
 from polytrope.ops import build_activation
 from polytrope.ops.functional import chebyshev, hermite, legendre
 from polytrope.ops.interpolate import Fit, fit
 from polytrope.ops.modules import LEARNABLE
+from polytrope.ops.spectra import circle_spectrum, hermite_coefficients
+from polytrope.ops.variance_map import LARGEST, SMALLEST, variance_map
 
 # family → options of its module, degrees of the fits to GELU (none: the family is not fitted)
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -39,10 +43,24 @@ INTERVAL = (-4.0, 4.0)
 SPAN = (-6.0, 6.0)
 
 
+STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "polytrope"}
+
+
+def part_plots() -> dict[str, str]:
+    """Name → SVG, of the pages on parts of models."""
+    with plt.rc_context(STYLE):
+        return {"attention": _attention(), "quadratic": _quadratic()}
+
+
+def analysis_plots() -> dict[str, str]:
+    """Name → SVG, of the page on analyses."""
+    with plt.rc_context(STYLE):
+        return {"spectra": _spectra(), "variances": _variances()}
+
+
 def all_plots() -> dict[str, str]:
-    """Name → SVG."""
-    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "polytrope"}
-    with plt.rc_context(style):
+    """Name → SVG, of the pages on activations."""
+    with plt.rc_context(STYLE):
         families = {name: _family(name) for name in FAMILIES}
         return {**families, "bases": _bases(), "tails": _tails(), "errors": _errors()}
 
@@ -197,6 +215,95 @@ def _errors() -> str:
     _logarithmic(axis)
     axis.set_xlabel("learnable numbers")
     axis.set_ylabel("largest |F - GELU| on [-4, 4]")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=6)
+    return _svg(figure)
+
+
+def _spectra() -> str:
+    """Tangent kernels of activations at the start: eigenvalues on the circle, of trace 1."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    for name in ("hermite3", "hermite8", "fourier5", "gelu", "relu"):
+        coefficients, _ = hermite_coefficients(build_activation(name))
+        trace = float((1 + np.arange(len(coefficients))) @ coefficients**2)
+        spectrum = circle_spectrum(coefficients, 12) / trace
+        axis.plot(np.where(spectrum > 1e-14, spectrum, np.nan), marker="o", markersize=3, label=name)
+    axis.set_yscale("log")
+    axis.set_xlabel("frequency on the circle")
+    axis.set_ylabel("eigenvalue")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=6)
+    return _svg(figure)
+
+
+def _variances() -> str:
+    """Maps of variances of activations at the start, and the line of variances that stay."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    starts = {
+        "hermite3": "hermite3",
+        "hermite3, init: stable": {"name": "hermite", "degree": 3, "init": "stable"},
+        "fourier5": "fourier5",
+        "tropical5": "tropical5",
+    }
+    for title, start in starts.items():
+        found = variance_map(build_activation(start))
+        axis.plot(found.variances, found.images, label=title)
+    axis.plot(found.variances, found.variances, color="black", linewidth=0.8, linestyle="--")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_ylim(SMALLEST, LARGEST)
+    axis.set_xlabel("variance of the inputs")
+    axis.set_ylabel("of the outputs")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=6)
+    return _svg(figure)
+
+
+def _attention() -> str:
+    """Entropy of the weights of standard normal scores, over that of equal weights."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    lengths = [4, 8, 16, 32, 64, 128, 256]
+    scores = torch.randn(500, lengths[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def entropy(weights: Tensor) -> float:
+        return float(-torch.xlogy(weights, weights).sum(-1).mean()) / float(np.log(weights.size(-1)))
+
+    def power_weights(length: int, power: int) -> Tensor:
+        means, denominators = causal_means(even_power(scores[:, None, :length], power))
+        return (means / denominators)[:, 0]
+
+    axis.plot(lengths, [entropy(scores[:, :length].softmax(-1)) for length in lengths], color="black", label="softmax")
+    for power in (2, 4):
+        values = [entropy(power_weights(length, power)) for length in lengths]
+        axis.plot(lengths, values, label=f"power {power}, bare (α = 1, β = 0)")
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(0, 1)
+    axis.set_xlabel("visible tokens T")
+    axis.set_ylabel("entropy / ln T")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=6)
+    return _svg(figure)
+
+
+def _quadratic() -> str:
+    """Chebyshev coefficients along a line through stacks of quadratic layers."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    generator, width, points = torch.Generator().manual_seed(0), 8, 16
+    layers = [QuadraticLinear(width, width, bias=True, square=True).double() for _ in range(3)]
+    with torch.no_grad():
+        for layer in layers:
+            for weight in layer.parameters():
+                weight.copy_(0.4 * torch.randn(weight.shape, generator=generator))
+        angles = (np.arange(points) + 0.5) * np.pi / points
+        start, direction = torch.randn(2, width, dtype=torch.float64, generator=generator)
+        line = start + torch.from_numpy(np.cos(angles))[:, None] * direction
+        for depth in (1, 2, 3):
+            values = torch.nn.Sequential(*layers[:depth])(line).numpy()
+            sizes = np.abs(np.cos(np.outer(np.arange(points), angles)) @ values).max(1)
+            axis.plot(sizes / sizes.max() + 1e-17, "o-", markersize=3, label=f"layers: {depth}")
+    _logarithmic(axis)
+    axis.set_xlabel("degree along a line")
+    axis.set_ylabel("largest coefficient")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=6)
     return _svg(figure)

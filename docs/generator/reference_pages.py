@@ -20,7 +20,7 @@ from polytrope.pipeline.stage import BUILTIN_STAGES, load_stage
 FURTHER_STAGES = {name: f"polytrope.pipeline.stages.{name}:{name}" for name in ("subworkflow", "wait_for")}
 INPUT_KINDS = {"required": "one stage", "optional": "one stage, may be left out", "many": "any number, by label"}
 API = {
-    "Running workflows": ("polytrope.pipeline", "polytrope.pipeline.launch.interface"),
+    "Running workflows": ("polytrope.pipeline.launch.interface", "polytrope.pipeline.workflow.spec"),
     "Writing stages": ("polytrope.pipeline.stage",),
     "Activation modules": ("polytrope.ops",),
     "Activation functions": ("polytrope.ops.functional",),

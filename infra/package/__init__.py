@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from polytrope.models.formats import read_model
     from polytrope.models.surgery import find_activations, replace_module
     from polytrope.ops import (
+        Affine,
         Chebyshev,
         Composition,
         Fourier,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 # Name → the module that defines it. A stage that imports a name from here has that module's code in its key.
 PLACES = {
+    "Affine": "polytrope.ops",
     "Artifact": "polytrope.pipeline.stage",
     "Chebyshev": "polytrope.ops",
     "Composition": "polytrope.ops",
@@ -77,6 +79,7 @@ PLACES = {
 _PACKAGES = ("integrations", "models", "ops", "pipeline")
 
 __all__ = [
+    "Affine",
     "Artifact",
     "Chebyshev",
     "Composition",

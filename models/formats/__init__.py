@@ -18,20 +18,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from polytrope.models import ARCHITECTURES, find_architecture, is_own
 
-__all__ = ["detect_format", "read_model", "write_model"]
+if TYPE_CHECKING:
+    from polytrope.models.formats.module import Factory
+
+__all__ = ["detect_format", "of_transformers", "read_model", "write_model"]
 
 _STATE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _WEIGHTS_OF_DIRECTORIES = ("model.safetensors", "pytorch_model.bin")
 
 
 def detect_format(path: str | Path) -> str:
-    """`own`, `huggingface`, `deepspeed` or `state`.
+    """`own`, `huggingface`, `module`, `deepspeed` or `state`.
 
     Raises:
         ValueError: nothing there, or nothing that is known.
@@ -56,10 +59,7 @@ def detect_format(path: str | Path) -> str:
     if huggingface:
         return "huggingface"
     if (path / "module.json").exists():
-        raise ValueError(
-            f"{path} holds the weights of a module of somebody's own, whose class it does not have: "
-            "polytrope.models.convert.Conversion.load(directory, model) puts them into a fresh one"
-        )
+        return "module"
     from polytrope.models.formats.deepspeed import checkpoint_directory
 
     if checkpoint_directory(path) is not None:
@@ -70,19 +70,28 @@ def detect_format(path: str | Path) -> str:
     )
 
 
-def read_model(path: str | Path, config: Mapping[str, Any] | None = None) -> nn.Module:
+def read_model(path: str | Path, config: Mapping[str, Any] | None = None, model: nn.Module | None = None) -> nn.Module:
     """The model at `path`, in evaluation mode, float32 whatever it is stored in.
 
     Args:
         path: a directory or file of any format above.
         config: fields of the model's configuration that the weights alone do not tell (`n_head`, `activation`), for
             DeepSpeed checkpoints and state dicts.
+        model: a fresh module of the class whose weights they are, which gets them, in its own types: for state dicts
+            and DeepSpeed checkpoints of anybody's own module, and for `module.json`.
 
     Raises:
         ValueError: a file that is missing, truncated or of an unknown format; names the file and what is wrong.
     """
     path = Path(path)
     kind = detect_format(path)
+    if model is not None:
+        return _into(model, path, kind)
+    if kind == "module":
+        raise ValueError(
+            f"{path} holds the weights of a module of somebody's own, whose class it does not have: "
+            "Conversion.load(directory, model) and read_model(directory, model=model) put them into a fresh one"
+        )
     if config and kind not in ("deepspeed", "state"):
         raise ValueError(f"{path}: its configuration is in the directory; leave out {', '.join(config)}")
     if kind == "own":
@@ -93,10 +102,27 @@ def read_model(path: str | Path, config: Mapping[str, Any] | None = None) -> nn.
         from polytrope.models.formats.huggingface import load_huggingface
 
         return load_huggingface(path)
+    from polytrope.models.formats.states import build_from_weights, find_weights
+
+    return build_from_weights(find_weights(_state(path, kind), str(path)), config or {}).eval()
+
+
+def _state(path: Path, kind: str) -> Any:
     from polytrope.models.formats import deepspeed, states
 
-    content = deepspeed.read_state(path) if kind == "deepspeed" else states.load_content(path)
-    return states.build_from_weights(states.find_weights(content, str(path)), config or {}).eval()
+    return deepspeed.read_state(path) if kind == "deepspeed" else states.load_content(path)
+
+
+def _into(model: nn.Module, path: Path, kind: str) -> nn.Module:
+    if kind in ("own", "huggingface"):
+        raise ValueError(f"{path} says itself how its model is built; leave out what builds it")
+    if kind == "module":
+        from polytrope.models.formats.module import load_module
+
+        return load_module(path, model)
+    from polytrope.models.formats.states import load_into
+
+    return load_into(model, _state(path, kind), str(path))
 
 
 def write_model(
@@ -106,6 +132,7 @@ def write_model(
     format: Literal["own", "huggingface"] | None = None,
     source: str | Path | None = None,
     inputs: Mapping[str, Tensor] | None = None,
+    factory: Factory | None = None,
 ) -> None:
     """Write a model with its learned activations; read back and compared before it appears.
 
@@ -114,6 +141,7 @@ def write_model(
             its weights and a description of its activations (`module`), of which the weights alone are compared.
         source: a directory whose tokenizer and other files belong to the model.
         inputs: what a model of transformers takes, by name, to compare its outputs; default: where they are known.
+        factory: what builds any other module; written beside its weights.
 
     Raises:
         ValueError: what the format cannot say, or a model that does not come back from it.
@@ -123,11 +151,17 @@ def write_model(
     if format == "own" and not ours:
         titles = " and ".join(find_architecture(name).title for name in ARCHITECTURES)
         raise ValueError(f"format: own is for {titles}; this architecture is written as huggingface")
+    foreign = of_transformers(model)
+    if format == "huggingface" and not (ours or foreign):
+        raise ValueError(
+            f"format: huggingface is for models that transformers has, and a {type(model).__name__} is none; it is "
+            "written as its weights and activations"
+        )
     if ours and format != "huggingface":
         from polytrope.models.checkpoint import save_model
 
         save_model(directory, model, tokenizer=source)
-    elif ours or format == "huggingface" or _of_transformers(model):
+    elif ours or foreign:
         from polytrope.models.formats.huggingface import save_huggingface
         from polytrope.models.surgery import describe_activations
 
@@ -135,10 +169,10 @@ def write_model(
     else:
         from polytrope.models.formats.module import save_module
 
-        save_module(directory, model)
+        save_module(directory, model, factory)
 
 
-def _of_transformers(model: nn.Module) -> bool:
+def of_transformers(model: nn.Module) -> bool:
     """Whether it is of a class that transformers itself has, whatever calls in it became modules."""
     from polytrope.models.rewriting import original_class
 

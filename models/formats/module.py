@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,29 @@ from torch import nn
 
 from polytrope.models.formats.states import load_safetensors
 from polytrope.models.surgery import describe_activations, restore_activations
-from polytrope.models.weights import check_dtypes
+from polytrope.models.weights import load_exactly
 from polytrope.models.writing import appearing, compare_weights
 
 MODULE_FILE = "module.json"
 _FORMAT = 1
 
 
-def save_module(directory: Path, model: nn.Module) -> None:
+@dataclass(frozen=True)
+class Factory:
+    """What builds a module: `package.module:function`, called with the options as keywords.
+
+    Nothing here imports it: whoever trusts the code calls it, and hands the fresh module to `load_module`.
+    """
+
+    function: str
+    options: dict[str, Any]
+
+
+def save_module(directory: Path, model: nn.Module, factory: Factory | None = None) -> None:
     """Write `module.json` and `model.safetensors`; weights that several names share are written once, and compared.
+
+    Args:
+        factory: what built the module, before its activations were replaced.
 
     Raises:
         ValueError: a state that is no tensor, or weights that do not come back as they were.
@@ -28,7 +43,13 @@ def save_module(directory: Path, model: nn.Module) -> None:
     odd = [name for name, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]
     if odd:
         raise ValueError(f"{directory} is not written: {odd[0]} of {type(model).__name__} is no tensor")
-    content = {"format": _FORMAT, "class": type(model).__qualname__, "activations": describe_activations(model)}
+    content: dict[str, Any] = {
+        "format": _FORMAT,
+        "class": type(model).__qualname__,
+        "activations": describe_activations(model),
+    }
+    if factory is not None:
+        content["factory"] = asdict(factory)
     with appearing(directory, MODULE_FILE) as aside:
         save_model(model, str(aside / "model.safetensors"))
         written, state = load_safetensors(aside / "model.safetensors"), model.state_dict()
@@ -52,6 +73,21 @@ def read_module(directory: Path) -> dict[str, Any]:
     return content
 
 
+def read_factory(directory: Path) -> Factory | None:
+    """What builds the module whose weights lie in `directory`; None: no module lies there, or nothing says what.
+
+    Raises:
+        ValueError: `module.json` cannot be read.
+    """
+    if not (directory / MODULE_FILE).exists():
+        return None
+    entry = read_module(directory).get("factory")
+    try:
+        return None if entry is None else Factory(str(entry["function"]), dict(entry["options"]))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{directory / MODULE_FILE}: factory: {error!r}") from error
+
+
 def load_module(directory: Path, model: nn.Module) -> nn.Module:
     """Put the activations and weights of a directory into `model`, a fresh one of the class that was converted.
 
@@ -65,16 +101,5 @@ def load_module(directory: Path, model: nn.Module) -> nn.Module:
     if type(model).__qualname__ != content["class"]:
         raise ValueError(f"{directory} holds a {content['class']}, the model is a {type(model).__qualname__}")
     restore_activations(model, content["activations"])
-    tensors = load_safetensors(directory / "model.safetensors")
-    own = model.state_dict(keep_vars=True)
-    check_dtypes({name: (tensor.dtype, own[name].dtype) for name, tensor in tensors.items() if name in own})
-    try:
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{directory}: the weights do not fit the model: {error}") from error
-    loaded = {own[name].data_ptr() for name in tensors if name in own}
-    absent = [name for name in missing if own[name].data_ptr() not in loaded and own[name].numel()]
-    for problem, names in (("missing", absent), ("unexpected", list(unexpected))):
-        if names:
-            raise ValueError(f"{directory}: the weights do not fit the model: {problem} {', '.join(sorted(names)[:8])}")
+    load_exactly(model, load_safetensors(directory / "model.safetensors"), str(directory))
     return model.eval()

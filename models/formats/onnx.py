@@ -58,7 +58,14 @@ class Export:
         return f"takes {takes}" if self.reason is None else f"takes {takes}, not more: {self.reason}"
 
 
-def save_onnx(path: Path, model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None) -> Export:
+def save_onnx(
+    path: Path,
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    names: Sequence[str] | None = None,
+    *,
+    fixed: bool = False,
+) -> Export:
     """Write `path`, a float32 model; onnxruntime runs it on `inputs`, one sample and shorter sequences to compare.
 
     The first dimension of every input and output and the length of token sequences are free where the model allows it:
@@ -68,6 +75,7 @@ def save_onnx(path: Path, model: nn.Module, inputs: Sequence[Tensor], names: Seq
     Args:
         inputs: examples, from which the shapes of the other dimensions are taken.
         names: keyword of each input; None: they are positional.
+        fixed: no dimension is free, so that no operator asks for a shape.
 
     Raises:
         ValueError: a package is missing, an activation without plain form, an operator ONNX does not have, or outputs
@@ -86,7 +94,8 @@ def save_onnx(path: Path, model: nn.Module, inputs: Sequence[Tensor], names: Seq
     single, shorter = [x[:1] for x in examples], [_shorter(x) for x in examples]
     sequences = any(part.shape != x.shape for part, x in zip(shorter, examples, strict=True))
     reason = None
-    for free in ((("batch", "length"),) if sequences else ()) + (("batch",), ()):
+    tried: list[tuple[str, ...]] = [()] if fixed else [*([("batch", "length")] if sequences else []), ("batch",), ()]
+    for free in tried:
         checked = [examples, *([single] if "batch" in free else []), *([shorter] if "length" in free else [])]
         try:
             _export(path, plain, examples, shorter, labels, free)

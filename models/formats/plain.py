@@ -95,8 +95,13 @@ def tabulate(module: nn.Module, interval: tuple[float, float], points: int = 102
     table loses inside, at ten times as many points.
 
     Raises:
-        ValueError: fewer than two points, or an interval that is none or is infinite.
+        ValueError: fewer than two points, an interval that is none or is infinite, or a module whose channels have
+            functions of their own.
     """
+    if getattr(module, "num_parameters", 1) > 1:
+        raise ValueError(
+            f"table: of one function, and this activation has {module.num_parameters}: one for each channel"
+        )
     low, high = float(interval[0]), float(interval[1])
     if points < 2 or not -np.inf < low < high < np.inf:
         raise ValueError(f"table: expected finite lo < hi and at least 2 points, got ({low}, {high}) and {points}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from polytrope.models import ARCHITECTURES, find_architecture, make_config
 from polytrope.models.architecture import Architecture
-from polytrope.models.weights import unwrap
+from polytrope.models.weights import load_exactly, unwrap
 
 State = dict[str, Tensor]
 _DEEPEST = 5  # mappings within one another that are searched
@@ -93,10 +94,8 @@ def find_weights(content: Any, source: str, records: Sequence[Architecture] = ()
     names: list[str] = []
     try:
         for path, mapping, around in _mappings(content, "", {}, 0):
-            tensors = {str(name): value for name, value in mapping.items() if isinstance(value, Tensor)}
+            tensors = _tensors_in(mapping)
             names += tensors
-            if odd := next((name for name, t in tensors.items() if t.is_meta or t.layout != torch.strided), None):
-                raise ValueError(f"{odd} has no numbers, or not all of them (a meta or sparse tensor)")
             for record in records:
                 state = unwrap(tensors, record.landmark)
                 if state is not None:
@@ -104,19 +103,75 @@ def find_weights(content: Any, source: str, records: Sequence[Architecture] = ()
                     found.append((path, Weights(record, state, told, source)))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    if len(found) > 1:
-        raise ValueError(
-            f"{source} holds several models, below {', '.join(path for path, _ in found)}; save the one you mean in a "
-            "file of its own"
-        )
-    if not found and not names:
-        raise ValueError(f"{source} holds no state dict: expected tensors by name")
+    _refuse_several(source, [path for path, _ in found])
     if not found:
+        _refuse_no_state(source, names)
         raise ValueError(
             f"{source}: the weights are neither those of a {' nor of a '.join(record.title for record in records)}; "
-            f"they begin with {', '.join(names[:4])}. Give a directory with a config.json instead"
+            f"they begin with {', '.join(names[:4])}. Give a directory with a config.json instead, or to the stage "
+            "`import_model` the `factory` that builds the model"
         )
     return found[0][1]
+
+
+def _refuse_several(source: str, places: Sequence[str]) -> None:
+    if len(places) > 1:
+        raise ValueError(
+            f"{source} holds several models, below {', '.join(places)}; save the one you mean in a file of its own"
+        )
+
+
+def _refuse_no_state(source: str, names: Sequence[str]) -> None:
+    if not names:
+        raise ValueError(f"{source} holds no state dict: expected tensors by name")
+
+
+def _tensors_in(mapping: Mapping[Any, Any]) -> State:
+    tensors = {str(name): value for name, value in mapping.items() if isinstance(value, Tensor)}
+    if odd := next((name for name, t in tensors.items() if t.is_meta or t.layout != torch.strided), None):
+        raise ValueError(f"{odd} has no numbers, or not all of them (a meta or sparse tensor)")
+    return tensors
+
+
+def load_into(model: nn.Module, content: Any, source: str) -> nn.Module:
+    """Put the weights of the one model in the content of a file into a fresh module, by the module's own names.
+
+    They may lie in a mapping of mappings (`model`, `state_dict`, …) and below names of wrappers (DDP, Lightning, …).
+
+    Args:
+        source: for messages.
+
+    Returns:
+        `model`, in evaluation mode.
+
+    Raises:
+        ValueError: no weights of it, or those of several models (one and its average); weights that do not fit.
+    """
+    own = set(model.state_dict())
+    if not own:
+        raise ValueError(f"{source}: a {type(model).__name__} has no weights")
+    # Of its names the least likely to be another model's.
+    landmark = re.escape(max(own, key=lambda name: (name.count("."), len(name), name)))
+    found: list[tuple[str, State]] = []
+    names: list[str] = []
+    try:
+        for path, mapping, _ in _mappings(content, "", {}, 0):
+            tensors = _tensors_in(mapping)
+            names += tensors
+            state = tensors if set(tensors) <= own else unwrap(tensors, rf"(|.*\.){landmark}")
+            if state is not None:
+                found.append((path, state))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    _refuse_several(source, [path for path, _ in found])
+    if not found:
+        _refuse_no_state(source, names)
+        raise ValueError(
+            f"{source}: the weights are not those of the {type(model).__name__}: they begin with "
+            f"{', '.join(names[:4])}, the model's with {', '.join(list(model.state_dict())[:4])}"
+        )
+    load_exactly(model, found[0][1], source)
+    return model.eval()
 
 
 def _mappings(

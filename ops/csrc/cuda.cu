@@ -27,7 +27,7 @@ int dispatch(const Problem& p, const Call& c) {
 }
 
 // No family has more parameters.
-static_assert(TropicalRational::largest_table <= Function<PiecewiseLinear>::most_parameters);
+static_assert(TropicalRational::largest_table <= most_parameters);
 
 Parameters with_pointers(const Parts& parts, const void* const* pointers) {
   Parameters parameters{parts, {}};
@@ -45,7 +45,9 @@ int64_t polytrope_cuda_workspace(const polytrope::Task* task) {
   using namespace polytrope;
   const Problem& p = task->problem;
   if (p.family == family_polynorm) return polynorm_partial_bytes(p);
-  return p.groups * columns_of(p, most_blocks()) * (width_of(task->parts) + tail_sums) * 8;
+  const int64_t sums = width_of(task->parts) + tail_sums;
+  if (is_by_column(p)) return columns_partial_bytes(p, sums);
+  return p.groups * columns_of(p, most_blocks()) * sums * 8;
 }
 
 // `gradient` null: forward, `result` is y, and there is neither workspace nor part gradients; else `result` is the gradient

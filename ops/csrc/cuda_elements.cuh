@@ -18,7 +18,7 @@ constexpr int threads = 256;
 #endif
 constexpr int warps = threads / 32;
 constexpr int width = 8;      // elements that a thread takes at a time
-constexpr int tail_sums = 4;  // sums of g and of g (x - end), on the left and on the right
+constexpr int tail_sums = 2;  // sums of g (x - end), on the left and on the right
 
 __device__ __forceinline__ float read(const void* base, int type, int64_t index) {
   if (type == type_float32) return static_cast<const float*>(base)[index];
@@ -32,67 +32,107 @@ __device__ __forceinline__ void write(void* base, int type, int64_t index, float
   else static_cast<__half*>(base)[index] = __float2half_rn(value);
 }
 
-// Eight elements as they lie in memory: 16 bytes, of float32 32. Loads are kept apart from conversions, so that all that
+// Eight elements as they lie in memory: 16-bit types two in a word. Loads are kept apart from conversions, so that all that
 // a thread wants is on its way before it waits for any of it.
 struct Packet {
-  uint4 low, high;
+  uint32_t words[width];
 };
 
-// From `index` on, which is a multiple of eight; the tensors begin at multiples of 16 bytes.
-__device__ __forceinline__ Packet fetch(const void* base, int type, int64_t index) {
-  Packet packet;
-  if (type == type_float32) {
-    const uint4* source = reinterpret_cast<const uint4*>(static_cast<const float*>(base) + index);
-    packet.low = __ldcs(source);
-    packet.high = __ldcs(source + 1);
+template <int count>
+__device__ __forceinline__ void load_words(const void* source, uint32_t* words) {
+  if constexpr (count >= 4) {
+#pragma unroll
+    for (int k = 0; k < count; k += 4) {
+      const uint4 four = __ldcs(static_cast<const uint4*>(source) + k / 4);
+      words[k] = four.x;
+      words[k + 1] = four.y;
+      words[k + 2] = four.z;
+      words[k + 3] = four.w;
+    }
+  } else if constexpr (count == 2) {
+    const uint2 two = __ldcs(static_cast<const uint2*>(source));
+    words[0] = two.x;
+    words[1] = two.y;
   } else {
-    packet.low = __ldcs(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + index));
+    words[0] = __ldcs(static_cast<const uint32_t*>(source));
   }
-  return packet;
 }
 
-__device__ __forceinline__ void unpack(const Packet& packet, int type, float* values) {
-  const uint32_t words[8] = {packet.low.x,  packet.low.y,  packet.low.z,  packet.low.w,
-                             packet.high.x, packet.high.y, packet.high.z, packet.high.w};
+template <int count>
+__device__ __forceinline__ void store_words(void* target, const uint32_t* words) {
+  if constexpr (count >= 4) {
+#pragma unroll
+    for (int k = 0; k < count; k += 4)
+      static_cast<uint4*>(target)[k / 4] = make_uint4(words[k], words[k + 1], words[k + 2], words[k + 3]);
+  } else if constexpr (count == 2) {
+    *static_cast<uint2*>(target) = make_uint2(words[0], words[1]);
+  } else {
+    *static_cast<uint32_t*>(target) = words[0];
+  }
+}
+
+// `count` (1, 2, 4 or 8) neighbours from `index` on, which is a multiple of count; the tensors begin at multiples of 16
+// bytes. A single element of 16 bits has a word for itself.
+template <int count>
+__device__ __forceinline__ void fetch_few(const void* base, int type, int64_t index, uint32_t* words) {
+  if (type == type_float32) load_words<count>(static_cast<const float*>(base) + index, words);
+  else if constexpr (count == 1) words[0] = static_cast<const uint16_t*>(base)[index];
+  else load_words<count / 2>(static_cast<const uint16_t*>(base) + index, words);
+}
+
+template <int count>
+__device__ __forceinline__ void unpack_few(const uint32_t* words, int type, float* values) {
   if (type == type_bfloat16) {
 #pragma unroll
-    for (int k = 0; k < width; ++k)
-      values[k] = __uint_as_float(k % 2 ? words[k / 2] & 0xffff0000u : words[k / 2] << 16);
+    for (int k = 0; k < count; ++k) values[k] = __uint_as_float(k % 2 ? words[k / 2] & 0xffff0000u : words[k / 2] << 16);
   } else if (type == type_float32) {
 #pragma unroll
-    for (int k = 0; k < width; ++k) values[k] = __uint_as_float(words[k]);
+    for (int k = 0; k < count; ++k) values[k] = __uint_as_float(words[k]);
   } else {
 #pragma unroll
-    for (int k = 0; k < width; k += 2) {
+    for (int k = 0; k < count; k += 2) {
       const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[k / 2]));
       values[k] = pair.x;
-      values[k + 1] = pair.y;
+      if (k + 1 < count) values[k + 1] = pair.y;
     }
   }
 }
 
-__device__ __forceinline__ void write_eight(void* base, int type, int64_t index, const float* values) {
+template <int count>
+__device__ __forceinline__ void write_few(void* base, int type, int64_t index, const float* values) {
+  uint32_t words[count];
+  if constexpr (count == 1) return write(base, type, index, values[0]);
   if (type == type_float32) {
-    float4* target = reinterpret_cast<float4*>(static_cast<float*>(base) + index);
-    target[0] = make_float4(values[0], values[1], values[2], values[3]);
-    target[1] = make_float4(values[4], values[5], values[6], values[7]);
-    return;
+#pragma unroll
+    for (int k = 0; k < count; ++k) words[k] = __float_as_uint(values[k]);
+    return store_words<count>(static_cast<float*>(base) + index, words);
   }
-  uint32_t words[4];
   if (type == type_bfloat16) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < count / 2; ++k) {
       const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * k], values[2 * k + 1]);
       words[k] = *reinterpret_cast<const uint32_t*>(&pair);
     }
   } else {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < count / 2; ++k) {
       const __half2 pair = __floats2half2_rn(values[2 * k], values[2 * k + 1]);
       words[k] = *reinterpret_cast<const uint32_t*>(&pair);
     }
   }
-  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(base) + index) = make_uint4(words[0], words[1], words[2], words[3]);
+  if constexpr (count > 1) store_words<count / 2>(static_cast<uint16_t*>(base) + index, words);
+}
+
+__device__ __forceinline__ Packet fetch(const void* base, int type, int64_t index) {
+  Packet packet;
+  fetch_few<width>(base, type, index, packet.words);
+  return packet;
+}
+__device__ __forceinline__ void unpack(const Packet& packet, int type, float* values) {
+  unpack_few<width>(packet.words, type, values);
+}
+__device__ __forceinline__ void write_eight(void* base, int type, int64_t index, const float* values) {
+  write_few<width>(base, type, index, values);
 }
 
 // The parameters of all groups, or the gradients of these.

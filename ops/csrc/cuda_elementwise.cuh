@@ -6,20 +6,10 @@
 // a fixed order, without atomics: the same bits every time on the same model of GPU, whose number of multiprocessors
 // decides the number of blocks.
 #pragma once
-#include <type_traits>
-
-#include "cuda_elements.cuh"
+#include "cuda_columns.cuh"
+#include "cuda_function.cuh"
 
 namespace polytrope {
-
-struct Call {
-  const void *gradient, *x;  // no gradient: forward
-  Parameters parameters;
-  void* result;
-  double* partial;  // groups * (sums + tail_sums) * blocks; null: nobody wants the parameters' gradients
-  Parameters parameter_gradients;
-  cudaStream_t stream;
-};
 
 // Blocks along y, each of which takes one group after the other.
 #ifdef POLYTROPE_CUDA_ROWS
@@ -39,44 +29,25 @@ inline unsigned columns_of(const Problem& p, int64_t all) {
 // A group's function, in shared memory.
 template <class Family>
 struct Function {
-  static constexpr int most_parameters = 3 * max_pieces;  // of any family
   double raw[most_parameters], wide[Family::largest_table];  // packed parameters; the table in float64, for tails
   float table[Family::largest_table];
-  float ends[4];  // value and slope of the left tangent, and of the right one
+  float slopes[2];  // at the low and at the high end
 };
-
-// Hermite differs from Polynomial in its table and in what stands after its kernels only, so they share these.
-template <class Family, class S>
-__device__ __forceinline__ void prepare_table(const Problem& p, const double* raw, S* table, Share share) {
-  if constexpr (std::is_same_v<Family, Polynomial>)
-    if (p.family == family_hermite) return Hermite::prepare(raw, table, p.degree, 0, share);
-  Family::prepare(raw, table, p.degree, p.second_degree, share);
-}
-
-template <class Family>
-__device__ __forceinline__ void load_parameters(const Problem& p, const Parameters& parameters, int64_t group, double* raw,
-                                                Share share) {
-  for (int k = share.first; k < Family::parameters(p.degree, p.second_degree); k += share.step)
-    raw[k] = parameters.get(group, k);
-}
 
 template <class Family>
 __device__ __forceinline__ void load_function(const Problem& p, const Parameters& parameters, int64_t group, bool tails,
                                               Function<Family>& function) {
   const Share share{int(threadIdx.x), threads};
+  const int n = p.degree, m = p.second_degree;
   __syncthreads();  // others may still be at the group before
-  load_parameters<Family>(p, parameters, group, function.raw, share);
+  load_parameters<Family>(parameters, group, function.raw, n, m, share);
   __syncthreads();
-  prepare_table<Family>(p, function.raw, function.table, share);
+  prepare_table<Family>(p, function.raw, function.table, n, m, share);
   if (tails) {
-    prepare_table<Family>(p, function.raw, function.wide, share);
+    prepare_table<Family>(p, function.raw, function.wide, n, m, share);
     __syncthreads();
     const int end = threadIdx.x / 32;
-    if (end < 2 && threadIdx.x % 32 == 0) {
-      const Tangent at = tangent_of_table<Family>(function.wide, end_of(p, end ? p.high : p.low), p.degree, p.second_degree);
-      function.ends[2 * end] = float(at.value);
-      function.ends[2 * end + 1] = float(at.slope);
-    }
+    if (end < 2 && threadIdx.x % 32 == 0) function.slopes[end] = end_slope<Family>(p, function.wide, end == 1, n, m);
   }
   __syncthreads();
 }
@@ -96,11 +67,6 @@ struct Sequence {
 enum Form { plain, with_tails, general };
 
 inline Form form_of(const Problem& p) { return p.groups > 1 || p.gated ? general : p.tails ? with_tails : plain; }
-
-// Families that know no interval.
-template <class Family>
-constexpr bool never_has_tails = std::is_same_v<Family, Tropical> || std::is_same_v<Family, TropicalRational> ||
-                                 std::is_same_v<Family, PiecewiseLinear>;
 
 // A function of its own, as the compiler would put its many instructions in each place.
 static __device__ __noinline__ int64_t quotient(int64_t a, int64_t b) { return a / b; }
@@ -137,85 +103,6 @@ struct Walk {
   }
 };
 
-// F with its tails.
-template <class Family>
-struct Evaluation {
-  const float *table, *ends;  // of Function
-  float low, high, shift, rate;  // rate: the derivative of the family's variable by x
-  int n, m;
-  bool tails;
-
-  __device__ __forceinline__ Evaluation(const Function<Family>& function, const Problem& p, int n, int m, bool tails)
-      : table(function.table), ends(function.ends), low(float(p.low)), high(float(p.high)), shift(float(p.shift)),
-        rate(float(p.inverse_scale)), n(n), m(m), tails(tails) {}
-
-  // The family's variable, of `count` elements limited to the interval.
-  template <int count>
-  __device__ __forceinline__ void limit(const float* xs, float* inside) const {
-#pragma unroll
-    for (int k = 0; k < count; ++k) inside[k] = xs[k];
-    if (!tails) return;
-#pragma unroll
-    for (int k = 0; k < count; ++k) inside[k] = ((xs[k] < low ? low : xs[k] > high ? high : xs[k]) - shift) * rate;
-  }
-
-  template <int count>
-  __device__ __forceinline__ void values(const float* xs, float* ys) const {
-    limit<count>(xs, ys);
-#pragma unroll
-    for (int k = 0; k < count; ++k) ys[k] = Family::value(ys[k], table, n, m);
-    if (!tails) return;
-#pragma unroll
-    for (int k = 0; k < count; ++k) {
-      if (xs[k] < low) ys[k] = (xs[k] - low) * ends[1] + ends[0];
-      if (xs[k] > high) ys[k] = (xs[k] - high) * ends[3] + ends[2];
-    }
-  }
-
-  // ds = g F'(x); adds to the family's own sums and, after them, to those of the tails.
-  template <int count>
-  __device__ __forceinline__ void gradients(const float* xs, const float* gs, float* ds, float* sums, float* tail) const {
-    float seeds[count];
-    limit<count>(xs, ds);
-#pragma unroll
-    for (int k = 0; k < count; ++k) seeds[k] = gs[k];
-    if (tails) {
-#pragma unroll
-      for (int k = 0; k < count; ++k) seeds[k] = xs[k] < low || xs[k] > high ? 0.0f : gs[k];
-    }
-#pragma unroll
-    for (int k = 0; k < count; ++k) ds[k] = Family::backward(ds[k], seeds[k], table, sums, n, m);
-    if (!tails) return;
-#pragma unroll
-    for (int k = 0; k < count; ++k) {
-      ds[k] *= rate;
-      if (xs[k] < low) {
-        tail[0] += gs[k];
-        tail[1] += gs[k] * (xs[k] - low);
-        ds[k] = gs[k] * ends[1];
-      }
-      if (xs[k] > high) {
-        tail[2] += gs[k];
-        tail[3] += gs[k] * (xs[k] - high);
-        ds[k] = gs[k] * ends[3];
-      }
-    }
-  }
-};
-
-// Elements far from 0 that `Family::backward` passes over.
-template <class Family>
-constexpr bool has_far = std::is_same_v<Family, Rational>;
-
-// Notes whether there are any among `count` elements.
-template <class Family, int count>
-__device__ __forceinline__ void note_far(const float* xs, bool& far) {
-  if constexpr (has_far<Family>) {
-#pragma unroll
-    for (int k = 0; k < count; ++k) far |= absolute(xs[k]) > Rational::far;
-  }
-}
-
 // These are computed one by one after all others, by the thread that has left something else in their places. With g, backward:
 // the result is dx, and what they add to the sums of a block is added to `partial`, unless nobody wants these. A function of
 // its own, which takes no registers from the kernel; all threads of a block call it together.
@@ -228,18 +115,20 @@ __device__ __noinline__ void compute_far(Problem p, Parameters parameters, bool 
     const Sequence s(p, group);
     load_function(p, parameters, group, tails, *function);
     float sums[Rational::largest_sums] = {};
+    const Evaluation<Rational> f(function->table, function->slopes, p, n, m, tails);
     const auto compute = [&](int64_t in, int64_t out) {
       const float at = read(x, type, in);
-      if (!(absolute(at) > Rational::far) || (tails && (at < float(p.low) || at > float(p.high)))) return;
-      double own[Rational::largest_table];
-      for (int k = 0; k <= n + m; ++k) own[k] = function->table[k];
-      const FarRational f(at, own, n, m);
-      const float gate = p.gated ? read(x, type, in + s.half) : 1.0f;
-      if (!g) return write(result, type, out, float(f.value) * gate);
+      float c;
+      f.enter<1>(&at, &c);
+      if (!f.any_far<1>(&c)) return;
+      const FarRational far = far_rational(c, function->table, n, m);
+      const float beyond = at - c, end = tails ? f.slope_of(0, beyond) : 0.0f, gate = p.gated ? read(x, type, in + s.half) : 1.0f;
+      const float value = float(far.value) + (absolute(beyond) > 0 ? end * beyond : 0.0f);
+      if (!g) return write(result, type, out, value * gate);
       const float seed = read(g, type, out);
-      if (p.gated) write(result, type, in + s.half, float(f.value) * seed);
-      write(result, type, in, float(seed * gate * f.slope));
-      for (int k = 0; k <= n + m; ++k) sums[k] += float(seed * gate * f.sums[k]);
+      if (p.gated) write(result, type, in + s.half, value * seed);
+      write(result, type, in, seed * gate * (absolute(beyond) > 0 ? end : float(far.slope)));
+      for (int k = 0; k <= n + m; ++k) sums[k] += float(seed * gate * far.sums[k]);
     };
     for (Walk<flat> walk(s, thread * width, all_threads * width); walk.at < s.packed; walk.advance())
       for (int k = 0; k < width; ++k) compute(walk.in_x() + k, walk.in_result() + k);
@@ -265,18 +154,22 @@ __device__ __forceinline__ bool any_thread(bool found) {
 template <class Family, int D, int E>
 constexpr int backward_blocks(Form form) {
   const bool many = Family::sums(D, E) > 14 || (form == general && never_has_tails<Family>);  // maxima need more besides
-  return (form == plain ? 3 : 2) - (many ? 1 : 0);
+  return (form == general ? 2 : 3) - (many ? 1 : 0);
+}
+template <class Family, int D, int E>
+constexpr int forward_blocks(Form form) {
+  return form == general ? 2 : form == with_tails || Family::sums(D, E) > 20 ? 3 : 4;
 }
 
 // Only where all elements lie side by side are there registers to spare for elements that are on their way.
 template <class Family, int D, int E, Form form>
-__global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
+__global__ void __launch_bounds__(threads, forward_blocks<Family, D, E>(form))
     forward_kernel(Problem p, const void* x, Parameters parameters, void* y) {
   __shared__ Function<Family> function;
   constexpr bool flat = form != general;
-  const bool gated = !flat && p.gated, tails = form != plain && !never_has_tails<Family> && p.tails;
+  const bool gated = !flat && p.gated, tails = form == with_tails || (form == general && !never_has_tails<Family> && p.tails);
   const int n = D ? D : p.degree, m = D ? E : p.second_degree;
-  const Evaluation<Family> f(function, p, n, m, tails);
+  const Evaluation<Family> f(function.table, function.slopes, p, n, m, tails);
   const int type = p.data_type;
   const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
   bool far = false;  // whether this thread has met such elements
@@ -293,8 +186,7 @@ __global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
       unpack(next, type, xs);
       walk.advance();
       if (flat && walk.at < s.packed) next = fetch(x, type, walk.in_x());
-      note_far<Family, width>(xs, far);
-      f.template values<width>(xs, ys);
+      f.template values<width>(xs, ys, far);
       if (gated) {
         float gates[width];
         unpack(fetch(x, type, in + s.half), type, gates);
@@ -306,8 +198,7 @@ __global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
     for (Walk<flat> one(s, s.packed + thread, all_threads); one.at < s.count; one.advance()) {
       const float value = read(x, type, one.in_x());
       float result;
-      note_far<Family, 1>(&value, far);
-      f.template values<1>(&value, &result);
+      f.template values<1>(&value, &result, far);
       if (gated) result *= read(x, type, one.in_x() + s.half);
       write(y, type, one.in_result(), result);
     }
@@ -323,9 +214,9 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
   __shared__ Function<Family> function;
   __shared__ double shared[warps * most];
   constexpr bool flat = form != general;
-  const bool gated = !flat && p.gated, tails = form != plain && !never_has_tails<Family> && p.tails;
+  const bool gated = !flat && p.gated, tails = form == with_tails || (form == general && !never_has_tails<Family> && p.tails);
   const int n = D ? D : p.degree, m = D ? E : p.second_degree;
-  const Evaluation<Family> f(function, p, n, m, tails);
+  const Evaluation<Family> f(function.table, function.slopes, p, n, m, tails);
   const int sums = Family::sums(n, m), row = sums + tail_sums, type = p.data_type;
   const int64_t all_threads = int64_t(gridDim.x) * threads, thread = int64_t(blockIdx.x) * threads + threadIdx.x;
   bool far = false;  // whether this thread has met such elements
@@ -356,7 +247,7 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
       if (gated) {
         float gates[width];
         unpack(fetch(x, type, in + s.half), type, gates);
-        f.template values<width>(xs, results);
+        f.template values<width>(xs, results, far);
 #pragma unroll
         for (int k = 0; k < width; ++k) {
           results[k] *= gs[k];
@@ -364,24 +255,23 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
         }
         write_eight(dx, type, in + s.half, results);
       }
-      note_far<Family, width>(xs, far);
-      f.template gradients<width>(xs, gs, results, a, tail);
+      f.template gradients<width>(xs, gs, results, a, tail, far);
       write_eight(dx, type, in, results);
     }
     for (Walk<flat> one(s, s.packed + thread, all_threads); one.at < s.count; one.advance()) {
       const float value = read(x, type, one.in_x());
       float seed = read(g, type, one.in_result()), result;
-      note_far<Family, 1>(&value, far);
       if (gated) {
-        f.template values<1>(&value, &result);
+        f.template values<1>(&value, &result, far);
         write(dx, type, one.in_x() + s.half, result * seed);
         seed *= read(x, type, one.in_x() + s.half);
       }
-      f.template gradients<1>(&value, &seed, &result, a, tail);
+      f.template gradients<1>(&value, &seed, &result, a, tail, far);
       write(dx, type, one.in_x(), result);
     }
-    double* own = partial + group * row * gridDim.x + blockIdx.x;
     if (!partial) continue;
+    settle<Family>(a, n);
+    double* own = partial + group * row * gridDim.x + blockIdx.x;
     block_sums(a, sums, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] = total; });
     if (tails)
       block_sums(tail, tail_sums, shared, [&](int k, double total) { own[int64_t(sums + k) * gridDim.x] = total; });
@@ -394,21 +284,20 @@ template <class Family>
 __global__ void __launch_bounds__(finish_threads)
     finish_kernel(Problem p, Parameters parameters, const double* partial, int blocks, Parameters gradients) {
   __shared__ Function<Family> function;
-  __shared__ double total[Family::largest_sums + tail_sums], gradient[Function<Family>::most_parameters];
+  __shared__ double total[Family::largest_sums + tail_sums], gradient[most_parameters];
   __shared__ double beyond[2][Family::largest_sums];
   const int n = p.degree, m = p.second_degree, sums = Family::sums(n, m), row = sums + tail_sums;
   const Share share{int(threadIdx.x), finish_threads};
   for (int64_t group = blockIdx.x; group < p.groups; group += gridDim.x) {
-    load_parameters<Family>(p, parameters, group, function.raw, share);
+    load_parameters<Family>(parameters, group, function.raw, n, m, share);
     add_up_blocks(partial + group * row * blocks, p.tails ? row : sums, blocks, total);
     if (p.tails) {
-      prepare_table<Family>(p, function.raw, function.wide, share);
+      prepare_table<Family>(p, function.raw, function.wide, n, m, share);
       for (int k = threadIdx.x; k < 2 * Family::largest_sums; k += finish_threads) (&beyond[0][0])[k] = 0;
       __syncthreads();
       const int end = threadIdx.x / 32;
       if (end < 2 && threadIdx.x % 32 == 0)
-        add_tail_of_table<Family>(function.wide, end_of(p, end ? p.high : p.low), total[sums + 2 * end],
-                                  total[sums + 2 * end + 1], beyond[end], n, m);
+        add_tail_of_table<Family>(function.wide, end_of(p, end ? p.high : p.low), 0, total[sums + end], beyond[end], n, m);
       __syncthreads();
       for (int k = threadIdx.x; k < sums; k += finish_threads) total[k] += beyond[0][k] + beyond[1][k];
       __syncthreads();
@@ -441,6 +330,7 @@ int launch_form(const Problem& p, const Call& c) {
 
 template <class Family, class Inner, int D, int E>
 int launch(const Problem& p, const Call& c) {
+  if (is_by_column(p)) return launch_columns<Family, Inner, D, E>(p, c);
   if constexpr (D > 0) {  // kernels of any degree have one form
     const Form form = form_of(p);
     if (form == plain) return launch_form<Family, Inner, D, E, plain>(p, c);

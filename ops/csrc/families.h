@@ -3,6 +3,7 @@
 // Every function is generic in V, which is one float (CUDA), a vector of floats (CPU, a GCC vector type) or a Dual; in S,
 // its element; and in T, an entry of a table: S, or V where each element has a function of its own. A family offers
 //   parameters(n, m)   how many packed parameters a group has (problem.h), float64
+//   table(n, m)        how many entries its table has
 //   sums(n, m)         how many sums over all elements `backward` accumulates
 //   prepare(raw, t, share)   packed parameters -> table, in float64 before the last rounding
 //   value(x, t)        F(x), from the table alone
@@ -110,6 +111,26 @@ POLYTROPE_FUNCTION V smaller(V a, V b) {
   return a < b ? a : b;
 }
 
+// Of floats on a GPU: one instruction, which gives NaN where either is NaN.
+#ifdef __CUDACC__
+POLYTROPE_FUNCTION float larger(float a, float b) {
+#ifdef __CUDA_ARCH__
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
+#else
+  return a > b ? a : b;
+#endif
+}
+POLYTROPE_FUNCTION float smaller(float a, float b) {
+#ifdef __CUDA_ARCH__
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
+#else
+  return a < b ? a : b;
+#endif
+}
+#endif
+
 // Stands for sums that nobody wants: nothing is computed for them.
 struct NoSums {
   struct None {
@@ -209,6 +230,7 @@ POLYTROPE_FUNCTION bool operator==(Dual a, Dual b) { return a.value == b.value; 
 struct Polynomial {
   static constexpr int largest_table = 2 * max_degree + 1, largest_sums = max_degree + 1;
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 2 * n + 1; }
   POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return n + 1; }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
@@ -243,6 +265,7 @@ struct Polynomial {
 struct Hermite {
   static constexpr int largest_table = Polynomial::largest_table, largest_sums = Polynomial::largest_sums;
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 2 * n + 1; }
   POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return n + 1; }
   // He_k / k! = sum_i (-1)^i / (2^i i! (k - 2i)!) x^(k - 2i), so p_k contributes to every second power from x^k down.
   POLYTROPE_FUNCTION static double power(const double* raw, int j, int n) {
@@ -304,6 +327,7 @@ template <class Basis>
 struct Recurrence {
   static constexpr int largest_table = 2 * max_degree + 1, largest_sums = max_degree + 1;
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 2 * n + 1; }
   POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return n + 1; }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
@@ -360,6 +384,7 @@ using Legendre = Recurrence<LegendreBasis>;
 struct PolyReLU {
   static constexpr int largest_table = Polynomial::largest_table, largest_sums = Polynomial::largest_sums;
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 2 * n + 1; }
   POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return n + 1; }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m, Share share = {}) {
@@ -472,8 +497,13 @@ inline POLYTROPE_HOST_DEVICE void sine_cosine(Dual x, double high, double, doubl
 POLYTROPE_FUNCTION void set_frequency(double w, double& high, double& low) { high = w, low = 0; }
 POLYTROPE_FUNCTION void set_phase(double phase, double& t) { t = phase; }
 
-// sine_cosine, to full accuracy.
+// sine_cosine, to full accuracy, and what it takes.
 struct ExactWaves {
+  template <class S>
+  POLYTROPE_FUNCTION static void set(double w, double phase, S& high, S& low, S& t) {
+    set_frequency(w, high, low);
+    set_phase(phase, t);
+  }
   template <class V, class T>
   POLYTROPE_FUNCTION static void evaluate(V x, T high, T low, T phase, V& sine, V& cosine) {
     sine_cosine(x, high, low, phase, sine, cosine);
@@ -485,14 +515,14 @@ template <class Waves>
 struct FourierSeries {
   static constexpr int largest_table = 5 * max_degree + 1, largest_sums = 3 * max_degree + 1;
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 3 * n + 1; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 5 * n + 1; }
   POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 3 * n + 1; }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
     for (int k = share.first; k <= n; k += share.step) {
       t[k] = S(raw[k]);
       if (k == 0) continue;
-      set_frequency(raw[n + k], t[n + k], t[2 * n + k]);
-      set_phase(raw[2 * n + k], t[3 * n + k]);
+      Waves::set(raw[n + k], raw[2 * n + k], t[n + k], t[2 * n + k], t[3 * n + k]);
       t[4 * n + k] = S(raw[k] * raw[n + k]);
     }
   }
@@ -540,12 +570,14 @@ template <class Waves>
 struct HarmonicSeries {
   static constexpr int largest_table = 2 * max_degree + 4, largest_sums = 2 * max_degree + 2;
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 2 * n + 2; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 2 * n + 4; }
   POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 2 * n + 2; }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
     for (int k = share.first; k < 2 * n + 2; k += share.step) {
       t[k < 2 ? k : 2 + k] = S(raw[k]);
-      if (k == 1) set_frequency(raw[1], t[2], t[3]);
+      S none;
+      if (k == 1) Waves::set(raw[1], 0, t[2], t[3], none);
     }
   }
   template <class V, class T>
@@ -599,6 +631,7 @@ using Harmonic = HarmonicSeries<ExactWaves>;
 struct HarmonicPowers {
   static constexpr int highest = 8, largest_table = 4 * highest + 5, largest_sums = 2 * highest + 2;
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 2 * n + 2; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 4 * n + 5; }
   POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 2 * n + 2; }
   // visit(packed index of cos kθ, of its slope's coefficient, k or -k, power's place, coefficient) for every term.
   template <class Visit>
@@ -689,10 +722,39 @@ struct HarmonicPowers {
   }
 };
 
+// 1 where a < b, else 0, also where one is NaN. On a GPU without a comparison, whose results the compiler would keep in bits of
+// registers until it has loaded more elements; what is between 0 and 2^-126 counts in part.
+POLYTROPE_FUNCTION float is_below(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __saturatef((b - a) * 8.5070592e37f);
+#else
+  return a < b ? 1.0f : 0.0f;
+#endif
+}
+
+// step(k, weight) for every k from 1 to n, of the weight 1 up to the lowest k whose line(k) is the highest of n + 1, and 0
+// after it (on a GPU). What is added up with these weights belongs to that k and all below, until `separate` has taken
+// away that of the next.
+template <class Line, class Step>
+POLYTROPE_FUNCTION void climb(int n, Line line, Step step) {
+  float highest[max_degree + 1];  // of the lines so far
+  highest[0] = line(0);
+  POLYTROPE_UNROLL
+  for (int k = 1; k <= n; ++k) highest[k] = larger(line(k), highest[k - 1]);
+  POLYTROPE_UNROLL
+  for (int k = 1; k <= n; ++k) step(k, is_below(highest[k - 1], highest[n]));
+}
+template <class Sums>
+POLYTROPE_FUNCTION void separate(Sums sums, int n) {
+  POLYTROPE_UNROLL
+  for (int k = 0; k < n; ++k) sums[k] -= sums[k + 1];
+}
+
 // (√2 / n) max_k (k x + c_k), k = 0…n. The lowest k wins a tie; F(-∞) = √2 c_0 / n.
 struct Tropical {
   static constexpr int largest_table = max_degree + 2, largest_sums = max_degree + 1;
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return n + 1; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return n + 2; }
   POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return n + 1; }
   POLYTROPE_FUNCTION static double scale(int n) { return 1.4142135623730951 / n; }
   template <class S>
@@ -715,6 +777,12 @@ struct Tropical {
     using S = Number<T>;
     V best = broadcast<V>(t[0]), slope = V{};
     const V inside = smaller(broadcast<V>(S(1e30)), x);  // beyond, lines overflow and would tie
+    if constexpr (std::is_same_v<V, float>) {
+      sums[0] += g;
+      climb(n, [&](int k) { return k == 0 ? t[0] : inside * float(k) + t[k]; },
+            [&](int k, float weight) { sums[k] += weight * g, slope += weight; });
+      return x == x ? g * slope * t[n + 1] : x;
+    }
     POLYTROPE_UNROLL
     for (int k = 1; k <= n; ++k) {
       V line = inside * S(k) + t[k];
@@ -735,6 +803,7 @@ struct Tropical {
 struct TropicalRational {
   static constexpr int largest_table = 4 * (max_degree + 1), largest_sums = 4 * (max_degree + 1);
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 4 * (n + 1); }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 4 * (n + 1); }
   POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 4 * (n + 1); }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
@@ -759,12 +828,26 @@ struct TropicalRational {
     using S = Number<T>;
     V inside = limited<V, S>(x);
     V y = maximum(inside, t, t + n + 1, n) - maximum(inside, t + 2 * (n + 1), t + 3 * (n + 1), n);
+    if constexpr (std::is_same_v<V, float>)
+      if (x == inside) return y;
     V far = absolute(y) > S(1e20) ? y * (absolute(x) * S(1e-30)) : y;
     return x == inside ? y : far;
   }
   template <class V, class T, class Sums>
   POLYTROPE_FUNCTION static V descend(V x, V g, const T* slopes, const T* intercepts, Sums sums, int n) {
     using S = Number<T>;
+    if constexpr (std::is_same_v<V, float>) {
+      const float weighted = g * x;
+      float slope = slopes[0];
+      sums[0] += weighted;
+      sums[n + 1] += g;
+      climb(n, [&](int k) { return x * slopes[k] + intercepts[k]; }, [&](int k, float weight) {
+        sums[k] += weight * weighted;
+        sums[n + 1 + k] += weight * g;
+        slope += weight * (slopes[k] - slopes[k - 1]);
+      });
+      return slope;
+    }
     V best = x * slopes[0] + intercepts[0], index = V{};
     POLYTROPE_UNROLL
     for (int k = 1; k <= n; ++k) {
@@ -865,13 +948,25 @@ struct FarRational {
   }
 };
 
+// 1 / (size + 1) for a size of at least 0: of a float on a GPU with an error of at most two ulps (its own reciprocal has one, of
+// a number in whose range no reciprocal is subnormal), where a division takes more than ten instructions.
+POLYTROPE_FUNCTION float inverse_of_more(float size) {
+#ifdef __CUDA_ARCH__
+  float inverse, quarter = size * 0.25f + 0.25f;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(quarter));
+  return inverse * 0.25f;
+#else
+  return 1.0f / (size + 1.0f);
+#endif
+}
+
 // (sum_k a_k x^k) / (1 + |sum_{j≥1} b_j x^j|), k = 0…n, j = 1…m: no poles. packed: a[n + 1], b[m]. Elements far from 0 are
-// computed by FarRational: on a CPU one by one where a vector holds any, on a GPU (V is float) by what calls this, for
-// which `backward` passes over them.
+// computed by FarRational: on a CPU one by one where a vector holds any, on a GPU (V is float) by what calls this.
 struct Rational {
   static constexpr int largest_table = 2 * max_degree + 1, largest_sums = 2 * max_degree + 1;
   static constexpr int far = 16;  // no power of what is nearer to 0 overflows
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int m) { return n + 1 + m; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int m) { return n + 1 + m; }
   POLYTROPE_FUNCTION static constexpr int sums(int n, int m) { return n + 1 + m; }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int m, Share share = {}) {
@@ -896,7 +991,8 @@ struct Rational {
     for (int k = n - 1; k >= 0; --k) top = top * x + t[k];
     POLYTROPE_UNROLL
     for (int j = m - 1; j >= 1; --j) below = below * x + t[n + j];
-    return top / (absolute(below * x) + S(1));
+    if constexpr (std::is_same_v<V, float>) return top * inverse_of_more(absolute(below * x));
+    else return top / (absolute(below * x) + S(1));
   }
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int m) {
@@ -909,11 +1005,8 @@ struct Rational {
   template <class V, class T, class Sums>
   POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int m) {
     using S = Number<V>;
-    if constexpr (std::is_same_v<V, Dual>) {
+    if constexpr (!is_vector<V>) {
       return near_backward(x, g, t, sums, n, m);
-    } else if constexpr (!is_vector<V>) {
-      const bool near = absolute(x) <= S(far) || x != x;
-      return near_backward(near ? x : V{}, near ? g : V{}, t, sums, n, m);
     } else {
       const bool some = __builtin_expect(any(absolute(x) > S(far)), 0);
       const V all = x, seeds = g;
@@ -950,6 +1043,7 @@ struct Rational {
     }
     below_slope = below_slope * x + below;
     below *= x;
+    if constexpr (std::is_same_v<V, float>) return sum_near(x, g, top, top_slope, below, below_slope, sums, n, m);
     V sign = below < 0 ? broadcast<V>(S(-1)) : (below > 0 ? broadcast<V>(S(1)) : V{});
     V scale = S(1) / (absolute(below) + S(1));
     V power = g * scale, share = power * (top * scale) * sign;
@@ -967,6 +1061,22 @@ struct Rational {
     }
     return slope;
   }
+  // What near_backward ends with, on a GPU: both kinds of sums take the same powers of x.
+  template <class Sums>
+  POLYTROPE_FUNCTION static float sum_near(float x, float g, float top, float top_slope, float below, float below_slope,
+                                           Sums sums, int n, int m) {
+    const float scale = inverse_of_more(absolute(below)), seed = g * scale, part = seed * (top * scale);
+    const float share = below == 0 ? 0.0f : below < 0 ? -part : part;
+    float power = 1.0f;
+    sums[0] += seed;
+    POLYTROPE_UNROLL
+    for (int k = 1; k <= (n > m ? n : m); ++k) {
+      power *= x;
+      if (k <= n) sums[k] += seed * power;
+      if (k <= m) sums[n + k] += share * power;
+    }
+    return seed * top_slope - share * below_slope;
+  }
   POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int m,
                                         Share share = {}) {
     for (int k = share.first; k <= n + m; k += share.step) gradient[k] = k <= n ? sums[k] : -sums[k];
@@ -978,6 +1088,7 @@ struct Rational {
 struct PiecewiseLinear {
   static constexpr int largest_table = 3 * max_pieces, largest_sums = 2 * max_pieces;
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 3 * n - 1; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 3 * n - 1; }
   POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 2 * n; }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {

@@ -83,10 +83,20 @@ class Built:
 
         return cls(evaluate, dtype)
 
-    def rounding_error(self, fitted: Curve, low: float, high: float) -> float:
-        """The largest |F as run - F in float64| at a few hundred points."""
-        (off,) = _rounding(fitted, self, (np.linspace(low, high, _CELLS // 16 + 1),))
-        return float(np.abs(off).max())
+    def rounding(self, fitted: Curve, x: Array) -> Array:
+        """F as run less F in float64, at the numbers of the format nearest to x."""
+        points = representable(x, self.dtype)
+        return np.asarray(self.evaluate(points) - fitted(points)[0])
+
+    def tolerates(self, lost: float, largest: float, tolerance: float | None) -> bool:
+        """Whether a formula may lose that much to rounding.
+
+        Args:
+            largest: of |f|, what the tolerance is relative to; beside it stands what rounds any result in this format.
+            tolerance: None: any.
+        """
+        limits = torch.finfo(self.dtype)
+        return tolerance is None or lost <= (tolerance + 2 * limits.eps) * largest + float(limits.tiny)
 
     def every_number(self, low: float, high: float) -> Array | None:
         """All numbers of the format from low to high, if it has 16 bits."""
@@ -112,12 +122,15 @@ class Inputs:
 
     @classmethod
     def of(cls, target: Curve, dtype: torch.dtype, nodes: tuple[Array, Array], held_out: Array) -> Inputs:
-        points = _representable(np.concatenate([nodes[0], held_out]), dtype)
+        points = representable(np.concatenate([nodes[0], held_out]), dtype)
         return cls(points, target(points)[0], nodes[1])
 
-    def root_mean_square(self, built: Built) -> float:
-        """Of F - f over the points of the fit, or over the unseen ones if that is more."""
-        error = built.evaluate(self.points) - self.value
+    def errors(self, built: Built) -> Array:
+        """F - f at all points, as run."""
+        return np.asarray(built.evaluate(self.points) - self.value)
+
+    def root_mean_square(self, error: Array) -> float:
+        """Of errors at all points: over the points of the fit, or over the unseen ones if that is more."""
         count = len(self.weights)
         counted = self.weights > 1e-30 * self.weights.max()  # far out it is nothing, and a polynomial may be anything
         seen = float(np.sqrt(self.weights[counted] @ error[:count][counted] ** 2))
@@ -165,7 +178,7 @@ def certify(
         _bounds(points, part, part_slope)
         for points, part, part_slope in zip((grid, left, right), error[:3], error_slope[:3], strict=True)
     )
-    rounding = _rounding(fitted, built, (grid, left, right))
+    rounding = np.split(built.rounding(fitted, everywhere[: ends[2]]), ends[:2])
     every = built.every_number(float(left[0]), float(right[-1]))
     if every is None:
         share = float(torch.finfo(built.dtype).eps)
@@ -197,14 +210,7 @@ def certify(
     )
 
 
-def _rounding(fitted: Curve, built: Built, parts: tuple[Array, ...]) -> list[Array]:
-    """For each part of the points, rounded to the format: F as run less F in float64."""
-    ends = np.cumsum([len(part) for part in parts])[:-1]
-    points = _representable(np.concatenate(parts), built.dtype)
-    return np.split(built.evaluate(points) - fitted(points)[0], ends)
-
-
-def _representable(x: Array, dtype: torch.dtype) -> Array:
+def representable(x: Array, dtype: torch.dtype) -> Array:
     """The numbers of the format nearest to x."""
     rounded: Array = torch.from_numpy(np.ascontiguousarray(x)).to(dtype).double().numpy()
     return rounded
@@ -212,7 +218,9 @@ def _representable(x: Array, dtype: torch.dtype) -> Array:
 
 def _grid(low: float, high: float, kinks: list[float]) -> Array:
     tiny = 1e-9 * (high - low)
-    between = [(left + right) / 2 for left, right in itertools.pairwise(sorted(kinks))]
+    # Between two kinks that are one but for rounding, the slope of either may be anything.
+    apart = [pair for pair in itertools.pairwise(sorted(kinks)) if pair[1] - pair[0] > 2 * tiny]
+    between = [(left + right) / 2 for left, right in apart]
     sides = [point for kink in kinks for point in (kink - tiny, kink + tiny)] + between
     sides = [point for point in sides if low < point < high]
     return np.unique(np.concatenate([np.linspace(low, high, _CELLS + 1), sides]))

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from polytrope.ops.circuit import Circuit, Cost, count, depth_of, make_circuit
 from polytrope.ops.families import MAX_COMPOSED
+from polytrope.ops.fitting.certificate import representable
 from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.refinement import Ends
 from polytrope.ops.fitting.targets import Target, sample
@@ -31,7 +33,7 @@ _GROUPS = 512
 _FINALISTS = 6  # whose last polynomial is fitted again on finer points, or made minimax
 _AS_GOOD = 1.1  # times the smallest error: then the fewest products decide
 _LAWSON_STEPS = 150
-_ROUNDING = 1e-7  # of the target's root mean square: errors that float32 does not tell apart
+_ROUNDING = 1e-7  # of the target's root mean square: what float32 does not tell apart
 _NOTHING = 1e-13  # a coefficient of this share of the largest is 0
 _EVERYWHERE = 0.1  # weight of the domain as such beside measured inputs: nothing may go wild where none was seen
 
@@ -68,6 +70,10 @@ class Chain:
 
     def cost(self) -> Cost:
         return count(self.circuit())
+
+
+# Points → what rounding adds to the values of a chain there, as it will run; None: more than is tolerated.
+Loss = Callable[[Chain, Array], Array | None]
 
 
 def half_width(domain: Ends, center: float) -> float:
@@ -113,6 +119,8 @@ def fit_chain(
     depth: int,
     measured: tuple[Array, Array] | None = None,
     at_most: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    loss: Loss | None = None,
 ) -> Chain:
     """The best composition of at most this multiplicative depth.
 
@@ -120,13 +128,15 @@ def fit_chain(
         measured: points in the domain and weights (of sum 1): the root mean square error under them is minimised; None:
             the largest error on the domain.
         at_most: of those whose error is at most this, the one of the fewest products; None: of those whose error is
-            within a tenth of the smallest.
+            within a tenth of the smallest and what the format tells apart.
+        dtype: the format of the coefficients. Those inside are rounded to it before the last polynomial is fitted.
+        loss: counts as an error. Where it is never tolerated, `error` of the chain is infinite.
 
     Raises:
         ValueError: a depth that is not in 1…16, a domain that is none.
     """
     check_depth(depth)
-    problem = _problem(target, domain, None if measured is None else _joined(measured, domain), _GRID)
+    problem = _problem(target, domain, None if measured is None else _joined(measured, domain), _GRID, dtype)
     tried = _structures(problem, domain, depth, between=at_most is not None)
     found = sorted((chain for structure in tried for chain in _best(problem, structure)), key=_error_of)
     if at_most is not None and found[0].error <= at_most:
@@ -135,12 +145,33 @@ def fit_chain(
 
     @functools.cache
     def fine(points: int) -> _Problem:
-        return _problem(target, domain, measured, points)
+        return _problem(target, domain, measured, points, dtype)
 
-    found = sorted((refine(fine(max(_GRID, _points_for(chain))), chain) for chain in found[:_FINALISTS]), key=_error_of)
-    rounding = _ROUNDING * math.sqrt(float(problem.weights @ problem.values**2))
-    limit = max(found[0].error, rounding, found[0].error * _AS_GOOD if at_most is None else at_most)
+    def refined(chain: Chain) -> Chain:
+        points = fine(max(_GRID, _points_for(chain)))
+        return _as_run(points, refine(points, chain), loss)
+
+    found = sorted(map(refined, found[:_FINALISTS]), key=_error_of)
+    limit = max(found[0].error, _AS_GOOD * found[0].error + _told_apart(problem) if at_most is None else at_most)
     return min((chain for chain in found if chain.error <= limit), key=_products_of)
+
+
+def _as_run(problem: _Problem, chain: Chain, loss: Loss | None) -> Chain:
+    """With what rounding does counted as an error."""
+    if loss is None:
+        return chain
+    off = loss(chain, problem.x)
+    if off is None:
+        return replace(chain, error=math.inf)
+    lost = float(np.abs(off).max()) if problem.uniform else math.sqrt(float(problem.weights @ off**2))
+    return replace(chain, error=chain.error + lost if problem.uniform else math.hypot(chain.error, lost))
+
+
+def _told_apart(problem: _Problem) -> float:
+    """How much more error is as good: of the largest, what rounds any result in the format."""
+    if problem.uniform:
+        return torch.finfo(problem.dtype).eps / 2 * float(np.abs(problem.values).max())
+    return _ROUNDING * math.sqrt(float(problem.weights @ problem.values**2))
 
 
 def _joined(measured: tuple[Array, Array], domain: Ends) -> tuple[Array, Array]:
@@ -167,7 +198,7 @@ def _points_for(chain: Chain) -> int:
 def fit_structure(target: Target, domain: Ends, center: float, degrees: Sequence[int], gate: bool) -> list[Array]:
     """The polynomials of a composition of these degrees that is closest to the target on the domain in mean square."""
     points = max(_GRID, min(_FINEST, 3 * math.prod(degrees)))
-    problem = _problem(target, domain, None, points)
+    problem = _problem(target, domain, None, points, torch.float64)
     structure = _Structure(tuple(degrees[:-1]), degrees[-1], gate, center, None)
     found = _best(problem, structure)
     if not found:
@@ -178,7 +209,7 @@ def fit_structure(target: Target, domain: Ends, center: float, degrees: Sequence
 
 @dataclass(frozen=True)
 class _Problem:
-    """Points, weights (of sum 1) and values of the target, and what the target is around 0."""
+    """Points, weights (of sum 1) and values of the target, what the target is around 0; the coefficients' format."""
 
     domain: Ends
     x: Array
@@ -186,9 +217,12 @@ class _Problem:
     values: Array
     uniform: bool
     symmetry: int | None  # f less a line is even (0) or odd (1) around 0; None: neither
+    dtype: torch.dtype
 
 
-def _problem(target: Target, domain: Ends, measured: tuple[Array, Array] | None, points: int) -> _Problem:
+def _problem(
+    target: Target, domain: Ends, measured: tuple[Array, Array] | None, points: int, dtype: torch.dtype
+) -> _Problem:
     low, high = domain
     x = _grid(low, high, points)
     weights = np.full(len(x), 1.0 / len(x))
@@ -199,7 +233,7 @@ def _problem(target: Target, domain: Ends, measured: tuple[Array, Array] | None,
         order = np.argsort(x, kind="stable")
         x, weights = x[order], weights[order] / weights.sum()
     values = sample(target, x)[0]
-    return _Problem(domain, x, weights, values, measured is None, _symmetry(target, min(high, -low)))
+    return _Problem(domain, x, weights, values, measured is None, _symmetry(target, min(high, -low)), dtype)
 
 
 def _grid(low: float, high: float, points: int) -> Array:
@@ -265,10 +299,10 @@ def _best(problem: _Problem, structure: _Structure) -> list[Chain]:
     def look(indices: Iterable[int]) -> None:
         for index in indices:
             if 0 <= index < len(_THRESHOLDS) and index not in found:
-                inner = sign_polynomials(structure.inner, _THRESHOLDS[index])
+                inner = _rounded_signs(structure.inner, _THRESHOLDS[index], problem.dtype)
                 if inner is not None:
                     chain = Chain(structure.center, half, structure.gate, inner, math.inf, math.inf)
-                    found[index] = _with_last(problem, chain, _run(inner, u)[0], structure.degree, kept)
+                    found[index] = _with_last(problem, chain, _values(inner, u), structure.degree, kept)
 
     look(range(1, len(_THRESHOLDS), 4) if structure.inner else [0])
     for step in (2, 1) if structure.inner and found else ():
@@ -317,7 +351,7 @@ def _terms(chain: Chain) -> Array:
 def _refitted(problem: _Problem, chain: Chain) -> Chain:
     """With the last polynomial fitted on these points."""
     kept = _terms(chain)
-    v = _run(chain.polynomials[:-1], (problem.x - chain.center) / chain.half)[0]
+    v = _values(chain.polynomials[:-1], (problem.x - chain.center) / chain.half)
     inner = replace(chain, polynomials=chain.polynomials[:-1])
     return _with_last(problem, inner, v, chain.degrees[-1], kept)
 
@@ -328,7 +362,7 @@ def _minimax(problem: _Problem, chain: Chain) -> Chain:
     Weighted least squares whose weights are multiplied by the errors, until only the alternating extremes keep any.
     """
     u = (problem.x - chain.center) / chain.half
-    v = _run(chain.polynomials[:-1], u)[0]
+    v = _values(chain.polynomials[:-1], u)
     kept = _terms(chain)
     columns = _columns(problem, v, chain.degrees[-1], chain.gate, kept)
     basis, triangle = np.linalg.qr(columns)
@@ -351,6 +385,13 @@ def _minimax(problem: _Problem, chain: Chain) -> Chain:
     last = np.zeros_like(chain.polynomials[-1])
     last[kept] = best[1]
     return replace(chain, polynomials=(*chain.polynomials[:-1], last), error=best[0])
+
+
+def _values(polynomials: Sequence[Array], u: Array) -> Array:
+    """Of the composition."""
+    for numbers in polynomials:
+        u = np.polynomial.chebyshev.chebval(u, numbers)
+    return u
 
 
 def _run(polynomials: Sequence[Array], u: Array) -> tuple[Array, Array]:
@@ -379,6 +420,12 @@ def sign_polynomials(degrees: tuple[int, ...], threshold: float) -> tuple[Array,
         found.append(numbers / (1.0 + error))
         threshold = (1.0 - error) / (1.0 + error)
     return tuple(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _rounded_signs(degrees: tuple[int, ...], threshold: float, dtype: torch.dtype) -> tuple[Array, ...] | None:
+    found = sign_polynomials(degrees, threshold)
+    return None if found is None else tuple(representable(numbers, dtype) for numbers in found)
 
 
 def odd_minimax(degree: int, threshold: float) -> tuple[Array, float]:

@@ -128,10 +128,11 @@ def _model(p: int, reach: float, flat: Array, x: Array) -> tuple[Array, Array, T
     values = powers[..., : p + 1] * share
     slopes = power_slopes[..., : p + 1] * share - values * turned
 
-    def turn(coefficients: Array) -> tuple[Array, Array]:
-        fitted, fitted_slope = values @ coefficients[:, :, None], slopes @ coefficients[:, :, None]
-        along = -sign[..., None] * share
-        return along * fitted * low, along * (fitted * low_slope + (fitted_slope - fitted * turned) * low)
+    def turn(coefficients: Array, chosen: Array) -> tuple[Array, Array]:
+        fitted, fitted_slope = values[chosen] @ coefficients[:, :, None], slopes[chosen] @ coefficients[:, :, None]
+        part, along = low[chosen], -sign[chosen][..., None] * share[chosen]
+        bent = fitted * low_slope[chosen] + (fitted_slope - fitted * turned[chosen]) * part
+        return along * fitted * part, along * bent
 
     return values, slopes, turn
 

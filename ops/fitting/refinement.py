@@ -11,15 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from polytrope.ops.fitting.curves import Array
 
 Ends = tuple[float, float]
-# Coefficients of the columns `[starts, columns]` → the derivatives of value and slope by the nonlinear parameters, two
-# `[starts, points, parameters]`.
-Turn = Callable[[Array], tuple[Array, Array]]
+# Coefficients of the columns `[chosen, columns]`, which starts are chosen → the derivatives of value and slope by the
+# nonlinear parameters, two `[chosen, points, parameters]`.
+Turn = Callable[[Array, Array], tuple[Array, Array]]
 # Nonlinear parameters `[starts, parameters]`, points `[starts, points]` → values and slopes of the columns that are
 # combined, two `[starts, points, columns]`, and the derivatives of the combination.
 Model = Callable[[Array, Array], tuple[Array, Array, Turn]]
@@ -54,10 +55,16 @@ class Data:
         factor = math.sqrt(self.derivative_weight)
         return np.concatenate([(values.T * root).T, factor * (slopes.T * root).T])
 
-    @property
+    @cached_property
     def right(self) -> Array:
         """The target in the form of `rows`."""
         return self.rows(self.value, self.slope)
+
+    @cached_property
+    def roots(self) -> tuple[Array, Array]:
+        """What `rows` multiplies values and slopes by: two `[points, 1]`."""
+        root = np.sqrt(self.weights)[:, None]
+        return root, math.sqrt(self.derivative_weight) * root
 
     def quantiles(self, share: float) -> Ends:
         """The ends of the interval that `share` of the weight lies beyond, on each side."""
@@ -119,7 +126,7 @@ def _refined(model: Model, flat: Array, data: Data, *, free_ends: bool, ridge: f
     """What each start leads to; never worse than the start."""
     smallest = 0.05 * (flat[:, -1] - flat[:, -2])
     damping, active = np.full(len(flat), 1e-3), np.arange(len(flat))
-    state = _linearised(model, flat, data, free_ends, ridge)
+    state = _Trial(model, flat, data, ridge).linearised(active, free_ends)
     result = state.take(active)
     for _ in range(steps):
         scale = np.sqrt(np.maximum(np.einsum("bkk->bk", state.gram), 0.0))
@@ -131,12 +138,17 @@ def _refined(model: Model, flat: Array, data: Data, *, free_ends: bool, ridge: f
         candidates[:, : step.shape[1]] -= step
         if free_ends:
             candidates[:, -2:] = np.clip(candidates[:, -2:], data.x[0], data.x[-1])
-        new = _linearised(model, candidates, data, free_ends, ridge)
-        better = (new.costs < state.costs) & (candidates[:, -1] - candidates[:, -2] >= smallest)
-        gain = np.where(better, state.costs - new.costs, 0.0)
-        going = np.where(better, gain > _GAIN * state.costs, damping < 1e6)
-        state.put(better, new.take(better))
-        result.put(active, state)
+        trial = _Trial(model, candidates, data, ridge)
+        better = (trial.costs < state.costs) & (candidates[:, -1] - candidates[:, -2] >= smallest)
+        before = state.costs.copy()
+        if better.any():  # most steps are too long: what the next one needs is computed for the others alone
+            chosen = np.flatnonzero(better)
+            new = trial.linearised(chosen, free_ends)
+            sound = np.isfinite(new.costs)
+            better[chosen[~sound]] = False
+            state.put(better, new.take(sound))
+            result.put(active, state)
+        going = np.where(better, before - state.costs > _GAIN * before, damping < 1e6)
         damping = np.where(better, np.maximum(damping / 8, 1e-12), damping * 6)
         if not going.any():
             break
@@ -145,45 +157,65 @@ def _refined(model: Model, flat: Array, data: Data, *, free_ends: bool, ridge: f
     return result
 
 
-def _linearised(model: Model, flat: Array, data: Data, free_ends: bool, ridge: float) -> _State:
-    parameters, low, high = flat[:, :-2], flat[:, -2:-1], flat[:, -1:]
-    x, root, factor = data.x, np.sqrt(data.weights)[:, None], math.sqrt(data.derivative_weight)
-    value, slope = np.split(data.right, 2)
-    inside = np.clip(x, low, high)
-    beyond = (x - inside)[:, :, None]
-    with np.errstate(all="ignore"):  # a step too long is not taken
-        columns, column_slopes, turn = model(parameters, inside)
-        at = (columns + beyond * column_slopes) * root
-        slope_at = column_slopes * (factor * root)
-        gram = at.swapaxes(1, 2) @ at + slope_at.swapaxes(1, 2) @ slope_at
-        gram += ridge * np.eye(gram.shape[1])
-        scale = np.sqrt(np.einsum("bkk->bk", gram))
-        usable = np.isfinite(gram).all(axis=(1, 2))
-        scale[(scale == 0.0) | ~usable[:, None]] = 1.0
-        gram[~usable] = 0.0
-        inverse = np.linalg.inv(gram / scale[:, :, None] / scale[:, None, :] + _RIDGE * np.eye(gram.shape[1]))
-        right = np.where(usable[:, None], value @ at + slope @ slope_at, 0.0)
-        coefficients = (inverse @ (right / scale)[:, :, None])[:, :, 0] / scale
-        missed = (at @ coefficients[:, :, None])[:, :, 0] - value
-        missed_slope = (slope_at @ coefficients[:, :, None])[:, :, 0] - slope
-        costs = (missed**2).sum(axis=1) + (missed_slope**2).sum(axis=1) + ridge * (coefficients**2).sum(axis=1)
-        by_value, by_slope = turn(coefficients)
-        by_value = (by_value + beyond * by_slope) * root
-        by_slope = by_slope * (factor * root)
-        if free_ends:
-            # Moving an end turns the tangent line about it: F(end) + F'(end) (x - end) changes by F''(end) (x - end).
-            tiny = 1e-5 * (high - low)
-            around = model(parameters, np.concatenate([low - tiny, low + tiny, high - tiny, high + tiny], axis=1))[1]
-            slopes = (around @ coefficients[:, :, None])[:, :, 0]
-            bends = np.stack([slopes[:, 1] - slopes[:, 0], slopes[:, 3] - slopes[:, 2]], axis=1) / (2 * tiny)
-            turned = np.stack([x < low, x > high], axis=2) * bends[:, None, :] * root
-            by_value = np.concatenate([by_value, turned * beyond], axis=2)
-            by_slope = np.concatenate([by_slope, factor * turned], axis=2)
-        # What the coefficients can make up for is no part of the step.
-        shared = (at.swapaxes(1, 2) @ by_value + slope_at.swapaxes(1, 2) @ by_slope) / scale[:, :, None]
-        gram = by_value.swapaxes(1, 2) @ by_value + by_slope.swapaxes(1, 2) @ by_slope
-        gram = gram - shared.swapaxes(1, 2) @ (inverse @ shared)
-        gradient = (missed[:, None] @ by_value + missed_slope[:, None] @ by_slope)[:, 0]
-    usable &= np.isfinite(gram).all(axis=(1, 2)) & np.isfinite(gradient).all(axis=1) & np.isfinite(costs)
-    costs[~usable], gram[~usable], gradient[~usable] = np.inf, 0.0, 0.0
-    return _State(flat.copy(), coefficients, costs, gram, gradient)
+class _Trial:
+    """Starts with the best coefficients for them.
+
+    Args:
+        costs: sums of squares; inf where they cannot be told.
+    """
+
+    def __init__(self, model: Model, flat: Array, data: Data, ridge: float) -> None:
+        self.model, self.flat, self.data = model, flat, data
+        root, slope_root = data.roots
+        value, slope = data.right[: len(data.x)], data.right[len(data.x) :]
+        inside = np.clip(data.x, flat[:, -2:-1], flat[:, -1:])
+        self.beyond = (data.x - inside)[:, :, None]
+        with np.errstate(all="ignore"):  # a step too long is not taken
+            columns, column_slopes, self.turn = model(flat[:, :-2], inside)
+            self.at = at = (columns + self.beyond * column_slopes) * root
+            self.slope_at = slope_at = column_slopes * slope_root
+            gram = at.swapaxes(1, 2) @ at + slope_at.swapaxes(1, 2) @ slope_at
+            gram += ridge * np.eye(gram.shape[1])
+            self.scale = scale = np.sqrt(np.einsum("bkk->bk", gram))
+            usable = np.isfinite(gram).all(axis=(1, 2))
+            scale[(scale == 0.0) | ~usable[:, None]] = 1.0
+            gram[~usable] = 0.0
+            scaled = gram / scale[:, :, None] / scale[:, None, :]
+            self.inverse = np.linalg.inv(scaled + _RIDGE * np.eye(gram.shape[1]))
+            right = np.where(usable[:, None], value @ at + slope @ slope_at, 0.0)
+            self.coefficients = (self.inverse @ (right / scale)[:, :, None])[:, :, 0] / scale
+            self.missed = (at @ self.coefficients[:, :, None])[:, :, 0] - value
+            self.missed_slope = (slope_at @ self.coefficients[:, :, None])[:, :, 0] - slope
+            size = ridge * (self.coefficients**2).sum(axis=1)
+            costs = (self.missed**2).sum(axis=1) + (self.missed_slope**2).sum(axis=1) + size
+        self.costs = np.where(usable & np.isfinite(costs), costs, np.inf)
+
+    def linearised(self, chosen: Array, free_ends: bool) -> _State:
+        """The state of some of the starts; its costs are inf where it cannot be told."""
+        x, (root, slope_root) = self.data.x, self.data.roots
+        flat, coefficients = self.flat[chosen], self.coefficients[chosen]
+        at, slope_at, beyond = self.at[chosen], self.slope_at[chosen], self.beyond[chosen]
+        with np.errstate(all="ignore"):
+            by_value, by_slope = self.turn(coefficients, chosen)
+            by_value = (by_value + beyond * by_slope) * root
+            by_slope = by_slope * slope_root
+            if free_ends:
+                # Moving an end turns the tangent about it: F(end) + F'(end) (x - end) changes by F''(end) (x - end).
+                low, high = flat[:, -2:-1], flat[:, -1:]
+                tiny = 1e-5 * (high - low)
+                ends = np.concatenate([low - tiny, low + tiny, high - tiny, high + tiny], axis=1)
+                slopes = (self.model(flat[:, :-2], ends)[1] @ coefficients[:, :, None])[:, :, 0]
+                bends = np.stack([slopes[:, 1] - slopes[:, 0], slopes[:, 3] - slopes[:, 2]], axis=1) / (2 * tiny)
+                turned = np.stack([x < low, x > high], axis=2) * bends[:, None, :] * root
+                by_value = np.concatenate([by_value, turned * beyond], axis=2)
+                by_slope = np.concatenate([by_slope, math.sqrt(self.data.derivative_weight) * turned], axis=2)
+            # What the coefficients can make up for is no part of the step.
+            shared = at.swapaxes(1, 2) @ by_value + slope_at.swapaxes(1, 2) @ by_slope
+            shared = shared / self.scale[chosen][:, :, None]
+            gram = by_value.swapaxes(1, 2) @ by_value + by_slope.swapaxes(1, 2) @ by_slope
+            gram = gram - shared.swapaxes(1, 2) @ (self.inverse[chosen] @ shared)
+            gradient = (self.missed[chosen][:, None] @ by_value + self.missed_slope[chosen][:, None] @ by_slope)[:, 0]
+        costs = self.costs[chosen]
+        bad = ~(np.isfinite(gram).all(axis=(1, 2)) & np.isfinite(gradient).all(axis=1) & np.isfinite(costs))
+        costs[bad], gram[bad], gradient[bad] = np.inf, 0.0, 0.0
+        return _State(flat, coefficients, costs, gram, gradient)

@@ -27,6 +27,7 @@ class Problem:
 
     Args:
         family: of `LINEAR` or `NONLINEAR`.
+        exact: the target.
         free_ends: the interval is one to start from.
         denominator_degree: of a rational function; default: one less than the numerator's.
         variable: of a polynomial: (shift, scale), the coefficients then are of its basis in (x - shift) / scale.
@@ -35,6 +36,7 @@ class Problem:
     family: str
     degree: int
     interval: Ends | None
+    exact: Curve
     data: Data
     kinks: list[float]
     tails: bool
@@ -60,7 +62,7 @@ class Solution:
     interval: Ends | None = None
 
 
-def interpolate(problem: Problem, exact: Curve, nodes: Sequence[float] | None) -> Solution:
+def interpolate(problem: Problem, nodes: Sequence[float] | None) -> Solution:
     """Confluent Hermite interpolation: the polynomial with the target's values and slopes at the nodes."""
     assert problem.interval is not None
     points = (
@@ -69,7 +71,7 @@ def interpolate(problem: Problem, exact: Curve, nodes: Sequence[float] | None) -
         else np.sort(np.asarray(nodes, dtype=np.float64))
     )
     _, with_slope = polynomial.interpolation_conditions(problem.degree, points)
-    value, slope = exact(points)
+    value, slope = problem.exact(points)
     basis = polynomial.Basis(problem.degree, problem.interval)
     at, slope_at = basis.evaluate(points)
     matrix, right = np.concatenate([at, slope_at[with_slope]]), np.concatenate([value, slope[with_slope]])
@@ -78,22 +80,36 @@ def interpolate(problem: Problem, exact: Curve, nodes: Sequence[float] | None) -
     return Solution(curve, _linear_parameters(problem, coefficients), condition, problem.interval)
 
 
-def fit_linear(problem: Problem, exact: Curve, conditions: list[Condition]) -> Solution:
+def fit_linear(problem: Problem, conditions: list[Condition]) -> Solution:
     """Polynomials and PolyReLU: linear least squares under the conditions."""
     data = problem.data
     columns = columns_of(problem.family, problem.degree, problem.interval, problem.tails)
+    inside = data.x if problem.interval is None else np.clip(data.x, *problem.interval)
+    if problem.family == "polyrelu" and not (inside > 0).any():  # all powers are 0 there: only the constant tells
+        columns = _first_of(columns)
     values, slopes = columns(data.x)
     rows, fixed = None, None
     if conditions:
         points = np.array([x for x, _ in conditions])
-        (at_value, at_slope), (target_value, target_slope) = columns(points), exact(points)
+        at_value, at_slope = columns(points)
+        target_value, target_slope = problem.exact(points)
         is_slope = np.array([kind == "slope" for _, kind in conditions])
         rows = np.where(is_slope[:, None], at_slope, at_value)
         fixed = np.where(is_slope, target_slope, target_value)
     coefficients, condition = polynomial.solve(data.rows(values, slopes), data.right, rows, fixed)
-    inside = columns_of(problem.family, problem.degree, problem.interval, tails=False)
-    curve = _combination(inside, coefficients)
+    coefficients = np.pad(coefficients, (0, problem.degree + 1 - len(coefficients)))
+    curve = _combination(columns_of(problem.family, problem.degree, problem.interval, tails=False), coefficients)
     return Solution(curve, _linear_parameters(problem, coefficients), condition, problem.interval)
+
+
+def _first_of(columns: Curve) -> Curve:
+    """The first function alone."""
+
+    def first(x: Array) -> tuple[Array, Array]:
+        values, slopes = columns(x)
+        return values[..., :1], slopes[..., :1]
+
+    return first
 
 
 def _linear_parameters(problem: Problem, coefficients: Array) -> dict[str, Array]:
@@ -171,9 +187,9 @@ def imitate(
     kinks = find_kinks(function, low, high)
     x, weights = quadrature.nodes(low, high, kinks, "uniform" if ends else "gaussian")
     data = Data(x, weights, *exact(x), 1.0)
-    problem = Problem(family, degree, ends, data, kinks, True, False, denominator_degree, variable)
+    problem = Problem(family, degree, ends, exact, data, kinks, True, False, denominator_degree, variable)
     if family in LINEAR:
-        return fit_linear(problem, exact, [])
+        return fit_linear(problem, [])
     if family not in NONLINEAR:
         raise ValueError(f"a {family} activation imitates no function")
     *_, found = NONLINEAR[family](problem)
@@ -187,7 +203,7 @@ def _fit_tropical(problem: Problem) -> Iterator[Solution]:
 
 
 def _fit_tropical_rational(problem: Problem) -> Iterator[Solution]:
-    for line, parameters in tropical.fit_rationals(problem.data, problem.degree, problem.kinks):
+    for line, parameters in tropical.fit_rationals(problem.exact, problem.data, problem.degree, problem.kinks):
         yield Solution(line.evaluate, parameters, 1.0)
 
 

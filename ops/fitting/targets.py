@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from polytrope.ops.fitting.curves import Array
+from polytrope.ops.fitting.curves import Array, Curve
 
 Target = Callable[[Tensor], Tensor]
 
@@ -33,6 +33,7 @@ _TRAINING_PROBE = 1 << 14  # points: a dropout of one in a thousand drops some o
 _KINK_GRID = 2049
 _KINK_CANDIDATES = 24
 _BISECTIONS = 44
+_STRAIGHT = 33  # points of a piece of a function that may be made of straight lines
 
 
 def resolve_target(target: str | Target | nn.Module) -> Target:
@@ -144,8 +145,14 @@ def broken_line(target: Target, low: float, high: float) -> list[float] | None:
     if not low < high:
         return None
     edges = np.array([low, *find_kinks(target, low, high), high])
-    inside = edges[:-1, None] + np.diff(edges)[:, None] * np.linspace(0.001, 0.999, 33)
-    slopes = sample(target, inside)[1]
+    slopes = straight_slopes(lambda x: sample(target, x), edges)
+    return None if slopes is None else [float(bend) for bend in np.diff(slopes)]
+
+
+def straight_slopes(exact: Curve, edges: Array) -> Array | None:
+    """The slope of each piece of a function between edges, where all are straight; None: one is not."""
+    inside = edges[:-1, None] + np.diff(edges)[:, None] * np.linspace(0.001, 0.999, _STRAIGHT)
+    _, slopes = exact(inside)
     if (np.ptp(slopes, axis=1) > 1e-9 * max(float(np.abs(slopes).max()), 1e-300)).any():
         return None
-    return [float(bend) for bend in np.diff(slopes[:, 0])]
+    return slopes[:, 0]

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from polytrope.ops.fitting.curves import Array
+from polytrope.ops.fitting.curves import Array, Curve
 from polytrope.ops.fitting.refinement import Data
+from polytrope.ops.fitting.targets import straight_slopes
 from polytrope.ops.fitting.triangle import triangle_of
 
 _GRID = 120  # candidate breakpoints
 _INSERTED = 3  # breakpoints that are added at most to what the dynamic programming chose
 _SWEEPS = 4
+_BESIDE = 1e-3  # of the range of points and kinks: how far the pieces go on at least
 _RIDGE = 1e-13  # of columns of length 1: what float64 can tell from dependent ones
 
 
@@ -43,18 +45,28 @@ class BrokenLine:
         return slopes, intercepts
 
 
-def fit_rationals(data: Data, degree: int, kinks: list[float]) -> Iterator[tuple[BrokenLine, dict[str, Array]]]:
+def fit_rationals(
+    exact: Curve, data: Data, degree: int, kinks: list[float]
+) -> Iterator[tuple[BrokenLine, dict[str, Array]]]:
     """For degree 1, 2, … the best broken line with at most that many convex and as many concave breakpoints, and its
-    max-plus form.
+    max-plus form. A target that is such a line is taken as it is.
 
     Returns:
         The line, and `numerator_slopes`, `numerator_intercepts`, `denominator_slopes`, `denominator_intercepts` of
         max_k (p_k x + c_k) - max_k (q_k x + d_k), each `[degree + 1]`.
     """
+    whole = _whole_line(exact, data, kinks)
+    enough = degree + 1
+    if whole is not None:
+        enough = max(int((whole.changes > 0).sum()), int((whole.changes < 0).sum()), 1)
+    searched = min(degree, enough - 1)
     candidates = _candidates(data, kinks)
-    chosen = _choose_breaks(candidates, data, degree)
-    for count, breaks in enumerate(chosen, start=1):
-        line = _refined(breaks, candidates, data, count)
+    chosen = _choose_breaks(candidates, data, searched) if searched else []
+    for count in range(1, degree + 1):
+        if whole is not None and count >= enough:
+            line = whole
+        else:
+            line = _refined(chosen[count - 1], candidates, data, count)
         convex, concave = line.changes > 0, line.changes < 0
         upper = BrokenLine(line.offset, line.slope, line.breaks[convex], line.changes[convex])
         lower = BrokenLine(0.0, 0.0, line.breaks[concave], -line.changes[concave])
@@ -65,6 +77,21 @@ def fit_rationals(data: Data, degree: int, kinks: list[float]) -> Iterator[tuple
             parameters[f"{name}_slopes"] = np.concatenate([slopes, np.repeat(slopes[-1:], missing)])
             parameters[f"{name}_intercepts"] = np.concatenate([intercepts, np.repeat(intercepts[-1:], missing)])
         yield line, parameters
+
+
+def _whole_line(exact: Curve, data: Data, kinks: list[float]) -> BrokenLine | None:
+    """The target where it is made of straight lines between its kinks, as far as the points go; None: it is not."""
+    breaks = np.array(kinks)
+    low, high = min([data.x[0], *kinks]), max([data.x[-1], *kinks])
+    beside = _BESIDE * (high - low if high > low else 1.0)  # a kink may lie beyond the points: inputs are joined there
+    low, high = min([data.x[0], *(breaks - beside)]), max([data.x[-1], *(breaks + beside)])
+    slopes = straight_slopes(exact, np.array([low, *breaks, high]))
+    if slopes is None:
+        return None
+    changes = np.diff(slopes)
+    bent = np.abs(changes) > 1e-9 * np.abs(slopes).max()
+    offset = float(exact(np.array([low]))[0][0] - slopes[0] * low)
+    return BrokenLine(offset, float(slopes[0]), breaks[bent], changes[bent])
 
 
 def fit_convex(data: Data, degree: int) -> tuple[BrokenLine, dict[str, Array]]:
@@ -215,11 +242,12 @@ def _segment_costs(points: Array, heights: Array, data: Data) -> Array:
 def _refined(breaks: Array, candidates: Array, data: Data, degree: int) -> BrokenLine:
     """Breakpoints moved, and more of them where there is room; then the best line with them."""
     x = data.x
+    sums = _Sums.of(data)
     closest = 0.02 * math.sqrt(float(data.weights @ (x - data.weights @ x) ** 2))  # nearer breaks make a step
 
     def costs(tried: Array) -> tuple[Array, Array]:
         """Sums of squares of the best lines with these breakpoints, inf where it is not allowed; their changes."""
-        found, changes = _line_costs(tried, data)
+        found, changes = sums.costs(tried)
         near = np.diff(tried, axis=1).min(axis=1, initial=np.inf) < closest
         many = np.maximum((changes > 0).sum(axis=1), (changes < 0).sum(axis=1)) > degree
         return np.where(near | many, np.inf, found), changes
@@ -275,20 +303,66 @@ def _line(points: Array, data: Data) -> BrokenLine:
     return BrokenLine(float(solution[0]), float(solution[1]), points, solution[2:])
 
 
-def _line_costs(points: Array, data: Data) -> tuple[Array, Array]:
-    """Sums of squares of the best lines with the breakpoints `[lines, breaks]`, and their changes of slope."""
-    root = np.sqrt(data.weights)[:, None]
-    values, slopes = _hinges(data.x, points)
-    values, slopes = values * root, slopes * (root * math.sqrt(data.derivative_weight))
-    value, slope = np.split(data.right, 2)
-    gram = values.swapaxes(1, 2) @ values + slopes.swapaxes(1, 2) @ slopes
-    scale = np.sqrt(np.einsum("bkk->bk", gram))
-    scale[scale == 0.0] = 1.0
-    scaled = gram / scale[:, :, None] / scale[:, None, :] + _RIDGE * np.eye(gram.shape[1])
-    right = (value @ values + slope @ slopes) / scale
-    solution = np.linalg.solve(scaled, right[:, :, None]) / scale[:, :, None]
-    missed = ((values @ solution)[:, :, 0] - value) ** 2 + ((slopes @ solution)[:, :, 0] - slope) ** 2
-    return missed.sum(axis=1), solution[:, 2:, 0]
+@dataclass(frozen=True)
+class _Sums:
+    """What the normal equations of broken lines are made of: sums over all points from each one on, `[points + 1]`.
+
+    A hinge is a straight line beyond its breakpoint and 0 before, so that no product of two hinges needs the points.
+    """
+
+    data: Data
+    weight: Array
+    x: Array
+    square: Array
+    value: Array
+    product: Array
+    slope: Array
+    total: float
+
+    @classmethod
+    def of(cls, data: Data) -> _Sums:
+        x, weights, value, slope = data.x, data.weights, data.value, data.slope
+
+        def beyond(terms: Array) -> Array:
+            return np.append(np.cumsum((weights * terms)[::-1])[::-1], 0.0)
+
+        return cls(
+            data,
+            weight=beyond(np.ones_like(x)),
+            x=beyond(x),
+            square=beyond(x * x),
+            value=beyond(value),
+            product=beyond(value * x),
+            slope=beyond(slope),
+            total=float(weights @ (value**2 + data.derivative_weight * slope**2)),
+        )
+
+    def costs(self, points: Array) -> tuple[Array, Array]:
+        """Sums of squares of the best lines with the breakpoints `[lines, breaks]`, and their changes of slope."""
+        share = self.data.derivative_weight
+        lines, count = points.shape
+        at = np.searchsorted(self.data.x, points, side="right")  # of the first point beyond
+        weight, x, square = self.weight[at], self.x[at], self.square[at]
+        gram, right = np.empty((lines, count + 2, count + 2)), np.empty((lines, count + 2))
+        gram[:, 0, 0], gram[:, 0, 1] = self.weight[0], self.x[0]
+        gram[:, 1, 1] = self.square[0] + share * self.weight[0]
+        gram[:, 0, 2:] = x - points * weight
+        gram[:, 1, 2:] = square - points * x + share * weight
+        last = np.arange(count)
+        last = np.maximum(last[:, None], last)  # breakpoints ascend: of two hinges, where the later one begins
+        both = points[:, :, None] * points[:, None] + share
+        sums = points[:, :, None] + points[:, None]
+        gram[:, 2:, 2:] = square[:, last] - sums * x[:, last] + both * weight[:, last]
+        gram[:, 1, 0], gram[:, 2:, :2] = gram[:, 0, 1], gram[:, :2, 2:].swapaxes(1, 2)
+        right[:, 0], right[:, 1] = self.value[0], self.product[0] + share * self.slope[0]
+        right[:, 2:] = self.product[at] - points * self.value[at] + share * self.slope[at]
+        scale = np.sqrt(np.maximum(np.einsum("bkk->bk", gram), 0.0))
+        scale[scale == 0.0] = 1.0
+        scaled = gram / scale[:, :, None] / scale[:, None, :]
+        wanted = (right / scale)[:, :, None]
+        solution = np.linalg.solve(scaled + _RIDGE * np.eye(count + 2), wanted)
+        costs = self.total + (solution * (scaled @ solution - 2 * wanted)).sum(axis=(1, 2))
+        return np.maximum(costs, 0.0), solution[:, 2:, 0] / scale[:, 2:]
 
 
 def _hinges(x: Array, points: Array) -> tuple[Array, Array]:

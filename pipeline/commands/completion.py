@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from polytrope.pipeline.errors import EXIT_SUCCESS
+from polytrope.pipeline.stage import BUILTIN_STAGES
 
 
 def completion(options: argparse.Namespace) -> int:
@@ -46,6 +47,7 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, _Known]:
             if action.option_strings
         ]
         words = [str(word) for action in actions if not action.option_strings for word in action.choices or ()]
+        words += BUILTIN_STAGES if name == "stages" else ()  # besides functions of one's own
         known[name] = _Known(summaries[name], tuple(options), tuple(words))
     return known
 
@@ -88,7 +90,9 @@ def _bash(commands: dict[str, _Known]) -> str:
 def _zsh(commands: dict[str, _Known]) -> str:
     """zsh runs the functions of bash."""
     script = _bash(commands).partition("\n")[2]
-    functions = "autoload -Uz compinit bashcompinit && compinit && bashcompinit"
+    functions = (
+        "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }; autoload -Uz bashcompinit && bashcompinit"
+    )
     return f'# eval "$(polytrope completion zsh)"\n{functions}\n{script}'
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -14,20 +15,22 @@ from typing import Any
 from pydantic import ValidationError
 
 from polytrope.models.convert_options import FIT_OPTIONS
-from polytrope.pipeline.commands.common import print_table
+from polytrope.pipeline.commands.common import say
 from polytrope.pipeline.commands.workflow_files import parameter_rows
 from polytrope.pipeline.data.conversion_file import ConversionRecord
 from polytrope.pipeline.data.records import finite
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
+from polytrope.pipeline.support.terminal import columns, wrapped
 from polytrope.pipeline.workflow.refusals import words
 
 _SINGULAR = {"constraints": "constraint", "types": "type", "calibration_samples": "samples", "ray_tasks": "ray"}
 _LEFT_OUT = ("page", "register_as", "register_alias")  # the page is always written; no run is there to register it
-_NOT_AS_IS = FIT_OPTIONS | {"include", "exclude", "types", "layers", "rated_samples"}
+_NOT_AS_IS = FIT_OPTIONS | {"include", "exclude", "types", "layers", "rated_samples", "keep", "output_error"}
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 _FIELD_METAVARS = {"domain": "LOW,HIGH"}
 _ADVICE = 8  # layers whose advice is printed
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a module's name
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -127,8 +130,7 @@ def convert(options: argparse.Namespace) -> int:
     page = "" if outcome.record is None else f"; the page: {options.output / 'conversion.html'}"
     _say(options, f"wrote {options.output}{page}")
     if outcome.onnx_failure is not None:
-        print(f"polytrope: convert: model.onnx cannot be written: {outcome.onnx_failure}", file=sys.stderr)
-        print(f"  → {options.output} has everything else", file=sys.stderr)
+        _warn(f"model.onnx cannot be written: {outcome.onnx_failure}", f"{options.output} has everything else")
         return EXIT_RUN_FAILED
     return EXIT_SUCCESS
 
@@ -164,6 +166,8 @@ def _check(options: argparse.Namespace) -> None:
     output = options.output
     if output is None and not options.dry_run:
         raise UserError("convert: OUTPUT is missing", "polytrope convert MODEL OUTPUT, or --dry-run to write nothing")
+    if output is not None and options.dry_run:
+        raise UserError(f"convert: --dry-run writes nothing, and {output} says where to", "leave one out")
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"convert: {output} exists and is not empty", "name a new directory")
     if options.as_is and options.dry_run:
@@ -192,36 +196,71 @@ def _tell(_step: int, text: str) -> None:
 
 def _say(options: argparse.Namespace, text: str) -> None:
     if not options.json:
-        print(text)
+        say(text)
+
+
+def _warn(text: str, hint: str) -> None:
+    """What went wrong beside the conversion, and a way out."""
+    print(wrapped(f"polytrope: convert: {text}\n  → {hint}", columns(sys.stderr)), file=sys.stderr)
 
 
 def print_record(conversion: ConversionRecord) -> None:
-    """Certificates and advice as tables."""
-    bounds = {"rms": "rms", "maximum": "largest", "rms_derivative": "rms slope", "maximum_outside": "largest outside"}
-    rows = [
+    """Certificates and advice, readable on 80 columns; `conversion.json` has all bounds."""
+    bounds = {"maximum": "largest", "rms_derivative": "slope", "maximum_outside": "outside"}
+    say(
+        "errors: root mean square relative to the activation's; largest; root mean square of the slope; largest outside"
+    )
+    _print_grouped(
+        ["degree", "interval", "relative", *bounds.values()],
         [
-            layer.name,
-            f"{layer.target} → {layer.family} {layer.degree}",
-            "{:.2f} … {:.2f}".format(*layer.interval),
-            f"{layer.relative_error:.2e}",
-            *("–" if layer.certificate[name] is None else f"{layer.certificate[name]:.2e}" for name in bounds),
-        ]
-        for layer in conversion.layers
-    ]
-    print_table(["layer", "conversion", "interval", "relative", *bounds.values()], rows)
+            (
+                layer.name,
+                f": {layer.target} → {layer.family}",
+                [
+                    str(layer.degree),
+                    "{:.3g} … {:.3g}".format(*layer.interval),
+                    f"{layer.relative_error:.2e}",
+                    *("–" if layer.certificate[name] is None else f"{layer.certificate[name]:.2e}" for name in bounds),
+                ],
+            )
+            for layer in conversion.layers
+        ],
+    )
     _print_polynomials(conversion)
     if conversion.advice:
         print("\nwhat costs most (how far the output moves if only this layer is converted):")
-        shown = [
-            [f"{entry.rank}.", entry.name, f"{entry.cost:.2e}", entry.advice or ""]
-            for entry in conversion.advice[:_ADVICE]
-        ]
-        print_table(["", "layer", "output moves by", "advice"], shown)
+        for entry in conversion.advice[:_ADVICE]:
+            say(f"{entry.rank}. {entry.name}: {entry.cost:.2e}")
+            if entry.advice:
+                say(f"   {entry.advice}")
     if conversion.left:
         print("\nactivations that stay as they are:")
-        print_table(
-            ["activation", "kind", "reason"], [[entry.name, entry.kind, entry.reason] for entry in conversion.left]
-        )
+        for left in conversion.left:
+            say(f"{left.name} ({left.kind}): {left.reason}")
+
+
+def _print_grouped(heads: Sequence[str], entries: Sequence[tuple[str, str, list[str]]]) -> None:
+    """A table of activations, each a name, a text behind it and cells; the text heads all that share it.
+
+    Names that differ in numbers alone stand once, with `*` for the numbers, which begin the lines; beside figures,
+    names of modules have no room on a terminal.
+    """
+    groups: dict[tuple[str, str], list[tuple[str, list[str]]]] = {}
+    for name, text, cells in entries:
+        groups.setdefault((_NUMBER.sub("*", name), text), []).append((name, cells))
+    labels = {name: ".".join(_NUMBER.findall(name)) for name, _, _ in entries}
+    rows = [heads, *(cells for _, _, cells in entries)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first = max(map(len, labels.values()), default=0)
+
+    def line(label: str, cells: Sequence[str]) -> str:
+        return "  ".join([label.ljust(first), *map(str.ljust, cells, widths)]).rstrip()
+
+    print(line("", heads))
+    for (pattern, text), members in groups.items():
+        say((pattern if len(members) > 1 else members[0][0]) + text)
+        for name, cells in members:
+            print(line(labels[name], cells))
 
 
 def _print_polynomials(conversion: ConversionRecord) -> None:
@@ -229,25 +268,21 @@ def _print_polynomials(conversion: ConversionRecord) -> None:
     whole = conversion.polynomial
     if whole is None:
         return
-    print("\nsums and products (baby steps, giant steps in Chebyshev form; products of two variable factors):")
-    rows = []
+    from polytrope.models.domains import describe_outside
+    from polytrope.models.polynomials import describe_costs
+    from polytrope.pipeline.stages.convert.polynomials import outside_of_record
+
+    say("\nsums and products (baby steps, giant steps in Chebyshev form; products of two variable factors):")
+    entries = []
     for layer in conversion.layers:
         cost, outside = layer.circuit, layer.outside
         assert cost is not None
         assert outside is not None
         counts = [cost.depth, cost.levels, cost.products, cost.constant_products]
         left = f"{outside.below + outside.above} of {outside.inputs} ({outside.probability:.2g})"
-        rows.append([layer.name, str(layer.degree), *map(str, counts), left])
-    heads = ["layer", "degree", "depth", "levels", "products", "by constants", "held-out inputs outside"]
-    print_table(heads, rows)
-    print(
-        f"all, one after the other: depth {whole.depth}, {whole.levels} levels; {whole.products:.4g} products "
-        f"and {whole.constant_products:.4g} by constants per sample ({whole.samples} held-out samples)"
-    )
-    from polytrope.models.domains import describe_outside
-    from polytrope.pipeline.stages.convert.polynomials import outside_of_record
-
+        entries.append((layer.name, "", [str(layer.degree), *map(str, counts), left]))
+    _print_grouped(["degree", "depth", "levels", "products", "by constants", "held-out inputs outside"], entries)
+    say(describe_costs(whole))
     warning = describe_outside(outside_of_record(conversion))
     if warning is not None:
-        print(f"polytrope: convert: {warning}", file=sys.stderr)
-        print("  → more calibration data (--samples), a wider --domain-margin, or --domain=LOW,HIGH", file=sys.stderr)
+        _warn(warning, "more calibration data (--samples), a wider --domain-margin, or --domain=LOW,HIGH")

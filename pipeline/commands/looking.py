@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.environment import compare_environments
 from polytrope.pipeline.launch.failure import failure_lines, way_on
 from polytrope.pipeline.launch.progress import Progress, counts, show_event
-from polytrope.pipeline.runs.journal import JournalReader, RunState, StageState, fold, read
+from polytrope.pipeline.runs.journal import Event, JournalReader, RunState, StageState, fold, read
 from polytrope.pipeline.runs.lease import is_held
-from polytrope.pipeline.runs.record import INTERRUPTED, run_state
+from polytrope.pipeline.runs.record import INTERRUPTED, as_it_stands, run_state
 from polytrope.pipeline.runs.spool import SpoolReader
 from polytrope.pipeline.runs.stage_progress import StageProgress, read_progress, said_lines
 from polytrope.pipeline.store.store import Store
@@ -127,11 +127,11 @@ def _print_status(store: Store, directory: Path, state: RunState) -> None:
     print_table(["stage", "state", "time", "result"], [_stage_row(directory, stage) for stage in state.stages.values()])
     for stage in state.stages.values():
         for note in stage.notes.values():
-            print(f"\n{stage.name}: {note}")
+            say(f"\n{stage.name}: {note}")
     if failures := failure_lines(state, directory, store):
         say("\n".join(("", *failures)))
     if state.status in ("failed", "cancelled", INTERRUPTED):
-        print("", *way_on(state, directory, store), sep="\n")
+        say("\n".join(("", *way_on(state, directory, store))))
 
 
 def _span(state: RunState) -> str:
@@ -194,7 +194,9 @@ def logs(options: argparse.Namespace) -> int:
         return cluster.logs(options)
     store = open_store(options)
     directory = find_run(store, options.run)
-    state = fold(read(directory))
+    journal = JournalReader(directory)
+    events = journal.read_new()
+    state = fold(events)
     if options.stage is not None and not any(_wanted(name, options.stage) for name in state.stages):
         raise UserError(f"run {directory.name} has no stage `{options.stage}`", suggest(options.stage, state.stages))
     shown: dict[str, int] = {}
@@ -203,13 +205,15 @@ def logs(options: argparse.Namespace) -> int:
     last = ""
     while True:
         store.pull_run(directory.name)
-        state = run_state(directory)
+        held = is_held(directory)
+        events += journal.read_new()
+        state = as_it_stands(directory, fold(events), held)
         new: dict[str, str] = {}
         for name in state.stages:
             if _wanted(name, options.stage):
                 reader = readers.setdefault(name, SpoolReader(directory / "spool", stage=name))
                 new[name] = "".join(said_lines(reader.read_new()))
-        for name, path in _log_files(directory, options.stage):
+        for name, path in _log_files(directory, events, options.stage):
             new[name] = new.get(name, "") + _new_text(path, shown, partial=options.follow)
         for stage, text in new.items():
             if options.tail is not None and silent:
@@ -233,10 +237,10 @@ def _wanted(name: str, stage: str | None) -> bool:
     return stage is None or name == stage or name.split("[")[0] == stage
 
 
-def _log_files(directory: Path, stage: str | None) -> Iterator[tuple[str, Path]]:
+def _log_files(directory: Path, events: Iterable[Event], stage: str | None) -> Iterator[tuple[str, Path]]:
     """(stage, file) of every attempt's log, by the journal."""
     seen: set[str] = set()
-    for event in read(directory):
+    for event in events:
         log = event.get("log")
         if log and event.stage is not None and _wanted(event.stage, stage) and log not in seen:
             seen.add(log)
@@ -269,7 +273,7 @@ def diff(options: argparse.Namespace) -> int:
         if lines:
             print(f"\n{title}:")
             for line in lines:
-                print(f"  {line}")
+                say(f"  {line}")
     if not any(result.values()):
         print("no difference")
     return code

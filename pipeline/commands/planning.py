@@ -51,12 +51,12 @@ def explain(options: argparse.Namespace) -> int:
     check_stages([options.stage], graph, "STAGE")
     for stage in result.stages.values():
         if options.stage in (stage.name, graph[stage.name].spec_name):
-            print(f"{stage.name}: {_WORDS[stage.action]}")
+            say(f"{stage.name}: {_WORDS[stage.action]}")
             for reason in stage.reasons:
                 say(f"  {reason}")
             past = history.get(stage.name)
             if past:
-                print(f"  compared with run {past[0].run_id}")
+                say(f"  compared with run {past[0].run_id}")
             if stage.key:
                 print(f"  key {stage.key}")
     return EXIT_SUCCESS

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from polytrope.pipeline.commands.common import find_run, open_store, print_table, store_address, workflow_of
+from polytrope.pipeline.commands.common import find_run, open_store, print_table, say, store_address, workflow_of
 from polytrope.pipeline.engine.options import new_run_id
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.proof.reproduce import Comparison, reproduce_run
@@ -39,9 +39,9 @@ def reproduce(options: argparse.Namespace) -> int:
         _print_harmless(rows)
     count = sum(row.verdict == "identical" for row in rows)
     computed = sum(row.verdict not in ("taken over", "no result") for row in rows)
-    print(f"\n{count} of {computed} results are bit-equal to run {directory.name}")
+    say(f"\n{count} of {computed} results are bit-equal to run {directory.name}")
     if different or options.into:
-        print(f"the new results are in {place}")
+        say(f"the new results are in {place}")
     else:
         remove_tree(place)  # the same bytes are in the run's own store
     return EXIT_SUCCESS if all(row.accepted for row in rows) else EXIT_RUN_FAILED
@@ -51,29 +51,29 @@ def _print_harmless(rows: Sequence[Comparison]) -> None:
     """What is other than recorded and changed nothing."""
     lines = list(dict.fromkeys(line for row in rows for line in row.harmless))
     if lines:
-        print("\nother than recorded, without an effect on these results:")
+        say("\nother than recorded, without an effect on these results:")
     for line in lines[:_SHOWN]:
-        print(f"  {line}")
+        say(f"  {line}")
     if len(lines) > _SHOWN:
-        print(f"  and {len(lines) - _SHOWN} more")
+        say(f"  and {len(lines) - _SHOWN} more")
 
 
 def _explain(row: Comparison, tolerance: float) -> None:
     """What can be said about the first stage that is another one."""
-    print(f"\nfirst difference: {row.stage}")
+    say(f"\nfirst difference: {row.stage}")
     if row.files:
-        print(f"  files: {', '.join(row.files[:_SHOWN])}" + " …" * (len(row.files) > _SHOWN))
+        say(f"  files: {', '.join(row.files[:_SHOWN])}" + " …" * (len(row.files) > _SHOWN))
     for line in row.causes[:_SHOWN]:
-        print(f"  because {line}")
+        say(f"  because {line}")
     if len(row.causes) > _SHOWN:
-        print(f"  and {len(row.causes) - _SHOWN} more: polytrope diff")
+        say(f"  and {len(row.causes) - _SHOWN} more: polytrope diff")
     if not row.causes:
-        print("  code, parameters, data, packages and threads are as recorded: the stage itself is not deterministic")
+        say("  code, parameters, data, packages and threads are as recorded: the stage itself is not deterministic")
     for line in row.metrics[:_SHOWN]:
-        print(f"  {line}")
+        say(f"  {line}")
     if row.verdict == "within tolerance":
         judgement = "accepted: the environment is another one" if row.excused else "not accepted: bytes should be equal"
-        print(f"  all metrics agree within {tolerance:g} ({judgement})")
+        say(f"  all metrics agree within {tolerance:g} ({judgement})")
 
 
 def verify_resume(options: argparse.Namespace) -> int:
@@ -111,13 +111,11 @@ def verify_resume(options: argparse.Namespace) -> int:
     ]
     print_table(["stage", "undisturbed", "disturbed", "verdict"], table)
     equal = all(row.equal for row in rows)
-    print(
-        f"\n{sum(row.equal for row in rows)} of {len(rows)} results are bit-equal; no finished stage ran again" * equal
-    )
+    say(f"\n{sum(row.equal for row in rows)} of {len(rows)} results are bit-equal; no finished stage ran again" * equal)
     if equal and not options.into:
         remove_tree(place)
     else:
-        print(f"both runs are in {place}")
+        say(f"both runs are in {place}")
     return EXIT_SUCCESS if equal else EXIT_RUN_FAILED
 
 
@@ -129,7 +127,7 @@ def card(options: argparse.Namespace) -> int:
     directory = find_run(store, options.run)
     output = Path(options.output or f"card-{directory.name}.md")
     write_card(store, directory, output, options.stage, options.license)
-    print(f"wrote {output}")
+    say(f"wrote {output}")
     if options.license is None and output.suffix == ".md":
-        print("  the license stands there as unknown: `--license apache-2.0` names one")
+        say("  the license stands there as unknown: `--license apache-2.0` names one")
     return EXIT_SUCCESS

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any
 
 from polytrope.pipeline.commands.common import find_run, open_store, read_run_file
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
+from polytrope.pipeline.runs.journal import read
+from polytrope.pipeline.runs.record import run_status
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.text import command
 from polytrope.pipeline.workflow.references import resolve_environment
@@ -51,6 +54,14 @@ class MLflowPlace:
     page: str
 
 
+def tracking_address(store: Store, run: Path | None, uri: str | None = None) -> str:
+    """MLflow's tracking URI: the given one, else the run's own, else the store's."""
+    from polytrope.pipeline.tracking.process import tracking_uri
+
+    configured = uri if uri is not None or run is None else _tracking(run).get("uri")
+    return str(resolve_environment(tracking_uri(configured, store.local("")), os.environ))
+
+
 def mlflow_place(store: Store, run: Path | None, uri: str | None = None) -> MLflowPlace:
     """Where MLflow has a run.
 
@@ -65,10 +76,13 @@ def mlflow_place(store: Store, run: Path | None, uri: str | None = None) -> MLfl
     from polytrope.pipeline.tracking.cursor import read_cursor
     from polytrope.pipeline.tracking.database import database_file
     from polytrope.pipeline.tracking.overview import TRAINING_VIEW, address
-    from polytrope.pipeline.tracking.process import tracking_uri, without_password
+    from polytrope.pipeline.tracking.process import without_password
 
-    configured = uri if uri is not None or run is None else _tracking(run).get("uri")
-    resolved = resolve_environment(tracking_uri(configured, store.local("")), os.environ)
+    tracking = {} if run is None else _tracking(run)
+    resolved = tracking_address(store, run, uri)
+    sent = run is not None and tracking.get("enabled", True) and uri in (None, tracking.get("uri"))
+    if run is not None and sent:
+        _bring(store, run, resolved, tracking.get("experiment"))
     if resolved.startswith("sqlite:///") and not database_file(resolved).exists():
         raise UserError(
             f"there are no results in {database_file(resolved)}",
@@ -79,11 +93,42 @@ def mlflow_place(store: Store, run: Path | None, uri: str | None = None) -> MLfl
         cursor = read_cursor(run, resolved)
         if cursor.parent is not None and cursor.experiment is not None:
             page = f"/{address(cursor.experiment, cursor.parent)}"
-        elif _tracking(run).get("enabled", True):
-            again = command("sync", run.name, store=store.address)
-            print(f"polytrope: run {run.name} is not there yet\n  → {again}", file=sys.stderr)
+        elif not sent:
+            print(f"polytrope: run {run.name} was not sent there", file=sys.stderr)
     is_server = resolved.startswith(("http://", "https://"))
     return MLflowPlace(resolved, without_password(resolved).rstrip("/") if is_server else None, page)
+
+
+def _bring(store: Store, run: Path, uri: str, experiment: str | None) -> None:
+    """See that MLflow has a run before somebody looks at it there.
+
+    A run that computed nothing ends before it was sent, and one that has just begun is not there at once: the process
+    that sends it is waited for, or its work is done here.
+    """
+    from polytrope.pipeline.tracking import process as mlflow
+
+    if _is_there(run, uri):
+        return
+    print(f"polytrope: run {run.name} is being sent to MLflow …", file=sys.stderr, flush=True)
+    mlflow.check_tracking(uri)
+    code, reason = mlflow.EXIT_BUSY, ""
+    while code == mlflow.EXIT_BUSY and not _is_there(run, uri) and not mlflow.error_file(run).exists():
+        code, reason = mlflow.sync_now(store, run, uri, experiment)
+    store.push_run(run.name)
+    if code == mlflow.EXIT_REFUSED or not _is_there(run, uri):
+        again = command("sync", run.name, store=store.address)
+        reason = reason or mlflow.known_failure(run) or "a part was not taken"
+        print(f"polytrope: MLflow has not taken all of run {run.name}: {reason}\n  → {again}", file=sys.stderr)
+
+
+def _is_there(run: Path, uri: str) -> bool:
+    """Whether MLflow has all of a run that has ended, or shows one that goes on."""
+    from polytrope.pipeline.tracking.cursor import read_cursor
+
+    cursor = read_cursor(run, uri)
+    if cursor.parent is None:
+        return False
+    return run_status(run) in ("pending", "running") or cursor.closed == len(read(run))
 
 
 def serve(store: Store, place: MLflowPlace, host: str, port: int, ready: Callable[[str], None] | None = None) -> int:
@@ -91,12 +136,16 @@ def serve(store: Store, place: MLflowPlace, host: str, port: int, ready: Callabl
     from polytrope.pipeline.tracking.process import check_tracking, server_command
 
     subprocess.run([sys.executable, "-m", "polytrope.pipeline.tracking.database", place.uri], check=True)
-    print(f"MLflow: http://{host}:{port}{place.page} (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, _interrupt)
-    server = subprocess.Popen(
-        server_command(place.uri, store.local("mlflow-artifacts"), host, port),
-        env={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ},  # processes for features not used here
-    )
+    with tempfile.NamedTemporaryFile(prefix="polytrope-mlflow-", suffix=".log", delete=False) as log:
+        server = subprocess.Popen(
+            server_command(place.uri, store.local("mlflow-artifacts"), host, port),
+            env={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ},  # processes for features not used here
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    print(f"MLflow: http://{host}:{port}{place.page} (Ctrl-C ends it)\n  its log: {log.name}", flush=True)
+    failed = False
     try:
         while ready is not None and server.poll() is None:
             with contextlib.suppress(UserError):
@@ -104,11 +153,16 @@ def serve(store: Store, place: MLflowPlace, host: str, port: int, ready: Callabl
                 ready(f"http://{host}:{port}{place.page}")
                 break
             time.sleep(0.2)
-        return EXIT_SUCCESS if server.wait() == 0 else EXIT_RUN_FAILED
+        failed = server.wait() != 0
     except KeyboardInterrupt:
-        return EXIT_SUCCESS
+        pass
     finally:
         _end(server)
+        if not failed:
+            os.unlink(log.name)
+    if failed:
+        print(f"polytrope: MLflow's server ended with {server.returncode}: see {log.name}", file=sys.stderr)
+    return EXIT_RUN_FAILED if failed else EXIT_SUCCESS
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
@@ -156,7 +210,7 @@ def _sync(store: Store, directory: Path) -> int:
     if not tracking.get("enabled", True):
         print(f"run {name} was made without MLflow (`tracking.enabled: false`)")
         return logged
-    uri = resolve_environment(mlflow.tracking_uri(tracking.get("uri"), store.local("")), os.environ)
+    uri = tracking_address(store, directory)
     mlflow.check_tracking(uri)
     code, reason = mlflow.sync_now(store, directory, uri, tracking.get("experiment"))
     store.push_run(name)

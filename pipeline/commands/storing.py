@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from polytrope.pipeline.commands.common import find_run, open_store, print_table
+from polytrope.pipeline.commands.common import find_run, open_store, print_table, say
 from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.store.aliases import find_alias, read_aliases, set_alias
@@ -22,7 +22,7 @@ def gc(options: argparse.Namespace) -> int:
     verb = "would remove" if options.dry_run else "removed"
     for title, names in (("run", result.runs), ("artifact", result.artifacts), ("left-over", result.leftovers)):
         for name in names:
-            print(f"{verb} {title} {name}")
+            say(f"{verb} {title} {name}")
     print(
         f"{verb} {count(len(result.runs), 'run')}, {count(len(result.artifacts), 'artifact')}, "
         f"{count(len(result.leftovers), 'left-over')}: "
@@ -38,7 +38,7 @@ def alias(options: argparse.Namespace) -> int:
         if safe_name(options.remove) != options.remove or store.get_alias(options.remove) is None:
             find_alias(store, options.remove)  # says which there are
         store.drop_alias(options.remove)
-        print(f"removed alias {options.remove}; `{command('gc', store=store.address)}` may remove what it stood for")
+        say(f"removed alias {options.remove}; `{command('gc', store=store.address)}` may remove what it stood for")
     elif options.name is None:
         rows = [
             [item.name, item.run, item.stage, item.key[:12], "" if store.exists(item.key) else "its artifact is gone"]
@@ -47,7 +47,7 @@ def alias(options: argparse.Namespace) -> int:
         if rows:
             print_table(["alias", "run", "stage", "key", ""], rows)
         else:
-            print(f"there are no aliases in {store.address}")
+            say(f"there are no aliases in {store.address}")
     elif options.run is None:
         named = find_alias(store, options.name)
         key = named.key
@@ -62,7 +62,7 @@ def alias(options: argparse.Namespace) -> int:
         raise UserError("alias: the stage is missing", f"`polytrope alias {options.name} {options.run} STAGE`")
     else:
         made = set_alias(store, options.name, find_run(store, options.run), options.stage)
-        print(f"{made.name} is {made.stage} of run {made.run}: artifact {made.key}")
+        say(f"{made.name} is {made.stage} of run {made.run}: artifact {made.key}")
     return EXIT_SUCCESS
 
 
@@ -71,8 +71,8 @@ def export(options: argparse.Namespace) -> int:
     store = open_store(options)
     directory = find_run(store, options.run)
     packed = export_run(store, directory, Path(options.output))
-    print(f"wrote {options.output}: run {directory.name} with {count(packed, 'artifact')}")
-    print(f"read it: polytrope import {options.output} --store DIR")
+    say(f"wrote {options.output}: run {directory.name} with {count(packed, 'artifact')}")
+    say(f"read it: polytrope import {options.output} --store DIR")
     return EXIT_SUCCESS
 
 
@@ -80,7 +80,7 @@ def import_run(options: argparse.Namespace) -> int:
     """Back into a store."""
     store = open_store(options)
     run_id, new = unpack(store, Path(options.file))
-    print(f"imported run {run_id} into {store.address}: {count(new, 'new artifact')}")
+    say(f"imported run {run_id} into {store.address}: {count(new, 'new artifact')}")
     return EXIT_SUCCESS
 
 
@@ -100,13 +100,11 @@ def verify(options: argparse.Namespace) -> int:
         damaged += 1
         print(f"artifact {key} is damaged:")
         for problem in problems[:10]:
-            print(f"  {problem}")
+            say(f"  {problem}")
         moved = store.quarantine(key, problems)
         if moved is not None:
-            print(f"  moved to {moved}")
+            say(f"  moved to {moved}")
     print(f"{count(len(keys), 'artifact')} hashed, {damaged} damaged")
     if damaged:
-        print(
-            complete_commands("compute them again: `polytrope resume RUN` or `polytrope run WORKFLOW`", store.address)
-        )
+        say(complete_commands("compute them again: `polytrope resume RUN` or `polytrope run WORKFLOW`", store.address))
     return EXIT_RUN_FAILED if damaged else EXIT_SUCCESS

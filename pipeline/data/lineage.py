@@ -28,6 +28,7 @@ class Lineage(BaseModel):
         samples: training samples that it and its ancestors have seen, each as often as it was seen.
         tokens: the same in tokens; None for images.
         unknown: an ancestor came from elsewhere, so the counts are what is known.
+        base_model: the name on Hugging Face's hub of that ancestor, where it is known.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,6 +37,7 @@ class Lineage(BaseModel):
     samples: int = 0
     tokens: int | None = None
     unknown: bool = False
+    base_model: str | None = None
 
     def then(self, stage: str, digest: str, samples: int = 0, tokens: int | None = None) -> Lineage:
         """Of a model that is made from this one, which lies in the artifact of `stage`, by so much training."""
@@ -44,6 +46,7 @@ class Lineage(BaseModel):
             samples=self.samples + samples,
             tokens=None if self.tokens is None and tokens is None else (self.tokens or 0) + (tokens or 0),
             unknown=self.unknown,
+            base_model=self.base_model,
         )
 
 

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from polytrope.models.configurations import MODEL_KINDS
-from polytrope.pipeline.data.promised import PromisedData, PromisedImages, PromisedModel, PromisedText
+from polytrope.pipeline.data.promised import (
+    PromisedData,
+    PromisedImages,
+    PromisedModel,
+    PromisedText,
+    expect,
+    expect_data,
+)
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.text import count
 
@@ -105,3 +112,15 @@ def refuse_misfit(field: str, model: PromisedModel | None, data: PromisedData | 
     found = None if model is None or data is None else misfit(model, data)
     if found is not None:
         raise UserError(f"{field}: {found.text}", found.hint)
+
+
+def refuse_misfits(upstream: Mapping[str, Any]) -> PromisedData | None:
+    """What is known of the data set of a stage with the inputs `dataset` and `models`.
+
+    Raises:
+        UserError: an input of another kind, or a model that cannot take the data.
+    """
+    data = expect_data("inputs.dataset", upstream["dataset"])
+    for label, promise in upstream["models"].items():
+        refuse_misfit(f"inputs.models.{label}", expect(f"inputs.models.{label}", promise, PromisedModel), data)
+    return data

@@ -76,7 +76,18 @@ class PromisedForeignModel:
     model_type: str
 
 
-AnyPromisedModel = PromisedModel | PromisedForeignModel
+@dataclass(frozen=True)
+class PromisedBuiltModel:
+    """A model that a function of the project builds; what it is, only its call tells.
+
+    Args:
+        factory: `package.module:function`.
+    """
+
+    factory: str
+
+
+AnyPromisedModel = PromisedModel | PromisedForeignModel | PromisedBuiltModel
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,14 @@ class PromisedSpeed:
     labels: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class PromisedAnalysis:
+    """What these analyses say of the models with these labels."""
+
+    labels: tuple[str, ...]
+    analyses: tuple[str, ...]
+
+
 _TITLES: dict[type[Any], str] = {
     PromisedText: "a data set",
     PromisedImages: "a data set",
@@ -101,6 +120,7 @@ _TITLES: dict[type[Any], str] = {
     PromisedForeignModel: "a model of transformers, for the stage `convert` alone",
     PromisedEvaluation: "an evaluation",
     PromisedSpeed: "a measurement of speed",
+    PromisedAnalysis: "an analysis",
 }
 _MAKERS: dict[type[Any], str] = {
     PromisedText: "a `shard` or `shard_images` stage",
@@ -109,6 +129,7 @@ _MAKERS: dict[type[Any], str] = {
     PromisedForeignModel: "an `import_model` stage",
     PromisedEvaluation: "an `evaluate` stage",
     PromisedSpeed: "a `measure_speed` stage",
+    PromisedAnalysis: "an `analyze` stage",
 }
 _Promise = TypeVar("_Promise")
 
@@ -135,5 +156,6 @@ def expect_data(field: str, promise: Any) -> PromisedData | None:
 
 
 def expect_model(field: str, promise: Any) -> AnyPromisedModel | None:
-    """The same for a model, those of transformers too."""
-    return promise if isinstance(promise, PromisedForeignModel) else expect(field, promise, PromisedModel)
+    """The same for a model, those of transformers and of the project too."""
+    known = isinstance(promise, PromisedForeignModel | PromisedBuiltModel)
+    return promise if known else expect(field, promise, PromisedModel)

@@ -77,6 +77,12 @@ def read_training(directory: Path) -> Training | None:
     return read_record(path, Training, _HINT) if path.exists() else None
 
 
+def recorded_failure(directory: Path) -> str | None:
+    """What `train` says of a training that diverged under `on_divergence: record`; None: it did not."""
+    training = read_training(directory)
+    return None if training is None else training.failure
+
+
 def figure_of_training(directory: Path, name: str) -> tuple[float | None, str | None]:
     """A figure of the model's training by its name, or why there is none: it diverged, or was not finite.
 

@@ -42,7 +42,7 @@ from polytrope.pipeline.store.manifest import FileEntry, build_manifest, seal
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.support.files import is_disk_full
 from polytrope.pipeline.support.secret_values import hide_in, hider
-from polytrope.pipeline.workflow.code import Code
+from polytrope.pipeline.workflow.code import Code, module_of
 from polytrope.pipeline.workflow.graph import StageNode, declared_reads, resolve_parameters
 from polytrope.pipeline.workflow.loaded import edited_files, guarded
 
@@ -173,7 +173,7 @@ def make_task(
         components=components,
         attempt=attempt,
         uses=node.definition.uses,
-        code=node.code,
+        code=node.whole_code,
         reads=node.reads,
         read_patterns=node.read_patterns,
         parameters=(values, set(node.parameters.model_fields_set)),
@@ -244,6 +244,7 @@ def run_task(task: StageTask) -> Outcome:
                 resources=task.resources,
                 events=events,
                 store=task.store,
+                modules=frozenset(map(module_of, task.code.files)),
             )
             parameters = _parameters(definition, task)
             os.chdir(task.directory)

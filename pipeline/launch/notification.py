@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 
 from polytrope.pipeline.launch.progress import counts
@@ -12,6 +14,8 @@ from polytrope.pipeline.runs.journal import RunState
 from polytrope.pipeline.support.secret_values import hider
 
 _PATIENCE = 60.0  # seconds
+_COMMAND = "POLYTROPE_NOTIFY"
+_EVALUATE = f'command=${_COMMAND}; unset {_COMMAND}; eval "$command"'
 
 
 def notify(command: str, secrets: Mapping[str, str], state: RunState, run_id: str, store: str) -> None:
@@ -33,17 +37,38 @@ def notify(command: str, secrets: Mapping[str, str], state: RunState, run_id: st
         "STORE": store,
         "MESSAGE": f"{state.workflow}: run {run_id} {status}: {stages}",
     }
-    environment = {**os.environ, **{f"POLYTROPE_{name}": value for name, value in told.items()}}
+    told = {f"POLYTROPE_{name}": value for name, value in told.items()}
     try:
-        done = subprocess.run(
-            command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, encoding="utf-8",
-            errors="replace", timeout=_PATIENCE, check=False,
-        )  # fmt: skip
+        code, said = _run(command, {**os.environ, **told})
     except (OSError, subprocess.TimeoutExpired) as error:
-        print(hide(f"polytrope: notify: {error}"), file=sys.stderr)
+        why = f"no end after {_PATIENCE:g} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+        print(hide(f"polytrope: notify: `{command}`: {why}"), file=sys.stderr)
         return
-    if done.returncode:
-        said = done.stdout.strip().splitlines()[-1:]
-        text = f"polytrope: notify: `{command}` ended with {done.returncode}: {''.join(said)}"
-        print(hide(text), file=sys.stderr)
+    if code:
+        last = "".join(said.strip().splitlines()[-1:])
+        print(hide(f"polytrope: notify: `{command}` ended with {code}: {last}"), file=sys.stderr)
+
+
+def _run(command: str, environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and output of a shell command; when it takes too long, all that it started is killed.
+
+    `ps` shows the arguments of every process to every user, so `sh` is given the command, which may have a secret, in
+    its environment.
+    """
+    with tempfile.TemporaryFile() as output:  # no pipe: what the command leaves in the background would hold it open
+        process = subprocess.Popen(
+            ["sh", "-c", _EVALUATE],
+            env={**environment, _COMMAND: command},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(_PATIENCE)
+        except BaseException:  # Ctrl-C, too
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        output.seek(0)
+        return code, output.read().decode(errors="replace")

@@ -19,6 +19,9 @@ from polytrope.pipeline.runs.stage_progress import StageProgress, in_time_order
 from polytrope.pipeline.support.text import format_duration, metric_text
 
 _WIDE = 100  # columns of a terminal that has room for a bar beside the figures
+_BESIDE = 42  # columns for mark, state, time and the beginning of what the stage says
+_BESIDE_BAR = 60  # the same with the bar
+_SHORTEST_NAME = 16
 LINE_INTERVAL = 15.0  # seconds between two progress lines of one stage where there is no terminal
 _REFRESH = 0.25  # seconds between two looks at the events of running stages
 _MARKS = {
@@ -191,7 +194,8 @@ class Progress:
         table = Table.grid(padding=(0, 1))
         for justify in ("left", "left", "left", "right", *(["left"] if wide else []), "left"):
             table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        table.columns[1].no_wrap = table.columns[-1].no_wrap = False  # where room is short, these alone give way
+        table.columns[-1].no_wrap = False  # where room is short, it alone gives way
+        room = max(_SHORTEST_NAME, self._width() - (_BESIDE_BAR if wide else _BESIDE))
         with self._lock:
             shown, hidden = self._visible()
             for view in shown:
@@ -205,7 +209,7 @@ class Progress:
                 detail = view.detail.split("\n")[0] or (view.said.text() if running else view.said.message)
                 table.add_row(
                     Text(mark, style=style),
-                    Text(view.name, style="bold" if running else "", no_wrap=True, overflow="ellipsis"),
+                    Text(_shortened(view.name, room), style="bold" if running else ""),
                     Text(view.state if view.attempt == 1 else f"{view.state} ({view.attempt})", style=style),
                     "" if seconds is None else format_duration(seconds),
                     *([bar] if wide else []),
@@ -228,6 +232,12 @@ class Progress:
             if all(view is not item for item in important):
                 hidden[view.state] = hidden.get(view.state, 0) + 1
         return important, hidden
+
+
+def _shortened(name: str, room: int) -> str:
+    """Without its middle: the ends tell branches apart."""
+    end = room // 2
+    return name if len(name) <= room else f"{name[: room - end - 1]}…{name[-end:]}"
 
 
 def counts(states: Iterable[str]) -> str:

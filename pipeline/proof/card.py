@@ -169,7 +169,7 @@ def _architecture(store: Store, model: StoredArtifact) -> Section:
 
 def _activation(store: Store, model: StoredArtifact) -> Section:
     """What the activations of the blocks are now, drawn from the stored weights."""
-    from polytrope.pipeline.stages.evaluate.shapes import describe_activation
+    from polytrope.models.activations import describe_activation
 
     config = _read(store, model, "model.json")["config"].get("activation")
     picture = _draw_activations(store.materialize(model.key))
@@ -257,6 +257,7 @@ def _front_matter(store: Store, artifacts: Artifacts, model: StoredArtifact, tit
                 )
     data = ModelCardData(
         license=license or "unknown",
+        base_model=read_lineage(store.materialize(model.key)).base_model,
         datasets=[hub] if hub else None,
         library_name="polytrope",
         tags=["polytrope", description["architecture"]],

@@ -26,7 +26,11 @@ def run_state(directory: Path) -> RunState:
     `status` of the run, and `state` of each stage that was running, is then `interrupted`.
     """
     held = is_held(directory)  # looked at first: a driver that ends meanwhile has written its end
-    state = fold(read(directory))
+    return as_it_stands(directory, fold(read(directory)), held)
+
+
+def as_it_stands(directory: Path, state: RunState, held: bool) -> RunState:
+    """The state that the journal tells, made true. `held`: whether the run had a driver before its journal was read."""
     if state.status in ("pending", "running") and not (held or is_held(directory)):
         state.status = INTERRUPTED
         for stage in state.stages.values():

@@ -102,16 +102,15 @@ def promise(
     models = {
         label: expect(f"inputs.models.{label}", given, PromisedModel) for label, given in upstream["models"].items()
     }
+    evaluated = parameters.metric in _EVALUATED
     for label, model in models.items():
-        # What evaluations have may come from one of a stage of one's own, which promises nothing; anything else is a
-        # figure of trainings: with an evaluation, `check` refuses it.
-        known = model is None or parameters.metric in (*_EVALUATED, *model.figures)
-        if model is not None and not known:
+        # with an evaluation, `check` refuses what none has
+        if model is not None and upstream["evaluation"] is None and parameters.metric not in model.figures:
             if not model.figures:
                 raise UserError(f"inputs.models.{label}: {_UNTRAINED}", _EVALUATE_FIRST)
             raise UserError(
                 f"metric: the training of `{label}` will have no figure `{parameters.metric}`",
-                suggest(parameters.metric, model.figures),
+                f"{suggest(parameters.metric, model.figures)}{'; ' + _EVALUATE_FIRST if evaluated else ''}",
             )
     first, *others = models.values()
     return first if all(model == first for model in others) else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 _LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA5C94", "#B08900", "#56B4E9", "#555555", "#7A4FB5", "#8C3B1B", "#5C7A00")
 _DARK = ("#4FA8DC", "#F08A4B", "#3CC9A0", "#D98CC0", "#E0BE4A", "#8ED0F5", "#B5B5B5", "#B497E7", "#D98E6E", "#A9C94A")
 _MOST_CLASSES, _LONGEST_NAME = 20, 14  # names at the axes of a confusion matrix, and characters of each
+_NO_POWER = 1e-14  # a share of a spectrum below it is rounding
 _LEGEND_INCHES = 0.55  # that the height of a figure has for its legend: two rows
 
 
@@ -347,6 +349,76 @@ def draw_confusion(
         panel.set_ylabel("true")
     for panel in list(grid.flat)[len(matrices) :]:
         panel.set_visible(False)
+    return figure
+
+
+VarianceMaps = Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]  # model → layer → q, its image
+_MOST_LAYERS = 8  # in a plot of variance maps
+
+
+def analysis_drawings(
+    spectra: Mapping[str, Sequence[float]], maps: VarianceMaps
+) -> dict[str, Callable[[Theme], Figure]]:
+    """Plot name → what draws it, of what an analysis found."""
+    drawings: dict[str, Callable[[Theme], Figure]] = {}
+    if spectra:
+        drawings["kernel"] = partial(draw_spectra, spectra=spectra)
+    if maps:
+        drawings["variances"] = partial(draw_variance_maps, maps=maps)
+    return drawings
+
+
+def draw_spectra(theme: Theme, spectra: Mapping[str, Sequence[float]]) -> Figure:
+    """Eigenvalues over frequency, logarithmic; those that are 0 are left out.
+
+    Args:
+        spectra: name of the model → eigenvalue of each frequency, from 0 on.
+    """
+    figure: Figure
+    figure, axes = plt.subplots(figsize=(9.2, 3.8), layout="constrained")
+    for index, (name, values) in enumerate(spectra.items()):
+        shown = [value if value > _NO_POWER else math.nan for value in values]
+        axes.plot(
+            range(len(shown)),
+            shown,
+            color=theme.palette[index % len(theme.palette)],
+            marker="o",
+            markersize=4,
+            label=name,
+        )
+    axes.set_yscale("log")
+    axes.set_xlabel("frequency on the circle")
+    axes.set_ylabel("share of the tangent kernel")
+    _name_above(figure, axes, theme, len(spectra))
+    return figure
+
+
+def draw_variance_maps(theme: Theme, maps: VarianceMaps) -> Figure:
+    """A panel per layer: what its activation makes of the variance of its inputs. Dashed: variances that stay."""
+    layers = evenly(list(dict.fromkeys(layer for model in maps.values() for layer in model)), _MOST_LAYERS)
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure: Figure
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(9.2, 2.35 * rows + 0.5), layout="constrained", squeeze=False, sharex=True, sharey=True
+    )
+    for panel, layer in zip(grid.flat, layers, strict=False):
+        for index, (name, known) in enumerate(maps.items()):
+            if layer in known:
+                variances, images = known[layer]
+                panel.plot(
+                    variances, images, color=theme.palette[index % len(theme.palette)], linewidth=1.5, label=name
+                )
+        panel.plot(variances, variances, color=theme.muted, linewidth=0.9, linestyle=(0, (4, 3)))
+        panel.set_ylim(variances[0], variances[-1])
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_title(layer)
+    for panel in list(grid.flat)[len(layers) :]:
+        panel.set_visible(False)
+    figure.supxlabel("variance of the inputs", color=theme.muted, fontsize=9)
+    figure.supylabel("of the outputs", color=theme.muted, fontsize=9)
+    _name_above(figure, grid.flat[0], theme, len(maps))
     return figure
 
 

@@ -233,6 +233,11 @@ def _verdict(code: int, run_directory: Path) -> str | None:
     return {EXIT_SENT: None, EXIT_REFUSED: "a part was not taken"}.get(code, f"see {log_file(run_directory)}")
 
 
+def known_failure(run_directory: Path) -> str:
+    """Why MLflow has not taken a run so far; "" if nothing is known."""
+    return _first(error_file(run_directory), 500)
+
+
 def _first(file: Path, length: int = 160) -> str:
     try:
         text = file.read_text(encoding="utf-8", errors="replace").strip()
@@ -252,7 +257,7 @@ def sync_now(store: Store, run_directory: Path, uri: str, experiment: str | None
         env=_environment(uri, experiment),
         check=False,
     )
-    return process.returncode, _first(error_file(run_directory), 500) if process.returncode == EXIT_FAILED else ""
+    return process.returncode, known_failure(run_directory) if process.returncode == EXIT_FAILED else ""
 
 
 def server_command(uri: str, artifact_root: Path, host: str, port: int) -> list[str]:

@@ -27,6 +27,7 @@ from typing import Any
 
 import polytrope
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.support.text import suggest
 
 _OTHER_SUFFIXES = (".c", ".cc", ".cpp", ".cxx", ".cu", ".cuh", ".h", ".hpp", ".html", ".css")
 _ROOMS = tuple(
@@ -48,6 +49,10 @@ class Code:
 
     files: dict[str, str]
     sources: dict[str, str]
+
+    def __or__(self, other: Code) -> Code:
+        """The files of both."""
+        return Code({**self.files, **other.files}, {**self.sources, **other.sources})
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,41 @@ def read_code(modules: Iterable[str]) -> Code:
         {label: files[label].digest for label in sorted(files)},
         {label: files[label].sha256 for label in sorted(files)},
     )
+
+
+def read_named_code(name: str) -> Code:
+    """All first-party files behind `package.module:function`, which a parameter names; nothing is run.
+
+    Raises:
+        UserError: there is no such module, or it has no such function.
+    """
+    module, _, function = name.partition(":")
+    spec = Finder().find(module)
+    path = None if spec is None else _file_of(spec)
+    if path is None:
+        raise UserError(
+            f"there is no module `{module}` with a source file",
+            "put it beside the workflow file, or where polytrope is started",
+        )
+    code = read_code([module])
+    known = _bound_names(Path(path)) if path.endswith(".py") else None
+    if known is not None and function not in known:
+        raise UserError(f"module `{module}` has no function `{function}` ({path})", suggest(function, known))
+    return code
+
+
+def _bound_names(path: Path) -> set[str] | None:
+    """What a file of Python binds; None: only running it tells (`import *`, `__getattr__`)."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                found.add(name)
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                found.update(item.asname or item.name.partition(".")[0] for item in names)
+    return None if found & {"*", "__getattr__"} else found
 
 
 def find_file(label: str, finder: Finder) -> Path | None:

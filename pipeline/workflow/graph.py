@@ -17,16 +17,16 @@ from typing import Any
 from pydantic import BaseModel, SecretStr, ValidationError
 
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Resources, StageDefinition, load_stage
+from polytrope.pipeline.stage import UNPROMISED, Resources, StageDefinition, load_stage
 from polytrope.pipeline.support.text import suggest
-from polytrope.pipeline.workflow.code import Code, read_code
+from polytrope.pipeline.workflow.code import Code, read_code, read_named_code
 from polytrope.pipeline.workflow.conditions import condition_stages, evaluate_condition
 from polytrope.pipeline.workflow.encoding import encode_fields
 from polytrope.pipeline.workflow.loaded import stale_module
 from polytrope.pipeline.workflow.matrix import Branch, branches, node_name
 from polytrope.pipeline.workflow.reads import read_digests
 from polytrope.pipeline.workflow.references import environment_names, has_reference, resolve_environment, substitute
-from polytrope.pipeline.workflow.refusals import named_field, validation_error
+from polytrope.pipeline.workflow.refusals import named_field, validation_error, value_at
 from polytrope.pipeline.workflow.source import KeyPath
 from polytrope.pipeline.workflow.spec import StageSpec, Workflow
 
@@ -51,6 +51,7 @@ class StageNode:
         when: condition, see `polytrope.pipeline.workflow.conditions`.
         environment: variables that belong to the key, with their values.
         code: of the stage, as it was when the graph was built.
+        named_code: of the functions that its parameters name, or its inputs are made by.
         reads: file → sha256 of the data files that the stage or the workflow file names.
         read_patterns: how the workflow file names them.
         fingerprint: what the stage says beyond its parameters decides the result.
@@ -73,6 +74,7 @@ class StageNode:
     when: str | None
     environment: dict[str, str]
     code: Code = field(kw_only=True)
+    named_code: Code = field(default=Code({}, {}), kw_only=True)
     reads: dict[str, str] = field(default_factory=dict, kw_only=True)
     read_patterns: tuple[str, ...] = field(default=(), kw_only=True)
     fingerprint: dict[str, str] = field(default_factory=dict)
@@ -91,6 +93,11 @@ class StageNode:
             UserError: a value without a lossless form.
         """
         return encode_fields(self.parameters)
+
+    @property
+    def whole_code(self) -> Code:
+        """All that belongs to the key."""
+        return self.code | self.named_code
 
     @property
     def input_nodes(self) -> tuple[str, ...]:
@@ -190,9 +197,11 @@ def build_graph(
     for name in ordered:
         before = (known or {}).get(name)
         finished[name] = before if before and not before.open else _checked(workflow, drafts[name], finished)
-    for name, node in finished.items():  # last: it may read all of a corpus
-        if node is not (known or {}).get(name):
-            finished[name] = _fingerprinted(workflow, node)
+    new = [node for name, node in finished.items() if node is not (known or {}).get(name)]
+    for node in new:  # last: it may read all of a corpus
+        finished[node.name] = _fingerprinted(workflow, node)
+    for node in new:
+        _check_returned(workflow, node, finished)
     return finished
 
 
@@ -417,7 +426,7 @@ def _environment(workflow: Workflow, name: str, names: list[str], secrets: set[s
     for variable in (*names, *sorted(secrets)):
         if variable not in os.environ:
             raise UserError(
-                f"{workflow.where('stages', name)}: the environment variable `{variable}` is not set",
+                f"{workflow.where('stages', name, 'environment')}: the environment variable `{variable}` is not set",
                 f"`export {variable}=…` and run again",
             )
     return {variable: os.environ[variable] for variable in names}
@@ -557,7 +566,10 @@ def _resolve(place: str, reference: str, branch: Mapping[str, str], names: _Name
     written, bracket, labelled = reference.partition("[")
     spec_name = names.find(written)
     if spec_name is None:
-        raise UserError(f"{place}: there is no stage `{reference}`", suggest(written, names.branches))
+        near = suggest(written, names.branches)
+        of_file = [name for name in names.branches if not parent_stage(name)]
+        hint = near if near.startswith("did you mean") else suggest(written, of_file)
+        raise UserError(f"{place}: there is no stage `{reference}`", hint)
     if spec_name not in names.branches:
         return _returned(place, spec_name, branch, names)
     candidates = [(node_name(spec_name, labels), labels) for labels, _ in names.branches[spec_name]]
@@ -588,8 +600,8 @@ def _returned(place: str, name: str, branch: Mapping[str, str], names: _Names) -
         return [(parent, {})]
     members = names.members(parent)
     if name != f"{parent}/*":
-        known = suggest(name, members) or "it returned none"
-        raise UserError(f"{place}: `{parent}` returned no stage `{name.removeprefix(f'{parent}/')}`", known)
+        known = suggest(name, members) or "it returns none"
+        raise UserError(f"{place}: there is no stage `{name}`: `{parent}` returns none of this name", known)
     return [found for member in members for found in _resolve(place, member, branch, replace(names, scope=""))]
 
 
@@ -643,10 +655,41 @@ def _checked(workflow: Workflow, node: StageNode, finished: Mapping[str, StageNo
     with _saying_where(workflow, node):
         if options.check is not None:
             options.check(node.parameters, _upstream(node, finished, lambda source: source.parameters))
+        upstream = _upstream(node, finished, _promise)
+        if options.imports is not None:
+            named = options.imports(node.parameters, upstream)
+            node = replace(node, named_code=_named_code(named))
         if options.promise is None:
             return node
-        upstream = _upstream(node, finished, lambda source: source.promise)
         return replace(node, promise=options.promise(node.parameters, upstream, node.resources, workflow.directory))
+
+
+def _named_code(functions: Mapping[str, str]) -> Code:
+    """The code of `package.module:function`s, by the field that names each."""
+    found = Code({}, {})
+    for field_name, function in functions.items():
+        try:
+            found |= read_named_code(function)
+        except UserError as error:
+            raise UserError(f"{field_name}: {error.message}", error.hint) from None
+    return found
+
+
+def _promise(source: StageNode) -> Any:
+    return UNPROMISED if source.promise is None else source.promise
+
+
+def _check_returned(workflow: Workflow, node: StageNode, finished: Mapping[str, StageNode]) -> None:
+    """Refuse what is wrong with the stages that this one is going to return, and with those that read them."""
+    returns = node.definition.options.returns
+    if returns is None or node.open or node.name in workflow.returned:
+        return
+    if node.branch:
+        place = workflow.where("stages", node.spec_name, "matrix")
+        raise UserError(f"{place}: a stage with a matrix cannot return stages", "give it no `matrix:`")
+    with _saying_where(workflow, node):
+        places, stages = returns(node.parameters)
+    build_graph(workflow.with_stages(node.name, stages, places), known=finished)
 
 
 def _fingerprinted(workflow: Workflow, node: StageNode) -> StageNode:
@@ -668,6 +711,9 @@ def _saying_where(workflow: Workflow, node: StageNode) -> Iterator[None]:
         path, rest = named_field(error.message, dict.fromkeys([*own, "inputs", "resources"]))
         if path and path[0] in own:
             path = ("with", *path)
+        elif path[:1] == ("inputs",):
+            source = value_at(node.inputs, path[1:])
+            rest = f"`{source}`: {rest}" if isinstance(source, str) and f"`{source}`" not in rest else rest
         raise UserError(f"{workflow.where('stages', node.spec_name, *path)}: {rest}", error.hint) from None
 
 

@@ -1,6 +1,7 @@
 """Stage keys: what decides a stage's result, hashed; and the explanation of why two keys differ.
 
-In the key: the code of the stage (all first-party files that it reaches by import, see `code`), its parameters (see
+In the key: the code of the stage and of the functions that its parameters name (all first-party files that they reach
+by import, see `code`), its parameters (see
 `encoding`), the digests of its inputs, its fingerprint, and the files and environment variables that it or the workflow
 file names. Not in the key: resources, retries, timeouts, the executor, and the versions of Python, torch and other
 packages. Versions are written into each run's environment record, shown by `polytrope diff`, and said at a resume: an
@@ -31,7 +32,7 @@ def key_components(node: StageNode, input_digests: Mapping[str, str | dict[str, 
     return {
         "version": _VERSION,
         "uses": node.definition.uses,
-        "code": node.code.files,
+        "code": node.whole_code.files,
         "parameters": node.encoded_parameters,
         "inputs": {name: input_digests[name] for name in node.inputs},
         "fingerprint": dict(node.fingerprint),

@@ -58,11 +58,11 @@ def validation_error(
     hints: list[str] = []
     seen: set[KeyPath] = set()
     for problem in error.errors(include_url=False, include_context=True):
-        location = _location(problem, data)
+        location = asked = _location(problem, data)
         text, hint = words(problem, model, data, location)
         value = value_at(data, location)
         if isinstance(value, str) and problem["type"] not in _OF_UNIONS and problem["input"] != value:
-            text = f"{problem['loc'][-1]}: {text}"  # the text is short for a mapping
+            text = f"`{value}`: {problem['loc'][-1]}: {text}"  # the text is short for a mapping
         if problem["type"] == "extra_forbidden":
             field = location[:-1]
         elif problem["type"] in _OF_UNIONS:
@@ -71,9 +71,9 @@ def validation_error(
         else:
             named, text = named_field(text, value)
             field = location = (*location, *named)
-        if location in seen:  # the other members of a union fail as well; the first one speaks
+        if location in seen or asked in seen:  # the other members of a union fail as well; the first one speaks
             continue
-        seen.add(location)
+        seen |= {location, asked}
         dotted = ".".join(map(str, (*prefix, *field))) or "top level"
         lines.append(": ".join(part for part in (where((*prefix, *location)), dotted, text) if part))
         if hint and hint not in hints:

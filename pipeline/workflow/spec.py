@@ -38,7 +38,7 @@ _MEMORY_UNITS = {"": 1, "B": 1} | {
 }
 
 
-def parse_duration(value: Any) -> Any:
+def _parse_duration(value: Any) -> Any:
     """Seconds from a number or a text such as `90`, `10m`, `1h30m`."""
     if isinstance(value, str):
         parts = re.findall(r"(\d+(?:\.\d+)?)(ms|[smhd])", value.strip())
@@ -48,7 +48,7 @@ def parse_duration(value: Any) -> Any:
     return value
 
 
-def parse_memory(value: Any) -> Any:
+def _parse_memory(value: Any) -> Any:
     """Bytes from a number or a text such as `512MiB`, `4GiB`, `2GB`."""
     if isinstance(value, str):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
@@ -59,8 +59,8 @@ def parse_memory(value: Any) -> Any:
 
 
 _NUMBER_OR_TEXT = WithJsonSchema({"type": ["number", "string"]})
-Duration = typing.Annotated[float, BeforeValidator(parse_duration), _NUMBER_OR_TEXT]
-Memory = typing.Annotated[int, BeforeValidator(parse_memory), _NUMBER_OR_TEXT]
+Duration = typing.Annotated[float, BeforeValidator(_parse_duration), _NUMBER_OR_TEXT]
+Memory = typing.Annotated[int, BeforeValidator(_parse_memory), _NUMBER_OR_TEXT]
 InputReference = str | list[str] | dict[str, str]
 MATRIX_CHANGES = ("include", "exclude")  # keys of a matrix that are no axes: lists of {axis: value}
 
@@ -230,13 +230,23 @@ class Workflow(BaseModel):
         """The stages whose further stages (`stage.Stages`) are part of this workflow."""
         return self._returned
 
-    def with_stages(self, parent: str, stages: Mapping[str, Any]) -> Workflow:
+    def with_stages(
+        self, parent: str, stages: Mapping[str, Any], places: Mapping[tuple[str, ...], tuple[str, ...]] | None = None
+    ) -> Workflow:
         """This workflow and the stages that its stage `parent` returned, as `parent/NAME`.
+
+        Args:
+            parent: its name.
+            stages: name → as in a file.
+            places: for messages: a place in each of them → where below `parent` the file has it; None: nowhere.
 
         Raises:
             UserError: whatever is wrong with them, naming stage and field.
         """
         further = {}
+        grown = self.model_copy()
+        for inner, outer in (places or {}).items():
+            grown._locations = {**grown._locations, **self._moved(("stages", parent, *outer), parent, stages, inner)}
         for name, stage in stages.items():
             path = ("stages", f"{parent}/{name}")
             if not _NAME.fullmatch(name):
@@ -247,10 +257,23 @@ class Workflow(BaseModel):
             try:
                 further[path[1]] = StageSpec.model_validate(data)
             except ValidationError as error:
-                raise validation_error(error, StageSpec, data, path, lambda _: "") from None
-        grown = self.model_copy(update={"stages": {**self.stages, **further}})
+                raise validation_error(
+                    error,
+                    StageSpec,
+                    data,
+                    path,
+                    lambda place: locate(grown._locations, place) if places is not None else "",
+                ) from None
+        grown = grown.model_copy(update={"stages": {**self.stages, **further}})
         grown._returned = self._returned | {parent}
         return grown
+
+    def _moved(self, start: KeyPath, parent: str, stages: Iterable[str], inner: KeyPath) -> dict[KeyPath, str]:
+        """The locations below `start`, as those of a place in each of the stages that `parent` returns."""
+        found = {path[len(start) :]: place for path, place in self._locations.items() if path[: len(start)] == start}
+        return {
+            ("stages", f"{parent}/{name}", *inner, *rest): place for name in stages for rest, place in found.items()
+        }
 
     def where(self, *path: str | int) -> str:
         """`workflows/x.yaml:12: stages.train.with.steps`, the start of an error message."""

@@ -20,7 +20,7 @@ from polytrope.models.calls import FUNCTIONS, lift, observe_calls
 from polytrope.models.conversion import FitOptions, apply, fit_layers, layer_costs, prove
 from polytrope.models.rewriting import FunctionalActivation, sites_of
 from polytrope.models.selection import Selection, select_activations
-from polytrope.models.surgery import describe_activations, restore_activations
+from polytrope.models.surgery import Choice, describe_activations, restore_activations
 
 
 def run(model: nn.Module, batch: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def inputs() -> Tensor:
 
 
 def converted(model: nn.Module, x: Tensor, **choice: Any) -> Selection:
-    selection = select_activations(model, [x], run, **choice)
+    selection = select_activations(model, [x], run, Choice(**choice))
     measured = calibrate(model, selection.activations, [x], run)
     fits = fit_layers(selection.activations, measured, FitOptions("rational", 3))
     layer_costs(model, fits, [x], run)
@@ -281,7 +281,7 @@ def test_torchs_encoder_layer_with_a_function_is_converted_in_evaluation_mode_to
     selection = converted(model, x)
     assert [entry.name.rpartition(".")[0] for entry in selection.activations] == ["layers.0", "layers.1"]
     after = run(model, x)
-    assert float((after - before).abs().max()) > 1e-4
+    assert float((after - before).abs().max()) > 1e-5  # a quotient is close to a ReLU
     assert torch.allclose(after, run(model.train(), x), atol=1e-5)
 
 

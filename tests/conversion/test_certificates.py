@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration, calibrate
-from polytrope.models.conversion import FitOptions, LayerConversion, apply, fit_layer, fit_layers
+from polytrope.models.conversion import FitOptions, LayerConversion, PolynomialOnly, apply, fit_layer, fit_layers
 from polytrope.models.surgery import Activation, find_activations
 from polytrope.ops.fitting.targets import resolve_target
 from polytrope.ops.interpolate import RoundingError
@@ -109,3 +109,46 @@ def test_a_model_of_16_bits_gets_what_its_certificate_says(dtype: torch.dtype, f
     certificate = layer.fit.certificate
     assert largest <= max(certificate.maximum, certificate.maximum_outside)
     assert layer.relative_error < {torch.bfloat16: 0.03, torch.float16: 0.01}[dtype]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "auto", "composition"])
+@pytest.mark.parametrize("target", [nn.GELU(), nn.ReLU()])
+def test_an_activation_that_receives_only_0_is_converted(target: nn.Module, family: str) -> None:
+    seen = Calibration.of(torch.zeros(4, 64))
+    only = PolynomialOnly(3) if family == "composition" else None
+    for error in (None, 0.01):
+        if family == "auto" and error is None:
+            continue
+        layer = fit_layer(Activation("a", target), seen, FitOptions(family, 8, error, polynomial_only=only))
+        assert layer.relative_error < 0.01  # there is nothing that it could be relative to
+        assert layer.fit.certificate.rms < 0.01
+        low, high = layer.interval
+        assert low <= 0.0 <= high
+        with torch.no_grad():
+            assert abs(float(layer.fit.build()(torch.zeros(1)))) <= max(layer.fit.certificate.maximum, 1e-7)
+
+
+@pytest.mark.parametrize("target", [nn.ReLU(), nn.GELU(), nn.LeakyReLU()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_polyrelu_is_a_constant_of_negative_inputs(target: nn.Module, dtype: torch.dtype) -> None:
+    inputs = -(drawn(0, 1.0, 0.0, torch.float32).abs() + 0.1).to(dtype)
+    layer = converted(target, inputs, "polyrelu", 8)
+    error, values = errors(layer, target, inputs)
+    assert np.sqrt(np.mean(error**2)) <= 1.02 * np.std(values) + 1e-6
+    assert np.sqrt(np.mean(error**2)) <= 1.02 * layer.fit.certificate.rms + 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_part_of_the_error_of_a_composition(dtype: torch.dtype) -> None:
+    target = nn.GELU()
+    seen = Calibration.of(drawn(0, 2.0, 0.0, dtype))
+    found = [
+        fit_layer(Activation("a", target), seen, FitOptions("composition", polynomial_only=PolynomialOnly(depth)))
+        for depth in (9, 13)
+    ]
+    for layer in found:
+        error, values = errors(layer, target, drawn(1, 2.0, 0.0, dtype).clamp(*layer.interval))
+        assert np.abs(error).max() <= layer.fit.certificate.maximum
+        assert np.sqrt(np.mean(error**2)) <= 1.1 * layer.fit.certificate.rms + 1e-3 * np.abs(values).max()
+    # Deeper is never much worse: what rounding takes from the deep one counts.
+    assert found[1].relative_error <= 1.25 * found[0].relative_error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +107,38 @@ def test_a_dry_run_prints_the_certificates_and_writes_nothing(
     assert digests(tmp_path) == before
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("options", [["--degree", "6"], ["--polynomial-only", "--depth", "3", "--domain=-0.1,0.1"]])
+def test_what_is_printed_fits_a_terminal_of_eighty_columns(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stdout", shown := Terminal())
+    monkeypatch.setattr(sys, "stderr", warned := Terminal())
+    assert main(["convert", str(bert), "--dry-run", *options, "--data", str(tmp_path / "texts.txt")]) == 0
+    lines = [*shown.getvalue().splitlines(), *warned.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80
+    layers = [f"encoder.layer.{number}.intermediate.intermediate_act_fn" for number in (0, 1)]
+    text = shown.getvalue()
+    heading = next(line for line in lines if line.startswith("encoder.layer.*.intermediate.intermediate_act_fn"))
+    rows = lines[lines.index(heading) + 1 :][:2]
+    if "--degree" in options:
+        assert heading.endswith(": GELUActivation → hermite")
+        assert [row.split()[:2] for row in rows] == [["0", "6"], ["1", "6"]]
+        assert all(re.fullmatch(r"\d  6 +\S+ … \S+( +\d\.\d\de[+-]\d\d){4}", row) for row in rows)
+        assert all(f"{rank}. {name}: " in text for rank, name in zip((1, 2), layers, strict=True)) or all(
+            f"{rank}. {name}: " in text for rank, name in zip((2, 1), layers, strict=True)
+        )
+    else:
+        assert re.search(r"^1  .* of \d+ \(\S+\)$", text, re.MULTILINE)
+        assert "→ more calibration data (--samples)" in warned.getvalue()
+    assert "pooler.activation (Tanh): " in text
+
+
 def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
     model = own_model("gpt2")
     save_model(tmp_path / "model", model)
@@ -129,6 +163,7 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["{model}"], "OUTPUT is missing"),
+        (["{model}", "{out}", "--dry-run"], "--dry-run writes nothing, and"),
         (["{model}", "{model}"], "exists and is not empty"),
         (["{model}", "{out}", "--layers", "7-9"], "leaves none of"),
         (["{model}", "{out}", "--layers", "one"], "--layers: expected 3, 0-5 or 6-"),
@@ -148,7 +183,7 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
         ),
         (["{model}", "{out}", "--family", "hermit"], "--family: expected hermite, "),
         (["{model}", "{out}", "--family", "auto"], "--target-error: family auto chooses by it: give target_error"),
-        (["{model}", "{out}", "--as-is", "--dry-run"], "--as-is fits nothing"),
+        (["{model}", "--as-is", "--dry-run"], "--as-is fits nothing"),
         (["{model}", "{out}", "--as-is", "--layers", "0-"], "--as-is fits nothing, so --layers means nothing"),
         (["{model}", "{out}", "--as-is", "--rated-samples", "4"], "so --rated-samples means nothing"),
         (["{model}", "{out}", "--format", "own"], "own is for GPT-2 and ConvNeXt"),
@@ -374,7 +409,7 @@ def test_functions_that_a_model_calls_are_converted_and_what_stays_is_said(
     assert main([*arguments, "--degree", "4", "--layers", "1-"]) == 0
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
     printed = capsys.readouterr().out
-    assert "blocks.1.feed_forward.relu_call_1  relu() → hermite 4" in printed
+    assert re.search(r"^blocks\.1\.feed_forward\.relu_call_1: relu\(\) → hermite\n1 +4 ", printed, re.MULTILINE)
     record = read_conversion(tmp_path / "out")
     assert [layer.name for layer in record.layers] == ["blocks.1.feed_forward.relu_call_1"]
     reasons = {entry.name: entry.reason for entry in record.left or []}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,11 +77,7 @@ def test_gelu_of_bloom_is_found() -> None:
     assert len(convert(network(BloomGelu()), [X], degree=6).activations) == 1
 
 
-def test_a_slope_per_channel_stays_and_says_so() -> None:
-    left = convert(network(nn.PReLU(8), nn.GELU()), [X], degree=4, types=["PReLU", "GELU"]).left
-    assert [(entry.name, entry.reason) for entry in left] == [
-        ("1", "a slope for each of 8 channels: no one function can stand for it")
-    ]
+def test_slopes_in_a_call_stay_and_say_so() -> None:
     with pytest.raises(ValueError, match=r"slopes` in the call is a tensor"):
         convert(Slopes(), [X])
 
@@ -134,9 +132,33 @@ def test_an_error_keeps_all_its_lines(tmp_path: Path) -> None:
         convert(network(Failing()), [X])
 
 
-@pytest.mark.parametrize(("field", "patterns"), [("include", ["1", "4.*"]), ("exclude", ["poler.*"])])
-def test_a_pattern_that_names_nothing_is_refused_with_the_names_there_are(field: str, patterns: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "given", "message"),
+    [
+        ("include", ["1", "4.*"], "include: `4.*` is the name of no activation; there are: 1, 3, 4"),
+        ("exclude", ["poler.*"], "exclude: `poler.*` is the name of no activation; there are: 1, 3, 4"),
+        (
+            "types",
+            ["GELU", "SiLu", "RELU"],
+            "types: `RELU` is the type of no activation; there are: GELU, Sigmoid, SiLU",
+        ),
+        ("layers", (0, 5), "layers: 5 is the number of no layer; there are: 0 to 4"),
+    ],
+)
+def test_a_selection_that_is_true_of_nothing_is_refused_with_what_there_is(
+    option: str, given: Any, message: str
+) -> None:
+    model = network(nn.GELU(), nn.Linear(8, 8), nn.Sigmoid(), nn.SiLU())
+    for select in (
+        lambda **options: convert(model, [X], **options),
+        lambda **options: find_activations(model, **options),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            select(**{option: given})
+
+
+def test_a_selection_may_name_what_stays() -> None:
     model = network(nn.GELU(), nn.Linear(8, 8), nn.Sigmoid())
-    with pytest.raises(ValueError, match=rf"{field}: `{re.escape(patterns[-1])}` is the name of no activation; there"):
-        convert(model, [X], **{field: patterns})
-    assert convert(model, [X], degree=4, include=["1"], exclude=["3"]).certificates.keys() == {"1"}
+    options: dict[str, Any] = {"include": ["1"], "exclude": ["3"], "types": ["gelu"], "layers": (1, sys.maxsize)}
+    assert convert(model, [X], degree=4, **options).certificates.keys() == {"1"}
+    assert [entry.name for entry in find_activations(model, **options)] == ["1"]

@@ -61,6 +61,34 @@ stages:
       model: {architecture: convnext, depths: [1, 1], dims: [8, 16], patch_size: 1}
       epochs: 2
 """
+SEARCH = """\
+name: demo
+stages:
+  shard:
+    uses: shard
+    with:
+      source: {kind: files, paths: [corpus.txt]}
+      tokenizer: {kind: bpe, vocab_size: 512}
+  search:
+    uses: sweep
+    with:
+      stage:
+        uses: train
+        inputs: {dataset: shard}
+        with:
+          model: {n_layer: 2, n_head: 4, n_embd: 32, activation: {name: hermite}}
+          on_divergence: record
+      ranges:
+        learning_rate: {low: 1.0e-3, high: 1.0e-2, log: true}
+        model.activation.degree: [3, 5, 8]
+      trials: 9
+      metric: val/loss
+      mode: min
+      halving: {parameter: steps, smallest: 100, rounds: 3}
+  evaluate:
+    uses: evaluate
+    inputs: {dataset: shard, models: {best: search/best}}
+"""
 
 
 @dataclass(frozen=True)
@@ -165,6 +193,18 @@ SECTIONS: dict[str, list[Mistake]] = {
         _activation("a gated activation in GPT-2", "{name: hermite, glu: true}"),
         _activation("too few activations", "[gelu]"),
         _activation("blocks without an activation", "[{layers: 0, name: gelu}]"),
+        Mistake("a misspelled part", "n_layer: 2", "attention: pwoer, n_layer: 2"),
+        Mistake(
+            "a state that a power does not have",
+            "n_layer: 2",
+            "attention: {name: power, power: 4, recurrent: true}, n_layer: 2",
+        ),
+        Mistake("dropout of weights that are not dropped", "n_layer: 2", "attention: power, dropout: 0.1, n_layer: 2"),
+        Mistake(
+            "a norm over a batch that is computed twice",
+            "activation: hermite3}",
+            "activation: hermite3, norm: batch}\n      activation_checkpointing: block",
+        ),
         Mistake("heads that do not divide the width", "n_head: 4", "n_head: 3"),
         Mistake("an unknown size", "n_layer: 2,", "preset: gpt3,"),
         Mistake("a setting of another architecture", "n_layer: 2", "depths: [1, 1]"),
@@ -219,7 +259,35 @@ SECTIONS: dict[str, list[Mistake]] = {
             "a model in the report that was not evaluated", f"{_MODELS}converted:", f"{_MODELS}convert:"
         ),
         _best("a choice by a figure that trainings do not have", "train", "val/los"),
+        _best("a choice by a figure of evaluations, without one", "train", "loss"),
         _best("a choice among models that were not trained", "convert", "val/loss"),
+        Mistake(
+            "an analysis that there is not",
+            "  report:\n",
+            "  analysis:\n    uses: analyze\n    inputs: {dataset: shard, models: {trained: train}}\n"
+            "    with: {analyses: [signal, kernels]}\n  report:\n",
+        ),
+        Mistake(
+            "options of another weight",
+            "{family: chebyshev, degree: 8}",
+            "{family: chebyshev, degree: 2, weight: normal, coverage: 0.99}",
+        ),
+        Mistake(
+            "a circuit of a softmax",
+            "  report:\n",
+            "  circuit:\n    uses: export_circuit\n    inputs: {model: train, dataset: shard}\n  report:\n",
+        ),
+    ],
+    "Searches": [
+        Mistake("a trial without a stage function", "        uses: train\n", "", SEARCH),
+        Mistake("a misspelled parameter of the trials", "on_divergence:", "on_divergance:", SEARCH),
+        Mistake("a misspelled parameter that is searched", "learning_rate:", "learning_rat:", SEARCH),
+        Mistake("a value that a trial cannot have", "[3, 5, 8]", "[3, 5, 40]", SEARCH),
+        Mistake("trials of nothing", "        inputs: {dataset: shard}", "        inputs: {dataset: x}", SEARCH),
+        Mistake("a range the wrong way round", "low: 1.0e-3, high: 1.0e-2", "low: 1.0e-2, high: 1.0e-3", SEARCH),
+        Mistake("too few trials", "trials: 9", "trials: 4", SEARCH),
+        Mistake("a figure that trainings do not have", "val/loss", "val/lss", SEARCH),
+        Mistake("a result that a search does not have", "search/best", "search/bst", SEARCH),
     ],
     "The command line": [
         _command("a misspelled command", "rnu", "workflow.yaml"),
@@ -238,6 +306,7 @@ SECTIONS: dict[str, list[Mistake]] = {
 EXAMPLES = {
     "workflow.yaml": TEXT,
     "workflow.yaml (images)": IMAGES,
+    "workflow.yaml (search)": SEARCH,
 }
 
 

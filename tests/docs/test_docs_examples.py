@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from doc_examples import Example, commands, examples, missing_line, pages
 
-from polytrope.pipeline import load_workflow
+from polytrope import load_workflow
 from polytrope.pipeline.workflow.graph import build_graph
 
 ROOT = Path(__file__).parents[2]

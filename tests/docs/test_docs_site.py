@@ -53,7 +53,7 @@ def test_public_functions_are_listed_with_their_docstrings() -> None:
 
     page = python_page()
     for name in (
-        "polytrope.pipeline.load_workflow",
+        "polytrope.pipeline.workflow.spec.load_workflow",
         "polytrope.pipeline.stage.StageContext",
         "polytrope.ops.Hermite",
         "polytrope.ops.functional.fourier",

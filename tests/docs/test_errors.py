@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import subprocess
@@ -31,7 +32,36 @@ def test_every_mistake_is_refused_with_its_place_its_value_and_a_way_out(texts: 
             assert "→ " in text or "expected" in text, (title, text)
             assert not re.search(r"Input should|pydantic|Traceback|unexpected|usage:", text), (title, text)
             if section != "The command line":
-                assert re.match(r"polytrope: workflow\.yaml:\d+: [\w. ]+: ", text), (title, text)
+                assert re.match(r"polytrope: workflow\.yaml:\d+: [\w./ ]+: ", text), (title, text)
+
+
+def test_every_mistake_is_shown_where_it_was_made_with_what_was_written(texts: dict[str, dict[str, str]]) -> None:
+    for section, found in mistakes.SECTIONS.items():
+        for mistake in found if section != "The command line" else ():
+            said = texts[section][mistake.title].partition("\n  →")[0]
+            place = re.search(r"workflow\.yaml:(\d+): (?:([\w./]+): )?(.*)", said, re.DOTALL)
+            assert place is not None, said
+            lines, before = mistake.text.splitlines(), mistake.base.splitlines()
+            operations = difflib.SequenceMatcher(None, before, lines).get_opcodes()
+            changed = {line for kind, *_, start, end in operations if kind != "equal" for line in range(start, end + 1)}
+            named = mistake.title in ELSEWHERE or int(place[1]) - 1 in changed
+            assert named, (mistake.title, said)
+            written = {word for line in lines if line not in before for word in re.findall(WORD, line)}
+            new = written - {word for line in before if line not in lines for word in re.findall(WORD, line)}
+            assert not new or any(word in said for word in new), (mistake.title, new, said)
+
+
+WORD = r"[\w./-]*\w"
+# said where the mistake shows, which is another line than the one it was made in
+ELSEWHERE = {
+    "a misspelled key of the file",
+    "a branch where one stage is meant",
+    "a missing input",
+    "both steps and epochs",
+    "neither a model nor one to start from",
+    "a model, and one to start from",
+    "a trial without a stage function",
+}
 
 
 def test_every_mistake_is_made_in_a_workflow_that_is_right_without_it(tmp_path: Path) -> None:
@@ -64,6 +94,7 @@ def test_the_schema_accepts_what_is_right_and_refuses_what_it_can_see(capsys: py
         assert accepted(path.read_text(encoding="utf-8")), path
     assert accepted(mistakes.TEXT)
     assert accepted(mistakes.IMAGES)
+    assert accepted(mistakes.SEARCH)
     assert accepted(mistakes.TEXT.replace("degree: 8", 'degree: "${params.steps}"'))
     seen = {
         mistake.title

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 from quickstart_support import Run
 
 from polytrope.pipeline.commands.cli import main
+from polytrope.pipeline.launch.launch import launch
+from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.tracking.lock import locked
 from polytrope.pipeline.tracking.process import free_port
+from polytrope.pipeline.workflow.spec import Workflow
 
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
 
@@ -86,6 +92,38 @@ def test_the_browser_gets_the_file_and_without_one_the_line_has_to_do(local_quic
             command, env={**environment, **variables}, capture_output=True, text=True, timeout=60, check=True
         )
     assert (tmp_path / "opened").read_text().strip() == Path(done.stdout.strip()).as_uri()
+
+
+def test_a_run_that_mlflow_has_not_received_is_sent_before_it_is_shown(
+    local_quickstart: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that computed nothing ends before its copy does, and its reader types `ui` at once."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    store = Store(tmp_path / "store")
+    stages = {"train": {"uses": "mlflow_stages:train", "with": {"steps": 1}}}
+    workflow = Workflow.from_dict({"name": "shown", "executor": "local", "stages": stages}, directory=tmp_path)
+    launch(workflow, store=store.address, run_id="mine", tracking=False)
+    database = tmp_path / "store" / "mlflow.db"
+    shutil.copy(Path(local_quickstart.store.address) / "mlflow.db", database)  # that MLflow would take seconds to make
+    command = [POLYTROPE, "ui", "--store", store.address, "--port", str(free_port())]
+    with locked(store.run_directory("mine") / "mlflow.lock", 0):  # as the process has it that sends the run
+        shown = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert shown.stdout is not None
+        assert shown.stderr is not None
+        try:
+            assert shown.stderr.readline() == "polytrope: run mine is being sent to MLflow …\n"
+        except BaseException:
+            shown.kill()
+            raise
+    try:
+        ((experiment, run),) = re.findall(r"/experiments/(\d+)/runs/(\w+)", shown.stdout.readline())
+    finally:
+        shown.terminate()
+        shown.communicate(timeout=60)
+    sent = MlflowClient(tracking_uri=f"sqlite:///{database}").get_run(run)
+    assert sent.info.experiment_id == experiment
+    assert sent.info.status == "FINISHED"
+    assert sent.data.tags["polytrope.run_id"] == "mine"
 
 
 def test_ui_does_not_take_another_port_than_it_was_given(

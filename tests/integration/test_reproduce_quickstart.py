@@ -72,7 +72,7 @@ def test_the_quickstart_is_bit_equal_until_a_thread_count_or_a_byte_of_the_data_
 
     code, output = polytrope(tmp_path, "reproduce")
     assert code == 0, output
-    assert "7 of 7 results are bit-equal" in output
+    assert "8 of 8 results are bit-equal" in output
     assert "other than recorded" not in output
 
     record = (run / "workflow.json").read_text()

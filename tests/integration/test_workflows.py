@@ -49,6 +49,27 @@ SMALL: dict[str, list[str]] = {
         "params.calibration_samples=8",
         "params.held_out=8",
     ],
+    "private-inference": [
+        "stages.gpt.matrix.parts=["
+        "{label: baseline, activation: gelu_tanh, norm: layer_norm, attention: softmax, penalty: null}, "
+        "{label: polynomial, activation: {name: hermite, degree: 3, init: stable}, norm: batch, attention: power, "
+        "penalty: {activation: 1.0, denominator: 0.1}}]",
+        "stages.text.with.tokenizer={kind: bytes}",
+        "stages.gpt.with.warmup_steps=2",
+        "stages.gpt.with.validation_every=0",
+        "stages.evaluate.with.samples=8",
+        "stages.circuit_loss.with.samples=8",
+        "stages.circuit.with.held_out_samples=8",
+        "stages.analysis.with.samples=4",
+        "params.seeds=[0]",
+        "params.steps=20",
+        "params.sequence_length=16",
+        "params.corpus_bytes=200000",
+        "params.n_layer=1",
+        "params.n_head=2",
+        "params.n_embd=16",
+        "params.calibration_samples=32",
+    ],
     "recipe": [
         "params.source.max_bytes=300000",
         "params.seeds=[0]",

@@ -243,3 +243,29 @@ def test_an_interval_that_rounding_widens_stays_within_the_inputs(
     assert low > -1e-3 * points[-1]
     assert high < 1.001 * points[-1]
     assert found.certificate.maximum < 0.01
+
+
+@pytest.mark.parametrize(
+    ("target", "bends"),
+    [
+        ("relu", 1),
+        ("leaky_relu", 1),
+        ("relu6", 1),
+        (torch.nn.Hardtanh(), 1),
+        (torch.nn.PReLU(init=1.7), 1),
+        (lambda x: x.abs() - (x - 1).abs() + 2 * (x + 2).abs(), 2),
+    ],
+)
+def test_a_tropical_rational_activation_has_straight_lines_exactly(target: Any, bends: int) -> None:
+    exact = resolve_target(target)
+    for seed in range(10):
+        drawn = np.sort(np.random.default_rng(seed).normal(scale=8.0, size=3000))
+        points, counts = (drawn, np.ones(3000)) if seed % 2 else (np.append(drawn[::3], [0.0, 6.0]), np.ones(1002))
+        for degree in (bends, bends + 2):
+            found = fit(target, "tropical_rational", degree, interval="best", weight=(points, counts))
+            x = np.linspace(points.min(), points.max(), 999)
+            value, slope = found.curve(x)
+            wanted, slope_wanted = sample(exact, x)
+            np.testing.assert_allclose(value, wanted, atol=1e-10)
+            assert np.mean(np.abs(slope - slope_wanted) > 1e-9) < 0.01  # at a kink there is none
+            assert found.certificate.rms < 1e-6 * np.abs(wanted).max()

@@ -165,28 +165,6 @@ def test_vmap_and_per_sample_gradients(config: dict[str, Any]) -> None:
         torch.testing.assert_close(per_sample[name].sum(0), parameter.grad)
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, CONTROL], ids=label)
-def test_compile_makes_one_graph_and_takes_dynamic_shapes(config: dict[str, Any]) -> None:
-    torch._dynamo.reset()
-    module = activation(config, torch.float32)
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
-    for shape in ((4, 6), (5, 10), (2, 3, 4)):
-        x = inputs(*shape, dtype=torch.float32).requires_grad_()
-        other = x.detach().requires_grad_()
-        y = compiled(x)
-        y.sum().backward()
-        module(other).sum().backward()
-        torch.testing.assert_close(y, module(other))
-        torch.testing.assert_close(x.grad, other.grad)
-
-
-def test_inductor_compiles_a_block_around_the_activation() -> None:
-    torch._dynamo.reset()
-    block = nn.Sequential(nn.Linear(8, 16), Hermite(3), nn.Linear(16, 8))
-    x = inputs(4, 8, dtype=torch.float32)
-    torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x))
-
-
 def test_autocast_keeps_coefficients_in_float32_and_the_output_in_the_dtype_of_x() -> None:
     module = nn.Sequential(nn.Linear(8, 16), Hermite(3))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -208,7 +208,7 @@ def test_a_secret_reaches_the_stage_and_nothing_else(project: Path, monkeypatch:
 
 
 def test_the_python_interface_runs_the_same_workflow(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from polytrope.pipeline import StageSpec, Workflow, load_workflow, run
+    from polytrope import StageSpec, Workflow, load_workflow, run
 
     monkeypatch.chdir(project)
     monkeypatch.syspath_prepend(project)

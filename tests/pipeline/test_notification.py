@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from engine_support import workflow_of
 
@@ -55,15 +59,44 @@ def test_what_is_said_of_a_command_that_fails_shows_no_secret(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TEST_HOOK", "hunter2-hunter2")
-    monkeypatch.setattr(notification, "_PATIENCE", 0.2)
+    monkeypatch.setattr(notification, "_PATIENCE", 0.5)
     stages = {"only": {"uses": "make", "with": {"text": "1"}}}
-    for ending, said in (("exit 3", "ended with 3: no ${env.TEST_HOOK}"), ("exec sleep 9", "timed out")):
-        command = "echo no ${env.TEST_HOOK}; echo ${env.TEST_HOOK} > told; " + ending
+    for ending, said in (
+        ("exit 3", "ended with 3: no ${env.TEST_HOOK}"),
+        ("sleep 99 & echo $! > child; wait", ": no end after 0.5 s"),
+    ):
+        command = "cat /proc/$$/cmdline > shown; echo no '${env.TEST_HOOK}'; echo ${env.TEST_HOOK} > told; " + ending
         launch(with_notify(tmp_path, stages, command), store="store", tracking=False, display="none")
         error = capsys.readouterr().err
         assert said in error
         assert "hunter2" not in error
         assert (tmp_path / "told").read_text() == "hunter2-hunter2\n"
+        assert "hunter2" not in (tmp_path / "shown").read_text()  # by `ps`
+    child = int((tmp_path / "child").read_text())
+    for _ in range(200):  # its end is not ours to wait for
+        if not runs(child):
+            break
+        time.sleep(0.02)
+    assert not runs(child)
+
+
+def runs(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_what_a_command_leaves_in_the_background_is_not_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stages = {"only": {"uses": "make", "with": {"text": "1"}}}
+    launch(with_notify(tmp_path, stages, "sleep 99 & echo $! > child"), store="store", tracking=False, display="none")
+    assert capsys.readouterr().err == ""
+    child = int((tmp_path / "child").read_text())
+    assert runs(child)
+    os.kill(child, signal.SIGKILL)
 
 
 def test_a_variable_that_is_not_set_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_one_stage_alone_is_computed_on_the_stored_results_before_it(project: Pa
 def test_stages_that_a_stage_returned_are_compared_too(tmp_path: Path) -> None:
     (tmp_path / "further_stages.py").write_text(
         "from pathlib import Path\n"
-        "from polytrope.pipeline import StageContext, Stages\n"
+        "from polytrope import StageContext, Stages\n"
         "def split(context: StageContext) -> Stages:\n"
         "    return Stages({name: {'uses': 'further_stages:part'} for name in ('part', 'unwanted')})\n"
         "def part(context: StageContext) -> None:\n"

@@ -121,7 +121,7 @@ def test_returned_stages_may_return_stages(place: Place) -> None:
         ({"x": {"uses": "engine_stages:copy", "inputs": {"source": "y"}}}, "split/x.inputs.source: there is no stage"),
         ({"x": {"uses": "engine_stages:join", "inputs": {"parts": ["last"]}}}, "in a circle: "),
         ({"x": {"uses": "engine_stages:make", "resources": {"gpus": 99}}}, "asks for 99 GPUs"),
-        ({}, "stages.last.inputs.source: `split` returned no stage `x`"),
+        ({}, "stages.last.inputs.source: there is no stage `split/x`: `split` returns none"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_returned_stages_is_said_and_nothing_of_them_kept(

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import re
+import os
+import pty
+import select
+import shlex
+import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,42 +43,96 @@ def test_a_project_has_the_files_of_its_template_and_what_exists_is_kept(
     assert "cannot be written: Not a directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["va"], {"validate"}),
-        (["run", "--executor", ""], {"ray", "local"}),
-        (["run", "file.yaml", "--no-t"], {"--no-tracking"}),
-        (["init", "--template", "c"], {"convert", "custom-stage"}),
-        (["convert", "--target-e"], {"--target-error"}),  # an option made of a stage's parameters
-        (["completion", ""], {"bash", "zsh", "fish"}),
-        (["run", ""], set()),  # then the shell completes names of files
-    ],
-)
-def test_bash_completes(words: list[str], expected: set[str], script: str) -> None:
-    typed = " ".join(f"'{word}'" for word in ("polytrope", *words))
-    program = (
-        f"{script}\nCOMP_WORDS=({typed}); COMP_CWORD={len(words)}; _polytrope; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+COMPLETED = {  # what was typed → what Tab makes of it
+    "sche": "schema",
+    "stages shard_": "shard_images",
+    "run file.yaml --no-t": "--no-tracking",
+    "run file.yaml --executor l": "local",
+    "init --template cu": "custom-stage",
+    "convert --target-e": "--target-error",  # an option made of a stage's parameters
+    "completion f": "fish",
+}
+ZSHRC = """\
+PROMPT='READY '
+source ./script
+shown() { print -r -- $BUFFER >> shown; BUFFER=''; zle redisplay }
+zle -N shown
+bindkey '^X' shown
+"""
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict[str, str]:
+    shells = ("bash", "zsh", "fish")
+    program = f"from polytrope.pipeline.commands.cli import main\nfor shell in {shells}:\n"
+    program += "    print('<<<>>>')\n    main(['completion', shell])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return dict(zip(shells, done.stdout.split("<<<>>>\n")[1:], strict=True))
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_commands_options_and_stages(shell: str, scripts: dict[str, str], tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell} (Debian package `{shell}`)")
+    (tmp_path / "script").write_text(scripts[shell])
+    assert {"bash": in_bash, "zsh": in_zsh, "fish": in_fish}[shell](tmp_path) == list(COMPLETED.values())
+
+
+def in_bash(directory: Path) -> list[str]:
+    program = [". ./script"]
+    for typed in COMPLETED:
+        words = f"polytrope {typed}".split()
+        program.append(
+            f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _polytrope; echo ${{COMPREPLY[*]}}"
+        )
+    program.append("COMP_WORDS=(polytrope run ''); COMP_CWORD=2; _polytrope; echo ${COMPREPLY[*]}")
+    *found, files = output_of(["bash", "-c", "\n".join(program)], directory)
+    assert files == "", "then bash completes names of files"
+    return found
+
+
+def in_fish(directory: Path) -> list[str]:
+    lines = ["source ./script", *(f"complete -C {shlex.quote(f'polytrope {typed}')}" for typed in COMPLETED)]
+    return [line.split("\t")[0] for line in output_of(["fish", "--no-config", "-c", "\n".join(lines)], directory)]
+
+
+def output_of(command: list[str], directory: Path) -> list[str]:
+    home = {"HOME": str(directory), "XDG_DATA_HOME": str(directory), "XDG_CONFIG_HOME": str(directory)}
+    done = subprocess.run(
+        command, cwd=directory, env={**os.environ, **home}, capture_output=True, text=True, timeout=60, check=True
     )
-    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == expected
+    return done.stdout.removesuffix("\n").split("\n")
 
 
-@pytest.fixture
-def script(capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["completion", "bash"]) == 0
-    return capsys.readouterr().out
-
-
-def test_zsh_runs_the_functions_of_bash_and_fish_has_a_line_per_option(
-    capsys: pytest.CaptureFixture[str], script: str
-) -> None:
-    assert main(["completion", "zsh"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "bashcompinit" in lines[1]
-    assert lines[2:] == script.splitlines()[1:]
-    assert main(["completion", "fish"]) == 0
-    fish = capsys.readouterr().out
-    assert "-n '__fish_seen_subcommand_from run' -l executor -x -a 'ray local'" in fish
-    assert "complete -c polytrope -n __fish_use_subcommand -f -a validate -d 'check a workflow" in fish
-    assert "'" not in re.sub(r"'(\\.|[^'\\])*'", "", fish)  # every quote is closed, by fish's rules
+def in_zsh(directory: Path) -> list[str]:
+    """Its completion works in an editor of lines only, so it gets a terminal, and the keys."""
+    (directory / ".zshrc").write_text(ZSHRC)
+    shown = directory / "shown"
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "ZDOTDIR": str(directory), "HOME": str(directory), "TERM": "xterm"}
+    process = subprocess.Popen(
+        ["zsh", "-i"],
+        cwd=directory,
+        env=environment,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        start_new_session=True,
+    )
+    os.close(follower)
+    said = b""
+    try:
+        while b"READY" not in said:
+            said += os.read(leader, 4096)
+        for typed in COMPLETED:
+            os.write(leader, f"polytrope {typed}\t\x18".encode())
+        end = time.monotonic() + 30
+        while not shown.exists() or len(shown.read_text().splitlines()) < len(COMPLETED):
+            assert time.monotonic() < end, said
+            if select.select([leader], [], [], 0.05)[0]:
+                said += os.read(leader, 4096)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(leader)
+    return [line.split()[-1] for line in shown.read_text().splitlines()]

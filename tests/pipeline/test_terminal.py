@@ -44,6 +44,19 @@ stages:
     inputs: {source: "make_with_a_name_that_is_rather_long[lines=1]"}
     retries: 0
 """
+GOOD = """\
+name: a-workflow-whose-name-is-long
+executor: local
+tracking: {enabled: false}
+params: {lines: 3}
+stages:
+  make_with_another_name_that_is_long:
+    uses: terminal_test_stages:make
+    with: {lines: "${params.lines}"}
+"""
+STAGE = "make_with_another_name_that_is_long"
+RUNS = "20261127-0412-ab12-the-first-of-two", "20261127-0413-cd34-the-second-of-two"
+ALIAS = "the-best-result-of-this-november"
 COMMANDS = {
     "help": ["--help"],
     "run help": ["run", "--help"],
@@ -57,6 +70,27 @@ COMMANDS = {
     "plan again": ["plan", "w.yaml"],
     "refused": ["validate", "w.yaml", "--set", "stages.fail.uses=no_such_module_in_this_world:function"],
     "unknown": ["rnu"],
+    "run good": ["run", "g.yaml", "--run-id", RUNS[0]],
+    "run other": ["run", "g.yaml", "--run-id", RUNS[1], "--set", "params.lines=4"],
+    "all runs": ["runs"],
+    "explain": ["explain", "g.yaml", STAGE, "--set", "params.lines=5"],
+    "diff": ["diff", *RUNS],
+    "alias": ["alias", ALIAS, RUNS[0], STAGE],
+    "aliases": ["alias"],
+    "verify": ["verify", "--all"],
+    "reproduce": ["reproduce", RUNS[0]],
+    "gc": ["gc", "--dry-run", "--keep-runs", "1"],
+}
+FIGURES = [f"a_metric_with_a_long_name_{index} {index}" for index in range(6)]
+WHOLE = {  # what a narrow terminal may neither cut nor part
+    "status": ["make_with_a_name_that_is_rather_long[lines=1]", "fail"],
+    "plan": ["make_with_a_name_that_is_rather_long[lines=2]", "will run"],
+    "run good": [STAGE, *FIGURES, f"run {RUNS[0]} succeeded"],
+    "all runs": [*RUNS, "a-workflow-whose-name-is-long"],
+    "explain": [STAGE],
+    "diff": [*RUNS, STAGE],
+    "aliases": [ALIAS, RUNS[0], STAGE],
+    "reproduce": [STAGE, "identical"],
 }
 PROGRAM = """\
 import json, sys
@@ -76,16 +110,17 @@ def place() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="t") as name:
         (Path(name) / "terminal_test_stages.py").write_text(STAGES)
         (Path(name) / "w.yaml").write_text(WORKFLOW)
+        (Path(name) / "g.yaml").write_text(GOOD)
         yield Path(name)
 
 
-def in_terminal(place: Path, width: int, **variables: str) -> dict[str, str]:
+def in_terminal(place: Path, width: int, commands: dict[str, list[str]] = COMMANDS, **variables: str) -> dict[str, str]:
     """What each of the commands printed in one process with a terminal of this width."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, json.dumps(COMMANDS)],
+        [sys.executable, "-c", PROGRAM, json.dumps(commands)],
         cwd=place,
         stdin=follower,
         stdout=follower,
@@ -112,20 +147,48 @@ def visible(text: str) -> list[str]:
     return [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in re.split(r"[\r\n]+", text)]
 
 
+@pytest.fixture(scope="module")
+def narrow(place: Path) -> dict[str, str]:
+    return in_terminal(place, 80)
+
+
 @pytest.mark.parametrize(("width", "variables"), [(80, {}), (120, {"NO_COLOR": "1"})])
-def test_everything_fits_the_terminal(place: Path, width: int, variables: dict[str, str]) -> None:
-    shown = in_terminal(place, width, **variables)
-    assert set(shown) == set(COMMANDS)
+def test_everything_fits_the_terminal(
+    place: Path, narrow: dict[str, str], width: int, variables: dict[str, str]
+) -> None:
+    shown = narrow if width == 80 else in_terminal(place, width, FIRST, **variables)
+    assert set(shown) == set(COMMANDS if width == 80 else FIRST)
     for name, text in shown.items():
         lines = visible(text)
         assert any(lines), name
         for line in lines:
             assert len(line) <= width, (name, len(line), line)
+        for whole in WHOLE.get(name, ()):
+            assert any(whole in line for line in lines), (name, whole, lines)
     for name, word in (("status", "failed"), ("plan", "will run"), ("runs", "failed"), ("plan again", "stored")):
         assert word in shown[name]
         assert ("\x1b[" in shown[name]) == (not variables), name
     assert "did you mean `run`?" in shown["unknown"]
     assert "No module named" in " ".join(visible(shown["refused"]))
+
+
+@pytest.mark.usefixtures("narrow")  # which made what is shown
+def test_a_narrower_one_shows_all_that_a_pipe_gets(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = in_terminal(place, 40, {name: COMMANDS[name] for name in TABLES})
+    monkeypatch.chdir(place)
+    for name in TABLES:
+        capsys.readouterr()
+        main(COMMANDS[name])
+        words = set(capsys.readouterr().out.split()) - {"stage", "run", "alias"}  # a paragraph needs no first header
+        found = {word for line in visible(shown[name]) for word in line.split()}
+        assert words
+        assert words <= found | {word.removesuffix(":") for word in found}, name
+
+
+FIRST = dict(list(COMMANDS.items())[:12])
+TABLES = ("stages", "status", "all runs", "plan again", "aliases", "verify", "explain")
 
 
 def test_help_of_each_command_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +231,33 @@ RUN = "mine"
 def test_a_table_is_folded_to_its_width_and_whole_where_nobody_looks() -> None:
     rows = [["stage", "because"], ["train", "one two three four five six seven"], ["x" * 30, "y"]]
     assert table(rows, None, False)[1] == f"{'train'.ljust(30)}  one two three four five six seven"
-    folded = table(rows, 30, False)
-    assert max(map(len, folded)) <= 30
-    assert "".join(line.split("  ")[0].strip() for line in folded).count("x") == 30
+    assert table(rows, 46, False)[1:3] == [
+        f"{'train'.ljust(30)}  one two three",
+        f"{''.ljust(30)}  four five six",
+    ]
+    assert table(rows, 30, False) == [  # no word is cut
+        "train",
+        "  because: one two three four",
+        "    five six seven",
+        "x" * 30,
+        "  because: y",
+    ]
+    path = [
+        ["stage", "state", "result"],
+        ["a", "failed", "not found: /a/path/that/is/long"],
+        ["b", "cached", "x 1 · y 2"],
+    ]
+    assert table(path, 33, False) == [
+        "stage  state   result",
+        "a      failed",
+        "    not found:",
+        "    /a/path/that/is/long",
+        "b      cached  x 1 · y 2",
+    ]
+    assert table([["state", "result"], ["cached", "loss 1.234 · rate 5.678"]], 22, False)[1:] == [
+        "cached  loss 1.234 ·",
+        "        rate 5.678",
+    ]
     assert table([["state"], ["failed"]], None, True)[1] == "\x1b[1;31mfailed\x1b[0m"
     assert wrapped("  → one two three", 10).splitlines() == ["  → one", "    two", "    three"]
     command = "polytrope resume mine --store /a/store"

@@ -16,9 +16,15 @@ from matplotlib.figure import Figure
 from scipy import stats
 from training_support import make_context, read_events
 
+from polytrope.ops import build_activation
+from polytrope.pipeline.data.analysis_file import Analysis, InputStatistics, write_analysis
+from polytrope.pipeline.data.circuit_file import CircuitRecord, write_circuit
 from polytrope.pipeline.data.lineage import Lineage, write_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
+from polytrope.pipeline.stages.analyze.analyses import ANALYSES
+from polytrope.pipeline.stages.analyze.parameters import KernelOptions, SignalOptions
+from polytrope.pipeline.stages.analyze.subject import AnalysedActivation
 from polytrope.pipeline.stages.report.parameters import ReportParameters
 from polytrope.pipeline.stages.report.report import check, report
 from polytrope.pipeline.stages.report.statistics import holm, mean_interval, paired_p_value
@@ -159,7 +165,45 @@ def make_report(directory: Path, **parameters: Any) -> dict[str, float]:
         ReportParameters(baseline="gelu", labels={"converted": "GELU → Hermite"}, **parameters),
         conversion,
         Artifact(inputs, "d" * 64, "shard"),
+        analysis=make_analysis(inputs / "analyze"),
+        circuit=make_circuit_record(inputs / "circuit"),
     )
+
+
+def make_circuit_record(directory: Path) -> Artifact:
+    """Of one layer, with a row outside of a range, and without a loss."""
+    directory.mkdir()
+    counts = {"depth": 10, "levels": 18, "degree": 195, "products": 4000, "constant_products": 9000, "additions": 7000}
+    division = {
+        "name": "transformer.h.0.attn.reciprocal", "measured": [0.5, 3.0], "domain": [0.25, 6.0],
+        "relative_error": 2.5e-4, "inputs": 1200, "outside": 1, "minimum": 0.2, "maximum": 2.0,
+    }  # fmt: skip
+    content = {
+        "format": 1, "positions": 4, "width": 8, "vocabulary": 16, "cost": counts, "layers": {"block_0": counts},
+        "largest_constant": 3.0, "deviation": 1e-4, "divisions": [division], "activations": [],
+        "calibration_samples": 5, "held_out_samples": 3, "loss": None, "loss_with_divisions": 2.5,
+    }  # fmt: skip
+    write_circuit(directory, CircuitRecord.model_validate(content))
+    return Artifact(directory, "c" * 64, "export_circuit")
+
+
+def make_analysis(directory: Path) -> Artifact:
+    """Of a model with all figures, one with a part of them, and one that failed."""
+    directory.mkdir()
+    activation = build_activation("hermite3")
+    inputs = InputStatistics(count=9, mean=0.0, deviation=1.0, minimum=-3.0, maximum=3.0)
+    subject = AnalysedActivation("block 1", "hermite, degree 3", activation, [], np.zeros(1), np.ones(1), inputs)
+    kernel = ANALYSES["kernel"]([subject], KernelOptions(name="kernel", frequencies=4))
+    signal = ANALYSES["signal"]([subject], SignalOptions(name="signal"))
+    common = {"digest": "a" * 64, "stage": "train"}
+    models = {
+        "gelu": {**common, "kernel": kernel, "signal": signal},
+        "hermite": {**common, "kernel": kernel},
+        "converted": {**common, "failure": "it diverged"},
+    }
+    data = {"name": "a corpus", "digest": "0" * 64, "samples": 3}
+    write_analysis(directory, Analysis.model_validate({"format": 1, "dataset": data, "models": models}))
+    return Artifact(directory, "a" * 64, "analyze")
 
 
 @pytest.fixture(scope="module")
@@ -235,10 +279,34 @@ def test_conversion_errors_are_weighted_with_the_inputs_of_each_layer(made: tupl
     assert [row["rms_error"] for row in rows] == pytest.approx([0.01, 0.02])  # a constant error, whatever the weights
 
 
+def test_analyses_are_a_table_with_what_each_model_has_and_plots(made: tuple[Path, dict[str, float]]) -> None:
+    directory = made[0] / "output"
+    page = (directory / "report.html").read_text()
+    whole, part, failed = json.loads((directory / "report.json").read_text())["analysis"]
+    assert part["figures"].keys() < whole["figures"].keys()
+    assert failed == {"label": "converted", "name": "GELU → Hermite", "failure": "it diverged", "figures": {}}
+    assert whole["figures"]["signal/largest_lipschitz"] == pytest.approx(8 / math.sqrt(2.5))  # F'(3)
+    assert "<th>Lipschitz constant</th><th>mean frequency of a layer</th>" in page
+    assert "<tr><td>gelu</td><td>1.765</td><td>5.06</td>" in page
+    assert '<td>GELU → Hermite<small class="bad">it diverged</small></td>' + "<td>–</td>" * 4 in page
+
+
+def test_a_circuit_is_shown_with_its_depth_its_ranges_and_what_lies_outside(
+    made: tuple[Path, dict[str, float]],
+) -> None:
+    text = re.sub(r"\s+", " ", read_page(made[0] / "output" / "report.html").text)
+    assert (
+        "Depth 10 (products of two variable factors one after the other), 18 levels; 1,000 products and 2,250" in text
+    )
+    assert "On 3 held-out samples the loss is – nats per token, with divisions 2.500000." in text
+    page = (made[0] / "output" / "report.html").read_text()
+    assert '<td>[0.5, 3]</td><td>[0.25, 6]</td><td>2.5e-04</td><td class="bad">1 of 1,200</td>' in page
+
+
 def test_plots_and_page_are_shown_on_the_workflows_run(made: tuple[Path, dict[str, float]]) -> None:
     directory = made[0]
     plots = sorted(path.name for path in (directory / "output" / "plots").iterdir())
-    assert plots == ["conversion.png", "losses.png", "shapes.png"]
+    assert plots == ["conversion.png", "kernel.png", "losses.png", "shapes.png", "variances.png"]
     shown = {event["path"]: event["parent"] for event in read_events(directory, "artifact")}
     assert shown == {"report.html": True, "report.json": True, "plots": True}
 
@@ -246,13 +314,13 @@ def test_plots_and_page_are_shown_on_the_workflows_run(made: tuple[Path, dict[st
 def test_the_same_inputs_give_the_same_bytes(made: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
     make_report(tmp_path)
     files = [path.relative_to(made[0]) for path in (made[0] / "output").rglob("*.*")]
-    assert len(files) == 5
+    assert len(files) == 7
     for path in files:
         assert (made[0] / path).read_bytes() == (tmp_path / path).read_bytes()
 
 
 def test_models_of_different_budgets_are_marked_and_their_lineage_is_told(tmp_path: Path) -> None:
-    losses = {"gelu": 4.0, "tuned": 3.9}
+    losses = {"gelu": 4.0, "tuned": 4.00001}
     models = {label: make_model(tmp_path / label, label, loss) for label, loss in losses.items()}
     first = Lineage(samples=480, tokens=61_440)
     write_lineage(models["gelu"].path, first)
@@ -265,6 +333,7 @@ def test_models_of_different_budgets_are_marked_and_their_lineage_is_told(tmp_pa
     text = read_page(tmp_path / "output" / "report.html").text
     assert "These models were trained on different amounts of data" in text
     assert "train → convert" in text
+    assert 'class="muted">+0.0000<' in (tmp_path / "output" / "report.html").read_text(), "neither good nor bad"
     write_lineage(models["tuned"].path, first)
     report(make_context(tmp_path / "same"), Artifact(tmp_path / "evaluate", "e", "e"), models, ReportParameters())
     assert "different amounts" not in read_page(tmp_path / "same" / "output" / "report.html").text

@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 
-from polytrope.pipeline import Workflow, run
+from polytrope import Workflow, run
 from polytrope.pipeline.data.evaluation_file import EVALUATION_FILE
 from polytrope.pipeline.data.promised import PromisedEvaluation, PromisedModel, PromisedSpeed
 from polytrope.pipeline.data.training_file import figure_names
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.interface import RunResult
-from polytrope.pipeline.stage import RETURNED_STAGES, Artifact, Resources, StageContext, load_stage, stage_context
+from polytrope.pipeline.stage import (
+    RETURNED_STAGES,
+    UNPROMISED,
+    Artifact,
+    Resources,
+    StageContext,
+    load_stage,
+    stage_context,
+)
 from polytrope.pipeline.stages.select import SELECTION_FILE, SelectParameters, check, promise, read_selection
 
 STAGE = load_stage("select")
@@ -122,7 +130,7 @@ def test_it_promises_what_all_its_models_promise() -> None:
     small, large = (PromisedModel("gpt2", {"n_layer": layers}) for layers in (1, 2))
     parameters = SelectParameters(metric="loss", mode="min")
     for models, expected in (({"a": small, "b": small}, small), ({"a": small, "b": large}, None), ({"a": None}, None)):
-        assert promise(parameters, {"models": models, "evaluation": None}, Resources(), Path()) == expected
+        assert promise(parameters, {"models": models, "evaluation": UNPROMISED}, Resources(), Path()) == expected
     with pytest.raises(UserError, match=r"inputs\.models\.a: this input takes a model"):
         promise(parameters, {"models": {"a": PromisedSpeed(("a",))}, "evaluation": None}, Resources(), Path())
     with pytest.raises(UserError, match=r"inputs\.evaluation: this input takes an evaluation"):
@@ -133,23 +141,28 @@ def test_a_figure_that_no_model_will_have_is_refused_before_anything_starts() ->
     trained, converted = PromisedModel("gpt2", {}, figures=figure_names("text")), PromisedModel("gpt2", {})
     images, text = PromisedEvaluation(("a",), "images"), PromisedEvaluation(("a",), "text")
 
-    def promised(metric: str, model: PromisedModel | None, evaluation: PromisedEvaluation | None = None) -> Any:
+    def promised(metric: str, model: Any, evaluation: Any = None) -> Any:
         parameters = SelectParameters.model_validate({"metric": metric, "mode": "min"})
         return promise(parameters, {"models": {"a": model}, "evaluation": evaluation}, Resources(), Path())
 
     for metric, model, evaluation in (
         ("val/loss", trained, None),
         ("tokens", trained, None),
-        ("my_figure", None, None),  # a stage of one's own
+        ("my_figure", UNPROMISED, None),  # a stage of one's own
+        ("loss", UNPROMISED, None),
         ("top1", converted, images),
         ("perplexity", converted, text),
-        ("top1", converted, None),  # an evaluation of one's own
+        ("top1", converted, UNPROMISED),  # an evaluation of one's own
     ):
-        assert promised(metric, model, evaluation) == model
+        assert promised(metric, model, evaluation) == (None if model is UNPROMISED else model)
     with pytest.raises(UserError, match=r"^metric: the training of `a` .* `val/los`\n.*did you mean `val/loss`"):
         promised("val/los", trained)
     with pytest.raises(UserError, match=r"^metric: the training of `a` .* no figure `val/accuracy`"):
         promised("val/accuracy", trained)
+    with pytest.raises(UserError, match=r"no figure `loss`\n.*did you mean `val/loss`\?; evaluate the models first"):
+        promised("loss", trained)
+    with pytest.raises(UserError, match=r"^inputs\.models\.a: .* not trained here"):
+        promised("top1", converted)
     with pytest.raises(UserError, match=r"^inputs\.models\.a: .* not trained here.*\n.*evaluation: EVALUATE_STAGE"):
         promised("val/loss", converted)
     with pytest.raises(UserError, match=r"^metric: an evaluation on images has no figure `perplexity`"):

@@ -9,23 +9,30 @@ from typing import Any
 
 import pytest
 
-from polytrope.pipeline import Workflow, run
+from polytrope import Workflow, run
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.interface import RunFailedError, RunResult
 from polytrope.pipeline.stages.sweep.parameters import SweepParameters
 from polytrope.pipeline.stages.sweep.sweep import draw_trials
 from polytrope.pipeline.workflow.graph import build_graph
+from polytrope.pipeline.workflow.spec import load_workflow
 
 STAGES = '''
 """Stages of this test."""
 import json
 from pathlib import Path
 from typing import Any
-from polytrope.pipeline.stage import Artifact, StageContext
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, StageContext, stage
 
 def data(context: StageContext) -> None:
     """A data set."""
 
+def check(parameters: Any, upstream: Any) -> None:
+    if parameters.steps > 200:
+        raise UserError(f"steps: at most 200, got {parameters.steps}", "fewer")
+
+@stage(check=check)
 def train(context: StageContext, dataset: Artifact, rate: float, steps: int, model: Any = None) -> None:
     """The smaller the rate, the better; a large one diverges."""
     if Path("break").exists() and steps > 10:
@@ -108,7 +115,7 @@ def test_trials_are_spread_over_their_ranges_and_stay_when_more_are_drawn() -> N
 
     def drawn(number: int, **settings: Any) -> dict[str, dict[str, Any]]:
         given = {**SWEEP, "ranges": ranges, "trials": number, **settings}
-        return draw_trials(SweepParameters.model_validate(given))
+        return draw_trials(SweepParameters.model_validate(given), range(number))
 
     few, many = drawn(20), drawn(100)
     assert few == {name: many[name] for name in few}
@@ -120,11 +127,42 @@ def test_trials_are_spread_over_their_ranges_and_stay_when_more_are_drawn() -> N
     assert drawn(20, seed=1) != few
 
 
+def test_later_batches_are_drawn_by_what_the_trials_before_came_to(project: Path) -> None:
+    settings = {"trials": 12, "sampler": "tpe", "halving": None}
+    settings["stage"] = {**TRIAL, "with": {**TRIAL["with"], "steps": 20}}
+    (project / "break").touch()
+    with pytest.raises(RunFailedError, match="RuntimeError: broken"):
+        start(project, **settings)
+    (project / "break").unlink()
+    result = start(project, **settings)
+    batches = [f"search{name}" for name in ("", "/batch1", "/batch2")]
+    trials = [json.loads((result[name].path / "trials.json").read_text()) for name in batches]
+    assert [list(found) for found in trials] == [[f"trial{n:03d}" for n in range(m, m + 4)] for m in (0, 4, 8)]
+    stages = {f"{name}/{trial}" for name, found in zip(batches, trials, strict=True) for trial in found}
+    assert {result[name].state for name in stages} == {"succeeded"}
+    rates = [[float(values["rate"]) for values in found.values()] for found in trials]
+    assert all(0.001 <= rate <= 1 for batch in rates for rate in batch)
+    assert max(rates[2]) < 0.1 < max(rates[0])  # small ones are good, large ones diverge
+    best = min(rate for batch in rates for rate in batch)
+    assert (result["search/best"].path / "weights").read_text().startswith(f"{best} 20 ")
+    rows = json.loads((result["search/overview"].path / "sweep.json").read_text())
+    assert {row["trial"]: row["rate"] for row in rows} == {
+        name: values["rate"] for found in trials for name, values in found.items()
+    }
+
+    settings = {**settings, "trials": 13, "sampler": "tpe"}
+    more = start(project, **settings)
+    assert {more[name].state for name in stages} == {"cached"}  # the same history, the same points
+    assert more["search/batch3/trial012"].state == "succeeded"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"sampler": "tpe"}, "with.sampler: tpe learns from trials that are trained alike"),
+        ({"sampler": "optuna"}, "with.sampler: expected halton or tpe, got 'optuna'"),
         ({"stage": {"with": {}}}, "stages.search.with.stage: the trial has no `uses:`"),
-        ({"ranges": {"rte": [1, 2]}}, "with.ranges: stage `sweep_test_stages:train` has no parameter `rte`"),
+        ({"ranges": {"rte": [1, 2]}}, "with.ranges.rte: stage `sweep_test_stages:train` has no parameter `rte`"),
         (
             {"stage": {"uses": "train"}, "ranges": {"seed": [1, 2]}, "metric": "val/los"},
             "with.metric: a training has no figure `val/los`\n.*did you mean `val/loss`",
@@ -144,6 +182,49 @@ def test_a_sweep_that_cannot_work_is_refused_before_anything_starts(
         build_graph(Workflow.from_dict({"name": "search", "stages": stages}, directory=project))
 
 
-def test_a_range_inside_something_that_is_no_mapping_is_refused(project: Path) -> None:
-    with pytest.raises(RunFailedError, match="`model` of the trial is 3"):
-        start(project, stage={**TRIAL, "with": {"model": 3}})
+FILE = """\
+name: search
+stages:
+  data: {uses: sweep_test_stages:data}
+  search:
+    uses: sweep
+    with:
+      stage:
+        uses: sweep_test_stages:train
+        inputs:
+          dataset: data
+        with:
+          model: {kind: x}
+          rate: 1
+      ranges: {rate: [0.1, 0.2], model.degree: [3, 5]}
+      trials: 3
+      metric: val/loss
+      mode: min
+      halving: {parameter: steps, smallest: 10, rounds: 2}
+  use: {uses: sweep_test_stages:train, inputs: {dataset: search/best}, with: {rate: 1, steps: 1}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "instead", "message"),
+    [
+        ("model: {kind: x}", "stpes: 3", r":12: stages\.search/trial000\.with\.stpes: .*\n.*did you mean `steps`"),
+        ("[0.1, 0.2]", "[0.1, many]", r":14: stages\.search/trial001\.with\.rate: expected a number, got 'many'"),
+        ("dataset: data", "dataset: dta", r":10: stages\.search/trial000\.inputs\.dataset: there is no stage `dta`"),
+        ("          dataset: data", "          {}", r"stages\.search/trial000: the input `dataset` .* is missing"),
+        ("uses: sweep_test_stages:train\n        i", "nouses: 1\n        i", r":7: .*the trial has no `uses:`"),
+        ("        with:\n          m", "        wiht:\n          m", r"stages\.search/trial000: unknown key `wiht`"),
+        ("model: {kind: x}", "model: 3", r":\d+: stages\.search\.with\.ranges: .* `model` of the trial is 3"),
+        ("search/best", "search/bst", r":19: stages\.use\.inputs\.dataset: .* `search/bst`: .*\n.*`search/best`"),
+        ("  use: {uses: sweep_test_stages:train, inputs: {dataset: search/best}, with: {rate: 1, steps: 1}}\n",
+         "    matrix: {x: [1]}\n", r":19: stages\.search\.matrix: a stage with a matrix cannot return stages"),
+        ("smallest: 10", "smallest: 100", r":18: stages\.search/round1/trial000\.with\.steps: at most 200, got 300"),
+    ],
+)  # fmt: skip
+def test_the_trials_are_checked_before_anything_starts(project: Path, written: str, instead: str, message: str) -> None:
+    assert FILE.count(written) == 1
+    (project / "w.yaml").write_text(FILE)
+    build_graph(load_workflow(project / "w.yaml"))
+    (project / "w.yaml").write_text(FILE.replace(written, instead))
+    with pytest.raises(UserError, match=message):
+        build_graph(load_workflow(project / "w.yaml"))

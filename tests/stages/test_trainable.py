@@ -24,7 +24,7 @@ from training_support import (
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import save_model
-from polytrope.models.convnext import ChannelsFirstLayerNorm
+from polytrope.models.parts.norm import ChannelsFirstLayerNorm
 from polytrope.ops import is_learnable_activation
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
@@ -44,6 +44,18 @@ def learning(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def test_a_certified_polynomial_never_learns_whatever_is_named() -> None:
+    reciprocal = {"degree": 3, "newton": 0, "domain": [0.5, 2.0]}
+    model = build_model("gpt2", {**GPT2, "attention": {"name": "power", "reciprocal": reciprocal}})
+    numbers = {name for name, _ in model.named_parameters() if ".reciprocal." in name}
+    assert numbers
+    assert not numbers & learning(model)
+    freeze(model, "gpt2", ["coefficients"])
+    assert learning(model) == set(COEFFICIENTS)
+    with pytest.raises(UserError, match=r"`\*\.reciprocal\.\*` names no parameter"):
+        freeze(model, "gpt2", ["*.reciprocal.*"])
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_dataset(tmp_path_factory.mktemp("dataset") / "dataset")
@@ -61,18 +73,20 @@ def initial(tmp_path_factory: pytest.TempPathFactory, dataset: Artifact) -> Arti
 
 @pytest.mark.parametrize("architecture", ["gpt2", "convnext"])
 def test_a_group_is_all_parameters_of_its_kind_in_every_model(architecture: str) -> None:
-    model = build_model(architecture, SIZES[architecture])
+    model = build_model(architecture, {**SIZES[architecture], "feedforward": "quadratic"})
     kinds: dict[str, Any] = {
         "coefficients": is_learnable_activation,
         "norms": lambda module: isinstance(module, nn.LayerNorm | ChannelsFirstLayerNorm),
         "head": lambda module: module is getattr(model, "lm_head", getattr(model, "head", None)),
     }
-    assert set(kinds) == set(GROUPS)
+    assert {*kinds, "multiplicative"} == set(GROUPS)
     for group, belongs in kinds.items():
         freeze(model, architecture, [group])
         meant = {id(weight) for module in model.modules() if belongs(module) for weight in module.parameters()}
         assert {id(weight) for weight in model.parameters() if weight.requires_grad} == meant, group
         assert meant, group
+    freeze(model, architecture, ["multiplicative"])
+    assert {name.rpartition(".")[2] for name in learning(model)} == {"gate_weight", "gate_bias", "square_weight"}
 
 
 def test_patterns_name_parameters_and_a_tied_head_learns_with_the_embedding() -> None:
@@ -160,7 +174,10 @@ def test_the_rest_stays_bit_for_bit_sharded_rounded_and_resumed(
     ("changes", "words"),
     [
         ({"trainable": []}, "at least 1 item"),
-        ({"trainable": ["coefs"]}, r"expected a group \(coefficients, head, norms\) or a pattern.*coefs"),
+        (
+            {"trainable": ["coefs"]},
+            r"expected a group \(coefficients, multiplicative, head, norms\) or a pattern.*coefs",
+        ),
         ({"trainable": ["coefficients"], "model": {**MODEL, "activation": "gelu"}}, "coefficients: gelu has none"),
         ({"trainable": ["norms"], "peak_flops": 1e12}, "peak_flops: MFU counts the gradients of all weights"),
     ],

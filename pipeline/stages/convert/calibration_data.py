@@ -16,6 +16,7 @@ from torch import nn
 
 from polytrope.models import find_architecture, is_own
 from polytrope.models.convnext import normalise_images
+from polytrope.models.formats import of_transformers
 from polytrope.models.inputs import Batch
 from polytrope.models.rewriting import original_class
 from polytrope.pipeline.data.description import read_dataset
@@ -153,6 +154,8 @@ def _read_columns(model: nn.Module, path: Path) -> dict[str, np.ndarray]:
 
 def _input_of(model: nn.Module, path: Path, array: np.ndarray) -> str:
     """The name of the input that an array without a name is."""
+    if not (is_own(model) or of_transformers(model)):
+        return input_name(model, "")
     if array.ndim == 4 and array.dtype.kind == "f":
         return "pixel_values"
     if array.ndim == 2 and array.dtype.kind in "iu":
@@ -165,6 +168,13 @@ def _input_of(model: nn.Module, path: Path, array: np.ndarray) -> str:
         "expected images [n, channels, height, width] as float, or token ids [n, length] as integers; other inputs by "
         "name: numpy.savez",
     )
+
+
+def input_name(model: nn.Module, usual: str) -> str:
+    """How a model calls its only input: `usual`, or in a module of the project's own what `forward` takes first."""
+    if is_own(model) or of_transformers(model):
+        return usual
+    return next(iter(list(inspect.signature(original_class(model).forward).parameters)[1:]), usual)
 
 
 def dataset_batches(
@@ -194,14 +204,16 @@ def dataset_batches(
         ours = str(model.architecture) if is_own(model) else None
         prepare = normalise_images if ours is None else find_architecture(ours).prepare
         pixels = (torch.from_numpy(reader.images(part)[0]).float() / 255.0 for part in parts)
-        return [{"pixel_values": prepare(images)} for images in pixels]
+        name = input_name(model, "pixel_values")
+        return [{name: prepare(images)} for images in pixels]
     own, other = directory / "tokenizer.json", dataset / "tokenizer.json"
     if own.exists() and other.exists() and not same_tokenizer(own, other):
         raise UserError(
             "convert: the model's tokenizer is not the one of the dataset, so its tokens would be other words to it",
             "calibrate on a dataset that was sharded with the model's tokenizer",
         )
-    rows = [{"input_ids": torch.from_numpy(reader.samples(part)[:, :-1].astype(np.int64))} for part in parts]
+    name = input_name(model, "input_ids")
+    rows = [{name: torch.from_numpy(reader.samples(part)[:, :-1].astype(np.int64))} for part in parts]
     return _with_decoder_inputs(model, rows, tell)
 
 

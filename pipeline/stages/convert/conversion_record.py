@@ -15,7 +15,7 @@ from polytrope.models.selection import Left
 from polytrope.models.surgery import Activation
 from polytrope.ops import circuit
 from polytrope.ops.families import MAX_DEGREE
-from polytrope.ops.fitting.targets import broken_line, resolve_target
+from polytrope.ops.fitting.targets import broken_line
 from polytrope.ops.polynomial_only import MAX_DEPTH
 from polytrope.pipeline.data.conversion_file import Advice, ConversionRecord, ConvertedLayer, LeftActivation
 from polytrope.pipeline.data.records import finite
@@ -34,9 +34,9 @@ def describe(conversion: LayerConversion) -> ConvertedLayer:
         margin = 0.0
     x = np.linspace(low - margin, high + margin, _CURVE_POINTS)
     inputs = torch.from_numpy(x)
+    function, one = conversion.one_function()
     with torch.no_grad():
-        fitted = conversion.fit.build(torch.float64)(inputs)
-        target = resolve_target(conversion.module)(inputs)
+        fitted, target = one.build(torch.float64)(inputs), function(inputs)
     content = {
         "name": conversion.name,
         "target": target_name(conversion.module),
@@ -107,9 +107,8 @@ def _exact_degree(conversion: LayerConversion) -> int | None:
     """Of the tropical rational activation that is this function, where it is one and the fit is not exact already."""
     if conversion.relative_error < 1e-6:
         return None
-    bends = broken_line(
-        resolve_target(conversion.module), conversion.calibration.minimum, conversion.calibration.maximum
-    )
+    function, _ = conversion.one_function()
+    bends = broken_line(function, conversion.calibration.minimum, conversion.calibration.maximum)
     return None if bends is None else max(sum(bend > 0 for bend in bends), sum(bend < 0 for bend in bends), 1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from polytrope.models import make_config
 from polytrope.models.configurations import MODEL_KINDS, activation_configs
 from polytrope.pipeline.data.lineage import read_lineage, write_lineage
 from polytrope.pipeline.data.misfits import refuse_misfit
-from polytrope.pipeline.data.promised import AnyPromisedModel, PromisedForeignModel, expect_data, expect_model
+from polytrope.pipeline.data.promised import (
+    AnyPromisedModel,
+    PromisedBuiltModel,
+    PromisedForeignModel,
+    PromisedModel,
+    expect_data,
+    expect_model,
+)
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
@@ -27,8 +35,13 @@ def promise(
     """The converted model; refuses data or layers that the model cannot have, and activations that are so already."""
     model = expect_model("inputs.model", upstream["model"])
     data = expect_data("inputs.dataset", upstream["dataset"])
-    if model is None or isinstance(model, PromisedForeignModel):  # what it takes, only the model itself knows
-        if model is not None and parameters.format == "own":
+    if isinstance(model, PromisedBuiltModel) and parameters.ray_tasks:
+        raise UserError(
+            f"ray_tasks: the model is built by {model.factory}, and Ray tasks read models that their files describe",
+            "leave it out",
+        )
+    if model is None or not isinstance(model, PromisedModel):  # what it takes, only the model itself knows
+        if isinstance(model, PromisedForeignModel) and parameters.format == "own":
             raise UserError(
                 f"format: own is for {' and '.join(MODEL_KINDS)}, and the model will be a {model.model_type} of "
                 "transformers",
@@ -56,34 +69,43 @@ def promise(
     return replace(model, settings=settings, figures=())
 
 
+def imports(_parameters: ConvertParameters, upstream: Mapping[str, Any]) -> dict[str, str]:
+    """The factory of a model of the project's own, which builds the model here as well."""
+    model = upstream["model"]
+    return {"inputs.model": model.factory} if isinstance(model, PromisedBuiltModel) else {}
+
+
 def _name(activation: Any) -> str:
     name = str(activation.get("name") if isinstance(activation, dict) else activation)
     return name.rstrip("0123456789")
 
 
-@stage(
-    promise=promise,
-)
+@stage(promise=promise, imports=imports)
 def convert(
     context: StageContext, model: Artifact, dataset: Artifact, parameters: ConvertParameters
 ) -> dict[str, float]:
     """Calibrate on training samples, fit every layer, write the converted model and `conversion.json`.
 
     `model`: of a train or import_model stage, or a Hugging Face directory. `dataset`: of a shard or shard_images
-    stage, or a directory with `calibration.txt` (one text per line), `calibration.npy` (images or token ids) or
-    `calibration.npz` (the model's inputs by name).
+    stage, or a directory with `calibration.txt` (one text per line), `calibration.npy` (images, token ids, or what a
+    module of your own takes first) or `calibration.npz` (the model's inputs by name).
     """
     from polytrope.models.domains import describe_outside
+    from polytrope.models.formats.module import read_factory
+    from polytrope.pipeline.data.factories import build_module
     from polytrope.pipeline.stages.convert.calibration_data import dataset_batches
     from polytrope.pipeline.stages.convert.polynomials import outside_of_record
     from polytrope.pipeline.stages.convert.work import Source, convert_model
 
-    source = Source(
-        model.path,
-        lambda network: dataset_batches(network, model.path, dataset.path, parameters, context.message),
-        title=f"Conversion to {parameters.replacement()}",
-    )
     try:
+        factory = read_factory(model.path)
+        source = Source(
+            model.path,
+            lambda network: dataset_batches(network, model.path, dataset.path, parameters, context.message),
+            title=f"Conversion to {parameters.replacement()}",
+            factory=factory,
+            build=None if factory is None else partial(build_module, context, factory),
+        )
         outcome = convert_model(source, parameters, context.output, lambda step, text: context.progress(step, 3, text))
     except ValueError as error:
         raise UserError(f"convert: {error}") from error

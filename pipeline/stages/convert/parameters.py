@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
-from polytrope.models.convert_options import check_polynomial_only, replacement
+from polytrope.models.convert_options import check_keep, check_polynomial_only, check_weight, replacement
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 
 MAX_DEPTH = 16  # of `polytrope.ops.polynomial_only`, which a plan does not import
@@ -49,6 +49,16 @@ def _read_domain(value: Any) -> Any:
 Family = Literal[
     "hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu", "auto"
 ]
+
+
+def _check_weight(value: str, info: ValidationInfo) -> str:
+    check_weight(value, info.data)
+    return value
+
+
+def _check_output_error(value: float | None, info: ValidationInfo) -> float | None:
+    check_keep(info.data.get("keep"), value, info.data.get("rated_samples", 1))
+    return value
 
 
 def _check_polynomial_only(value: bool, info: ValidationInfo) -> bool:
@@ -93,6 +103,11 @@ class ConvertParameters(BaseModel):
     constraints: list[Literal["ends", "end_values", "origin"]] = Field(
         default_factory=list, description="what holds exactly: value and slope at the ends, values there, F(0) = f(0)"
     )
+    weight: Annotated[Literal["measured", "normal"], AfterValidator(_check_weight)] = Field(
+        "measured",
+        description="what a fit is close on: the measured inputs, or the normal distribution of their mean and "
+        "deviation, on which polynomials without tangents are a projection in closed form",
+    )
     depth: int | None = Field(
         None,
         ge=1,
@@ -128,6 +143,18 @@ class ConvertParameters(BaseModel):
         ge=0,
         description="samples on which every layer alone is converted, to say how far the output moves; 0: no layer is "
         "rated, and there is no advice",
+    )
+    keep: int | None = Field(
+        None,
+        ge=0,
+        description="so many activations stay as they are: those whose conversion alone moves the output most",
+    )
+    output_error: Annotated[float | None, AfterValidator(_check_output_error)] = Field(
+        None,
+        gt=0,
+        validate_default=True,
+        description="instead of keep: as few stay as leave an output that moves by at most this, relative to itself, "
+        "where the costs of the others add up as squares",
     )
     batch_size: int = Field(32, ge=1, description="samples per forward pass of the calibration")
     threads: int = Field(1, ge=1, description="CPU threads; part of the result's identity")

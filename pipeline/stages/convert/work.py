@@ -17,10 +17,12 @@ from polytrope.models.conversion import fit_options
 from polytrope.models.convert import RATED_SAMPLES, convert_batches
 from polytrope.models.convert_options import FIT_OPTIONS
 from polytrope.models.formats import read_model, write_model
+from polytrope.models.formats.module import MODULE_FILE, Factory
 from polytrope.models.formats.onnx import Export
 from polytrope.models.inputs import Batch, forward, head, size_of
 from polytrope.models.selection import Selection
 from polytrope.models.surgery import Activation, Choice, describe_activations
+from polytrope.models.writing import compare_outputs
 from polytrope.pipeline.data.conversion_file import ConversionRecord, write_conversion
 from polytrope.pipeline.stages.convert.conversion_record import record
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
@@ -37,6 +39,8 @@ class Source:
         title: of the page.
         config: fields of the model's configuration that its file does not tell.
         ray_address: of the cluster for `ray_tasks`; None: the one at hand, or this machine.
+        factory: what builds a module that is neither of this package nor of transformers; written beside its weights.
+        build: calls it.
     """
 
     path: Path
@@ -44,6 +48,16 @@ class Source:
     title: str
     config: Mapping[str, Any] = field(default_factory=dict)
     ray_address: str | None = None
+    factory: Factory | None = None
+    build: Callable[[], nn.Module] | None = None
+
+    def read(self) -> nn.Module:
+        """The model, as it is at the start.
+
+        Raises:
+            ValueError: as of `read_model`.
+        """
+        return read_model(self.path, self.config or None, None if self.build is None else self.build())
 
 
 @dataclass(frozen=True)
@@ -81,13 +95,22 @@ def convert_model(
             conversion has no effect, a format the model cannot have.
     """
     torch.set_num_threads(parameters.threads)
-    model = read_model(source.path, source.config or None)
+    tell(0, f"reading {source.path}")
+    model = source.read()
     batches = source.batches(model)
     options = fit_options(**parameters.model_dump(include=set(FIT_OPTIONS)))
     choice = Choice(parameters.types, parameters.include, parameters.exclude, parameters.layer_range())
     measure = partial(_on_ray, source, parameters.ray_tasks) if parameters.ray_tasks else None
     made = convert_batches(
-        model, batches, options, choice, measure=measure, tell=tell, rated_samples=parameters.rated_samples
+        model,
+        batches,
+        options,
+        choice,
+        measure=measure,
+        tell=tell,
+        rated_samples=parameters.rated_samples,
+        keep=parameters.keep,
+        output_error=parameters.output_error,
     )
     costs = {entry.name: entry.cost for entry in made.activations if entry.cost is not None}
     written = record(made.layers, options, costs, made.left)
@@ -95,7 +118,8 @@ def convert_model(
         written = with_polynomials(written, made.polynomials)
     if output is None:
         return Outcome(written, made.samples)
-    _write_model(model, source.path, parameters, output, made.rated)
+    tell(2, "writing the model, and reading it back")
+    _write_model(model, source, parameters, output, made.rated)
     write_conversion(output, written)
     if parameters.page:
         from polytrope.pipeline.stages.convert.conversion_page import write_page
@@ -112,8 +136,8 @@ def export_model(source: Source, parameters: ConvertParameters, output: Path) ->
         ValueError: as of `convert_model`.
     """
     torch.set_num_threads(parameters.threads)
-    model = read_model(source.path, source.config or None)
-    _write_model(model, source.path, parameters, output)
+    model = source.read()
+    _write_model(model, source, parameters, output)
     if not (parameters.onnx or parameters.tables):
         return Outcome(None, 0)
     batches = source.batches(model)
@@ -137,12 +161,14 @@ def _on_ray(
 
 
 def _write_model(
-    model: nn.Module, source: Path, parameters: ConvertParameters, output: Path, inputs: Batch | None = None
+    model: nn.Module, source: Source, parameters: ConvertParameters, output: Path, inputs: Batch | None = None
 ) -> None:
-    """The model with what lies beside it in the directory `source`."""
-    beside = source if source.is_dir() else None
-    format = parameters.format or ("own" if is_own(model) else "huggingface")
-    write_model(output, model, format=format, source=beside, inputs=inputs)
+    """The model with what lies beside it in the directory it came from."""
+    beside = source.path if source.path.is_dir() else None
+    write_model(output, model, format=parameters.format, source=beside, inputs=inputs, factory=source.factory)
+    if source.build is not None and (output / MODULE_FILE).exists() and inputs is not None:
+        written = read_model(output, model=source.build())
+        compare_outputs(written, model, inputs, f"{output} is not written")
 
 
 def _write_extras(

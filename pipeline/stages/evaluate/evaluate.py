@@ -9,16 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polytrope.pipeline.data.misfits import refuse_misfit
-from polytrope.pipeline.data.promised import (
-    PromisedData,
-    PromisedEvaluation,
-    PromisedImages,
-    PromisedModel,
-    PromisedText,
-    expect,
-    expect_data,
-)
+from polytrope.pipeline.data.misfits import refuse_misfits
+from polytrope.pipeline.data.promised import PromisedEvaluation, PromisedImages, PromisedText
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
@@ -53,18 +45,6 @@ def promise(
             if getattr(parameters, name):
                 raise UserError(f"{name}: for text, and this dataset holds images", "leave it out")
     return PromisedEvaluation(tuple(upstream["models"]), None if data is None else data.kind)
-
-
-def refuse_misfits(upstream: Mapping[str, Any]) -> PromisedData | None:
-    """What is known of the data set.
-
-    Raises:
-        UserError: an input of another kind, or a model that cannot take the data.
-    """
-    data = expect_data("inputs.dataset", upstream["dataset"])
-    for label, promise in upstream["models"].items():
-        refuse_misfit(f"inputs.models.{label}", expect(f"inputs.models.{label}", promise, PromisedModel), data)
-    return data
 
 
 @stage(

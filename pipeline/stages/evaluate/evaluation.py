@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models import find_architecture
+from polytrope.models.activations import describe_activation
 from polytrope.models.checkpoint import load_model, read_description
 from polytrope.models.domains import describe_outside, watching
 from polytrope.pipeline.data.description import Dataset, read_dataset
@@ -27,15 +28,16 @@ from polytrope.pipeline.data.evaluation_file import (
     Protocol,
     write_evaluation,
 )
+from polytrope.pipeline.data.model_inputs import refuse_other_data
 from polytrope.pipeline.data.reader import open_split
-from polytrope.pipeline.data.tokenization import Tokenizer, read_tokenizer, same_tokenizer
-from polytrope.pipeline.data.training_file import read_training
+from polytrope.pipeline.data.tokenization import Tokenizer, read_tokenizer
+from polytrope.pipeline.data.training_file import recorded_failure
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.evaluate.drift import block_cosines
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
 from polytrope.pipeline.stages.evaluate.scores import Scores, seeded_generator
-from polytrope.pipeline.stages.evaluate.shapes import describe_activation, measure_activations
+from polytrope.pipeline.stages.evaluate.shapes import measure_activations
 from polytrope.pipeline.stages.evaluate.token_bytes import byte_lengths
 from polytrope.pipeline.stages.evaluate.windows import WindowBatch, block_windows, sliding_windows
 
@@ -66,14 +68,14 @@ def evaluate_models(
     for index, (label, model) in enumerate(models.items()):
         context.progress(index, len(models), label)
         reference = models.get(parameters.drift.get(label, ""))
-        if reference is not None and (why := recorded_failure(reference)):
+        if reference is not None and (why := recorded_failure(reference.path)):
             missing = f"no drift from `{parameters.drift[label]}`, whose training failed: {why}"
             reference = None
         elif label in parameters.drift and reference is None:
             missing = f"no drift from `{parameters.drift[label]}`, whose stage was skipped"
         else:
             missing = None
-        failure = recorded_failure(model)
+        failure = recorded_failure(model.path)
         results[label] = _failed(model, failure) if failure else evaluate_one(evaluator, label, model, reference)
         if results[label].failure is not None:
             context.message(f"{label}: {results[label].failure}")
@@ -131,12 +133,6 @@ def evaluate_one(evaluator: Evaluator, label: str, model: Artifact, reference: A
 
 def _failed(model: Artifact, reason: str) -> EvaluatedModel:
     return EvaluatedModel(stage=model.stage, digest=model.digest, failure=reason)
-
-
-def recorded_failure(model: Artifact) -> str | None:
-    """What `train` says of a training that diverged under `on_divergence: record`."""
-    training = read_training(model.path)
-    return None if training is None else training.failure
 
 
 def metrics_of(label: str, model: EvaluatedModel) -> dict[str, float]:
@@ -207,7 +203,9 @@ class Evaluator:
     def evaluate(self, label: str, artifact: Artifact, reference: Artifact | None) -> EvaluatedModel:
         """All figures of one model."""
         about = read_description(artifact.path)
-        self._check(label, artifact, about)
+        unsure = refuse_other_data(label, artifact.path, about, self.description, self.dataset)
+        if unsure is not None:
+            self.context.message(unsure)
         model = load_model(artifact.path, self.device)
         other = load_model(reference.path, self.device) if reference else None
         scores = Scores(self.parameters.calibration_bins, self.outputs if self.images else 0, self.outputs)
@@ -263,24 +261,6 @@ class Evaluator:
                 result["bits_per_byte"] = scores.loss / math.log(2) / bytes_scored if bytes_scored else None
             result["sample"] = self._sample(model, self.tokenizer)
         return EvaluatedModel.model_validate(result)
-
-    def _check(self, label: str, artifact: Artifact, about: dict[str, Any]) -> None:
-        if find_architecture(about["architecture"]).data != self.description.kind:
-            raise UserError(
-                f"`{label}` is a {about['architecture']}, which cannot be evaluated on "
-                f"{self.description.kind} (`{self.dataset.stage}`)",
-                "give evaluate models and a dataset of one kind",
-            )
-        if self.images:
-            return
-        own = artifact.path / "tokenizer.json"
-        if not own.exists():
-            self.context.message(f"{label}: holds no tokenizer, so its tokens are taken to be those of the dataset")
-        elif not same_tokenizer(own, self.dataset.path / "tokenizer.json"):
-            raise UserError(
-                f"the tokenizer of `{label}` is not the one of `{self.dataset.stage}`",
-                "evaluate a model on a dataset that was sharded with its tokenizer",
-            )
 
     def _batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Inputs as the data set gives them, targets, and which targets count, on the device."""

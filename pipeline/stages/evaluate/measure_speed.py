@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.misfits import refuse_misfits
 from polytrope.pipeline.data.promised import PromisedSpeed
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
-from polytrope.pipeline.stages.evaluate.evaluate import refuse_misfits
 from polytrope.pipeline.stages.evaluate.parameters import MeasureSpeedParameters
 
 

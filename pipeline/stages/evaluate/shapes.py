@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polytrope.models.activations import describe_activation
 from polytrope.models.checkpoint import activation_modules
 
 POINTS = 121  # of each curve
@@ -19,19 +20,6 @@ _SUBSAMPLE = 200_000  # values per layer and pass from which quantiles are taken
 def named_activations(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of the activation of each block, first block first."""
     return [(f"block {number}", module) for number, module in enumerate(activation_modules(model), start=1)]
-
-
-def describe_activation(config: Any) -> str:
-    """`gelu`, `hermite, degree 3`, or the settings of several layers where they differ."""
-    if isinstance(config, list):
-        texts = list(dict.fromkeys(describe_activation(entry) for entry in config))
-        return texts[0] if len(texts) == 1 else "; ".join(texts)
-    if isinstance(config, str):
-        return config
-    degree = config.get("degree")
-    if isinstance(degree, list | tuple):
-        degree = "/".join(map(str, degree))
-    return str(config.get("name")) + (f", degree {degree}" if degree is not None else "")
 
 
 @torch.no_grad()

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from polytrope.models import find_architecture
 from polytrope.models.checkpoint import load_model
-from polytrope.pipeline.data.description import read_dataset
+from polytrope.pipeline.data.model_inputs import read_tensors
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.speed_file import SPEED_FILE, Speed, SpeedProtocol, write_speed
+from polytrope.pipeline.data.training_file import recorded_failure
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
-from polytrope.pipeline.stages.evaluate.evaluation import granted_device, recorded_failure
+from polytrope.pipeline.stages.evaluate.evaluation import granted_device
 from polytrope.pipeline.stages.evaluate.parameters import MeasureSpeedParameters
 
 Batch = tuple[Tensor, Tensor]
@@ -38,7 +39,9 @@ def measure_models(
     torch.set_num_threads(parameters.threads)
     device = granted_device(context)
     batch = read_batch(dataset, parameters.batch_size, device)
-    failures = {label: failure for label, model in models.items() if (failure := recorded_failure(model)) is not None}
+    failures = {
+        label: failure for label, model in models.items() if (failure := recorded_failure(model.path)) is not None
+    }
     for label, failure in failures.items():
         context.note(f"{label} is not measured: {failure}")
     timers = {
@@ -66,18 +69,12 @@ def measure_models(
 
 def read_batch(dataset: Artifact, size: int, device: torch.device) -> Batch:
     """Inputs and targets of the first samples: tokens `[size, length]`, or pixels `[size, channels, height, width]`."""
-    description = read_dataset(dataset.path)
-    reader: Any = open_split(dataset.path, "validation")
+    reader = open_split(dataset.path, "validation")
     size = min(size, len(reader))
     if size < 1:
         raise UserError(f"the dataset of `{dataset.stage}` has no validation samples", "use a larger corpus")
-    indices = np.arange(size)
-    if description.kind == "images":
-        pixels, labels = reader.images(indices)
-        images = torch.from_numpy(pixels).float() / 255.0
-        return images.to(device), torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(device)
-    blocks = torch.from_numpy(np.asarray(reader.samples(indices), dtype=np.int64)).to(device)
-    return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
+    inputs, targets = read_tensors(reader, np.arange(size))
+    return inputs.to(device), targets.to(device)
 
 
 def units_of(batch: Batch) -> int:

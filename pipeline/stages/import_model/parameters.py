@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+
+def _check_factory(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"\w+(\.\w+)*:\w+", value):
+        raise ValueError("expected package.module:function")
+    return value
+
+
+def _check_options(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    if value and info.data.get("factory") is None:
+        raise ValueError("they go to the factory, and there is none: give factory, or leave them out")
+    if not _is_plain(value):
+        raise ValueError("expected texts, numbers, lists, and mappings with names: they are kept in JSON")
+    return value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and _is_plain(entry) for name, entry in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | bool | int | float)
+
+
+def _check_config(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    if value and info.data.get("factory") is not None:
+        raise ValueError("is of GPT-2 and ConvNeXt, and the factory builds the model: use options")
+    return value
 
 
 class ImportModelParameters(BaseModel):
@@ -14,11 +43,19 @@ class ImportModelParameters(BaseModel):
 
     path: str = Field(
         min_length=1,
-        description="a directory of polytrope, Hugging Face or DeepSpeed, or a file with a state dict of GPT-2 or "
-        "ConvNeXt; relative to the workflow file",
+        description="a directory of polytrope, Hugging Face or DeepSpeed, or a file with a state dict; "
+        "relative to the workflow file",
     )
-    config: dict[str, Any] = Field(
+    factory: Annotated[str | None, AfterValidator(_check_factory)] = Field(
+        None,
+        description="package.module:function of your own code, which builds the model that a state dict belongs to; "
+        "its code, and that of all project modules it imports, is part of the key; not needed for GPT-2 and ConvNeXt",
+    )
+    options: Annotated[dict[str, Any], AfterValidator(_check_options)] = Field(
+        default_factory=dict, description="keyword arguments of the factory"
+    )
+    config: Annotated[dict[str, Any], AfterValidator(_check_config)] = Field(
         default_factory=dict,
-        description="fields of the model's configuration that a state dict or DeepSpeed checkpoint does not tell: "
-        "n_head, activation",
+        description="fields of the model's configuration that a state dict or DeepSpeed checkpoint of a GPT-2 or "
+        "ConvNeXt does not tell: n_head, activation",
     )

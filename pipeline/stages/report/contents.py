@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from polytrope.pipeline.data.analysis_file import Analysis
 from polytrope.pipeline.data.conversion_file import ConversionRecord, read_conversion
 from polytrope.pipeline.data.evaluation_file import EvaluatedModel, Evaluation
 from polytrope.pipeline.data.lineage import Lineage, read_lineage
@@ -31,6 +32,7 @@ def collect(
     conversion: Artifact | None,
     parameters: ReportParameters,
     speed: Speed | None = None,
+    analysis: Analysis | None = None,
 ) -> Figures:
     """Everything the page shows as numbers or text.
 
@@ -64,6 +66,7 @@ def collect(
             if result.failure is not None
         ],
         "speed": None if speed is None else speed.protocol.model_dump(),
+        "analysis": [] if analysis is None else _analysis(analysis, parameters),
         "not_measured": _not_measured(results, speed, parameters),
         "training": [entry for label in models if (entry := _training(label, models[label], parameters))],
         "conversion": [] if conversion is None else _conversion(read_conversion(conversion.path)),
@@ -86,6 +89,15 @@ def collect(
         for row in rows:
             row["difference"] = row["loss"] - losses[baseline] if baseline in losses else None
     return figures
+
+
+def _analysis(analysis: Analysis, parameters: ReportParameters) -> list[Figures]:
+    """Each model's figures by name, or why it has none."""
+    rows = []
+    for label, model in analysis.models.items():
+        row: Figures = {"label": label, "name": parameters.labels.get(label, label), "failure": model.failure}
+        rows.append({**row, "figures": model.metrics()})
+    return rows
 
 
 def _not_measured(

@@ -9,6 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from polytrope.pipeline.data.analysis_file import Analysis, read_analysis
+from polytrope.pipeline.data.circuit_file import read_circuit
 from polytrope.pipeline.data.conversion_file import read_conversion
 from polytrope.pipeline.data.evaluation_file import Evaluation, read_evaluation
 from polytrope.pipeline.data.speed_file import read_speed
@@ -26,21 +28,30 @@ def write_report(
     evaluation: Artifact,
     models: dict[str, Artifact],
     parameters: ReportParameters,
-    conversion: Artifact | None,
-    dataset: Artifact | None,
-    speed: Artifact | None,
+    others: Mapping[str, Artifact | None],
 ) -> dict[str, float]:
-    """Write `report.json`, `plots/*.png`, `report.html`; returns the metrics of the result table."""
+    """Write `report.json`, `plots/*.png`, `report.html`; returns the metrics of the result table.
+
+    Args:
+        others: the optional inputs `dataset`, `conversion`, `speed`, `analysis` and `circuit`.
+    """
     content = read_evaluation(evaluation.path)
-    summary = collect(content, models, conversion, parameters, None if speed is None else read_speed(speed.path))
+    conversion, speed, analysed = (others[name] for name in ("conversion", "speed", "analysis"))
+    analysis = None if analysed is None else read_analysis(analysed.path)
+    measured = None if speed is None else read_speed(speed.path)
+    summary = collect(content, models, conversion, parameters, measured, analysis)
+    circuit = others["circuit"]
+    summary["circuit"] = None if circuit is None else read_circuit(circuit.path).model_dump()
     drawings = _drawings(content, summary, models, conversion, parameters)
+    if analysis is not None:
+        drawings |= _analysis_drawings(analysis, summary, parameters)
     pictures: dict[str, dict[str, bytes]] = {}
     (context.output / "plots").mkdir()
     for index, (name, draw) in enumerate(drawings.items()):
         context.progress(index, len(drawings) + 1, f"plot {name}")
         pictures[name] = {theme: plots.render(draw, theme) for theme in ("light", "dark")}
         (context.output / "plots" / f"{name}.png").write_bytes(pictures[name]["light"])
-    inputs = _inputs(evaluation, models, conversion, dataset, speed)
+    inputs = _inputs(evaluation, models, others)
     page = build_page(summary, pictures, _configurations(models), inputs, parameters.command)
     (context.output / "report.html").write_text(page, encoding="utf-8")
     (context.output / "report.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -121,6 +132,18 @@ def _drawings(
             plots.draw_confusion, matrices=confusion, class_names=content.dataset.class_names
         )
     return drawings
+
+
+def _analysis_drawings(
+    analysis: Analysis, summary: Figures, parameters: ReportParameters
+) -> dict[str, Callable[[plots.Theme], Any]]:
+    """Of all models, or of the first repeat of each group."""
+    shown = _representatives(analysis.models, summary, parameters)
+    spectra, maps = analysis.spectra(), analysis.variance_maps()
+    return plots.analysis_drawings(
+        {name: spectra[label] for name, label in shown.items() if label in spectra},
+        {name: maps[label] for name, label in shown.items() if label in maps},
+    )
 
 
 def _representatives(results: Mapping[str, Any], summary: Figures, parameters: ReportParameters) -> dict[str, str]:
@@ -207,15 +230,11 @@ def _configurations(models: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def _inputs(
-    evaluation: Artifact,
-    models: Mapping[str, Artifact],
-    conversion: Artifact | None,
-    dataset: Artifact | None,
-    speed: Artifact | None,
+    evaluation: Artifact, models: Mapping[str, Artifact], others: Mapping[str, Artifact | None]
 ) -> list[dict[str, str]]:
-    entries: list[tuple[str, Artifact | None]] = [("dataset", dataset), ("evaluation", evaluation)]
+    entries: list[tuple[str, Artifact | None]] = [("dataset", others["dataset"]), ("evaluation", evaluation)]
     entries += [(f"model {label}", artifact) for label, artifact in models.items()]
-    entries += [("conversion", conversion), ("speed", speed)]
+    entries += [(name, artifact) for name, artifact in others.items() if name != "dataset"]
     return [
         {"input": name, "stage": artifact.stage, "digest": artifact.digest} for name, artifact in entries if artifact
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.promised import (
+    PromisedAnalysis,
     PromisedEvaluation,
     PromisedModel,
     PromisedSpeed,
@@ -45,6 +46,8 @@ def promise(parameters: ReportParameters, upstream: Mapping[str, Any], _resource
     expect_model("inputs.conversion", upstream["conversion"])
     expect_data("inputs.dataset", upstream["dataset"])
     expect("inputs.speed", upstream["speed"], PromisedSpeed)
+    expect("inputs.analysis", upstream["analysis"], PromisedAnalysis)
+    expect("inputs.circuit", upstream["circuit"], PromisedModel)
     for label, model in upstream["models"].items():
         expect(f"inputs.models.{label}", model, PromisedModel)
         if evaluation is not None and label not in evaluation.labels:
@@ -67,8 +70,11 @@ def report(
     conversion: Artifact | None = None,
     dataset: Artifact | None = None,
     speed: Artifact | None = None,
+    analysis: Artifact | None = None,
+    circuit: Artifact | None = None,
 ) -> dict[str, float]:
     """Write `report.html`, `report.json` and `plots/*.png`, and show them on the workflow's MLflow run."""
     from polytrope.pipeline.stages.report.output import write_report
 
-    return write_report(context, evaluation, models, parameters, conversion, dataset, speed)
+    others = {"dataset": dataset, "conversion": conversion, "speed": speed, "analysis": analysis, "circuit": circuit}
+    return write_report(context, evaluation, models, parameters, others)

@@ -34,7 +34,7 @@ def build_page(
     """
     rows, entropy = figures["table"], figures["unigram_entropy"]
     losses = [row["loss"] for row in rows] + ([entropy] if figures["kind"] == "text" and entropy is not None else [])
-    shown = ("losses", "gradients", "moments", "conversion", "shapes", "confusion", "groups")
+    shown = ("losses", "gradients", "moments", "conversion", "shapes", "confusion", "groups", "kernel", "variances")
     density_of = figures.get("shapes_density_of")
     return render_page(
         _TEMPLATE,
@@ -50,6 +50,7 @@ def build_page(
         budgets=len({row["budget"] for row in rows if row.get("budget")}) > 1,
         speed=_speed(figures),
         drift=_drift(figures),
+        analysis=_analysis(figures),
         training=_training(figures),
         density_of=name_of(figures, density_of) if density_of else "",
         samples=[(name_of(figures, label), text) for label, text in figures["samples"].items()],
@@ -161,6 +162,28 @@ def _speed(figures: Mapping[str, Any]) -> dict[str, Any] | None:
         "rows": [
             (name, [format(factor * speed[key], layout) for key, _, factor, layout in columns]) for name, speed in known
         ],
+    }
+
+
+_ANALYSIS = {  # figure → heading
+    "signal/largest_variance_slope": "slope of the map of variances",
+    "signal/largest_lipschitz": "Lipschitz constant",
+    "signal/largest_mlp_bound": "bound of an MLP",
+    "kernel/mean_frequency": "mean frequency of a layer",
+    "kernel/network_mean_frequency": "of all layers",
+}
+
+
+def _analysis(figures: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Heads and rows of the table of analyses; a model without figures has the reason."""
+    rows = figures["analysis"]
+    known = [key for key in _ANALYSIS if any(key in row["figures"] for row in rows)]
+    if not rows:
+        return None
+    cells = [[f"{row['figures'][key]:.4g}" if key in row["figures"] else "–" for key in known] for row in rows]
+    return {
+        "heads": ["model", *(_ANALYSIS[key] for key in known)],
+        "rows": [(row["name"], entry, row["failure"]) for row, entry in zip(rows, cells, strict=True)],
     }
 
 

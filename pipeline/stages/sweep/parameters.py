@@ -59,6 +59,12 @@ class SweepParameters(BaseModel):
     metric: str = Field(description="a figure of `training.json`, such as val/loss")
     mode: Literal["min", "max"] = Field(description="min: the smallest value is best; max: the largest")
     halving: Halving | None = Field(None, description="few trials are trained long; default: all alike")
+    sampler: Literal["halton", "tpe"] = Field(
+        "halton",
+        description="halton: evenly spread, all drawn at once; tpe: Optuna's tree-structured Parzen estimator, which "
+        "draws a batch by what the trials before came to (`pip install 'polytrope[optuna]'`)",
+    )
+    batch: int = Field(4, ge=1, description="of tpe: trials that are drawn at a time; the first batch is halton's")
     seed: int = Field(0, ge=0, description="of the points that are tried")
 
     @field_validator("ranges")
@@ -74,9 +80,19 @@ class SweepParameters(BaseModel):
         halving = self.halving
         return {} if halving is None else {halving.parameter: halving.smallest * halving.factor**number}
 
+    def batches(self) -> list[range]:
+        """Numbers of the trials that are drawn at a time."""
+        size = self.batch if self.sampler == "tpe" else self.trials
+        return [range(start, min(start + size, self.trials)) for start in range(0, self.trials, size)]
+
     def kept(self, number: int) -> int:
         """How many trials a round has."""
         return self.trials if self.halving is None else max(1, self.trials // self.halving.factor**number)
+
+
+def trial_name(number: int) -> str:
+    """`trial007`."""
+    return f"trial{number:03d}"
 
 
 class NextRoundParameters(BaseModel):
@@ -87,6 +103,16 @@ class NextRoundParameters(BaseModel):
     sweep: SweepParameters = Field(description="the sweep")
     number: int = Field(ge=1, description="of the round, the first being 0")
     trials: dict[str, dict[str, Value]] = Field(description="trial → its values, by parameter")
+
+
+class DrawParameters(BaseModel):
+    """A later batch of a sweep whose sampler learns."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sweep: SweepParameters = Field(description="the sweep")
+    number: int = Field(ge=1, description="of the batch, the first being 0")
+    trials: dict[str, dict[str, Value]] = Field(description="trial of the first batch → its values, by parameter")
 
 
 class OverviewParameters(BaseModel):

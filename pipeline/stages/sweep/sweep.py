@@ -11,11 +11,15 @@ search:
     halving: {parameter: steps, smallest: 100, rounds: 3}     # 9 × 100, 3 × 300, 1 × 900 steps
 
 `search/best` is then the model of the best trial, `search/overview` a table and a plot of all.
+
+With `sampler: tpe` the trials come in batches: `search/batch1` draws its own by what those before came to, and returns
+them as `search/batch1/trial004`, ….
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -24,14 +28,20 @@ from polytrope.pipeline.data.training_file import figure_names, figure_of_traini
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, Stages, load_stage, stage
 from polytrope.pipeline.stages.sweep.parameters import (
+    DrawParameters,
     NextRoundParameters,
     OverviewParameters,
     SweepParameters,
     Value,
+    trial_name,
 )
 from polytrope.pipeline.support.text import suggest
 
-_NEXT, _OVERVIEW = (f"polytrope.pipeline.stages.sweep.sweep:{name}" for name in ("next_round", "overview"))
+_NEXT, _DRAW, _OVERVIEW = (
+    f"polytrope.pipeline.stages.sweep.sweep:{name}" for name in ("next_round", "draw_batch", "overview")
+)
+Places = dict[tuple[str, ...], tuple[str, ...]]
+_TRIALS_FILE = "trials.json"
 
 
 def check(parameters: SweepParameters, _upstream: Mapping[str, Any]) -> None:
@@ -44,11 +54,18 @@ def check(parameters: SweepParameters, _upstream: Mapping[str, Any]) -> None:
     for name in [*parameters.ranges, *budget]:
         first = name.partition(".")[0]
         if first not in model.model_fields and model.model_config.get("extra") != "allow":
-            field = "ranges" if name in parameters.ranges else "halving.parameter"
+            field = f"ranges.{name}" if name in parameters.ranges else "halving.parameter"
             raise UserError(f"{field}: stage `{uses}` has no parameter `{first}`", suggest(first, model.model_fields))
     figures = {*figure_names("text"), *figure_names("images")}
     if uses == "train" and parameters.metric not in figures:
         raise UserError(f"metric: a training has no figure `{parameters.metric}`", suggest(parameters.metric, figures))
+    if parameters.sampler == "tpe" and importlib.util.find_spec("optuna") is None:
+        raise UserError("sampler: tpe is Optuna's, which is not installed", "`pip install 'polytrope[optuna]'`")
+    if parameters.sampler == "tpe" and parameters.halving is not None:
+        raise UserError(
+            "sampler: tpe learns from trials that are trained alike, and halving trains few of them long",
+            "leave one of them out",
+        )
     if (halving := parameters.halving) is not None:
         needed = halving.factor ** (halving.rounds - 1)
         if parameters.trials < needed:
@@ -59,11 +76,36 @@ def check(parameters: SweepParameters, _upstream: Mapping[str, Any]) -> None:
             )
 
 
-@stage(check=check)
+def returned(parameters: SweepParameters) -> tuple[Places, dict[str, Any]]:
+    """What a sweep returns: the trials, which stand in its parameter `stage` but for what varies, and what follows."""
+    places: Places = {(): ("with", "stage")}
+    places |= {("with", *name.split(".")): ("with", "ranges", name) for name in parameters.ranges}
+    if parameters.halving is not None:
+        places["with", *parameters.halving.parameter.split(".")] = ("with", "halving", "smallest")
+    return places, _stages(parameters, _first_trials(parameters))
+
+
+def returned_later(parameters: NextRoundParameters) -> tuple[Places, dict[str, Any]]:
+    """What a later round may return; its trials stand where those of the round before do."""
+    trials = parameters.trials.items()
+    return {(): ()}, {name: _trial(parameters.sweep, parameters.number, values) for name, values in trials}
+
+
+@stage(check=check, returns=returned)
 def sweep(context: StageContext, parameters: SweepParameters) -> Stages:
     """Draw the trials' parameters and return them as stages, with the rounds that follow, `best` and `overview`."""
-    trials = draw_trials(parameters)
-    (context.output / "trials.json").write_text(json.dumps(trials, indent=1) + "\n", encoding="utf-8")
+    trials = _first_trials(parameters)
+    _write_trials(context, trials)
+    return Stages(_stages(parameters, trials), {"trials": len(trials)})
+
+
+def _first_trials(parameters: SweepParameters) -> dict[str, dict[str, Value]]:
+    """Those that are drawn before any has been trained."""
+    return draw_trials(parameters, parameters.batches()[0])
+
+
+def _stages(parameters: SweepParameters, trials: Mapping[str, dict[str, Value]]) -> dict[str, Any]:
+    """The first trials, what draws or chooses further ones, the choice of the best, and the overview."""
     stages: dict[str, Any] = {name: _trial(parameters, 0, values) for name, values in trials.items()}
     rounds = 1 if parameters.halving is None else parameters.halving.rounds
     last: Any = {name: name for name in trials}
@@ -74,16 +116,27 @@ def sweep(context: StageContext, parameters: SweepParameters) -> Stages:
         stages[name] = {"uses": _NEXT, "inputs": {"models": last}, "with": {**common, "number": number}}
         last = f"{name}/*"
         everything[name] = last
+    draws: dict[str, str] = {}
+    for number in range(1, len(parameters.batches())):
+        name = f"batch{number}"
+        earlier = {"models": dict(last), **({"draws": dict(draws)} if draws else {})}
+        stages[name] = {"uses": _DRAW, "inputs": earlier, "with": {**common, "number": number}}
+        draws[name] = name
+        last[name] = everything[f"round0/{name}"] = f"{name}/*"
     stages["best"] = {
         "uses": "select",
         "inputs": {"models": last},
         "with": {"metric": parameters.metric, "mode": parameters.mode},
     }
-    stages["overview"] = {"uses": _OVERVIEW, "inputs": {"models": everything}, "with": common}
-    return Stages(stages, {"trials": len(trials)})
+    stages["overview"] = {
+        "uses": _OVERVIEW,
+        "inputs": {"models": everything, **({"draws": draws} if draws else {})},
+        "with": common,
+    }
+    return stages
 
 
-@stage()
+@stage(returns=returned_later)
 def next_round(context: StageContext, models: dict[str, Artifact], parameters: NextRoundParameters) -> Stages:
     """Choose the best trials of the round before and return them with a larger budget, trained from the start."""
     sweep, number = parameters.sweep, parameters.number
@@ -101,17 +154,43 @@ def next_round(context: StageContext, models: dict[str, Artifact], parameters: N
     )
 
 
+def drawn_later(parameters: DrawParameters) -> tuple[Places, dict[str, Any]]:
+    """The trials that a later batch will have, with other values of the same ranges."""
+    numbers = parameters.sweep.batches()[parameters.number]
+    return {(): ()}, {
+        name: _trial(parameters.sweep, 0, values) for name, values in draw_trials(parameters.sweep, numbers).items()
+    }
+
+
+@stage(returns=drawn_later)
+def draw_batch(
+    context: StageContext, models: dict[str, Artifact], draws: dict[str, Artifact], parameters: DrawParameters
+) -> Stages:
+    """Draw the next trials by what those before came to, and return them."""
+    from polytrope.pipeline.stages.sweep.learning import draw_by_results
+
+    sweep = parameters.sweep
+    values = _values(parameters.trials, draws)
+    found = {label.split("/")[-1]: figure_of_training(model.path, sweep.metric)[0] for label, model in models.items()}
+    numbers = sweep.batches()[parameters.number]
+    drawn = draw_by_results(sweep, [(values[name], found[name]) for name in sorted(found)], numbers)
+    _write_trials(context, drawn)
+    return Stages({name: _trial(sweep, 0, given) for name, given in drawn.items()}, {"trials": len(drawn)})
+
+
 @stage()
-def overview(context: StageContext, models: dict[str, Artifact], parameters: OverviewParameters) -> dict[str, float]:
+def overview(
+    context: StageContext, models: dict[str, Artifact], draws: dict[str, Artifact], parameters: OverviewParameters
+) -> dict[str, float]:
     """Write `sweep.json`, a row per trial and round, and `sweep.png`: one line per trial through all its parameters."""
     from polytrope.pipeline.stages.sweep.coordinates import draw_coordinates
 
-    sweep = parameters.sweep
+    sweep, values = parameters.sweep, _values(parameters.trials, draws)
     rows = []
     for label, model in models.items():
-        round_name, name = label.split("/")
+        round_name, *_, name = label.split("/")
         value, why = figure_of_training(model.path, sweep.metric)
-        row = {"trial": name, "round": int(round_name.removeprefix("round")), **parameters.trials[name]}
+        row = {"trial": name, "round": int(round_name.removeprefix("round")), **values[name]}
         rows.append({**row, sweep.metric: value, **({"left_out": why} if why else {})})
     (context.output / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (context.output / "sweep.png").write_bytes(draw_coordinates(rows, list(sweep.ranges), sweep.metric, sweep.mode))
@@ -120,17 +199,30 @@ def overview(context: StageContext, models: dict[str, Artifact], parameters: Ove
     return {"rows": len(rows), "left_out": sum("left_out" in row for row in rows)}
 
 
-def draw_trials(parameters: SweepParameters) -> dict[str, dict[str, Value]]:
+def _write_trials(context: StageContext, trials: Mapping[str, Mapping[str, Value]]) -> None:
+    (context.output / _TRIALS_FILE).write_text(json.dumps(trials, indent=1) + "\n", encoding="utf-8")
+
+
+def _values(first: Mapping[str, dict[str, Value]], draws: Mapping[str, Artifact]) -> dict[str, dict[str, Value]]:
+    """Trial → its values, of the first trials and of those that were drawn later."""
+    values = dict(first)
+    for draw in draws.values():
+        values |= json.loads((draw.path / _TRIALS_FILE).read_bytes())
+    return values
+
+
+def draw_trials(parameters: SweepParameters, numbers: range) -> dict[str, dict[str, Value]]:
     """Trial → its values. Points of Halton's sequence: evenly spread, and the first ones stay when more are drawn."""
     from scipy.stats import qmc
 
-    shares = qmc.Halton(len(parameters.ranges), seed=parameters.seed).random(parameters.trials)
+    shares = qmc.Halton(len(parameters.ranges), seed=parameters.seed).random(numbers.stop)
     trials = {}
-    for number, point in enumerate(shares):
+    for number in numbers:
+        point = shares[number]
         values: dict[str, Value] = {}
         for share, (name, given) in zip(map(float, point), parameters.ranges.items(), strict=True):
             values[name] = given[int(share * len(given))] if isinstance(given, list) else given.value(share)
-        trials[f"trial{number:03d}"] = values
+        trials[trial_name(number)] = values
     return trials
 
 

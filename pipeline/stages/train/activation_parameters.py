@@ -63,7 +63,7 @@ def _rising(value: tuple[float, float]) -> tuple[float, float]:
 
 def _not_gated(value: bool) -> bool:
     if value:
-        raise ValueError("the blocks of these models have no gate, which halves the width; leave it out")
+        raise ValueError("a gated activation halves the width; leave it out and use `feedforward: gated`")
     return value
 
 
@@ -85,7 +85,7 @@ class _Grouped(_Named):
 
     num_parameters: int = Field(1, ge=1, description="groups of channels that have coefficients of their own")
     dim: int = Field(-1, description="the dimension whose channels are grouped")
-    glu: Gate = Field(False, description="gated; not in these models")
+    glu: Gate = Field(False, description="gated; `feedforward: gated` does that")
 
 
 class _Elementwise(_Grouped):

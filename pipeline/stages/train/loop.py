@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from polytrope.models import build_model, find_architecture
 from polytrope.models.checkpoint import load_weights, save_model
 from polytrope.models.losses import make_loss
+from polytrope.models.parts.ranges import RangePenalty, penalise_ranges
 from polytrope.ops import kernels
 from polytrope.pipeline.data.training_file import Training, write_training
 from polytrope.pipeline.errors import UserError
@@ -290,6 +291,8 @@ def _create_model(plan: TrainingPlan) -> nn.Module:
             from safetensors.torch import load_file
 
             load_weights(model, load_file(plan.initial / "model.safetensors"))
+        if plan.parameters.range_penalty is not None:
+            penalise_ranges(model, RangePenalty(**plan.parameters.range_penalty.model_dump()))
     except (ValueError, TypeError) as error:
         raise UserError(f"the model cannot be built: {error}", "see `with: model:` of this stage") from error
     model.train()

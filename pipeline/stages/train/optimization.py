@@ -9,17 +9,22 @@ from typing import Any
 from torch import nn
 
 from polytrope.pipeline.stages.train.parameters import TrainParameters
+from polytrope.pipeline.stages.train.trainable import COEFFICIENTS, MULTIPLICATIVE
 
-COEFFICIENTS = "coefficients"
+MULTIPLICATIVE_SHARE = 0.1  # of the base rate
 
 
 def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, layer scales and activation coefficients do not; coefficients have their own rate.
+    """Matrices decay; norms, biases, layer scales, activation coefficients and multiplicative parameters do not.
+
+    The last two have their own rates: what multiplies inputs by inputs learns at `MULTIPLICATIVE_SHARE` of the base
+    rate where `multiplicative_learning_rate` does not say.
 
     Coefficients are one group, `coefficients`, where `coefficient_learning_rate` is given; else one for each multiple
     of the base rate that `coefficient_multiple` says: `coefficients_x10`; parameters without a model are those of
     fine-tuning. `peak` is a group's peak learning rate; the schedule scales it.
     """
+    from polytrope.models.parts.feedforward import multiplicative_parameters
     from polytrope.ops import is_learnable_activation
     from polytrope.pipeline.stages.train.coefficient_rates import coefficient_multiple
 
@@ -34,6 +39,10 @@ def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict
                 name, peak = f"{COEFFICIENTS}_x{multiple:g}", multiple * parameters.learning_rate
             peaks[name] = peak
             group_of |= {id(parameter): name for parameter in module.parameters()}
+    if multiplicative := multiplicative_parameters(model):
+        peak = parameters.multiplicative_learning_rate
+        peaks[MULTIPLICATIVE] = MULTIPLICATIVE_SHARE * parameters.learning_rate if peak is None else peak
+        group_of |= {id(parameter): MULTIPLICATIVE for parameter in multiplicative}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in peaks}
     for parameter in model.parameters():  # names a tied parameter once
         if parameter.requires_grad:
@@ -53,8 +62,12 @@ def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict
 
 
 def coefficient_rates(groups: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """The present learning rates of coefficients as metrics: `learning_rate/coefficients_x10`, …"""
-    return {f"learning_rate/{group['name']}": group["lr"] for group in groups if COEFFICIENTS in group.get("name", "")}
+    """The present learning rates of groups with their own as metrics: `learning_rate/coefficients_x10`, …"""
+    return {
+        f"learning_rate/{group['name']}": group["lr"]
+        for group in groups
+        if COEFFICIENTS in group.get("name", "") or group.get("name") == MULTIPLICATIVE
+    }
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int, minimum: float) -> float:

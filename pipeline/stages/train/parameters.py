@@ -17,7 +17,8 @@ from polytrope.pipeline.stages.train.activation_parameters import (
     Interval,
     spelled_out,
 )
-from polytrope.pipeline.stages.train.trainable import COEFFICIENTS, check_entry
+from polytrope.pipeline.stages.train.part_parameters import Attention, FeedForward, Norm
+from polytrope.pipeline.stages.train.trainable import COEFFICIENTS, MULTIPLICATIVE, check_entry
 
 if TYPE_CHECKING:
     ArchitectureName = str
@@ -60,6 +61,16 @@ class ModelParameters(BaseModel):
     activation_options: ActivationOptions | None = Field(
         None, description="init, interval, per_channel of all learnable activations that have such an option"
     )
+    attention: Attention | None = Field(
+        None,
+        description="gpt2: softmax (the default) or power, or {name, options}; a list as for activation",
+    )
+    norm: Norm | None = Field(None, description="layer_norm (the default) or batch")
+    feedforward: FeedForward | None = Field(
+        None,
+        description="the layers around each activation: mlp (the default), gated or quadratic, or {name, options}; a "
+        "list as for activation",
+    )
     n_layer: int | None = Field(None, ge=1, description="gpt2: number of blocks")
     n_head: int | None = Field(None, ge=1, description="gpt2: attention heads")
     n_embd: int | None = Field(None, ge=1, description="gpt2: width of the residual stream")
@@ -86,6 +97,16 @@ class ModelParameters(BaseModel):
         """The activation of each block, with its `name`."""
         config = make_config(MODEL_KINDS[self.architecture].config, self.settings())
         return [spelled_out(entry) for entry in activation_configs(config.activation, len(config.activation_widths()))]
+
+    def is_multiplicative(self) -> bool:
+        """Whether it has parameters that learn at `multiplicative_learning_rate`."""
+        config = make_config(MODEL_KINDS[self.architecture].config, self.settings())
+        return any(part.multiplicative for part in config.feedforward_settings())
+
+    def divides(self) -> bool:
+        """Whether it has attention whose denominators `range_penalty` keeps in a range."""
+        config = make_config(MODEL_KINDS[self.architecture].config, self.settings())
+        return self.architecture == "gpt2" and any(part.fixed_weights for part in config.attention_settings())
 
     @model_validator(mode="after")
     def buildable(self) -> ModelParameters:
@@ -142,6 +163,26 @@ class PolyLoss(BaseModel):
 TrainingLoss = CrossEntropyLoss | PolyLoss
 
 
+class RangePenaltyParameters(BaseModel):
+    """What is added to the loss so that ranges stay where polynomials will be good."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    activation: float = Field(
+        1.0, ge=0, description="weight of the mean of max(|x| - beyond, 0)², over inputs x of activations"
+    )
+    beyond: float = Field(4.0, gt=0, description="where inputs of activations begin to cost")
+    denominator: float = Field(
+        0.1, ge=0, description="weight of the mean of (ln d)², over the denominators d of attention: power"
+    )
+
+    @model_validator(mode="after")
+    def penalises(self) -> RangePenaltyParameters:
+        if not self.activation and not self.denominator:
+            raise ValueError("activation and denominator are both 0: leave range_penalty out")
+        return self
+
+
 class TrainParameters(BaseModel):
     """Everything that decides the result of a training."""
 
@@ -153,10 +194,15 @@ class TrainParameters(BaseModel):
         description="what is minimised: {name: poly, epsilon: 1.0} (at least -1), or {name: cross_entropy}, as is the "
         "default; validation always measures cross entropy",
     )
+    range_penalty: RangePenaltyParameters | None = Field(
+        None,
+        description="added to the training loss, summed over the blocks: keeps inputs of activations and denominators "
+        "of attention in a range; validation has none",
+    )
     trainable: list[Annotated[str, AfterValidator(check_entry)]] | None = Field(
         None,
         min_length=1,
-        description="which parameters learn: coefficients, norms, head, or patterns of their names "
+        description="which parameters learn: coefficients, multiplicative, norms, head, or patterns of their names "
         "(transformer.h.*.mlp.*); the others stay as they are. Default: all",
     )
     steps: int | None = Field(None, ge=1, description="optimizer steps; give steps or epochs")
@@ -173,9 +219,19 @@ class TrainParameters(BaseModel):
         "every activation equally fast (10 for Hermite polynomials on [-4, 4]; a tenth of that in fine-tuning, and a "
         "tenth without an interval)",
     )
+    multiplicative_learning_rate: float | None = Field(
+        None,
+        ge=0,
+        description="peak learning rate of what multiplies inputs by inputs (feedforward: quadratic); default: a tenth "
+        "of learning_rate",
+    )
     minimum_learning_rate: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of the peak")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up before the cosine")
-    weight_decay: float = Field(0.1, ge=0, description="AdamW's decay of matrices (never norms, biases, coefficients)")
+    weight_decay: float = Field(
+        0.1,
+        ge=0,
+        description="AdamW's decay of matrices (never norms, biases, coefficients, multiplicative parameters)",
+    )
     betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's moment decays")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm, 0: no clipping")
@@ -239,7 +295,7 @@ class TrainParameters(BaseModel):
     @model_validator(mode="after")
     def consistent(self) -> TrainParameters:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either `steps` or `epochs`")
+            raise ValueError(f"give either `steps` ({self.steps}) or `epochs` ({self.epochs:g})")
         if self.micro_batch_size is not None and self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size ({self.global_batch_size}) must be a multiple of "
@@ -249,6 +305,14 @@ class TrainParameters(BaseModel):
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
         if self.trainable is not None and self.peak_flops is not None:
             raise ValueError("peak_flops: MFU counts the gradients of all weights; leave it out with `trainable`")
+        if self.model is not None and not self.model.is_multiplicative():
+            if self.multiplicative_learning_rate is not None:
+                raise ValueError("multiplicative_learning_rate: only for a model with feedforward: quadratic")
+            if MULTIPLICATIVE in (self.trainable or ()):
+                raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with feedforward: quadratic has them")
+        penalty = self.range_penalty
+        if self.model is not None and penalty is not None and not penalty.activation and not self.model.divides():
+            raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
         if self.model is not None and COEFFICIENTS in (self.trainable or ()):
             names = {entry["name"] for entry in self.model.activations()}
             if names <= set(CLASSICAL):
@@ -280,7 +344,8 @@ def split_batch(parameters: TrainParameters, workers: int) -> tuple[int, int]:
     augmentation = parameters.augmentation
     if augmentation is not None and micro == 1 and (augmentation.mixup > 0 or augmentation.cutmix > 0):
         raise UserError(
-            "augmentation: mixup and cutmix mix the samples of a micro-batch, and each worker's has only one",
+            f"augmentation: mixup ({augmentation.mixup:g}) and cutmix ({augmentation.cutmix:g}) mix the samples of a "
+            "micro-batch, and each worker's has only one",
             f"set global_batch_size to at least {2 * workers}, or leave micro_batch_size out",
         )
     return micro, per_worker // micro

@@ -18,6 +18,7 @@ from polytrope.pipeline.data.promised import PromisedModel, PromisedText, expect
 from polytrope.pipeline.data.training_file import figure_names, read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
+from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
 from polytrope.pipeline.stages.train.parameters import TrainParameters, split_batch
 
 
@@ -40,10 +41,11 @@ def promise(
     parameters: TrainParameters, upstream: Mapping[str, Any], resources: Resources, _directory: Path
 ) -> PromisedModel | None:
     """The model that will be trained; refuses what does not fit the data set or the workers."""
-    split_batch(parameters, resources.workers)
+    _, accumulation = split_batch(parameters, resources.workers)
     data = expect_data("inputs.dataset", upstream["dataset"])
     if isinstance(data, PromisedText) and parameters.augmentation is not None:
-        raise UserError("augmentation: for images, and this dataset holds text", "leave it out")
+        given = ", ".join(sorted(f"`{name}`" for name in parameters.augmentation.model_fields_set))
+        raise UserError(f"augmentation: {given}: for images, and this dataset holds text", "leave it out")
     if parameters.model is None:
         model = expect("inputs.initial", upstream["initial"], PromisedModel)
         refuse_misfit("inputs.initial", model, data)
@@ -54,6 +56,7 @@ def promise(
             raise UserError(f"model.{found.setting or 'architecture'}: {found.text}", found.hint)
     if model is None:
         return None
+    check_batch_statistics(model.architecture, model.settings, parameters, accumulation)
     trained = model if data is None else model.trained_on(data)
     return replace(trained, figures=figure_names(MODEL_KINDS[model.architecture].data))
 

@@ -13,8 +13,17 @@ from polytrope.pipeline.support.text import suggest
 if TYPE_CHECKING:
     from torch import nn
 
-COEFFICIENTS = "coefficients"  # found by the modules they belong to
-GROUPS = (COEFFICIENTS, *sorted({name for kind in MODEL_KINDS.values() for name in kind.groups}))
+# Found by the modules they belong to.
+COEFFICIENTS = "coefficients"
+MULTIPLICATIVE = "multiplicative"
+GROUPS = (COEFFICIENTS, MULTIPLICATIVE, *sorted({name for kind in MODEL_KINDS.values() for name in kind.groups}))
+
+
+# Why a model may have none of a group.
+_WITHOUT = {
+    COEFFICIENTS: "its activations have no coefficients",
+    MULTIPLICATIVE: "layers of `feedforward: quadratic` have them",
+}
 
 
 def check_entry(entry: str) -> str:
@@ -31,7 +40,7 @@ def check_entry(entry: str) -> str:
 
 
 def freeze(model: nn.Module, architecture: str, trainable: Sequence[str]) -> None:
-    """Make the parameters that an entry names the only ones with gradients.
+    """Make the parameters that an entry names the only ones with gradients; those that never learn have none.
 
     Args:
         trainable: groups, and patterns of parameters' names (`*` stands for anything). A tensor with two names (a tied
@@ -41,22 +50,34 @@ def freeze(model: nn.Module, architecture: str, trainable: Sequence[str]) -> Non
         UserError: an entry that names no parameter of this model.
     """
     names = dict(model.named_parameters(remove_duplicate=False))
+    fixed = _certified(model)
     learns: set[int] = set()
     for entry in trainable:
-        found = _parameters_of(entry, model, architecture)
+        found = _parameters_of(entry, model, architecture) - fixed
         if not found:
             raise UserError(
                 f"trainable: `{entry}` names no parameter of this {architecture}",
-                suggest(entry, names) if entry not in GROUPS else f"its activations have no {entry}",
+                suggest(entry, names) if entry not in GROUPS else _WITHOUT.get(entry, f"it has no {entry}"),
             )
         learns |= found
     for parameter in names.values():
         parameter.requires_grad_(id(parameter) in learns)
 
 
+def _certified(model: nn.Module) -> set[int]:
+    """Parameters whose values a certificate is of."""
+    from polytrope.models.parts.reciprocal import PolynomialReciprocal
+
+    reciprocals = (module for module in model.modules() if isinstance(module, PolynomialReciprocal))
+    return {id(parameter) for module in reciprocals for parameter in module.parameters()}
+
+
 def _parameters_of(entry: str, model: nn.Module, architecture: str) -> set[int]:
+    from polytrope.models.parts.feedforward import multiplicative_parameters
     from polytrope.ops import is_learnable_activation
 
+    if entry == MULTIPLICATIVE:
+        return {id(parameter) for parameter in multiplicative_parameters(model)}
     if entry == COEFFICIENTS:
         activations = (module for module in model.modules() if is_learnable_activation(module))
         return {id(parameter) for module in activations for parameter in module.parameters()}

@@ -8,12 +8,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.described import read_model_promise
 from polytrope.pipeline.data.description import Dataset, read_dataset
 from polytrope.pipeline.data.misfits import misfit
 from polytrope.pipeline.data.promised import PromisedData, PromisedImages, PromisedModel, PromisedText
 from polytrope.pipeline.data.tokenization import same_tokenizer
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
+from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
 from polytrope.pipeline.stages.train.parameters import TrainParameters, split_batch
 
@@ -74,6 +76,8 @@ def make_plan(
     architecture, model = _resolve_model(description, dataset, initial, parameters)
     workers = context.resources.workers
     micro, accumulation = split_batch(parameters, workers)
+    settings = {name: value for name, value in model.items() if name != "activation_options"}
+    check_batch_statistics(architecture, settings, parameters, accumulation)
     samples = description.splits["train"].samples
     if samples < 1:
         raise UserError(f"the dataset of `{dataset.stage}` has no training samples", "use a larger corpus")
@@ -156,16 +160,13 @@ def _promised(description: Dataset) -> PromisedData:
 
 
 def _read_initial(initial: Artifact) -> PromisedModel:
-    from polytrope.models.checkpoint import read_description
-
     try:
-        content = read_description(initial.path)
+        return read_model_promise(initial.path)
     except ValueError as error:
         raise UserError(
             f"`initial` ({initial.stage}) holds no model that can be trained: {error}",
             "name a `train`, `convert` or `import_model` stage",
         ) from error
-    return PromisedModel(str(content["architecture"]), dict(content["config"]))
 
 
 def _same_tokenizer(initial: Artifact, dataset: Artifact) -> None:

@@ -20,12 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train import checkpoint_catalogue as catalogue
 from polytrope.pipeline.stages.train.best_weights import prune_best
 from polytrope.pipeline.stages.train.weight_average import WeightAverage
+
+_STATISTICS = "statistics.pt"  # of rank 0, if the model has any
 
 
 @dataclass
@@ -95,6 +98,8 @@ class CheckpointWriter:
         own: dict[str, Any] = {f"rank-{self.rank}.pt": _rank_state(progress)}
         if average is not None and self.rank == 0:  # it is the same on all ranks
             own["average.pt"] = average.state()
+        if self.rank == 0 and (statistics := running_statistics(engine.module)):
+            own[_STATISTICS] = statistics
         if self.asynchronous:
             copies = {directory / name: _serialise(state) for name, state in own.items()}
             with _capturing(engine, copies):
@@ -207,6 +212,10 @@ def restore(
             _load_universal(engine, context.scratch)
         else:
             engine.load_checkpoint(str(chosen.directory), tag="state")
+    if statistics := running_statistics(engine.module):  # DeepSpeed's universal format has none
+        saved = torch.load(chosen.directory / _STATISTICS, map_location="cpu", weights_only=True)
+        for name, buffer in statistics.items():
+            buffer.copy_(saved[name])
     if average is not None:
         average.load(torch.load(chosen.directory / "average.pt", map_location="cpu", weights_only=True))
     source = rank if rank < chosen.workers else 0
@@ -226,6 +235,11 @@ def restore(
         sums = [torch.load(file, weights_only=True)["progress"]["loss_sum"] for file in files]
         progress.loss_sum = sum(sums) / len(sums)
     return progress
+
+
+def running_statistics(module: nn.Module) -> dict[str, Tensor]:
+    """The numbers of a model that are no parameters, by name; the same on every rank."""
+    return {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
 
 
 def _rank_state(progress: Progress) -> dict[str, Any]:

@@ -17,6 +17,8 @@ class WeightAverage:
     The decay of update t is min(decay, (1 + t) / (10 + t)), so that the first steps do not weigh for ever (Tan & Le,
     2019, as in TensorFlow's `ExponentialMovingAverage` with `num_updates`).
 
+    Running statistics (buffers) belong to the weights that made them: they are averaged with them.
+
     Args:
         model: whose weights are averaged, those that learn.
         decay: in [0, 1).
@@ -25,12 +27,13 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, decay: float, masters: Masters) -> None:
         self.decay, self.updates = decay, 0
-        self.parameters = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        learned = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        self.statistics = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+        self.tensors: dict[str, Tensor] = {**learned, **self.statistics}
         self._masters = masters
-        current = masters()
+        current = self._current()
         self.averages = {
-            name: current[name].to(parameter.device, torch.float32, copy=True)
-            for name, parameter in self.parameters.items()
+            name: current[name].to(tensor.device, torch.float32, copy=True) for name, tensor in self.tensors.items()
         }
 
     @torch.no_grad()
@@ -38,23 +41,26 @@ class WeightAverage:
         """Take in the weights as they are now; a collective where the masters are sharded."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        masters = self._masters()
-        current = [masters[name].to(average.device) for name, average in self.averages.items()]
+        whole = self._current()
+        current = [whole[name].to(average.device) for name, average in self.averages.items()]
         torch._foreach_lerp_(list(self.averages.values()), current, 1.0 - decay)
+
+    def _current(self) -> Mapping[str, Tensor]:
+        return {**self._masters(), **self.statistics}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Put the averages into the model, rounded to its type; the trained weights come back, bit for bit."""
-        trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        trained = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(self.averages[name])
+            for name, tensor in self.tensors.items():
+                tensor.copy_(self.averages[name])
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(trained[name])
+                for name, tensor in self.tensors.items():
+                    tensor.copy_(trained[name])
 
     def state(self) -> dict[str, Tensor | int]:
         """For a checkpoint."""

@@ -108,6 +108,12 @@ inline float __uint_as_float(unsigned bits) {
   return value;
 }
 
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
 template <class T>
 T __ldcs(const T* pointer) {
   return *pointer;

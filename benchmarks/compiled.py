@@ -1,0 +1,139 @@
+"""A compiled MLP block, linear - activation - linear: learnable activations as torch.compile sees them, against GELU.
+
+    python -m benchmarks.ops --only compiled      # on the CPU; on a GPU it is a part of `benchmarks.gpu_ops`
+
+Forward and backward with all gradients. Each activation is there twice: as it is, lowered to arithmetic that fuses
+with bias and casts, and as an operator that the compiler does not look into. The contestants of a row take turns; what
+counts is the median of a turn's ratios to GELU's time in the same turn, all three compiled. On the CPU, time is
+processor time: with `--threads 1` the work of others on the machine disturbs the caches only.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from polytrope.ops import LearnableActivation, build_activation, functional, kernels
+from polytrope.ops.families import Family
+
+BAR = 1.05  # times GELU
+SHAPES = {"small": (8, 128, 128, 512), "large": (4, 256, 512, 2048)}  # batch, length, width, hidden width
+GPU_SHAPE = (32, 1024, 768, 3072)
+ROWS: list[dict[str, Any]] = [
+    {"name": "hermite", "degree": 3},
+    {"name": "hermite", "degree": 8},
+    {"name": "hermite", "degree": 8, "interval": [-4.0, 4.0]},
+    {"name": "chebyshev", "degree": 8},
+    {"name": "legendre", "degree": 8},
+    {"name": "polyrelu", "degree": 3},
+    {"name": "tropical", "degree": 6},
+    {"name": "tropical_rational", "degree": 6},
+    {"name": "rational", "degree": 5},
+    {"name": "affine"},
+]
+Turns = Callable[[dict[str, Callable[[], object]], int], dict[str, list[float]]]
+
+
+class Operator(nn.Module):
+    """The same activation as an operator that is not lowered: one that does not name its arithmetic."""
+
+    def __init__(self, activation: LearnableActivation) -> None:
+        super().__init__()
+        self.activation = activation
+        own = list(activation.parameters())
+        family = Family[activation.name.upper()]
+        shapes = tuple(part.shape for part in own)
+        options = {"interval": activation.interval, "variable": activation.variable}
+        formula, self.packing = functional.describe(
+            family, own[0].dtype, torch.Size([1]), shapes, -1, glu=False, epsilon=0.0, **options
+        )
+        self.arguments = kernels._listed(formula)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.packing.pack(list(self.activation.parameters()), None)
+        result: Tensor = torch.ops.polytrope.activation(x, packed, *self.arguments)
+        return result
+
+
+def block(activation: nn.Module, shape: tuple[int, ...], device: str, dtype: torch.dtype) -> nn.Module:
+    """Linear - activation - linear, the linear parts in this dtype; coefficients stay in float32."""
+    torch.manual_seed(0)
+    inner, outer = nn.Linear(shape[2], shape[3]).to(device, dtype), nn.Linear(shape[3], shape[2]).to(device, dtype)
+    return nn.Sequential(inner, activation.to(device), outer)
+
+
+def contestants(
+    config: dict[str, Any], shape: tuple[int, ...], device: str, dtype: torch.dtype
+) -> dict[str, Callable[[], object]]:
+    """One step each, compiled by the first call."""
+    torch._dynamo.reset()
+    x = torch.randn(shape[:3], device=device, dtype=dtype, requires_grad=True)
+    seed = torch.randn(shape[:3], device=device, dtype=dtype)
+    activations: dict[str, nn.Module] = {"gelu": nn.GELU(), "lowered": build_activation(config)}
+    if config["name"] != "affine":  # which has no operator
+        activations["operator"] = Operator(build_activation(config))
+
+    def step(activation: nn.Module) -> Callable[[], object]:
+        module = torch.compile(block(activation, shape, device, dtype), fullgraph=True, dynamic=False)
+        inputs = [x, *module.parameters()]
+        return lambda: torch.autograd.grad(module(x), inputs, seed)
+
+    return {name: step(activation) for name, activation in activations.items()}
+
+
+def turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of processor time of each turn: what else runs on the machine takes its time, but not this."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            times[name].append((time.process_time() - start) * 1e3)
+    return times
+
+
+def compare(
+    config: dict[str, Any],
+    size: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    calls: dict[str, Callable[[], object]],
+    take_turns: Turns,
+    repeats: int,
+) -> dict[str, Any]:
+    """The row of these contestants."""
+    for call in calls.values():
+        for _ in range(5):
+            call()
+    times = take_turns(calls, repeats)
+    row: dict[str, Any] = {"config": config, "size": size, "shape": list(shape), "dtype": dtype}
+    row |= {"threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)}
+    row["ms"] = {name: round(statistics.median(own), 4) for name, own in times.items()}
+    for name, own in times.items():
+        if name != "gelu":
+            ratios = [ours / gelu for ours, gelu in zip(own, times["gelu"], strict=True)]
+            row[f"{name}_times_gelu"] = round(statistics.median(ratios), 3)
+    return row | {"bar_times_gelu": BAR, "meets_bar": row["lowered_times_gelu"] <= BAR}
+
+
+def table(rows: list[dict[str, Any]], label: Callable[[dict[str, Any]], str]) -> Table:
+    shown = Table(title=f"compiled linear - activation - linear, forward + backward: × GELU (bar: ≤ {BAR:g})")
+    for heading in ("activation", "block", "dtype", "GELU, ms", "lowered", "as an operator"):
+        shown.add_column(heading, justify="left" if heading == "activation" else "right")
+    for row in rows:
+        shown.add_row(
+            label(row["config"]),
+            row["size"],
+            row["dtype"],
+            f"{row['ms']['gelu']:.2f}",
+            f"{row['lowered_times_gelu']:.2f} {'✓' if row['meets_bar'] else '✗'}",
+            f"{row['operator_times_gelu']:.2f}" if "operator_times_gelu" in row else "",
+        )
+    return shown

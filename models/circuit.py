@@ -1,0 +1,270 @@
+"""A GPT-2 of sums and products as a circuit: what a server computes from embedded tokens, norms and scales folded in.
+
+Looking up embeddings and taking the largest logit stay with whoever has the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polytrope.models.gpt2 import GPT2
+from polytrope.models.parts.attention import EPSILON, PowerAttention
+from polytrope.models.parts.feedforward import QuadraticLinear
+from polytrope.models.parts.norm import BatchNorm, fold_into_linear
+from polytrope.models.parts.reciprocal import PolynomialReciprocal
+from polytrope.models.parts.settings import ReciprocalSettings
+from polytrope.models.per_layer import Entry
+from polytrope.ops import Composition, LearnableActivation
+from polytrope.ops.circuit import Circuit, make_circuit
+from polytrope.ops.moments import curve_of
+
+
+class CircuitForm(nn.Module):
+    """`[1, positions, width]` embedded tokens → `[1, positions, vocabulary]` logits, float32, by sums and products.
+
+    Args:
+        model: in which every part is a polynomial; its norms are as in evaluation mode.
+        ranges: (lo, hi) of the inputs of each activation, by the number of its block: polynomials are written in
+            Chebyshev form there, which changes nothing but rounding and depth.
+        positions: of every input; each has its own count of visible positions.
+
+    Raises:
+        ValueError: a part that is no polynomial, with its name and what to use instead.
+    """
+
+    def __init__(self, model: GPT2, ranges: Mapping[int, tuple[float, float]], positions: int) -> None:
+        super().__init__()
+        refuse_other_parts(model)
+        self.blocks = len(model.blocks)
+        for number, block in enumerate(model.blocks):
+            self.add_module(f"block_{number}", _Block(block, ranges[number], positions))
+        self.head = fold_into_linear(model.transformer["ln_f"], model.lm_head)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in range(self.blocks):
+            x = getattr(self, f"block_{number}")(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def embed(model: GPT2, tokens: Tensor) -> Tensor:
+    """What goes into the circuit: `[batch, positions]` token ids → `[batch, positions, width]`."""
+    return model._embed(tokens, 0)
+
+
+def activation_of(block: nn.Module) -> nn.Module:
+    """The activation of the block's MLP."""
+    return block.get_submodule("mlp.activation")
+
+
+def reciprocal_of(block: nn.Module) -> nn.Module:
+    """What stands for the division in the block's attention."""
+    attention = block.attn
+    assert isinstance(attention, PowerAttention)
+    return attention.reciprocal
+
+
+def refuse_other_parts(model: GPT2, *, divisions: bool = False) -> None:
+    """Raise `ValueError` for the first part of the model, in the order of its computation, that is no polynomial.
+
+    Args:
+        divisions: those of attention are let pass.
+    """
+    for number, block in enumerate(model.blocks):
+        name = f"transformer.h.{number}"
+        _refuse_norm(f"{name}.ln_1", block.ln_1)
+        attention = block.attn
+        if not isinstance(attention, PowerAttention):
+            raise ValueError(
+                f"{name}.attn: {type(attention).__name__} is no polynomial; train with attention: "
+                "{name: power, power: 2}"
+            )
+        if not (divisions or isinstance(attention.reciprocal, PolynomialReciprocal)):
+            raise ValueError(f"{name}.attn.reciprocal: {type(attention.reciprocal).__name__} divides")
+        _refuse_norm(f"{name}.ln_2", block.ln_2)
+        _refuse_activation(f"{name}.mlp.activation", activation_of(block))
+    _refuse_norm("transformer.ln_f", model.transformer["ln_f"])
+
+
+def _refuse_norm(name: str, norm: Any) -> None:
+    if not isinstance(norm, BatchNorm):
+        raise ValueError(f"{name}: {type(norm).__name__} divides by a root; train with norm: batch")
+
+
+def _refuse_activation(name: str, activation: Any) -> None:
+    degree = activation.polynomial_degree() if isinstance(activation, LearnableActivation) else None
+    if degree is None or activation.interval is not None:
+        what = type(activation).__name__ + (" with tangents" if degree is not None else "")
+        raise ValueError(
+            f"{name}: {what} is no polynomial; train with activation: {{name: hermite, degree: 3, init: stable}}, or "
+            "convert with polynomial_only"
+        )
+    if activation.num_parameters > 1:
+        raise ValueError(f"{name}: coefficients per channel are not written as a circuit; use num_parameters: 1")
+
+
+class _Block(nn.Module):
+    def __init__(self, block: Any, reach: tuple[float, float], positions: int) -> None:
+        super().__init__()
+        self.attention = _Attention(block.ln_1, block.attn, positions)
+        self.mlp = _MLP(block.ln_2, block.mlp, reach)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.mlp(x)  # type: ignore[no-any-return]
+
+
+class _Attention(nn.Module):
+    """Power attention; what its scores are multiplied by is in the queries' weights."""
+
+    share: Tensor
+    shift: Tensor
+    ones: Tensor
+
+    def __init__(self, norm: BatchNorm, attention: PowerAttention, positions: int) -> None:
+        super().__init__()
+        self.heads = attention.n_head
+        self.power = attention.settings.power
+        self.c_attn = fold_into_linear(norm, attention.c_attn)
+        width = self.c_attn.in_features
+        with torch.no_grad():
+            gain = (attention.alpha.double() * attention.scale).repeat_interleave(width // self.heads)
+            for part in (self.c_attn.weight, self.c_attn.bias):
+                queries = part[:width]
+                queries.copy_(queries.double() * gain.reshape(-1, *[1] * (queries.dim() - 1)))
+        self.c_proj = attention.c_proj
+        visible = torch.ones(positions, positions, dtype=torch.float64).tril()
+        self.register_buffer("share", (visible / visible.sum(-1, keepdim=True)).float())
+        self.register_buffer("shift", attention.beta.detach().float()[:, None, None].clone())
+        self.register_buffer("ones", torch.ones(positions, 1))
+        reciprocal = attention.reciprocal
+        assert isinstance(reciprocal, PolynomialReciprocal)
+        self.reciprocal = _Reciprocal(reciprocal)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length, width = x.shape[1:]
+        split = [self._by_head(part, length, width) for part in _thirds(self.c_attn(x), width)]
+        query, key, value = split
+        powers = query @ key.transpose(-1, -2) + self.shift
+        for _ in range(self.power // 2):
+            powers = powers * powers
+        means = powers * self.share
+        mixed = (means @ value) * self.reciprocal(means @ self.ones + EPSILON)
+        merged: Tensor = self.c_proj(mixed.transpose(1, 2).reshape(1, length, width))
+        return merged
+
+    def _by_head(self, x: Tensor, length: int, width: int) -> Tensor:
+        return x.reshape(1, length, self.heads, width // self.heads).transpose(1, 2)
+
+
+def _thirds(x: Tensor, width: int) -> list[Tensor]:
+    """Slices; the exporter would make a `Split` of `split`."""
+    return [x[..., start : start + width] for start in (0, width, 2 * width)]
+
+
+class _Reciprocal(nn.Module):
+    def __init__(self, reciprocal: PolynomialReciprocal) -> None:
+        super().__init__()
+        self.circuit = reciprocal.polynomial.circuit()
+        self.newton = reciprocal.settings.newton
+
+    def forward(self, d: Tensor) -> Tensor:
+        r: Tensor = self.circuit.run(d)
+        for _ in range(self.newton):
+            r = r * (2.0 - d * r)
+        return r
+
+
+class _MLP(nn.Module):
+    def __init__(self, norm: BatchNorm, mlp: Any, reach: tuple[float, float]) -> None:
+        super().__init__()
+        self.gated = mlp.gated
+        self.inner: nn.Module
+        if isinstance(mlp.c_fc, nn.Linear):
+            self.inner = fold_into_linear(norm, mlp.c_fc)
+        else:
+            self.inner = nn.Sequential(_Affine(norm), _Quadratic(mlp.c_fc))
+        self.circuit = activation_circuit(mlp.activation, *reach)
+        self.outer = mlp.c_proj if isinstance(mlp.c_proj, nn.Linear) else _Quadratic(mlp.c_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x)
+        if self.gated:
+            half = hidden.shape[-1] // 2
+            hidden = self.circuit.run(hidden[..., :half]) * hidden[..., half:]
+        else:
+            hidden = self.circuit.run(hidden)
+        projected: Tensor = self.outer(hidden)
+        return projected
+
+
+class _Affine(nn.Module):
+    """A norm in front of a layer that it cannot be folded into."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: BatchNorm) -> None:
+        super().__init__()
+        for name, value in zip(("scale", "shift"), norm.affine(), strict=True):
+            self.register_buffer(name, value.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+class _Quadratic(nn.Module):
+    """`QuadraticLinear` with products for its square."""
+
+    def __init__(self, layer: QuadraticLinear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        result = nn.functional.linear(x, layer.weight, layer.bias) * nn.functional.linear(
+            x, layer.gate_weight, layer.gate_bias
+        )
+        if layer.square_weight is not None:
+            result = result + nn.functional.linear(x * x, layer.square_weight, layer.constant)
+        elif layer.constant is not None:
+            result = result + layer.constant
+        return result
+
+
+def activation_circuit(activation: Any, low: float, high: float) -> Circuit:
+    """A polynomial activation as a circuit of logarithmic depth; its numbers are written for inputs in [low, high].
+
+    Raises:
+        ValueError: of a polynomial that has no plain coefficients.
+    """
+    if isinstance(activation, Composition):
+        return activation.circuit()
+    curve, _ = curve_of(activation)
+    series = np.polynomial.Chebyshev.interpolate(
+        lambda x: curve(x)[0], activation.polynomial_degree(), domain=[low, high]
+    )
+    return make_circuit([series.coef.tolist()], (low + high) / 2, (high - low) / 2, gated=False)
+
+
+def with_reciprocals(model: GPT2, domains: Mapping[int, tuple[float, float]], degree: int, newton: int) -> None:
+    """Put a polynomial in the place of every division of attention, in the model and in its configuration.
+
+    Args:
+        domains: (low, high) of what is divided by, by the number of the block.
+    """
+    entries: list[Entry] = []
+    for number, block in enumerate(model.blocks):
+        attention = block.attn
+        assert isinstance(attention, PowerAttention)
+        settings = ReciprocalSettings(degree=degree, newton=newton, domain=domains[number])
+        attention.settings = dataclasses.replace(attention.settings, reciprocal=settings)
+        attention.reciprocal = PolynomialReciprocal(settings).to(attention.alpha.device).eval()
+        entries.append(attention.settings.config())
+    model.config = dataclasses.replace(model.config, attention=entries)

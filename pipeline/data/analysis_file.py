@@ -1,0 +1,216 @@
+"""`analysis.json`: what the `analyze` stage computed of its models and the inputs of their activations."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Literal
+
+from polytrope.pipeline.data.records import Record, read_record, write_record
+
+ANALYSIS_FILE = "analysis.json"
+
+
+class InputStatistics(Record):
+    """What an activation receives: how many numbers, their moments and extremes."""
+
+    count: int
+    mean: float
+    deviation: float
+    minimum: float
+    maximum: float
+
+
+class MomentFigures(Record):
+    """E[F²], E[F'²], and the slope at q = 1 of q → E[F(√q z)²] (`polytrope.ops.moments.Moments`)."""
+
+    value: float
+    derivative: float
+    slope: float | None = None
+
+
+class FixedVariance(Record):
+    """A variance that the map keeps; `basin`: from where it leads there, None where it leads away."""
+
+    variance: float
+    slope: float
+    basin: tuple[float, float] | None
+
+
+class VarianceCurve(Record):
+    """The map at some variances; `keeps_all`: it keeps every one."""
+
+    variances: list[float]
+    images: list[float]
+    fixed_points: list[FixedVariance]
+    keeps_all: bool
+
+
+class SlopeBound(Record):
+    """The largest slope over the inputs that occur, and the bound of the block's MLP that follows from it.
+
+    Args:
+        constant: max |F'| on [low, high], reached `at`.
+        method: `roots` of the second derivative, exact, or `search`.
+        tails: slopes of the tangents beyond the interval, where F goes on along these.
+        linear_norms: spectral norms of the linear layers before and after.
+        bound: product of all, of the MLP on inputs that stay in [low, high]; None without such layers.
+    """
+
+    constant: float
+    at: float
+    low: float
+    high: float
+    method: Literal["roots", "search"]
+    tails: tuple[float, float] | None
+    linear_norms: list[float]
+    bound: float | None
+
+
+class Symmetry(Record):
+    """max |difference| / max |F| on [-3, 3]: of F(-x) to -F(x), of F(-x) to F(x), of F(2.5 x) to 2.5 F(x). 0: exact."""
+
+    odd: float
+    even: float
+    scaling: float
+
+
+class SignalLayer(Record):
+    """One activation; `missing`: why some of the figures are not there."""
+
+    name: str
+    activation: str
+    inputs: InputStatistics
+    measured: MomentFigures | None = None
+    standard: MomentFigures | None = None
+    variance_map: VarianceCurve | None = None
+    slope: SlopeBound | None = None
+    symmetry: Symmetry | None = None
+    missing: str | None = None
+
+
+class SignalFigures(Record):
+    """Sizes of signals: moments, map of variances, Lipschitz constants and symmetries of every activation."""
+
+    layers: list[SignalLayer]
+
+    def metrics(self) -> dict[str, float]:
+        """The worst layer's figures."""
+        slopes = [layer.standard.slope for layer in self.layers if layer.standard and layer.standard.slope is not None]
+        constants = [layer.slope.constant for layer in self.layers if layer.slope is not None]
+        bounds = [layer.slope.bound for layer in self.layers if layer.slope and layer.slope.bound is not None]
+        found = {"largest_variance_slope": slopes, "largest_lipschitz": constants, "largest_mlp_bound": bounds}
+        return {name: max(values) for name, values in found.items() if values}
+
+
+class KernelLayer(Record):
+    """One activation; `missing`: why it has no kernel.
+
+    Args:
+        mean, deviation: of the normal distribution of its inputs that the kernel is for.
+        coefficients: c_k of the orthonormal Hermite polynomials; of a polynomial all, so that nothing is above them.
+        truncated: the share of E[F²] above them.
+        spectrum: eigenvalues of the tangent kernel on the circle by frequency, of a trace of 1.
+        mean_frequency: weighted by them.
+    """
+
+    name: str
+    activation: str
+    mean: float
+    deviation: float
+    coefficients: list[float] | None = None
+    truncated: float | None = None
+    spectrum: list[float] | None = None
+    mean_frequency: float | None = None
+    missing: str | None = None
+
+
+class KernelFigures(Record):
+    """The kernel of every activation, and `spectrum` of all, one after the other, where each has one."""
+
+    layers: list[KernelLayer]
+    spectrum: list[float] | None
+
+    def metrics(self) -> dict[str, float]:
+        """The mean frequency, over the layers, and that of all of them one after the other."""
+        known = [layer.mean_frequency for layer in self.layers if layer.mean_frequency is not None]
+        figures = {"mean_frequency": statistics.fmean(known)} if known else {}
+        return figures | ({} if self.spectrum is None else {"network_mean_frequency": mean_frequency(self.spectrum)})
+
+
+class AnalysedModel(Record):
+    """One model: what each analysis found, or the `failure` that left nothing."""
+
+    stage: str
+    digest: str
+    failure: str | None = None
+    signal: SignalFigures | None = None
+    kernel: KernelFigures | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """`signal/largest_lipschitz`, `kernel/mean_frequency`, …"""
+        parts: dict[str, SignalFigures | KernelFigures | None] = {"signal": self.signal, "kernel": self.kernel}
+        return {
+            f"{analysis}/{name}": value
+            for analysis, figures in parts.items()
+            if figures is not None
+            for name, value in figures.metrics().items()
+        }
+
+
+class AnalysedData(Record):
+    """The data set, and how many of its validation samples were used."""
+
+    name: str
+    digest: str
+    samples: int
+
+
+class Analysis(Record):
+    """All models on one data set."""
+
+    format: Literal[1] = 1
+    dataset: AnalysedData
+    models: dict[str, AnalysedModel]
+
+    def spectra(self) -> dict[str, list[float]]:
+        """By label, of all activations one after the other; where one has no kernel, nothing."""
+        return {
+            label: model.kernel.spectrum
+            for label, model in self.models.items()
+            if model.kernel is not None and model.kernel.spectrum is not None
+        }
+
+    def variance_maps(self) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+        """By label and layer: variances and what they become."""
+        found = {
+            label: {
+                layer.name: (layer.variance_map.variances, layer.variance_map.images)
+                for layer in model.signal.layers
+                if layer.variance_map is not None
+            }
+            for label, model in self.models.items()
+            if model.signal is not None
+        }
+        return {label: layers for label, layers in found.items() if layers}
+
+
+def mean_frequency(spectrum: list[float]) -> float:
+    """Of a spectrum on the circle, where every frequency but 0 has two eigenvectors; 0 where all eigenvalues are."""
+    weights = [value * (2 if frequency else 1) for frequency, value in enumerate(spectrum)]
+    total = sum(weights)
+    return sum(frequency * weight for frequency, weight in enumerate(weights)) / total if total else 0.0
+
+
+def write_analysis(directory: Path, analysis: Analysis) -> None:
+    """Write `analysis.json`."""
+    write_record(directory / ANALYSIS_FILE, analysis)
+
+
+def read_analysis(directory: Path) -> Analysis:
+    """Read `analysis.json`.
+
+    Raises:
+        UserError: not there, damaged, or of another version.
+    """
+    return read_record(directory / ANALYSIS_FILE, Analysis, "name an `analyze` stage")

@@ -1,0 +1,1 @@
+"""The `analyze` stage: statements about trained models that are computed, not measured."""

@@ -1,0 +1,107 @@
+"""What an analysis is given of a model: its activations, and what they receive on the validation data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polytrope.models import find_architecture
+from polytrope.models.activations import describe_activation
+from polytrope.models.calibration import Calibration, calibrate
+from polytrope.models.inputs import forward
+from polytrope.models.parts.feedforward import QuadraticLinear
+from polytrope.models.surgery import Activation
+from polytrope.pipeline.data.analysis_file import InputStatistics
+from polytrope.pipeline.data.model_inputs import read_tensors
+from polytrope.pipeline.data.reader import open_split
+
+
+@dataclass(frozen=True)
+class AnalysedActivation:
+    """One activation of the model.
+
+    Args:
+        name: `block 1`, …
+        title: its configuration in words.
+        module: it.
+        linears: the linear layers of its MLP, before and after; none where it is gated or quadratic.
+        points, weights: its inputs, joined where they are close, and how often each was seen, float64 `[n]`.
+        inputs: their statistics.
+    """
+
+    name: str
+    title: str
+    module: nn.Module
+    linears: list[nn.Linear]
+    points: np.ndarray
+    weights: np.ndarray
+    inputs: InputStatistics
+
+
+def read_activations(model: nn.Module, dataset: Path, samples: int, batch_size: int) -> list[AnalysedActivation]:
+    """The activations of a model of this package, first block first, with what they receive.
+
+    Args:
+        dataset: its first `samples` validation samples go through the model.
+
+    Raises:
+        ValueError: NaN or infinity on the way.
+    """
+    record = find_architecture(str(model.architecture))
+    reader = open_split(dataset, "validation")
+    samples = min(samples, len(reader))
+
+    def batches() -> Iterator[Tensor]:
+        for start in range(0, samples, batch_size):
+            yield record.prepare(read_tensors(reader, np.arange(start, min(samples, start + batch_size)))[0])
+
+    found = [
+        Activation(name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name.rpartition(".")[2] == record.activation
+    ]
+    calibrations = calibrate(model, found, batches(), forward)
+    return [
+        _described(f"block {number}", model, activation, calibrations[activation.name])
+        for number, activation in enumerate(found, start=1)
+    ]
+
+
+def _described(name: str, model: nn.Module, activation: Activation, seen: Calibration) -> AnalysedActivation:
+    points, weights = seen.measure()
+    weights = weights / weights.sum()
+    mean = float(weights @ points)
+    config = getattr(activation.module, "config", None)
+    owner = model.get_submodule(activation.name.rpartition(".")[0])
+    return AnalysedActivation(
+        name=name,
+        title=describe_activation(config() if callable(config) else type(activation.module).__name__),
+        module=activation.module,
+        linears=_linears(owner),
+        points=points,
+        weights=weights,
+        inputs=InputStatistics(
+            count=seen.total,
+            mean=mean,
+            deviation=float(np.sqrt(weights @ (points - mean) ** 2)),
+            minimum=seen.minimum,
+            maximum=seen.maximum,
+        ),
+    )
+
+
+def _linears(owner: nn.Module) -> list[nn.Linear]:
+    """Of an MLP whose slope is at most their norms times the activation's; none where it multiplies inputs."""
+    if getattr(owner, "gated", False) or any(isinstance(module, QuadraticLinear) for module in owner.children()):
+        return []
+    return [module for module in owner.children() if isinstance(module, nn.Linear)]
+
+
+def spectral_norm(linear: nn.Linear) -> float:
+    """The largest singular value of the layer's weight."""
+    return float(torch.linalg.matrix_norm(linear.weight.detach().double(), 2))

@@ -1,0 +1,220 @@
+"""Measure the ranges, replace divisions, write model and circuit, count what lies outside, and check the file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polytrope.models.checkpoint import load_model, read_description, save_model
+from polytrope.models.circuit import (
+    CircuitForm,
+    activation_of,
+    embed,
+    reciprocal_of,
+    refuse_other_parts,
+    with_reciprocals,
+)
+from polytrope.models.domains import Seen, describe_outside, watching
+from polytrope.models.formats.onnx import save_onnx
+from polytrope.models.formats.ring_graph import RingGraph, count, evaluate, read_ring_graph
+from polytrope.models.gpt2 import GPT2
+from polytrope.models.modes import measuring
+from polytrope.models.parts.reciprocal import relative_error
+from polytrope.pipeline.data.circuit_file import (
+    CIRCUIT_FILE,
+    CIRCUIT_ONNX,
+    ActivationRange,
+    CircuitRecord,
+    Division,
+    GraphCost,
+    write_circuit,
+)
+from polytrope.pipeline.data.description import read_dataset
+from polytrope.pipeline.data.lineage import read_lineage, write_lineage
+from polytrope.pipeline.data.model_inputs import read_tensors, refuse_other_data
+from polytrope.pipeline.data.order import sample_indices
+from polytrope.pipeline.data.reader import Reader, open_split
+from polytrope.pipeline.data.records import finite
+from polytrope.pipeline.data.training_file import recorded_failure
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, StageContext
+from polytrope.pipeline.stages.export_circuit.parameters import ExportCircuitParameters
+
+_STEPS = 5
+
+
+def write_circuit_of(
+    context: StageContext, artifact: Artifact, dataset: Artifact, parameters: ExportCircuitParameters
+) -> dict[str, float]:
+    """Write the model, `circuit.onnx` and `circuit.json`; returns the metrics.
+
+    Raises:
+        UserError: a training that failed, a part that is no polynomial, data that do not fit or give no finite range, a
+            file that is not what the model computes.
+    """
+    torch.set_num_threads(parameters.threads)
+    if (failure := recorded_failure(artifact.path)) is not None:
+        raise UserError(f"inputs.model: the training of `{artifact.stage}` failed: {failure}", "export another one")
+    about = read_description(artifact.path)
+    description = read_dataset(dataset.path)
+    unsure = refuse_other_data("model", artifact.path, about, description, dataset)
+    if unsure is not None:
+        context.message(unsure)
+    model = load_model(artifact.path)
+    if not isinstance(model, GPT2) or description.kind != "text":
+        raise UserError(f"inputs.model: a {about['architecture']} has no circuit; only a gpt2 has one")
+    try:
+        refuse_other_parts(model, divisions=True)
+        return _export(context, model, artifact, dataset, description.sequence_length, parameters)
+    except ValueError as error:
+        raise UserError(f"export_circuit: {error}") from error
+
+
+def _export(
+    context: StageContext,
+    model: GPT2,
+    artifact: Artifact,
+    dataset: Artifact,
+    positions: int,
+    parameters: ExportCircuitParameters,
+) -> dict[str, float]:
+    training, held_out = (open_split(dataset.path, name) for name in ("train", "validation"))
+    samples = min(parameters.calibration_samples, len(training))
+    context.progress(0, _STEPS, f"measuring ranges on {samples} samples")
+    indices = sample_indices(0, 0, samples, len(training))
+    calibration = [inputs for inputs, _ in _batches(training, indices, parameters.batch_size)]
+    divided = {f"{number}": reciprocal_of(block) for number, block in enumerate(model.blocks)}
+    activated = {f"{number}": activation_of(block) for number, block in enumerate(model.blocks)}
+    denominators = _ranges(model, divided, calibration)
+    inputs = _ranges(model, activated, calibration)
+    first = calibration[0][:1]
+    with measuring(model):
+        before = model(first)
+    held = min(parameters.held_out_samples, len(held_out))
+    context.progress(1, _STEPS, f"its loss on {held} samples")
+    loss_with_divisions = _loss(model, held_out, held, parameters.batch_size)
+    chosen = parameters.reciprocal
+    domains = {int(number): (low / chosen.margin, high * chosen.margin) for number, (low, high) in denominators.items()}
+    with_reciprocals(model, domains, chosen.degree, chosen.newton)
+    context.progress(2, _STEPS, "writing the model")
+    tokenizer = artifact.path if (artifact.path / "tokenizer.json").exists() else None
+    save_model(context.output, model, tokenizer=tokenizer)
+    context.progress(3, _STEPS, "writing the circuit")
+    reach = {int(number): ends for number, ends in inputs.items()}
+    form = CircuitForm(model, reach, positions).eval()
+    with torch.no_grad():
+        embedded = embed(model, first)
+    path = context.output / CIRCUIT_ONNX
+    save_onnx(path, form, [embedded], ["x"], fixed=True)
+    graph = read_ring_graph(path)
+    computed = evaluate(graph, embedded.double().numpy())
+    deviation = float(np.abs(computed - before.double().numpy()).max() / max(1e-9, float(before.abs().max())))
+    context.progress(4, _STEPS, "counting what lies outside of the ranges")
+    with watching(model) as seen:
+        loss = _loss(model, held_out, held, parameters.batch_size)
+    outside = describe_outside(seen)
+    if outside is not None:
+        context.message(outside)
+    costs = {name: GraphCost(**asdict(cost)) for name, cost in count(graph).items()}
+    record = CircuitRecord(
+        format=1,
+        positions=positions,
+        width=model.config.n_embd,
+        vocabulary=model.config.vocab_size,
+        cost=costs.pop(""),
+        layers=costs,
+        largest_constant=_largest_constant(graph),
+        deviation=deviation,
+        divisions=[_division(number, denominators[number], parameters, domains, seen) for number in denominators],
+        activations=[
+            ActivationRange(name=f"transformer.h.{number}.mlp.activation", minimum=low, maximum=high)
+            for number, (low, high) in inputs.items()
+        ],
+        calibration_samples=samples,
+        held_out_samples=held,
+        loss=loss,
+        loss_with_divisions=loss_with_divisions,
+    )
+    write_circuit(context.output, record)
+    write_lineage(context.output, read_lineage(artifact.path).then(artifact.stage, artifact.digest))
+    context.log_artifact(CIRCUIT_FILE)
+    context.log_dataset("calibration", dataset.digest, str(dataset.path), {"samples": samples})
+    context.progress(_STEPS, _STEPS, "")
+    return record.metrics()
+
+
+def _batches(reader: Reader, indices: np.ndarray, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets."""
+    for start in range(0, len(indices), size):
+        yield read_tensors(reader, indices[start : start + size])
+
+
+def _loss(model: GPT2, reader: Reader, samples: int, size: int) -> float | None:
+    """Nats per token of the first samples; None: no finite number."""
+    total, tokens = 0.0, 0
+    with measuring(model):
+        for inputs, targets in _batches(reader, np.arange(samples), size):
+            total += float(model(inputs, targets, reduction="sum").double())
+            tokens += targets.numel()
+    loss = total / max(1, tokens)
+    return loss if math.isfinite(loss) else None
+
+
+def _ranges(model: nn.Module, modules: dict[str, nn.Module], batches: list[Tensor]) -> dict[str, tuple[float, float]]:
+    """Smallest and largest input of each module.
+
+    Raises:
+        ValueError: one that is not finite.
+    """
+    found = {name: Seen((-float("inf"), float("inf"))) for name in modules}
+
+    def add(name: str, arguments: tuple[Any, ...]) -> None:
+        if not bool(torch.isfinite(arguments[0]).all()):
+            raise ValueError(f"transformer.h.{name}: NaN or infinity on the calibration data; train it to an end")
+        found[name].add(arguments[0])
+
+    handles = [
+        module.register_forward_pre_hook(lambda _module, arguments, name=name: add(name, arguments))
+        for name, module in modules.items()
+    ]
+    try:
+        with measuring(model):
+            for batch in batches:
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (seen.minimum, seen.maximum) for name, seen in found.items()}
+
+
+def _division(
+    number: str,
+    measured: tuple[float, float],
+    parameters: ExportCircuitParameters,
+    domains: dict[int, tuple[float, float]],
+    seen: dict[str, Seen],
+) -> Division:
+    name = f"transformer.h.{number}.attn.reciprocal"
+    domain, chosen, rows = domains[int(number)], parameters.reciprocal, seen[f"{name}.polynomial"]
+    return Division(
+        name=name,
+        measured=measured,
+        domain=domain,
+        relative_error=relative_error(chosen.degree, chosen.newton, *domain),
+        inputs=rows.inputs,
+        outside=rows.outside,
+        minimum=finite(rows.minimum),
+        maximum=finite(rows.maximum),
+    )
+
+
+def _largest_constant(graph: RingGraph) -> float:
+    """Of the numbers that are added or multiplied by, in absolute value."""
+    numbers = [value for value in graph.constants.values() if value.dtype.kind == "f" and value.size]
+    return max(float(np.abs(value).max()) for value in numbers)

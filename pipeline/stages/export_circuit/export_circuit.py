@@ -1,0 +1,62 @@
+"""The `export_circuit` stage: a GPT-2 of sums and products, its divisions made polynomials, as ONNX of ring operators.
+
+Parameters and flow; the work is in `polytrope.pipeline.stages.export_circuit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from polytrope.models import make_config
+from polytrope.models.configurations import MODEL_KINDS
+from polytrope.pipeline.data.misfits import refuse_misfit
+from polytrope.pipeline.data.promised import PromisedModel, expect, expect_data
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
+from polytrope.pipeline.stages.export_circuit.parameters import ExportCircuitParameters
+
+_NEEDED = {  # field of the model: the part that is a polynomial, and how it is asked for
+    "attention": ("power", "attention: {name: power, power: 2}"),
+    "norm": ("batch", "norm: batch"),
+}
+
+
+def promise(
+    _parameters: ExportCircuitParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
+) -> PromisedModel | None:
+    """The model with polynomials for divisions; refuses one with parts that are none, and data it cannot take."""
+    model = expect("inputs.model", upstream["model"], PromisedModel)
+    refuse_misfit("inputs.dataset", model, expect_data("inputs.dataset", upstream["dataset"]))
+    if model is None:
+        return None
+    if model.architecture != "gpt2":
+        raise UserError(
+            f"inputs.model: a {model.architecture} has no circuit; only a gpt2 has one", "name another model"
+        )
+    config = make_config(MODEL_KINDS[model.architecture].config, model.settings)
+    found = {"attention": {part.name for part in config.attention_settings()}, "norm": {config.norm_settings().name}}
+    for field, (name, way) in _NEEDED.items():
+        for other in sorted(found[field] - {name}):
+            raise UserError(
+                f"inputs.model: the model has {field}: {other}, which is not made of sums and products",
+                f"train it with {way}",
+            )
+    settings = {name: value for name, value in model.settings.items() if name != "attention"}
+    return replace(model, settings={**settings, "attention": "power"}, figures=())
+
+
+@stage(promise=promise)
+def export_circuit(
+    context: StageContext, model: Artifact, dataset: Artifact, parameters: ExportCircuitParameters
+) -> dict[str, float]:
+    """Replace divisions by certified polynomials; write the model, `circuit.onnx` and `circuit.json`.
+
+    `model`: a GPT-2 with `norm: batch`, `attention: power` and polynomial activations. The ranges are measured on
+    training samples of `dataset`; what lies outside of them is counted on validation samples.
+    """
+    from polytrope.pipeline.stages.export_circuit.circuit_export import write_circuit_of
+
+    return write_circuit_of(context, model, dataset, parameters)

@@ -1,0 +1,34 @@
+"""The parameters of the `export_circuit` stage."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ReciprocalParameters(BaseModel):
+    """What stands for the divisions of attention."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    degree: int = Field(7, ge=1, le=128, description="of the Chebyshev polynomial")
+    newton: int = Field(1, ge=0, le=8, description="steps of Newton's iteration after it, each of depth 2")
+    margin: float = Field(
+        1.6,
+        gt=1,
+        description="the range is that of the calibration, from the smallest denominator divided by it to the largest "
+        "times it",
+    )
+
+
+class ExportCircuitParameters(BaseModel):
+    """How divisions become polynomials, and on what the ranges are measured and checked."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    reciprocal: ReciprocalParameters = Field(
+        default_factory=ReciprocalParameters, description="polynomials in the place of the divisions of attention"
+    )
+    calibration_samples: int = Field(512, ge=1, description="training samples that measure the ranges")
+    held_out_samples: int = Field(256, ge=1, description="validation samples on which what lies outside is counted")
+    batch_size: int = Field(32, ge=1, description="samples per forward pass")
+    threads: int = Field(1, ge=1, description="CPU threads; part of the result's identity")

@@ -1,0 +1,44 @@
+"""A norm over the batch, and what splits a batch: refused, so that its statistics are those of a global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from polytrope.models import make_config
+from polytrope.models.configurations import MODEL_KINDS
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stages.train.parameters import TrainParameters
+
+
+def check_batch_statistics(
+    architecture: str, settings: Mapping[str, Any], parameters: TrainParameters, accumulation: int
+) -> None:
+    """Refuse a training whose norms would see less than a global batch, or see it twice.
+
+    Args:
+        architecture, settings: of the model, as far as they are known.
+        accumulation: forward passes per step.
+
+    Raises:
+        UserError: naming the parameter.
+    """
+    config = make_config(MODEL_KINDS[architecture].config, settings)
+    if not config.norm_settings().over_batch:
+        return
+    if accumulation > 1:
+        raise UserError(
+            f"micro_batch_size: {parameters.micro_batch_size} splits the batch of a worker into {accumulation}, and "
+            f"norm: {config.norm} takes its statistics over the whole",
+            "leave micro_batch_size out, or use fewer samples per batch or more workers",
+        )
+    if parameters.activation_checkpointing == "block":
+        raise UserError(
+            f"activation_checkpointing: block would compute the statistics of norm: {config.norm} twice per step",
+            "use activation_checkpointing: mlp",
+        )
+    if parameters.global_batch_size < 2:
+        raise UserError(
+            f"global_batch_size: {parameters.global_batch_size} sample has no statistics for norm: {config.norm}",
+            "use at least 2",
+        )

@@ -1,0 +1,172 @@
+"""The export_circuit stage: ranges, the file, what lies outside, and that the model and its circuit say the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from training_support import SEQUENCE_LENGTH, make_context, make_dataset, read_events
+
+from polytrope.models import build_model
+from polytrope.models.checkpoint import load_model, save_model
+from polytrope.models.circuit import embed
+from polytrope.models.gpt2 import GPT2
+from polytrope.models.parts.reciprocal import relative_error
+from polytrope.pipeline.data.circuit_file import read_circuit
+from polytrope.pipeline.data.promised import PromisedImages, PromisedModel, PromisedText
+from polytrope.pipeline.data.reader import open_split
+from polytrope.pipeline.data.training_file import Training, write_training
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, Resources
+from polytrope.pipeline.stages.evaluate.evaluate import evaluate
+from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
+from polytrope.pipeline.stages.export_circuit.export_circuit import export_circuit, promise
+from polytrope.pipeline.stages.export_circuit.parameters import ExportCircuitParameters
+
+SIZES = {"vocab_size": 320, "sequence_length": SEQUENCE_LENGTH, "n_layer": 2, "n_head": 2, "n_embd": 16}
+PARTS: dict[str, Any] = {
+    "activation": {"name": "hermite", "degree": 3, "init": "stable"},
+    "norm": "batch",
+    "attention": "power",
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, dataset: Artifact) -> Artifact:
+    """Whose norms have seen some of the data."""
+    torch.manual_seed(0)
+    network = build_model("gpt2", {**SIZES, **PARTS})
+    for name, parameter in network.named_parameters():
+        if name.endswith(("c_attn.weight", "c_proj.weight")):
+            parameter.data *= 8.0  # so that denominators differ, and what attention gives matters
+    blocks = torch.from_numpy(open_split(dataset.path, "train").samples(np.arange(40)).astype(np.int64))
+    with torch.no_grad():
+        for part in blocks.split(8):
+            network.train()(part[:, :-1])
+    directory = tmp_path_factory.mktemp("model")
+    save_model(directory, network, tokenizer=dataset.path)
+    return Artifact(directory, "digest of the model", "train")
+
+
+def run(directory: Path, model: Artifact, dataset: Artifact, **parameters: Any) -> dict[str, float]:
+    given = {"calibration_samples": 20, "held_out_samples": 6, **parameters}
+    return export_circuit(make_context(directory), model, dataset, ExportCircuitParameters.model_validate(given))
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tmp_path_factory: pytest.TempPathFactory, model: Artifact, dataset: Artifact
+) -> tuple[Path, dict[str, float]]:
+    directory = tmp_path_factory.mktemp("exported")
+    return directory, run(directory, model, dataset)
+
+
+def test_the_file_computes_what_the_trained_model_does_up_to_the_certified_error(
+    exported: tuple[Path, dict[str, float]], model: Artifact, dataset: Artifact
+) -> None:
+    output = exported[0] / "output"
+    blocks = torch.from_numpy(open_split(dataset.path, "validation").samples(np.arange(1)).astype(np.int64))[:, :-1]
+    trained, polynomial = load_model(model.path), load_model(output)
+    assert isinstance(trained, GPT2)
+    with torch.no_grad():
+        before, after, embedded = trained(blocks), polynomial(blocks), embed(trained, blocks)
+    session = onnxruntime.InferenceSession(str(output / "circuit.onnx"), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"x": embedded.numpy()})
+    scale = float(before.abs().max())
+    assert logits == pytest.approx(after.numpy(), abs=2e-6 * scale)
+    assert logits == pytest.approx(before.numpy(), abs=10 * exported[1]["reciprocal_error"] * scale)
+    assert 1e-5 < exported[1]["reciprocal_error"] < 1e-2
+    assert 0.0 < exported[1]["deviation"] < 10 * exported[1]["reciprocal_error"]
+
+
+def loss_of(network: torch.nn.Module, dataset: Artifact) -> float:
+    """On the first 6 validation samples."""
+    blocks = torch.from_numpy(open_split(dataset.path, "validation").samples(np.arange(6)).astype(np.int64))
+    with torch.no_grad():
+        return float(network(blocks[:, :-1], blocks[:, 1:]))
+
+
+def test_costs_ranges_and_what_lies_outside_are_recorded(
+    exported: tuple[Path, dict[str, float]], model: Artifact, dataset: Artifact
+) -> None:
+    directory, returned = exported
+    record = read_circuit(directory / "output")
+    assert (record.positions, record.width, record.vocabulary) == (SEQUENCE_LENGTH, 16, 320)
+    assert [record.layers[name].depth for name in ("block_0", "block_1", "head")] == [10, 20, 20]
+    assert record.cost.products == record.layers["block_0"].products + record.layers["block_1"].products
+    assert returned["multiplicative_depth"] == 20
+    assert returned["products_per_token"] == record.cost.products / SEQUENCE_LENGTH
+    assert len(record.divisions) == len(record.activations) == 2
+    for division in record.divisions:
+        assert division.domain == pytest.approx((division.measured[0] / 1.6, division.measured[1] * 1.6))
+        assert division.relative_error == relative_error(7, 1, *division.domain)
+        assert division.inputs == 6 * 2 * SEQUENCE_LENGTH  # a row per sample, head and position
+        assert division.outside == 0
+        assert division.minimum is not None
+        assert division.domain[0] < division.minimum
+    for activation in record.activations:
+        assert activation.minimum < 0 < activation.maximum
+    assert returned["rows_outside"] == 0.0
+    loss = loss_of(load_model(directory / "output"), dataset)
+    assert returned["val_loss"] == record.loss == pytest.approx(loss, rel=1e-5)
+    assert returned["val_loss_with_divisions"] == pytest.approx(loss_of(load_model(model.path), dataset), rel=1e-5)
+    assert json.loads((directory / "output" / "lineage.json").read_text())["ancestors"][-1]["stage"] == "train"
+
+
+def test_rows_outside_of_a_narrow_range_are_counted_and_said(
+    tmp_path: Path, model: Artifact, dataset: Artifact
+) -> None:
+    narrow = {"degree": 5, "newton": 0, "margin": 1.0001}
+    returned = run(tmp_path, model, dataset, calibration_samples=1, reciprocal=narrow)
+    divisions = read_circuit(tmp_path / "output").divisions
+    assert returned["rows_outside"] == sum(division.outside for division in divisions) > 0
+    (said,) = [event["text"] for event in read_events(tmp_path, "message") if "OUTSIDE" in event["text"]]
+    worst = max(divisions, key=lambda division: division.outside)
+    assert f"`{worst.name}.polynomial` {worst.outside} of {worst.inputs}" in said
+    evaluated = tmp_path / "evaluation"
+    artifact = Artifact(tmp_path / "output", "digest", "export_circuit")
+    parameters = EvaluateParameters(samples=6, sample_tokens=0, activation_samples=0)
+    figures = evaluate(make_context(evaluated), dataset, {"circuit": artifact, "trained": model}, parameters)
+    assert figures["circuit/outside_probability"] == max(d.outside / d.inputs for d in divisions)
+    assert "trained/outside_probability" not in figures
+
+
+def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    parameters, text = ExportCircuitParameters(), PromisedText(sequence_length=32, tokens=257, tokenizer="bytes")
+
+    def asked(settings: dict[str, Any], architecture: str = "gpt2", data: Any = text) -> Any:
+        upstream = {"model": PromisedModel(architecture, {**SIZES, **settings}), "dataset": data}
+        return promise(parameters, upstream, Resources(), tmp_path)
+
+    found = asked(PARTS)
+    assert isinstance(found, PromisedModel)
+    assert found.settings["n_embd"] == 16
+    with pytest.raises(UserError, match=r"inputs\.model: the model has attention: softmax") as refused:
+        asked({**PARTS, "attention": ["softmax", "power"]})
+    assert refused.value.hint == "train it with attention: {name: power, power: 2}"
+    with pytest.raises(UserError, match=r"inputs\.model: the model has norm: layer_norm"):
+        asked({**PARTS, "norm": "layer_norm"})
+    upstream = {"model": PromisedModel("convnext", {}), "dataset": PromisedImages(32, 3, 10)}
+    with pytest.raises(UserError, match=r"inputs\.model: a convnext has no circuit"):
+        promise(parameters, upstream, Resources(), tmp_path)
+
+
+def test_models_without_a_circuit_are_refused_by_the_first_part(tmp_path: Path, dataset: Artifact) -> None:
+    torch.manual_seed(0)
+    save_model(tmp_path / "gelu", build_model("gpt2", {**SIZES, **PARTS, "activation": "gelu"}), tokenizer=dataset.path)
+    with pytest.raises(UserError, match=r"export_circuit: transformer\.h\.0\.mlp\.activation: GELU is no polynomial"):
+        run(tmp_path / "run", Artifact(tmp_path / "gelu", "digest", "train"), dataset)
+    (tmp_path / "failed").mkdir()
+    write_training(tmp_path / "failed", Training(architecture="gpt2", parameters=1, steps=2, failure="diverged"), [])
+    with pytest.raises(UserError, match=r"inputs\.model: the training of `train` failed: diverged"):
+        run(tmp_path / "other", Artifact(tmp_path / "failed", "digest", "train"), dataset)
