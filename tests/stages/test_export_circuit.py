@@ -108,7 +108,7 @@ def test_costs_ranges_and_what_lies_outside_are_recorded(
     assert returned["products_per_token"] == record.cost.products / SEQUENCE_LENGTH
     assert len(record.divisions) == len(record.activations) == 2
     for division in record.divisions:
-        assert division.domain == pytest.approx((division.measured[0] / 1.6, division.measured[1] * 1.6))
+        assert division.domain == pytest.approx((division.measured[0] / 2, division.measured[1] * 2))
         assert division.relative_error == relative_error(7, 1, *division.domain)
         assert division.inputs == 6 * 2 * SEQUENCE_LENGTH  # a row per sample, head and position
         assert division.outside == 0
@@ -139,6 +139,15 @@ def test_rows_outside_of_a_narrow_range_are_counted_and_said(
     figures = evaluate(make_context(evaluated), dataset, {"circuit": artifact, "trained": model}, parameters)
     assert figures["circuit/outside_probability"] == max(d.outside / d.inputs for d in divisions)
     assert "trained/outside_probability" not in figures
+
+
+def test_a_coarse_reciprocal_is_said(tmp_path: Path, model: Artifact, dataset: Artifact) -> None:
+    returned = run(tmp_path, model, dataset, reciprocal={"degree": 1, "newton": 0, "margin": 30.0})
+    coarse = [event["text"] for event in read_events(tmp_path, "message") if "is off by up to" in event["text"]]
+    errors = [division.relative_error for division in read_circuit(tmp_path / "output").divisions]
+    assert len(coarse) == sum(error > 0.01 for error in errors) > 0
+    assert "raise reciprocal.degree or newton" in coarse[0]
+    assert returned["reciprocal_error"] == max(errors)
 
 
 def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -> None:

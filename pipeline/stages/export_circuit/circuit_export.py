@@ -47,6 +47,7 @@ from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.export_circuit.parameters import ExportCircuitParameters
 
 _STEPS = 5
+_COARSE = 0.01  # relative error of a reciprocal that is said
 
 
 def write_circuit_of(
@@ -141,6 +142,9 @@ def _export(
         loss=loss,
         loss_with_divisions=loss_with_divisions,
     )
+    for division in record.divisions:
+        if division.relative_error > _COARSE:
+            context.note(_coarse(division))
     write_circuit(context.output, record)
     write_lineage(context.output, read_lineage(artifact.path).then(artifact.stage, artifact.digest))
     context.log_artifact(CIRCUIT_FILE)
@@ -211,6 +215,14 @@ def _division(
         outside=rows.outside,
         minimum=finite(rows.minimum),
         maximum=finite(rows.maximum),
+    )
+
+
+def _coarse(division: Division) -> str:
+    low, high = division.domain
+    return (
+        f"`{division.name}` is off by up to {100 * division.relative_error:.2g} % on {low:.3g} … {high:.3g}: raise "
+        "reciprocal.degree or newton, or train with a larger range_penalty.denominator"
     )
 
 
