@@ -16,6 +16,7 @@ from polytrope.models.parts.settings import BatchNormSettings, LayerNormSettings
 from polytrope.models.per_layer import Entry
 
 MOMENTUM = 0.1  # share of a batch in the running statistics
+LIMIT = 4.0  # a variance that is more times the running one, or less than one by this, counts as this many
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class BatchNorm(nn.Module):
     """(x - mean) / √(variance + ε) · weight + bias, mean and variance of each channel over all vectors of a batch.
 
     In training these are those of the whole batch, of all workers, summed in float64 so that their number does not
-    matter; where the weight is frozen, and in evaluation mode, running averages, which torch's batch norms keep in the
-    same way. They stay float32 whatever the model is cast to.
+    matter; where the weight is frozen, and in evaluation mode, running averages. They begin with the first batch, are
+    not those of torch's batch norms, see `_take_in`, and stay float32 whatever the model is cast to.
     """
 
     running_mean: Tensor
@@ -106,11 +107,24 @@ class BatchNorm(nn.Module):
             raise ValueError("norm: batch needs at least two vectors in a batch to have a variance")
         mean = sums[0] / count
         variance = (sums[1] / count - mean.square()).clamp(min=0.0)
-        with torch.no_grad():
-            unbiased = variance * (count / (count - 1))
-            for running, measured in ((self.running_mean, mean), (self.running_variance, unbiased)):
-                running.lerp_(measured.to(running.dtype), MOMENTUM)
+        self._take_in(mean.detach(), variance.detach() * (count / (count - 1)))
         return mean, variance
+
+    @torch.no_grad()
+    def _take_in(self, mean: Tensor, variance: Tensor) -> None:
+        """Geometric running averages of variances, of which one batch moves none by more than `LIMIT` ** `MOMENTUM`.
+
+        Through polynomials a single odd sample has thousands of times the usual variance, and an arithmetic average
+        would be such samples' alone for dozens of batches. A batch whose variance is limited moves the mean by as many
+        of its standard deviations as it would have, of limited ones.
+        """
+        begins = (self.running_mean == 0.0) & (self.running_variance == 1.0)  # as they were made
+        running, measured = self.running_variance.double() + self.epsilon, variance + self.epsilon
+        limited = torch.minimum(torch.maximum(measured, running / LIMIT), running * LIMIT)
+        share = MOMENTUM * (limited / measured).sqrt().clamp(max=1.0)
+        averaged = running * (limited / running).pow(MOMENTUM) - self.epsilon
+        self.running_mean.copy_(torch.where(begins, mean, torch.lerp(self.running_mean.double(), mean, share)))
+        self.running_variance.copy_(torch.where(begins, variance, averaged.clamp(min=0.0)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BatchNorm:
         """What torch casts and moves modules by: the statistics move, and keep their dtype."""

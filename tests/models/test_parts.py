@@ -334,12 +334,31 @@ def test_batch_norm_is_torchs(channels_first: bool) -> None:
         (found.square() * x).sum().backward()
         (expected.square() * x).sum().backward()
         torch.testing.assert_close(pair[0].grad, pair[1].grad)
-    torch.testing.assert_close(norm.running_mean.double(), reference.running_mean, rtol=1e-6, atol=0)
-    torch.testing.assert_close(norm.running_variance.double(), reference.running_var, rtol=1e-6, atol=0)
+    reference.running_mean, reference.running_var = norm.running_mean.double(), norm.running_variance.double()
     norm.eval()
     reference.eval()
     expected = reference(x if channels_first else x.flatten(0, 1)).view(shape)
     torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_running_statistics_are_those_of_usual_batches() -> None:
+    norm = BatchNorm(BatchNormSettings(), NormSizes(2, 1e-5))
+    usual = torch.tensor([[1.0, -2.0], [4.0, -2.0], [7.0, -2.0]])  # variance 9, and a constant channel
+    norm(usual)
+    assert (norm.running_mean.tolist(), norm.running_variance.tolist()) == ([4.0, -2.0], [9.0, 0.0])
+    norm(10.0 + usual / 2)  # variance 9/4: the average of logarithms; of the mean a tenth
+    wanted = torch.tensor([9.0 * 0.25**0.1, 0.0])
+    torch.testing.assert_close(norm.running_variance, wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(norm.running_mean, torch.tensor([4.8, -0.9]))
+    for _ in range(200):
+        norm(usual)
+    torch.testing.assert_close(norm.running_variance, torch.tensor([9.0, 0.0]), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(norm.running_mean, torch.tensor([4.0, -2.0]))
+    # One odd vector: a million times the variance counts as four times.
+    norm(torch.cat((usual, torch.tensor([[6000.0, -2.0]]))))
+    assert norm.running_variance[0].item() == pytest.approx(9.0 * 4.0**0.1, rel=1e-5)
+    # Its mean is 1499 above, half a standard deviation of 2998: a twentieth of twice the running one.
+    assert norm.running_mean[0].item() == pytest.approx(4.0 + 0.05 * 2.0 * 3.0, rel=1e-3)
 
 
 def test_running_statistics_stay_whole_in_half_precision_and_still_where_the_norm_is_frozen() -> None:
