@@ -23,8 +23,11 @@ def read_tensors(reader: Reader, indices: np.ndarray) -> tuple[Tensor, Tensor]:
 
     Returns:
         Tokens `[n, length]` int64 and those that follow, or pixels in [0, 1] `[n, channels, height, width]` float32 and
-        classes `[n]` int64.
+        classes `[n]` int64, or rows `[n, inputs]` float32 and their targets `[n, targets]` float32 or classes.
     """
+    if "inputs" in reader.fields:
+        rows, wanted = reader.numbers(indices)
+        return torch.from_numpy(rows), torch.from_numpy(wanted)
     if "pixels" in reader.fields:
         pixels, labels = reader.images(indices)
         return torch.from_numpy(pixels).float() / 255.0, torch.from_numpy(np.asarray(labels, dtype=np.int64))
@@ -50,7 +53,7 @@ def refuse_other_data(
             f"(`{dataset.stage}`)",
             "give the stage models and a dataset of one kind",
         )
-    if description.kind == "images":
+    if description.kind != "text":
         return None
     own = model / "tokenizer.json"
     if not own.exists():

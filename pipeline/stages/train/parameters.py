@@ -45,11 +45,11 @@ class ActivationOptions(BaseModel):
 
 
 class ModelParameters(BaseModel):
-    """The model to train from scratch. Fields that belong to the other architecture are refused."""
+    """The model to train from scratch. Fields that belong to another architecture are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    architecture: ArchitectureName = Field("gpt2", description="gpt2 (text) or convnext (images)")
+    architecture: ArchitectureName = Field("gpt2", description="gpt2 (text), convnext (images) or mlp (numbers)")
     preset: str | None = Field(
         None, description="published size: gpt2, gpt2-medium, gpt2-large, gpt2-xl; convnext-atto … convnext-large"
     )
@@ -68,8 +68,8 @@ class ModelParameters(BaseModel):
     norm: Norm | None = Field(None, description="layer_norm (the default) or batch")
     feedforward: FeedForward | None = Field(
         None,
-        description="the layers around each activation: mlp (the default), gated or quadratic, or {name, options}; a "
-        "list as for activation",
+        description="the layers around each activation: mlp (the default), gated or quadratic; of an mlp: dense (the "
+        "default) or quadratic; or {name, options}; a list as for activation",
     )
     n_layer: int | None = Field(None, ge=1, description="gpt2: number of blocks")
     n_head: int | None = Field(None, ge=1, description="gpt2: attention heads")
@@ -87,6 +87,14 @@ class ModelParameters(BaseModel):
     patch_size: int | None = Field(None, ge=1, description="convnext: stride of the stem")
     drop_path: float | None = Field(None, ge=0, lt=1, description="convnext: stochastic depth of the last block")
     layer_scale: float | None = Field(None, ge=0, description="convnext: initial layer scale, 0 for none")
+
+    widths: list[int] | None = Field(None, description="mlp: outputs of each layer before the last")
+    residual: bool | None = Field(None, description="mlp: every layer but the first adds to what it is given")
+    inputs: int | None = Field(None, ge=1, description="mlp: numbers in a row; default: the dataset's")
+    outputs: int | None = Field(None, ge=1, description="mlp: numbers it predicts, or classes; default: the dataset's")
+    loss: Literal["mse", "cross_entropy"] | None = Field(
+        None, description="mlp: mse of numbers or cross_entropy of classes; default: what the dataset has"
+    )
 
     def settings(self) -> dict[str, Any]:
         """Fields of the architecture's configuration that are given, those of the preset below them."""
