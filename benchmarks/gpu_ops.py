@@ -41,8 +41,9 @@ SHAPES = ((12, 1024, 3072), (48, 1024, 3072))
 ROWS: list[dict[str, Any]] = [
     *({"name": name, "degree": degree} for name in ("hermite",) for degree in (1, 2, 3, 4, 5, 6, 7, 8)),
     *({"name": name, "degree": degree} for name in ("chebyshev", "legendre") for degree in (3, 8)),
-    {"name": "hermite", "degree": 8, "interval": [-3.0, 3.0]},
-    {"name": "hermite", "degree": 3, "num_parameters": 3072},
+    *({"name": "hermite", "degree": degree, "interval": [-3.0, 3.0]} for degree in (3, 8)),
+    *({"name": "hermite", "degree": degree, "num_parameters": 3072} for degree in (3, 8)),
+    {"name": "hermite", "degree": 8, "interval": [-3.0, 3.0], "num_parameters": 3072},
     {"name": "tropical", "degree": 6},
     {"name": "tropical_rational", "degree": 6},
     {"name": "fourier", "degree": 6},
@@ -76,7 +77,7 @@ def check(console: Console) -> dict[str, Any]:
         few = [
             *tests,
             "-k",
-            "8-torch.bfloat16 or 3-torch.float32 or FOURIER-6-torch.bfloat16 or groups_and_gates",
+            "8-torch.bfloat16 or 3-torch.float32 or FOURIER-6-torch.bfloat16 or groups_and_gates or columns",
             "--timeout",
             "1800",
         ]

@@ -242,7 +242,7 @@ def picture(setting: Row) -> bytes:
     unit = "nats per token" if setting["model"].startswith("GPT") else "nats per image"
     return figures.render(
         lambda theme: figures.draw_groups(
-            theme, shown, setting["baseline"] or "GELU", "loss", f"{setting['corpus']}: loss, {unit}", control
+            theme, shown, setting["baseline"] or "GELU", "loss", f"{setting['corpus']}:\nloss, {unit}", control
         ),
         "light",
     )

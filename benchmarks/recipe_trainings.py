@@ -236,7 +236,8 @@ def read_trainings(addresses: Iterable[str], known: Iterable[Row] = ()) -> list[
 
 
 def describe(artifact: StoredArtifact, dataset: StoredArtifact, others: Mapping[str, StoredArtifact]) -> Row | None:
-    """A training as a row; None if it is none of a study's: not measured on all images, blocks that differ.
+    """A training as a row; None if it is none of a study's: not measured on all images, or with parts or settings
+    that no table here names.
 
     Args:
         others: what the store holds, by digest: where the training started.
@@ -246,9 +247,9 @@ def describe(artifact: StoredArtifact, dataset: StoredArtifact, others: Mapping[
     if start is None:
         return None
     model = start.scratch["model"]
-    images = dataset.components["uses"] == "shard_images"
-    if isinstance(model["activation"], list) or model["activation_options"] is not None:
+    if is_unusual(parameters) or is_unusual(start.scratch):
         return None
+    images = dataset.components["uses"] == "shard_images"
     if images and parameters["validation_samples"] < dataset.summary["validation/images"]:
         return None
     name = name_of(start.activation)
@@ -277,6 +278,17 @@ def describe(artifact: StoredArtifact, dataset: StoredArtifact, others: Mapping[
         "test_loss": loss if images else None,  # nothing was chosen on images
         "accuracy": artifact.summary.get("val/accuracy") if images else None,
     }
+
+
+def is_unusual(parameters: Mapping[str, Any]) -> bool:
+    """Whether a training has what `SETTING` and its activation's name do not tell: other blocks, losses, numbers."""
+    model = parameters["model"] or {}
+    if isinstance(model.get("activation"), list) or parameters.get("precision", "fp32") != "fp32":
+        return True
+    told = {"architecture", "activation", "n_layer", "n_head", "n_embd", "depths", "dims", "patch_size", "layer_scale"}
+    others = [value for name, value in model.items() if name not in told and not name.startswith("$")]  # $class
+    others += [parameters.get(name) for name in ("loss", "trainable", "ema_decay", "range_penalty")]
+    return any(value is not None for value in others)
 
 
 @dataclass(frozen=True)

@@ -364,10 +364,15 @@ def layer_costs(
     conversions: Sequence[LayerConversion],
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Tensor],
+    *,
+    walk: Callable[[Sequence[tuple[str, nn.Module]]], Iterable[tuple[str, nn.Module]]] = iter,
 ) -> dict[str, float]:
     """How far the model's output moves when only this layer is converted: |difference| / |output|, per layer.
 
     One batch after the other: two outputs of one of them are all that is held. The model is as it was afterwards.
+
+    Args:
+        walk: gives the layers, once for every batch, and may say how far it is.
 
     Raises:
         ValueError: the model does not call the new module where it called the old one; names it.
@@ -380,7 +385,7 @@ def layer_costs(
             with _counting({conversion.name: conversion.module for conversion in conversions}) as before:
                 original = forward(model, batch)
             size += _squares(original)
-            for name, module in modules.items():
+            for name, module in walk(list(modules.items())):
                 with replaced(model, name, module), _counting({name: module}) as after:
                     moved = forward(model, batch)
                 _check_effect(before, after, "before its conversion")

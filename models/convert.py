@@ -354,7 +354,9 @@ def convert_batches(
         say(0, f"looking for activations{said}")
         with inputs.on_calibration_data():
             before = _output(model, rated, forward)
-        selection = select_activations(model, batches, forward, choice)
+        selection = select_activations(
+            model, batches, forward, choice, walk=lambda items: going(0, "looking for activations", items)
+        )
         found = selection.activations
         say(1, f"calibrating {len(found)} activations{said}")
         if measure is None:
@@ -366,7 +368,8 @@ def convert_batches(
         costs: Mapping[str, float] = {}
         if rated_samples:
             rating = inputs.heads(batches, rated_samples)
-            costs = layer_costs(model, fits, going(2, "rating", rating), forward)
+            say(2, f"rating {len(fits)} activations")
+            costs = layer_costs(model, fits, rating, forward, walk=lambda items: going(2, "rating", items))
         try:
             apply(model, fits)
             names = [entry.name for entry in fits]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,8 @@ def select_activations(
     batches: Sequence[Any],
     forward: Callable[[nn.Module, Any], Any],
     choice: Choice | None = None,
+    *,
+    walk: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> Selection:
     """Run `forward(model, batch)` over the batches, find every activation, module or function, and choose.
 
@@ -75,13 +77,14 @@ def select_activations(
 
     Args:
         choice: which activations are meant; default: all that are known.
+        walk: gives the batches, and may say how far it is.
 
     Raises:
         ValueError: nothing is left, a part of the selection takes nothing, or the model cannot run on the data; says
             what the model does contain.
     """
     choice = choice or Choice()
-    calls, own = observe_calls(model, batches, forward)
+    calls, own = observe_calls(model, walk(batches), forward)
     classes = ACTIVATION_CLASSES | GATE_CLASSES | set(choice.types)
     chosen: list[str] = []
     kinds: dict[str, list[str]] = {}

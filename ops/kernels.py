@@ -176,7 +176,7 @@ _count_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]  # 
 def activate(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Formula) -> Tensor:
     """F(x), differentiable in x and the parts of its parameters: the operator, or without a kernel the reference."""
     _check_devices(x, parts)
-    is_lowered = lowering.is_lowered(*formula[:3], x.dtype, x.device.type)
+    is_lowered = lowering.is_lowered(formula.family)
     if is_lowered and _is_compiling() and not torch.compiler.is_exporting() and not _is_transformed():
         parameters = packing.side_by_side(parts)
         compiled: Tensor = torch.ops.polytrope.activation(x, parameters, *_listed(formula), lowering.version())
@@ -308,13 +308,13 @@ def _lower(name: str, arithmetic: Callable[..., Any], tensors: int) -> None:
     """
 
     def rule(mode: Any, operator: Any, types: Any, arguments: Sequence[Any] = (), options: Any = None) -> Any:
-        x, formula = arguments[tensors - 2], _formula(arguments[tensors:])
+        formula = _formula(arguments[tensors:])
         version = arguments[tensors + len(Formula._fields) :]
         if mode.export:
             is_wanted = functorch_config.decompose_custom_triton_ops  # false where the program is to stay exported
         else:
             is_wanted = tuple(version) == (lowering.version(),)
-        if not (is_wanted and lowering.is_lowered(*formula[:3], x.dtype, x.device.type)):
+        if not (is_wanted and lowering.is_lowered(formula.family)):
             return mode.__torch_dispatch__(operator, types, arguments, options)
         with mode:
             return arithmetic(*arguments[:tensors], formula)

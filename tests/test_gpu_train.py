@@ -63,8 +63,15 @@ def test_a_bare_machine_trains_and_resumes_in_the_same_bytes(tmp_path: Path) -> 
     ]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     said = subprocess.run(run, cwd=ROOT, check=True, env=environment, capture_output=True, encoding="utf-8").stdout
-    steps = json.loads(record.read_text())["steps"]
+    written = json.loads(record.read_text())
+    steps = written["steps"]
     assert "error" not in steps["training"], said
+    met = {(bar["step"], bar["figure"]): bar["met"] for bar in written["bars"]}
+    assert met[("resume", "same_bytes")] is True
+    assert met[("training", "activation_fallbacks")] is True
+    assert met[("training", "mfu")] is False  # of a GPU's peak
+    assert met[("kernels", "compiled_block_over_gelu")] is None
+    assert "training: mfu ≥ 0.45: missed" in said
     assert steps["training"]["activation_fallbacks"] == {"gelu_tanh": 0.0, "hermite3": 0.0}
     assert all(speed > 0 for speed in steps["training"]["tokens_per_second"].values())
     assert steps["resume"]["same_bytes"] == {"shard": True, "train": True}, said
@@ -79,3 +86,22 @@ def test_a_step_that_fails_is_in_the_record_and_in_the_exit_code(tmp_path: Path)
     steps = json.loads(record.read_text())["steps"]
     assert "n_layer" in steps["training"]["error"]
     assert steps["kernels"]["skipped"] == "needs a GPU"
+
+
+def test_each_bar_is_compared_with_every_value_of_its_figure() -> None:
+    steps = {
+        "training": {"step_over_gelu": {"hermite3": 1.01, "hermite8": 1.03}, "mfu": {"gelu_tanh": 0.45}},
+        "resume": {"same_bytes": {"shard": True, "train": False}},
+        "images": {"error": "no memory"},
+        "kernels": {"compiled_block_over_gelu": {"hermite 3": 1.05, "tropical 6": 0.9}},
+    }
+    judged = [(bar["step"], bar["figure"], bar["met"]) for bar in gpu_train.judge(steps)]
+    assert judged == [
+        ("training", "step_over_gelu", False),
+        ("training", "mfu", True),
+        ("training", "activation_fallbacks", None),
+        ("resume", "same_bytes", False),
+        ("images", "activation_fallbacks", None),
+        ("kernels", "compiled_block_over_gelu", True),
+    ]
+    assert {bar.step for bar in gpu_train.BARS} <= set(gpu_train.STEPS)

@@ -52,6 +52,8 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, path, content=make()))
     for name, svg in plots.all_plots().items():
         files.append(File.generated(config, f"activations/plots/{name}.svg", content=svg))
+    for name, svg in plots.analysis_plots().items():
+        files.append(File.generated(config, f"plots/{name}.svg", content=svg))
     for name, svg in plots.part_plots().items():
         files.append(File.generated(config, f"parts/plots/{name}.svg", content=svg))
     for picture in sorted((Path(config.config_file_path).parent / PICTURES).glob("*.png")):

@@ -23,6 +23,8 @@ from polytrope.ops import build_activation
 from polytrope.ops.functional import chebyshev, hermite, legendre
 from polytrope.ops.interpolate import Fit, fit
 from polytrope.ops.modules import LEARNABLE
+from polytrope.ops.spectra import circle_spectrum, hermite_coefficients
+from polytrope.ops.variance_map import LARGEST, SMALLEST, variance_map
 
 # family → options of its module, degrees of the fits to GELU (none: the family is not fitted)
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -48,6 +50,12 @@ def part_plots() -> dict[str, str]:
     """Name → SVG, of the pages on parts of models."""
     with plt.rc_context(STYLE):
         return {"attention": _attention(), "quadratic": _quadratic()}
+
+
+def analysis_plots() -> dict[str, str]:
+    """Name → SVG, of the page on analyses."""
+    with plt.rc_context(STYLE):
+        return {"spectra": _spectra(), "variances": _variances()}
 
 
 def all_plots() -> dict[str, str]:
@@ -207,6 +215,45 @@ def _errors() -> str:
     _logarithmic(axis)
     axis.set_xlabel("learnable numbers")
     axis.set_ylabel("largest |F - GELU| on [-4, 4]")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=6)
+    return _svg(figure)
+
+
+def _spectra() -> str:
+    """Tangent kernels of activations at the start: eigenvalues on the circle, of trace 1."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    for name in ("hermite3", "hermite8", "fourier5", "gelu", "relu"):
+        coefficients, _ = hermite_coefficients(build_activation(name))
+        trace = float((1 + np.arange(len(coefficients))) @ coefficients**2)
+        spectrum = circle_spectrum(coefficients, 12) / trace
+        axis.plot(np.where(spectrum > 1e-14, spectrum, np.nan), marker="o", markersize=3, label=name)
+    axis.set_yscale("log")
+    axis.set_xlabel("frequency on the circle")
+    axis.set_ylabel("eigenvalue")
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=6)
+    return _svg(figure)
+
+
+def _variances() -> str:
+    """Maps of variances of activations at the start, and the line of variances that stay."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    starts = {
+        "hermite3": "hermite3",
+        "hermite3, init: stable": {"name": "hermite", "degree": 3, "init": "stable"},
+        "fourier5": "fourier5",
+        "tropical5": "tropical5",
+    }
+    for title, start in starts.items():
+        found = variance_map(build_activation(start))
+        axis.plot(found.variances, found.images, label=title)
+    axis.plot(found.variances, found.variances, color="black", linewidth=0.8, linestyle="--")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_ylim(SMALLEST, LARGEST)
+    axis.set_xlabel("variance of the inputs")
+    axis.set_ylabel("of the outputs")
     axis.grid(alpha=0.25)
     axis.legend(fontsize=6)
     return _svg(figure)

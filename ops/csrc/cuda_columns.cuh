@@ -278,6 +278,8 @@ __global__ void __launch_bounds__(threads, 2)
     at.write(dx, type, now, length, results);
   }
   if (!partial) return;
+#pragma unroll
+  for (int j = 0; j < own; ++j) settle<Family>(sums + j * most, n);
   const int count = Family::sums(n, m);
   partial += int64_t(blockIdx.y) * (count + tail_sums) * c.channels + first;
 #pragma unroll

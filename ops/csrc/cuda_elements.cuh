@@ -222,10 +222,10 @@ inline int64_t most_blocks() {
 
 // Blocks of `kernel` that are resident at the same time on the current GPU: one wave, so that none is left to run alone at
 // the end.
-template <class Kernel>
+template <int block_threads = threads, class Kernel>
 int64_t resident_blocks(Kernel kernel) {
   int each = 0;
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0) != cudaSuccess || each < 1) each = 1;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, block_threads, 0) != cudaSuccess || each < 1) each = 1;
   return most_blocks() / (2048 / threads) * each;
 }
 

@@ -150,20 +150,30 @@ __device__ __forceinline__ bool any_thread(bool found) {
   return any;
 }
 
+// Whether 80 registers are enough for a kernel with tails.
+template <class Family>
+constexpr bool has_light_tails(Form form) {
+  return form == with_tails && std::is_same_v<Family, Polynomial>;
+}
+
 // Blocks that a multiprocessor is to hold: bounds the registers of a thread, many of which are sums.
 template <class Family, int D, int E>
 constexpr int backward_blocks(Form form) {
   const bool many = Family::sums(D, E) > 14 || (form == general && never_has_tails<Family>);  // maxima need more besides
-  return (form == plain ? 3 : 2) - (many ? 1 : 0);
+  return (form == plain || has_light_tails<Family>(form) ? 3 : 2) - (many ? 1 : 0);
+}
+template <class Family, int D, int E>
+constexpr int forward_blocks(Form form) {
+  return form == plain ? (Family::sums(D, E) > 20 ? 3 : 4) : has_light_tails<Family>(form) ? 3 : 2;
 }
 
 // Only where all elements lie side by side are there registers to spare for elements that are on their way.
 template <class Family, int D, int E, Form form>
-__global__ void __launch_bounds__(threads, form == plain ? 4 : 2)
+__global__ void __launch_bounds__(threads, forward_blocks<Family, D, E>(form))
     forward_kernel(Problem p, const void* x, Parameters parameters, void* y) {
   __shared__ Function<Family> function;
   constexpr bool flat = form != general;
-  const bool gated = !flat && p.gated, tails = form != plain && !never_has_tails<Family> && p.tails;
+  const bool gated = !flat && p.gated, tails = form == with_tails || (form == general && !never_has_tails<Family> && p.tails);
   const int n = D ? D : p.degree, m = D ? E : p.second_degree;
   const Evaluation<Family> f(function.table, function.slopes, p, n, m, tails);
   const int type = p.data_type;
@@ -210,7 +220,7 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
   __shared__ Function<Family> function;
   __shared__ double shared[warps * most];
   constexpr bool flat = form != general;
-  const bool gated = !flat && p.gated, tails = form != plain && !never_has_tails<Family> && p.tails;
+  const bool gated = !flat && p.gated, tails = form == with_tails || (form == general && !never_has_tails<Family> && p.tails);
   const int n = D ? D : p.degree, m = D ? E : p.second_degree;
   const Evaluation<Family> f(function.table, function.slopes, p, n, m, tails);
   const int sums = Family::sums(n, m), row = sums + tail_sums, type = p.data_type;
@@ -266,6 +276,7 @@ __global__ void __launch_bounds__(threads, backward_blocks<Family, D, E>(form))
       write(dx, type, one.in_x(), result);
     }
     if (!partial) continue;
+    settle<Family>(a, n);
     double* own = partial + group * row * gridDim.x + blockIdx.x;
     block_sums(a, sums, shared, [&](int k, double total) { own[int64_t(k) * gridDim.x] = total; });
     if (tails)

@@ -44,6 +44,16 @@ __device__ __forceinline__ void load_parameters(const Parameters& parameters, in
   for (int k = share.first; k < Family::parameters(n, m); k += share.step) raw[k] = parameters.get(group, k);
 }
 
+// After the last element: the sums as `Family::finish` takes them.
+template <class Family>
+__device__ __forceinline__ void settle(float* sums, int n) {
+  if constexpr (std::is_same_v<Family, Tropical>) separate(sums, n);
+  if constexpr (std::is_same_v<Family, TropicalRational>) {
+#pragma unroll
+    for (int kind = 0; kind < 4; ++kind) separate(sums + kind * (n + 1), n);
+  }
+}
+
 // Whether the family's variable is another than x.
 __device__ __forceinline__ bool is_scaled(const Problem& p) { return p.shift != 0 || p.inverse_scale != 1; }
 
@@ -63,7 +73,10 @@ struct Evaluation {
 
   __device__ __forceinline__ float limited(float x) const { return smaller(high, larger(low, x)); }
   __device__ __forceinline__ const float* table_of(int k) const { return table + k % own * table_step; }
-  __device__ __forceinline__ float slope_of(int k, float beyond) const { return slopes[k % own * 2 + (beyond > 0 ? 1 : 0)]; }
+  __device__ __forceinline__ float slope_of(int k, float beyond) const {
+    const float left = slopes[k % own * 2], right = slopes[k % own * 2 + 1];
+    return beyond > 0 ? right : left;
+  }
 
   // The family's variable.
   template <int count>

@@ -10,7 +10,13 @@ namespace {
 
 constexpr int row_threads = threads / 2, row_warps = row_threads / 32;
 constexpr int most_kept = 4;              // packets of a thread
+enum Kept { nothing = 0, of_16_bits = 4, of_32_bits = 8 };  // words of a packet
 constexpr int most = 2 * max_degree + 1;  // sums of x^2k (k = 1…n), then of g x^k (k = 0…n)
+
+template <Kept kept>
+struct KeptPacket {
+  uint32_t words[kept == nothing ? 1 : kept];
+};
 
 struct Rows {
   int type;
@@ -19,9 +25,9 @@ struct Rows {
   float epsilon;
 
   // Packets of this thread in a row: visit(number, first column).
-  template <bool Kept, class Visit>
+  template <Kept kept, class Visit>
   __device__ __forceinline__ void each_packet(const Visit& visit) const {
-    if constexpr (Kept) {
+    if constexpr (kept != nothing) {
 #pragma unroll
       for (int j = 0; j < most_kept; ++j) {
         const int at = (j * row_threads + int(threadIdx.x)) * width;
@@ -32,19 +38,30 @@ struct Rows {
     }
   }
   // All packets of a row at once, if they are to be kept.
-  template <bool Kept>
-  __device__ __forceinline__ void keep(const void* base, int64_t row, Packet* packets) const {
-    if (Kept) each_packet<Kept>([&](int j, int64_t at) { packets[j] = fetch(base, type, row * columns + at); });
+  template <Kept kept>
+  __device__ __forceinline__ void keep(const void* base, int64_t row, KeptPacket<kept>* packets) const {
+    if constexpr (kept != nothing)
+      each_packet<kept>([&](int j, int64_t at) {
+        constexpr int bytes = kept == of_16_bits ? 2 : 4;
+        load_words<kept>(static_cast<const char*>(base) + (row * columns + at) * bytes, packets[j].words);
+      });
   }
-  template <bool Kept>
-  __device__ __forceinline__ void values(const void* base, int64_t row, const Packet& kept, int64_t at, float* to) const {
-    if (Kept) return unpack(kept, type, to);
+  template <Kept kept>
+  __device__ __forceinline__ void values(const void* base, int64_t row, const KeptPacket<kept>& packet, int64_t at,
+                                         float* to) const {
+    if constexpr (kept == of_32_bits) {
+      unpack_few<width>(packet.words, type_float32, to);
+    } else if constexpr (kept == of_16_bits) {
+      if (type == type_bfloat16) unpack_few<width>(packet.words, type_bfloat16, to);
+      else unpack_few<width>(packet.words, type_float16, to);
+    } else {
 #pragma unroll
-    for (int k = 0; k < width; ++k) to[k] = at + k < columns ? read(base, type, row * columns + at + k) : 0.0f;
+      for (int k = 0; k < width; ++k) to[k] = at + k < columns ? read(base, type, row * columns + at + k) : 0.0f;
+    }
   }
-  template <bool Kept>
+  template <Kept kept>
   __device__ __forceinline__ void write_values(void* base, int64_t row, int64_t at, const float* from) const {
-    if (Kept) return write_eight(base, type, row * columns + at, from);
+    if (kept != nothing) return write_eight(base, type, row * columns + at, from);
 #pragma unroll
     for (int k = 0; k < width; ++k)
       if (at + k < columns) write(base, type, row * columns + at + k, from[k]);
@@ -62,7 +79,7 @@ __device__ __forceinline__ bool is_in_range(double mean) { return mean < 1e20 &&
 
 // A power of two that brings the largest element of a row of x near to 1; 1 for rows of zeros and those with ±inf or NaN.
 // `shared` holds a number for each warp. All threads of a block call it together.
-template <bool Kept>
+template <Kept kept>
 __device__ __noinline__ float scale_of(const Rows& r, const void* x, int64_t row, float* shared) {
   float largest = 0;
   for (int64_t at = threadIdx.x; at < r.columns; at += row_threads) {
@@ -84,7 +101,7 @@ __device__ __noinline__ float scale_of(const Rows& r, const void* x, int64_t row
 }
 
 // D: the degree, 0: read at run time.
-template <int D, bool Kept>
+template <int D, Kept kept>
 __global__ void __launch_bounds__(row_threads) forward_rows(Rows r, const void* x, Parameters parameters, void* y) {
   __shared__ double total[most], own[max_degree + 1];
   __shared__ float t[max_degree + 1], shared[row_warps * most];
@@ -92,14 +109,14 @@ __global__ void __launch_bounds__(row_threads) forward_rows(Rows r, const void* 
   const int n = D ? D : r.n;
   for (int k = threadIdx.x; k <= n; k += row_threads) own[k] = parameters.get(0, k);
   for (int64_t row = blockIdx.x; row < r.rows; row += gridDim.x) {
-    Packet packets[most_kept];
-    r.keep<Kept>(x, row, packets);
+    KeptPacket<kept> packets[most_kept];
+    r.keep<kept>(x, row, packets);
     float scale = 1;
     for (bool again = true; again;) {
       float sums[most] = {};
-      r.each_packet<Kept>([&](int j, int64_t at) {
+      r.each_packet<kept>([&](int j, int64_t at) {
         float xs[width];
-        r.values<Kept>(x, row, packets[j], at, xs);
+        r.values<kept>(x, row, packets[j], at, xs);
 #pragma unroll
         for (int k = 0; k < width; ++k) {
           const float v = xs[k] * scale, squared = v * v;
@@ -121,20 +138,20 @@ __global__ void __launch_bounds__(row_threads) forward_rows(Rows r, const void* 
       again = false;
       for (int k = 1; k <= n; ++k) again |= leaves[k];
       if (!again || scale != 1.0f) break;
-      scale = scale_of<Kept>(r, x, row, shared);
+      scale = scale_of<kept>(r, x, row, shared);
       again = scale != 1.0f;
     }
-    r.each_packet<Kept>([&](int j, int64_t at) {
+    r.each_packet<kept>([&](int j, int64_t at) {
       float xs[width];
-      r.values<Kept>(x, row, packets[j], at, xs);
+      r.values<kept>(x, row, packets[j], at, xs);
 #pragma unroll
       for (int k = 0; k < width; ++k) xs[k] = Polynomial::value(xs[k] * scale, static_cast<const float*>(t), n, 0);
-      r.write_values<Kept>(y, row, at, xs);
+      r.write_values<kept>(y, row, at, xs);
     });
   }
 }
 
-template <int D, bool Kept>
+template <int D, Kept kept>
 __global__ void __launch_bounds__(row_threads)
     backward_rows(Rows r, const void* g, const void* x, Parameters parameters, void* dx, double* partial) {
   __shared__ double total[most], own[max_degree + 1], gradient[max_degree + 1];
@@ -144,14 +161,14 @@ __global__ void __launch_bounds__(row_threads)
   const int n = D ? D : r.n;
   for (int k = threadIdx.x; k <= n; k += row_threads) own[k] = parameters.get(0, k), gradient[k] = 0;
   for (int64_t row = blockIdx.x; row < r.rows; row += gridDim.x) {
-    Packet x_packets[most_kept], g_packets[most_kept];
-    r.keep<Kept>(x, row, x_packets);
-    r.keep<Kept>(g, row, g_packets);
+    KeptPacket<kept> x_packets[most_kept], g_packets[most_kept];
+    r.keep<kept>(x, row, x_packets);
+    r.keep<kept>(g, row, g_packets);
     const auto each_pair = [&](const auto& visit) {  // visit(first column, elements of x, of g)
-      r.each_packet<Kept>([&](int j, int64_t at) {
+      r.each_packet<kept>([&](int j, int64_t at) {
         float xs[width], gs[width];
-        r.values<Kept>(x, row, x_packets[j], at, xs);
-        r.values<Kept>(g, row, g_packets[j], at, gs);
+        r.values<kept>(x, row, x_packets[j], at, xs);
+        r.values<kept>(g, row, g_packets[j], at, gs);
         visit(at, xs, gs);
       });
     };
@@ -180,7 +197,7 @@ __global__ void __launch_bounds__(row_threads)
       again = false;
       for (int k = 1; k <= n; ++k) again |= leaves[k];
       if (!again || scale != 1.0f) break;
-      scale = scale_of<Kept>(r, x, row, shared);
+      scale = scale_of<kept>(r, x, row, shared);
       again = scale != 1.0f;
     }
     for (int k = threadIdx.x; k <= n; k += row_threads) {
@@ -201,7 +218,7 @@ __global__ void __launch_bounds__(row_threads)
         xs[k] = scale * (gs[k] * Polynomial::value(v, static_cast<const float*>(direct), n - 1, 0) +
                          v * Polynomial::value(v * v, static_cast<const float*>(through), n - 1, 0));
       }
-      r.write_values<Kept>(dx, row, at, xs);
+      r.write_values<kept>(dx, row, at, xs);
     });
   }
   if (!partial) return;
@@ -215,32 +232,35 @@ __global__ void __launch_bounds__(finish_threads)
   for (int k = threadIdx.x; k < count; k += finish_threads) gradients.set(0, k, total[k]);
 }
 
-int64_t blocks_of(int64_t rows) {
-  const int64_t all = 2 * most_blocks();
-  return rows < all ? rows : all;
-}
-
-template <int D, bool Kept>
+template <int D, Kept kept>
 void launch_rows(const Rows& r, const Call& c) {
-  const unsigned blocks = unsigned(blocks_of(r.rows));
+  const auto blocks_of = [&](int64_t resident) { return unsigned(r.rows < resident ? r.rows : resident); };
   if (!c.gradient) {
-    forward_rows<D, Kept><<<blocks, row_threads, 0, c.stream>>>(r, c.x, c.parameters, c.result);
+    const unsigned blocks = blocks_of(resident_blocks<row_threads>(forward_rows<D, kept>));
+    forward_rows<D, kept><<<blocks, row_threads, 0, c.stream>>>(r, c.x, c.parameters, c.result);
     return;
   }
-  backward_rows<D, Kept><<<blocks, row_threads, 0, c.stream>>>(r, c.gradient, c.x, c.parameters, c.result, c.partial);
+  const unsigned blocks = blocks_of(resident_blocks<row_threads>(backward_rows<D, kept>));
+  backward_rows<D, kept><<<blocks, row_threads, 0, c.stream>>>(r, c.gradient, c.x, c.parameters, c.result, c.partial);
   if (c.partial)
     finish_rows<<<1, finish_threads, 0, c.stream>>>(c.partial, r.n + 1, int(blocks), c.parameter_gradients);
 }
 
 }  // namespace
 
-int64_t polynorm_partial_bytes(const Problem& p) { return blocks_of(p.outer) * (p.degree + 1) * 8; }
+// No more blocks than these are resident.
+int64_t polynorm_partial_bytes(const Problem& p) {
+  const int64_t most = most_blocks() * (threads / row_threads);
+  return (p.outer < most ? p.outer : most) * (p.degree + 1) * 8;
+}
 
 int launch_polynorm(const Problem& p, const Call& c) {
   const Rows r{p.data_type, p.outer, p.inner, p.degree, float(p.epsilon)};
   const bool kept = p.degree == 3 && p.inner % width == 0 && p.inner <= most_kept * row_threads * width;
-  const auto run = kept ? launch_rows<3, true> : (p.degree == 3 ? launch_rows<3, false> : launch_rows<0, false>);
-  run(r, c);
+  if (kept && p.data_type == type_float32) launch_rows<3, of_32_bits>(r, c);
+  else if (kept) launch_rows<3, of_16_bits>(r, c);
+  else if (p.degree == 3) launch_rows<3, nothing>(r, c);
+  else launch_rows<0, nothing>(r, c);
   return cudaGetLastError() == cudaSuccess ? 0 : 3;
 }
 

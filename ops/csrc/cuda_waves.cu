@@ -4,14 +4,24 @@
 namespace polytrope {
 namespace {
 
-// As sine_cosine of a float by the GPU's own sine and cosine, whose absolute errors on [-π, π] are at most 2^-21.4 and
-// 2^-21.2 (CUDA C++ Programming Guide): a small part of what bfloat16 and float16 round off. NaN where x w overflows.
+// The sine and cosine of x w - φ by the GPU's own, whose absolute errors on [-π, π] are at most 2^-21.4 and 2^-21.2 (CUDA C++
+// Programming Guide), of an angle that is brought there with an error of |x w| 2^-23: up to |x w| = 2^11 less than half of
+// what float16 rounds off, up to 2^14 of what bfloat16 does. NaN where x w overflows.
 struct CoarseWaves {
+  __device__ __forceinline__ static void set(double w, double phase, float& high, float& low, float& t) {
+    high = float(w);
+    low = 0;
+    t = float(remainder(phase, 6.2831853071795865));
+  }
+  __device__ __forceinline__ static void set(double w, double phase, double& high, double& low, double& t) {
+    ExactWaves::set(w, phase, high, low, t);
+  }
   template <class T>
-  __device__ __forceinline__ static void evaluate(float x, T high, T low, T phase, float& sine, float& cosine) {
-    // Adding 1.5 * 2^24 leaves even numbers only: whole turns, so the fraction is in [-1, 1] half turns.
-    const float turns = ((x * high - phase) + 25165824.0f) - 25165824.0f;
-    const float angle = 3.14159265f * (x * low + (fraction(x, high, turns) - phase));
+  __device__ __forceinline__ static void evaluate(float x, T high, T, T phase, float& sine, float& cosine) {
+    float angle = x * high - phase;
+    // Adding 1.5 * 2^23 leaves whole numbers only, of turns.
+    const float turns = (angle * 0.15915494f + 12582912.0f) - 12582912.0f;
+    angle -= turns * 6.2831853f;
     sine = __sinf(angle);
     cosine = __cosf(angle);
   }

@@ -497,8 +497,13 @@ inline POLYTROPE_HOST_DEVICE void sine_cosine(Dual x, double high, double, doubl
 POLYTROPE_FUNCTION void set_frequency(double w, double& high, double& low) { high = w, low = 0; }
 POLYTROPE_FUNCTION void set_phase(double phase, double& t) { t = phase; }
 
-// sine_cosine, to full accuracy.
+// sine_cosine, to full accuracy, and what it takes.
 struct ExactWaves {
+  template <class S>
+  POLYTROPE_FUNCTION static void set(double w, double phase, S& high, S& low, S& t) {
+    set_frequency(w, high, low);
+    set_phase(phase, t);
+  }
   template <class V, class T>
   POLYTROPE_FUNCTION static void evaluate(V x, T high, T low, T phase, V& sine, V& cosine) {
     sine_cosine(x, high, low, phase, sine, cosine);
@@ -517,8 +522,7 @@ struct FourierSeries {
     for (int k = share.first; k <= n; k += share.step) {
       t[k] = S(raw[k]);
       if (k == 0) continue;
-      set_frequency(raw[n + k], t[n + k], t[2 * n + k]);
-      set_phase(raw[2 * n + k], t[3 * n + k]);
+      Waves::set(raw[n + k], raw[2 * n + k], t[n + k], t[2 * n + k], t[3 * n + k]);
       t[4 * n + k] = S(raw[k] * raw[n + k]);
     }
   }
@@ -572,7 +576,8 @@ struct HarmonicSeries {
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
     for (int k = share.first; k < 2 * n + 2; k += share.step) {
       t[k < 2 ? k : 2 + k] = S(raw[k]);
-      if (k == 1) set_frequency(raw[1], t[2], t[3]);
+      S none;
+      if (k == 1) Waves::set(raw[1], 0, t[2], t[3], none);
     }
   }
   template <class V, class T>
@@ -717,20 +722,32 @@ struct HarmonicPowers {
   }
 };
 
-// visit(k) for the lowest k whose line(k) is the highest of n + 1; for none where one is NaN. On a GPU: a maximum and a
-// comparison for each line are fewer instructions than to carry along which one is the highest.
-template <class Line, class Visit>
-POLYTROPE_FUNCTION void for_highest(int n, Line line, Visit visit) {
-  float best = line(0);
+// 1 where a < b, else 0, also where one is NaN. On a GPU without a comparison, whose results the compiler would keep in bits of
+// registers until it has loaded more elements; what is between 0 and 2^-126 counts in part.
+POLYTROPE_FUNCTION float is_below(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __saturatef((b - a) * 8.5070592e37f);
+#else
+  return a < b ? 1.0f : 0.0f;
+#endif
+}
+
+// step(k, weight) for every k from 1 to n, of the weight 1 up to the lowest k whose line(k) is the highest of n + 1, and 0
+// after it (on a GPU). What is added up with these weights belongs to that k and all below, until `separate` has taken
+// away that of the next.
+template <class Line, class Step>
+POLYTROPE_FUNCTION void climb(int n, Line line, Step step) {
+  float highest[max_degree + 1];  // of the lines so far
+  highest[0] = line(0);
   POLYTROPE_UNROLL
-  for (int k = 1; k <= n; ++k) best = larger(line(k), best);
-  bool open = true;
+  for (int k = 1; k <= n; ++k) highest[k] = larger(line(k), highest[k - 1]);
   POLYTROPE_UNROLL
-  for (int k = 0; k <= n; ++k) {
-    const bool found = open && line(k) == best;
-    open = open && !found;
-    if (found) visit(k);
-  }
+  for (int k = 1; k <= n; ++k) step(k, is_below(highest[k - 1], highest[n]));
+}
+template <class Sums>
+POLYTROPE_FUNCTION void separate(Sums sums, int n) {
+  POLYTROPE_UNROLL
+  for (int k = 0; k < n; ++k) sums[k] -= sums[k + 1];
 }
 
 // (√2 / n) max_k (k x + c_k), k = 0…n. The lowest k wins a tie; F(-∞) = √2 c_0 / n.
@@ -761,10 +778,9 @@ struct Tropical {
     V best = broadcast<V>(t[0]), slope = V{};
     const V inside = smaller(broadcast<V>(S(1e30)), x);  // beyond, lines overflow and would tie
     if constexpr (std::is_same_v<V, float>) {
-      for_highest(n, [&](int k) { return k == 0 ? t[0] : inside * float(k) + t[k]; }, [&](int k) {
-        sums[k] += g;
-        slope = float(k);
-      });
+      sums[0] += g;
+      climb(n, [&](int k) { return k == 0 ? t[0] : inside * float(k) + t[k]; },
+            [&](int k, float weight) { sums[k] += weight * g, slope += weight; });
       return x == x ? g * slope * t[n + 1] : x;
     }
     POLYTROPE_UNROLL
@@ -823,10 +839,12 @@ struct TropicalRational {
     if constexpr (std::is_same_v<V, float>) {
       const float weighted = g * x;
       float slope = slopes[0];
-      for_highest(n, [&](int k) { return x * slopes[k] + intercepts[k]; }, [&](int k) {
-        sums[k] += weighted;
-        sums[n + 1 + k] += g;
-        slope = slopes[k];
+      sums[0] += weighted;
+      sums[n + 1] += g;
+      climb(n, [&](int k) { return x * slopes[k] + intercepts[k]; }, [&](int k, float weight) {
+        sums[k] += weight * weighted;
+        sums[n + 1 + k] += weight * g;
+        slope += weight * (slopes[k] - slopes[k - 1]);
       });
       return slope;
     }

@@ -33,6 +33,7 @@ _GROUPS = 512
 _FINALISTS = 6  # whose last polynomial is fitted again on finer points, or made minimax
 _AS_GOOD = 1.1  # times the smallest error: then the fewest products decide
 _LAWSON_STEPS = 150
+_ROUNDING = 1e-7  # of the target's root mean square: what float32 does not tell apart
 _NOTHING = 1e-13  # a coefficient of this share of the largest is 0
 _EVERYWHERE = 0.1  # weight of the domain as such beside measured inputs: nothing may go wild where none was seen
 
@@ -167,9 +168,10 @@ def _as_run(problem: _Problem, chain: Chain, loss: Loss | None) -> Chain:
 
 
 def _told_apart(problem: _Problem) -> float:
-    """The error that rounding any result in the format makes: smaller ones are as good as each other."""
-    largest, size = np.abs(problem.values).max(), math.sqrt(float(problem.weights @ problem.values**2))
-    return torch.finfo(problem.dtype).eps / 2 * float(largest if problem.uniform else size)
+    """How much more error is as good: of the largest, what rounds any result in the format."""
+    if problem.uniform:
+        return torch.finfo(problem.dtype).eps / 2 * float(np.abs(problem.values).max())
+    return _ROUNDING * math.sqrt(float(problem.weights @ problem.values**2))
 
 
 def _joined(measured: tuple[Array, Array], domain: Ends) -> tuple[Array, Array]:
@@ -300,7 +302,7 @@ def _best(problem: _Problem, structure: _Structure) -> list[Chain]:
                 inner = _rounded_signs(structure.inner, _THRESHOLDS[index], problem.dtype)
                 if inner is not None:
                     chain = Chain(structure.center, half, structure.gate, inner, math.inf, math.inf)
-                    found[index] = _with_last(problem, chain, _run(inner, u)[0], structure.degree, kept)
+                    found[index] = _with_last(problem, chain, _values(inner, u), structure.degree, kept)
 
     look(range(1, len(_THRESHOLDS), 4) if structure.inner else [0])
     for step in (2, 1) if structure.inner and found else ():
@@ -349,7 +351,7 @@ def _terms(chain: Chain) -> Array:
 def _refitted(problem: _Problem, chain: Chain) -> Chain:
     """With the last polynomial fitted on these points."""
     kept = _terms(chain)
-    v = _run(chain.polynomials[:-1], (problem.x - chain.center) / chain.half)[0]
+    v = _values(chain.polynomials[:-1], (problem.x - chain.center) / chain.half)
     inner = replace(chain, polynomials=chain.polynomials[:-1])
     return _with_last(problem, inner, v, chain.degrees[-1], kept)
 
@@ -360,7 +362,7 @@ def _minimax(problem: _Problem, chain: Chain) -> Chain:
     Weighted least squares whose weights are multiplied by the errors, until only the alternating extremes keep any.
     """
     u = (problem.x - chain.center) / chain.half
-    v = _run(chain.polynomials[:-1], u)[0]
+    v = _values(chain.polynomials[:-1], u)
     kept = _terms(chain)
     columns = _columns(problem, v, chain.degrees[-1], chain.gate, kept)
     basis, triangle = np.linalg.qr(columns)
@@ -383,6 +385,13 @@ def _minimax(problem: _Problem, chain: Chain) -> Chain:
     last = np.zeros_like(chain.polynomials[-1])
     last[kept] = best[1]
     return replace(chain, polynomials=(*chain.polynomials[:-1], last), error=best[0])
+
+
+def _values(polynomials: Sequence[Array], u: Array) -> Array:
+    """Of the composition."""
+    for numbers in polynomials:
+        u = np.polynomial.chebyshev.chebval(u, numbers)
+    return u
 
 
 def _run(polynomials: Sequence[Array], u: Array) -> tuple[Array, Array]:

@@ -141,9 +141,10 @@ def _columns(x: Array, frequencies: Array) -> tuple[Array, Array]:
     """Values and slopes of 1, the cosines and the sines: `[starts, points, 1 + 2 · degree]`."""
     count, along = frequencies.shape[1], frequencies[:, None]
     angle = x[:, :, None] * along
+    cos, sin = np.cos(angle), np.sin(angle)
     values, slopes = np.empty((2, *x.shape, 1 + 2 * count))
     values[..., 0], slopes[..., 0] = 1.0, 0.0
-    cos, sin = np.cos(angle, out=values[..., 1 : 1 + count]), np.sin(angle, out=values[..., 1 + count :])
+    values[..., 1 : 1 + count], values[..., 1 + count :] = cos, sin
     np.multiply(sin, -along, out=slopes[..., 1 : 1 + count])
     np.multiply(cos, along, out=slopes[..., 1 + count :])
     return values, slopes
@@ -152,13 +153,12 @@ def _columns(x: Array, frequencies: Array) -> tuple[Array, Array]:
 def _model(frequencies: Array, x: Array) -> tuple[Array, Array, Turn]:
     count = frequencies.shape[1]
     values, slopes = _columns(x, frequencies)
-    cos, sin = values[..., 1 : 1 + count], values[..., 1 + count :]
 
     def turn(coefficients: Array, chosen: Array) -> tuple[Array, Array]:
         cosine, sine = coefficients[:, None, 1 : 1 + count], coefficients[:, None, 1 + count :]
-        cosines, sines, at = cos[chosen], sin[chosen], x[chosen][..., None]
-        along = sine * cosines - cosine * sines  # ∂F / ∂ω = x · along
-        bend = -(cosine * cosines + sine * sines) * frequencies[chosen][:, None]
+        at, cos, sin = x[chosen][..., None], values[chosen][..., 1 : 1 + count], values[chosen][..., 1 + count :]
+        along = sine * cos - cosine * sin  # ∂F / ∂ω = x · along
+        bend = -(cosine * cos + sine * sin) * frequencies[chosen][:, None]
         return at * along, along + at * bend
 
     return values, slopes, turn

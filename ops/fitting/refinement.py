@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 
@@ -55,10 +55,16 @@ class Data:
         factor = math.sqrt(self.derivative_weight)
         return np.concatenate([(values.T * root).T, factor * (slopes.T * root).T])
 
-    @property
+    @cached_property
     def right(self) -> Array:
         """The target in the form of `rows`."""
         return self.rows(self.value, self.slope)
+
+    @cached_property
+    def roots(self) -> tuple[Array, Array]:
+        """What `rows` multiplies values and slopes by: two `[points, 1]`."""
+        root = np.sqrt(self.weights)[:, None]
+        return root, math.sqrt(self.derivative_weight) * root
 
     def quantiles(self, share: float) -> Ends:
         """The ends of the interval that `share` of the weight lies beyond, on each side."""
@@ -160,13 +166,15 @@ class _Trial:
 
     def __init__(self, model: Model, flat: Array, data: Data, ridge: float) -> None:
         self.model, self.flat, self.data = model, flat, data
-        right = data.right
-        self.inside = np.clip(data.x, flat[:, -2:-1], flat[:, -1:])
-        self.beyond = (data.x - self.inside)[:, :, None]
+        root, slope_root = data.roots
+        value, slope = data.right[: len(data.x)], data.right[len(data.x) :]
+        inside = np.clip(data.x, flat[:, -2:-1], flat[:, -1:])
+        self.beyond = (data.x - inside)[:, :, None]
         with np.errstate(all="ignore"):  # a step too long is not taken
-            columns, column_slopes, self.turn = model(flat[:, :-2], self.inside)
-            self.at = at = self._rows(columns, column_slopes, slice(None))
-            gram = at.swapaxes(1, 2) @ at
+            columns, column_slopes, self.turn = model(flat[:, :-2], inside)
+            self.at = at = (columns + self.beyond * column_slopes) * root
+            self.slope_at = slope_at = column_slopes * slope_root
+            gram = at.swapaxes(1, 2) @ at + slope_at.swapaxes(1, 2) @ slope_at
             gram += ridge * np.eye(gram.shape[1])
             self.scale = scale = np.sqrt(np.einsum("bkk->bk", gram))
             usable = np.isfinite(gram).all(axis=(1, 2))
@@ -174,46 +182,39 @@ class _Trial:
             gram[~usable] = 0.0
             scaled = gram / scale[:, :, None] / scale[:, None, :]
             self.inverse = np.linalg.inv(scaled + _RIDGE * np.eye(gram.shape[1]))
-            wanted = np.where(usable[:, None], right @ at, 0.0)
-            self.coefficients = (self.inverse @ (wanted / scale)[:, :, None])[:, :, 0] / scale
-            self.missed = (at @ self.coefficients[:, :, None])[:, :, 0] - right
-            costs = np.einsum("br,br->b", self.missed, self.missed) + ridge * (self.coefficients**2).sum(axis=1)
+            right = np.where(usable[:, None], value @ at + slope @ slope_at, 0.0)
+            self.coefficients = (self.inverse @ (right / scale)[:, :, None])[:, :, 0] / scale
+            self.missed = (at @ self.coefficients[:, :, None])[:, :, 0] - value
+            self.missed_slope = (slope_at @ self.coefficients[:, :, None])[:, :, 0] - slope
+            size = ridge * (self.coefficients**2).sum(axis=1)
+            costs = (self.missed**2).sum(axis=1) + (self.missed_slope**2).sum(axis=1) + size
         self.costs = np.where(usable & np.isfinite(costs), costs, np.inf)
-
-    def _rows(self, values: Array, slopes: Array, chosen: Any, more: int = 0) -> Array:
-        """Values above slopes, along the tangents and weighted, with room for `more` columns."""
-        count = len(self.data.x)
-        root = np.sqrt(self.data.weights)[:, None]
-        found = np.empty((len(values), 2 * count, values.shape[2] + more))
-        upper, lower = found[:, :count, : values.shape[2]], found[:, count:, : values.shape[2]]
-        np.multiply(self.beyond[chosen], slopes, out=upper)
-        upper += values
-        upper *= root
-        np.multiply(slopes, math.sqrt(self.data.derivative_weight) * root, out=lower)
-        return found
 
     def linearised(self, chosen: Array, free_ends: bool) -> _State:
         """The state of some of the starts; its costs are inf where it cannot be told."""
-        x, count = self.data.x, len(self.data.x)
-        flat, coefficients, scale = self.flat[chosen], self.coefficients[chosen], self.scale[chosen]
+        x, (root, slope_root) = self.data.x, self.data.roots
+        flat, coefficients = self.flat[chosen], self.coefficients[chosen]
+        at, slope_at, beyond = self.at[chosen], self.slope_at[chosen], self.beyond[chosen]
         with np.errstate(all="ignore"):
             by_value, by_slope = self.turn(coefficients, chosen)
-            turned = self._rows(by_value, by_slope, chosen, 2 if free_ends else 0)
+            by_value = (by_value + beyond * by_slope) * root
+            by_slope = by_slope * slope_root
             if free_ends:
-                # Moving an end turns the tangent line about it: F(end) + F'(end) (x - end) changes by
-                # F''(end) (x - end).
+                # Moving an end turns the tangent about it: F(end) + F'(end) (x - end) changes by F''(end) (x - end).
                 low, high = flat[:, -2:-1], flat[:, -1:]
                 tiny = 1e-5 * (high - low)
                 ends = np.concatenate([low - tiny, low + tiny, high - tiny, high + tiny], axis=1)
                 slopes = (self.model(flat[:, :-2], ends)[1] @ coefficients[:, :, None])[:, :, 0]
                 bends = np.stack([slopes[:, 1] - slopes[:, 0], slopes[:, 3] - slopes[:, 2]], axis=1) / (2 * tiny)
-                bent = np.stack([x < low, x > high], axis=2) * bends[:, None, :] * np.sqrt(self.data.weights)[:, None]
-                turned[:, :count, -2:] = bent * self.beyond[chosen]
-                turned[:, count:, -2:] = bent * math.sqrt(self.data.derivative_weight)
+                turned = np.stack([x < low, x > high], axis=2) * bends[:, None, :] * root
+                by_value = np.concatenate([by_value, turned * beyond], axis=2)
+                by_slope = np.concatenate([by_slope, math.sqrt(self.data.derivative_weight) * turned], axis=2)
             # What the coefficients can make up for is no part of the step.
-            shared = (self.at[chosen].swapaxes(1, 2) @ turned) / scale[:, :, None]
-            gram = turned.swapaxes(1, 2) @ turned - shared.swapaxes(1, 2) @ (self.inverse[chosen] @ shared)
-            gradient = (self.missed[chosen][:, None] @ turned)[:, 0]
+            shared = at.swapaxes(1, 2) @ by_value + slope_at.swapaxes(1, 2) @ by_slope
+            shared = shared / self.scale[chosen][:, :, None]
+            gram = by_value.swapaxes(1, 2) @ by_value + by_slope.swapaxes(1, 2) @ by_slope
+            gram = gram - shared.swapaxes(1, 2) @ (self.inverse[chosen] @ shared)
+            gradient = (self.missed[chosen][:, None] @ by_value + self.missed_slope[chosen][:, None] @ by_slope)[:, 0]
         costs = self.costs[chosen]
         bad = ~(np.isfinite(gram).all(axis=(1, 2)) & np.isfinite(gradient).all(axis=1) & np.isfinite(costs))
         costs[bad], gram[bad], gradient[bad] = np.inf, 0.0, 0.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from polytrope.pipeline.commands.common import find_run, open_store
-from polytrope.pipeline.commands.services import mlflow_place, serve
+from polytrope.pipeline.commands.services import mlflow_place, serve, tracking_address
 from polytrope.pipeline.errors import EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.launch import REPORT, report_stages
 from polytrope.pipeline.runs.journal import RunState, fold, read
@@ -99,17 +99,20 @@ def _open_mlflow(run: _Run, options: argparse.Namespace) -> int:
     """On the run's server, or on one that shows its database already; else on one that is started for it."""
     from polytrope.pipeline.tracking.process import free_port, running_server
 
+    address = tracking_address(run.store, run.directory)
+    is_server = address.startswith(("http://", "https://"))
+    running = None if is_server else running_server(address)
+    if options.print and not is_server and running is None:  # before anything is sent
+        raise UserError(
+            "no MLflow server shows this run now", f"`{command('ui', run.directory.name, store=run.store.address)}`"
+        )
     place = mlflow_place(run.store, run.directory)
-    server = place.server or running_server(place.uri)
+    server = place.server or running
     if server is not None:
         print(f"{server}{place.page}")
         if not options.print:
             _show(f"{server}{place.page}")
         return EXIT_SUCCESS
-    if options.print:
-        raise UserError(
-            "no MLflow server shows this run now", f"`{command('ui', run.directory.name, store=run.store.address)}`"
-        )
     return serve(run.store, place, "127.0.0.1", free_port(), ready=_show)
 
 

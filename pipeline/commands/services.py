@@ -54,6 +54,14 @@ class MLflowPlace:
     page: str
 
 
+def tracking_address(store: Store, run: Path | None, uri: str | None = None) -> str:
+    """MLflow's tracking URI: the given one, else the run's own, else the store's."""
+    from polytrope.pipeline.tracking.process import tracking_uri
+
+    configured = uri if uri is not None or run is None else _tracking(run).get("uri")
+    return str(resolve_environment(tracking_uri(configured, store.local("")), os.environ))
+
+
 def mlflow_place(store: Store, run: Path | None, uri: str | None = None) -> MLflowPlace:
     """Where MLflow has a run.
 
@@ -68,12 +76,11 @@ def mlflow_place(store: Store, run: Path | None, uri: str | None = None) -> MLfl
     from polytrope.pipeline.tracking.cursor import read_cursor
     from polytrope.pipeline.tracking.database import database_file
     from polytrope.pipeline.tracking.overview import TRAINING_VIEW, address
-    from polytrope.pipeline.tracking.process import tracking_uri, without_password
+    from polytrope.pipeline.tracking.process import without_password
 
     tracking = {} if run is None else _tracking(run)
-    own = tracking_uri(tracking.get("uri"), store.local(""))
-    resolved = resolve_environment(own if uri is None else tracking_uri(uri, store.local("")), os.environ)
-    sent = run is not None and tracking.get("enabled", True) and uri in (None, own)
+    resolved = tracking_address(store, run, uri)
+    sent = run is not None and tracking.get("enabled", True) and uri in (None, tracking.get("uri"))
     if run is not None and sent:
         _bring(store, run, resolved, tracking.get("experiment"))
     if resolved.startswith("sqlite:///") and not database_file(resolved).exists():
@@ -203,7 +210,7 @@ def _sync(store: Store, directory: Path) -> int:
     if not tracking.get("enabled", True):
         print(f"run {name} was made without MLflow (`tracking.enabled: false`)")
         return logged
-    uri = resolve_environment(mlflow.tracking_uri(tracking.get("uri"), store.local("")), os.environ)
+    uri = tracking_address(store, directory)
     mlflow.check_tracking(uri)
     code, reason = mlflow.sync_now(store, directory, uri, tracking.get("experiment"))
     store.push_run(name)

@@ -76,7 +76,7 @@ class Symmetry(Record):
 
 
 class SignalLayer(Record):
-    """One activation; `missing`: why there are no figures but those of the inputs."""
+    """One activation; `missing`: why some of the figures are not there."""
 
     name: str
     activation: str

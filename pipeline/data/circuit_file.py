@@ -58,6 +58,8 @@ class CircuitRecord(Record):
         deviation: the largest one of the file's logits, in float64, from the model's with divisions, relative to the
             largest logit, on calibration data.
         calibration_samples, held_out_samples: how many there were.
+        loss, loss_with_divisions: nats per token of the held-out samples, with the polynomials and before; None: no
+            finite number.
     """
 
     format: Literal[1] = 1
@@ -72,9 +74,12 @@ class CircuitRecord(Record):
     activations: list[ActivationRange]
     calibration_samples: int
     held_out_samples: int
+    loss: float | None
+    loss_with_divisions: float | None
 
     def metrics(self) -> dict[str, float]:
         """Depth, products per token, and what lies outside of the ranges."""
+        losses = {"val_loss": self.loss, "val_loss_with_divisions": self.loss_with_divisions}
         return {
             "multiplicative_depth": float(self.cost.depth),
             "levels": float(self.cost.levels),
@@ -83,6 +88,7 @@ class CircuitRecord(Record):
             "reciprocal_error": max(division.relative_error for division in self.divisions),
             "rows_outside": float(sum(division.outside for division in self.divisions)),
             "deviation": self.deviation,
+            **{name: loss for name, loss in losses.items() if loss is not None},
         }
 
 

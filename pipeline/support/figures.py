@@ -416,6 +416,8 @@ def draw_variance_maps(theme: Theme, maps: VarianceMaps) -> Figure:
         panel.set_title(layer)
     for panel in list(grid.flat)[len(layers) :]:
         panel.set_visible(False)
+    figure.supxlabel("variance of the inputs", color=theme.muted, fontsize=9)
+    figure.supylabel("of the outputs", color=theme.muted, fontsize=9)
     _name_above(figure, grid.flat[0], theme, len(maps))
     return figure
 

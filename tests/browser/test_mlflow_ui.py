@@ -67,8 +67,9 @@ def served(store: Store) -> Iterator[tuple[str, str]]:
         yield url, place
     finally:
         server.terminate()  # not SIGINT, which a shell's background jobs ignore
-        rest, _ = server.communicate(timeout=30)
-    assert re.fullmatch(r"  its log: \S+\n", rest), "MLflow's own words go into the log"
+        said = server.stdout.read() if server.stdout is not None else ""
+        server.wait(30)
+    assert re.fullmatch(r"  its log: \S+\n", said), "MLflow's own words go into the log"
 
 
 @pytest.fixture(scope="module")

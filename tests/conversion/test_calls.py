@@ -281,7 +281,7 @@ def test_torchs_encoder_layer_with_a_function_is_converted_in_evaluation_mode_to
     selection = converted(model, x)
     assert [entry.name.rpartition(".")[0] for entry in selection.activations] == ["layers.0", "layers.1"]
     after = run(model, x)
-    assert float((after - before).abs().max()) > 1e-4
+    assert float((after - before).abs().max()) > 1e-5  # a quotient is close to a ReLU
     assert torch.allclose(after, run(model.train(), x), atol=1e-5)
 
 

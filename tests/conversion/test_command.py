@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -41,7 +42,12 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, stage_context
 from polytrope.pipeline.stages.convert.calibration_data import array_batches, text_batches, tokenizer_of
 from polytrope.pipeline.stages.convert.convert import convert
-from polytrope.pipeline.stages.convert.distillation import coefficients, distill, sentence_embeddings
+from polytrope.pipeline.stages.convert.distillation import (
+    distill,
+    learned_activations,
+    received,
+    sentence_embeddings,
+)
 from polytrope.pipeline.stages.convert.parallel_calibration import calibrate_on_ray, calibrate_part
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 
@@ -445,15 +451,22 @@ def test_distillation_trains_the_coefficients_only_and_brings_the_model_closer(b
     frozen = {n: p.clone() for n, p in student.named_parameters() if n in dict(teacher.named_parameters())}
     texts = (tmp_path / "texts.txt").read_text().splitlines()
     batches = text_batches(tokenizer_of(bert), texts, 20, 20, True)
-    losses = distill(teacher, student, batches, steps=40, learning_rate=5e-3)
+    # Whatever the coordinates of the coefficients and the straight lines, a step moves no activation further.
+    first = copy.deepcopy(student)
+    distill(teacher, first, batches, steps=1, learning_rate=1e-2)
+    for (module, inputs), moved in zip(received(student, batches[0]).items(), learned_activations(first), strict=True):
+        with torch.no_grad():
+            step = float((moved(inputs) - module(inputs)).square().mean().sqrt())
+        assert 0 < step <= 1e-2 * 3**0.5 * 1.001  # three coefficients
+    losses = distill(teacher, student, batches, steps=40, learning_rate=1e-2)
     assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
-    assert len(coefficients(student)) == 2  # the pooler's stays
+    assert len(learned_activations(student)) == 2  # the pooler's stays
     for name, parameter in student.named_parameters():
         if name in frozen:
             assert torch.equal(parameter, frozen[name])
             assert parameter.requires_grad
     with pytest.raises(ValueError, match="no learnable activation"):
-        coefficients(teacher)
+        learned_activations(teacher)
 
 
 def test_the_stage_calibrates_on_a_data_set_of_the_shard_stage(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from conversion_support import images, own_model, randomise, read_json, tokens, 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from polytrope.models.convert import convert as convert_model
 from polytrope.models.foreign import original_settings
 from polytrope.models.formats import read_model
 from polytrope.models.formats.huggingface import save_huggingface
@@ -77,7 +78,7 @@ def run(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def convert(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     """Other activations, none as it started; their configurations."""
     configs = {}
-    for found in find_activations(model, exclude=["*pooler*"]):
+    for found in find_activations(model):
         module = randomise(build_activation(config), 0.05)
         replace_module(model, found.name, module)
         configs[found.name] = module.config()  # type: ignore[operator]
@@ -134,6 +135,24 @@ def test_transformers_loads_what_was_converted_or_refuses(cases: dict[str, Case]
             getattr(transformers, auto).from_pretrained(case.directory, trust_remote_code=False)
     with pytest.raises(KeyError, match="replaced by polytrope: load with trust_remote_code=True"):
         getattr(transformers, ARCHITECTURES[name][0]).from_pretrained(case.directory)
+
+
+def test_a_slope_for_each_channel_comes_back(tmp_path: Path) -> None:
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    torch.manual_seed(0)
+    model = transformers.ResNetModel(transformers.ResNetConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "original")
+    for number, entry in enumerate(find_activations(model)):
+        replace_module(model, entry.name, nn.PReLU(8, init=0.1 * number))
+        with torch.no_grad():
+            model.get_submodule(entry.name).weight += torch.linspace(-0.3, 1.3, 8)
+    inputs = {"pixel_values": images()}
+    conversion = convert_model(model, [inputs], family="tropical_rational", degree=1)
+    assert all(entry.config["num_parameters"] == 8 for entry in conversion.activations)
+    torch.testing.assert_close(run(conversion.model, inputs), run(model, inputs), rtol=1e-5, atol=1e-5)
+    conversion.save(tmp_path / "converted", tmp_path / "original")
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "converted", trust_remote_code=True).eval()
+    torch.testing.assert_close(run(loaded, inputs), run(conversion.model, inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_without_this_package_the_same_logits(cases: dict[str, Case], tmp_path: Path) -> None:
@@ -502,7 +521,9 @@ def test_an_adapter_is_trained_on_a_converted_model_saved_and_merged(
     adapted = peft.get_peft_model(load(case), settings)
     optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], 0.1)
     with torch.no_grad():
-        torch.testing.assert_close(run(adapted.eval(), case.inputs), case.logits, rtol=0, atol=0)  # it starts as nothing
+        torch.testing.assert_close(
+            run(adapted.eval(), case.inputs), case.logits, rtol=0, atol=0
+        )  # it starts as nothing
     for _ in range(2):  # the first step moves one of the two factors alone
         adapted(**case.inputs, labels=tokens()).loss.backward()
         optimizer.step()

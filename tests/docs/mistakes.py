@@ -261,6 +261,22 @@ SECTIONS: dict[str, list[Mistake]] = {
         _best("a choice by a figure that trainings do not have", "train", "val/los"),
         _best("a choice by a figure of evaluations, without one", "train", "loss"),
         _best("a choice among models that were not trained", "convert", "val/loss"),
+        Mistake(
+            "an analysis that there is not",
+            "  report:\n",
+            "  analysis:\n    uses: analyze\n    inputs: {dataset: shard, models: {trained: train}}\n"
+            "    with: {analyses: [signal, kernels]}\n  report:\n",
+        ),
+        Mistake(
+            "options of another weight",
+            "{family: chebyshev, degree: 8}",
+            "{family: chebyshev, degree: 2, weight: normal, coverage: 0.99}",
+        ),
+        Mistake(
+            "a circuit of a softmax",
+            "  report:\n",
+            "  circuit:\n    uses: export_circuit\n    inputs: {model: train, dataset: shard}\n  report:\n",
+        ),
     ],
     "Searches": [
         Mistake("a trial without a stage function", "        uses: train\n", "", SEARCH),

@@ -67,6 +67,10 @@ def test_modules_on_the_gpu_give_what_they_give_on_the_cpu(config: dict[str, Any
         ({"num_parameters": 48}, (5, 7, 96)),
         ({"num_parameters": 3}, (33, 96)),
         ({"num_parameters": 96, "interval": [-1.0, 1.0]}, (1000, 96)),
+        ({"num_parameters": 3072}, (4000, 3072)),
+        ({"num_parameters": 256}, (700, 3072)),
+        ({"num_parameters": 7}, (5000, 7)),
+        ({"num_parameters": 96, "glu": True}, (1000, 192)),
         ({"num_parameters": 6, "dim": 1}, (4, 6, 5, 7)),
         ({"num_parameters": 6, "dim": 1}, (40, 6, 128)),
         ({"num_parameters": 48, "glu": True}, (100, 96)),
@@ -97,6 +101,27 @@ def test_a_forward_is_one_launch_and_a_backward_two(config: dict[str, Any]) -> N
         torch.cuda.synchronize()
     launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert len(launched) == 3, launched
+
+
+@pytest.mark.parametrize("options", [{}, {"interval": [-1.0, 1.0]}], ids=str)
+@pytest.mark.parametrize("degree", [3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_columns_of_channels(degree: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """As many launches as of one function for all, no copy; against float64; the same bits every time."""
+    config = {"name": "hermite", "degree": degree, "num_parameters": 768} | options
+    module = activation(config, torch.float32).cuda()
+    x, seed = (torch.randn(2000, 768, device="cuda", dtype=dtype) for _ in range(2))
+    first = run(module, x, seed)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        again = run(module, x, seed)
+        torch.cuda.synchronize()
+    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(launched) == 3, launched
+    expected = run(activation(config).cuda(), x.double(), seed.double())
+    for found, same, exact in zip(first, again, expected, strict=True):
+        assert torch.equal(found, same)
+        worst = float((found.double() - exact).abs().max() / exact.abs().max())
+        assert worst <= (1e-4 if found.dtype == torch.float32 else 1e-2)
 
 
 def test_tensors_that_begin_anywhere() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,22 @@ def test_a_whole_block_in_exact_fractions_and_modulo_a_prime(tmp_path: Path) -> 
     residues = evaluate(graph, x, prime_field())
     expected = [value.numerator * pow(value.denominator, -1, MERSENNE_61) % MERSENNE_61 for value in exact.ravel()]
     assert residues.ravel().tolist() == expected
+
+
+def test_the_degree_of_the_product_rule_is_that_along_a_line(tmp_path: Path) -> None:
+    """Modulo a prime the differences of order n of a polynomial of degree n are one number, and the next ones 0."""
+    model = network(n_layer=1, n_embd=4, sequence_length=2)
+    with_reciprocals(model, {0: (0.3, 12.0)}, 2, 0)
+    graph, _, embedded, _ = graph_of(model, tmp_path / "circuit.onnx", 2)
+    degree = count(graph)[""].degree
+    assert degree == 3 * (2 * 4 + 5)
+    field = prime_field()
+    start = embedded.double().numpy()
+    values = [evaluate(graph, start + t * np.ones_like(start), field).ravel() for t in range(degree + 3)]
+    for _ in range(degree):
+        values = [(later - earlier) % MERSENNE_61 for earlier, later in itertools.pairwise(values)]
+    assert all((value == values[0]).all() for value in values)
+    assert (values[0] != 0).any()
 
 
 def test_modulo_a_prime_the_whole_network_is_the_composition_of_its_blocks(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ MORE: list[dict[str, Any]] = [
     {"name": "hermite", "degree": 3, "num_parameters": 4},
     {"name": "fourier", "degree": 3, "num_parameters": 2},
     {"name": "fourier", "degree": 3, "glu": True},
+    {"name": "composition", "degree": [3, 20], "gate": True},
 ]
 ALL = [*CONFIGS, CONTROL, *MORE]
 

@@ -89,7 +89,16 @@ def test_the_file_computes_what_the_trained_model_does_up_to_the_certified_error
     assert 0.0 < exported[1]["deviation"] < 10 * exported[1]["reciprocal_error"]
 
 
-def test_costs_ranges_and_what_lies_outside_are_recorded(exported: tuple[Path, dict[str, float]]) -> None:
+def loss_of(network: torch.nn.Module, dataset: Artifact) -> float:
+    """On the first 6 validation samples."""
+    blocks = torch.from_numpy(open_split(dataset.path, "validation").samples(np.arange(6)).astype(np.int64))
+    with torch.no_grad():
+        return float(network(blocks[:, :-1], blocks[:, 1:]))
+
+
+def test_costs_ranges_and_what_lies_outside_are_recorded(
+    exported: tuple[Path, dict[str, float]], model: Artifact, dataset: Artifact
+) -> None:
     directory, returned = exported
     record = read_circuit(directory / "output")
     assert (record.positions, record.width, record.vocabulary) == (SEQUENCE_LENGTH, 16, 320)
@@ -99,7 +108,7 @@ def test_costs_ranges_and_what_lies_outside_are_recorded(exported: tuple[Path, d
     assert returned["products_per_token"] == record.cost.products / SEQUENCE_LENGTH
     assert len(record.divisions) == len(record.activations) == 2
     for division in record.divisions:
-        assert division.domain == pytest.approx((division.measured[0] / 1.6, division.measured[1] * 1.6))
+        assert division.domain == pytest.approx((division.measured[0] / 2, division.measured[1] * 2))
         assert division.relative_error == relative_error(7, 1, *division.domain)
         assert division.inputs == 6 * 2 * SEQUENCE_LENGTH  # a row per sample, head and position
         assert division.outside == 0
@@ -108,6 +117,9 @@ def test_costs_ranges_and_what_lies_outside_are_recorded(exported: tuple[Path, d
     for activation in record.activations:
         assert activation.minimum < 0 < activation.maximum
     assert returned["rows_outside"] == 0.0
+    loss = loss_of(load_model(directory / "output"), dataset)
+    assert returned["val_loss"] == record.loss == pytest.approx(loss, rel=1e-5)
+    assert returned["val_loss_with_divisions"] == pytest.approx(loss_of(load_model(model.path), dataset), rel=1e-5)
     assert json.loads((directory / "output" / "lineage.json").read_text())["ancestors"][-1]["stage"] == "train"
 
 
@@ -127,6 +139,15 @@ def test_rows_outside_of_a_narrow_range_are_counted_and_said(
     figures = evaluate(make_context(evaluated), dataset, {"circuit": artifact, "trained": model}, parameters)
     assert figures["circuit/outside_probability"] == max(d.outside / d.inputs for d in divisions)
     assert "trained/outside_probability" not in figures
+
+
+def test_a_coarse_reciprocal_is_said(tmp_path: Path, model: Artifact, dataset: Artifact) -> None:
+    returned = run(tmp_path, model, dataset, reciprocal={"degree": 1, "newton": 0, "margin": 30.0})
+    coarse = [event["text"] for event in read_events(tmp_path, "message") if "is off by up to" in event["text"]]
+    errors = [division.relative_error for division in read_circuit(tmp_path / "output").divisions]
+    assert len(coarse) == sum(error > 0.01 for error in errors) > 0
+    assert "raise reciprocal.degree or newton" in coarse[0]
+    assert returned["reciprocal_error"] == max(errors)
 
 
 def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from polytrope.models import build_model
+from polytrope.models.response import response
 from polytrope.ops import LearnableActivation, build_activation
 from polytrope.ops.interpolate import fit
-from polytrope.pipeline.stages.train.coefficient_rates import STEP, coefficient_multiple, response
+from polytrope.pipeline.stages.train.coefficient_rates import STEP, coefficient_multiple
 from polytrope.pipeline.stages.train.optimization import coefficient_rates, parameter_groups, set_learning_rate
 from polytrope.pipeline.stages.train.parameters import TrainParameters
 

@@ -184,7 +184,7 @@ def test_a_training_says_its_rate_and_where_its_coefficients_came_from() -> None
     dataset = artifact(components={"uses": "shard", "parameters": {"name": "text"}}, files=files)
     activation = {"name": "hermite", "degree": 4, "init": "gelu", "interval": [-4, 4]}
     parameters = {
-        "model": {"activation": activation, "activation_options": None, "n_layer": 4, "n_embd": 128},
+        "model": {"$class": "", "activation": activation, "activation_options": None, "n_layer": 4, "n_embd": 128},
         "steps": 480,
         "global_batch_size": 8,
         "seed": 3,
@@ -214,6 +214,10 @@ def test_a_training_says_its_rate_and_where_its_coefficients_came_from() -> None
     assert (row(coefficient_learning_rate=9e-2) or {})["name"] == "hermite4 gelu [-4, 4] × 30"
     assert (row(model=parameters["model"] | {"activation": "gelu_tanh"}) or {})["name"] == "gelu_tanh"
     assert found["model"] == "GPT-2, 4 layers of 128"
+    assert row(model=parameters["model"] | {"norm": "batch"}) is None
+    assert row(model=parameters["model"] | {"activation": ["gelu", "relu"]}) is None
+    assert row(loss={"name": "poly"}) is None
+    assert row(precision="bf16") is None
     frozen = {"initial": "s", "model": None, "coefficient_learning_rate": 0.0}
     assert (row(**frozen) or {})["name"] == "hermite4 gelu [-4, 4] × 10, frozen as learned"
     assert row(**frozen | {"coefficient_learning_rate": 3e-3}) is None

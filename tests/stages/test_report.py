@@ -18,6 +18,7 @@ from training_support import make_context, read_events
 
 from polytrope.ops import build_activation
 from polytrope.pipeline.data.analysis_file import Analysis, InputStatistics, write_analysis
+from polytrope.pipeline.data.circuit_file import CircuitRecord, write_circuit
 from polytrope.pipeline.data.lineage import Lineage, write_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
@@ -165,7 +166,25 @@ def make_report(directory: Path, **parameters: Any) -> dict[str, float]:
         conversion,
         Artifact(inputs, "d" * 64, "shard"),
         analysis=make_analysis(inputs / "analyze"),
+        circuit=make_circuit_record(inputs / "circuit"),
     )
+
+
+def make_circuit_record(directory: Path) -> Artifact:
+    """Of one layer, with a row outside of a range, and without a loss."""
+    directory.mkdir()
+    counts = {"depth": 10, "levels": 18, "degree": 195, "products": 4000, "constant_products": 9000, "additions": 7000}
+    division = {
+        "name": "transformer.h.0.attn.reciprocal", "measured": [0.5, 3.0], "domain": [0.25, 6.0],
+        "relative_error": 2.5e-4, "inputs": 1200, "outside": 1, "minimum": 0.2, "maximum": 2.0,
+    }  # fmt: skip
+    content = {
+        "format": 1, "positions": 4, "width": 8, "vocabulary": 16, "cost": counts, "layers": {"block_0": counts},
+        "largest_constant": 3.0, "deviation": 1e-4, "divisions": [division], "activations": [],
+        "calibration_samples": 5, "held_out_samples": 3, "loss": None, "loss_with_divisions": 2.5,
+    }  # fmt: skip
+    write_circuit(directory, CircuitRecord.model_validate(content))
+    return Artifact(directory, "c" * 64, "export_circuit")
 
 
 def make_analysis(directory: Path) -> Artifact:
@@ -272,6 +291,18 @@ def test_analyses_are_a_table_with_what_each_model_has_and_plots(made: tuple[Pat
     assert '<td>GELU → Hermite<small class="bad">it diverged</small></td>' + "<td>–</td>" * 4 in page
 
 
+def test_a_circuit_is_shown_with_its_depth_its_ranges_and_what_lies_outside(
+    made: tuple[Path, dict[str, float]],
+) -> None:
+    text = re.sub(r"\s+", " ", read_page(made[0] / "output" / "report.html").text)
+    assert (
+        "Depth 10 (products of two variable factors one after the other), 18 levels; 1,000 products and 2,250" in text
+    )
+    assert "On 3 held-out samples the loss is – nats per token, with divisions 2.500000." in text
+    page = (made[0] / "output" / "report.html").read_text()
+    assert '<td>[0.5, 3]</td><td>[0.25, 6]</td><td>2.5e-04</td><td class="bad">1 of 1,200</td>' in page
+
+
 def test_plots_and_page_are_shown_on_the_workflows_run(made: tuple[Path, dict[str, float]]) -> None:
     directory = made[0]
     plots = sorted(path.name for path in (directory / "output" / "plots").iterdir())
@@ -289,7 +320,7 @@ def test_the_same_inputs_give_the_same_bytes(made: tuple[Path, dict[str, float]]
 
 
 def test_models_of_different_budgets_are_marked_and_their_lineage_is_told(tmp_path: Path) -> None:
-    losses = {"gelu": 4.0, "tuned": 3.9}
+    losses = {"gelu": 4.0, "tuned": 4.00001}
     models = {label: make_model(tmp_path / label, label, loss) for label, loss in losses.items()}
     first = Lineage(samples=480, tokens=61_440)
     write_lineage(models["gelu"].path, first)
@@ -302,6 +333,7 @@ def test_models_of_different_budgets_are_marked_and_their_lineage_is_told(tmp_pa
     text = read_page(tmp_path / "output" / "report.html").text
     assert "These models were trained on different amounts of data" in text
     assert "train → convert" in text
+    assert 'class="muted">+0.0000<' in (tmp_path / "output" / "report.html").read_text(), "neither good nor bad"
     write_lineage(models["tuned"].path, first)
     report(make_context(tmp_path / "same"), Artifact(tmp_path / "evaluate", "e", "e"), models, ReportParameters())
     assert "different amounts" not in read_page(tmp_path / "same" / "output" / "report.html").text

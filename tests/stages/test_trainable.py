@@ -44,6 +44,18 @@ def learning(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def test_a_certified_polynomial_never_learns_whatever_is_named() -> None:
+    reciprocal = {"degree": 3, "newton": 0, "domain": [0.5, 2.0]}
+    model = build_model("gpt2", {**GPT2, "attention": {"name": "power", "reciprocal": reciprocal}})
+    numbers = {name for name, _ in model.named_parameters() if ".reciprocal." in name}
+    assert numbers
+    assert not numbers & learning(model)
+    freeze(model, "gpt2", ["coefficients"])
+    assert learning(model) == set(COEFFICIENTS)
+    with pytest.raises(UserError, match=r"`\*\.reciprocal\.\*` names no parameter"):
+        freeze(model, "gpt2", ["*.reciprocal.*"])
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_dataset(tmp_path_factory.mktemp("dataset") / "dataset")

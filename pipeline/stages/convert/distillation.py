@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,10 @@ from torch.nn import functional as F
 
 from polytrope.models.inputs import Batch, forward
 from polytrope.models.modes import evaluation_mode
-from polytrope.ops import is_learnable_activation
+from polytrope.models.response import response
+from polytrope.ops import LearnableActivation
+
+_INPUTS = 255  # of each activation, that say how far its coefficients move it
 
 
 def sentence_embeddings(model: nn.Module, batch: Batch) -> Tensor:
@@ -21,37 +25,64 @@ def sentence_embeddings(model: nn.Module, batch: Batch) -> Tensor:
     return F.normalize(vectors, dim=-1)
 
 
-def coefficients(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the learnable activations.
+def learned_activations(model: nn.Module) -> list[LearnableActivation]:
+    """The learnable activations, each once.
 
     Raises:
         ValueError: the model has none.
     """
-    found = [
-        parameter
-        for module in model.modules()
-        if is_learnable_activation(module)
-        for parameter in module.parameters(recurse=False)
-    ]
+    found = [module for module in model.modules() if isinstance(module, LearnableActivation)]
     if not found:
         raise ValueError("the model has no learnable activation; convert it first")
     return found
 
 
+def received(model: nn.Module, batch: Batch) -> dict[LearnableActivation, Tensor]:
+    """Some of the inputs `[n]` that each learnable activation gets, evenly taken from the first call.
+
+    Raises:
+        ValueError: the model has none, or does not call one.
+    """
+    seen: dict[nn.Module, Tensor] = {}
+
+    def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        values = arguments[0].detach().flatten()
+        seen.setdefault(module, values[:: max(1, len(values) // _INPUTS)])
+
+    modules = learned_activations(model)
+    hooks = [module.register_forward_pre_hook(note) for module in modules]
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            forward(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if idle := [name for name, module in model.named_modules() if module in modules and module not in seen]:
+        raise ValueError(f"activation `{idle[0]}` is not called, so it cannot be trained")
+    return {module: seen[module] for module in modules}
+
+
 def distill(
-    teacher: nn.Module, student: nn.Module, batches: Sequence[Batch], *, steps: int, learning_rate: float = 2e-3
+    teacher: nn.Module, student: nn.Module, batches: Sequence[Batch], *, steps: int, learning_rate: float = 3e-3
 ) -> list[float]:
     """Train the student's coefficients so that its token vectors are those of the teacher; weights are frozen.
 
     Adam with a cosine schedule on the squared distance of the outputs, relative to their size. Returns the losses.
     Batches are taken in turn, in an order that depends on nothing but their number.
+
+    Args:
+        learning_rate: by how much a step moves an activation at the start, root mean square over the inputs it gets.
+            What that is for a coefficient depends on the basis, its variable, and where the straight lines begin.
     """
-    learned = coefficients(student)
-    wanted = {id(parameter) for parameter in learned}
+    groups: list[dict[str, Any]] = [
+        {"params": list(module.parameters(recurse=False)), "rate": learning_rate / response(module, inputs)}
+        for module, inputs in received(student, batches[0]).items()
+    ]
+    wanted = {id(parameter) for group in groups for parameter in group["params"]}
     frozen = [p for p in student.parameters() if id(p) not in wanted and p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    optimizer = torch.optim.Adam(learned, lr=learning_rate, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
     losses: list[float] = []
     try:
@@ -59,7 +90,7 @@ def distill(
             for step in range(steps):
                 batch = batches[order[step % len(order)]]
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+                    group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * step / steps))
                 with torch.no_grad():
                     target = forward(teacher, batch)
                 output = forward(student, batch)

@@ -95,6 +95,7 @@ def convert_model(
             conversion has no effect, a format the model cannot have.
     """
     torch.set_num_threads(parameters.threads)
+    tell(0, f"reading {source.path}")
     model = source.read()
     batches = source.batches(model)
     options = fit_options(**parameters.model_dump(include=set(FIT_OPTIONS)))
@@ -117,6 +118,7 @@ def convert_model(
         written = with_polynomials(written, made.polynomials)
     if output is None:
         return Outcome(written, made.samples)
+    tell(2, "writing the model, and reading it back")
     _write_model(model, source, parameters, output, made.rated)
     write_conversion(output, written)
     if parameters.page:

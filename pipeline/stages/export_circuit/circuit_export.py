@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -45,7 +46,8 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.export_circuit.parameters import ExportCircuitParameters
 
-_STEPS = 4
+_STEPS = 5
+_COARSE = 0.01  # relative error of a reciprocal that is said
 
 
 def write_circuit_of(
@@ -87,7 +89,7 @@ def _export(
     samples = min(parameters.calibration_samples, len(training))
     context.progress(0, _STEPS, f"measuring ranges on {samples} samples")
     indices = sample_indices(0, 0, samples, len(training))
-    calibration = list(_batches(training, indices, parameters.batch_size))
+    calibration = [inputs for inputs, _ in _batches(training, indices, parameters.batch_size)]
     divided = {f"{number}": reciprocal_of(block) for number, block in enumerate(model.blocks)}
     activated = {f"{number}": activation_of(block) for number, block in enumerate(model.blocks)}
     denominators = _ranges(model, divided, calibration)
@@ -95,13 +97,16 @@ def _export(
     first = calibration[0][:1]
     with measuring(model):
         before = model(first)
+    held = min(parameters.held_out_samples, len(held_out))
+    context.progress(1, _STEPS, f"its loss on {held} samples")
+    loss_with_divisions = _loss(model, held_out, held, parameters.batch_size)
     chosen = parameters.reciprocal
     domains = {int(number): (low / chosen.margin, high * chosen.margin) for number, (low, high) in denominators.items()}
     with_reciprocals(model, domains, chosen.degree, chosen.newton)
-    context.progress(1, _STEPS, "writing the model")
+    context.progress(2, _STEPS, "writing the model")
     tokenizer = artifact.path if (artifact.path / "tokenizer.json").exists() else None
     save_model(context.output, model, tokenizer=tokenizer)
-    context.progress(2, _STEPS, "writing the circuit")
+    context.progress(3, _STEPS, "writing the circuit")
     reach = {int(number): ends for number, ends in inputs.items()}
     form = CircuitForm(model, reach, positions).eval()
     with torch.no_grad():
@@ -111,11 +116,9 @@ def _export(
     graph = read_ring_graph(path)
     computed = evaluate(graph, embedded.double().numpy())
     deviation = float(np.abs(computed - before.double().numpy()).max() / max(1e-9, float(before.abs().max())))
-    context.progress(3, _STEPS, "counting what lies outside of the ranges")
-    held = min(parameters.held_out_samples, len(held_out))
-    with measuring(model), watching(model) as seen:
-        for batch in _batches(held_out, np.arange(held), parameters.batch_size):
-            model(batch)
+    context.progress(4, _STEPS, "counting what lies outside of the ranges")
+    with watching(model) as seen:
+        loss = _loss(model, held_out, held, parameters.batch_size)
     outside = describe_outside(seen)
     if outside is not None:
         context.message(outside)
@@ -136,7 +139,12 @@ def _export(
         ],
         calibration_samples=samples,
         held_out_samples=held,
+        loss=loss,
+        loss_with_divisions=loss_with_divisions,
     )
+    for division in record.divisions:
+        if division.relative_error > _COARSE:
+            context.note(_coarse(division))
     write_circuit(context.output, record)
     write_lineage(context.output, read_lineage(artifact.path).then(artifact.stage, artifact.digest))
     context.log_artifact(CIRCUIT_FILE)
@@ -145,9 +153,21 @@ def _export(
     return record.metrics()
 
 
-def _batches(reader: Reader, indices: np.ndarray, size: int) -> Iterator[Tensor]:
+def _batches(reader: Reader, indices: np.ndarray, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets."""
     for start in range(0, len(indices), size):
-        yield read_tensors(reader, indices[start : start + size])[0]
+        yield read_tensors(reader, indices[start : start + size])
+
+
+def _loss(model: GPT2, reader: Reader, samples: int, size: int) -> float | None:
+    """Nats per token of the first samples; None: no finite number."""
+    total, tokens = 0.0, 0
+    with measuring(model):
+        for inputs, targets in _batches(reader, np.arange(samples), size):
+            total += float(model(inputs, targets, reduction="sum").double())
+            tokens += targets.numel()
+    loss = total / max(1, tokens)
+    return loss if math.isfinite(loss) else None
 
 
 def _ranges(model: nn.Module, modules: dict[str, nn.Module], batches: list[Tensor]) -> dict[str, tuple[float, float]]:
@@ -195,6 +215,14 @@ def _division(
         outside=rows.outside,
         minimum=finite(rows.minimum),
         maximum=finite(rows.maximum),
+    )
+
+
+def _coarse(division: Division) -> str:
+    low, high = division.domain
+    return (
+        f"`{division.name}` is off by up to {100 * division.relative_error:.2g} % on {low:.3g} … {high:.3g}: raise "
+        "reciprocal.degree or newton, or train with a larger range_penalty.denominator"
     )
 
 

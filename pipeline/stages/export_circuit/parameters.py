@@ -13,7 +13,7 @@ class ReciprocalParameters(BaseModel):
     degree: int = Field(7, ge=1, le=128, description="of the Chebyshev polynomial")
     newton: int = Field(1, ge=0, le=8, description="steps of Newton's iteration after it, each of depth 2")
     margin: float = Field(
-        1.6,
+        2.0,
         gt=1,
         description="the range is that of the calibration, from the smallest denominator divided by it to the largest "
         "times it",

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from polytrope.pipeline.data.analysis_file import Analysis, read_analysis
+from polytrope.pipeline.data.circuit_file import read_circuit
 from polytrope.pipeline.data.conversion_file import read_conversion
 from polytrope.pipeline.data.evaluation_file import Evaluation, read_evaluation
 from polytrope.pipeline.data.speed_file import read_speed
@@ -32,13 +33,15 @@ def write_report(
     """Write `report.json`, `plots/*.png`, `report.html`; returns the metrics of the result table.
 
     Args:
-        others: the optional inputs `dataset`, `conversion`, `speed` and `analysis`.
+        others: the optional inputs `dataset`, `conversion`, `speed`, `analysis` and `circuit`.
     """
     content = read_evaluation(evaluation.path)
     conversion, speed, analysed = (others[name] for name in ("conversion", "speed", "analysis"))
     analysis = None if analysed is None else read_analysis(analysed.path)
     measured = None if speed is None else read_speed(speed.path)
     summary = collect(content, models, conversion, parameters, measured, analysis)
+    circuit = others["circuit"]
+    summary["circuit"] = None if circuit is None else read_circuit(circuit.path).model_dump()
     drawings = _drawings(content, summary, models, conversion, parameters)
     if analysis is not None:
         drawings |= _analysis_drawings(analysis, summary, parameters)

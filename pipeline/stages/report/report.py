@@ -47,6 +47,7 @@ def promise(parameters: ReportParameters, upstream: Mapping[str, Any], _resource
     expect_data("inputs.dataset", upstream["dataset"])
     expect("inputs.speed", upstream["speed"], PromisedSpeed)
     expect("inputs.analysis", upstream["analysis"], PromisedAnalysis)
+    expect("inputs.circuit", upstream["circuit"], PromisedModel)
     for label, model in upstream["models"].items():
         expect(f"inputs.models.{label}", model, PromisedModel)
         if evaluation is not None and label not in evaluation.labels:
@@ -70,9 +71,10 @@ def report(
     dataset: Artifact | None = None,
     speed: Artifact | None = None,
     analysis: Artifact | None = None,
+    circuit: Artifact | None = None,
 ) -> dict[str, float]:
     """Write `report.html`, `report.json` and `plots/*.png`, and show them on the workflow's MLflow run."""
     from polytrope.pipeline.stages.report.output import write_report
 
-    others = {"dataset": dataset, "conversion": conversion, "speed": speed, "analysis": analysis}
+    others = {"dataset": dataset, "conversion": conversion, "speed": speed, "analysis": analysis, "circuit": circuit}
     return write_report(context, evaluation, models, parameters, others)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-
+from polytrope.models.response import response
 from polytrope.ops import LearnableActivation
 
 # An optimizer step of all coefficients moves the function by this much times the base learning rate, root mean square
@@ -15,14 +13,13 @@ STEP = 50.0
 LARGEST = 10.0
 WITHOUT_ENDS = 0.1  # where the formula goes on outside, no step is small for all inputs
 FINE_TUNING = 0.1  # of the step: settled by one conversion trained on for 20 steps, which a whole step spoiled
-_POINTS = 65
 
 
 def coefficient_multiple(activation: LearnableActivation, fine_tuning: bool = False) -> float:
     """The learning rate of an activation's coefficients, in units of the base rate, rounded to 1, 2 or 5 · 10^k.
 
     AdamW moves every coefficient by about the learning rate, whatever its gradient: how far that moves the function is
-    the matter of the coordinates. With R, the root mean square over the interval (or [-4, 4]) of the norm of F's
+    the matter of the coordinates. With R (`response`), the root mean square over the interval of the norm of F's
     gradient by its coefficients, a step moves F by at most R times the rate; so the rate is `STEP` / R, and the same
     function learns equally fast in any basis. Where no straight lines follow outside the interval, `WITHOUT_ENDS`.
 
@@ -32,23 +29,6 @@ def coefficient_multiple(activation: LearnableActivation, fine_tuning: bool = Fa
     if activation.accepts_interval and activation.interval is None:
         return WITHOUT_ENDS
     return _rounded(min(LARGEST, STEP / response(activation)) * (FINE_TUNING if fine_tuning else 1.0))
-
-
-def response(activation: LearnableActivation) -> float:
-    """R: the root mean square of |∂F/∂coefficients| with the present coefficients, over x and groups of channels."""
-    low, high = activation.interval or (-4.0, 4.0)
-    definition = activation.definition()
-    numbers = [activation.get_parameter(name).detach().double().cpu().requires_grad_() for name in definition.initial]
-    grid = torch.linspace(low, high, _POINTS, dtype=torch.float64)
-    if activation.accepts_groups:
-        grid = grid[:, None].expand(-1, activation.num_parameters).contiguous()
-    options = {**definition.options, **({"dim": -1, "glu": False} if activation.accepts_groups else {})}
-    values = definition.function(grid, *numbers, **options)
-    squares: list[Tensor] = []
-    for value in values:
-        gradients = torch.autograd.grad(value.sum(), numbers, retain_graph=True)
-        squares.append(torch.stack([gradient.square().sum() for gradient in gradients]).sum())
-    return math.sqrt(float(torch.stack(squares).mean()) / activation.num_parameters)
 
 
 def _rounded(number: float) -> float:

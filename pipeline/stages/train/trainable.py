@@ -40,7 +40,7 @@ def check_entry(entry: str) -> str:
 
 
 def freeze(model: nn.Module, architecture: str, trainable: Sequence[str]) -> None:
-    """Make the parameters that an entry names the only ones with gradients.
+    """Make the parameters that an entry names the only ones with gradients; those that never learn have none.
 
     Args:
         trainable: groups, and patterns of parameters' names (`*` stands for anything). A tensor with two names (a tied
@@ -50,9 +50,10 @@ def freeze(model: nn.Module, architecture: str, trainable: Sequence[str]) -> Non
         UserError: an entry that names no parameter of this model.
     """
     names = dict(model.named_parameters(remove_duplicate=False))
+    fixed = _certified(model)
     learns: set[int] = set()
     for entry in trainable:
-        found = _parameters_of(entry, model, architecture)
+        found = _parameters_of(entry, model, architecture) - fixed
         if not found:
             raise UserError(
                 f"trainable: `{entry}` names no parameter of this {architecture}",
@@ -61,6 +62,14 @@ def freeze(model: nn.Module, architecture: str, trainable: Sequence[str]) -> Non
         learns |= found
     for parameter in names.values():
         parameter.requires_grad_(id(parameter) in learns)
+
+
+def _certified(model: nn.Module) -> set[int]:
+    """Parameters whose values a certificate is of."""
+    from polytrope.models.parts.reciprocal import PolynomialReciprocal
+
+    reciprocals = (module for module in model.modules() if isinstance(module, PolynomialReciprocal))
+    return {id(parameter) for module in reciprocals for parameter in module.parameters()}
 
 
 def _parameters_of(entry: str, model: nn.Module, architecture: str) -> set[int]:
