@@ -63,6 +63,25 @@ def test_residual_losses_and_flops() -> None:
     torch.testing.assert_close(model(rows), model.head(x))
 
 
+def test_gradients_and_bfloat16() -> None:
+    torch.manual_seed(3)
+    model = build_model("mlp", {**SIZES, "feedforward": "quadratic", "residual": True}).double()
+    rows = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    targets = torch.randn(3, 2, dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+
+    def outputs(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(parameters, values, strict=True))
+        return torch.func.functional_call(model, named, (x,)).square().mean()
+
+    assert torch.autograd.gradcheck(outputs, (rows, *parameters.values()))
+    exact = model(rows).detach()
+    narrow = model.bfloat16()(rows.float())
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.double(), exact, rtol=0.1, atol=0.05)
+    assert model(rows, targets.float()).dtype == torch.float32
+
+
 def test_inputs_of_all_activations_start_with_variance_1() -> None:
     torch.manual_seed(2)
     model: Any = build_model("mlp", {"inputs": 200, "widths": [400, 400], "activation": "hermite3"})

@@ -237,6 +237,8 @@ def test_relations_between_stages_are_checked_before_anything_starts(tmp_path: P
     ):
         with pytest.raises(UserError, match=expected):
             trained(data, settings, **more)
+    with pytest.raises(ValueError, match=r"trainable: norms: the architecture mlp has none"):
+        trained(numbers, {}, trainable=["norms"])
     assert trained(pairs, {"outputs": 8}, loss={"name": "poly"}).settings["outputs"] == 8
 
     def evaluated(data: Any, model: PromisedModel, **parameters: Any) -> PromisedEvaluation:
@@ -301,6 +303,12 @@ def test_a_classifier_of_numbers_is_a_model_as_any_other(tmp_path: Path) -> None
     assert drift.kl_divergence < 1e-3
     assert drift.cosine is not None
     assert min(drift.cosine) > 0.999
+
+    save_model(tmp_path / "other", build_model("mlp", {**sizes, "loss": "mse"}))
+    mixed = {"a": model, "c": Artifact(tmp_path / "other", "digest", "train")}
+    mixing = context("mixed")
+    evaluate(mixing, pairs, mixed, EvaluateParameters())
+    assert "the model's loss is mse" in str(read_evaluation(mixing.output).models["c"].failure)
 
     analysing = context("analysis")
     analyze(analysing, pairs, both, AnalyzeParameters(analyses=["signal", "kernel"]))

@@ -89,8 +89,8 @@ def convert(
     """Calibrate on training samples, fit every layer, write the converted model and `conversion.json`.
 
     `model`: of a train or import_model stage, or a Hugging Face directory. `dataset`: of a shard, shard_images or
-    shard_numbers stage, or a directory with `calibration.txt` (one text per line), `calibration.npy` (images, token ids, or what a
-    module of your own takes first) or `calibration.npz` (the model's inputs by name).
+    shard_numbers stage, or a directory with `calibration.txt` (one text per line), `calibration.npy` (images, token
+    ids, or what a module of your own takes first) or `calibration.npz` (the model's inputs by name).
     """
     from polytrope.models.domains import describe_outside
     from polytrope.models.formats.module import read_factory

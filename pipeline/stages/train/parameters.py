@@ -111,6 +111,13 @@ class ModelParameters(BaseModel):
         config = make_config(MODEL_KINDS[self.architecture].config, self.settings())
         return any(part.multiplicative for part in config.feedforward_settings())
 
+    def refuse_missing_groups(self, trainable: list[str]) -> None:
+        """Raise ValueError where a word of `trainable` names what this architecture does not have."""
+        elsewhere = {name for kind in MODEL_KINDS.values() for name in kind.groups}
+        for name in trainable:
+            if name in elsewhere - MODEL_KINDS[self.architecture].groups.keys():
+                raise ValueError(f"trainable: {name}: the architecture {self.architecture} has none")
+
     def divides(self) -> bool:
         """Whether it has attention whose denominators `range_penalty` keeps in a range."""
         config = make_config(MODEL_KINDS[self.architecture].config, self.settings())
@@ -318,6 +325,8 @@ class TrainParameters(BaseModel):
                 raise ValueError("multiplicative_learning_rate: only for a model with feedforward: quadratic")
             if MULTIPLICATIVE in (self.trainable or ()):
                 raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with feedforward: quadratic has them")
+        if self.model is not None:
+            self.model.refuse_missing_groups(self.trainable or [])
         penalty = self.range_penalty
         if self.model is not None and penalty is not None and not penalty.activation and not self.model.divides():
             raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
