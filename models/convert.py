@@ -391,6 +391,7 @@ def _dearest(costs: Mapping[str, float], keep: int | None, output_error: float |
     Raises:
         ValueError: all of them would.
     """
+    costs = {name: cost if math.isfinite(cost) else math.inf for name, cost in costs.items()}  # NaN has no order
     ranked = sorted(costs, key=lambda name: (-costs[name], name))
     if keep is None:
         assert output_error is not None
