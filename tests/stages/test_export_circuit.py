@@ -123,6 +123,14 @@ def test_costs_ranges_and_what_lies_outside_are_recorded(
     assert json.loads((directory / "output" / "lineage.json").read_text())["ancestors"][-1]["stage"] == "train"
 
 
+def test_a_model_with_polynomials_is_exported_as_the_one_it_was_made_of(
+    tmp_path: Path, exported: tuple[Path, dict[str, float]], dataset: Artifact
+) -> None:
+    first = exported[0] / "output"
+    run(tmp_path, Artifact(first, "digest", "export_circuit"), dataset)
+    assert read_circuit(tmp_path / "output") == read_circuit(first)
+
+
 def test_rows_outside_of_a_narrow_range_are_counted_and_said(
     tmp_path: Path, model: Artifact, dataset: Artifact
 ) -> None:
