@@ -171,6 +171,8 @@ def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -
     with pytest.raises(UserError, match=r"inputs\.model: the model has attention: softmax") as refused:
         asked({**PARTS, "attention": ["softmax", "power"]})
     assert refused.value.hint == "train it with attention: {name: power, power: 2}"
+    with pytest.raises(UserError, match=r"inputs\.model: the model has activation: gelu, which is no polynomial"):
+        asked({**PARTS, "activation": [PARTS["activation"], "gelu"]})
     with pytest.raises(UserError, match=r"inputs\.model: the model has norm: layer_norm"):
         asked({**PARTS, "norm": "layer_norm"})
     upstream = {"model": PromisedModel("convnext", {}), "dataset": PromisedImages(32, 3, 10)}
