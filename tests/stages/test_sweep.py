@@ -14,6 +14,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.interface import RunFailedError, RunResult
 from polytrope.pipeline.stages.sweep.parameters import SweepParameters
 from polytrope.pipeline.stages.sweep.sweep import draw_trials
+from polytrope.pipeline.workflow import graph
 from polytrope.pipeline.workflow.graph import build_graph
 from polytrope.pipeline.workflow.spec import load_workflow
 
@@ -154,6 +155,25 @@ def test_later_batches_are_drawn_by_what_the_trials_before_came_to(project: Path
     more = start(project, **settings)
     assert {more[name].state for name in stages} == {"cached"}  # the same history, the same points
     assert more["search/batch3/trial012"].state == "succeeded"
+
+
+def test_many_batches_are_checked_in_as_few_graphs_as_two(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        graphs.append(1)
+        return build_graph(*arguments, **options)
+
+    monkeypatch.setattr(graph, "build_graph", counted)
+    settings = {"trials": 12, "batch": 1, "sampler": "tpe", "halving": None}
+    settings["stage"] = {**TRIAL, "with": {**TRIAL["with"], "steps": 201}}
+    stages = {"data": {"uses": "sweep_test_stages:data"}, "search": {"uses": "sweep", "with": {**SWEEP, **settings}}}
+    with pytest.raises(UserError, match=r"stages\.search/trial000\.with\.steps: at most 200, got 201"):
+        graph.build_graph(Workflow.from_dict({"name": "search", "stages": stages}, directory=project))
+    stages["search"]["with"]["stage"]["with"]["steps"] = 200
+    graphs.clear()
+    graph.build_graph(Workflow.from_dict({"name": "search", "stages": stages}, directory=project))
+    assert len(graphs) == 3  # of the file, with the first trial and all draws, and with what they draw
 
 
 @pytest.mark.parametrize(
