@@ -5,8 +5,8 @@ texts by `--set`) this takes the losses. `--train` makes those of a part of the 
 store; what is stored is not trained again, and what was interrupted goes on.
 
 Trainings that differ in nothing but the activation and the rate of its coefficients are compared, paired by seed: with
-GELU, and with the control at every rate it was trained at. Choices are made with the seeds from 10 on and about half of
-a text's validation documents; what is reported is of the other seeds and the other documents. It writes
+GELU, and with the control at every rate it was trained at. Choices are made with the seeds from 10 on and the documents
+with about half of a text's validation tokens; what is reported is of the other seeds and the other documents. It writes
 results/recipe.json (every loss and comparison), recipe.md (tables) and a plot for each text.
 """
 

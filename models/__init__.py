@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from polytrope.models.architecture import Architecture
+    from polytrope.models.architecture import Architecture, PublishedArchitecture
 
 
 def _gpt2() -> Architecture:
@@ -24,8 +24,14 @@ def _convnext() -> Architecture:
     return ARCHITECTURE
 
 
+def _mlp() -> Architecture:
+    from polytrope.models.mlp import ARCHITECTURE
+
+    return ARCHITECTURE
+
+
 # Every model; the functions import torch, the names do not.
-ARCHITECTURES: dict[str, Callable[[], Architecture]] = {"gpt2": _gpt2, "convnext": _convnext}
+ARCHITECTURES: dict[str, Callable[[], Architecture]] = {"gpt2": _gpt2, "convnext": _convnext, "mlp": _mlp}
 
 
 def find_architecture(name: str) -> Architecture:
@@ -39,9 +45,17 @@ def find_architecture(name: str) -> Architecture:
     return ARCHITECTURES[name]()
 
 
-def find_huggingface(model_type: Any) -> Architecture | None:
-    """The model that transformers calls so, None if this package has none."""
+def published_architectures() -> list[PublishedArchitecture]:
+    """The models whose weights others publish, too."""
+    from polytrope.models.architecture import PublishedArchitecture
+
     records = [find_architecture(name) for name in ARCHITECTURES]
+    return [record for record in records if isinstance(record, PublishedArchitecture)]
+
+
+def find_huggingface(model_type: Any) -> PublishedArchitecture | None:
+    """The model that transformers calls so, None if this package has none."""
+    records = published_architectures()
     return next((record for record in records if record.huggingface.model_type == model_type), None)
 
 
@@ -95,7 +109,7 @@ def _check_kind(name: str, value: Any, usual: Any) -> None:
         for entry in value:
             _check_kind(name, entry, usual[0])
         return
-    wanted = {bool: "true or false", int: "an integer", float: "a number"}[type(usual)]
+    wanted = {bool: "true or false", int: "an integer", float: "a number", str: "a name"}[type(usual)]
     kinds = (int, float) if isinstance(usual, float) else type(usual)
     if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(usual, bool)):
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")

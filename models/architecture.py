@@ -49,13 +49,33 @@ class Architecture:
         title: in messages.
         config: dataclass of its sizes; its checks are in `__post_init__`.
         build: makes the module of a configuration, freshly initialised.
-        data: what it takes: token ids `[batch, positions]`, or images `[batch, channels, height, width]`.
-        task: what it is evaluated by.
+        data: what it takes: token ids `[batch, positions]`, images `[batch, channels, height, width]`, or rows of
+            numbers `[batch, inputs]`.
         presets: published sizes, by name.
         activation: the last part of the names of its activation modules.
         activation_widths: numbers of channels its activations see, in the order of the blocks.
         prepare: inputs as a data set gives them (token ids, or pixels in [0, 1]) to what `forward` takes.
         example: small inputs for a configuration.
+    """
+
+    name: str
+    title: str
+    config: type[Any]
+    build: Callable[[Any], nn.Module]
+    data: Literal["text", "images", "numbers"]
+    presets: Mapping[str, Mapping[str, Any]]
+    activation: str
+    activation_widths: Callable[[Any], list[int]]
+    prepare: Callable[[Tensor], Tensor]
+    example: Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class PublishedArchitecture(Architecture):
+    """A model whose weights others publish, in layouts of their own.
+
+    Args:
+        task: what it is evaluated by.
         landmark: pattern of a weight's name that every layout of the published weights has; its first group is what
             wrappers have put before the names.
         own_names: weights by names of any of those layouts, without wrappers' prefixes, to the module's own names.
@@ -66,17 +86,7 @@ class Architecture:
         huggingface: the format of transformers.
     """
 
-    name: str
-    title: str
-    config: type[Any]
-    build: Callable[[Any], nn.Module]
-    data: Literal["text", "images"]
     task: Literal["language_modelling", "classification"]
-    presets: Mapping[str, Mapping[str, Any]]
-    activation: str
-    activation_widths: Callable[[Any], list[int]]
-    prepare: Callable[[Tensor], Tensor]
-    example: Callable[[Any], Tensor]
     landmark: str
     own_names: Callable[[Mapping[str, Tensor]], State]
     sizes: Callable[[Mapping[str, Tensor]], dict[str, Any]]

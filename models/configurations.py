@@ -34,6 +34,18 @@ def changed_parts(config: Any) -> dict[str, Any]:
     }
 
 
+def _feedforwards(given: Entry | list[Entry], layers: int, names: tuple[str, ...]) -> list[FeedForward]:
+    """One of these parts per layer. Raises ValueError for another one."""
+    parts: list[FeedForward] = read_parts("feedforward", given, layers)
+    for part in parts:
+        if part.name not in names:
+            raise ValueError(f"feedforward: this model has no {part.name}; it has {', '.join(names)}")
+    return parts
+
+
+_OF_BLOCKS = ("mlp", "gated", "quadratic")
+
+
 @dataclass
 class GPT2Config:
     """Sizes of a GPT-2; the defaults are those of the 124M model.
@@ -98,7 +110,7 @@ class GPT2Config:
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
-        return read_parts("feedforward", self.feedforward, self.n_layer)
+        return _feedforwards(self.feedforward, self.n_layer, _OF_BLOCKS)
 
     def activation_widths(self) -> list[int]:
         """Channels that the activation of each block sees."""
@@ -174,7 +186,7 @@ class ConvNeXtConfig:
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
-        return read_parts("feedforward", self.feedforward, sum(self.depths))
+        return _feedforwards(self.feedforward, sum(self.depths), _OF_BLOCKS)
 
     def activation_widths(self) -> list[int]:
         """Channels that the activation of each block sees."""
@@ -199,6 +211,58 @@ CONVNEXT_PRESETS: dict[str, dict[str, list[int]]] = {
 }
 
 
+@dataclass
+class MLPConfig:
+    """Sizes of a multilayer perceptron on rows of numbers.
+
+    Args:
+        inputs: numbers in a row.
+        outputs: numbers that are predicted, or classes.
+        widths: outputs of each layer before the last.
+        activation: one activation of `polytrope.ops.build_activation`, or a list with one per width.
+        feedforward: what each of these layers is: `dense` or `quadratic`; or a list with one per width.
+        residual: every layer but the first adds to what it is given; all widths are equal.
+        loss: `mse` of predicted numbers, or `cross_entropy` of classes.
+    """
+
+    inputs: int = 1
+    outputs: int = 1
+    widths: list[int] = field(default_factory=lambda: [64, 64])
+    activation: ActivationConfig | list[ActivationConfig] = "gelu"
+    feedforward: Entry | list[Entry] = "dense"
+    residual: bool = False
+    loss: str = "mse"
+
+    def __post_init__(self) -> None:
+        self.widths = list(self.widths)
+        for name in ("inputs", "outputs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.widths or min(self.widths) < 1:
+            raise ValueError(f"widths: expected a list of positive numbers, got {self.widths}")
+        if self.residual and (len(self.widths) < 2 or len(set(self.widths)) > 1):
+            raise ValueError(f"residual: needs two widths or more that are equal, got widths {self.widths}")
+        if self.loss not in ("mse", "cross_entropy"):
+            raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
+        activation_configs(self.activation, len(self.widths))
+        self.feedforward_settings()
+
+    def norm_settings(self) -> None:
+        """It has no norms."""
+
+    def feedforward_settings(self) -> list[FeedForward]:
+        """Of each layer before the last."""
+        return _feedforwards(self.feedforward, len(self.widths), ("dense", "quadratic"))
+
+    def activation_widths(self) -> list[int]:
+        """Channels that each activation sees."""
+        return self.widths
+
+    def layer_numbers(self) -> int:
+        """How many values the first number in the names of its activation modules has."""
+        return len(self.widths)
+
+
 @dataclass(frozen=True)
 class ModelKind:
     """What is known of a model without building it.
@@ -211,7 +275,7 @@ class ModelKind:
     """
 
     config: type[Any]
-    data: Literal["text", "images"]
+    data: Literal["text", "images", "numbers"]
     presets: Mapping[str, Mapping[str, Any]]
     groups: Mapping[str, tuple[str, ...]]
 
@@ -228,4 +292,5 @@ MODEL_KINDS: dict[str, ModelKind] = {
             "head": ("head.*",),
         },
     ),
+    "mlp": ModelKind(MLPConfig, "numbers", {}, {"head": ("head.*",)}),
 }

@@ -17,7 +17,7 @@ from polytrope.models.activations import (
     project_activated,
     standardize_inputs,
 )
-from polytrope.models.architecture import Architecture, HuggingFace
+from polytrope.models.architecture import HuggingFace, PublishedArchitecture
 from polytrope.models.configurations import (
     CONVNEXT_PRESETS,
     ActivationConfig,
@@ -415,7 +415,7 @@ def _example(config: ConvNeXtConfig) -> Tensor:
     return torch.linspace(-2.0, 2.0, numbers).sin().reshape(1, config.in_channels, side, side)
 
 
-ARCHITECTURE = Architecture(
+ARCHITECTURE = PublishedArchitecture(
     name="convnext",
     title="ConvNeXt",
     config=ConvNeXtConfig,

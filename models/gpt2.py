@@ -21,7 +21,7 @@ from polytrope.models.activations import (
     project_activated,
     standardize_inputs,
 )
-from polytrope.models.architecture import Architecture, HuggingFace
+from polytrope.models.architecture import HuggingFace, PublishedArchitecture
 from polytrope.models.configurations import (
     GPT2_PRESETS,
     ActivationConfig,
@@ -457,7 +457,7 @@ def to_huggingface(
     return described, {name: tensor.t() if name.endswith(_TRANSPOSED) else tensor for name, tensor in state.items()}
 
 
-ARCHITECTURE = Architecture(
+ARCHITECTURE = PublishedArchitecture(
     name="gpt2",
     title="GPT-2",
     config=GPT2Config,

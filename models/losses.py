@@ -25,6 +25,20 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, reduction: str = "mean", l
     return F.cross_entropy(logits, targets, ignore_index=-100, reduction=reduction, label_smoothing=label_smoothing)
 
 
+def mse(outputs: Tensor, targets: Tensor, *, reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
+    """Mean over the components of (output - target)²; of what is predicted, not of classes: nothing to smooth.
+
+    Args:
+        outputs, targets: `[samples, components]`.
+        reduction: `mean` over the samples, `sum`, or `none` (`[samples]`).
+    """
+    assert label_smoothing == 0.0
+    losses = F.mse_loss(outputs, targets, reduction="none").mean(dim=-1)
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.mean()
+
+
 def poly(
     logits: Tensor, targets: Tensor, *, epsilon: float = 1.0, reduction: str = "mean", label_smoothing: float = 0.0
 ) -> Tensor:

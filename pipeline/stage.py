@@ -45,6 +45,7 @@ from polytrope.pipeline.support.text import suggest
 BUILTIN_STAGES: dict[str, str] = {
     "shard": "polytrope.pipeline.stages.shard.shard:shard",
     "shard_images": "polytrope.pipeline.stages.shard.shard_images:shard_images",
+    "shard_numbers": "polytrope.pipeline.stages.shard.shard_numbers:shard_numbers",
     "import_model": "polytrope.pipeline.stages.import_model.import_model:import_model",
     "train": "polytrope.pipeline.stages.train.train:train",
     "convert": "polytrope.pipeline.stages.convert.convert:convert",

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from polytrope.models import find_architecture, find_huggingface, is_own
 from polytrope.models.activations import normalised_activations
-from polytrope.models.architecture import Architecture
+from polytrope.models.architecture import PublishedArchitecture
 from polytrope.models.checkpoint import activation_modules, compare_configs, model_config
 from polytrope.models.foreign import CONVERSION, original_settings, with_activation_names
 from polytrope.models.formats.deepspeed import checkpoint_directory
@@ -159,7 +159,7 @@ def _all_weights(directory: Path) -> State:
     return read_weights(directory) | (load_safetensors(former) if former.exists() else {})
 
 
-def _own_activation_names(model: nn.Module, record: Architecture, directory: Path) -> Callable[[str], str]:
+def _own_activation_names(model: nn.Module, record: PublishedArchitecture, directory: Path) -> Callable[[str], str]:
     """transformers' name of an activation, or this package's, to this package's."""
     own = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == record.activation]
     theirs = {record.huggingface.activation_name(name): name for name in own}
@@ -215,7 +215,7 @@ def own_settings(directory: Path) -> tuple[str, dict[str, Any] | None]:
     return record.name, settings
 
 
-def _own_config(config: dict[str, Any], record: Architecture, directory: Path) -> Any:
+def _own_config(config: dict[str, Any], record: PublishedArchitecture, directory: Path) -> Any:
     named, classes = config.get("architectures"), record.huggingface.classes
     if named and named[0] not in classes:
         raise ValueError(
@@ -228,7 +228,7 @@ def _own_config(config: dict[str, Any], record: Architecture, directory: Path) -
         raise ValueError(f"{directory}: {error}") from error
 
 
-def _own_model(config: dict[str, Any], record: Architecture, directory: Path, state: State) -> nn.Module:
+def _own_model(config: dict[str, Any], record: PublishedArchitecture, directory: Path, state: State) -> nn.Module:
     settings = _own_config(config, record, directory)
     try:
         model = record.build(settings)
@@ -351,6 +351,8 @@ def save_huggingface(
     shared = _shared(model, activations)
     written_once = {name: tensor for name, tensor in state.items() if _owner(name) not in shared}
     record = find_architecture(str(model.architecture)) if is_own(model) else None
+    if record is not None and not isinstance(record, PublishedArchitecture):
+        raise ValueError(f"format: transformers has no {record.title}; write the own format instead")
     with appearing(directory, "config.json") as aside:
         if record is not None:
             _write_own(aside, model, record, written_once, source)
@@ -380,7 +382,11 @@ def save_huggingface(
 
 
 def _write_code(
-    aside: Path, model: Any, record: Architecture | None, activations: Mapping[str, Any], shared: Mapping[str, str]
+    aside: Path,
+    model: Any,
+    record: PublishedArchitecture | None,
+    activations: Mapping[str, Any],
+    shared: Mapping[str, str],
 ) -> None:
     """The modeling file, and what `config.json` says of it and of the activations."""
     config = read_config(aside)
@@ -445,7 +451,7 @@ def _shared(model: nn.Module, activations: Mapping[str, Any]) -> dict[str, str]:
     return shared
 
 
-def _write_own(aside: Path, model: nn.Module, record: Architecture, kept: State, source: Path | None) -> None:
+def _write_own(aside: Path, model: nn.Module, record: PublishedArchitecture, kept: State, source: Path | None) -> None:
     tied: Mapping[str, str] = getattr(model, "tied_weights", {})
     state = {name: tensor for name, tensor in kept.items() if name not in tied}
     learned = {name for name, module in model.named_modules() if is_learnable_activation(module)}
@@ -466,7 +472,7 @@ def _write_own(aside: Path, model: nn.Module, record: Architecture, kept: State,
     (aside / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _classical_activation(model: nn.Module, record: Architecture) -> str:
+def _classical_activation(model: nn.Module, record: PublishedArchitecture) -> str:
     """The one classical activation of a model; any, where all are learned and described beside.
 
     Raises:

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from polytrope.models import ARCHITECTURES, find_architecture, make_config
-from polytrope.models.architecture import Architecture
+from polytrope.models import make_config, published_architectures
+from polytrope.models.architecture import PublishedArchitecture
 from polytrope.models.weights import load_exactly, unwrap
 
 State = dict[str, Tensor]
@@ -33,7 +33,7 @@ class Weights:
         source: the file or directory, for messages.
     """
 
-    record: Architecture
+    record: PublishedArchitecture
     state: State
     told: dict[str, Any]
     source: str
@@ -79,17 +79,17 @@ def load_content(path: Path) -> Any:
     return load_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
 
 
-def find_weights(content: Any, source: str, records: Sequence[Architecture] = ()) -> Weights:
+def find_weights(content: Any, source: str, records: Sequence[PublishedArchitecture] = ()) -> Weights:
     """The weights of the one model in the content of a file, in whatever mapping they lie (`model`, `state_dict`, …).
 
     Args:
         source: for messages.
-        records: what is looked for; default: every model of this package.
+        records: what is looked for; default: every model of this package that others publish.
 
     Raises:
         ValueError: none, or several (a model and its average).
     """
-    records = records or [find_architecture(name) for name in ARCHITECTURES]
+    records = records or published_architectures()
     found: list[tuple[str, Weights]] = []
     names: list[str] = []
     try:
@@ -186,7 +186,7 @@ def _mappings(
         yield from _mappings(value, f"{path}.{key}" if path else str(key), content, depth + 1)
 
 
-def _told(record: Architecture, mapping: Mapping[Any, Any]) -> dict[str, Any]:
+def _told(record: PublishedArchitecture, mapping: Mapping[Any, Any]) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for key, read in record.told.items():
         if isinstance(mapping.get(key), Mapping):

@@ -1,4 +1,4 @@
-"""The two layers around a block's activation, `[…, width]` to the same shape."""
+"""The two layers around a block's activation, `[…, width]` to the same shape; or the one before it in an `mlp`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytrope.models.parts.settings import FeedForward, GatedSettings, MLPSettings, QuadraticSettings
+from polytrope.models.parts.settings import DenseSettings, FeedForward, GatedSettings, MLPSettings, QuadraticSettings
 
 
 @dataclass(frozen=True)
@@ -121,3 +121,23 @@ def build_feedforward(settings: FeedForward, sizes: FeedForwardSizes) -> FeedFor
         settings: as `parts.settings.read_part("feedforward", …)` gives them.
     """
     return FEEDFORWARDS[settings.name](settings, sizes)
+
+
+def _dense_layer(_settings: DenseSettings, inputs: int, outputs: int) -> nn.Module:
+    return nn.Linear(inputs, outputs)
+
+
+def _quadratic_layer(settings: QuadraticSettings, inputs: int, outputs: int) -> nn.Module:
+    return QuadraticLinear(inputs, outputs, bias=True, square=settings.square)
+
+
+LAYERS: dict[str, Callable[[Any, int, int], nn.Module]] = {"dense": _dense_layer, "quadratic": _quadratic_layer}
+
+
+def build_layer(settings: FeedForward, inputs: int, outputs: int) -> nn.Module:
+    """One layer of an `mlp`, `[…, inputs]` to `[…, outputs]`, freshly initialised.
+
+    Args:
+        settings: as `parts.settings.read_part("feedforward", …)` gives them.
+    """
+    return LAYERS[settings.name](settings, inputs, outputs)

@@ -179,8 +179,15 @@ class GatedSettings(FeedForward):
 
 
 @dataclass(frozen=True)
+class DenseSettings(FeedForward):
+    """One linear layer before the activation: what an `mlp` is made of."""
+
+    name = "dense"
+
+
+@dataclass(frozen=True)
 class QuadraticSettings(FeedForward):
-    """`mlp` whose two layers are quadratic; they start as the linear ones."""
+    """The linear layers made quadratic; they start as the linear ones."""
 
     name = "quadratic"
     multiplicative = True
@@ -189,14 +196,19 @@ class QuadraticSettings(FeedForward):
 
     def products(self, width: int) -> int:
         """Two or three matrices for each of `mlp`."""
-        return (3 if self.square else 2) * 8 * width**2
+        return self.matrices * 8 * width**2
+
+    @property
+    def matrices(self) -> int:
+        """Of one layer."""
+        return 3 if self.square else 2
 
 
 # By field of the configuration, then by name. The first is what a model has where nothing is said.
 PARTS: dict[str, dict[str, type[Part]]] = {
     "attention": {"softmax": SoftmaxSettings, "power": PowerSettings},
     "norm": {"layer_norm": LayerNormSettings, "batch": BatchNormSettings},
-    "feedforward": {"mlp": MLPSettings, "gated": GatedSettings, "quadratic": QuadraticSettings},
+    "feedforward": {"mlp": MLPSettings, "gated": GatedSettings, "quadratic": QuadraticSettings, "dense": DenseSettings},
 }
 
 

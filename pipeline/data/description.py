@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from polytrope.pipeline.errors import UserError
 
@@ -43,6 +43,17 @@ class ImageSample(_Record):
     label_digits: int
 
 
+class NumbersSample(_Record):
+    """A row of numbers: float32 `[inputs]`, and float32 `[targets]`, or its class in `label_digits` decimal digits."""
+
+    inputs: int
+    targets: int | None = None
+    label_digits: int | None = None
+
+
+Sample = TokensSample | ImageSample | NumbersSample
+
+
 class TextSplit(_Record):
     """A split of a text data set. `bytes`: of the text behind its tokens."""
 
@@ -59,6 +70,13 @@ class ImageSplit(_Record):
     manifest: str
     samples: int
     smallest_class: int
+
+
+class NumbersSplit(_Record):
+    """A split of a data set of numbers."""
+
+    manifest: str
+    samples: int
 
 
 class TokenizerDescription(_Record):
@@ -110,7 +128,27 @@ class ImageDataset(_Record):
     left_out: dict[str, int] = {}
 
 
-Dataset = TextDataset | ImageDataset
+class NumbersDataset(_Record):
+    """A data set of rows of `inputs` numbers, each with `targets` numbers, or with one of `classes`. `digest`: sha256
+    over its shards' digests."""
+
+    format: Literal[1] = 1
+    kind: Literal["numbers"] = "numbers"
+    name: str
+    inputs: int
+    targets: int | None = None
+    classes: int | None = None
+    splits: dict[str, NumbersSplit]
+    digest: str
+
+    @model_validator(mode="after")
+    def one_kind(self) -> NumbersDataset:
+        if (self.targets is None) == (self.classes is None):
+            raise ValueError("either targets or classes must be given")
+        return self
+
+
+Dataset = TextDataset | ImageDataset | NumbersDataset
 _DATASET: TypeAdapter[Dataset] = TypeAdapter(Annotated[Dataset, Field(discriminator="kind")])
 
 
@@ -126,7 +164,7 @@ def read_dataset(directory: Path) -> Dataset:
         UserError: not there, damaged, or of another version.
     """
     path = Path(directory) / DATASET_FILE
-    hint = "`dataset` must name a `shard` or `shard_images` stage"
+    hint = "`dataset` must name a `shard`, `shard_images` or `shard_numbers` stage"
     try:
         return _DATASET.validate_json(path.read_bytes())
     except OSError as error:
@@ -137,13 +175,17 @@ def read_dataset(directory: Path) -> Dataset:
         raise UserError(f"{path} is not what a data set says of itself: {place}: {first['msg']}", hint) from error
 
 
-def write_manifest(directory: Path, sample: TokensSample | ImageSample, shards: Sequence[Shard]) -> None:
+# By the field that only it has.
+_SAMPLES: dict[str, type[Sample]] = {"tokens": TokensSample, "image": ImageSample, "inputs": NumbersSample}
+
+
+def write_manifest(directory: Path, sample: Sample, shards: Sequence[Shard]) -> None:
     """Write a split's `manifest.json`."""
     content = {"format": 1, "sample": sample.model_dump(mode="json"), "shards": [dict(shard) for shard in shards]}
     (directory / MANIFEST_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def read_manifest(directory: Path) -> tuple[TokensSample | ImageSample, list[dict[str, Any]]]:
+def read_manifest(directory: Path) -> tuple[Sample, list[dict[str, Any]]]:
     """A split's `manifest.json`: what a sample is, and the shards as mappings with the fields of `Shard`.
 
     A data set may have a million shards, too many for objects.
@@ -156,7 +198,13 @@ def read_manifest(directory: Path) -> tuple[TokensSample | ImageSample, list[dic
         content = json.loads(path.read_bytes())
         sample = content["sample"]
         shards: list[dict[str, Any]] = content["shards"]
-        kind = TokensSample if "tokens" in sample else ImageSample
+        kind = next(kind for field, kind in _SAMPLES.items() if field in sample)
         return kind.model_validate(sample), shards
-    except (OSError, ValueError, KeyError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        StopIteration,
+    ) as error:  # pydantic's ValidationError is a ValueError
         raise UserError(f"cannot read {path}: {error}", "run the shard stage again") from error

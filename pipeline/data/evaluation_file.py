@@ -54,7 +54,9 @@ class EvaluatedModel(OpenRecord):
 
     Args:
         stage, digest: of the artifact.
-        loss: nats per token or image; perplexity, of text, is its exponential, None where that overflows.
+        loss: nats per token, image or row with a class; of predicted numbers the mean squared error. perplexity, of
+            text, is its exponential, None where that overflows.
+        r2: of predicted numbers: 1 - squared errors / squared distances from the mean of the targets.
         drift_missing: why it has none although it was asked for.
         layers: of each activation, the curve and the distribution of its inputs.
         domains: of each polynomial without tangents, the inputs outside of its certified range.
@@ -71,11 +73,13 @@ class EvaluatedModel(OpenRecord):
     loss: float | None = None
     perplexity: float | None = None
     bits_per_byte: float | None = None
+    r2: float | None = None
     top1: float | None = None
     top5: float | None = None
     calibration_error: float | None = None
     tokens: int | None = None
     images: int | None = None
+    rows: int | None = None
     bytes: int | None = None
     drift: Drift | None = None
     drift_missing: str | None = None
@@ -90,7 +94,7 @@ class Evaluation(Record):
     """All models on one data set. `unigram_entropy`: nats per token, for text."""
 
     format: Literal[1] = 1
-    kind: Literal["text", "images"]
+    kind: Literal["text", "images", "numbers"]
     dataset: EvaluatedData
     unigram_entropy: float | None
     protocol: Protocol

@@ -15,6 +15,7 @@ from polytrope.pipeline.data.promised import (
     PromisedData,
     PromisedImages,
     PromisedModel,
+    PromisedNumbers,
     PromisedText,
     expect,
     expect_data,
@@ -24,7 +25,7 @@ from polytrope.pipeline.support.text import count
 
 
 def architectures_for(kind: str) -> list[str]:
-    """The models that take such data: `text` or `images`."""
+    """The models that take such data: `text`, `images` or `numbers`."""
     return [name for name, record in MODEL_KINDS.items() if record.data == kind]
 
 
@@ -47,6 +48,8 @@ def misfit(model: PromisedModel, data: PromisedData) -> Misfit | None:
         )
     if isinstance(data, PromisedText):
         return _misfit_text(model.settings, data.tokens, data.sequence_length) or _misfit_tokenizer(model, data)
+    if isinstance(data, PromisedNumbers):
+        return _misfit_numbers(model.settings, data)
     return _misfit_images(model, data)
 
 
@@ -104,6 +107,22 @@ def _misfit_images(model: PromisedModel, data: PromisedImages) -> Misfit | None:
             f"shard larger images, or use a smaller patch_size or fewer stages (for example patch_size: 1, "
             f"{max(1, data.size.bit_length() - 1)} stages)",
         )
+    return None
+
+
+def _misfit_numbers(settings: Mapping[str, Any], data: PromisedNumbers) -> Misfit | None:
+    """Outputs beyond the classes are possible, those beyond the targets have nothing to predict."""
+    known = data.settings()
+    what = "classes" if data.classes else "numbers to predict"
+    for name, text in (
+        ("inputs", f"the dataset's rows have {data.inputs} numbers, the model takes {settings.get('inputs')}"),
+        ("loss", f"the dataset has {what}, and the model's loss is {settings.get('loss')}"),
+        ("outputs", f"the dataset has {known.get('outputs')} {what}, the model {settings.get('outputs')} outputs"),
+    ):
+        own = settings.get(name)
+        enough = name == "outputs" and data.classes and own is not None and own >= data.classes
+        if own is not None and name in known and own != known[name] and not enough:
+            return Misfit(name, f"{text} (`{name}`)", f"set the model's {name} to {known[name]}, or leave it out")
     return None
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from polytrope.models import find_architecture
 from polytrope.pipeline.data.description import Dataset
+from polytrope.pipeline.data.misfits import misfit
+from polytrope.pipeline.data.promised import PromisedModel, PromisedNumbers
 from polytrope.pipeline.data.reader import Reader
 from polytrope.pipeline.data.tokenization import same_tokenizer
 from polytrope.pipeline.errors import UserError
@@ -23,8 +25,11 @@ def read_tensors(reader: Reader, indices: np.ndarray) -> tuple[Tensor, Tensor]:
 
     Returns:
         Tokens `[n, length]` int64 and those that follow, or pixels in [0, 1] `[n, channels, height, width]` float32 and
-        classes `[n]` int64.
+        classes `[n]` int64, or rows `[n, inputs]` float32 and their targets `[n, targets]` float32 or classes.
     """
+    if "inputs" in reader.fields:
+        rows, wanted = reader.numbers(indices)
+        return torch.from_numpy(rows), torch.from_numpy(wanted)
     if "pixels" in reader.fields:
         pixels, labels = reader.images(indices)
         return torch.from_numpy(pixels).float() / 255.0, torch.from_numpy(np.asarray(labels, dtype=np.int64))
@@ -35,7 +40,7 @@ def read_tensors(reader: Reader, indices: np.ndarray) -> tuple[Tensor, Tensor]:
 def refuse_other_data(
     label: str, model: Path, about: Mapping[str, Any], description: Dataset, dataset: Artifact
 ) -> str | None:
-    """Raise `UserError` where a model is for data of another kind, or of another tokenizer.
+    """Raise `UserError` where a model is for data of another kind, of another tokenizer, or for other numbers.
 
     Args:
         about: the content of the model's `model.json`.
@@ -50,7 +55,12 @@ def refuse_other_data(
             f"(`{dataset.stage}`)",
             "give the stage models and a dataset of one kind",
         )
-    if description.kind == "images":
+    if description.kind == "numbers":
+        numbers = PromisedNumbers(description.inputs, description.targets, description.classes)
+        found = misfit(PromisedModel(about["architecture"], about["config"]), numbers)
+        if found is not None:
+            raise UserError(f"`{label}`: {found.text}", found.hint)
+    if description.kind != "text":
         return None
     own = model / "tokenizer.json"
     if not own.exists():

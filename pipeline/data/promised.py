@@ -35,7 +35,23 @@ class PromisedImages:
     classes: int | None
 
 
-PromisedData = PromisedText | PromisedImages
+@dataclass(frozen=True)
+class PromisedNumbers:
+    """Rows of numbers with classes, or with numbers to predict (`classes` is None); None where only the file tells."""
+
+    kind: ClassVar[Literal["numbers"]] = "numbers"
+    inputs: int | None
+    targets: int | None
+    classes: int | None
+
+    def settings(self) -> dict[str, Any]:
+        """What this decides of a model."""
+        known: dict[str, Any] = {"inputs": self.inputs, "outputs": self.classes or self.targets}
+        known["loss"] = "mse" if self.classes is None else "cross_entropy"
+        return {name: value for name, value in known.items() if value is not None}
+
+
+PromisedData = PromisedText | PromisedImages | PromisedNumbers
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,8 @@ class PromisedModel:
             if data.tokens is not None:
                 found["vocab_size"] = -(-data.tokens // 64) * 64
             return replace(self, settings={**found, **self.settings}, tokenizer=data.tokenizer)
+        if isinstance(data, PromisedNumbers):
+            return replace(self, settings={**data.settings(), **self.settings})
         known = {"num_classes": data.classes, "in_channels": data.channels}
         return replace(self, settings={name: value for name, value in known.items() if value} | dict(self.settings))
 
@@ -92,10 +110,12 @@ AnyPromisedModel = PromisedModel | PromisedForeignModel | PromisedBuiltModel
 
 @dataclass(frozen=True)
 class PromisedEvaluation:
-    """Figures of the models with these labels, on data of this kind (None: not known)."""
+    """Figures of the models with these labels, on data of this kind (None: not known). `predicts_numbers`:
+    the models have no classes to be right about."""
 
     labels: tuple[str, ...]
-    kind: Literal["text", "images"] | None
+    kind: Literal["text", "images", "numbers"] | None
+    predicts_numbers: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +136,7 @@ class PromisedAnalysis:
 _TITLES: dict[type[Any], str] = {
     PromisedText: "a data set",
     PromisedImages: "a data set",
+    PromisedNumbers: "a data set",
     PromisedModel: "a model",
     PromisedForeignModel: "a model of transformers, for the stage `convert` alone",
     PromisedEvaluation: "an evaluation",
@@ -123,9 +144,10 @@ _TITLES: dict[type[Any], str] = {
     PromisedAnalysis: "an analysis",
 }
 _MAKERS: dict[type[Any], str] = {
-    PromisedText: "a `shard` or `shard_images` stage",
-    PromisedImages: "a `shard` or `shard_images` stage",
-    PromisedModel: "a `train`, `convert` or `import_model` stage of a GPT-2 or ConvNeXt",
+    PromisedText: "a `shard`, `shard_images` or `shard_numbers` stage",
+    PromisedImages: "a `shard`, `shard_images` or `shard_numbers` stage",
+    PromisedNumbers: "a `shard`, `shard_images` or `shard_numbers` stage",
+    PromisedModel: "a `train`, `convert` or `import_model` stage of a GPT-2, ConvNeXt or MLP",
     PromisedForeignModel: "an `import_model` stage",
     PromisedEvaluation: "an `evaluate` stage",
     PromisedSpeed: "a `measure_speed` stage",
@@ -152,7 +174,7 @@ def expect(field: str, promise: Any, kind: type[_Promise]) -> _Promise | None:
 
 def expect_data(field: str, promise: Any) -> PromisedData | None:
     """The same for a data set of any kind."""
-    return promise if isinstance(promise, PromisedImages) else expect(field, promise, PromisedText)
+    return promise if isinstance(promise, PromisedImages | PromisedNumbers) else expect(field, promise, PromisedText)
 
 
 def expect_model(field: str, promise: Any) -> AnyPromisedModel | None:

@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from polytrope.pipeline.data.description import ImageSample, TokensSample, read_dataset, read_manifest
+from polytrope.pipeline.data.description import (
+    NumbersSample,
+    Sample,
+    TokensSample,
+    read_dataset,
+    read_manifest,
+)
 from polytrope.pipeline.data.tarfiles import TAR_BLOCK, member_stride, npy_header
 from polytrope.pipeline.errors import UserError
 
@@ -72,8 +78,19 @@ class Reader:
             IndexError, UserError: see `samples`.
         """
         pixels, digits = self._read(indices, ("pixels", "label"))
-        places = 10 ** np.arange(digits.shape[1] - 1, -1, -1)
-        return pixels, (digits.astype(np.int64) - ord("0")) @ places
+        return pixels, _classes(digits)
+
+    def numbers(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows at `indices`, float32 `[n, inputs]`, and targets float32 `[n, targets]` or classes int64 `[n]`.
+
+        Raises:
+            IndexError, UserError: see `samples`.
+        """
+        if "label" in self.fields:
+            rows, digits = self._read(indices, ("inputs", "label"))
+            return rows, _classes(digits)
+        rows, targets = self._read(indices, ("inputs", "targets"))
+        return rows, targets
 
     def _read(self, indices: np.ndarray, names: tuple[str, ...]) -> list[np.ndarray]:
         indices = np.asarray(indices, dtype=np.int64)
@@ -166,12 +183,21 @@ class Reader:
         return self.directory / str(self._paths[number], "utf-8")
 
 
-def _layout(sample: TokensSample | ImageSample) -> tuple[dict[str, Field], int]:
+def _classes(digits: np.ndarray) -> np.ndarray:
+    """int64 `[n]` from their decimal digits, uint8 `[n, digits]`."""
+    places = 10 ** np.arange(digits.shape[1] - 1, -1, -1)
+    classes: np.ndarray = (digits.astype(np.int64) - ord("0")) @ places
+    return classes
+
+
+def _layout(sample: Sample) -> tuple[dict[str, Field], int]:
     """The parts of a sample, and the bytes from one sample to the next."""
     if isinstance(sample, TokensSample):
         dtype = np.dtype(sample.dtype).newbyteorder("<")
         tokens = Field(TAR_BLOCK, (sample.tokens,), dtype)
         return {"tokens": tokens}, member_stride(tokens.shape[0] * dtype.itemsize)
+    if isinstance(sample, NumbersSample):
+        return _numbers_layout(sample)
     shape, digits = sample.image, sample.label_digits
     header = len(npy_header(shape))
     image_bytes = header + math.prod(shape)
@@ -179,6 +205,21 @@ def _layout(sample: TokensSample | ImageSample) -> tuple[dict[str, Field], int]:
     bytes_ = np.dtype(np.uint8)
     fields = {"pixels": Field(TAR_BLOCK + header, shape, bytes_), "label": Field(label_at, (digits,), bytes_)}
     return fields, member_stride(image_bytes, digits)
+
+
+def _numbers_layout(sample: NumbersSample) -> tuple[dict[str, Field], int]:
+    float32 = np.dtype("<f4")
+    header = len(npy_header((sample.inputs,), float32.str))
+    size = header + sample.inputs * float32.itemsize
+    fields = {"inputs": Field(TAR_BLOCK + header, (sample.inputs,), float32)}
+    behind = member_stride(size) + TAR_BLOCK
+    if sample.targets is None:
+        assert sample.label_digits is not None
+        fields["label"] = Field(behind, (sample.label_digits,), np.dtype(np.uint8))
+        return fields, member_stride(size, sample.label_digits)
+    header = len(npy_header((sample.targets,), float32.str))
+    fields["targets"] = Field(behind + header, (sample.targets,), float32)
+    return fields, member_stride(size, header + sample.targets * float32.itemsize)
 
 
 def open_split(dataset_directory: Path, split: str) -> Reader:

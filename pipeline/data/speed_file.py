@@ -11,10 +11,10 @@ SPEED_FILE = "speed.json"
 
 
 class SpeedProtocol(OpenRecord):
-    """How it was measured: the stage's parameters, on which device, `units` tokens or images (`unit`) per batch."""
+    """How it was measured: the stage's parameters, on which device, `units` tokens, images, rows (`unit`) per batch."""
 
     device: str
-    unit: Literal["tokens", "images"]
+    unit: Literal["tokens", "images", "rows"]
     units: int
     batch_size: int
     rounds: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import tarfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -26,13 +25,31 @@ def member_stride(*sizes: int) -> int:
     return sum(TAR_BLOCK + blocks_of(size) for size in sizes)
 
 
-def npy_header(shape: Sequence[int]) -> bytes:
-    """What stands before the values in an `npy` member of uint8 `shape`."""
+def npy_header(shape: Sequence[int], dtype: str = "|u1") -> bytes:
+    """What stands before the values in an `npy` member of `shape`."""
     import numpy as np
 
     buffer = io.BytesIO()
-    np.save(buffer, np.empty(tuple(shape), dtype=np.uint8))
-    return buffer.getvalue()[: -math.prod(shape)]
+    values = np.empty(tuple(shape), dtype=dtype)
+    np.save(buffer, values)
+    return buffer.getvalue()[: -values.nbytes]
+
+
+def npy_members(values: np.ndarray) -> np.ndarray:
+    """Each `values[index]` as an `npy` file, uint8 `[samples, size]`."""
+    import numpy as np
+
+    header = npy_header(values.shape[1:], values.dtype.str)
+    payload = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
+    members = np.empty((len(values), len(header) + payload.shape[1]), dtype=np.uint8)
+    members[:, : len(header)] = np.frombuffer(header, dtype=np.uint8)
+    members[:, len(header) :] = payload
+    return members
+
+
+def digit_members(labels: np.ndarray, digits: int) -> np.ndarray:
+    """Each class as text of so many decimal digits, uint8 `[samples, digits]`."""
+    return _digits(labels, 10, digits)
 
 
 def build_tar(stem: str, members: dict[str, np.ndarray]) -> np.ndarray:

@@ -15,7 +15,7 @@ from polytrope.pipeline.support.text import suggest
 TRAINING_FILE = "training.json"
 HISTORY_FILE = "history.json"
 _HINT = "name a `train` stage"
-_MEASURED = {"text": ("loss",), "images": ("loss", "accuracy")}  # in validation
+_MEASURED = {"text": ("loss",), "images": ("loss", "accuracy"), "numbers": ("loss", "accuracy")}  # in validation
 
 
 class Training(OpenRecord):
@@ -55,10 +55,15 @@ class Training(OpenRecord):
         return {**self.counts(), **self.metrics()}
 
 
-def figure_names(kind: Literal["text", "images"]) -> tuple[str, ...]:
-    """Names of the figures that a training on such data may have: its counts and its metrics."""
+def figure_names(kind: Literal["text", "images", "numbers"], *, predicts_numbers: bool = False) -> tuple[str, ...]:
+    """Names of the figures that a training on such data may have: its counts and its metrics.
+
+    Args:
+        predicts_numbers: the model has no classes to be right about.
+    """
+    measured = ("loss",) if predicts_numbers else _MEASURED[kind]
     counts = [name for name, field in Training.model_fields.items() if field.annotation in (int, int | None)]
-    return (*counts, "train/loss", *(f"val/{name}" for name in _MEASURED[kind]), "val/best_loss")
+    return (*counts, "train/loss", *(f"val/{name}" for name in measured), "val/best_loss")
 
 
 def write_training(directory: Path, training: Training, history: Sequence[Mapping[str, Any]]) -> None:

@@ -25,7 +25,7 @@ from polytrope.pipeline.workflow.encoding import readable
 
 _TEMPLATE = Path(__file__).with_name("card.html")
 _PACKAGES = ("polytrope", "torch", "deepspeed", "ray", "numpy", "tokenizers", "datasets", "safetensors")
-_FIGURES = ("loss", "perplexity", "bits_per_byte", "top1", "top5", "calibration_error")  # of an evaluation
+_FIGURES = ("loss", "perplexity", "bits_per_byte", "r2", "top1", "top5", "calibration_error")  # of an evaluation
 _CURVES = 12  # of the activation plot
 
 Artifacts = Mapping[str, StoredArtifact]  # stage → its artifact
@@ -237,10 +237,12 @@ def _front_matter(store: Store, artifacts: Artifacts, model: StoredArtifact, tit
     source = _source(dataset)
     hub = str(source["dataset"]) if source.get("kind") == "hub" else None
     evaluation = _evaluation(store, artifacts, model)
-    tasks = {"text": "text-generation", "images": "image-classification"}
+    tasks = {"text": "text-generation", "images": "image-classification", "numbers": "tabular-classification"}
     results = []
     if evaluation is not None:
         content, label = evaluation
+        if content.models[label].r2 is not None:
+            tasks["numbers"] = "tabular-regression"
         same = dataset is not None and content.dataset.digest == dataset.digest  # evaluated on what it was trained on
         for figure in _FIGURES:
             value = getattr(content.models[label], figure)

@@ -28,9 +28,11 @@ from polytrope.pipeline.support.text import suggest
 
 SELECTION_FILE = "selection.json"
 _EVALUATED = (
-    "loss", "perplexity", "bits_per_byte", "top1", "top5", "calibration_error", "parameters",
+    "loss", "perplexity", "bits_per_byte", "r2", "top1", "top5", "calibration_error", "parameters",
 )  # fmt: skip
 _OF_TEXT = ("perplexity", "bits_per_byte")
+_OF_CLASSES = ("top1", "top5", "calibration_error")
+_OF_NUMBERS = ("r2",)
 _UNTRAINED = "the model was not trained here, so it has no figures of its own"
 _EVALUATE_FIRST = "evaluate the models first: `inputs: {models: …, evaluation: EVALUATE_STAGE}`"
 
@@ -94,11 +96,16 @@ def promise(
         UserError: an input of another kind; a figure that the evaluation, or the training of a model, will not have.
     """
     evaluation = expect("inputs.evaluation", upstream["evaluation"], PromisedEvaluation)
-    if evaluation is not None and evaluation.kind == "images" and parameters.metric in _OF_TEXT:
-        figures = [name for name in _EVALUATED if name not in _OF_TEXT]
-        raise UserError(
-            f"metric: an evaluation on images has no figure `{parameters.metric}`", suggest(parameters.metric, figures)
-        )
+    if evaluation is not None and evaluation.kind is not None:
+        missing = {*_OF_CLASSES, *_OF_TEXT} if evaluation.predicts_numbers else set(_OF_NUMBERS)
+        missing |= set(_OF_TEXT) if evaluation.kind != "text" else set()
+        if parameters.metric in missing:
+            figures = [name for name in _EVALUATED if name not in missing]
+            raise UserError(
+                f"metric: an evaluation on {evaluation.kind} has no figure `{parameters.metric}`"
+                + (" where numbers are predicted" if evaluation.predicts_numbers else ""),
+                suggest(parameters.metric, figures),
+            )
     models = {
         label: expect(f"inputs.models.{label}", given, PromisedModel) for label, given in upstream["models"].items()
     }

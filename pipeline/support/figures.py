@@ -137,7 +137,7 @@ def draw_losses(theme: Theme, curves: Sequence[Curve], entropy: float | None, un
         axes.set_ylim(lowest - margin, highest + 2 * margin)
     axes.set_xlim(left=0)
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel(f"loss, nats per {unit}")
+    axes.set_ylabel(f"loss, {unit}")
     _name_above(figure, axes, theme, len(curves))
     return figure
 

@@ -1,4 +1,5 @@
-"""A polytrope model as an MLflow model: texts → their continuations, or images → class probabilities.
+"""A polytrope model as an MLflow model: texts → their continuations, images → class probabilities, or rows of numbers
+→ either class probabilities or numbers.
 
 mlflow.pyfunc.load_model("models:/NAME@ALIAS").predict(["Once upon"], params={"max_new_tokens": 20})
 mlflow models serve -m models:/NAME@ALIAS --env-manager local
@@ -31,17 +32,21 @@ class PolytropeModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     # no annotations: MLflow would read them as a signature of its own
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
-        """Continue texts (by sampling with a fixed seed), or classify images.
+        """Continue texts (by sampling with a fixed seed), or classify images or rows, or predict numbers from rows.
 
         Args:
             context: of MLflow; unused.
             model_input: texts: a list, or a data frame whose first column holds them; images: uint8
-                `[n, channels, height, width]`.
+                `[n, channels, height, width]`; rows: float32 `[n, inputs]`.
             params: of texts: `max_new_tokens`, `temperature`, `seed`.
 
         Returns:
-            Texts with their continuations, or float32 probabilities `[n, classes]`.
+            Texts with their continuations, or float32 probabilities `[n, classes]` or numbers `[n, outputs]`.
         """
+        from polytrope.models import find_architecture
+
+        if find_architecture(self.model.architecture).data == "numbers":
+            return self._predict(np.asarray(model_input))
         if self.tokenizer is None:
             return self._classify(np.asarray(model_input))
         texts = list(model_input.iloc[:, 0]) if hasattr(model_input, "iloc") else list(model_input)
@@ -61,6 +66,14 @@ class PolytropeModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 generator=generator,
             )
         return text + self.tokenizer.decode_produced(output[0].tolist()[len(tokens) :])
+
+    def _predict(self, rows: np.ndarray) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            outputs = self.model(torch.from_numpy(rows.astype(np.float32)))
+        chooses = self.model.config.loss == "cross_entropy"
+        return np.asarray((outputs.softmax(-1) if chooses else outputs).numpy())
 
     def _classify(self, pixels: np.ndarray) -> np.ndarray:
         import torch
@@ -89,6 +102,12 @@ def signature_and_example(model_directory: Path) -> tuple[ModelSignature, Any]:
         text = Schema([ColSpec(DataType.string)])
         return ModelSignature(inputs=text, outputs=text, params=ParamSchema(parameters)), ["The "]
     config = record.config(**description["config"])
+    if record.data == "numbers":
+        float32 = np.dtype("float32")
+        return ModelSignature(
+            inputs=Schema([TensorSpec(float32, (-1, config.inputs))]),
+            outputs=Schema([TensorSpec(float32, (-1, config.outputs))]),
+        ), np.zeros((1, config.inputs), np.float32)
     example = np.zeros(record.example(config).shape, np.uint8)
     return ModelSignature(
         inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, example.shape[1], -1, -1))]),

@@ -459,7 +459,7 @@ def test_dropout_and_the_end_of_text_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
 def test_the_record_of_every_architecture_is_true(name: str) -> None:
     record = find_architecture(name)
-    sizes = {"gpt2": GPT2, "convnext": CONVNEXT}[name]
+    sizes = {"gpt2": GPT2, "convnext": CONVNEXT, "mlp": {"widths": [8, 8]}}[name]
     model = build_model(name, sizes)
     assert record.name == model.architecture == name
     modules = activation_modules(model)

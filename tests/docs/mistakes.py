@@ -61,6 +61,19 @@ stages:
       model: {architecture: convnext, depths: [1, 1], dims: [8, 16], patch_size: 1}
       epochs: 2
 """
+NUMBERS = """\
+name: demo
+stages:
+  pairs:
+    uses: shard_numbers
+    with: {source: {kind: modular, modulus: 7}}
+  train:
+    uses: train
+    inputs: {dataset: pairs}
+    with:
+      model: {architecture: mlp, widths: [32, 32]}
+      steps: 5
+"""
 SEARCH = """\
 name: demo
 stages:
@@ -216,6 +229,9 @@ SECTIONS: dict[str, list[Mistake]] = {
         Mistake("images of other channels", "patch_size: 1", "patch_size: 1, in_channels: 3", IMAGES),
         Mistake("too few classes", "patch_size: 1", "patch_size: 1, num_classes: 5", IMAGES),
         Mistake("images that are too small", "patch_size: 1", "patch_size: 16", IMAGES),
+        Mistake("fewer outputs than classes of numbers", "widths", "outputs: 6, widths", NUMBERS),
+        Mistake("a loss that is not that of the numbers", "widths", "loss: mse, widths", NUMBERS),
+        Mistake("a residual network of unequal widths", "[32, 32]", "[32, 16], residual: true", NUMBERS),
         Mistake("stages of different numbers", "dims: [8, 16]", "dims: [8]", IMAGES),
     ],
     "Training": [

@@ -28,7 +28,7 @@ from polytrope.models.parts.attention import (
     causal_means,
     even_power,
 )
-from polytrope.models.parts.feedforward import FEEDFORWARDS, QuadraticLinear, multiplicative_parameters
+from polytrope.models.parts.feedforward import FEEDFORWARDS, LAYERS, QuadraticLinear, multiplicative_parameters
 from polytrope.models.parts.norm import NORMS, BatchNorm, NormSizes, build_norm, fold_into_linear
 from polytrope.models.parts.ranges import RangePenalty, penalise_ranges
 from polytrope.models.parts.settings import PARTS, BatchNormSettings, read_part
@@ -81,7 +81,7 @@ def test_a_model_without_parts_is_what_it_was_before_there_were_any(tmp_path: Pa
 
 
 def test_every_part_has_settings_and_a_builder() -> None:
-    tables: dict[str, Any] = {"attention": ATTENTIONS, "norm": NORMS, "feedforward": FEEDFORWARDS}
+    tables: dict[str, Any] = {"attention": ATTENTIONS, "norm": NORMS, "feedforward": {**FEEDFORWARDS, **LAYERS}}
     assert {field: list(kinds) for field, kinds in PARTS.items()} == {
         field: list(kinds) for field, kinds in tables.items()
     }

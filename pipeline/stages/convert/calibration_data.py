@@ -199,7 +199,10 @@ def dataset_batches(
     reader: Any = open_split(dataset, "train")
     indices = sample_indices(0, 0, min(parameters.calibration_samples, len(reader)), len(reader))
     parts = np.array_split(indices, -(-len(indices) // parameters.batch_size))
-    if read_dataset(dataset).kind == "images":
+    kind = read_dataset(dataset).kind
+    if kind == "numbers":
+        return [{input_name(model, "rows"): torch.from_numpy(reader.numbers(part)[0])} for part in parts]
+    if kind == "images":
         # of foreign models nothing is known here; most published ones take this normalisation
         ours = str(model.architecture) if is_own(model) else None
         prepare = normalise_images if ours is None else find_architecture(ours).prepare

@@ -49,6 +49,8 @@ def promise(
             )
         return model
     refuse_misfit("inputs.dataset", model, data)
+    if parameters.format == "huggingface" and MODEL_KINDS[model.architecture].data == "numbers":
+        raise UserError(f"format: transformers has no {model.architecture}", "leave it out")
     config = make_config(MODEL_KINDS[model.architecture].config, model.settings)
     layers, numbers = parameters.layer_range(), config.layer_numbers()
     if layers is not None and (layers[0] >= numbers or sys.maxsize > layers[1] >= numbers):
@@ -86,9 +88,9 @@ def convert(
 ) -> dict[str, float]:
     """Calibrate on training samples, fit every layer, write the converted model and `conversion.json`.
 
-    `model`: of a train or import_model stage, or a Hugging Face directory. `dataset`: of a shard or shard_images
-    stage, or a directory with `calibration.txt` (one text per line), `calibration.npy` (images, token ids, or what a
-    module of your own takes first) or `calibration.npz` (the model's inputs by name).
+    `model`: of a train or import_model stage, or a Hugging Face directory. `dataset`: of a shard, shard_images or
+    shard_numbers stage, or a directory with `calibration.txt` (one text per line), `calibration.npy` (images, token
+    ids, or what a module of your own takes first) or `calibration.npz` (the model's inputs by name).
     """
     from polytrope.models.domains import describe_outside
     from polytrope.models.formats.module import read_factory

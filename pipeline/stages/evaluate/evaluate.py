@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.misfits import refuse_misfits
-from polytrope.pipeline.data.promised import PromisedEvaluation, PromisedImages, PromisedText
+from polytrope.pipeline.data.promised import PromisedEvaluation, PromisedImages, PromisedNumbers, PromisedText
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
@@ -40,11 +40,14 @@ def promise(
             f"stride: {parameters.stride} is longer than the dataset's sequences ({data.sequence_length})",
             "a stride of half the sequence length is usual",
         )
-    if isinstance(data, PromisedImages):
+    if isinstance(data, PromisedImages | PromisedNumbers):
         for name in ("stride", "prompt"):
             if getattr(parameters, name):
-                raise UserError(f"{name}: for text, and this dataset holds images", "leave it out")
-    return PromisedEvaluation(tuple(upstream["models"]), None if data is None else data.kind)
+                raise UserError(f"{name}: for text, and this dataset holds {data.kind}", "leave it out")
+    predicts_numbers = isinstance(data, PromisedNumbers) and data.classes is None
+    if parameters.drift and predicts_numbers:
+        raise UserError("drift: of probabilities, and this dataset has numbers to predict", "leave it out")
+    return PromisedEvaluation(tuple(upstream["models"]), None if data is None else data.kind, predicts_numbers)
 
 
 @stage(

@@ -28,7 +28,7 @@ from polytrope.pipeline.data.evaluation_file import (
     Protocol,
     write_evaluation,
 )
-from polytrope.pipeline.data.model_inputs import refuse_other_data
+from polytrope.pipeline.data.model_inputs import read_tensors, refuse_other_data
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import Tokenizer, read_tokenizer
 from polytrope.pipeline.data.training_file import recorded_failure
@@ -36,7 +36,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.evaluate.drift import block_cosines
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
-from polytrope.pipeline.stages.evaluate.scores import Scores, seeded_generator
+from polytrope.pipeline.stages.evaluate.scores import Errors, Scores, seeded_generator
 from polytrope.pipeline.stages.evaluate.shapes import measure_activations
 from polytrope.pipeline.stages.evaluate.token_bytes import byte_lengths
 from polytrope.pipeline.stages.evaluate.windows import WindowBatch, block_windows, sliding_windows
@@ -141,6 +141,7 @@ def metrics_of(label: str, model: EvaluatedModel) -> dict[str, float]:
         "loss": "val_loss",
         "perplexity": "perplexity",
         "bits_per_byte": "bits_per_byte",
+        "r2": "r2",
         "top1": "top1",
         "top5": "top5",
         "calibration_error": "calibration_error",
@@ -188,10 +189,15 @@ class Evaluator:
         self.parameters, self.samples = parameters, samples
         self.device = granted_device(context)
         self.reader = open_split(dataset.path, "validation")
-        self.images = description.kind == "images"
+        self.unit = {"text": "tokens", "images": "images", "numbers": "rows"}[description.kind]
         self.tokenizer: Tokenizer | None = None
         self.byte_lengths: np.ndarray | None = None
-        if description.kind == "images":
+        self.classes: int | None = None  # of samples, not of tokens
+        if description.kind == "numbers" and description.targets is not None:
+            self.outputs, self.of = description.targets, "numbers to predict"
+        elif description.kind != "text":
+            assert description.classes is not None
+            self.classes = description.classes
             self.outputs, self.of = description.classes, "classes"
         else:
             self.tokenizer = read_tokenizer(dataset.path)
@@ -208,29 +214,33 @@ class Evaluator:
             self.context.message(unsure)
         model = load_model(artifact.path, self.device)
         other = load_model(reference.path, self.device) if reference else None
-        scores = Scores(self.parameters.calibration_bins, self.outputs if self.images else 0, self.outputs)
+        scores = self._scores()
+        if reference is not None and isinstance(scores, Errors):
+            raise UserError("drift is one of probabilities, and this dataset has numbers to predict")
         bytes_scored, started = 0, time.perf_counter()
         with watching(model) as domains:
             for inputs, targets, mask in self._batches():
                 logits, flat = self._logits(model, inputs)[mask], targets[mask]
-                if logits.size(1) < self.outputs:
+                if logits.size(1) < self.outputs or (isinstance(scores, Errors) and logits.size(1) != self.outputs):
                     raise UserError(f"it has {logits.size(1)} outputs, the dataset {self.outputs} {self.of}")
-                scores.add(logits, flat, self._logits(other, inputs)[mask] if other is not None else None)
+                if isinstance(scores, Errors):
+                    scores.add(logits, flat)
+                else:
+                    scores.add(logits, flat, self._logits(other, inputs)[mask] if other is not None else None)
                 if not math.isfinite(scores.loss):
                     break
                 if self.byte_lengths is not None:
                     bytes_scored += int(self.byte_lengths[flat.cpu().numpy()].sum())
         seconds = time.perf_counter() - started
-        unit = "images" if self.images else "tokens"
         outside = describe_outside(domains)
         if not math.isfinite(scores.loss):
             return _failed(artifact, f"its validation loss is {scores.loss}" + (f"; {outside}" if outside else ""))
         if outside is not None:
             self.context.message(f"{label}: {outside}")
-        self.context.log_metrics({f"{label}/{unit}_per_second": scores.count / seconds})
+        self.context.log_metrics({f"{label}/{self.unit}_per_second": scores.count / seconds})
         figures = scores.figures()
         result: dict[str, Any] = {"stage": artifact.stage, "digest": artifact.digest, **figures}
-        result[unit] = scores.count
+        result[self.unit] = scores.count
         result["parameters"] = about["parameters"]
         result["activation"] = describe_activation(about["config"].get("activation"))
         if domains:
@@ -251,10 +261,13 @@ class Evaluator:
             result["layers"] = measure_activations(model, lambda: self._logits(model, inputs))
             if other is not None:
                 cosines = block_cosines(
-                    model, other, lambda network: self._logits(network, inputs), features=1 if self.images else -1
+                    model,
+                    other,
+                    lambda network: self._logits(network, inputs),
+                    features=1 if self.unit == "images" else -1,
                 )
                 result["drift"]["cosine"] = cosines
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and isinstance(scores, Scores):
             result["perplexity"] = scores.perplexity()
             if self.byte_lengths is not None:
                 result["bytes"] = bytes_scored
@@ -262,25 +275,27 @@ class Evaluator:
             result["sample"] = self._sample(model, self.tokenizer)
         return EvaluatedModel.model_validate(result)
 
+    def _scores(self) -> Scores | Errors:
+        if self.description.kind == "numbers" and self.description.targets is not None:
+            return Errors()
+        return Scores(self.parameters.calibration_bins, self.classes or 0, self.outputs)
+
     def _batches(self, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Inputs as the data set gives them, targets, and which targets count, on the device."""
         size, stride = self.parameters.batch_size, self.parameters.stride
         samples = self.samples if limit is None else limit
         if limit is not None:
             size = limit
-        if self.images:
+        if self.description.kind != "text":
             for start in range(0, samples, size):
                 indices = np.arange(start, min(samples, start + size))
-                pixels, labels = self.reader.images(indices)  # type: ignore[attr-defined]
-                images = torch.from_numpy(pixels).float() / 255.0
-                classes = torch.from_numpy(np.asarray(labels, dtype=np.int64))
-                yield self._move(images), self._move(classes), self._move(torch.ones(len(indices), dtype=torch.bool))
+                inputs, targets = read_tensors(self.reader, indices)
+                yield self._move(inputs), self._move(targets), self._move(torch.ones(len(indices), dtype=torch.bool))
             return
         windows: Iterator[WindowBatch]
         if stride is None or limit is not None:
             windows = block_windows(self.reader.samples, samples, size)
         else:
-            assert self.description.kind == "text"
             length = self.description.sequence_length
             windows = sliding_windows(self.reader.samples, samples, length, stride, size)
         for batch in windows:

@@ -118,6 +118,33 @@ class Scores:
         return result
 
 
+@dataclass
+class Errors:
+    """Adds up squared errors of predicted numbers over batches, in float64."""
+
+    count: int = 0
+    squares: float = 0.0
+    targets: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, outputs: Tensor, targets: Tensor) -> None:
+        """Count one batch, both `[rows, components]`."""
+        self.count += len(targets)
+        self.squares += float((outputs.double() - targets.double()).square().mean(dim=-1).sum())
+        self.targets.append(targets.double().cpu().numpy())
+
+    @property
+    def loss(self) -> float:
+        """Sum over the rows of the mean over the components of the squared error."""
+        return self.squares
+
+    def figures(self) -> dict[str, Any]:
+        """The mean squared error, and R² = 1 - squared errors / squared distances of the targets from their mean (by
+        component); None where all targets are equal."""
+        targets = np.concatenate(self.targets)
+        spread = float(np.square(targets - targets.mean(axis=0)).mean(axis=-1).sum())
+        return {"loss": self.squares / self.count, "r2": 1.0 - self.squares / spread if spread > 0.0 else None}
+
+
 def seeded_generator(seed: int) -> torch.Generator:
     """A generator of its own on the CPU: sampling does not depend on what ran before."""
     return torch.Generator().manual_seed(seed)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from polytrope.models import find_architecture
 from polytrope.models.checkpoint import load_model
+from polytrope.pipeline.data.description import read_dataset
 from polytrope.pipeline.data.model_inputs import read_tensors
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.speed_file import SPEED_FILE, Speed, SpeedProtocol, write_speed
@@ -56,7 +57,7 @@ def measure_models(
             context.progress((number + 1) * len(timers) + index, (parameters.rounds + 1) * len(timers), label)
             timer.measure(keep=number >= 0)
     results = {label: timer.figures() for label, timer in timers.items()}
-    unit = "tokens" if batch[0].dtype == torch.int64 else "images"
+    unit = {"text": "tokens", "images": "images", "numbers": "rows"}[read_dataset(dataset.path).kind]
     protocol = {**parameters.model_dump(), "device": device.type, "unit": unit, "units": units_of(batch)}
     left_out = {"failures": failures} if failures else {}
     speed = Speed(format=1, protocol=SpeedProtocol.model_validate(protocol), models=results, **left_out)
@@ -68,7 +69,8 @@ def measure_models(
 
 
 def read_batch(dataset: Artifact, size: int, device: torch.device) -> Batch:
-    """Inputs and targets of the first samples: tokens `[size, length]`, or pixels `[size, channels, height, width]`."""
+    """Inputs and targets of the first samples: tokens `[size, length]`, or pixels `[size, channels, height, width]`, or
+    rows `[size, inputs]`."""
     reader = open_split(dataset.path, "validation")
     size = min(size, len(reader))
     if size < 1:
@@ -78,7 +80,7 @@ def read_batch(dataset: Artifact, size: int, device: torch.device) -> Batch:
 
 
 def units_of(batch: Batch) -> int:
-    """Tokens or images in a batch."""
+    """Tokens, images or rows in a batch."""
     inputs = batch[0]
     return inputs.numel() if inputs.dtype == torch.int64 else inputs.size(0)
 

@@ -22,8 +22,8 @@ from polytrope.pipeline.support.pages import count
 
 FORMAT = 1
 Figures = dict[str, Any]
-_ACCURACY = {"loss", "perplexity", "bits_per_byte", "top1", "top5", "calibration_error", "drift"}
-_COUNTS = {"parameters", "tokens", "images", "bytes"}
+_ACCURACY = {"loss", "perplexity", "bits_per_byte", "r2", "top1", "top5", "calibration_error", "drift"}
+_COUNTS = {"parameters", "tokens", "images", "rows", "bytes"}
 
 
 def collect(
@@ -91,6 +91,23 @@ def collect(
     return figures
 
 
+def loss_unit(figures: Mapping[str, Any]) -> str:
+    """What losses are measured in: nats where something is chosen, of predicted numbers their mean square."""
+    if predicts_numbers(figures):
+        return "mean square per row"
+    return f"nats per {unit_of(figures)}"
+
+
+def unit_of(figures: Mapping[str, Any]) -> str:
+    """What is scored."""
+    return {"text": "token", "images": "image", "numbers": "row"}[figures["kind"]]
+
+
+def predicts_numbers(figures: Mapping[str, Any]) -> bool:
+    """Whether there are no classes to be right about."""
+    return figures["kind"] == "numbers" and all(row.get("top1") is None for row in figures["table"])
+
+
 def _analysis(analysis: Analysis, parameters: ReportParameters) -> list[Figures]:
     """Each model's figures by name, or why it has none."""
     rows = []
@@ -111,7 +128,7 @@ def _not_measured(
 
 def _row(label: str, result: EvaluatedModel, parameters: ReportParameters, model: Artifact | None) -> Figures:
     row: Figures = {"label": label, "name": parameters.labels.get(label, label)}
-    shown = _ACCURACY if result.images is None else _ACCURACY - {"perplexity"}  # of images it says nothing
+    shown = _ACCURACY if result.tokens is not None else _ACCURACY - {"perplexity"}  # of text alone
     row["budget"] = None if model is None else budget(read_lineage(model.path))  # not every model need be an input
     return row | result.model_dump(include={"activation"} | shown | _COUNTS, exclude_none=True)
 
@@ -193,7 +210,7 @@ def compare_groups(
     for what, name in references.values():
         if name not in groups and name not in failures:
             raise UserError(f"report: `{what}: {name}` is no value of `{axis}`", f"there are: {', '.join(groups)}")
-    metrics = ["loss", "bits_per_byte"] if kind == "text" else ["loss", "top1", "calibration_error"]
+    metrics = ["loss", "bits_per_byte"] if kind == "text" else ["loss", "r2", "top1", "calibration_error"]
     result: list[Figures] = []
     for name, members in groups.items():
         entry: Figures = {
@@ -250,10 +267,16 @@ def _others(label: str, axis: str) -> str:
 def summary_metrics(figures: Figures) -> dict[str, float]:
     """The figures of the result table as metrics of the parent run."""
     metrics: dict[str, float] = {}
-    names = {"loss": "val_loss", "perplexity": "perplexity", "bits_per_byte": "bits_per_byte", "top1": "top1"}
+    names = {
+        "loss": "val_loss",
+        "perplexity": "perplexity",
+        "bits_per_byte": "bits_per_byte",
+        "r2": "r2",
+        "top1": "top1",
+    }
     if "groups" in figures:
         for group in figures["groups"]:
-            for key in ("loss", "bits_per_byte", "top1"):
+            for key in ("loss", "bits_per_byte", "r2", "top1"):
                 if key in group:
                     metrics[f"{group['group']}/{names[key]}"] = group[key]["mean"]
             if group["failed"]:

@@ -16,7 +16,7 @@ from polytrope.pipeline.data.evaluation_file import Evaluation, read_evaluation
 from polytrope.pipeline.data.speed_file import read_speed
 from polytrope.pipeline.data.training_file import read_history, read_training
 from polytrope.pipeline.stage import Artifact, StageContext
-from polytrope.pipeline.stages.report.contents import Figures, collect, summary_metrics
+from polytrope.pipeline.stages.report.contents import Figures, collect, loss_unit, summary_metrics, unit_of
 from polytrope.pipeline.stages.report.parameters import ReportParameters, group_of
 from polytrope.pipeline.stages.report.report_page import build_page, name_of
 from polytrope.pipeline.stages.report.statistics import mean_interval
@@ -72,7 +72,7 @@ def _drawings(
 ) -> dict[str, Callable[[plots.Theme], Any]]:
     """Plot name → what draws it, in the order of the page."""
     drawings: dict[str, Callable[[plots.Theme], Any]] = {}
-    unit = "token" if summary["kind"] == "text" else "image"
+    unit = unit_of(summary)
     evaluated = {label: result for label, result in content.models.items() if result.failure is None}
     if "groups" in summary:
         drawings["groups"] = partial(
@@ -81,7 +81,7 @@ def _drawings(
             baseline=summary["baseline"],
             control=summary["control"],
             metric="loss",
-            title=f"validation loss, nats per {unit}",
+            title=f"validation loss, {loss_unit(summary)}",
         )
     histories = {
         label: history
@@ -91,7 +91,10 @@ def _drawings(
     curves = _curves(histories, summary, parameters)
     if curves:
         drawings["losses"] = partial(
-            plots.draw_losses, curves=curves, entropy=summary["unigram_entropy"] if unit == "token" else None, unit=unit
+            plots.draw_losses,
+            curves=curves,
+            entropy=summary["unigram_entropy"] if unit == "token" else None,
+            unit=loss_unit(summary),
         )
     gradients = _series(histories, "gradient_norm", summary, parameters)
     if gradients and "groups" in summary:

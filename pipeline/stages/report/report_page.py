@@ -10,6 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from polytrope.pipeline.stages.report.contents import loss_unit, predicts_numbers, unit_of
 from polytrope.pipeline.support.pages import Picture, count, render_page
 
 Pictures = Mapping[str, Picture]  # plot name → theme → PNG
@@ -45,7 +46,10 @@ def build_page(
         tiles=_tiles(figures),
         best=min(rows, key=lambda row: row["loss"])["label"],
         worst=max(losses),
-        scored=rows[0].get("tokens") or rows[0].get("images"),
+        scored=rows[0].get("tokens") or rows[0].get("images") or rows[0].get("rows"),
+        predicts_numbers=predicts_numbers(figures),
+        loss_unit=loss_unit(figures),
+        scored_unit=unit_of(figures),
         drifts=any("drift" in row for row in rows),
         budgets=len({row["budget"] for row in rows if row.get("budget")}) > 1,
         speed=_speed(figures),
@@ -69,7 +73,7 @@ def name_of(figures: Mapping[str, Any], label: str | None) -> str:
 def headline(figures: Mapping[str, Any]) -> Markup:
     """What came out, in at most three sentences of HTML."""
     text = figures["kind"] == "text"
-    unit = "token" if text else "image"
+    unit = loss_unit(figures)
     if "groups" in figures:
         best = figures["groups"][0]
         interval = best["loss"]["half_width"]
@@ -77,13 +81,13 @@ def headline(figures: Mapping[str, Any]) -> Markup:
         return Markup(
             f"Lowest mean validation loss: <b>{escape(best['group'])}</b>, {best['loss']['mean']:.4f}"
             + (f" ± {interval:.4f}" if interval is not None else "")
-            + f" nats per {unit} over {best['count']} runs. "
+            + f" {unit} over {best['count']} runs. "
             + _significance(figures, "difference", figures["baseline"])
             + beyond
         )
     rows = figures["table"]
     best = min(rows, key=lambda row: row["loss"])
-    sentences = [f"Lowest validation loss: <b>{escape(best['name'])}</b> with {best['loss']:.4f} nats per {unit}."]
+    sentences = [f"Lowest validation loss: <b>{escape(best['name'])}</b> with {best['loss']:.4f} {unit}."]
     entropy = figures["unigram_entropy"]
     if text and entropy is not None:
         margin = min(entropy - row["loss"] for row in rows)
@@ -121,13 +125,15 @@ def _tiles(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Value and label of each."""
     rows = figures["table"]
     best = min(rows, key=lambda row: row["loss"])
-    tiles = [(f"{best['loss']:.3f}", "lowest validation loss (nats)")]
+    tiles = [(f"{best['loss']:.3f}", f"lowest validation loss ({loss_unit(figures).partition(' per ')[0]})")]
     if best.get("bits_per_byte") is not None:
         tiles.append((f"{best['bits_per_byte']:.3f}", "its bits per byte"))
         perplexity = best.get("perplexity")
         tiles.append(("–" if perplexity is None else f"{perplexity:.1f}", "its perplexity per token"))
-    else:
+    elif best.get("top1") is not None:
         tiles.append((f"{100 * best['top1']:.1f} %", "its top-1 accuracy"))
+    elif best.get("r2") is not None:
+        tiles.append((f"{best['r2']:.4f}", "its R²"))
     tiles.append((count(max(row["parameters"] for row in rows)), "parameters (largest model)"))
     if len(tiles) < 4 or figures["kind"] != "text":
         tiles.append((str(len(rows)), "models evaluated"))

@@ -1,1 +1,1 @@
-"""The `shard` and `shard_images` stages: documents or labelled images become webdataset tar shards."""
+"""The stages `shard`, `shard_images`, `shard_numbers`: documents, labelled images, rows of numbers to tar shards."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from polytrope.pipeline.data.tarfiles import build_tar, npy_header
+from polytrope.pipeline.data.tarfiles import build_tar, digit_members, npy_members
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.shard.corpus import (
     check_hub_field,
@@ -359,13 +359,8 @@ def make_image_shard(task: ImageShardTask) -> ImageShardResult:
     import numpy as np
 
     pixels = np.stack([load_pixels(item, task.channels, task.side, task.background) for item in task.items])
-    header = npy_header(pixels.shape[1:])
-    images = np.empty((len(pixels), len(header) + pixels[0].size), dtype=np.uint8)
-    images[:, : len(header)] = np.frombuffer(header, dtype=np.uint8)
-    images[:, len(header) :] = pixels.reshape(len(pixels), -1)
-    digits = "".join(f"{item.label:0{task.label_digits}d}" for item in task.items)
-    labels = np.frombuffer(digits.encode(), dtype=np.uint8).reshape(len(task.items), task.label_digits)
-    archive = build_tar(task.path.stem, {"npy": images, "cls": labels})
+    labels = digit_members(np.array([item.label for item in task.items]), task.label_digits)
+    archive = build_tar(task.path.stem, {"npy": npy_members(pixels), "cls": labels})
     task.path.write_bytes(archive.data)
     values, counts = np.unique([item.label for item in task.items], return_counts=True)
     return ImageShardResult(

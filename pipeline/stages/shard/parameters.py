@@ -1,4 +1,4 @@
-"""The parameters of the `shard` and `shard_images` stages."""
+"""The parameters of the `shard`, `shard_images` and `shard_numbers` stages."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from polytrope.pipeline.data.tokenization import (
 )
 from polytrope.pipeline.stages.shard.corpus import PythonSource, Source
 from polytrope.pipeline.stages.shard.images import DigitsSource, ImageSource
+from polytrope.pipeline.stages.shard.numbers import NumbersSource
 
 ColourValue = Annotated[int, Field(ge=0, le=255)]
 
@@ -48,3 +49,16 @@ class ShardImagesParameters(BaseModel):
         None, description="red, green, blue (0 to 255) behind transparent pixels; default: such images are refused"
     )
     shard_images: int = Field(4096, ge=1, description="images per shard")
+
+
+class ShardNumbersParameters(BaseModel):
+    """A data set of rows of numbers."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: str = Field("numbers", description="name of the data set, shown in MLflow")
+    source: NumbersSource = Field(description="where the rows come from")
+    validation_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share of the rows, chosen by hash of their number, of the pair, or of the inputs"
+    )
+    shard_rows: int = Field(16384, ge=1, description="rows per shard")

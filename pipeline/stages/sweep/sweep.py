@@ -56,7 +56,7 @@ def check(parameters: SweepParameters, _upstream: Mapping[str, Any]) -> None:
         if first not in model.model_fields and model.model_config.get("extra") != "allow":
             field = f"ranges.{name}" if name in parameters.ranges else "halving.parameter"
             raise UserError(f"{field}: stage `{uses}` has no parameter `{first}`", suggest(first, model.model_fields))
-    figures = {*figure_names("text"), *figure_names("images")}
+    figures = {*figure_names("text"), *figure_names("images"), *figure_names("numbers")}
     if uses == "train" and parameters.metric not in figures:
         raise UserError(f"metric: a training has no figure `{parameters.metric}`", suggest(parameters.metric, figures))
     if parameters.sampler == "tpe" and importlib.util.find_spec("optuna") is None:

@@ -24,7 +24,8 @@ def check_batch_statistics(
         UserError: naming the parameter.
     """
     config = make_config(MODEL_KINDS[architecture].config, settings)
-    if not config.norm_settings().over_batch:
+    norm = config.norm_settings()
+    if norm is None or not norm.over_batch:
         return
     if accumulation > 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What differs between training on text and on images: how samples become batches, and what validation measures."""
+"""What differs between training on text, images and numbers: how samples become batches, what validation measures."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Modality:
         validation_batch: validation samples by index.
         validation_samples: how many there are.
         measure: sums over a validation batch, by metric name, of the first `counted` samples.
-        unit: what throughput counts: `tokens` or `images`.
-        flops_per_unit: floating-point operations of forward and backward per token or image, for MFU.
+        unit: what throughput counts: `tokens`, `images` or `rows`.
+        flops_per_unit: floating-point operations of forward and backward per token, image or row, for MFU.
     """
 
     train_step: Callable[[int], list[Batch]]
@@ -42,8 +42,7 @@ class Modality:
 def make_modality(plan: TrainingPlan, rank: int, pin: bool) -> Modality:
     """What fits the architecture. `pin`: put batches into page-locked memory, for asynchronous copies."""
     train, validation = open_split(plan.dataset, "train"), open_split(plan.dataset, "validation")
-    text = find_architecture(plan.architecture).data == "text"
-    load = _load_text if text else _load_images
+    data = _DATA[find_architecture(plan.architecture).data]
 
     def train_step(batch: int) -> list[Batch]:
         size = plan.parameters.global_batch_size
@@ -54,21 +53,28 @@ def make_modality(plan: TrainingPlan, rank: int, pin: bool) -> Modality:
             np.split(rank_slice(positions, rank, plan.workers), plan.accumulation_steps),
             strict=True,
         )
-        batches = [load(train, part, plan, part_positions) for part, part_positions in parts]
+        batches = [data.load(train, part, plan, part_positions) for part, part_positions in parts]
         return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batches] if pin else batches
 
     return Modality(
         train_step=train_step,
-        validation_batch=lambda indices: load(validation, indices, plan, None),
+        validation_batch=lambda indices: data.load(validation, indices, plan, None),
         validation_samples=len(validation),
-        measure=_measure_text if text else _measure_images,
-        unit="tokens" if text else "images",
-        flops_per_unit=(
-            (lambda model: float(model.flops_per_token()))
-            if text
-            else (lambda model: float(model.flops_per_image(*train.fields["pixels"].shape[1:])))
-        ),
+        measure=data.measure,
+        unit=data.unit,
+        flops_per_unit=lambda model: data.flops(model, train),
     )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What one kind of data needs. `load`: samples by index, with their positions in the stream where they are
+    training samples. `flops`: see `Modality.flops_per_unit`."""
+
+    load: Callable[[Any, np.ndarray, TrainingPlan, np.ndarray | None], Batch]
+    measure: Callable[[nn.Module, Batch, int], dict[str, Tensor]]
+    unit: str
+    flops: Callable[[Any, Any], float]
 
 
 def _load_text(reader: Any, indices: np.ndarray, _plan: TrainingPlan, _positions: np.ndarray | None) -> Batch:
@@ -90,6 +96,11 @@ def _load_images(reader: Any, indices: np.ndarray, plan: TrainingPlan, positions
     return images, classes
 
 
+def _load_numbers(reader: Any, indices: np.ndarray, plan: TrainingPlan, _positions: np.ndarray | None) -> Batch:
+    rows, targets = reader.numbers(indices)
+    return find_architecture(plan.architecture).prepare(torch.from_numpy(rows)), torch.from_numpy(targets)
+
+
 def _measure_text(model: nn.Module, batch: Batch, counted: int) -> dict[str, Tensor]:
     inputs, targets = batch
     targets = targets.clone()
@@ -106,3 +117,24 @@ def _measure_images(model: nn.Module, batch: Batch, counted: int) -> dict[str, T
         "accuracy": (logits.argmax(dim=-1) == targets).sum(),
         "count": torch.tensor(counted),
     }
+
+
+def _measure_numbers(model: nn.Module, batch: Batch, counted: int) -> dict[str, Tensor]:
+    inputs, targets = batch
+    if not targets.is_floating_point():
+        return _measure_images(model, batch, counted)
+    losses = model(inputs, targets, reduction="none")[:counted]
+    return {"loss": losses.sum(), "count": torch.tensor(counted)}
+
+
+# By what an architecture takes.
+_DATA: dict[str, _Data] = {
+    "text": _Data(_load_text, _measure_text, "tokens", lambda model, _: float(model.flops_per_token())),
+    "images": _Data(
+        _load_images,
+        _measure_images,
+        "images",
+        lambda model, reader: float(model.flops_per_image(*reader.fields["pixels"].shape[1:])),
+    ),
+    "numbers": _Data(_load_numbers, _measure_numbers, "rows", lambda model, _: float(model.flops_per_row())),
+}

@@ -45,11 +45,11 @@ class ActivationOptions(BaseModel):
 
 
 class ModelParameters(BaseModel):
-    """The model to train from scratch. Fields that belong to the other architecture are refused."""
+    """The model to train from scratch. Fields that belong to another architecture are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    architecture: ArchitectureName = Field("gpt2", description="gpt2 (text) or convnext (images)")
+    architecture: ArchitectureName = Field("gpt2", description="gpt2 (text), convnext (images) or mlp (numbers)")
     preset: str | None = Field(
         None, description="published size: gpt2, gpt2-medium, gpt2-large, gpt2-xl; convnext-atto … convnext-large"
     )
@@ -68,8 +68,8 @@ class ModelParameters(BaseModel):
     norm: Norm | None = Field(None, description="layer_norm (the default) or batch")
     feedforward: FeedForward | None = Field(
         None,
-        description="the layers around each activation: mlp (the default), gated or quadratic, or {name, options}; a "
-        "list as for activation",
+        description="the layers around each activation: mlp (the default), gated or quadratic; of an mlp: dense (the "
+        "default) or quadratic; or {name, options}; a list as for activation",
     )
     n_layer: int | None = Field(None, ge=1, description="gpt2: number of blocks")
     n_head: int | None = Field(None, ge=1, description="gpt2: attention heads")
@@ -88,6 +88,14 @@ class ModelParameters(BaseModel):
     drop_path: float | None = Field(None, ge=0, lt=1, description="convnext: stochastic depth of the last block")
     layer_scale: float | None = Field(None, ge=0, description="convnext: initial layer scale, 0 for none")
 
+    widths: list[int] | None = Field(None, description="mlp: outputs of each layer before the last")
+    residual: bool | None = Field(None, description="mlp: every layer but the first adds to what it is given")
+    inputs: int | None = Field(None, ge=1, description="mlp: numbers in a row; default: the dataset's")
+    outputs: int | None = Field(None, ge=1, description="mlp: numbers it predicts, or classes; default: the dataset's")
+    loss: Literal["mse", "cross_entropy"] | None = Field(
+        None, description="mlp: mse of numbers or cross_entropy of classes; default: what the dataset has"
+    )
+
     def settings(self) -> dict[str, Any]:
         """Fields of the architecture's configuration that are given, those of the preset below them."""
         given = self.model_dump(exclude_none=True, exclude={"architecture", "preset", "activation_options"})
@@ -102,6 +110,13 @@ class ModelParameters(BaseModel):
         """Whether it has parameters that learn at `multiplicative_learning_rate`."""
         config = make_config(MODEL_KINDS[self.architecture].config, self.settings())
         return any(part.multiplicative for part in config.feedforward_settings())
+
+    def refuse_missing_groups(self, trainable: list[str]) -> None:
+        """Raise ValueError where a word of `trainable` names what this architecture does not have."""
+        elsewhere = {name for kind in MODEL_KINDS.values() for name in kind.groups}
+        for name in trainable:
+            if name in elsewhere - MODEL_KINDS[self.architecture].groups.keys():
+                raise ValueError(f"trainable: {name}: the architecture {self.architecture} has none")
 
     def divides(self) -> bool:
         """Whether it has attention whose denominators `range_penalty` keeps in a range."""
@@ -310,6 +325,8 @@ class TrainParameters(BaseModel):
                 raise ValueError("multiplicative_learning_rate: only for a model with feedforward: quadratic")
             if MULTIPLICATIVE in (self.trainable or ()):
                 raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with feedforward: quadratic has them")
+        if self.model is not None:
+            self.model.refuse_missing_groups(self.trainable or [])
         penalty = self.range_penalty
         if self.model is not None and penalty is not None and not penalty.activation and not self.model.divides():
             raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")

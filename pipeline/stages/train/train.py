@@ -19,6 +19,7 @@ from polytrope.pipeline.data.training_file import figure_names, read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
+from polytrope.pipeline.stages.train.numbers_options import check_of_numbers, predicts_numbers
 from polytrope.pipeline.stages.train.parameters import TrainParameters, split_batch
 
 
@@ -58,7 +59,9 @@ def promise(
         return None
     check_batch_statistics(model.architecture, model.settings, parameters, accumulation)
     trained = model if data is None else model.trained_on(data)
-    return replace(trained, figures=figure_names(MODEL_KINDS[model.architecture].data))
+    check_of_numbers(trained.architecture, trained.settings, parameters)
+    kind = MODEL_KINDS[model.architecture].data
+    return replace(trained, figures=figure_names(kind, predicts_numbers=predicts_numbers(trained.settings)))
 
 
 def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:

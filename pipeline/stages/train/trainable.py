@@ -81,7 +81,7 @@ def _parameters_of(entry: str, model: nn.Module, architecture: str) -> set[int]:
     if entry == COEFFICIENTS:
         activations = (module for module in model.modules() if is_learnable_activation(module))
         return {id(parameter) for module in activations for parameter in module.parameters()}
-    patterns = MODEL_KINDS[architecture].groups[entry] if entry in GROUPS else (entry,)
+    patterns = MODEL_KINDS[architecture].groups.get(entry, ()) if entry in GROUPS else (entry,)
     return {
         id(parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)

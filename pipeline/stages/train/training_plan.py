@@ -11,12 +11,13 @@ from typing import Any
 from polytrope.pipeline.data.described import read_model_promise
 from polytrope.pipeline.data.description import Dataset, read_dataset
 from polytrope.pipeline.data.misfits import misfit
-from polytrope.pipeline.data.promised import PromisedData, PromisedImages, PromisedModel, PromisedText
+from polytrope.pipeline.data.promised import PromisedData, PromisedImages, PromisedModel, PromisedNumbers, PromisedText
 from polytrope.pipeline.data.tokenization import same_tokenizer
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
+from polytrope.pipeline.stages.train.numbers_options import check_of_numbers
 from polytrope.pipeline.stages.train.parameters import TrainParameters, split_batch
 
 
@@ -78,6 +79,7 @@ def make_plan(
     micro, accumulation = split_batch(parameters, workers)
     settings = {name: value for name, value in model.items() if name != "activation_options"}
     check_batch_statistics(architecture, settings, parameters, accumulation)
+    check_of_numbers(architecture, settings, parameters)
     samples = description.splits["train"].samples
     if samples < 1:
         raise UserError(f"the dataset of `{dataset.stage}` has no training samples", "use a larger corpus")
@@ -155,6 +157,8 @@ def _promised(description: Dataset) -> PromisedData:
     if description.kind == "text":
         tokenizer = description.tokenizer
         return PromisedText(description.sequence_length, tokenizer.vocab_size, tokenizer.kind)
+    if description.kind == "numbers":
+        return PromisedNumbers(description.inputs, description.targets, description.classes)
     image = description.image
     return PromisedImages(min(image.height, image.width), image.channels, description.classes)
 

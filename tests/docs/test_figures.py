@@ -1,0 +1,159 @@
+"""Figures that people read are those of the JSON that a benchmark wrote: README, the study, deep nets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import deep_nets, recipe
+from polytrope.pipeline.stages.report.statistics import holm
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+HERMITE = "hermite4 gelu [-4, 4] × "
+
+
+def content(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def says(page: str, *sentences: str) -> None:
+    """Line breaks, bullets and emphasis apart."""
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").replace("**", "").split())
+    for sentence in sentences:
+        assert sentence in text, f"{page}: {sentence}"
+
+
+@pytest.fixture
+def settings() -> dict[str, dict[str, Any]]:
+    """The reported settings of the recipe's study: corpus → activation → its figures."""
+    found = filter(recipe.is_reported, content("recipe")["settings"])
+    return {setting["corpus"]: {one["name"]: one for one in setting["activations"]} for setting in found}
+
+
+def test_the_recipe_s_comparisons_follow_from_its_trainings() -> None:
+    file = content("recipe")
+    assert json.loads(json.dumps(recipe.compare(file["trainings"]))) == file["settings"]
+    assert recipe.markdown(file["settings"], file["base_rates"]) == (RESULTS / "recipe.md").read_text(encoding="utf-8")
+
+
+def test_the_first_text_is_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
+    found = settings["python-documentation-and-source"]
+    rows = [f"| GELU | {recipe.plus_minus(found['gelu_tanh']['loss'], '.3f')} |"]
+    for rate in (10, 30):
+        control, hermite = found[f"affine gelu_tanh × {rate}"], found[f"{HERMITE}{rate}"]
+        beyond = hermite["differences_to_controls"][f"affine gelu_tanh × {rate}"]
+        for entry in (control, hermite):
+            assert max(entry["difference"]["values"]) < 0
+            assert len(entry["difference"]["values"]) == 5
+        of_gelu = [
+            f"| {recipe.plus_minus(entry['loss'], '.3f')} | {recipe.plus_minus(entry['difference'], '+.3f')} "
+            f"| {entry['difference']['holm_p_value']:.3f} |"
+            for entry in (control, hermite)
+        ]
+        shape = f"{recipe.plus_minus(beyond, '+.3f')} | {beyond['holm_p_value']:.2f} |"
+        rows += [f"× {rate} {of_gelu[0]}", f"| Hermite 4, × {rate} {of_gelu[1]} {shape}"]
+        says("docs/activations/study.md", recipe.plus_minus(hermite["difference"], "+.3f"))
+        says("docs/activations/study.md", recipe.plus_minus(beyond, "+.3f"))
+    says("README.md", *rows)
+    trainings = [row for row in content("recipe")["trainings"] if row["corpus"] == "python-documentation-and-source"]
+    whole = {(row["name"], row["seed"]): row["loss"] for row in trainings}
+    of_gelu = [loss for (name, _), loss in whole.items() if name == "gelu_tanh"]
+    warning = whole[f"{HERMITE}10", 10]
+    says(
+        "docs/activations/study.md",
+        f"ended at {warning:.3f} on all documents, behind the worst of GELU's five ({max(of_gelu):.3f}) and "
+        f"{warning - whole['affine gelu_tanh × 10', 10]:.3f} behind the control",
+    )
+
+
+def test_the_other_text_and_the_images_are_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
+    found = settings["state-of-the-union"]
+    control, hermite = found["affine gelu_tanh × 10"], found[f"{HERMITE}10"]
+    (beyond,) = hermite["differences_to_controls"].values()
+    assert {entry["difference"]["pairs"] for entry in (control, hermite)} == {3}, "three seeds, as the pages say"
+    says(
+        "README.md",
+        f"three seeds of five that were planned: GELU {found['gelu_tanh']['loss']['mean']:.3f}, the control "
+        f"{recipe.plus_minus(control['difference'], '+.3f')} (p {control['difference']['holm_p_value']:.2f}), "
+        f"Hermite 4 × 10 {recipe.plus_minus(hermite['difference'], '+.3f')} "
+        f"(p {hermite['difference']['holm_p_value']:.2f}), beyond the control {recipe.plus_minus(beyond, '+.3f')}",
+    )
+    says(
+        "docs/activations/study.md",
+        f"better than GELU by {recipe.plus_minus(hermite['difference'], '+.3f').lstrip('-')} (p",
+        f"the control by {recipe.plus_minus(control['difference'], '+.3f').lstrip('-')} (p",
+        f"the shape has {recipe.plus_minus(beyond, '+.3f')}, better on one of three seeds",
+    )
+    images = settings["digits"]
+    hermite, gelu = images[f"{HERMITE}10"], images["gelu"]
+    (beyond,) = hermite["differences_to_controls"].values()
+    right = hermite["accuracy_difference"]
+    says(
+        "README.md",
+        f"loss {hermite['loss']['mean']:.4f} against GELU's {gelu['loss']['mean']:.4f}, "
+        f"{recipe.plus_minus(hermite['difference'], '+.4f')} (p {hermite['difference']['holm_p_value']:.4f}), beyond "
+        f"the control {recipe.plus_minus(beyond, '+.4f')} (p {beyond['holm_p_value']:.2f}); accuracy "
+        f"{hermite['accuracy']['mean']:.3f} against {gelu['accuracy']['mean']:.3f} (p {right['holm_p_value']:.2f})",
+    )
+    shares = [images[name]["accuracy"]["mean"] for name in ("gelu", "affine gelu × 10", f"{HERMITE}10")]
+    says(
+        "docs/activations/study.md",
+        "GELU has {:.4f}, the control {:.4f}, Hermite {:.4f} of 528 images".format(*shares),
+        f"{-528 * right['mean']:.1f} images on average",
+        f"({recipe.plus_minus(right, '+.4f')}, p {right['holm_p_value']:.2f}; {right['p_value']:.2f} before",
+    )
+
+
+def test_of_ten_activations_one_difference_survives_the_correction() -> None:
+    groups = content("activation_study")["results"]
+    survive: dict[tuple[str, str], float] = {}
+    for data in ("gpt", "convnext"):
+        found = {one["group"]: one["difference"]["p_value"] for one in groups[data]["groups"] if one.get("difference")}
+        assert len(found) == 9
+        corrected = dict(zip(found, holm(list(found.values())), strict=True))
+        survive |= {(data, name): p for name, p in corrected.items() if p < 0.05}
+        if data == "gpt":
+            assert sum(p < 0.05 for p in found.values()) == 6
+        else:
+            assert f"{corrected['chebyshev']:.2f}" == "0.08"
+    assert [(key, f"{p:.3f}") for key, p in survive.items()] == [(("gpt", "fourier5"), "0.019")]
+    says("README.md", "only Fourier's remains (p 0.02)")
+    says("docs/activations/study.md", "Fourier's on text is 0.019 and every other one above 0.05")
+
+
+def test_the_quickstart_s_table_is_the_measured_one() -> None:
+    found = content("quickstart")
+    for name, model in found["models"].items():
+        cells = [
+            name,
+            f"{model['loss']:.4f}",
+            f"{model['perplexity']:.2f}",
+            f"{model['bits_per_byte']:.4f}",
+            f"{100 * model['top1']:.1f} %",
+        ]
+        says("README.md", "| " + " | ".join(cells) + " |")
+    minutes, seconds = divmod(round(found["seconds"]), 60)
+    says("README.md", f"{minutes} min {seconds} s, {found['peak_memory_gibibytes']:.1f} GiB")
+
+
+def test_stable_starts_keep_their_bar_but_at_degree_2_and_the_page_says_so() -> None:
+    rows = content("deep_nets")["rows"]
+    assert {row["degree"] for row in rows if row["init"] == "stable" and not row["within_bar"]} == {2}
+    says("docs/activations/polynomials.md", "degree 2 of `stable` misses it")
+    assert deep_nets.markdown(rows) == (RESULTS / "deep_nets.md").read_text(encoding="utf-8")
+
+
+def test_the_engine_s_time_is_the_measured_one() -> None:
+    found = content("engine")["results"]
+    local = f"{found['local']['ms_per_stage']:.1f}"
+    says(
+        "README.md",
+        f"takes {found['peers']['polytrope_ms_per_stage']:.1f} to {local} ms",
+        f"does nothing takes {local} ms",
+    )
+    ratios = [content("train")["results"][workers]["ratio"] for workers in ("1 worker", "2 workers")]
+    says("README.md", "took {:.2f} times that of a bare PyTorch loop with GELU (two workers: {:.2f})".format(*ratios))

@@ -1,0 +1,105 @@
+"""Numbers from end to end: rows, the MLPs that learn them, their figures and the report, on the local executor."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from polytrope.models.checkpoint import load_model
+from polytrope.pipeline.data.reader import open_split
+
+WORKFLOW = """
+name: numbers
+executor: local
+stages:
+  polynomials:
+    uses: shard_numbers
+    with: {source: {kind: hierarchical, rows: 600, dimension: 3, inner: {rank: 1, degree: 1}, outer: [0.5, 0, 1]}}
+  pairs:
+    uses: shard_numbers
+    with: {source: {kind: modular, modulus: 7}}
+  regression:
+    uses: train
+    inputs: {dataset: polynomials}
+    with:
+      model: {architecture: mlp, widths: [16, 16], activation: hermite2, residual: true, feedforward: quadratic}
+      steps: 200
+      global_batch_size: 64
+      learning_rate: 1.0e-2
+      peak_flops: 1.0e+12
+      range_penalty: {activation: 0.01, beyond: 4.0, denominator: 0}
+      activation_checkpointing: block
+      statistics_every: 100
+  classes:
+    uses: train
+    inputs: {dataset: pairs}
+    with:
+      model: {architecture: mlp, widths: [32]}
+      steps: 20
+      global_batch_size: 16
+      validation_samples: 1000
+      loss: {name: poly}
+  scores:
+    uses: evaluate
+    inputs: {dataset: polynomials, models: {regression: regression}}
+  page:
+    uses: report
+    inputs: {evaluation: scores, models: {regression: regression}, dataset: polynomials}
+"""
+
+
+def test_numbers_from_rows_to_a_report(tmp_path: Path) -> None:
+    (tmp_path / "numbers.yaml").write_text(WORKFLOW)
+    store = tmp_path / "store"
+    command = [str(Path(sys.executable).with_name("polytrope")), "run", "numbers.yaml", "--executor", "local"]
+    command += ["--no-tracking", "--store", str(store)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    files = {}
+    for path in store.glob("artifacts/*/files"):
+        manifest = json.loads((path.parent / "manifest.json").read_text())
+        files[manifest["stage"]] = path
+    scores = read(files["scores"], "evaluation.json")
+    assert scores["kind"] == "numbers"
+    inputs, targets = rows_of(files["polynomials"])
+    variance = targets.var()
+    assert variance == pytest.approx(1.0, rel=0.6)  # He_2 of a normal number
+    result = scores["models"]["regression"]
+    with torch.no_grad():
+        predicted = load_model(files["regression"])(torch.from_numpy(inputs)).numpy()
+    assert result["loss"] == pytest.approx(float(np.square(predicted - targets).mean()), rel=1e-5)
+    assert result["r2"] == pytest.approx(1 - result["loss"] / variance, abs=1e-5)
+    assert result["r2"] > 0.95  # a polynomial of degree 2, learned by one of degree 16
+    assert result["rows"] == len(inputs)
+    assert result.get("top1") is None
+    training = read(files["regression"], "training.json")
+    assert "val/accuracy" not in training
+    page = (files["page"] / "report.html").read_text()
+    assert "its R²" in page
+    assert "mean square per row" in page
+    assert "nats" not in page
+
+    training = read(files["classes"], "training.json")
+    rows, classes = rows_of(files["pairs"])
+    with torch.no_grad():
+        logits = load_model(files["classes"])(torch.from_numpy(rows))
+    assert training["val/accuracy"] == pytest.approx(float((logits.argmax(1).numpy() == classes).mean()))
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(classes))
+    assert training["val/loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def read(directory: Path, name: str) -> Any:
+    return json.loads((directory / name).read_text())
+
+
+def rows_of(dataset: Path) -> tuple[np.ndarray, np.ndarray]:
+    reader = open_split(dataset, "validation")
+    return reader.numbers(np.arange(len(reader)))
