@@ -687,8 +687,10 @@ def _check_returned(workflow: Workflow, nodes: Iterable[StageNode], finished: Ma
     """
     grown = workflow
     for node in nodes:
-        returns = node.definition.options.returns
-        if returns is None or node.name in workflow.returned:
+        options = node.definition.options
+        returns = options.returns
+        unasked = node.open and options.check is not None  # `returns` may count on what `check` refuses
+        if returns is None or unasked or node.name in workflow.returned:
             continue
         if node.branch:
             place = workflow.where("stages", node.spec_name, "matrix")

@@ -202,6 +202,13 @@ def test_a_sweep_that_cannot_work_is_refused_before_anything_starts(
         build_graph(Workflow.from_dict({"name": "search", "stages": stages}, directory=project))
 
 
+def test_a_sweep_that_waits_for_returned_stages_is_checked_when_they_are_there(project: Path) -> None:
+    waiting = {"uses": "sweep", "after": ["data/*"], "with": {**SWEEP, "sampler": "tpe"}}  # with halving
+    stages = {"data": {"uses": "sweep_test_stages:data"}, "search": waiting}
+    nodes = build_graph(Workflow.from_dict({"name": "search", "stages": stages}, directory=project))
+    assert set(nodes) == {"data", "search"}
+
+
 FILE = """\
 name: search
 stages:
