@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.gpt2 import GPT2
-from polytrope.models.parts.attention import EPSILON, PowerAttention
+from polytrope.models.parts.attention import EPSILON, PowerAttention, Reciprocal
 from polytrope.models.parts.feedforward import QuadraticLinear
 from polytrope.models.parts.norm import BatchNorm, fold_into_linear
 from polytrope.models.parts.reciprocal import PolynomialReciprocal
@@ -251,6 +251,14 @@ def activation_circuit(activation: Any, low: float, high: float) -> Circuit:
         lambda x: curve(x)[0], activation.polynomial_degree(), domain=[low, high]
     )
     return make_circuit([series.coef.tolist()], (low + high) / 2, (high - low) / 2, gated=False)
+
+
+def with_divisions(model: GPT2) -> None:
+    """Put divisions back where polynomials stand for them, as in a model that was exported before."""
+    for block in model.blocks:
+        attention = block.attn
+        assert isinstance(attention, PowerAttention)
+        attention.reciprocal = Reciprocal()
 
 
 def with_reciprocals(model: GPT2, domains: Mapping[int, tuple[float, float]], degree: int, newton: int) -> None:

@@ -27,10 +27,14 @@ def activation_configs(activation: ActivationConfig | list[ActivationConfig], la
 
 
 def changed_parts(config: Any) -> dict[str, Any]:
-    """The parts of a configuration that are not those a model has where nothing is said."""
-    usual = type(config).__dataclass_fields__
+    """The parts of a configuration, as they are written, that are not those a model has where nothing is said."""
+    fields = type(config).__dataclass_fields__
+    layers = len(config.activation_widths())
     return {
-        name: getattr(config, name) for name in PARTS if name in usual and getattr(config, name) != usual[name].default
+        name: getattr(config, name)
+        for name in PARTS
+        if name in fields
+        and any(part.config() != fields[name].default for part in read_parts(name, getattr(config, name), layers))
     }
 
 
@@ -94,9 +98,10 @@ class GPT2Config:
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
         activation_configs(self.activation, self.n_layer)
+        attention = self.attention_settings()
         self.norm_settings()
         self.feedforward_settings()
-        if self.dropout and any(part.fixed_weights for part in self.attention_settings()):
+        if self.dropout and any(part.fixed_weights for part in attention):
             raise ValueError(f"dropout: {self.dropout}, but attention: power drops no weights; leave dropout out")
 
     def attention_settings(self) -> list[Attention]:

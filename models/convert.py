@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from glob import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -330,7 +331,7 @@ def convert_batches(
         )
         found_costs = {entry.name: entry.cost or 0.0 for entry in whole.activations}
         kept = _dearest(found_costs, keep, output_error)
-        rest = replace(choice, exclude=[*choice.exclude, *kept])
+        rest = replace(choice, exclude=[*choice.exclude, *map(escape, kept)])  # names, no patterns
         made = convert_batches(
             model, batches, options, rest, forward=forward, measure=measure, tell=tell, rated_samples=rated_samples
         )
@@ -391,6 +392,7 @@ def _dearest(costs: Mapping[str, float], keep: int | None, output_error: float |
     Raises:
         ValueError: all of them would.
     """
+    costs = {name: cost if math.isfinite(cost) else math.inf for name, cost in costs.items()}  # NaN has no order
     ranked = sorted(costs, key=lambda name: (-costs[name], name))
     if keep is None:
         assert output_error is not None

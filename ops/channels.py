@@ -127,7 +127,7 @@ def fit_channels_to_error(slopes: Array, family: str, error: float, *, degrees: 
                 alone = fit(bent, name, degree, **options)
                 found = alone if alone.certificate.rms > error else fit_channels(slopes, name, degree, **options)
             except RoundingError as reason:
-                best = min(best, (math.inf, str(reason)))
+                best = min((math.inf, str(reason)), best, key=lambda entry: entry[0])  # of equal ones the last reason
                 continue
             rms = found.certificate.rms
             if rms <= error:

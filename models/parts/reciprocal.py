@@ -55,5 +55,6 @@ def residual_coefficients(degree: int, low: float, high: float) -> np.ndarray:
 def relative_error(degree: int, newton: int, low: float, high: float) -> float:
     """The largest |1 - d r(d)| on [low, high], in exact arithmetic: 1 / T_{n+1}((high + low) / (high - low)), squared
     by every step of Newton's."""
-    error: float = 1.0 / math.cosh((degree + 1) * math.acosh((high + low) / (high - low)))
+    exponent = (degree + 1) * math.acosh((high + low) / (high - low))
+    error = 2.0 / (math.exp(exponent) + math.exp(-exponent)) if exponent < 700.0 else 0.0  # 1 / cosh, which overflows
     return float(error ** (2**newton))

@@ -6,12 +6,12 @@ import argparse
 import os
 import sys
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from polytrope.pipeline.commands.common import find_run, open_store
-from polytrope.pipeline.commands.services import mlflow_place, serve, tracking_address
+from polytrope.pipeline.commands.services import mlflow_place, serve, tracking_address, was_tracked
 from polytrope.pipeline.errors import EXIT_SUCCESS, UserError
 from polytrope.pipeline.launch.launch import REPORT, report_stages
 from polytrope.pipeline.runs.journal import RunState, fold, read
@@ -29,8 +29,8 @@ class _Run:
 
 def open_result(options: argparse.Namespace) -> int:
     """Print where it is, and open it where there is a browser; `--print`: only print."""
-    run, what, stage = _parse(options.words)
     store = open_store(options)
+    run, what, stage = _parse(options.words, {directory.name for directory in store.run_directories()})
     directory = find_run(store, run)
     found = _Run(store, directory, fold(read(directory)), stage)
     if what is None:
@@ -44,11 +44,12 @@ def open_result(options: argparse.Namespace) -> int:
     return EXIT_SUCCESS
 
 
-def _parse(words: list[str]) -> tuple[str | None, str | None, str | None]:
-    """[RUN] [KIND [STAGE]] → run, kind, stage."""
+def _parse(words: list[str], runs: Collection[str]) -> tuple[str | None, str | None, str | None]:
+    """[RUN] [KIND [STAGE]] → run, kind, stage; runs and stages may be called `report`, too."""
     kinds = ("report", "mlflow", "card", "artifact")
     rest = list(words)
-    run = rest.pop(0) if rest and (rest[0] not in kinds or (len(rest) > 1 and rest[1] in kinds)) else None
+    is_run = rest[:1] and (rest[0] not in kinds or (rest[0] in runs and len(rest) > 1 and rest[1] in kinds))
+    run = rest.pop(0) if is_run else None
     what = rest.pop(0) if rest else None
     if what is not None and what not in kinds:
         raise UserError(f"open: there is no `{what}` of a run to open", suggest(what, kinds))
@@ -99,6 +100,11 @@ def _open_mlflow(run: _Run, options: argparse.Namespace) -> int:
     """On the run's server, or on one that shows its database already; else on one that is started for it."""
     from polytrope.pipeline.tracking.process import free_port, running_server
 
+    if not was_tracked(run.directory):
+        status = command("status", run.directory.name, store=run.store.address)
+        raise UserError(
+            f"run {run.directory.name} was made without MLflow (`tracking.enabled: false`)", f"`{status}` shows it"
+        )
     address = tracking_address(run.store, run.directory)
     is_server = address.startswith(("http://", "https://"))
     running = None if is_server else running_server(address)

@@ -80,7 +80,7 @@ def mlflow_place(store: Store, run: Path | None, uri: str | None = None) -> MLfl
 
     tracking = {} if run is None else _tracking(run)
     resolved = tracking_address(store, run, uri)
-    sent = run is not None and tracking.get("enabled", True) and uri in (None, tracking.get("uri"))
+    sent = run is not None and was_tracked(run) and uri in (None, tracking.get("uri"))
     if run is not None and sent:
         _bring(store, run, resolved, tracking.get("experiment"))
     if resolved.startswith("sqlite:///") and not database_file(resolved).exists():
@@ -207,7 +207,7 @@ def _sync(store: Store, directory: Path) -> int:
     for logger, problem in (problems or {}).items():
         print(f"polytrope: {logger} has not taken all of run {name}: {problem}", file=sys.stderr)
     logged = EXIT_RUN_FAILED if problems else EXIT_SUCCESS
-    if not tracking.get("enabled", True):
+    if not was_tracked(directory):
         print(f"run {name} was made without MLflow (`tracking.enabled: false`)")
         return logged
     uri = tracking_address(store, directory)
@@ -238,6 +238,11 @@ def _sync(store: Store, directory: Path) -> int:
     print(f"polytrope: MLflow has not taken all of run {name}: {reason}", file=sys.stderr)
     print("  → nothing is lost; try again when the server is well", file=sys.stderr)
     return EXIT_RUN_FAILED
+
+
+def was_tracked(run: Path) -> bool:
+    """Whether a run's workflow file lets it be sent to MLflow."""
+    return bool(_tracking(run).get("enabled", True))
 
 
 def _tracking(directory: Path) -> dict[str, Any]:

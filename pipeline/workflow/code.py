@@ -108,16 +108,23 @@ def read_named_code(name: str) -> Code:
 
 
 def _bound_names(path: Path) -> set[str] | None:
-    """What a file of Python binds; None: only running it tells (`import *`, `__getattr__`)."""
+    """What the module of a file binds; None: only running it tells (`import *`, `__getattr__`)."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    waiting: list[ast.AST] = [ast.parse(path.read_bytes())]
+    while waiting:
+        node = waiting.pop()
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 found.add(name)
+                for inner in ast.walk(node):  # what is bound in there is not the module's
+                    if isinstance(inner, ast.Global):
+                        found.update(inner.names)
+                continue
             case ast.Name(id=name, ctx=ast.Store()):
                 found.add(name)
             case ast.Import(names=names) | ast.ImportFrom(names=names):
                 found.update(item.asname or item.name.partition(".")[0] for item in names)
+        waiting += ast.iter_child_nodes(node)
     return None if found & {"*", "__getattr__"} else found
 
 

@@ -31,6 +31,7 @@ from polytrope.pipeline.workflow.source import KeyPath
 from polytrope.pipeline.workflow.spec import StageSpec, Workflow
 
 NodeInput = str | dict[str, str] | None
+_DEEPEST = 30  # stages of one kind, each returned by the one before
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,7 @@ def build_graph(
     new = [node for name, node in finished.items() if node is not (known or {}).get(name)]
     for node in new:  # last: it may read all of a corpus
         finished[node.name] = _fingerprinted(workflow, node)
-    for node in new:
-        _check_returned(workflow, node, finished)
+    _check_returned(workflow, new, finished)
     return finished
 
 
@@ -679,17 +679,44 @@ def _promise(source: StageNode) -> Any:
     return UNPROMISED if source.promise is None else source.promise
 
 
-def _check_returned(workflow: Workflow, node: StageNode, finished: Mapping[str, StageNode]) -> None:
-    """Refuse what is wrong with the stages that this one is going to return, and with those that read them."""
-    returns = node.definition.options.returns
-    if returns is None or node.open or node.name in workflow.returned:
-        return
-    if node.branch:
-        place = workflow.where("stages", node.spec_name, "matrix")
-        raise UserError(f"{place}: a stage with a matrix cannot return stages", "give it no `matrix:`")
-    with _saying_where(workflow, node):
-        places, stages = returns(node.parameters)
-    build_graph(workflow.with_stages(node.name, stages, places), known=finished)
+def _check_returned(workflow: Workflow, nodes: Iterable[StageNode], finished: Mapping[str, StageNode]) -> None:
+    """Refuse what is wrong with the stages that these are going to return, and with those that read them.
+
+    All of them at once, as a stage that reads what others return says itself what it returns: a chain of a hundred such
+    stages is two graphs, not a hundred.
+    """
+    grown = workflow
+    for node in nodes:
+        options = node.definition.options
+        returns = options.returns
+        unasked = node.open and options.check is not None  # `returns` may count on what `check` refuses
+        if returns is None or unasked or node.name in workflow.returned:
+            continue
+        if node.branch:
+            place = workflow.where("stages", node.spec_name, "matrix")
+            raise UserError(f"{place}: a stage with a matrix cannot return stages", "give it no `matrix:`")
+        _refuse_endless(workflow, node, finished)
+        with _saying_where(workflow, node):
+            places, stages = returns(node.parameters)
+        grown = grown.with_stages(node.name, stages, places)
+    if grown is not workflow:
+        build_graph(grown, known=finished)
+
+
+def _refuse_endless(workflow: Workflow, node: StageNode, finished: Mapping[str, StageNode]) -> None:
+    """Refuse a stage that one like it returned, or one of `_DEEPEST` returned one by the other: there would be no end.
+
+    Its stages follow from its parameters, so what has the same parameters returns itself again.
+    """
+    above = [node.spec_name]
+    while parent := parent_stage(above[-1]):
+        above.append(parent)
+    like = [name for name in above[1:] if finished[name].definition.uses == node.definition.uses]
+    if len(like) >= _DEEPEST or any(finished[name].parameters == node.parameters for name in like):
+        raise UserError(
+            f"{workflow.where('stages', node.spec_name)}: `{node.definition.uses}` returns itself without end",
+            f"let it return no stages at some depth, at most {_DEEPEST} below the first",
+        )
 
 
 def _fingerprinted(workflow: Workflow, node: StageNode) -> StageNode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 
 from polytrope.models.calibration import Calibration
 from polytrope.models.conversion import FitOptions, fit_layer
-from polytrope.models.convert import convert
+from polytrope.models.convert import _dearest, convert
 from polytrope.models.surgery import Activation
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 
@@ -120,6 +121,18 @@ def test_as_few_stay_as_an_output_error_allows() -> None:
         ValueError, match=r"output_error: no activation can be converted within 1e-09; `.*` alone moves"
     ):
         convert(network(), data(), degree=2, rated_samples=64, output_error=1e-9)
+
+
+def test_what_is_kept_may_have_a_name_that_is_no_pattern_of_itself() -> None:
+    model = nn.Sequential(OrderedDict({"act[0]": nn.GELU(), "linear": nn.Linear(8, 8), "act[1]": nn.GELU()}))
+    made = convert(model, data(), degree=2, keep=1, rated_samples=64)
+    names = [entry.name for entry in made.activations], [entry.name for entry in made.left]
+    assert names in ((["act[0]"], ["act[1]"]), (["act[1]"], ["act[0]"]))
+
+
+def test_an_activation_whose_conversion_gives_no_number_is_the_dearest() -> None:
+    assert _dearest({"a": 0.2, "b": math.nan, "c": 0.3}, 1, None) == ["b"]
+    assert _dearest({"a": 0.2, "b": math.nan, "c": 0.3}, None, 0.25) == ["b", "c"]
 
 
 def test_what_is_kept_is_as_it_was_functions_too() -> None:

@@ -180,6 +180,12 @@ def test_parts_that_are_no_polynomials_are_named_in_the_order_of_computation(
         refuse_other_parts(model, divisions=bool(settings))
 
 
+def test_the_error_on_a_range_that_is_almost_one_number_is_none() -> None:
+    assert relative_error(128, 0, 1.0, 1.0001) == 0.0
+    module = PolynomialReciprocal(ReciprocalSettings(degree=128, newton=0, domain=(1.0, 1.0001)))
+    assert float(module(torch.tensor([1.00005]))) == pytest.approx(1 / 1.00005, rel=1e-6)
+
+
 def test_a_model_with_polynomials_for_divisions_comes_back_from_its_directory(tmp_path: Path) -> None:
     model = network()
     save_model(tmp_path / "model", model)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, model_config, read_description, save_model
-from polytrope.models.configurations import GPT2Config
+from polytrope.models.configurations import GPT2Config, changed_parts
 from polytrope.models.convert import convert
 from polytrope.models.formats import write_model
 from polytrope.models.parts.attention import (
@@ -153,6 +153,8 @@ def test_what_cannot_be_is_refused_by_its_field(architecture: str, settings: dic
         ({"attention": {"name": "power", "layers": 0}}, "`layers` stands in a list"),
         ({"attention": "power", "dropout": 0.1}, "dropout: 0.1, but attention: power drops no weights"),
         ({"feedforward": ["gated", "mlp", "mlp"], "n_layer": 2}, "feedforward: a list of length 3 for 2 layers"),
+        ({"attention": ["softmax", "power"], "n_layer": 4}, "attention: a list of length 2 for 4 layers"),
+        ({"attention": [{"layers": 0, "name": "power"}], "n_layer": 2}, "attention: no range of `layers` has layer 1"),
         ({"architecture": "convnext", "attention": "power"}, "attention: a convnext has no such setting"),
     ],
 )
@@ -551,3 +553,20 @@ def test_penalties_of_ranges_are_added_in_training_alone(architecture: str, sett
 def test_the_configuration_knows_its_parts() -> None:
     config = GPT2Config(**GPT2, attention=["power", "softmax"])
     assert [type(part).__name__ for part in config.attention_settings()] == ["PowerSettings", "SoftmaxSettings"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "field", "spelled_out"),
+    [
+        ("gpt2", "attention", {"name": "softmax"}),
+        ("gpt2", "attention", [{"layers": "0-", "name": "softmax"}]),
+        ("gpt2", "feedforward", ["mlp", {"name": "mlp"}]),
+        ("convnext", "norm", {"name": "layer_norm"}),
+    ],
+)
+def test_the_usual_parts_are_the_usual_ones_however_they_are_written(
+    architecture: str, field: str, spelled_out: Any
+) -> None:
+    model = made(architecture, **{field: spelled_out})
+    assert changed_parts(model.config) == {}
+    assert model_config(model) == model_config(made(architecture))

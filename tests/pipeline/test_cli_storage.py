@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from engine_support import Place
 
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.errors import UserError
@@ -207,3 +208,24 @@ def test_commands_of_an_empty_store_say_so(tmp_path: Path, capsys: pytest.Captur
     assert "there are no runs" in capsys.readouterr().err
     assert main(["runs", *place]) == 0
     assert not (tmp_path / "none").exists()
+
+
+def test_what_is_opened_may_be_called_as_a_kind_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = Place(tmp_path)
+    untracked = {"tracking": {"enabled": False}}
+
+    def opened(*words: str) -> tuple[str, str]:
+        main(["open", *words, "--print", "--store", place.store.address])
+        said = capsys.readouterr()
+        return said.out.strip(), said.err
+
+    place.run({"report": {"uses": "make", "with": {"text": "a"}}}, run_id="mine", fields=untracked)
+    path = Path(opened("artifact", "report")[0])
+    assert (path / "text").read_text() == "a"
+    place.run({"report": {"uses": "make", "with": {"text": "b"}}}, run_id="artifact", fields=untracked)
+    assert (Path(opened("artifact", "artifact", "report")[0]) / "text").read_text() == "b"
+    assert "run artifact has no report" in opened("artifact", "report")[1]  # there is such a run now
+    for words in (["mine"], ["mine", "mlflow"]):
+        out, error = opened(*words)
+        assert out == ""
+        assert "run mine was made without MLflow (`tracking.enabled: false`)\n  → `polytrope status mine" in error

@@ -9,7 +9,7 @@ import pytest
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import BUILTIN_STAGES
-from polytrope.pipeline.workflow.code import Code, Finder, find_file, read_code
+from polytrope.pipeline.workflow.code import Code, Finder, find_file, read_code, read_named_code
 
 FILES = {
     "stage_module.py": """
@@ -183,3 +183,29 @@ def test_a_package_that_defines_stages_counts_where_it_is_installed(
     monkeypatch.syspath_prepend(place)
     found = read_code(["code_test_installed.stages"])
     assert set(found.files) == {f"code_test_installed/{name}.py" for name in ("__init__", "stages", "helper")}
+
+
+NAMED = """
+import json as parsing
+from os.path import join
+if True:
+    conditional = len
+class Kind:
+    def method(self): local = 1
+def function(argument=1):
+    global bound_late
+    bound_late = lambda: 1
+    def nested(): pass
+"""
+
+
+def test_a_function_that_a_parameter_names_is_the_module_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "code_test_named.py").write_text(NAMED)
+    for name in ("parsing", "join", "conditional", "Kind", "function", "bound_late"):
+        assert list(read_named_code(f"code_test_named:{name}").files) == ["code_test_named.py"]
+    for name in ("method", "nested", "local", "argument", "functio"):
+        with pytest.raises(UserError, match=f"module `code_test_named` has no function `{name}`"):
+            read_named_code(f"code_test_named:{name}")
+    (tmp_path / "code_test_named.py").write_text("from code_test_named_elsewhere import *\n")
+    assert read_named_code("code_test_named:anything").files  # only its import tells

@@ -16,6 +16,7 @@ from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.engine.options import RunOptions
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import fold, read
+from polytrope.pipeline.stage import StageContext, Stages, stage
 from polytrope.pipeline.workflow.graph import build_graph
 
 
@@ -234,3 +235,27 @@ def test_plan_explain_status_and_graph_show_them(place: Place, capsys: pytest.Ca
     place.store.remove(f"artifacts/{key}")
     after = command("explain", str(file), "split/part1")
     assert "its artifact is missing or damaged" in after
+
+
+@stage(returns=lambda parameters: ({(): ()}, counting(parameters.number, parameters.step, parameters.last)))
+def count(context: StageContext, number: int = 0, step: int = 1, last: int = 3) -> Stages:
+    """Return itself with the next number, until the last."""
+    context.progress(number, last)
+    return Stages(counting(number, step, last))
+
+
+def counting(number: int, step: int, last: int) -> dict[str, Any]:
+    given = {"number": number + step, "step": step, "last": last}
+    return {"next": {"uses": f"{__name__}:count", "with": given}} if number < last else {}
+
+
+def test_a_stage_that_returns_itself_is_checked_to_its_end_and_refused_where_there_is_none(tmp_path: Path) -> None:
+    def checked(**given: int) -> None:
+        build_graph(workflow_of(tmp_path, {"only": {"uses": f"{__name__}:count", "with": given}}))
+
+    checked(last=20)
+    for endless in ({"step": 0}, {"last": 10**9}):
+        with pytest.raises(
+            UserError, match=r"stages\.only/next.*: `test_returned_stages:count` returns itself without"
+        ):
+            checked(**endless)

@@ -15,15 +15,18 @@ from training_support import SEQUENCE_LENGTH, make_context, make_dataset, read_e
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
-from polytrope.pipeline.data.analysis_file import read_analysis
+from polytrope.ops import build_activation
+from polytrope.pipeline.data.analysis_file import InputStatistics, read_analysis
 from polytrope.pipeline.data.promised import PromisedAnalysis, PromisedImages, PromisedModel, PromisedText
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.training_file import Training, write_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources
 from polytrope.pipeline.stages.analyze.analyses import ANALYSES
+from polytrope.pipeline.stages.analyze.analyses.signal import analyse_signal
 from polytrope.pipeline.stages.analyze.analyze import analyze, check, promise
-from polytrope.pipeline.stages.analyze.parameters import NAMES, AnalyzeParameters
+from polytrope.pipeline.stages.analyze.parameters import NAMES, AnalyzeParameters, SignalOptions
+from polytrope.pipeline.stages.analyze.subject import AnalysedActivation
 
 ACTIVATIONS: dict[str, Any] = {
     "hermite": {"name": "hermite", "degree": 3},
@@ -109,6 +112,17 @@ def test_signal_figures_are_those_of_the_model_on_its_own_inputs(
     assert 0.0 < float(moved.max()) <= layer.slope.bound
     assert layer.symmetry is not None
     assert layer.symmetry.odd > 0.1 < layer.symmetry.even
+
+
+@pytest.mark.parametrize(("reach", "told"), [(7.4, False), (7.6, True)])
+def test_symmetries_are_looked_for_only_where_a_polynomial_means_something(reach: float, told: bool) -> None:
+    module = build_activation({"name": "composition", "degree": 4, "domain": [-reach, reach]})
+    inputs = InputStatistics(count=2, mean=0.0, deviation=1.0, minimum=-1.0, maximum=1.0)
+    points = np.array([-1.0, 1.0])
+    entry = AnalysedActivation("block 1", "composition", module, [], points, np.full(2, 0.5), inputs)
+    (layer,) = analyse_signal([entry], SignalOptions(name="signal")).layers
+    assert layer.slope is not None
+    assert (layer.symmetry is not None) == told
 
 
 def test_kernels_end_at_the_degree_and_are_of_trace_one(analysed: tuple[Path, dict[str, float]]) -> None:

@@ -123,6 +123,14 @@ def test_costs_ranges_and_what_lies_outside_are_recorded(
     assert json.loads((directory / "output" / "lineage.json").read_text())["ancestors"][-1]["stage"] == "train"
 
 
+def test_a_model_with_polynomials_is_exported_as_the_one_it_was_made_of(
+    tmp_path: Path, exported: tuple[Path, dict[str, float]], dataset: Artifact
+) -> None:
+    first = exported[0] / "output"
+    run(tmp_path, Artifact(first, "digest", "export_circuit"), dataset)
+    assert read_circuit(tmp_path / "output") == read_circuit(first)
+
+
 def test_rows_outside_of_a_narrow_range_are_counted_and_said(
     tmp_path: Path, model: Artifact, dataset: Artifact
 ) -> None:
@@ -163,6 +171,8 @@ def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -
     with pytest.raises(UserError, match=r"inputs\.model: the model has attention: softmax") as refused:
         asked({**PARTS, "attention": ["softmax", "power"]})
     assert refused.value.hint == "train it with attention: {name: power, power: 2}"
+    with pytest.raises(UserError, match=r"inputs\.model: the model has activation: gelu, which is no polynomial"):
+        asked({**PARTS, "activation": [PARTS["activation"], "gelu"]})
     with pytest.raises(UserError, match=r"inputs\.model: the model has norm: layer_norm"):
         asked({**PARTS, "norm": "layer_norm"})
     upstream = {"model": PromisedModel("convnext", {}), "dataset": PromisedImages(32, 3, 10)}

@@ -14,6 +14,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.interface import RunFailedError, RunResult
 from polytrope.pipeline.stages.sweep.parameters import SweepParameters
 from polytrope.pipeline.stages.sweep.sweep import draw_trials
+from polytrope.pipeline.workflow import graph
 from polytrope.pipeline.workflow.graph import build_graph
 from polytrope.pipeline.workflow.spec import load_workflow
 
@@ -156,6 +157,25 @@ def test_later_batches_are_drawn_by_what_the_trials_before_came_to(project: Path
     assert more["search/batch3/trial012"].state == "succeeded"
 
 
+def test_many_batches_are_checked_in_as_few_graphs_as_two(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        graphs.append(1)
+        return build_graph(*arguments, **options)
+
+    monkeypatch.setattr(graph, "build_graph", counted)
+    settings = {"trials": 12, "batch": 1, "sampler": "tpe", "halving": None}
+    settings["stage"] = {**TRIAL, "with": {**TRIAL["with"], "steps": 201}}
+    stages = {"data": {"uses": "sweep_test_stages:data"}, "search": {"uses": "sweep", "with": {**SWEEP, **settings}}}
+    with pytest.raises(UserError, match=r"stages\.search/trial000\.with\.steps: at most 200, got 201"):
+        graph.build_graph(Workflow.from_dict({"name": "search", "stages": stages}, directory=project))
+    stages["search"]["with"]["stage"]["with"]["steps"] = 200
+    graphs.clear()
+    graph.build_graph(Workflow.from_dict({"name": "search", "stages": stages}, directory=project))
+    assert len(graphs) == 3  # of the file, with the first trial and all draws, and with what they draw
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -180,6 +200,13 @@ def test_a_sweep_that_cannot_work_is_refused_before_anything_starts(
     stages = {"search": {"uses": "sweep", "with": {**SWEEP, **settings}}}
     with pytest.raises(UserError, match=message):
         build_graph(Workflow.from_dict({"name": "search", "stages": stages}, directory=project))
+
+
+def test_a_sweep_that_waits_for_returned_stages_is_checked_when_they_are_there(project: Path) -> None:
+    waiting = {"uses": "sweep", "after": ["data/*"], "with": {**SWEEP, "sampler": "tpe"}}  # with halving
+    stages = {"data": {"uses": "sweep_test_stages:data"}, "search": waiting}
+    nodes = build_graph(Workflow.from_dict({"name": "search", "stages": stages}, directory=project))
+    assert set(nodes) == {"data", "search"}
 
 
 FILE = """\

@@ -18,6 +18,7 @@ from polytrope.models.circuit import (
     embed,
     reciprocal_of,
     refuse_other_parts,
+    with_divisions,
     with_reciprocals,
 )
 from polytrope.models.domains import Seen, describe_outside, watching
@@ -72,6 +73,7 @@ def write_circuit_of(
         raise UserError(f"inputs.model: a {about['architecture']} has no circuit; only a gpt2 has one")
     try:
         refuse_other_parts(model, divisions=True)
+        with_divisions(model)
         return _export(context, model, artifact, dataset, description.sequence_length, parameters)
     except ValueError as error:
         raise UserError(f"export_circuit: {error}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.models import make_config
-from polytrope.models.configurations import MODEL_KINDS
+from polytrope.models.configurations import MODEL_KINDS, activation_configs
 from polytrope.pipeline.data.misfits import refuse_misfit
 from polytrope.pipeline.data.promised import PromisedModel, expect, expect_data
 from polytrope.pipeline.errors import UserError
@@ -22,6 +22,7 @@ _NEEDED = {  # field of the model: the part that is a polynomial, and how it is 
     "attention": ("power", "attention: {name: power, power: 2}"),
     "norm": ("batch", "norm: batch"),
 }
+_CLASSICAL = frozenset({"gelu", "gelu_tanh", "relu", "silu", "tanh"})
 
 
 def promise(
@@ -44,6 +45,15 @@ def promise(
                 f"inputs.model: the model has {field}: {other}, which is not made of sums and products",
                 f"train it with {way}",
             )
+    if "activation" in model.settings:  # after a conversion, what they are is not known
+        for entry in activation_configs(config.activation, config.n_layer):
+            name = entry if isinstance(entry, str) else str(entry.get("name"))
+            if name in _CLASSICAL:
+                raise UserError(
+                    f"inputs.model: the model has activation: {name}, which is no polynomial",
+                    "train it with activation: {name: hermite, degree: 3, init: stable}, or convert it with "
+                    "polynomial_only",
+                )
     settings = {name: value for name, value in model.settings.items() if name != "attention"}
     return replace(model, settings={**settings, "attention": "power"}, figures=())
 

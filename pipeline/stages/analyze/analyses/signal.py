@@ -27,7 +27,8 @@ from polytrope.pipeline.data.analysis_file import (
 from polytrope.pipeline.stages.analyze.parameters import SignalOptions
 from polytrope.pipeline.stages.analyze.subject import AnalysedActivation, spectral_norm
 
-_SCALE = 2.5
+_REACH = 3.0  # symmetries are looked for up to there,
+_SCALE = 2.5  # and at that multiple
 
 
 def analyse_signal(activations: Sequence[AnalysedActivation], _options: SignalOptions) -> SignalFigures:
@@ -46,7 +47,8 @@ def _layer(entry: AnalysedActivation) -> SignalLayer:
         )
         if entry.inputs.minimum < entry.inputs.maximum:
             figures["slope"] = _slope_bound(entry)
-        figures["symmetry"] = _symmetry(entry)
+        if _holds_beyond(entry):
+            figures["symmetry"] = _symmetry(entry)
     except ValueError as error:
         missing = str(error)
     try:
@@ -84,9 +86,15 @@ def _slope_bound(entry: AnalysedActivation) -> SlopeBound:
     )
 
 
+def _holds_beyond(entry: AnalysedActivation) -> bool:
+    """Whether it means something wherever symmetries are looked for; a polynomial does on its domain alone."""
+    low, high = getattr(entry.module, "domain", None) or (-math.inf, math.inf)
+    return low <= -_SCALE * _REACH and high >= _SCALE * _REACH
+
+
 def _symmetry(entry: AnalysedActivation) -> Symmetry:
     curve, _ = curve_of(entry.module)
-    x = np.linspace(-3.0, 3.0, 601)
+    x = np.linspace(-_REACH, _REACH, 601)
     value = curve(x)[0]
     mirrored, scaled = curve(-x)[0], curve(_SCALE * x)[0]
 
