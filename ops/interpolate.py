@@ -46,7 +46,7 @@ __all__ = ["FAMILIES", "Certificate", "Condition", "Fit", "fit", "fit_to_error",
 FAMILIES = tuple(name for name in LEARNABLE if name in LINEAR or name in NONLINEAR)
 # The families that `auto` chooses from, the fastest first; Chebyshev and Legendre are the polynomials of Hermite again.
 FAMILIES_BY_COST = ("hermite", "polyrelu", "tropical", "rational", "tropical_rational", "fourier")
-_FEW = 192  # points of a histogram that a search is done on
+_FEW = 128  # points of a histogram that a search is done on
 _ROUNDED_POINTS = 251  # of an interval, at which rounding is measured before anything is certified
 _WIDER = tuple(1.5**k for k in range(1, 9))
 

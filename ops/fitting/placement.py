@@ -21,7 +21,8 @@ from polytrope.ops.fitting.refinement import Data, Ends
 # Ends `[intervals, 1]`, points → values and slopes `[intervals, points, functions]`, tangents included; the first
 # k + 1 functions are those of degree k. As many for all searches: their number tells on the last bits.
 Columns = Callable[[Array, Array, Array], tuple[Array, Array]]
-SHARES = (0.03, 0.003, 0.0002)  # of the inputs beyond each end, to start from
+SHARES = (0.03, 0.003)  # of the inputs beyond each end, to start from
+_TURNS = (0.03, 0.003)  # of the target's, likewise
 _GRID_SHARES = (0.0, 0.0002, 0.003, 0.03, 0.1, 0.2, 0.35)
 _AROUND_KINKS = (0.1, 0.3, 1.0)  # standard deviations
 _SMALLEST = 0.2  # width of an interval, in standard deviations: around a kink a fit would become ever steeper
@@ -72,13 +73,22 @@ def deviation_of(data: Data) -> float:
 
 
 def starting_intervals(data: Data) -> list[Ends]:
-    """Intervals by quantiles, none much narrower than the standard deviation."""
+    """Intervals beyond which a share of the inputs lies, or of the turns of the target's slope, on each side: where a
+    target bends tells more than where its inputs are, once some lie far out. None much narrower than the standard
+    deviation.
+    """
     deviation = deviation_of(data)
+    turns = np.abs(np.diff(data.slope))
+    middles = (data.x[1:] + data.x[:-1]) / 2
+    reached = np.cumsum(turns) - turns / 2
     found = []
-    for share in SHARES:
-        low, high = data.quantiles(share)
-        middle = (low + high) / 2
-        found.append((low, high) if high - low >= 0.1 * deviation else (middle - deviation, middle + deviation))
+    for low, high in [
+        *(data.quantiles(share) for share in SHARES),
+        *(np.interp([share * turns.sum(), (1.0 - share) * turns.sum()], reached, middles) for share in _TURNS),
+    ]:
+        middle = (float(low) + float(high)) / 2
+        wide = high - low >= 0.1 * deviation
+        found.append((float(low), float(high)) if wide else (middle - deviation, middle + deviation))
     return found
 
 
@@ -216,16 +226,17 @@ def _solve(gram: Array, right: Array, damping: Array | None = None) -> Array:
 
 
 def compressed(data: Data, count: int, exact: Callable[[Array], tuple[Array, Array]]) -> Data:
-    """At most `count` points that stand for groups of neighbouring inputs: half of equal width, half of equal weight.
+    """At most `count` points that stand for groups of neighbouring inputs.
 
-    Value and slope are the target's own at the groups' means, so that a perfect fit stays one.
+    Groups are as wide as (density)^(-1/3): of all groupings the one with the least sum of weight · width² (Panter and
+    Dite, 1951). Value and slope are the target's own at the groups' means, so that a perfect fit stays one.
     """
     x, weights = data.x, data.weights
     if len(x) <= count:
         return data
-    even = np.linspace(x[0], x[-1], count // 2)
-    equal = np.interp(np.linspace(0, 1, count // 2), np.cumsum(weights), x)
-    groups = np.searchsorted(np.unique(np.concatenate([even, equal])), x)
+    widths = np.gradient(x)
+    shares = np.cumsum(np.cbrt(weights * widths**2))
+    groups = np.minimum((shares / shares[-1] * count).astype(int), count - 1)
     total = np.bincount(groups, weights)
     filled = total > 0
     points = np.bincount(groups, weights * x)[filled] / total[filled]

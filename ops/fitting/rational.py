@@ -16,7 +16,10 @@ from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.refinement import Data, Ends, Turn, best_of
 
 _LINEARISED = 6  # problems from a start on
-_BELLS = (0.5, 2.0, 8.0)  # denominators 1 + c u²: fits that never cross the fold of the absolute value
+# Denominators 1 + c u², u in [-1, 1] on an interval: fits that never cross the fold of the absolute value.
+_BELLS = (0.5, 2.0, 8.0)
+_BELLED = 3  # the last intervals, where they are tried; of a higher degree the very last, of the degree below
+_BELLED_DEGREE = 4
 _RIDGE = 1e-12
 
 
@@ -57,16 +60,18 @@ def fit_quotients(
     for p, q in degrees:
         ends = np.array([*intervals, last] if free_ends else intervals)
         starts, condition = _starts(data, p, q, reach, ends)
-        starts = np.concatenate([starts, np.pad(below, (0, q - len(below)))[None]])
-        ends = np.concatenate([ends, np.tile(last, (len(starts) - len(ends), 1))])
+        rounded = ends[-_BELLED:] if q <= _BELLED_DEGREE else ends[-1:]
+        starts = np.concatenate([starts, *(_bells(end, q, reach) for end in rounded), _padded(below, q)])
+        belled = np.repeat(rounded, len(_BELLS) if q >= 2 else 0, axis=0)
+        ends = np.concatenate([ends, belled, [last]])
         numerator, below, last = best_of(partial(_model, p, reach), starts, ends, data, free_ends=free_ends)
         in_x = numerator / reach ** np.arange(p + 1), below / reach ** np.arange(1, q + 1)
         yield Quotient(*in_x), last, condition
 
 
 def _starts(data: Data, p: int, q: int, reach: float, ends: Array) -> tuple[Array, float]:
-    """Denominators `[starts, q]` in powers of x / reach: from linear problems, one for every interval, and more for the
-    last; and the condition number of the last problem on the first.
+    """Denominators `[starts, q]` in powers of x / reach: from linear problems, one for every interval; and the
+    condition number of the last problem on the first.
     """
     u = data.x / reach
     powers, power_slopes = _powers(u, max(p, q))
@@ -99,10 +104,20 @@ def _starts(data: Data, p: int, q: int, reach: float, ends: Array) -> tuple[Arra
         cost = missed.sum(axis=1)
         better = cost < least
         least[better], best[better] = cost[better], denominator[better]
+    return best, condition
+
+
+def _bells(ends: Array, q: int, reach: float) -> Array:
+    """Denominators `[starts, q]` in powers of x / reach, as wide as an interval."""
     bells = np.zeros((len(_BELLS) if q >= 2 else 0, q))
     if q >= 2:
-        bells[:, 1] = _BELLS
-    return np.concatenate([best, bells]), condition
+        bells[:, 1] = np.array(_BELLS) * (reach / np.abs(ends).max()) ** 2
+    return bells
+
+
+def _padded(below: Array, q: int) -> Array:
+    """The denominator of a lower degree: `[1, q]`."""
+    return np.pad(below, (0, q - len(below)))[None]
 
 
 def _least_squares(matrix: Array, right: Array) -> tuple[Array, float]:

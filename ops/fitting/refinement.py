@@ -26,8 +26,12 @@ Turn = Callable[[Array, Array], tuple[Array, Array]]
 Model = Callable[[Array, Array], tuple[Array, Array, Turn]]
 _TRIED_STEPS = 4  # for every start, its ends fixed
 _KEPT = 3
+_KEPT_OF_FEW = 8  # where few columns are combined: steps cost little there, and minima lie far apart
+_FEW_COLUMNS = 7
 _MIDDLE_STEPS = 5  # for the best of them, from there and from their starts
+_MIDDLE_STEPS_OF_FEW = 8
 _LAST = 2
+_LAST_OF_FEW = 4
 _STEPS = 16
 _RIDGE = 1e-13  # of columns of length 1: what float64 can tell from dependent ones
 _GAIN = 1e-4  # of a step, below which the refinement of a start ends
@@ -85,12 +89,14 @@ def best_of(
     """
     flat = np.concatenate([starts, np.clip(ends, data.x[0], data.x[-1]) if free_ends else ends], axis=1)
     tried = _refined(model, flat, data, free_ends=False, ridge=ridge, steps=_TRIED_STEPS)
-    order = np.argsort(tried.costs, kind="stable")[:_KEPT]
+    few = tried.coefficients.shape[1] <= _FEW_COLUMNS
+    order = np.argsort(tried.costs, kind="stable")[: _KEPT_OF_FEW if few else _KEPT]
     flat = tried.flat[order]
     if free_ends:  # each way has led to the better minimum
         both = np.concatenate([tried.flat[order], np.concatenate([starts, ends], axis=1)[order]])
-        middle = _refined(model, both, data, free_ends=True, ridge=ridge, steps=_MIDDLE_STEPS)
-        flat = middle.flat[np.argsort(middle.costs, kind="stable")[:_LAST]]
+        middle_steps = _MIDDLE_STEPS_OF_FEW if few else _MIDDLE_STEPS
+        middle = _refined(model, both, data, free_ends=True, ridge=ridge, steps=middle_steps)
+        flat = middle.flat[np.argsort(middle.costs, kind="stable")[: _LAST_OF_FEW if few else _LAST]]
     found = _refined(model, flat, data, free_ends=free_ends, ridge=ridge, steps=_STEPS)
     best = int(found.costs.argmin())
     parameters, (low, high) = found.flat[best, :-2], found.flat[best, -2:]

@@ -6,6 +6,7 @@ then values are solved for by least squares and breakpoints refined by Gauss-New
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from polytrope.ops.fitting.triangle import triangle_of
 _GRID = 120  # candidate breakpoints
 _INSERTED = 3  # breakpoints that are added at most to what the dynamic programming chose
 _SWEEPS = 4
+_PAIRED = 3  # of the candidates, every third is paired with every third
 _BESIDE = 1e-3  # of the range of points and kinks: how far the pieces go on at least
 _RIDGE = 1e-13  # of columns of length 1: what float64 can tell from dependent ones
 
@@ -282,8 +284,13 @@ def _refined(breaks: Array, candidates: Array, data: Data, degree: int) -> Broke
             break
         sign = 1.0 if int((changes > 0).sum()) > int((changes < 0).sum()) else -1.0
         points = np.delete(points, int(np.where(changes * sign > 0, np.abs(changes), np.inf).argmin()))
-    points, cost = moved(points, float(cost))
     between = candidates[1:-1]
+    if degree == 1:  # there are few enough of them
+        pairs = np.array(list(itertools.combinations(between[::_PAIRED], 2))).reshape(-1, 2)
+        found = costs(pairs)[0]
+        if found.min(initial=np.inf) < cost:
+            points, cost = pairs[int(found.argmin())], float(found.min())
+    points, cost = moved(points, float(cost))
     for _ in range(min(_INSERTED, 2 * degree - len(points))):  # there may be room for more of the other sign
         if not len(between):
             break

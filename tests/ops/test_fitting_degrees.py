@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polytrope.ops.fitting import placement, solvers
+from polytrope.ops.fitting.placement import compressed
 from polytrope.ops.fitting.refinement import Data
 from polytrope.ops.fitting.solvers import columns_of
 from polytrope.ops.fitting.targets import broken_line, find_kinks, resolve_target, sample
@@ -269,3 +270,50 @@ def test_a_tropical_rational_activation_has_straight_lines_exactly(target: Any, 
             np.testing.assert_allclose(value, wanted, atol=1e-10)
             assert np.mean(np.abs(slope - slope_wanted) > 1e-9) < 0.01  # at a kink there is none
             assert found.certificate.rms < 1e-6 * np.abs(wanted).max()
+
+
+def minilm_inputs() -> tuple[np.ndarray, np.ndarray]:
+    """Inputs as all-MiniLM-L6-v2's second GELU receives them, by quantiles: few lie far out, and most below 0."""
+    fractions = [0, 1e-5, 1e-4, 1e-3, 0.01, 0.05, *np.arange(0.1, 0.95, 0.1), 0.95, 0.99, 0.999, 0.9999, 0.99999, 1]
+    ends = [-13.6, -13.35, -8.3, -6.22, -4.2, -3.12, -2.59, -1.99, -1.56, -1.22, -0.9, -0.62, -0.36, -0.1, 0.22, 0.49]
+    edges = np.linspace(-13.6, 20.36, 1501)
+    below = np.interp(edges, [*ends, 1.1, 2.07, 3.25, 20.26, 20.36], fractions)
+    return (edges[1:] + edges[:-1]) / 2, np.diff(below)
+
+
+@pytest.mark.parametrize(
+    ("family", "degree", "error"),
+    [
+        ("fourier", 2, 2.5e-5),
+        ("fourier", 3, 4.1e-7),
+        ("fourier", 4, 4e-9),
+        ("rational", 5, 5.2e-7),
+        ("rational", 6, 1.8e-7),
+        ("tropical_rational", 1, 2.2e-3),
+    ],
+)
+def test_the_search_finds_where_the_target_bends_though_few_inputs_lie_there(
+    family: str, degree: int, error: float
+) -> None:
+    """Bounds: what a search of ten times the steps finds, and a little (fits of 83c38f9); Fourier 2: 1.5e-5."""
+    found = fit("gelu", family, degree, interval="best", weight=minilm_inputs(), derivative_weight=0.01)
+    assert found.certificate.h1_mean_square < error
+
+
+@pytest.mark.parametrize("count", [32, 128])
+def test_inputs_are_joined_where_that_moves_them_least(count: int) -> None:
+    x, weights = minilm_inputs()
+    weights = weights / weights.sum()
+    data = Data(x, weights, x, np.ones_like(x), 0.0)
+    few = compressed(data, count, lambda points: (points, np.ones_like(points)))
+    assert len(few.x) <= count
+    np.testing.assert_allclose([few.weights.sum(), few.weights @ few.x], [1.0, weights @ x], rtol=1e-12)
+
+    def moved(points: np.ndarray) -> float:
+        nearest = points[np.abs(np.subtract.outer(x, points)).argmin(axis=1)]
+        return float(weights @ (x - nearest) ** 2)
+
+    even = np.linspace(x[0], x[-1], count)
+    equal = np.interp((np.arange(count) + 0.5) / count, np.cumsum(weights), x)
+    half = np.concatenate([even[::2], equal[::2]])
+    assert moved(few.x) < 0.5 * min(moved(even), moved(equal), moved(half))
