@@ -189,7 +189,7 @@ def command_time() -> dict[str, Any]:
         started, before = time.perf_counter(), os.times()
         lines = [(0.0, "started")]
         with subprocess.Popen(
-            [*words, "--degree", "8", "--json"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [*words, "--degree", "8", "--json"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
         ) as process:
             assert process.stderr is not None
             for line in process.stderr:

@@ -119,7 +119,7 @@ def compile_all(sources: Path, scratch: Path, *, fixed: bool) -> tuple[str, list
             "-o",
             str(cubins[-1]),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
         if done.returncode:
             raise SystemExit(f"nvcc {source}: exit code {done.returncode}\n{done.stderr[-3000:]}")
         report += done.stderr
@@ -129,7 +129,7 @@ def compile_all(sources: Path, scratch: Path, *, fixed: bool) -> tuple[str, list
 def readable(names: Iterable[str]) -> dict[str, str]:
     """Mangled names of kernels → `backward_kernel<Polynomial, 3, 0, plain>`."""
     listed = list(names)
-    done = subprocess.run(["c++filt"], input="\n".join(listed), capture_output=True, text=True, check=True)
+    done = subprocess.run(["c++filt"], input="\n".join(listed), capture_output=True, encoding="utf-8", check=True)
     found = {}
     for mangled, name in zip(listed, done.stdout.splitlines(), strict=True):
         short = re.sub(r"\(anonymous namespace\)::|polytrope::|^void ", "", name)
@@ -151,7 +151,7 @@ def read_report(report: str) -> dict[str, dict[str, int]]:
 
 def read_loops(cubin: Path) -> dict[str, dict[str, Any]]:
     """Of each kernel the loop that goes over its elements."""
-    text = subprocess.run(["cuobjdump", "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(["cuobjdump", "-sass", str(cubin)], capture_output=True, encoding="utf-8", check=True).stdout
     functions = re.split(r"^\s*Function : ", text, flags=re.M)[1:]
     code = {function.split()[0]: instructions(function) for function in functions}
     names = readable(code)

@@ -32,7 +32,7 @@ def test_the_cuda_kernels_compile_for_both_architectures_without_spills(capsys: 
     assert {architecture for _, architecture, _, _ in kernels} == {"sm_80", "sm_90"}
     unrolled = [entry for entry in kernels if re.search(r"Li[1-9]", entry[0]) and "Li0ELi0E" not in entry[0]]
     assert len(unrolled) >= 40
-    assert sum("columns" in name for name, *_ in unrolled) >= 40
+    assert sum("columns" in name for name, *_ in unrolled) >= 36
     with capsys.disabled():
         print("\nCUDA kernels: registers and bytes spilled")
         for name, architecture, spilled, registers in sorted(kernels):

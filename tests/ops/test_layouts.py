@@ -169,3 +169,15 @@ def test_frozen_coefficients_have_no_sums(config: dict[str, Any], monkeypatch: p
     formula, packed = Formula(Family.HERMITE, 3), numbers(1, 4)
     call = native.prepare_for(x, [packed], PLAIN, formula)
     assert original(call, x, x, [packed], frozen=True)[1] == []
+
+
+@pytest.mark.parametrize(("shape", "order"), [((3, 1, 4), (2, 0, 1)), ((2, 5, 1, 3), (0, 3, 1, 2))], ids=str)
+def test_rows_of_one_number_are_rows_wherever_their_strides_put_them(
+    shape: tuple[int, ...], order: tuple[int, ...]
+) -> None:
+    """A dimension of size 1 has the stride of its neighbour: where it stands in memory cannot be told from strides."""
+    x = numbers(*shape).permute(order)
+    assert x.shape[-1] == 1
+    assert not x.is_contiguous()
+    module = build_activation({"name": "polynorm", "degree": 3}).double()
+    torch.testing.assert_close(module(x), module(x.contiguous()), rtol=0, atol=0)
