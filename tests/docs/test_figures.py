@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import deep_nets, recipe
+from benchmarks import deep_nets, private_inference, recipe
 from polytrope.pipeline.stages.report.statistics import holm
 
 ROOT = Path(__file__).parents[2]
@@ -157,3 +157,16 @@ def test_the_engine_s_time_is_the_measured_one() -> None:
     )
     ratios = [content("train")["results"][workers]["ratio"] for workers in ("1 worker", "2 workers")]
     says("README.md", "took {:.2f} times that of a bare PyTorch loop with GELU (two workers: {:.2f})".format(*ratios))
+
+
+def test_the_network_of_sums_and_products_is_told_as_measured() -> None:
+    file = content("private_inference")
+    written = (RESULTS / "private_inference.md").read_text(encoding="utf-8")
+    assert private_inference.markdown(file["steps"], file["circuit"]) == written
+    gap = file["steps"]["polynomial"]["difference"]
+    assert gap["mean"] <= file["bar"] < gap["mean"] + gap["half_width"]
+    says(
+        "README.md", f"{gap['mean']:.3f} ± {gap['half_width']:.3f} nats per byte more than GELU, layer norm and softmax"
+    )
+    losses = file["circuit"]["nats_per_byte"]
+    says("docs/private-inference.md", f"which costs {losses['circuit'] - losses['trained']:.3f} nats per byte")
