@@ -149,7 +149,7 @@ def write_model(
     directory, source = Path(directory), None if source is None else Path(source)
     ours = is_own(model)
     if format == "own" and not ours:
-        titles = " and ".join(find_architecture(name).title for name in ARCHITECTURES)
+        titles = ", ".join(find_architecture(name).title for name in ARCHITECTURES)
         raise ValueError(f"format: own is for {titles}; this architecture is written as huggingface")
     foreign = of_transformers(model)
     if format == "huggingface" and not (ours or foreign):

@@ -192,7 +192,7 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
         (["{model}", "--as-is", "--dry-run"], "--as-is fits nothing"),
         (["{model}", "{out}", "--as-is", "--layers", "0-"], "--as-is fits nothing, so --layers means nothing"),
         (["{model}", "{out}", "--as-is", "--rated-samples", "4"], "so --rated-samples means nothing"),
-        (["{model}", "{out}", "--format", "own"], "own is for GPT-2 and ConvNeXt"),
+        (["{model}", "{out}", "--format", "own"], "own is for GPT-2, ConvNeXt, "),
         (["{model}", "{out}", "--type", "Swish"], "(GELUActivation): not of a type to convert"),
         (["{model}", "{out}", "--data", "{empty}"], "holds nothing"),
         (["{model}", "{out}", "--data", "{large}"], "cannot run on the calibration data"),

@@ -206,7 +206,7 @@ def test_a_plan_knows_that_another_architecture_is_for_convert_alone(tmp_path: P
     write_bert(tmp_path / "bert")
     stages = planned(tmp_path, "bert", "convert")
     assert stages["pretrained"].promise == stages["next"].promise == PromisedForeignModel("bert")
-    with pytest.raises(UserError, match=r"format: own is for gpt2 and convnext, and the model will be a bert"):
+    with pytest.raises(UserError, match=r"format: own is for gpt2, convnext, mlp, and the model will be a bert"):
         planned(tmp_path, "bert", "convert", parameters="{format: own}")
     for uses, parameters in (("train", TRAIN), ("evaluate", "{}")):
         with pytest.raises(UserError, match=r"takes a model, and the stage makes a model of transformers"):

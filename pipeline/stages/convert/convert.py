@@ -43,7 +43,7 @@ def promise(
     if model is None or not isinstance(model, PromisedModel):  # what it takes, only the model itself knows
         if isinstance(model, PromisedForeignModel) and parameters.format == "own":
             raise UserError(
-                f"format: own is for {' and '.join(MODEL_KINDS)}, and the model will be a {model.model_type} of "
+                f"format: own is for {', '.join(MODEL_KINDS)}, and the model will be a {model.model_type} of "
                 "transformers",
                 "leave it out",
             )
