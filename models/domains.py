@@ -20,7 +20,7 @@ class Seen:
     Args:
         domain: (lo, hi) of the activation.
         inputs: all; below, above: those outside; NaN counts as above.
-        minimum, maximum: extremes.
+        minimum, maximum: extremes of those that are numbers.
         calls: of the module.
     """
 
@@ -49,8 +49,9 @@ class Seen:
         self.below += below
         self.above += x.numel() - below - int(((x >= low) & (x <= high)).sum())
         self.calls += 1
-        if x.numel():
-            least, most = (float(end) for end in torch.aminmax(x.detach()))
+        numbers = x.detach()[~x.isnan()]
+        if numbers.numel():
+            least, most = (float(end) for end in torch.aminmax(numbers))
             self.minimum, self.maximum = min(self.minimum, least), max(self.maximum, most)
 
 
@@ -93,4 +94,5 @@ def describe_outside(found: dict[str, Seen]) -> str | None:
 def _described(seen: Seen) -> str:
     low, high = seen.domain
     share = f"{seen.outside} of {seen.inputs} (probability {seen.probability:.2g})"
-    return f"{share}, {seen.minimum:.4g} … {seen.maximum:.4g} for {low:.4g} … {high:.4g}"
+    extremes = f"{seen.minimum:.4g} … {seen.maximum:.4g}" if seen.minimum <= seen.maximum else "none of them a number"
+    return f"{share}, {extremes} for {low:.4g} … {high:.4g}"

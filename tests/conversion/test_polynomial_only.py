@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections import Counter
 from fractions import Fraction
@@ -386,3 +387,11 @@ def test_a_quarter_of_the_samples_is_kept_aside() -> None:
     assert sizes(1, 1, 1, 1, 1) == ([1, 1, 1, 1], [1])
     with pytest.raises(ValueError, match=r"at least 4 calibration samples, as some are kept aside .* got 3"):
         sizes(3)
+
+
+def test_extremes_of_what_lay_outside_are_those_of_numbers() -> None:
+    seen = Seen((-1.0, 1.0))
+    seen.add(torch.tensor([math.nan, math.nan]))
+    assert describe_outside({"a": seen}).endswith("`a` 2 of 2 (probability 1), none of them a number for -1 … 1")  # type: ignore[union-attr]
+    seen.add(torch.tensor([math.nan, 3.0, -0.5]))
+    assert (seen.minimum, seen.maximum, seen.outside, seen.inputs) == (-0.5, 3.0, 4, 5)

@@ -45,7 +45,7 @@ def test_a_project_has_the_files_of_its_template_and_what_exists_is_kept(
 
 COMPLETED = {  # what was typed → what Tab makes of it
     "sche": "schema",
-    "stages shard_": "shard_images",
+    "stages shard_i": "shard_images",
     "run file.yaml --no-t": "--no-tracking",
     "run file.yaml --executor l": "local",
     "init --template cu": "custom-stage",
