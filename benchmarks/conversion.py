@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("minilm", "smollm2"), help="measure this only, and keep the other")
     arguments = parser.parse_args()
     kept = arguments.output / "conversion.json"
-    result = json.loads(kept.read_text(encoding="utf-8")) if arguments.only else {}
+    result = json.loads(kept.read_text(encoding="utf-8")) if arguments.only and kept.exists() else {}
     if arguments.only != "smollm2":
         result |= measure(arguments)
     if arguments.only != "minilm":

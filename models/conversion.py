@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -338,19 +336,8 @@ def _size(mean_square: float, dtype: torch.dtype) -> float:
 def fit_layers(
     activations: Iterable[Activation], calibrations: Mapping[str, Calibration], options: FitOptions
 ) -> list[LayerConversion]:
-    """Fits of all activations, in order; see `fit_layer`. As many at once as torch has threads."""
-    waiting: deque[Future[LayerConversion]] = deque()
-    found: list[LayerConversion] = []
-    threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for activation in activations:
-            waiting.append(pool.submit(fit_layer, activation, calibrations[activation.name], options))
-            if len(waiting) > threads:  # taken up only now: whoever hands them out says how far this is
-                found.append(waiting.popleft().result())
-        return found + [future.result() for future in waiting]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """Fits of all activations, in order; see `fit_layer`. One by one: threads wait for the GIL, and take longer."""
+    return [fit_layer(activation, calibrations[activation.name], options) for activation in activations]
 
 
 def apply(model: nn.Module, conversions: Sequence[LayerConversion]) -> None:

@@ -32,7 +32,7 @@ _MIDDLE_STEPS = 5  # for the best of them, from there and from their starts
 _MIDDLE_STEPS_OF_FEW = 8
 _LAST = 2
 _LAST_OF_FEW = 4
-_STEPS = 16
+_STEPS = 14
 _RIDGE = 1e-13  # of columns of length 1: what float64 can tell from dependent ones
 _GAIN = 1e-4  # of a step, below which the refinement of a start ends
 
