@@ -188,18 +188,22 @@ def command_time() -> dict[str, Any]:
         words = [sys.executable, "-m", "polytrope.pipeline.commands.cli", "convert", str(directory), f"{place}/out"]
         started, before = time.perf_counter(), os.times()
         lines = [(0.0, "started")]
-        with subprocess.Popen(
-            [*words, "--degree", "8", "--json"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
-        ) as process:
+        record = Path(place, "record.json")  # a pipe that nobody reads would fill, and the command wait for ever
+        with (
+            record.open("w", encoding="utf-8") as file,
+            subprocess.Popen(
+                [*words, "--degree", "8", "--json"], stderr=subprocess.PIPE, stdout=file, encoding="utf-8"
+            ) as process,
+        ):
             assert process.stderr is not None
             for line in process.stderr:
                 lines.append((time.perf_counter() - started, line.strip()))
                 print(f"{lines[-1][0]:6.1f} s  {lines[-1][1]}", flush=True)
-            output = process.communicate()[0]
+            process.wait()
         seconds, after = time.perf_counter() - started, os.times()
         if process.returncode:
             raise SystemExit(f"polytrope convert ended with {process.returncode}")
-        layers = json.loads(output)["layers"]
+        layers = json.loads(record.read_text(encoding="utf-8"))["layers"]
     times = [at for at, _ in lines] + [seconds]
     return {
         "weights": weights,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -23,6 +24,9 @@ from polytrope.pipeline.errors import EXIT_RUN_FAILED, EXIT_SUCCESS, UserError
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 from polytrope.pipeline.support.terminal import columns, wrapped
 from polytrope.pipeline.workflow.refusals import words
+
+if TYPE_CHECKING:
+    from polytrope.pipeline.stages.convert.work import Outcome
 
 _SINGULAR = {"constraints": "constraint", "types": "type", "calibration_samples": "samples", "ray_tasks": "ray"}
 _LEFT_OUT = ("page", "register_as", "register_alias")  # the page is always written; no run is there to register it
@@ -90,31 +94,8 @@ def convert(options: argparse.Namespace) -> int:
     parameters = read_parameters(options)
     _check(options)
     config = _read_config(options.config)
-    from polytrope.models.writing import appearing
-    from polytrope.pipeline.stages.convert.calibration_data import file_batches
-    from polytrope.pipeline.stages.convert.work import Source, convert_model, export_model
-
-    directory = options.model if options.model.is_dir() else options.model.parent
-    source = Source(
-        options.model,
-        lambda model: file_batches(
-            model, directory, options.data, parameters, partial(print, file=sys.stderr, flush=True)
-        ),
-        title=f"{options.model.name} → {parameters.replacement()}",
-        config=config,
-        ray_address=options.ray_address,
-    )
-    try:
-        if options.dry_run:
-            outcome = convert_model(source, parameters, None, _tell)
-        else:
-            with appearing(options.output, "model.json") as written:
-                if options.as_is:
-                    outcome = export_model(source, parameters, written)
-                else:
-                    outcome = convert_model(source, parameters, written, _tell)
-    except ValueError as error:
-        raise UserError(f"convert: {error}") from error
+    with contextlib.redirect_stdout(sys.stderr):  # what libraries print is no part of the answer
+        outcome = _outcome(options, parameters, config)
     if options.json and outcome.record is not None:
         print(json.dumps(finite(outcome.record.model_dump(exclude_unset=True)), allow_nan=False))
     elif outcome.record is not None:
@@ -188,6 +169,33 @@ def _read_config(entries: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             config[name] = value
     return config
+
+
+def _outcome(options: argparse.Namespace, parameters: ConvertParameters, config: dict[str, Any]) -> Outcome:
+    """The conversion itself, into OUTPUT or, dry, nowhere."""
+    from polytrope.models.writing import appearing
+    from polytrope.pipeline.stages.convert.calibration_data import file_batches
+    from polytrope.pipeline.stages.convert.work import Source, convert_model, export_model
+
+    directory = options.model if options.model.is_dir() else options.model.parent
+    source = Source(
+        options.model,
+        lambda model: file_batches(
+            model, directory, options.data, parameters, partial(print, file=sys.stderr, flush=True)
+        ),
+        title=f"{options.model.name} → {parameters.replacement()}",
+        config=config,
+        ray_address=options.ray_address,
+    )
+    try:
+        if options.dry_run:
+            return convert_model(source, parameters, None, _tell)
+        with appearing(options.output, "model.json") as written:
+            if options.as_is:
+                return export_model(source, parameters, written)
+            return convert_model(source, parameters, written, _tell)
+    except ValueError as error:
+        raise UserError(f"convert: {error}") from error
 
 
 def _tell(_step: int, text: str) -> None:
