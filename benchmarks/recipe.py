@@ -7,7 +7,8 @@ store; what is stored is not trained again, and what was interrupted goes on.
 Trainings that differ in nothing but the activation and the rate of its coefficients are compared, paired by seed: with
 GELU, and with the control at every rate it was trained at. Choices are made with the seeds from 10 on and the documents
 with about half of a text's validation tokens; what is reported is of the other seeds and the other documents. It writes
-results/recipe.json (every loss and comparison), recipe.md (tables) and a plot for each text.
+results/recipe.json (every loss, what the coefficients of every model have become, every comparison), recipe.md (tables)
+and a plot for each data set.
 """
 
 from __future__ import annotations
@@ -228,21 +229,32 @@ def p_value(entry: Row | None) -> str:
     return "–" if entry is None or entry["holm_p_value"] is None else f"{entry['holm_p_value']:.4f}"
 
 
+def rate_of(name: str) -> str:
+    """`10` of `affine gelu × 10, frozen as learned`; empty where no coefficients learn."""
+    return name.partition(" × ")[2].partition(",")[0]
+
+
 def picture(setting: Row) -> bytes:
-    """Losses, and differences to GELU and to the control at its first rate, best activation first."""
-    control = next(iter(setting["controls"]), None)
+    """Losses, and differences to GELU and to the control at the same rate, best activation first."""
+    controls = {rate_of(name): name for name in setting["controls"]}
     shown = []
     for entry in sorted((one for one in setting["activations"] if one["loss"]), key=lambda one: one["loss"]["mean"]):
+        at_this_rate = controls.get(rate_of(entry["name"]))
         compared = {
             "difference": entry.get("difference"),
-            "difference_to_control": entry.get("differences_to_controls", {}).get(control),
+            "difference_to_control": entry.get("differences_to_controls", {}).get(at_this_rate),
         }
         present = {key: value for key, value in compared.items() if value is not None}
         shown.append({"group": entry["name"], "loss": entry["loss"], **present})
     unit = "nats per token" if setting["model"].startswith("GPT") else "nats per image"
     return figures.render(
         lambda theme: figures.draw_groups(
-            theme, shown, setting["baseline"] or "GELU", "loss", f"{setting['corpus']}:\nloss, {unit}", control
+            theme,
+            shown,
+            setting["baseline"] or "GELU",
+            "loss",
+            f"{setting['corpus']}:\nloss, {unit}",
+            f"{CONTROL}, same rate" if controls else None,
         ),
         "light",
     )

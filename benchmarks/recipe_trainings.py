@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from torch import nn
 from torch.nn import functional as F
 
-from polytrope.models.checkpoint import load_model
+from polytrope.models.checkpoint import activation_modules, load_model
 from polytrope.ops import LearnableActivation, build_activation
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import read_tokenizer
@@ -231,6 +232,8 @@ def read_trainings(addresses: Iterable[str], known: Iterable[Row] = ()) -> list[
                 row |= {key: measured[row["digest"]][key] for key in ("loss", "development_loss", "test_loss")}
             elif row["loss"] is not None and dataset.components["uses"] == "shard":
                 row |= measure(store.materialize(artifact.key), store.materialize(dataset.key))
+            if row["loss"] is not None:
+                row["learned"] = learned_numbers(load_model(store.materialize(artifact.key)))
             found[identity] = row
     return [found[key] for key in sorted(found)]
 
@@ -345,6 +348,16 @@ def name_of(activation: str | Mapping[str, Any]) -> str:
         return activation
     options = [str(value) for key, value in activation.items() if key not in ("name", "degree")]
     return " ".join([f"{activation['name']}{activation.get('degree', '')}", *options])
+
+
+def learned_numbers(model: nn.Module) -> dict[str, list[Any]]:
+    """What the activations have learned, to four digits: of each parameter its number or its numbers, by block."""
+    found: dict[str, list[Any]] = {}
+    for module in activation_modules(model):
+        for name, parameter in module.named_parameters():
+            values = [float(f"{value:.4g}") for value in parameter.detach().flatten().tolist()]
+            found.setdefault(name, []).append(values if len(values) > 1 else values[0])
+    return found
 
 
 @torch.no_grad()

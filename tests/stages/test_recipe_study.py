@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -65,6 +66,41 @@ def test_differences_are_of_the_seeds_and_documents_that_nothing_is_chosen_by() 
     text = recipe.markdown([setting], [])
     assert "| hermite4 gelu [-4, 4] × 10 | 3 | 4.0900 ± 0.1721 | – | -0.1100 ± 0.1314 |" in text
     assert "| affine gelu_tanh × 30 | 1 | 4.1000 | 10: 4.2000 | -0.1000 | – | – | – | – | – | 0 |" in text
+
+
+def test_the_picture_compares_with_the_control_at_the_same_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = {"gelu": {0: 0.5, 1: 0.6}, "affine gelu × 10": {0: 0.45, 1: 0.5}, "hermite4 × 10": {0: 0.4, 1: 0.5}}
+    fast = {"affine gelu × 30": {0: 0.3, 1: 0.5}, "hermite4 × 30": {0: 0.2, 1: 0.2}, "hermite8 × 5": {0: 0.2, 1: 0.2}}
+    trainings = [
+        {**SETTING, "learning_rate": 3e-3, "name": name, "seed": seed, "test_loss": loss, "accuracy": None}
+        for name, losses in (slow | fast).items()
+        for seed, loss in losses.items()
+    ]
+    (setting,) = recipe.compare(trainings)
+    drawn: dict[str, Any] = {}
+
+    def keep(_theme: Any, groups: list[dict[str, Any]], *others: Any) -> Any:
+        drawn.update({group["group"]: group.get("difference_to_control") for group in groups}, others=others)
+        return plt.figure(figsize=(1, 1))
+
+    monkeypatch.setattr(recipe.figures, "draw_groups", keep)
+    assert recipe.picture(setting).startswith(b"\x89PNG")
+    assert drawn["hermite4 × 10"]["values"] == pytest.approx([-0.05, 0.0])
+    assert drawn["hermite4 × 30"]["values"] == pytest.approx([-0.1, -0.3])
+    assert drawn["hermite8 × 5"] is None  # the control was not trained at that rate
+    assert drawn["others"][-1] == "affine, same rate"
+
+
+def test_what_a_control_has_learned_is_kept_by_block() -> None:
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "sequence_length": 8, "vocab_size": 16}
+    control: Any = build_model("gpt2", {**sizes, "activation": {"name": "affine", "init": "gelu_tanh"}})
+    with torch.no_grad():
+        control.transformer.h[1].mlp.activation.gain.fill_(2.53125)
+    learned = recipe_trainings.learned_numbers(control)
+    assert learned == {"gain": [1.0, 2.531], "offset": [0.0, 0.0], "input_scale": [1.0, 1.0], "input_shift": [0.0, 0.0]}
+    hermite = build_model("gpt2", {**sizes, "activation": "hermite3"})
+    assert [len(block) for block in recipe_trainings.learned_numbers(hermite)["coefficients"]] == [4, 4]
+    assert recipe_trainings.learned_numbers(build_model("gpt2", {**sizes, "activation": "gelu"})) == {}
 
 
 def test_images_are_compared_by_their_accuracy_too() -> None:
