@@ -36,11 +36,14 @@ from polytrope.pipeline.stages.report.report import report
 from polytrope.pipeline.stages.select import SelectParameters
 from polytrope.pipeline.stages.select import promise as select_promise
 from polytrope.pipeline.stages.shard.numbers import (
+    FileSource,
     HierarchicalSource,
+    Table,
     directions_of,
     hierarchical,
     make_rows,
     normalised_hermite,
+    split_rows,
 )
 from polytrope.pipeline.stages.shard.parameters import ShardNumbersParameters
 from polytrope.pipeline.stages.shard.shard_numbers import fingerprint, promise, shard_numbers
@@ -140,6 +143,26 @@ def test_circle_is_a_sum_of_waves(tmp_path: Path) -> None:
     angles = np.arctan2(inputs[:, 1].astype(float), inputs[:, 0].astype(float))
     np.testing.assert_allclose(targets[:, 0], np.cos(angles) + 0.5 * np.cos(3 * angles + 0.25), atol=1e-6)
     np.testing.assert_allclose(np.square(inputs).sum(1), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"kind": "circle", "rows": 50, "amplitudes": [1e40]},
+        {**HIERARCHICAL, "inner": {"rank": 1, "degree": 32}, "outer": [0] * 32 + [1e300]},
+    ],
+)
+def test_a_number_that_float32_does_not_hold_is_refused(source: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"source: y of row \d+ is .*, which float32 does not hold"):
+        run_stage(tmp_path, source)
+
+
+def test_rows_that_differ_in_the_sign_of_zero_are_equal() -> None:
+    inputs = np.array([[number, zero] for number in range(32) for zero in (0.0, -0.0)], dtype=np.float32)
+    source = FileSource(kind="file", path="rows.npz")
+    chosen = set(split_rows(source, Table(inputs, inputs), 0.5)["validation"].tolist())
+    assert 0 < len(chosen) < 64
+    assert all((row in chosen) == (row + 1 in chosen) for row in range(0, 64, 2))
 
 
 def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def split_rows(source: NumbersSource, table: Table | None, fraction: float) -> d
     import numpy as np
 
     if table is not None:
-        keys = [row.tobytes() for row in table.inputs]
+        keys = [row.tobytes() for row in table.inputs + np.float32(0)]  # -0 + 0 is 0: equal rows, equal bytes
     elif isinstance(source, ModularSource):
         keys = [f"{a},{b}".encode() for a in range(source.modulus) for b in range(source.modulus)]
     else:
@@ -185,7 +185,11 @@ def make_numbers_shard(task: NumbersTask) -> NumbersResult:
 
 def make_rows(source: NumbersSource, numbers: np.ndarray) -> Table:
     """The rows with these numbers (int64 `[n]`): each is a function of its number alone, bit by bit, whatever the
-    others are."""
+    others are.
+
+    Raises:
+        UserError: a y that float32 does not hold.
+    """
     import numpy as np
 
     if isinstance(source, ModularSource):
@@ -201,14 +205,30 @@ def make_rows(source: NumbersSource, numbers: np.ndarray) -> Table:
         for k, amplitude in enumerate(source.amplitudes, start=1):
             targets += amplitude * np.cos(k * angles + (source.phases[k - 1] if source.phases else 0.0))
         inputs = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-        return Table(inputs, targets.astype(np.float32)[:, None])
+        return Table(inputs, _drawn(source, numbers, targets))
     assert isinstance(source, HierarchicalSource)
     drawn = np.array([_random(source.seed, int(number)).standard_normal(source.dimension + 1) for number in numbers])
     rows = drawn[:, : source.dimension].astype(np.float32)
     targets = hierarchical(source, rows.astype(np.float64))
     if source.noise:
         targets = targets + source.noise * drawn[:, source.dimension]
-    return Table(rows, targets.astype(np.float32)[:, None])
+    return Table(rows, _drawn(source, numbers, targets))
+
+
+def _drawn(source: HierarchicalSource | CircleSource, numbers: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """y of the rows with these numbers, `[n, 1]` float32."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        narrow = targets.astype(np.float32)
+    if not np.isfinite(narrow).all():
+        index = int(np.flatnonzero(~np.isfinite(narrow))[0])
+        fields = "inner.degree, outer" if isinstance(source, HierarchicalSource) else "amplitudes"
+        raise UserError(
+            f"source: y of row {numbers[index]} is {targets[index]:.3g}, which float32 does not hold",
+            f"lower degrees or coefficients: {fields}",
+        )
+    return narrow[:, None]
 
 
 def hierarchical(source: HierarchicalSource, rows: np.ndarray) -> np.ndarray:

@@ -22,7 +22,16 @@ from polytrope.pipeline.data.description import (
 from polytrope.pipeline.data.promised import PromisedNumbers
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Resources, StageContext, stage
-from polytrope.pipeline.stages.shard.numbers import FileSource, Table, sizes, source_digest
+from polytrope.pipeline.stages.shard.numbers import (
+    FileSource,
+    NumbersTask,
+    Table,
+    make_numbers_shard,
+    read_table,
+    sizes,
+    source_digest,
+    split_rows,
+)
 from polytrope.pipeline.stages.shard.parameters import ShardNumbersParameters
 
 if TYPE_CHECKING:
@@ -44,8 +53,6 @@ def promise(
 @stage(parallel=True, promise=promise, fingerprint=fingerprint)
 def shard_numbers(context: StageContext, parameters: ShardNumbersParameters) -> dict[str, float]:
     """Compute or read rows of numbers and pack them into webdataset tar shards with a manifest."""
-    from polytrope.pipeline.stages.shard.numbers import read_table, split_rows
-
     source = parameters.source
     table = read_table(source, Path.cwd()) if isinstance(source, FileSource) else None
     inputs, targets, classes = sizes(source)
@@ -88,7 +95,6 @@ def _write_split(
     parameters: ShardNumbersParameters,
 ) -> tuple[NumbersSplit, str]:
     """Shards and manifest of a split; returns what it holds, and its shards' digests one behind the other."""
-    from polytrope.pipeline.stages.shard.numbers import NumbersTask, make_numbers_shard
     from polytrope.pipeline.stages.shard.parallel import parallel_map
 
     directory = context.output / name
