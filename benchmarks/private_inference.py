@@ -33,23 +33,29 @@ STEPS = {
 }
 
 
-def nats_per_byte(evaluation: Evaluation, part: str) -> list[float]:
-    """Of the model with this part, by seed."""
-    found = []
-    for seed in SEEDS:
-        bits = evaluation.models[f"gpt[parts={part},seed={seed}]"].bits_per_byte
-        if bits is None:
-            raise ValueError(f"gpt[parts={part},seed={seed}] has no loss: its training failed")
-        found.append(bits * math.log(2))
-    return found
+def nats_per_byte(evaluation: Evaluation, label: str) -> float:
+    """Loss of a model on the validation text.
+
+    Raises:
+        ValueError: it has none, for its training failed.
+    """
+    bits = evaluation.models[label].bits_per_byte
+    if bits is None:
+        raise ValueError(f"{label} has no loss: its training failed")
+    return bits * math.log(2)
+
+
+def of_seeds(evaluation: Evaluation, part: str) -> list[float]:
+    """Losses of the models with this part, by seed."""
+    return [nats_per_byte(evaluation, f"gpt[parts={part},seed={seed}]") for seed in SEEDS]
 
 
 def compare(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     """Losses of each step in nats per byte, and the differences to the baseline's of the same seeds."""
-    reference = nats_per_byte(evaluation, BASELINE)
+    reference = of_seeds(evaluation, BASELINE)
     rows: dict[str, dict[str, Any]] = {}
     for part in STEPS:
-        losses = nats_per_byte(evaluation, part)
+        losses = of_seeds(evaluation, part)
         gap = mean_interval([loss - other for loss, other in zip(losses, reference, strict=True)])
         rows[part] = {
             "nats_per_byte": losses,
@@ -103,8 +109,8 @@ def main() -> None:
         tracking=False,
     )
     rows = compare(read_evaluation(result["evaluate"].path))
-    exchanged = read_evaluation(result["circuit_loss"].path).models
-    losses = {name: (model.bits_per_byte or math.nan) * math.log(2) for name, model in exchanged.items()}
+    exchanged = read_evaluation(result["circuit_loss"].path)
+    losses = {name: nats_per_byte(exchanged, name) for name in exchanged.models}
     circuit = describe(read_circuit(result["circuit"].path), losses)
     record = {
         "command": "python -m benchmarks.private_inference",
