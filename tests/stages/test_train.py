@@ -425,6 +425,8 @@ def test_a_damaged_shard_is_the_users_message_not_a_hang(tmp_path: Path) -> None
 def test_parameters_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"either `steps` .* or `epochs`"):
         parameters(epochs=1)
+    with pytest.raises(ValidationError, match="give either `steps` or `epochs`"):
+        parameters(steps=None)
     with pytest.raises(ValidationError, match=r"global_batch_size \(8\) must be a multiple of micro_batch_size \(3\)"):
         parameters(micro_batch_size=3)
     with pytest.raises(ValidationError, match="warmup_steps"):

@@ -309,7 +309,9 @@ class TrainParameters(BaseModel):
 
     @model_validator(mode="after")
     def consistent(self) -> TrainParameters:
-        if (self.steps is None) == (self.epochs is None):
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give either `steps` or `epochs`")
+        if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give either `steps` ({self.steps}) or `epochs` ({self.epochs:g})")
         if self.micro_batch_size is not None and self.global_batch_size % self.micro_batch_size:
             raise ValueError(
