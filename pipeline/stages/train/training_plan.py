@@ -18,7 +18,7 @@ from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
 from polytrope.pipeline.stages.train.numbers_options import check_of_numbers
-from polytrope.pipeline.stages.train.parameters import TrainParameters, split_batch
+from polytrope.pipeline.stages.train.parameters import TrainParameters, check_heeded, split_batch
 
 
 class Diverged(ArithmeticError):
@@ -78,6 +78,7 @@ def make_plan(
     workers = context.resources.workers
     micro, accumulation = split_batch(parameters, workers)
     settings = {name: value for name, value in model.items() if name != "activation_options"}
+    check_heeded(architecture, settings, parameters)
     check_batch_statistics(architecture, settings, parameters, accumulation)
     check_of_numbers(architecture, settings, parameters)
     samples = description.splits["train"].samples
