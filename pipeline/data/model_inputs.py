@@ -51,8 +51,7 @@ def refuse_other_data(
     """
     if find_architecture(about["architecture"]).data != description.kind:
         raise UserError(
-            f"`{label}` is a {about['architecture']}, which cannot be evaluated on {description.kind} "
-            f"(`{dataset.stage}`)",
+            f"`{label}` is a {about['architecture']}, which cannot take {description.kind} (`{dataset.stage}`)",
             "give the stage models and a dataset of one kind",
         )
     if description.kind == "numbers":

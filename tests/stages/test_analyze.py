@@ -218,3 +218,7 @@ def test_models_that_cannot_be_analysed_are_named_and_if_none_is_left_it_ends(
     given = {"nan": Artifact(tmp_path / "broken", "digest", "train")}
     with pytest.raises(UserError, match=r"no model is left to analyse; `nan`: activation .* receives NaN or infinity"):
         analyze(make_context(tmp_path / "run"), dataset, given, parameters)
+    save_model(tmp_path / "numbers", build_model("mlp", {"widths": [4]}))
+    given = {"mlp": Artifact(tmp_path / "numbers", "digest", "train")}
+    with pytest.raises(UserError, match=r"`mlp`: `mlp` is a mlp, which cannot take text \(`"):
+        analyze(make_context(tmp_path / "other"), dataset, given, parameters)
