@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
-from polytrope.models.configurations import MODEL_KINDS, activation_configs
+from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, activation_configs
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.activation_parameters import (
-    CLASSICAL,
     Activation,
     AnyStart,
     Interval,
