@@ -31,6 +31,7 @@ from training_support import (
 
 from polytrope.models import ARCHITECTURES, build_model, find_architecture
 from polytrope.models.checkpoint import load_model
+from polytrope.models.configurations import CLASSICAL as CLASSICAL_NAMES
 from polytrope.models.configurations import MODEL_KINDS
 from polytrope.ops.fitting.targets import NAMED
 from polytrope.ops.modules import CLASSICAL, LEARNABLE, LearnableActivation, build_activation
@@ -42,7 +43,6 @@ from polytrope.pipeline.stages.evaluate.evaluate import evaluate
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
 from polytrope.pipeline.stages.shard.parameters import ShardImagesParameters
 from polytrope.pipeline.stages.shard.shard_images import shard_images
-from polytrope.pipeline.stages.train.activation_parameters import CLASSICAL as CLASSICAL_NAMES
 from polytrope.pipeline.stages.train.activation_parameters import IMITATED, LEARNABLE_SETTINGS
 from polytrope.pipeline.stages.train.activations import apply_activation_options
 from polytrope.pipeline.stages.train.best_weights import load_best
