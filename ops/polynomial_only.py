@@ -86,7 +86,7 @@ def fit_composition(
     points, weights = quadrature.nodes(low, high, kinks, "uniform") if inputs is None else inputs
     unseen = np.zeros(0) if held_out is None else np.asarray(held_out, dtype=np.float64)
     unseen = unseen[(unseen >= low) & (unseen <= high)]
-    built, given = build(chain), Inputs.of(exact, dtype, (points, weights), unseen)
+    built = build(chain)
     certificate = certify(
         _only_inside(exact, ends, dtype),
         _only_inside(chain.evaluate, ends, dtype),
@@ -94,7 +94,7 @@ def fit_composition(
         ends,
         kinks,
         (points, weights),
-        given.root_mean_square(given.errors(built)),
+        Inputs.of(exact, dtype, (points, weights), unseen).root_mean_square(built),
         ends,
         0.0,
         chain.condition,
