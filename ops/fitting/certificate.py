@@ -88,15 +88,14 @@ class Built:
         points = representable(x, self.dtype)
         return np.asarray(self.evaluate(points) - fitted(points)[0])
 
-    def tolerates(self, lost: float, largest: float, tolerance: float | None) -> bool:
+    def tolerates(self, lost: float, largest: float, tolerance: float) -> bool:
         """Whether a formula may lose that much to rounding.
 
         Args:
             largest: of |f|, what the tolerance is relative to; beside it stands what rounds any result in this format.
-            tolerance: None: any.
         """
         limits = torch.finfo(self.dtype)
-        return tolerance is None or lost <= (tolerance + 2 * limits.eps) * largest + float(limits.tiny)
+        return lost <= (tolerance + 2 * limits.eps) * largest + float(limits.tiny)
 
     def every_number(self, low: float, high: float) -> Array | None:
         """All numbers of the format from low to high, if it has 16 bits."""
