@@ -27,8 +27,6 @@ MORE: list[dict[str, Any]] = [
     {"name": "polyrelu", "degree": 3, "interval": [-1.0, 1.5]},
     {"name": "hermite", "degree": 5, "glu": True},
 ]
-
-
 COMPOSED: dict[str, Any] = {"name": "composition", "degree": [3, 20]}
 LOWERED = [config for config in [*CONFIGS, *MORE] if config["name"] not in OPERATORS]
 
@@ -118,11 +116,7 @@ def test_extremes_are_those_of_the_kernels(config: dict[str, Any]) -> None:
 
 
 COMPILED = [
-    {
-        "name": "hermite",
-        "degree": 4,
-        "interval": [-1.0, 1.5],
-    },  # eager arithmetic is held for degree 8; compiling is slow
+    {"name": "hermite", "degree": 4, "interval": [-1.0, 1.5]},  # degree 8 is held above; compiling it is slow
     CONFIGS[5],
     CONFIGS[6],
     CONFIGS[13],
