@@ -101,7 +101,7 @@ def test_the_largest_slope_is_that_of_a_fine_search(config: Any, method: str) ->
 
 
 def test_the_slope_of_a_polynomial_of_a_high_degree_is_searched() -> None:
-    """Its 3,373 roots would take minutes."""
+    """The time of its 3,373 roots would grow with their cube: 463 take 0.4 s."""
     activation = build_activation({"name": "composition", "degree": [15, 15, 15], "domain": [-5.0, 5.0]}).double()
     with torch.no_grad():
         for number in (1, 2):  # T_3, so that it turns often
