@@ -63,8 +63,8 @@ FIXED = (
     ("(type == type_bfloat16)", "(true)"),
     ("scaled(is_scaled(p))", "scaled(false)"),
     ("bounded(float(p.low) > -INFINITY || float(p.high) < INFINITY)", "bounded(true)"),
-    ("form != plain && !never_has_tails<Family> && p.tails;", "form == with_tails;"),  # as it was before 27 November
 )
+OLDER = (("form != plain && !never_has_tails<Family> && p.tails;", "form == with_tails;"),)  # before 27 November
 HALF_RATE = r"(FMNMX|FSETP|FSEL|FSET|ISETP|IADD|SEL|LOP3|PLOP3|SHF|PRMT|VIMNMX|I2F|F2F|F2I|LEA|MOV|R2UR|CS2R|FCHK|VOTE)"
 
 
@@ -100,11 +100,14 @@ def main() -> int:
 def compile_all(sources: Path, scratch: Path, *, fixed: bool) -> tuple[str, list[Path]]:
     """ptxas's report on all sources, and their machine code."""
     scratch.mkdir()
-    for path in sources.iterdir():
-        text = path.read_text(encoding="utf-8")
-        for old, new in FEW + FIXED if fixed else FEW:
+    texts = {path.name: path.read_text(encoding="utf-8") for path in sources.iterdir()}
+    replacements = FEW + FIXED if fixed else FEW
+    if lost := [old for old, _ in replacements if not any(old in text for text in texts.values())]:
+        print(f"{sources}: not found there, and so not replaced: {lost}", file=sys.stderr)
+    for name, text in texts.items():
+        for old, new in replacements + OLDER if fixed else replacements:
             text = text.replace(old, new)
-        (scratch / path.name).write_text(text, encoding="utf-8")
+        (scratch / name).write_text(text, encoding="utf-8")
     flags = [flag for flag in build.CUDA_FLAGS if "cudart" not in flag and "fPIC" not in flag]
     report, cubins = "", []
     for source in SOURCES:

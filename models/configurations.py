@@ -11,6 +11,7 @@ from polytrope.models.parts.settings import PARTS, Attention, FeedForward, Norm,
 from polytrope.models.per_layer import Entry, layer_configs
 
 ActivationConfig = Entry
+CLASSICAL = ("gelu", "gelu_tanh", "relu", "silu", "tanh")  # activations without coefficients, none a polynomial
 
 
 def activation_configs(activation: ActivationConfig | list[ActivationConfig], layers: int) -> list[ActivationConfig]:

@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn import functional
 
 from polytrope.ops.fitting import quadrature
-from polytrope.ops.fitting.certificate import Built, Certificate, Inputs
+from polytrope.ops.fitting.certificate import Built, Certificate, Inputs, root_mean_square
 from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.targets import Target, sample
-from polytrope.ops.interpolate import FAMILIES_BY_COST, Fit, RoundingError, fit, parameter_count
+from polytrope.ops.interpolate import Fit, RoundingError, families_to_try, fit, parameter_count
 
 CHANNELS = 1  # the dimension of x whose channels they are, as of `nn.PReLU`
 _MEANS = (
@@ -65,6 +65,7 @@ def fit_channels(
     *,
     weight: quadrature.Measure,
     held_out: Array,
+    derivative_weight: float,
     dtype: torch.dtype,
     **options: Any,
 ) -> Fit:
@@ -82,7 +83,13 @@ def fit_channels(
         ValueError: as of `interpolate.fit`, for any channel.
     """
     distinct, channels = np.unique(slopes, return_inverse=True)
-    settings = {**options, "weight": weight, "held_out": held_out, "dtype": dtype}
+    settings = {
+        **options,
+        "weight": weight,
+        "held_out": held_out,
+        "derivative_weight": derivative_weight,
+        "dtype": dtype,
+    }
     first = steepest(distinct)
     bent = fit(function_of(distinct[first]), family, degree, **settings)
     if "interval" in bent.config:
@@ -98,7 +105,7 @@ def fit_channels(
         value, slope = zip(*(each.curve(x) for each in fits), strict=True)
         return np.stack(value, axis=-1)[..., channels], np.stack(slope, axis=-1)[..., channels]
 
-    certificate = _joined(distinct, fits, np.bincount(channels) / len(slopes), weight, held_out, options)
+    certificate = _joined(distinct, fits, np.bincount(channels) / len(slopes), weight, held_out, derivative_weight)
     return Fit(config, parameters, certificate, curve, dtype)
 
 
@@ -111,11 +118,12 @@ def fit_channels_to_error(slopes: Array, family: str, error: float, *, degrees: 
         options: of `fit_channels`.
 
     Raises:
-        ValueError: no degree reaches it; names the best one.
+        ValueError: no degree reaches it; names the best one. An argument that `interpolate.fit_to_error` refuses.
     """
-    # Of these, one has every slope exactly and needs few parameters: what it needs bounds the search in the others.
-    families = sorted(FAMILIES_BY_COST, key=lambda name: name != "tropical_rational") if family == "auto" else [family]
     bent = function_of(slopes[steepest(slopes)])
+    families = families_to_try(bent, family, degrees, **options)
+    # One has every slope exactly and needs few parameters: what it needs bounds the search in the others.
+    families.sort(key=lambda name: name != "tropical_rational")
     chosen: Fit | None = None
     fewest = math.inf
     best = (math.inf, "none can be fitted")
@@ -164,7 +172,7 @@ def _joined(
     shares: Array,
     weight: quadrature.Measure,
     held_out: Array,
-    options: dict[str, Any],
+    derivative_weight: float,
 ) -> Certificate:
     """Of all channels: the largest of every maximum, and means of the largest error that any channel has at an input.
 
@@ -174,24 +182,21 @@ def _joined(
         slopes, fits: every one once.
         shares: of the channels that have them.
     """
-    nodes = quadrature.measured(weight)
-    worst: Array = np.zeros(0)
-    worst_slope: Array = np.zeros(0)
+    points, weights = quadrature.measured(weight)
+    worst: Array = np.zeros(len(points) + len(held_out))
+    worst_slope: Array = np.zeros(len(points))
     for slope, found in zip(slopes, fits, strict=True):
         exact = partial(sample, function_of(slope))
-        given = Inputs.of(exact, found.dtype, nodes, held_out)
-        off = np.abs(given.errors(Built.of(found.build(), found.dtype)))
-        off_slope = np.abs(found.curve(nodes[0])[1] - exact(nodes[0])[1])
-        worst = np.maximum(worst, off) if len(worst) else off
-        worst_slope = np.maximum(worst_slope, off_slope) if len(worst_slope) else off_slope
+        off = Inputs.of(exact, found.dtype, (points, weights), held_out).errors(Built.of(found.build(), found.dtype))
+        worst = np.maximum(worst, np.abs(off))
+        worst_slope = np.maximum(worst_slope, np.abs(found.curve(points)[1] - exact(points)[1]))
     certificates = [found.certificate.to_dict() for found in fits]
     joined = {name: max(each[name] for each in certificates) for name in certificates[0]}
     joined |= {name: float(shares @ [each[name] for each in certificates]) for name in _MEANS}
-    joined["rms"] = given.root_mean_square(worst)
-    joined["rms_derivative"] = float(np.sqrt(nodes[1] @ worst_slope**2))
-    seen = worst[: len(nodes[0])]
+    joined["rms"] = root_mean_square(worst, weights)
+    joined["rms_derivative"] = float(np.sqrt(weights @ worst_slope**2))
     joined["h1_mean_square"] = (
-        float(nodes[1] @ seen**2) + options.get("derivative_weight", 1.0) * joined["rms_derivative"] ** 2
+        float(weights @ worst[: len(points)] ** 2) + derivative_weight * joined["rms_derivative"] ** 2
     )
     joined["target_mean_square"] = smallest_mean_square(slopes, weight)
     return Certificate(**joined)

@@ -179,16 +179,7 @@ def fit_to_error(
         ValueError: no degree reaches it; names the best one, and why others were refused. No degrees, or one that is
             not in 1…16.
     """
-    if len(degrees) == 0:
-        raise ValueError("degrees: expected at least one, got none")
-    for degree in degrees:
-        check_degree(degree, name="degrees")
-    of_fit = inspect.signature(fit).parameters.values()
-    defaults = {option.name: option.default for option in of_fit if option.kind is option.KEYWORD_ONLY}
-    task = _task(target, **defaults | options)
-    families = [name for name in FAMILIES_BY_COST if _can(task, name)] if family == "auto" else [family]
-    for name in families:
-        _check_family(task, name)
+    task, families = _search(target, family, degrees, options)
     refusals: dict[str, dict[int, ValueError]] = {name: {} for name in families}
     ladders = {name: _ascending(task, name, max(degrees), refusals[name]) for name in families}
     best: _Candidate | None = None
@@ -210,6 +201,32 @@ def fit_to_error(
         f"target error: {family} reaches no error of {error:.3g} up to degree {max(degrees)}: {reached}"
         + "".join(_reasons(name, refusals[name]) for name in families)
     )
+
+
+def families_to_try(target: str | Target | nn.Module, family: str, degrees: Sequence[int], **options: Any) -> list[str]:
+    """The families that `fit_to_error` of these arguments chooses from, the fastest first.
+
+    Raises:
+        ValueError: an argument that it refuses.
+    """
+    return _search(target, family, degrees, options)[1]
+
+
+def _search(
+    target: str | Target | nn.Module, family: str, degrees: Sequence[int], options: dict[str, Any]
+) -> tuple[_Task, list[str]]:
+    """What is asked for, and the families that can do it."""
+    if len(degrees) == 0:
+        raise ValueError("degrees: expected at least one, got none")
+    for degree in degrees:
+        check_degree(degree, name="degrees")
+    of_fit = inspect.signature(fit).parameters.values()
+    defaults = {option.name: option.default for option in of_fit if option.kind is option.KEYWORD_ONLY}
+    task = _task(target, **defaults | options)
+    families = [name for name in FAMILIES_BY_COST if _can(task, name)] if family == "auto" else [family]
+    for name in families:
+        _check_family(task, name)
+    return task, families
 
 
 def _reasons(family: str, refusals: dict[int, ValueError]) -> str:
@@ -478,9 +495,7 @@ def _candidate(task: _Task, problem: Problem, solution: Solution) -> _Candidate:
     # On the whole line the maxima are those within four standard deviations: a polynomial leaves any bound further out.
     shown = ends or (-4.0, 4.0)
     kinks = [kink for kink in (*task.kinks, *module.kinks()) if shown[0] < kink < shown[1]]
-    found = _Candidate(
-        config, solution, curve, built, kinks, shown, task.inputs.root_mean_square(task.inputs.errors(built))
-    )
+    found = _Candidate(config, solution, curve, built, kinks, shown, task.inputs.root_mean_square(built))
     if task.rounding_tolerance is not None:
         # On the interval, not at the inputs: where they are all 0, so is a GELU of them.
         x = np.linspace(*shown, _ROUNDED_POINTS)

@@ -300,6 +300,16 @@ for _name, _on_cpu, _on_gpu, _by_formula in (
     _LIBRARY.impl(_name, _falling_back(_name, _on_gpu, _by_formula), "CUDA")
 
 
+def _stays_exported() -> bool:
+    """Whether the program that is traced for export is to be one (`torch.export`, `run_decompositions`), not code.
+
+    AOTInductor traces in the same mode, with the same decompositions. What tells them apart is that `torch.export`, for
+    operators of Triton's, switches off what would write these out, which nobody could load elsewhere either
+    (torch/export/_trace.py). Held by `test_an_exported_program_keeps_the_operator_and_aotinductor_needs_none`.
+    """
+    return not functorch_config.decompose_custom_triton_ops
+
+
 def _lower(name: str, arithmetic: Callable[..., Any], tensors: int) -> None:
     """Let AOTAutograd, once autograd has seen the operator, put arithmetic in its place.
 
@@ -310,10 +320,7 @@ def _lower(name: str, arithmetic: Callable[..., Any], tensors: int) -> None:
     def rule(mode: Any, operator: Any, types: Any, arguments: Sequence[Any] = (), options: Any = None) -> Any:
         formula = _formula(arguments[tensors:])
         version = arguments[tensors + len(Formula._fields) :]
-        if mode.export:
-            is_wanted = functorch_config.decompose_custom_triton_ops  # false where the program is to stay exported
-        else:
-            is_wanted = tuple(version) == (lowering.version(),)
+        is_wanted = not _stays_exported() if mode.export else tuple(version) == (lowering.version(),)
         if not (is_wanted and lowering.is_lowered(formula.family)):
             return mode.__torch_dispatch__(operator, types, arguments, options)
         with mode:

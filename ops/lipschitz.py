@@ -10,6 +10,7 @@ from torch import nn
 from polytrope.ops.moments import curve_of
 
 _GRID = 20_001
+_MOST_ROOTS = 512  # of a degree; of n roots the time grows with n³: compositions have degrees of many thousands
 Method = Literal["roots", "search"]
 
 
@@ -19,8 +20,9 @@ class LargestSlope(NamedTuple):
     Args:
         value: it.
         at: the input where it is reached.
-        method: `roots`: of the second derivative of a polynomial, exact but for rounding; `search`: over 20,001 inputs
-            and both sides of every kink, which may miss a little.
+        method: `roots`: of the second derivative of a polynomial of degree 512 or less, exact but for rounding;
+            `search`: over 20,001 inputs (8 n of a polynomial of degree n, if that is more) and both sides of every
+            kink, which may miss a little.
     """
 
     value: float
@@ -41,9 +43,9 @@ def largest_slope(activation: nn.Module, low: float, high: float) -> LargestSlop
         raise ValueError(f"expected low < high, got {low} and {high}")
     curve, kinks = curve_of(activation, low, high)
     degree = getattr(activation, "polynomial_degree", lambda: None)()
-    if degree is None:
+    if degree is None or degree > _MOST_ROOTS:
         sides = [kink + side * 1e-9 * max(1.0, abs(kink)) for kink in kinks for side in (-1, 1) if low < kink < high]
-        x = np.concatenate([np.linspace(low, high, _GRID), np.clip(sides, low, high)])
+        x = np.concatenate([np.linspace(low, high, max(_GRID, 8 * (degree or 0))), np.clip(sides, low, high)])
         slopes = np.abs(curve(x)[1])
         return LargestSlope(float(slopes.max()), float(x[slopes.argmax()]), "search")
     first, last = getattr(activation, "interval", None) or (low, high)

@@ -169,14 +169,17 @@ def _finish(sums: Numbers, columns: Numbers, formula: Formula) -> Numbers:
 def _sum(terms: Tensor, grouped: int | None) -> Tensor:
     """Over all dimensions but the one of the groups, in float64; its first summands in the dtype of the terms.
 
-    The order is that of the dimensions, from the last: it depends on the shape only.
+    The order is that of the dimensions, from the last: it depends on the shape only, and on which sizes the compiler
+    takes as fixed: of the others nobody knows how many summands they are, so that they are left to float64.
     """
     others = [dim for dim in range(terms.dim()) if grouped is None or dim != terms.dim() + grouped]
     first: list[int] = []
     count = 1
     for dim in reversed(others[1:]):  # one stays for the second pass
         size = terms.shape[dim]
-        count *= size if isinstance(size, int) else _ENOUGH  # not known yet: the size of a batch or a sequence
+        if not isinstance(size, int):
+            continue
+        count *= size
         if count > _MOST:
             break
         first.append(dim)

@@ -56,6 +56,16 @@ def moments(activation: nn.Module) -> Moments:
     return moments_of_curve(*curve_of(activation))
 
 
+def check_everywhere(activation: nn.Module) -> None:
+    """Refuse normal numbers as inputs of what holds on a domain alone.
+
+    Raises:
+        ValueError: a composition of polynomials.
+    """
+    if getattr(activation, "domain", None) is not None:
+        raise ValueError("a polynomial for its domain alone, beyond which nothing holds, has no normal distribution")
+
+
 def curve_of(activation: nn.Module, low: float = -REACH, high: float = REACH) -> tuple[Curve, list[float]]:
     """An elementwise activation in float64 as x → value, slope, and where its slope jumps.
 

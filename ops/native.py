@@ -193,9 +193,8 @@ def make_problem(
     if strides is not None:
         order.sort(key=lambda dim: strides[dim], reverse=True)
     outer, inner = 1, shape.numel()
-    if (
-        formula.family == Family.POLYNORM
-    ):  # rows lie side by side, or are single numbers, wherever their strides put them
+    if formula.family == Family.POLYNORM:
+        # Rows lie side by side, or are single numbers, wherever their strides put them.
         outer, inner = math.prod(shape[:-1]), shape[-1]
     elif groups > 1 or formula.gated:
         at = order.index(len(shape) + (formula.dim if groups > 1 else -1))

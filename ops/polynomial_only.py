@@ -24,6 +24,8 @@ from polytrope.ops.modules import Composition
 
 __all__ = ["MAX_DEPTH", "fit_composition", "fit_composition_to_error"]
 
+_ROUNDING_TOLERANCE = 1e-3  # of the largest |f|
+
 
 def fit_composition(
     target: str | Target | nn.Module,
@@ -34,7 +36,6 @@ def fit_composition(
     held_out: Array | None = None,
     dtype: torch.dtype = torch.float32,
     at_most: float | None = None,
-    rounding_tolerance: float | None = 1e-3,
 ) -> Fit:
     """A composition of polynomials of at most this multiplicative depth that is close to `target` on the domain.
 
@@ -47,9 +48,8 @@ def fit_composition(
         held_out: raw inputs that are not among them; the certificate's root mean square counts those in the domain too.
         dtype: the floating-point format that the module is for.
         at_most: of the chains of this depth with this root mean square error or less, the one of the fewest products;
-            None: among the best. What rounding in the format loses is part of the error.
-        rounding_tolerance: as of `interpolate.fit`, relative to the largest |f| on the domain. A depth at which every
-            chain loses more is given up for a lower one.
+            None: among the best. What rounding in the format loses is part of the error; a depth at which every chain
+            loses more than 1e-3 of the largest |f| on the domain is given up for a lower one.
 
     Raises:
         ValueError: an argument that is not as described; a target that is not finite on the domain.
@@ -71,7 +71,7 @@ def fit_composition(
         built = build(chain)
         off = built.rounding(chain.evaluate, x)
         lost, largest = (float(np.abs(part).max()) for part in (off, exact(x)[0]))
-        return off if built.tolerates(lost, largest, rounding_tolerance) else None
+        return off if built.tolerates(lost, largest, _ROUNDING_TOLERANCE) else None
 
     for tried in range(depth, 0, -1):
         chain = fit_chain(function, ends, tried, inputs, at_most, dtype, loss)
@@ -79,14 +79,14 @@ def fit_composition(
             break
     else:
         raise RoundingError(
-            f"domain: on ({low:.4g}, {high:.4g}) every polynomial loses more than {rounding_tolerance:.2g} of the "
+            f"domain: on ({low:.4g}, {high:.4g}) every polynomial loses more than {_ROUNDING_TOLERANCE:.2g} of the "
             f"function to rounding in {str(dtype).removeprefix('torch.')}; take another domain or a wider format"
         )
     kinks = find_kinks(function, low, high)
     points, weights = quadrature.nodes(low, high, kinks, "uniform") if inputs is None else inputs
     unseen = np.zeros(0) if held_out is None else np.asarray(held_out, dtype=np.float64)
     unseen = unseen[(unseen >= low) & (unseen <= high)]
-    built, given = build(chain), Inputs.of(exact, dtype, (points, weights), unseen)
+    built = build(chain)
     certificate = certify(
         _only_inside(exact, ends, dtype),
         _only_inside(chain.evaluate, ends, dtype),
@@ -94,7 +94,7 @@ def fit_composition(
         ends,
         kinks,
         (points, weights),
-        given.root_mean_square(given.errors(built)),
+        Inputs.of(exact, dtype, (points, weights), unseen).root_mean_square(built),
         ends,
         0.0,
         chain.condition,

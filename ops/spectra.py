@@ -17,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from polytrope.ops.fitting.curves import Array
-from polytrope.ops.moments import REACH, curve_of, gaussian_nodes
+from polytrope.ops.moments import REACH, check_everywhere, curve_of, gaussian_nodes
 
 ORDER = 64  # of the highest coefficient of what is no polynomial
 _ANGLES = 4096  # on the circle, for kernels of several layers
@@ -33,8 +33,7 @@ def hermite_coefficients(
     Raises:
         ValueError: an activation that is gated, has groups of channels or is not elementwise; one for its domain alone.
     """
-    if getattr(activation, "domain", None) is not None:
-        raise ValueError("a polynomial for its domain alone, beyond which nothing holds, has no normal distribution")
+    check_everywhere(activation)
     curve, kinks = curve_of(activation, mean - REACH * deviation, mean + REACH * deviation)
     degree = getattr(activation, "polynomial_degree", lambda: None)()
     if degree is not None and getattr(activation, "interval", None) is None:

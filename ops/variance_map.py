@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 
 from polytrope.ops.fitting.curves import Array
-from polytrope.ops.moments import REACH, curve_of, gaussian_nodes
+from polytrope.ops.moments import REACH, check_everywhere, curve_of, gaussian_nodes
 
 SMALLEST, LARGEST = 1e-2, 1e2  # variances that are looked at
 POINTS = 60  # even, so that q = 1 is none of them: a fixed point there lies between two
@@ -54,8 +54,7 @@ def variance_map(activation: nn.Module) -> VarianceMap:
     Raises:
         ValueError: an activation that is gated, has groups of channels or is not elementwise; one for its domain alone.
     """
-    if getattr(activation, "domain", None) is not None:
-        raise ValueError("a polynomial for its domain alone, beyond which nothing holds, has no normal distribution")
+    check_everywhere(activation)
     reach = REACH * math.sqrt(LARGEST)
     curve, kinks = curve_of(activation, -reach, reach)
 

@@ -96,6 +96,14 @@ def _logarithmic(axis: Any) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
 
 
+def _describe(axis: Any, across: str, up: str = "") -> None:
+    """Names of the axes, a grid and the legend of what was drawn."""
+    axis.set_xlabel(across)
+    axis.set_ylabel(up)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=6)
+
+
 def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     count = len(figure.axes)
@@ -128,9 +136,7 @@ def _family(name: str) -> str:
     else:
         _fits(name, degrees, axes[1], axes[2])
     for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=6)
-        axis.set_xlabel("x")
+        _describe(axis, "x")
     return _svg(figure)
 
 
@@ -190,9 +196,7 @@ def _tails() -> str:
     axis.plot(x, module(torch.from_numpy(x)).detach().numpy(), label="with tangents outside [-4, 4]")
     axis.axvspan(*INTERVAL, color="black", alpha=0.04)
     axis.set_ylim(-10, 10)
-    axis.grid(alpha=0.25)
-    axis.set_xlabel("x")
-    axis.legend(fontsize=6)
+    _describe(axis, "x")
     return _svg(figure)
 
 
@@ -213,10 +217,7 @@ def _errors() -> str:
         counts = [len(item.coefficients) for item in fits]
         axis.plot(counts, [item.certificate.maximum for item in fits], "o-", markersize=3, label=name)
     _logarithmic(axis)
-    axis.set_xlabel("learnable numbers")
-    axis.set_ylabel("largest |F - GELU| on [-4, 4]")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=6)
+    _describe(axis, "learnable numbers", "largest |F - GELU| on [-4, 4]")
     return _svg(figure)
 
 
@@ -229,10 +230,7 @@ def _spectra() -> str:
         spectrum = circle_spectrum(coefficients, 12) / trace
         axis.plot(np.where(spectrum > 1e-14, spectrum, np.nan), marker="o", markersize=3, label=name)
     axis.set_yscale("log")
-    axis.set_xlabel("frequency on the circle")
-    axis.set_ylabel("eigenvalue")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=6)
+    _describe(axis, "frequency on the circle", "eigenvalue")
     return _svg(figure)
 
 
@@ -248,14 +246,11 @@ def _variances() -> str:
     for title, start in starts.items():
         found = variance_map(build_activation(start))
         axis.plot(found.variances, found.images, label=title)
-    axis.plot(found.variances, found.variances, color="black", linewidth=0.8, linestyle="--")
+    axis.plot([SMALLEST, LARGEST], [SMALLEST, LARGEST], color="black", linewidth=0.8, linestyle="--")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_ylim(SMALLEST, LARGEST)
-    axis.set_xlabel("variance of the inputs")
-    axis.set_ylabel("of the outputs")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=6)
+    _describe(axis, "variance of the inputs", "of the outputs")
     return _svg(figure)
 
 
@@ -278,10 +273,7 @@ def _attention() -> str:
         axis.plot(lengths, values, label=f"power {power}, bare (α = 1, β = 0)")
     axis.set_xscale("log", base=2)
     axis.set_ylim(0, 1)
-    axis.set_xlabel("visible tokens T")
-    axis.set_ylabel("entropy / ln T")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=6)
+    _describe(axis, "visible tokens T", "entropy / ln T")
     return _svg(figure)
 
 
@@ -302,8 +294,5 @@ def _quadratic() -> str:
             sizes = np.abs(np.cos(np.outer(np.arange(points), angles)) @ values).max(1)
             axis.plot(sizes / sizes.max() + 1e-17, "o-", markersize=3, label=f"layers: {depth}")
     _logarithmic(axis)
-    axis.set_xlabel("degree along a line")
-    axis.set_ylabel("largest coefficient")
-    axis.grid(alpha=0.25)
-    axis.legend(fontsize=6)
+    _describe(axis, "degree along a line", "largest coefficient")
     return _svg(figure)

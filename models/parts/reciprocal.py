@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from polytrope.ops import Composition
 class PolynomialReciprocal(nn.Module):
     """r(d) of a polynomial of degree n, then r ← r (2 - d r) as often as `newton` says.
 
-    Outside of its domain, which `evaluate` counts the inputs of, nothing is promised.
+    Outside of its domain, which `evaluate` counts the inputs of, nothing is promised. The certificate is of the
+    coefficients in float32: they never learn, and stay at least as wide whatever the model is cast to.
     """
 
     def __init__(self, settings: ReciprocalSettings) -> None:
@@ -32,6 +34,21 @@ class PolynomialReciprocal(nn.Module):
         for _ in range(self.settings.newton):
             r = r * (2.0 - d * r)
         return r
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PolynomialReciprocal:
+        """What torch casts and moves modules by: half precision would round what the certificate is of."""
+        kept = {name: parameter.data for name, parameter in self.named_parameters()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, parameter in self.named_parameters():
+            if parameter.dtype.itemsize < kept[name].dtype.itemsize:
+                parameter.data = kept[name].to(parameter.device)
+        return self
+
+
+def certified_modules(model: nn.Module) -> set[nn.Module]:
+    """Those whose parameters a certificate is of, and which therefore never learn."""
+    reciprocals = (module for module in model.modules() if isinstance(module, PolynomialReciprocal))
+    return {inner for module in reciprocals for inner in module.modules()}
 
 
 def residual_coefficients(degree: int, low: float, high: float) -> np.ndarray:

@@ -88,15 +88,14 @@ class Built:
         points = representable(x, self.dtype)
         return np.asarray(self.evaluate(points) - fitted(points)[0])
 
-    def tolerates(self, lost: float, largest: float, tolerance: float | None) -> bool:
+    def tolerates(self, lost: float, largest: float, tolerance: float) -> bool:
         """Whether a formula may lose that much to rounding.
 
         Args:
             largest: of |f|, what the tolerance is relative to; beside it stands what rounds any result in this format.
-            tolerance: None: any.
         """
         limits = torch.finfo(self.dtype)
-        return tolerance is None or lost <= (tolerance + 2 * limits.eps) * largest + float(limits.tiny)
+        return lost <= (tolerance + 2 * limits.eps) * largest + float(limits.tiny)
 
     def every_number(self, low: float, high: float) -> Array | None:
         """All numbers of the format from low to high, if it has 16 bits."""
@@ -129,13 +128,23 @@ class Inputs:
         """F - f at all points, as run."""
         return np.asarray(built.evaluate(self.points) - self.value)
 
-    def root_mean_square(self, error: Array) -> float:
-        """Of errors at all points: over the points of the fit, or over the unseen ones if that is more."""
-        count = len(self.weights)
-        counted = self.weights > 1e-30 * self.weights.max()  # far out it is nothing, and a polynomial may be anything
-        seen = float(np.sqrt(self.weights[counted] @ error[:count][counted] ** 2))
-        unseen = float(np.sqrt(np.mean(error[count:] ** 2))) if count < len(error) else 0.0
-        return max(seen, unseen)
+    def root_mean_square(self, built: Built) -> float:
+        """Of these errors."""
+        return root_mean_square(self.errors(built), self.weights)
+
+
+def root_mean_square(error: Array, weights: Array) -> float:
+    """Of errors at all points of `Inputs`: over those of the fit, or over the unseen ones if that is more.
+
+    Args:
+        error: `[points + unseen]`.
+        weights: `[points]`, of sum 1.
+    """
+    count = len(weights)
+    counted = weights > 1e-30 * weights.max()  # far out it is nothing, and a polynomial may be anything
+    seen = float(np.sqrt(weights[counted] @ error[:count][counted] ** 2))
+    unseen = float(np.sqrt(np.mean(error[count:] ** 2))) if count < len(error) else 0.0
+    return max(seen, unseen)
 
 
 def certify(
@@ -156,7 +165,7 @@ def certify(
         target, fitted: f and F with their slopes, in float64.
         kinks: where f' or F' jumps; grid points are put on both sides of each, and between them.
         nodes: points and weights (of sum 1) of the fit.
-        rms: of `Inputs.root_mean_square`.
+        rms: of `root_mean_square`.
         reach: smallest and largest measured input, or the interval again.
     """
     low, high = interval

@@ -132,7 +132,7 @@ def _refined(model: Model, flat: Array, data: Data, *, free_ends: bool, ridge: f
     """What each start leads to; never worse than the start."""
     smallest = 0.05 * (flat[:, -1] - flat[:, -2])
     damping, active = np.full(len(flat), 1e-3), np.arange(len(flat))
-    state = _Trial(model, flat, data, ridge).linearised(active, free_ends)
+    state = _Trial.of(model, flat, data, ridge).linearised(active, free_ends)
     result = state.take(active)
     for _ in range(steps):
         scale = np.sqrt(np.maximum(np.einsum("bkk->bk", state.gram), 0.0))
@@ -144,7 +144,7 @@ def _refined(model: Model, flat: Array, data: Data, *, free_ends: bool, ridge: f
         candidates[:, : step.shape[1]] -= step
         if free_ends:
             candidates[:, -2:] = np.clip(candidates[:, -2:], data.x[0], data.x[-1])
-        trial = _Trial(model, candidates, data, ridge)
+        trial = _Trial.of(model, candidates, data, ridge)
         better = (trial.costs < state.costs) & (candidates[:, -1] - candidates[:, -2] >= smallest)
         before = state.costs.copy()
         if better.any():  # most steps are too long: what the next one needs is computed for the others alone
@@ -163,38 +163,74 @@ def _refined(model: Model, flat: Array, data: Data, *, free_ends: bool, ridge: f
     return result
 
 
+@dataclass(frozen=True)
 class _Trial:
     """Starts with the best coefficients for them.
 
     Args:
+        flat: nonlinear parameters and ends.
+        beyond: how far each point lies beyond the ends, `[starts, points, 1]`.
+        at, slope_at: the columns in the form of `Data.rows`: two `[starts, points, columns]`.
+        turn: of the model there.
+        scale, inverse: lengths of the columns, and the inverse of their gram matrix once they are divided by these.
+        missed, missed_slope: F less the target, in the same form.
         costs: sums of squares; inf where they cannot be told.
     """
 
-    def __init__(self, model: Model, flat: Array, data: Data, ridge: float) -> None:
-        self.model, self.flat, self.data = model, flat, data
+    model: Model
+    data: Data
+    flat: Array
+    beyond: Array
+    at: Array
+    slope_at: Array
+    turn: Turn
+    scale: Array
+    inverse: Array
+    coefficients: Array
+    missed: Array
+    missed_slope: Array
+    costs: Array
+
+    @classmethod
+    def of(cls, model: Model, flat: Array, data: Data, ridge: float) -> _Trial:
         root, slope_root = data.roots
         value, slope = data.right[: len(data.x)], data.right[len(data.x) :]
         inside = np.clip(data.x, flat[:, -2:-1], flat[:, -1:])
-        self.beyond = (data.x - inside)[:, :, None]
+        beyond = (data.x - inside)[:, :, None]
         with np.errstate(all="ignore"):  # a step too long is not taken
-            columns, column_slopes, self.turn = model(flat[:, :-2], inside)
-            self.at = at = (columns + self.beyond * column_slopes) * root
-            self.slope_at = slope_at = column_slopes * slope_root
+            columns, column_slopes, turn = model(flat[:, :-2], inside)
+            at = (columns + beyond * column_slopes) * root
+            slope_at = column_slopes * slope_root
             gram = at.swapaxes(1, 2) @ at + slope_at.swapaxes(1, 2) @ slope_at
             gram += ridge * np.eye(gram.shape[1])
-            self.scale = scale = np.sqrt(np.einsum("bkk->bk", gram))
+            scale = np.sqrt(np.einsum("bkk->bk", gram))
             usable = np.isfinite(gram).all(axis=(1, 2))
             scale[(scale == 0.0) | ~usable[:, None]] = 1.0
             gram[~usable] = 0.0
             scaled = gram / scale[:, :, None] / scale[:, None, :]
-            self.inverse = np.linalg.inv(scaled + _RIDGE * np.eye(gram.shape[1]))
+            inverse = np.linalg.inv(scaled + _RIDGE * np.eye(gram.shape[1]))
             right = np.where(usable[:, None], value @ at + slope @ slope_at, 0.0)
-            self.coefficients = (self.inverse @ (right / scale)[:, :, None])[:, :, 0] / scale
-            self.missed = (at @ self.coefficients[:, :, None])[:, :, 0] - value
-            self.missed_slope = (slope_at @ self.coefficients[:, :, None])[:, :, 0] - slope
-            size = ridge * (self.coefficients**2).sum(axis=1)
-            costs = (self.missed**2).sum(axis=1) + (self.missed_slope**2).sum(axis=1) + size
-        self.costs = np.where(usable & np.isfinite(costs), costs, np.inf)
+            coefficients = (inverse @ (right / scale)[:, :, None])[:, :, 0] / scale
+            missed = (at @ coefficients[:, :, None])[:, :, 0] - value
+            missed_slope = (slope_at @ coefficients[:, :, None])[:, :, 0] - slope
+            size = ridge * (coefficients**2).sum(axis=1)
+            costs = (missed**2).sum(axis=1) + (missed_slope**2).sum(axis=1) + size
+        costs = np.where(usable & np.isfinite(costs), costs, np.inf)
+        return cls(
+            model=model,
+            data=data,
+            flat=flat,
+            beyond=beyond,
+            at=at,
+            slope_at=slope_at,
+            turn=turn,
+            scale=scale,
+            inverse=inverse,
+            coefficients=coefficients,
+            missed=missed,
+            missed_slope=missed_slope,
+            costs=costs,
+        )
 
     def linearised(self, chosen: Array, free_ends: bool) -> _State:
         """The state of some of the starts; its costs are inf where it cannot be told."""

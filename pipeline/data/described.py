@@ -1,4 +1,4 @@
-"""What is known of a model by its own description, as a stage promises it.
+"""What is known of a model or a data set by its own description, as a stage promises it.
 
 Apart from `promised`, which all stages import, because it looks at the models (see `misfits`).
 """
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from polytrope.models import make_config
 from polytrope.models.configurations import MODEL_KINDS
-from polytrope.pipeline.data.promised import PromisedModel
+from polytrope.pipeline.data.description import Dataset
+from polytrope.pipeline.data.promised import PromisedData, PromisedImages, PromisedModel, PromisedNumbers, PromisedText
 
 
 def read_model_promise(directory: Path) -> PromisedModel:
@@ -30,3 +31,14 @@ def read_model_promise(directory: Path) -> PromisedModel:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / 'model.json'}: {error}") from error
     return PromisedModel(architecture, settings, tokenizer.get("kind"))
+
+
+def dataset_promise(description: Dataset) -> PromisedData:
+    """What `promise` of the stage that made a data set could know, and more: what is really there."""
+    if description.kind == "text":
+        tokenizer = description.tokenizer
+        return PromisedText(description.sequence_length, tokenizer.vocab_size, tokenizer.kind)
+    if description.kind == "numbers":
+        return PromisedNumbers(description.inputs, description.targets, description.classes)
+    image = description.image
+    return PromisedImages(min(image.height, image.width), image.channels, description.classes)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polytrope.models import find_architecture
+from polytrope.pipeline.data.described import dataset_promise
 from polytrope.pipeline.data.description import Dataset
 from polytrope.pipeline.data.misfits import misfit
-from polytrope.pipeline.data.promised import PromisedModel, PromisedNumbers
+from polytrope.pipeline.data.promised import PromisedModel
 from polytrope.pipeline.data.reader import Reader
 from polytrope.pipeline.data.tokenization import same_tokenizer
 from polytrope.pipeline.errors import UserError
@@ -40,7 +40,7 @@ def read_tensors(reader: Reader, indices: np.ndarray) -> tuple[Tensor, Tensor]:
 def refuse_other_data(
     label: str, model: Path, about: Mapping[str, Any], description: Dataset, dataset: Artifact
 ) -> str | None:
-    """Raise `UserError` where a model is for data of another kind, of another tokenizer, or for other numbers.
+    """Raise `UserError` where a model is for data of another kind or size, or of another tokenizer.
 
     Args:
         about: the content of the model's `model.json`.
@@ -49,17 +49,9 @@ def refuse_other_data(
     Returns:
         What is taken for granted where the model does not say; None: nothing.
     """
-    if find_architecture(about["architecture"]).data != description.kind:
-        raise UserError(
-            f"`{label}` is a {about['architecture']}, which cannot be evaluated on {description.kind} "
-            f"(`{dataset.stage}`)",
-            "give the stage models and a dataset of one kind",
-        )
-    if description.kind == "numbers":
-        numbers = PromisedNumbers(description.inputs, description.targets, description.classes)
-        found = misfit(PromisedModel(about["architecture"], about["config"]), numbers)
-        if found is not None:
-            raise UserError(f"`{label}`: {found.text}", found.hint)
+    found = misfit(PromisedModel(about["architecture"], about["config"]), dataset_promise(description))
+    if found is not None:
+        raise UserError(f"`{label}`: {found.text} (`{dataset.stage}`)", found.hint)
     if description.kind != "text":
         return None
     own = model / "tokenizer.json"

@@ -67,8 +67,9 @@ def _run(command: str, environment: dict[str, str]) -> tuple[int, str]:
         try:
             code = process.wait(_PATIENCE)
         except BaseException:  # Ctrl-C, too
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            if process.poll() is None:  # else its group may be gone
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             raise
         output.seek(0)
         return code, output.read().decode(errors="replace")

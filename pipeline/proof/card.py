@@ -237,12 +237,11 @@ def _front_matter(store: Store, artifacts: Artifacts, model: StoredArtifact, tit
     source = _source(dataset)
     hub = str(source["dataset"]) if source.get("kind") == "hub" else None
     evaluation = _evaluation(store, artifacts, model)
-    tasks = {"text": "text-generation", "images": "image-classification", "numbers": "tabular-classification"}
+    numbers = "tabular-regression" if description["config"].get("loss") == "mse" else "tabular-classification"
+    tasks = {"text": "text-generation", "images": "image-classification", "numbers": numbers}
     results = []
     if evaluation is not None:
         content, label = evaluation
-        if content.models[label].r2 is not None:
-            tasks["numbers"] = "tabular-regression"
         same = dataset is not None and content.dataset.digest == dataset.digest  # evaluated on what it was trained on
         for figure in _FIGURES:
             value = getattr(content.models[label], figure)

@@ -18,11 +18,14 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from polytrope.pipeline.support.text import count
+
 # Okabe and Ito's palette: told apart with every common colour blindness; lightened a little for dark pages.
 _LIGHT = ("#0072B2", "#D55E00", "#009E73", "#AA5C94", "#B08900", "#56B4E9", "#555555", "#7A4FB5", "#8C3B1B", "#5C7A00")
 _DARK = ("#4FA8DC", "#F08A4B", "#3CC9A0", "#D98CC0", "#E0BE4A", "#8ED0F5", "#B5B5B5", "#B497E7", "#D98E6E", "#A9C94A")
 _MOST_CLASSES, _LONGEST_NAME = 20, 14  # names at the axes of a confusion matrix, and characters of each
 _NO_POWER = 1e-14  # a share of a spectrum below it is rounding
+_HIGHEST_LOSS = 2.0  # of the unigram entropy; above it, losses are cut off that are not their curve's last
 _LEGEND_INCHES = 0.55  # that the height of a figure has for its legend: two rows
 
 
@@ -101,10 +104,14 @@ def render(draw: Any, theme_name: str) -> bytes:
 
 
 def draw_losses(theme: Theme, curves: Sequence[Curve], entropy: float | None, unit: str) -> Figure:
-    """Training (thin) and validation (with points) loss over steps, and the unigram entropy as a line."""
+    """Training (thin) and validation (with points) loss over steps, and the unigram entropy as a line.
+
+    A start far above that entropy would press all that follows into a line: it is cut off, and the plot says so.
+    """
     figure: Figure
     figure, axes = plt.subplots(figsize=(9.2, 4.2), layout="constrained")
-    lowest, highest = math.inf, -math.inf
+    every: list[float] = []
+    ends: list[float] = []
     for index, curve in enumerate(curves):
         colour = theme.palette[index % len(theme.palette)]
         train = [math.nan if value is None else value for value in curve.train]
@@ -117,10 +124,24 @@ def draw_losses(theme: Theme, curves: Sequence[Curve], entropy: float | None, un
         if curve.spread is not None:
             spread = np.asarray(curve.spread)
             axes.fill_between(curve.validation_steps, values - spread, values + spread, color=colour, alpha=0.15, lw=0)
-        seen = [value for value in [*train, *values.tolist()] if math.isfinite(value)]
-        if seen:
-            lowest, highest = min(lowest, *seen), max(highest, *seen)
+        for losses in (train, values.tolist()):
+            seen = [value for value in losses if math.isfinite(value)]
+            every += seen
+            ends += seen[-1:]
+    lowest, highest = min(every, default=math.inf), max(every, default=-math.inf)
     if entropy is not None:
+        limit = max([_HIGHEST_LOSS * entropy, *ends])
+        if above := sum(value > limit for value in every):
+            axes.annotate(
+                f"not shown: {count(above, 'loss', 'losses')} above {limit:.3g}, up to {highest:.3g}",
+                (0.5, 1.0),
+                xycoords="axes fraction",
+                xytext=(0, -12),
+                textcoords="offset points",
+                ha="center",
+                color=theme.muted,
+            )
+            highest = limit
         axes.axhline(entropy, color=theme.muted, linestyle=(0, (4, 3)), linewidth=1.2)
         axes.annotate(
             f"unigram entropy {entropy:.2f}",

@@ -300,12 +300,8 @@ class _Stages:
         except UserError as error:
             raise UserError(f"{place}: {error.message}", error.hint) from None
         except Exception as error:  # the user's module is run by its import, and may raise anything
-            frames = traceback.extract_tb(error.__traceback__)
-            known = frames and not isinstance(error, SyntaxError)
-            where = f" ({frames[-1].filename}:{frames[-1].lineno})" if known else ""
             raise UserError(
-                f"{place}: importing `{uses}` failed: {type(error).__name__}: {error}{where}",
-                "mend the module, then run again",
+                f"{place}: importing `{uses}` failed: {_raised(error)}", "mend the module, then run again"
             ) from error
 
 
@@ -444,7 +440,8 @@ def _parameters(workflow: Workflow, name: str, definition: StageDefinition, valu
                     f"{suggest(key, known)} (`polytrope stages {definition.uses}` describes them)",
                 )
     try:
-        return model.model_validate(values)
+        with contextlib.redirect_stdout(sys.stderr):  # what a validator prints is no part of a command's answer
+            return model.model_validate(values)
     except ValidationError as error:
 
         def where(path: KeyPath) -> str:
@@ -730,9 +727,13 @@ def _fingerprinted(workflow: Workflow, node: StageNode) -> StageNode:
 
 @contextlib.contextmanager
 def _saying_where(workflow: Workflow, node: StageNode) -> Iterator[None]:
-    """What a stage refuses gets its place; the stage names the field itself."""
+    """What a stage refuses gets its place; the stage names the field itself.
+
+    What the stage prints is no part of a command's answer.
+    """
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     except UserError as error:
         own = type(node.parameters).model_fields
         path, rest = named_field(error.message, dict.fromkeys([*own, "inputs", "resources"]))
@@ -742,6 +743,20 @@ def _saying_where(workflow: Workflow, node: StageNode) -> Iterator[None]:
             source = value_at(node.inputs, path[1:])
             rest = f"`{source}`: {rest}" if isinstance(source, str) and f"`{source}`" not in rest else rest
         raise UserError(f"{workflow.where('stages', node.spec_name, *path)}: {rest}", error.hint) from None
+    except Exception as error:  # `check`, `promise`, … may be the user's, and raise anything
+        raise UserError(
+            f"{workflow.where('stages', node.spec_name)}: what `{node.definition.uses}` says of itself before it runs "
+            f"failed: {_raised(error)}",
+            "mend the function, then run again",
+        ) from error
+
+
+def _raised(error: Exception) -> str:
+    """What the user's code raised, and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    known = frames and not isinstance(error, SyntaxError)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if known else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def _upstream(node: StageNode, finished: Mapping[str, StageNode], known: Callable[[StageNode], Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from polytrope.models.conversion import FitOptions
 from polytrope.models.convert import Conversion, convert
 from polytrope.models.surgery import Choice, stays
 from polytrope.ops import LearnableActivation
+from polytrope.ops.channels import fit_channels_to_error
 from polytrope.pipeline.stages.convert.conversion_record import advise, describe
 
 SLOPES = torch.tensor([-0.5, 0.0, 0.25, 1.0, 1.5, 0.25])
@@ -79,6 +81,11 @@ def test_a_target_error_holds_over_all_channels() -> None:
     assert conversion.activations[0].config["degree"] == 2  # the smallest that is tried
     exact = convert(Network(), [X], family="auto", target_error=1e-5, degree=2)
     assert [entry.config["name"] for entry in exact.activations] == ["tropical_rational"] * 2
+    bound = convert(Network(), [X], family="auto", target_error=0.1, constraints=["origin"], include=["activation"])
+    assert bound.activations[0].config["name"] in ("hermite", "polyrelu")  # the others take no constraints
+    inputs = (np.linspace(-1, 1, 9), np.ones(9))
+    with pytest.raises(ValueError, match="degrees: expected at least one, got none"):
+        fit_channels_to_error(SLOPES.numpy(), "auto", 0.1, degrees=[], weight=inputs)
     with pytest.raises(ValueError, match=r"`activation`: target error: polyrelu reaches no error of .* for every chan"):
         convert(Network(), [X], family="polyrelu", degree=3, target_error=1e-5)
 

@@ -24,6 +24,7 @@ from conversion_support import (
     write_texts,
 )
 from pydantic import ValidationError
+from torch.nn.modules.module import register_module_forward_hook
 from training_support import make_dataset
 
 from polytrope.models.calibration import add, calibrate
@@ -101,8 +102,12 @@ def test_a_dry_run_prints_the_certificates_and_writes_nothing(
 ) -> None:
     before = digests(tmp_path)
     data = ["--data", str(tmp_path / "texts.txt")]
-    assert main(["convert", str(bert), "--dry-run", "--json", "--target-error", "0.01", "--layers", "1", *data]) == 0
-    content = json.loads(capsys.readouterr().out)
+    arguments = ["convert", str(bert), "--dry-run", "--json", "--target-error", "0.01", "--layers", "1", *data]
+    with register_module_forward_hook(lambda *_: print("a library speaks")):
+        assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "a library speaks" in printed.err
+    content = json.loads(printed.out)
     assert [layer["name"] for layer in content["layers"]] == ["encoder.layer.1.intermediate.intermediate_act_fn"]
     assert content["layers"][0]["relative_error"] <= 0.01
     assert content["layers"][0]["certificate"]["maximum"] > 0

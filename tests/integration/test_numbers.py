@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from polytrope.models.checkpoint import load_model
+from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.data.reader import open_split
 
 WORKFLOW = """
@@ -86,6 +88,12 @@ def test_numbers_from_rows_to_a_report(tmp_path: Path) -> None:
     assert "its R²" in page
     assert "mean square per row" in page
     assert "nats" not in page
+    card = tmp_path / "card.md"
+    assert main(["card", "--stage", "regression", "--store", str(store), "--output", str(card)]) == 0
+    front = yaml.safe_load(card.read_text().split("---")[1])
+    assert front["pipeline_tag"] == "tabular-regression"
+    (figures,) = front["model-index"]
+    assert {entry["task"]["type"] for entry in figures["results"]} == {"tabular-regression"}
 
     training = read(files["classes"], "training.json")
     rows, classes = rows_of(files["pairs"])

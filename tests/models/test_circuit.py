@@ -210,3 +210,19 @@ def test_the_error_of_a_reciprocal_is_exactly_what_is_certified(
         measured = float((1.0 - d * module(d)).abs().max())
     # coefficients are kept in float32
     assert measured == pytest.approx(relative_error(degree, newton, low, high), rel=2e-3, abs=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_of_the_model_leaves_the_certified_error(dtype: torch.dtype) -> None:
+    certified = relative_error(7, 0, 0.1, 10.0)
+    model = network().to(dtype)
+    attention = model.blocks[0].attn
+    assert attention.alpha.dtype == dtype  # type: ignore[union-attr]
+    module = PolynomialReciprocal(ReciprocalSettings(degree=7, newton=0, domain=(0.1, 10.0)))
+    attention.reciprocal = module  # type: ignore[union-attr]
+    model.to(dtype)
+    d = torch.linspace(0.1, 10.0, 20_001)
+    with torch.no_grad():
+        measured = float((1.0 - d.double() * module(d).double()).abs().max())
+    assert measured == pytest.approx(certified, rel=2e-3)
+    assert {parameter.dtype for parameter in model.double().blocks[0].attn.reciprocal.parameters()} == {torch.float64}  # type: ignore[union-attr]

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu_code
 from polytrope.ops import build, cuda, functional, native, reference
 from polytrope.ops.families import Family, Formula, parameter_count, result_shape
 from polytrope.ops.packing import PLAIN
@@ -38,6 +39,11 @@ def test_the_cuda_kernels_compile_for_both_architectures_without_spills(capsys: 
         for name, architecture, spilled, registers in sorted(kernels):
             print(f"  {architecture} {readable(name)}: {registers}, {spilled}")
     assert all(int(spilled) <= 16 for _, _, spilled, _ in unrolled)
+
+
+def test_what_the_benchmark_of_the_machine_code_replaces_is_in_the_sources() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in build.SOURCES.iterdir())
+    assert [old for old, _ in gpu_code.FEW + gpu_code.FIXED if old not in text] == []
 
 
 def readable(name: str) -> str:
@@ -76,7 +82,9 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     for path in sorted(build.SOURCES.iterdir()):
         text = launch.sub(r"emulator::launch(\2, \3, [&] { \1(\4); });", path.read_text())
         # Beside the highest degree, one whose channels a thread takes eight at a time.
-        text = text.replace("<Hermite, Polynomial, 1, 8>", "<Hermite, Polynomial, 3, 3>")
+        every_degree = "<Hermite, Polynomial, 1, 8>"
+        assert (every_degree in text) == (path.name == "cuda_polynomial.cu")
+        text = text.replace(every_degree, "<Hermite, Polynomial, 3, 3>")
         assert "<<<" not in text
         target = folder / path.name
         target.write_text(text)

@@ -27,8 +27,6 @@ MORE: list[dict[str, Any]] = [
     {"name": "polyrelu", "degree": 3, "interval": [-1.0, 1.5]},
     {"name": "hermite", "degree": 5, "glu": True},
 ]
-
-
 COMPOSED: dict[str, Any] = {"name": "composition", "degree": [3, 20]}
 LOWERED = [config for config in [*CONFIGS, *MORE] if config["name"] not in OPERATORS]
 
@@ -118,11 +116,7 @@ def test_extremes_are_those_of_the_kernels(config: dict[str, Any]) -> None:
 
 
 COMPILED = [
-    {
-        "name": "hermite",
-        "degree": 4,
-        "interval": [-1.0, 1.5],
-    },  # eager arithmetic is held for degree 8; compiling is slow
+    {"name": "hermite", "degree": 4, "interval": [-1.0, 1.5]},  # degree 8 is held above; compiling it is slow
     CONFIGS[5],
     CONFIGS[6],
     CONFIGS[13],
@@ -159,6 +153,21 @@ def test_one_graph_without_the_operator_that_keeps_x_alone_and_takes_dynamic_sha
     assert len(of_x) == 1, of_x
     sums = [node for node in compiler.backward[0].graph.nodes if node.target is torch.ops.aten.sum.dim_IntList]
     assert all(node.meta["val"].dtype == torch.float64 for node in sums if node.meta["val"].dim() < 2)
+    for node in sums:  # float32 adds up no more than is known when it is compiled
+        (terms, dims), dtype = node.args[:2], node.meta["val"].dtype
+        sizes = [terms.meta["val"].shape[dim] for dim in dims]
+        assert dtype == torch.float64 or all(isinstance(size, int) for size in sizes), sizes
+
+
+def test_sums_in_float32_are_of_dimensions_whose_size_is_fixed() -> None:
+    module, compiler = Hermite(3), Compiler()
+    x = inputs(3, 5, 64, dtype=torch.float32).requires_grad_()
+    torch._dynamo.mark_dynamic(x, 1)
+    y = compiler.compile(module)(x)
+    torch.testing.assert_close(gradients(module, x, y), gradients(module, x, module(x)))
+    sums = [node for node in compiler.backward[0].graph.nodes if node.target is torch.ops.aten.sum.dim_IntList]
+    reduced = {(node.meta["val"].dtype, tuple(dim % 3 for dim in node.args[1])) for node in sums}
+    assert reduced == {(torch.float32, (2,)), (torch.float64, (0, 1, 2))}
 
 
 def test_coefficients_of_frozen_activations_have_no_sums() -> None:

@@ -1,18 +1,23 @@
 """The graph: branches, dependencies, order, and the refusal of everything that cannot run."""
 
+import json
+import re
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.workflow.graph import StageNode, build_graph, condition_holds, resolve_parameters
 from polytrope.pipeline.workflow.spec import Workflow, load_workflow
 
+HOOKS = ("check", "promise", "fingerprint", "imports", "returns")
 STAGES = '''
 """Stages of this test."""
 from pathlib import Path
+from pydantic import BaseModel, field_validator
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, stage
 
@@ -42,7 +47,34 @@ def read(context: StageContext) -> None:
 
 def untyped(context) -> None:
     """Untyped."""
-'''
+
+class Loud(BaseModel):
+    x: int = 1
+
+    @field_validator("x", mode="before")
+    @classmethod
+    def said(cls, value):
+        print("validated")
+        return value
+
+def say(*given):
+    print("asked")
+    return {}
+
+@stage(check=say, promise=say, fingerprint=say, imports=say, returns=lambda parameters: (say(), say()))
+def loud(context: StageContext, parameters: Loud) -> None:
+    """Loud."""
+
+def lost(parameters, *_):
+    return {}["lost"]
+''' + "".join(
+    f"""
+@stage({hook}=lost)
+def lost_in_{hook}(context: StageContext) -> None:
+    '''Lost.'''
+"""
+    for hook in HOOKS
+)
 
 
 @pytest.fixture(autouse=True)
@@ -370,3 +402,22 @@ def test_ten_thousand_stages_are_planned_without_reading_each_function_again(mon
     lines += [f's{i}: {{uses: "graph_test_stages:use", inputs: {{source: s{i // 2}}}}}' for i in range(1, 10_000)]
     assert len(graph_from("\n".join(lines))) == 10_000
     assert loads == ["graph_test_stages:make", "graph_test_stages:use"]
+
+
+def test_what_stages_print_before_a_run_is_no_part_of_a_commands_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    workflow_from("loud: {uses: 'graph_test_stages:loud', with: {x: 2}}")
+    assert main(["plan", "w.yaml", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert [stage["stage"] for stage in json.loads(printed.out)["stages"]] == ["loud"]
+    assert printed.err.split().count("asked") == 6
+    assert set(printed.err.split()) == {"validated", "asked"}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_stage_that_fails_before_it_runs_is_named(hook: str) -> None:
+    error = refusal(f"only: {{uses: 'graph_test_stages:lost_in_{hook}'}}")
+    assert re.match(
+        r"w\.yaml:4: stages\.only: what `graph_test_stages:lost_in_\w+` says of itself before it runs failed: "
+        r"KeyError: 'lost' \(.*graph_test_stages\.py:\d+\)$",
+        error.message,
+    ), error.message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from engine_support import workflow_of
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch import notification
 from polytrope.pipeline.launch.launch import launch
+from polytrope.pipeline.runs.journal import RunState
 from polytrope.pipeline.workflow.spec import Workflow
 
 TELL = (
@@ -97,6 +99,18 @@ def test_what_a_command_leaves_in_the_background_is_not_waited_for(
     child = int((tmp_path / "child").read_text())
     assert runs(child)
     os.kill(child, signal.SIGKILL)
+
+
+def test_ctrl_c_just_after_a_command_ended_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = subprocess.Popen.wait
+
+    def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        wait(process, timeout)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        notification.notify("true", {}, RunState(), "mine", "store")
 
 
 def test_a_variable_that_is_not_set_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -218,3 +218,13 @@ def test_models_that_cannot_be_analysed_are_named_and_if_none_is_left_it_ends(
     given = {"nan": Artifact(tmp_path / "broken", "digest", "train")}
     with pytest.raises(UserError, match=r"no model is left to analyse; `nan`: activation .* receives NaN or infinity"):
         analyze(make_context(tmp_path / "run"), dataset, given, parameters)
+    save_model(tmp_path / "mlp", build_model("mlp", {"widths": [4]}))
+    short = {"vocab_size": 320, "sequence_length": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    save_model(tmp_path / "short", build_model("gpt2", short), tokenizer=dataset.path)
+    for label, words in (
+        ("mlp", "a mlp cannot take text, and this dataset holds text"),
+        ("short", r"the dataset's sequences \(32 tokens\) are longer than the model's context"),
+    ):
+        given = {label: Artifact(tmp_path / label, "digest", "train")}
+        with pytest.raises(UserError, match=f"no model is left to analyse; `{label}`: `{label}`: {words}"):
+            analyze(make_context(tmp_path / "run" / label), dataset, given, parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,9 @@ def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -
     found = asked(PARTS)
     assert isinstance(found, PromisedModel)
     assert found.settings["n_embd"] == 16
+    exported = {"name": "power", "reciprocal": {"degree": 3, "newton": 0, "domain": [0.5, 2.0]}}
+    options = [{"name": "power", "power": 4}, exported]
+    assert asked({**PARTS, "attention": options}).settings["attention"] == [options[0], "power"]
     with pytest.raises(UserError, match=r"inputs\.model: the model has attention: softmax") as refused:
         asked({**PARTS, "attention": ["softmax", "power"]})
     assert refused.value.hint == "train it with attention: {name: power, power: 2}"
@@ -178,6 +182,18 @@ def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -
     upstream = {"model": PromisedModel("convnext", {}), "dataset": PromisedImages(32, 3, 10)}
     with pytest.raises(UserError, match=r"inputs\.model: a convnext has no circuit"):
         promise(parameters, upstream, Resources(), tmp_path)
+    with pytest.raises(UserError, match=r"resources\.gpus: `export_circuit` computes on the CPU"):
+        promise(parameters, {**upstream, "model": found, "dataset": text}, Resources(gpus=1), tmp_path)
+
+
+def test_a_data_set_without_held_out_samples_is_refused(tmp_path: Path, model: Artifact, dataset: Artifact) -> None:
+    empty = Artifact(tmp_path / "data", "digest", "shard")
+    shutil.copytree(dataset.path, empty.path)
+    content = json.loads((empty.path / "dataset.json").read_text())
+    content["splits"]["validation"]["samples"] = 0
+    (empty.path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="the dataset of `shard` has no validation samples"):
+        run(tmp_path / "run", model, empty)
 
 
 def test_models_without_a_circuit_are_refused_by_the_first_part(tmp_path: Path, dataset: Artifact) -> None:

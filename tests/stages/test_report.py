@@ -462,6 +462,22 @@ def test_long_names_of_branches_stay_inside_a_plot(entries: int) -> None:
     assert figure.axes[0].get_window_extent().height > 250  # of 420 pixels: the curves keep their room
 
 
+def test_a_start_far_above_the_unigram_entropy_is_cut_off_and_said() -> None:
+    curves = [Curve("wild", [1, 2, 3], [500.0, 3.2, 3.0], [0, 3], [345.6, 2.9]), Curve("gelu", [1], [8.0], [1], [2.5])]
+    axes = draw_losses(THEMES["light"], curves, 6.0, "token").axes[0]
+    assert 12.0 < axes.get_ylim()[1] < 14.0  # twice the entropy, and some room
+    assert [text.get_text() for text in axes.texts] == [
+        "not shown: 2 losses above 12, up to 500",
+        "unigram entropy 6.00",
+    ]
+    curves[1] = Curve("diverged", [1], [8.0], [1, 2], [400.0, 90.0])
+    axes = draw_losses(THEMES["light"], curves, 6.0, "token").axes[0]
+    assert 90.0 < axes.get_ylim()[1] < 105.0  # how a training ended is shown
+    for shown, entropy in ((curves, None), ([Curve("gelu", [1], [8.0], [1], [2.5])], 6.0)):
+        axes = draw_losses(THEMES["light"], shown, entropy, "token").axes[0]
+        assert not any("not shown" in text.get_text() for text in axes.texts)
+
+
 def test_few_values_and_many_comparisons() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert holm([0.6, 0.9]) == pytest.approx([1.0, 1.0])

@@ -12,8 +12,11 @@ import pytest
 from polytrope import Workflow, run
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.launch.interface import RunFailedError, RunResult
-from polytrope.pipeline.stages.sweep.parameters import SweepParameters
-from polytrope.pipeline.stages.sweep.sweep import draw_trials
+from polytrope.pipeline.stage import Artifact, stage_context
+from polytrope.pipeline.stages.sweep import learning
+from polytrope.pipeline.stages.sweep.learning import draw_by_results
+from polytrope.pipeline.stages.sweep.parameters import DrawParameters, SweepParameters, trial_name
+from polytrope.pipeline.stages.sweep.sweep import draw_batch, draw_trials
 from polytrope.pipeline.workflow import graph
 from polytrope.pipeline.workflow.graph import build_graph
 from polytrope.pipeline.workflow.spec import load_workflow
@@ -157,6 +160,27 @@ def test_later_batches_are_drawn_by_what_the_trials_before_came_to(project: Path
     assert more["search/batch3/trial012"].state == "succeeded"
 
 
+def test_results_are_told_in_the_order_of_the_trials(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float | None] = []
+
+    def drawn(sweep: SweepParameters, results: Any, numbers: range) -> Any:
+        told.extend(figure for _, figure in results)
+        return draw_by_results(sweep, results, numbers)
+
+    monkeypatch.setattr(learning, "draw_by_results", drawn)
+    sweep = SweepParameters.model_validate({**SWEEP, "halving": None, "trials": 1003, "sampler": "tpe", "batch": 1002})
+    models = {}
+    for number in (1001, 102, 1000, 999):  # the others were skipped
+        directory = project / trial_name(number)
+        directory.mkdir()
+        training = {"format": 1, "architecture": "gpt2", "parameters": 1, "steps": 1, "val/loss": number}
+        (directory / "training.json").write_text(json.dumps(training))
+        models[directory.name] = Artifact(directory, "digest", directory.name)
+    parameters = DrawParameters(sweep=sweep, number=1, trials=draw_trials(sweep, sweep.batches()[0]))
+    assert list(draw_batch(stage_context(project / "draw"), models, {}, parameters).stages) == ["trial1002"]
+    assert told == [102, 999, 1000, 1001]
+
+
 def test_many_batches_are_checked_in_as_few_graphs_as_two(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[int] = []
 
@@ -188,6 +212,8 @@ def test_many_batches_are_checked_in_as_few_graphs_as_two(project: Path, monkeyp
             "with.metric: a training has no figure `val/los`\n.*did you mean `val/loss`",
         ),
         ({"ranges": {"rate": []}}, "`rate` has no values"),
+        ({"ranges": {"rate": [0.1, 3, 3]}}, "with.ranges: `rate` has equal values: 3 and 3"),
+        ({"ranges": {"rate": [True, 0.5, 1]}}, "with.ranges: `rate` has equal values: True and 1"),
         ({"trials": 2}, "with.trials: 2 are too few for 2 rounds, each of which takes one in 3"),
         ({"halving": {**SWEEP["halving"], "parameter": "step"}}, "with.halving.parameter: .* has no parameter `step`"),
         ({"ranges": {"rate": {"low": 2, "high": 1}}}, r"low \(2\) is not below high \(1\)"),

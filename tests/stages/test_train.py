@@ -31,6 +31,7 @@ from training_support import (
 
 from polytrope.models import ARCHITECTURES, build_model, find_architecture
 from polytrope.models.checkpoint import load_model
+from polytrope.models.configurations import CLASSICAL as CLASSICAL_NAMES
 from polytrope.models.configurations import MODEL_KINDS
 from polytrope.ops.fitting.targets import NAMED
 from polytrope.ops.modules import CLASSICAL, LEARNABLE, LearnableActivation, build_activation
@@ -42,7 +43,6 @@ from polytrope.pipeline.stages.evaluate.evaluate import evaluate
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
 from polytrope.pipeline.stages.shard.parameters import ShardImagesParameters
 from polytrope.pipeline.stages.shard.shard_images import shard_images
-from polytrope.pipeline.stages.train.activation_parameters import CLASSICAL as CLASSICAL_NAMES
 from polytrope.pipeline.stages.train.activation_parameters import IMITATED, LEARNABLE_SETTINGS
 from polytrope.pipeline.stages.train.activations import apply_activation_options
 from polytrope.pipeline.stages.train.best_weights import load_best
@@ -425,6 +425,8 @@ def test_a_damaged_shard_is_the_users_message_not_a_hang(tmp_path: Path) -> None
 def test_parameters_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"either `steps` .* or `epochs`"):
         parameters(epochs=1)
+    with pytest.raises(ValidationError, match="give either `steps` or `epochs`"):
+        parameters(steps=None)
     with pytest.raises(ValidationError, match=r"global_batch_size \(8\) must be a multiple of micro_batch_size \(3\)"):
         parameters(micro_batch_size=3)
     with pytest.raises(ValidationError, match="warmup_steps"):

@@ -14,6 +14,7 @@ from training_support import (
     MODEL,
     PARAMETERS,
     history,
+    make_context,
     make_dataset,
     read_events,
     run_training,
@@ -21,11 +22,14 @@ from training_support import (
     weights_hash,
 )
 
+from polytrope.models import build_model
+from polytrope.models.checkpoint import save_model
 from polytrope.pipeline.data.promised import PromisedModel, PromisedText
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources
 from polytrope.pipeline.stages.train.parameters import TrainParameters
 from polytrope.pipeline.stages.train.train import promise
+from polytrope.pipeline.stages.train.training_plan import make_plan
 
 PARTS: dict[str, Any] = {
     **MODEL,
@@ -115,3 +119,28 @@ def test_what_would_split_a_batch_is_refused_in_fine_tuning_too(changes: dict[st
             promise(given, upstream, resources, Path())
     usual = TrainParameters.model_validate({**PARAMETERS, "model": MODEL, **changes})
     assert promise(usual, {"dataset": data}, resources, Path()) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "heeded"),
+    [
+        ({"multiplicative_learning_rate": 1e-4}, "multiplicative_learning_rate: only for a model with", "quadratic"),
+        ({"trainable": ["multiplicative"]}, "trainable: multiplicative: only a model with", "quadratic"),
+        ({"range_penalty": {"activation": 0}}, "range_penalty: activation is 0, and only attention: power", "power"),
+    ],
+)
+def test_what_the_initial_model_would_not_heed_is_refused(
+    tmp_path: Path, dataset: Artifact, changes: dict[str, Any], words: str, heeded: str
+) -> None:
+    known = {"sequence_length": 32, "vocab_size": 320}
+    upstream = {"dataset": PromisedText(sequence_length=32, tokens=257, tokenizer="bytes")}
+    given = TrainParameters.model_validate({**PARAMETERS, "model": None, **changes})
+    with pytest.raises(UserError, match=words):
+        promise(given, upstream | {"initial": PromisedModel("gpt2", {**MODEL, **known})}, Resources(), Path())
+    # what only its files tell is refused when they are there
+    save_model(tmp_path / "model", build_model("gpt2", {**MODEL, **known}), tokenizer=dataset.path)
+    with pytest.raises(UserError, match=words):
+        make_plan(make_context(tmp_path), dataset, Artifact(tmp_path / "model", "digest", "train"), given)
+    parts = {"quadratic": {"feedforward": "quadratic"}, "power": {"attention": "power"}}[heeded]
+    initial = PromisedModel("gpt2", {**MODEL, **known, **parts})
+    assert promise(given, upstream | {"initial": initial}, Resources(), Path()) is not None

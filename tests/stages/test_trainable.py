@@ -28,6 +28,7 @@ from polytrope.models.parts.norm import ChannelsFirstLayerNorm
 from polytrope.ops import is_learnable_activation
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
+from polytrope.pipeline.stages.convert.distillation import distill
 from polytrope.pipeline.stages.train.loop import sizes_of
 from polytrope.pipeline.stages.train.optimization import parameter_groups
 from polytrope.pipeline.stages.train.parameters import TrainParameters
@@ -54,6 +55,11 @@ def test_a_certified_polynomial_never_learns_whatever_is_named() -> None:
     assert learning(model) == set(COEFFICIENTS)
     with pytest.raises(UserError, match=r"`\*\.reciprocal\.\*` names no parameter"):
         freeze(model, "gpt2", ["*.reciprocal.*"])
+    model.requires_grad_(True)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    distill(build_model("gpt2", GPT2), model, [{"tokens": torch.arange(8).view(2, 4)}], steps=1)
+    after = dict(model.named_parameters())
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(COEFFICIENTS)
 
 
 @pytest.fixture(scope="module")

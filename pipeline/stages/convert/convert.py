@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.models import make_config
-from polytrope.models.configurations import MODEL_KINDS, activation_configs
+from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, activation_configs
 from polytrope.pipeline.data.lineage import read_lineage, write_lineage
 from polytrope.pipeline.data.misfits import refuse_misfit
 from polytrope.pipeline.data.promised import (
@@ -62,7 +62,7 @@ def promise(
     if {_name(entry) for entry in activation_configs(config.activation, blocks)} == {parameters.replacement()}:
         raise UserError(
             f"family: the model was trained with `{parameters.replacement()}` activations already",
-            "convert a model with a classical activation (gelu, gelu_tanh, relu, silu, tanh)",
+            f"convert a model with a classical activation ({', '.join(CLASSICAL)})",
         )
     if parameters.format == "huggingface":
         return PromisedForeignModel(model.architecture)

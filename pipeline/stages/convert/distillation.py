@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from polytrope.models.inputs import Batch, forward
 from polytrope.models.modes import evaluation_mode
+from polytrope.models.parts.reciprocal import certified_modules
 from polytrope.models.response import response
 from polytrope.ops import LearnableActivation
 
@@ -26,12 +27,13 @@ def sentence_embeddings(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def learned_activations(model: nn.Module) -> list[LearnableActivation]:
-    """The learnable activations, each once.
+    """The learnable activations, each once, but for the polynomials that a certificate is of.
 
     Raises:
         ValueError: the model has none.
     """
-    found = [module for module in model.modules() if isinstance(module, LearnableActivation)]
+    fixed = certified_modules(model)
+    found = [module for module in model.modules() if isinstance(module, LearnableActivation) and module not in fixed]
     if not found:
         raise ValueError("the model has no learnable activation; convert it first")
     return found

@@ -57,8 +57,8 @@ def write_circuit_of(
     """Write the model, `circuit.onnx` and `circuit.json`; returns the metrics.
 
     Raises:
-        UserError: a training that failed, a part that is no polynomial, data that do not fit or give no finite range, a
-            file that is not what the model computes.
+        UserError: a training that failed, a part that is no polynomial, data that do not fit, are none or give no
+            finite range, a file that is not what the model computes.
     """
     torch.set_num_threads(parameters.threads)
     if (failure := recorded_failure(artifact.path)) is not None:
@@ -71,6 +71,9 @@ def write_circuit_of(
     model = load_model(artifact.path)
     if not isinstance(model, GPT2) or description.kind != "text":
         raise UserError(f"inputs.model: a {about['architecture']} has no circuit; only a gpt2 has one")
+    for split, part in description.splits.items():
+        if part.samples < 1:
+            raise UserError(f"the dataset of `{dataset.stage}` has no {split} samples", "use a larger corpus")
     try:
         refuse_other_parts(model, divisions=True)
         with_divisions(model)
@@ -168,7 +171,7 @@ def _loss(model: GPT2, reader: Reader, samples: int, size: int) -> float | None:
         for inputs, targets in _batches(reader, np.arange(samples), size):
             total += float(model(inputs, targets, reduction="sum").double())
             tokens += targets.numel()
-    loss = total / max(1, tokens)
+    loss = total / tokens
     return loss if math.isfinite(loss) else None
 
 

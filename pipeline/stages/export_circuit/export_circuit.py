@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.models import make_config
-from polytrope.models.configurations import MODEL_KINDS, activation_configs
+from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, activation_configs
 from polytrope.pipeline.data.misfits import refuse_misfit
 from polytrope.pipeline.data.promised import PromisedModel, expect, expect_data
 from polytrope.pipeline.errors import UserError
@@ -22,13 +22,15 @@ _NEEDED = {  # field of the model: the part that is a polynomial, and how it is 
     "attention": ("power", "attention: {name: power, power: 2}"),
     "norm": ("batch", "norm: batch"),
 }
-_CLASSICAL = frozenset({"gelu", "gelu_tanh", "relu", "silu", "tanh"})
 
 
 def promise(
-    _parameters: ExportCircuitParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
+    _parameters: ExportCircuitParameters, upstream: Mapping[str, Any], resources: Resources, _directory: Path
 ) -> PromisedModel | None:
-    """The model with polynomials for divisions; refuses one with parts that are none, and data it cannot take."""
+    """The model with polynomials for divisions; refuses one with parts that are none, data it cannot take, and a GPU,
+    which nothing would use."""
+    if resources.gpus:
+        raise UserError("resources.gpus: `export_circuit` computes on the CPU", "leave it out")
     model = expect("inputs.model", upstream["model"], PromisedModel)
     refuse_misfit("inputs.dataset", model, expect_data("inputs.dataset", upstream["dataset"]))
     if model is None:
@@ -48,14 +50,15 @@ def promise(
     if "activation" in model.settings:  # after a conversion, what they are is not known
         for entry in activation_configs(config.activation, config.n_layer):
             name = entry if isinstance(entry, str) else str(entry.get("name"))
-            if name in _CLASSICAL:
+            if name in CLASSICAL:
                 raise UserError(
                     f"inputs.model: the model has activation: {name}, which is no polynomial",
                     "train it with activation: {name: hermite, degree: 3, init: stable}, or convert it with "
                     "polynomial_only",
                 )
-    settings = {name: value for name, value in model.settings.items() if name != "attention"}
-    return replace(model, settings={**settings, "attention": "power"}, figures=())
+    # on which ranges the polynomials are, only the calibration tells
+    attention = [replace(part, reciprocal=None).config() for part in config.attention_settings()]
+    return replace(model, settings={**model.settings, "attention": attention}, figures=())
 
 
 @stage(promise=promise)

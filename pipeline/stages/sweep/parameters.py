@@ -73,6 +73,10 @@ class SweepParameters(BaseModel):
         for name, values in ranges.items():
             if isinstance(values, list) and not values:
                 raise ValueError(f"`{name}` has no values")
+            if isinstance(values, list):
+                for place, value in enumerate(values):
+                    if value in values[:place]:  # a trial's value would not tell which of them it is
+                        raise ValueError(f"`{name}` has equal values: {values[values.index(value)]} and {value}")
         return ranges
 
     def budget(self, number: int) -> dict[str, int]:

@@ -173,7 +173,8 @@ def draw_batch(
     values = _values(parameters.trials, draws)
     found = {label.split("/")[-1]: figure_of_training(model.path, sweep.metric)[0] for label, model in models.items()}
     numbers = sweep.batches()[parameters.number]
-    drawn = draw_by_results(sweep, [(values[name], found[name]) for name in sorted(found)], numbers)
+    earlier = [name for name in map(trial_name, range(numbers.start)) if name in found]
+    drawn = draw_by_results(sweep, [(values[name], found[name]) for name in earlier], numbers)
     _write_trials(context, drawn)
     return Stages({name: _trial(sweep, 0, given) for name, given in drawn.items()}, {"trials": len(drawn)})
 

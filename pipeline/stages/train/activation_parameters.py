@@ -24,12 +24,13 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from polytrope.models.configurations import CLASSICAL
+
 # What a learnable activation may start as: functions to imitate, and what its family has beside them.
 IMITATED = (
     "gelu", "gelu_tanh", "relu", "relu6", "silu", "tanh", "sigmoid", "mish", "elu", "softplus", "hardswish",
     "leaky_relu",
 )  # fmt: skip
-CLASSICAL = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 _STARTS = ("variance_preserving", *IMITATED)
 
 if TYPE_CHECKING:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
-from polytrope.models.configurations import MODEL_KINDS, activation_configs
+from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, activation_configs
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.activation_parameters import (
-    CLASSICAL,
     Activation,
     AnyStart,
     Interval,
@@ -105,23 +105,6 @@ class ModelParameters(BaseModel):
         """The activation of each block, with its `name`."""
         config = make_config(MODEL_KINDS[self.architecture].config, self.settings())
         return [spelled_out(entry) for entry in activation_configs(config.activation, len(config.activation_widths()))]
-
-    def is_multiplicative(self) -> bool:
-        """Whether it has parameters that learn at `multiplicative_learning_rate`."""
-        config = make_config(MODEL_KINDS[self.architecture].config, self.settings())
-        return any(part.multiplicative for part in config.feedforward_settings())
-
-    def refuse_missing_groups(self, trainable: list[str]) -> None:
-        """Raise ValueError where a word of `trainable` names what this architecture does not have."""
-        elsewhere = {name for kind in MODEL_KINDS.values() for name in kind.groups}
-        for name in trainable:
-            if name in elsewhere - MODEL_KINDS[self.architecture].groups.keys():
-                raise ValueError(f"trainable: {name}: the architecture {self.architecture} has none")
-
-    def divides(self) -> bool:
-        """Whether it has attention whose denominators `range_penalty` keeps in a range."""
-        config = make_config(MODEL_KINDS[self.architecture].config, self.settings())
-        return self.architecture == "gpt2" and any(part.fixed_weights for part in config.attention_settings())
 
     @model_validator(mode="after")
     def buildable(self) -> ModelParameters:
@@ -309,7 +292,9 @@ class TrainParameters(BaseModel):
 
     @model_validator(mode="after")
     def consistent(self) -> TrainParameters:
-        if (self.steps is None) == (self.epochs is None):
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give either `steps` or `epochs`")
+        if self.steps is not None and self.epochs is not None:
             raise ValueError(f"give either `steps` ({self.steps}) or `epochs` ({self.epochs:g})")
         if self.micro_batch_size is not None and self.global_batch_size % self.micro_batch_size:
             raise ValueError(
@@ -320,16 +305,8 @@ class TrainParameters(BaseModel):
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
         if self.trainable is not None and self.peak_flops is not None:
             raise ValueError("peak_flops: MFU counts the gradients of all weights; leave it out with `trainable`")
-        if self.model is not None and not self.model.is_multiplicative():
-            if self.multiplicative_learning_rate is not None:
-                raise ValueError("multiplicative_learning_rate: only for a model with feedforward: quadratic")
-            if MULTIPLICATIVE in (self.trainable or ()):
-                raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with feedforward: quadratic has them")
         if self.model is not None:
-            self.model.refuse_missing_groups(self.trainable or [])
-        penalty = self.range_penalty
-        if self.model is not None and penalty is not None and not penalty.activation and not self.model.divides():
-            raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
+            self.refuse_unheeded(self.model.architecture, self.model.settings())
         if self.model is not None and COEFFICIENTS in (self.trainable or ()):
             names = {entry["name"] for entry in self.model.activations()}
             if names <= set(CLASSICAL):
@@ -337,6 +314,41 @@ class TrainParameters(BaseModel):
                     f"trainable: {COEFFICIENTS}: {', '.join(sorted(names))} has none; choose a learnable activation"
                 )
         return self
+
+    def refuse_unheeded(self, architecture: str, settings: Mapping[str, Any]) -> None:
+        """Refuse what nothing in this model would heed.
+
+        Args:
+            architecture, settings: of the model, from scratch or the initial one, as far as they are known.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        config, trainable = make_config(MODEL_KINDS[architecture].config, settings), self.trainable or []
+        if not any(part.multiplicative for part in config.feedforward_settings()):
+            if self.multiplicative_learning_rate is not None:
+                raise ValueError("multiplicative_learning_rate: only for a model with feedforward: quadratic")
+            if MULTIPLICATIVE in trainable:
+                raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with feedforward: quadratic has them")
+        elsewhere = {name for kind in MODEL_KINDS.values() for name in kind.groups}
+        for name in trainable:
+            if name in elsewhere - MODEL_KINDS[architecture].groups.keys():
+                raise ValueError(f"trainable: {name}: the architecture {architecture} has none")
+        divides = architecture == "gpt2" and any(part.fixed_weights for part in config.attention_settings())
+        if self.range_penalty is not None and not self.range_penalty.activation and not divides:
+            raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
+
+
+def check_heeded(architecture: str, settings: Mapping[str, Any], parameters: TrainParameters) -> None:
+    """`TrainParameters.refuse_unheeded` of an initial model: what it is, the parameters alone do not tell.
+
+    Raises:
+        UserError: naming the parameter.
+    """
+    try:
+        parameters.refuse_unheeded(architecture, settings)
+    except ValueError as error:
+        raise UserError(str(error), "leave it out, or train another `initial`") from error
 
 
 def split_batch(parameters: TrainParameters, workers: int) -> tuple[int, int]:

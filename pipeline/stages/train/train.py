@@ -20,7 +20,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
 from polytrope.pipeline.stages.train.numbers_options import check_of_numbers, predicts_numbers
-from polytrope.pipeline.stages.train.parameters import TrainParameters, split_batch
+from polytrope.pipeline.stages.train.parameters import TrainParameters, check_heeded, split_batch
 
 
 def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
@@ -57,6 +57,7 @@ def promise(
             raise UserError(f"model.{found.setting or 'architecture'}: {found.text}", found.hint)
     if model is None:
         return None
+    check_heeded(model.architecture, model.settings, parameters)
     check_batch_statistics(model.architecture, model.settings, parameters, accumulation)
     trained = model if data is None else model.trained_on(data)
     check_of_numbers(trained.architecture, trained.settings, parameters)

@@ -49,8 +49,10 @@ def freeze(model: nn.Module, architecture: str, trainable: Sequence[str]) -> Non
     Raises:
         UserError: an entry that names no parameter of this model.
     """
+    from polytrope.models.parts.reciprocal import certified_modules
+
     names = dict(model.named_parameters(remove_duplicate=False))
-    fixed = _certified(model)
+    fixed = {id(parameter) for module in certified_modules(model) for parameter in module.parameters()}
     learns: set[int] = set()
     for entry in trainable:
         found = _parameters_of(entry, model, architecture) - fixed
@@ -62,14 +64,6 @@ def freeze(model: nn.Module, architecture: str, trainable: Sequence[str]) -> Non
         learns |= found
     for parameter in names.values():
         parameter.requires_grad_(id(parameter) in learns)
-
-
-def _certified(model: nn.Module) -> set[int]:
-    """Parameters whose values a certificate is of."""
-    from polytrope.models.parts.reciprocal import PolynomialReciprocal
-
-    reciprocals = (module for module in model.modules() if isinstance(module, PolynomialReciprocal))
-    return {id(parameter) for module in reciprocals for parameter in module.parameters()}
 
 
 def _parameters_of(entry: str, model: nn.Module, architecture: str) -> set[int]:

@@ -8,17 +8,17 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from polytrope.pipeline.data.described import read_model_promise
+from polytrope.pipeline.data.described import dataset_promise, read_model_promise
 from polytrope.pipeline.data.description import Dataset, read_dataset
 from polytrope.pipeline.data.misfits import misfit
-from polytrope.pipeline.data.promised import PromisedData, PromisedImages, PromisedModel, PromisedNumbers, PromisedText
+from polytrope.pipeline.data.promised import PromisedModel
 from polytrope.pipeline.data.tokenization import same_tokenizer
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
 from polytrope.pipeline.stages.train.numbers_options import check_of_numbers
-from polytrope.pipeline.stages.train.parameters import TrainParameters, split_batch
+from polytrope.pipeline.stages.train.parameters import TrainParameters, check_heeded, split_batch
 
 
 class Diverged(ArithmeticError):
@@ -78,6 +78,7 @@ def make_plan(
     workers = context.resources.workers
     micro, accumulation = split_batch(parameters, workers)
     settings = {name: value for name, value in model.items() if name != "activation_options"}
+    check_heeded(architecture, settings, parameters)
     check_batch_statistics(architecture, settings, parameters, accumulation)
     check_of_numbers(architecture, settings, parameters)
     samples = description.splits["train"].samples
@@ -136,12 +137,12 @@ def _resolve_model(
     description: Dataset, dataset: Artifact, initial: Artifact | None, parameters: TrainParameters
 ) -> tuple[str, dict[str, Any]]:
     model = _read_initial(initial) if initial is not None else _given(parameters)
-    found = misfit(model, _promised(description))
+    found = misfit(model, dataset_promise(description))
     if found is not None:
         raise UserError(f"{found.text} (`{dataset.stage}`)", found.hint)
     if initial is not None and description.kind == "text":
         _same_tokenizer(initial, dataset)
-    settings = dict(model.trained_on(_promised(description)).settings)
+    settings = dict(model.trained_on(dataset_promise(description)).settings)
     if parameters.model is not None and parameters.model.activation_options is not None:
         settings["activation_options"] = parameters.model.activation_options.model_dump(exclude_none=True)
     return model.architecture, settings
@@ -150,17 +151,6 @@ def _resolve_model(
 def _given(parameters: TrainParameters) -> PromisedModel:
     assert parameters.model is not None  # `check` saw to it
     return PromisedModel(parameters.model.architecture, parameters.model.settings())
-
-
-def _promised(description: Dataset) -> PromisedData:
-    """What `promise` of the stage that made a data set could know, and more: what is really there."""
-    if description.kind == "text":
-        tokenizer = description.tokenizer
-        return PromisedText(description.sequence_length, tokenizer.vocab_size, tokenizer.kind)
-    if description.kind == "numbers":
-        return PromisedNumbers(description.inputs, description.targets, description.classes)
-    image = description.image
-    return PromisedImages(min(image.height, image.width), image.channels, description.classes)
 
 
 def _read_initial(initial: Artifact) -> PromisedModel:
