@@ -114,7 +114,7 @@ class BatchNorm(nn.Module):
     def _take_in(self, mean: Tensor, variance: Tensor) -> None:
         """Geometric running averages of variances, of which one batch moves none by more than `LIMIT` ** `MOMENTUM`.
 
-        Through polynomials a single odd sample has thousands of times the usual variance, and an arithmetic average
+        Through polynomials a single odd sample has hundreds of times the usual variance, and an arithmetic average
         would be such samples' alone for dozens of batches. A batch whose variance is limited moves the mean by as many
         of its standard deviations as it would have, of limited ones.
         """
