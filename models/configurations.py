@@ -33,6 +33,13 @@ def _refuse_for_layers_alone(activation: ActivationConfig | list[ActivationConfi
     for entry in activation if isinstance(activation, list) else [activation]:
         if (entry.get("name") if isinstance(entry, dict) else entry) == "identity":
             raise ValueError("activation: identity is for layers of an mlp that are not linear themselves")
+        if starts_as_siren(entry):
+            raise ValueError("activation: init: siren needs weights that start to match; only an mlp has them")
+
+
+def starts_as_siren(entry: ActivationConfig) -> bool:
+    """Whether the weights before this activation follow its start."""
+    return isinstance(entry, dict) and entry.get("init") == "siren"
 
 
 def changed_parts(config: Any) -> dict[str, Any]:
@@ -260,8 +267,10 @@ class MLPConfig:
             raise ValueError(f"residual: needs two widths or more that are equal, got widths {self.widths}")
         if self.loss not in ("mse", "cross_entropy"):
             raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
-        activation_configs(self.activation, len(self.widths))
-        self.feedforward_settings()
+        activations = activation_configs(self.activation, len(self.widths))
+        for entry, part in zip(activations, self.feedforward_settings(), strict=True):
+            if starts_as_siren(entry) and part.name not in ("dense", "quadratic"):
+                raise ValueError(f"activation: init: siren is for layers with weights; {part.name} has functions")
 
     def norm_settings(self) -> None:
         """It has no norms."""

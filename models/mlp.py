@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from polytrope.models.losses import Loss, cross_entropy, mse
 from polytrope.models.parts.feedforward import QuadraticLinear, build_layer
 from polytrope.models.parts.ranges import RangePenalty
 from polytrope.models.parts.settings import FeedForward
+from polytrope.ops.initialization import SIREN_FREQUENCY
 
 LOSSES: dict[str, Loss] = {"mse": mse, "cross_entropy": cross_entropy}
 
@@ -64,6 +66,9 @@ class MLP(nn.Module):
         )
         self.head = nn.Linear(config.widths[-1], config.outputs)
         self.apply(_initialise)
+        for number, block in enumerate(self.blocks):
+            if getattr(block.act, "init", None) == "siren":
+                _start_siren(block.layer, first=number == 0)  # type: ignore[arg-type]
 
     def set_activation_checkpointing(self, mode: ActivationCheckpointing) -> None:
         """What backward computes again: nothing, or whole blocks.
@@ -115,6 +120,22 @@ def _initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _start_siren(layer: nn.Linear | QuadraticLinear, *, first: bool) -> None:
+    """Weights for sines of frequency w: uniform in ±1/inputs in the first layer, in ±√(6/inputs)/w in the others.
+
+    Sines of inputs that are spread over many periods have mean square 1/2, so that w times what the next layer gives
+    has variance w² · inputs · (6 / (inputs · w²)) / 3 · 1/2 = 1. (Sitzmann et al., Implicit Neural Representations with
+    Periodic Activation Functions, 2020.) Biases of the first layer are uniform in ±1/√inputs, so that its sines have
+    all phases; the others are 0.
+    """
+    if first:
+        nn.init.uniform_(layer.weight, -1.0 / layer.in_features, 1.0 / layer.in_features)
+        nn.init.uniform_(layer.bias, -(layer.in_features**-0.5), layer.in_features**-0.5)
+    else:
+        bound = math.sqrt(6.0 / layer.in_features) / SIREN_FREQUENCY
+        nn.init.uniform_(layer.weight, -bound, bound)
 
 
 def _as_they_are(rows: Tensor) -> Tensor:

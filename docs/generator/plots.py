@@ -66,9 +66,10 @@ def all_plots() -> dict[str, str]:
 
 
 def initializations(name: str) -> list[str]:
-    """The named starts of a family."""
+    """The named starts of a family in any degree."""
     family = LEARNABLE[name]
-    return [*family.starts, *(["torchortho"] if family.published else [])]
+    starts = [start for start in family.starts if start != "siren"]
+    return [*starts, *(["torchortho"] if family.published else [])]
 
 
 @functools.cache
