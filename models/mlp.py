@@ -15,6 +15,7 @@ from polytrope.models.architecture import Architecture
 from polytrope.models.configurations import ActivationConfig, MLPConfig, activation_configs
 from polytrope.models.losses import Loss, cross_entropy, mse
 from polytrope.models.parts.feedforward import QuadraticLinear, build_layer
+from polytrope.models.parts.pi import PiLinear
 from polytrope.models.parts.ranges import RangePenalty
 from polytrope.models.parts.settings import FeedForward
 from polytrope.ops.initialization import SIREN_FREQUENCY
@@ -70,6 +71,23 @@ class MLP(nn.Module):
             if getattr(block.act, "init", None) == "siren":
                 _start_siren(block.layer, first=number == 0)  # type: ignore[arg-type]
 
+    def start_for(self, mean_square: float) -> None:
+        """Scale the freshly drawn weights of the first layer for inputs of this mean square instead of 1.
+
+        One-hot vectors have one of 1/length. Functions of a KAN layer and sines of `init: siren` are not scaled: they
+        are made for numbers of one size.
+
+        Args:
+            mean_square: of a number in a row, above 0.
+        """
+        first = self.blocks[0]
+        if getattr(first.act, "init", None) == "siren":
+            return
+        with torch.no_grad():
+            for kind, name in _LINEAR_WEIGHTS:
+                if isinstance(first.layer, kind):
+                    first.layer.get_parameter(name).mul_(mean_square**-0.5)
+
     def set_activation_checkpointing(self, mode: ActivationCheckpointing) -> None:
         """What backward computes again: nothing, or whole blocks.
 
@@ -112,6 +130,9 @@ class MLP(nn.Module):
         for (inputs, outputs), part in zip(sizes, config.feedforward_settings(), strict=True):
             total += part.layer_products(inputs, outputs)
         return 6.0 * total
+
+
+_LINEAR_WEIGHTS = ((nn.Linear | QuadraticLinear, "weight"), (PiLinear, "factors"))
 
 
 def _initialise(module: nn.Module) -> None:
