@@ -63,6 +63,14 @@ def _feedforwards(given: Entry | list[Entry], layers: int, names: tuple[str, ...
     return parts
 
 
+def _norm_of_blocks(given: Entry) -> Norm:
+    """The norm. Raises ValueError for none."""
+    norm: Norm = read_part("norm", given)
+    if norm.name == "none":
+        raise ValueError("norm: none is for an mlp; this model has layer_norm, batch")
+    return norm
+
+
 _OF_BLOCKS = ("mlp", "gated", "quadratic")
 
 
@@ -127,8 +135,7 @@ class GPT2Config:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm_of_blocks(self.norm)
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
@@ -204,8 +211,7 @@ class ConvNeXtConfig:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm_of_blocks(self.norm)
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
@@ -244,6 +250,7 @@ class MLPConfig:
         widths: outputs of each layer before the last.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per width.
         feedforward: what each of these layers is: `dense`, `quadratic`, `kan` or `pi`; or a list with one per width.
+        norm: of what each of these layers gives, before its activation: `none`, `layer_norm` or `batch`.
         residual: every layer but the first adds to what it is given; all widths are equal.
         loss: `mse` of predicted numbers, or `cross_entropy` of classes.
     """
@@ -253,6 +260,7 @@ class MLPConfig:
     widths: list[int] = field(default_factory=lambda: [64, 64])
     activation: ActivationConfig | list[ActivationConfig] = "gelu"
     feedforward: Entry | list[Entry] = "dense"
+    norm: Entry = "none"
     residual: bool = False
     loss: str = "mse"
 
@@ -267,13 +275,16 @@ class MLPConfig:
             raise ValueError(f"residual: needs two widths or more that are equal, got widths {self.widths}")
         if self.loss not in ("mse", "cross_entropy"):
             raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
+        self.norm_settings()
         activations = activation_configs(self.activation, len(self.widths))
         for entry, part in zip(activations, self.feedforward_settings(), strict=True):
             if starts_as_siren(entry) and part.name not in ("dense", "quadratic"):
                 raise ValueError(f"activation: init: siren is for layers with weights; {part.name} has functions")
 
-    def norm_settings(self) -> None:
-        """It has no norms."""
+    def norm_settings(self) -> Norm:
+        """Of all norms."""
+        norm: Norm = read_part("norm", self.norm)
+        return norm
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each layer before the last."""
@@ -317,5 +328,5 @@ MODEL_KINDS: dict[str, ModelKind] = {
             "head": ("head.*",),
         },
     ),
-    "mlp": ModelKind(MLPConfig, "numbers", {}, {"head": ("head.*",)}),
+    "mlp": ModelKind(MLPConfig, "numbers", {}, {"norms": ("blocks.*.norm.*",), "head": ("head.*",)}),
 }

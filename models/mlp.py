@@ -15,28 +15,31 @@ from polytrope.models.architecture import Architecture
 from polytrope.models.configurations import ActivationConfig, MLPConfig, activation_configs
 from polytrope.models.losses import Loss, cross_entropy, mse
 from polytrope.models.parts.feedforward import QuadraticLinear, build_layer
+from polytrope.models.parts.norm import NormSizes, build_norm
 from polytrope.models.parts.pi import PiLinear
 from polytrope.models.parts.ranges import RangePenalty
-from polytrope.models.parts.settings import FeedForward
+from polytrope.models.parts.settings import FeedForward, Norm
 from polytrope.ops.initialization import SIREN_FREQUENCY
 
+EPSILON = 1e-5  # added to variances in norms
 LOSSES: dict[str, Loss] = {"mse": mse, "cross_entropy": cross_entropy}
 
 
 class Block(nn.Module):
-    """A layer and its activation, `[batch, inputs]` to `[batch, outputs]`."""
+    """A layer, a norm and an activation, `[batch, inputs]` to `[batch, outputs]`."""
 
     def __init__(
-        self, inputs: int, outputs: int, settings: FeedForward, activation: ActivationConfig, residual: bool
+        self, inputs: int, outputs: int, settings: FeedForward, norm: Norm, activation: ActivationConfig, residual: bool
     ) -> None:
         super().__init__()
         self.layer = build_layer(settings, inputs, outputs)
+        self.norm = build_norm(norm, NormSizes(outputs, EPSILON))
         self.act = make_activation(activation)
         self.residual = residual
         self.ranges: RangePenalty | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        before = self.layer(x)
+        before = self.norm(self.layer(x))
         if self.ranges is not None and self.training:
             self.ranges.inputs(before)
         branch: Tensor = self.act(before)
@@ -62,7 +65,7 @@ class MLP(nn.Module):
             strict=True,
         )
         self.blocks = nn.ModuleList(
-            Block(inputs, outputs, settings, activation, config.residual and number > 0)
+            Block(inputs, outputs, settings, config.norm_settings(), activation, config.residual and number > 0)
             for number, ((inputs, outputs), settings, activation) in enumerate(layers)
         )
         self.head = nn.Linear(config.widths[-1], config.outputs)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from polytrope.models import build_model, find_architecture
-from polytrope.models.checkpoint import load_model, save_model
+from polytrope.models.checkpoint import load_model, model_config, read_description, save_model
 from polytrope.models.configurations import MLPConfig
 from polytrope.models.formats import write_model
 from polytrope.pipeline.stages.train.parameters import ModelParameters
@@ -93,6 +93,31 @@ def test_inputs_of_all_activations_start_with_variance_1() -> None:
         block.act.register_forward_pre_hook(lambda _, given: seen.append(float(given[0].detach().square().mean())))
     model(torch.randn(500, 200))
     assert seen == pytest.approx([1.0, 1.0], abs=0.15)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "batch"])
+def test_a_norm_stands_between_layer_and_activation(tmp_path: Any, norm: str) -> None:
+    torch.manual_seed(4)
+    model: Any = build_model("mlp", {**SIZES, "norm": norm, "residual": True})
+    rows = torch.randn(9, 3)
+    x = rows
+    for number, block in enumerate(model.blocks):
+        dim = (1,) if norm == "layer_norm" else (0,)
+        given = block.layer(x)
+        mean, variance = given.mean(dim, keepdim=True), given.var(dim, keepdim=True, correction=0)
+        result = block.act((given - mean) / (variance + 1e-5).sqrt())
+        x = x + result if number else result
+    torch.testing.assert_close(model(rows), model.head(x), rtol=1e-5, atol=1e-5)
+    save_model(tmp_path, model)
+    assert read_description(tmp_path)["config"]["norm"] == norm
+    assert torch.equal(load_model(tmp_path)(rows), model.eval()(rows))
+    assert "norm" not in model_config(build_model("mlp", {**SIZES, "norm": {"name": "none"}}))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "convnext"])
+def test_the_other_models_have_a_norm(architecture: str) -> None:
+    with pytest.raises(ValueError, match="norm: none is for an mlp; this model has layer_norm, batch"):
+        build_model(architecture, {"norm": "none"})
 
 
 SIREN = {"name": "fourier", "degree": 1, "init": "siren"}

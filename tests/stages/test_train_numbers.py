@@ -10,16 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from training_support import read_events, run_training, weights_hash
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model
+from polytrope.pipeline.data.promised import PromisedNumbers
 from polytrope.pipeline.data.reader import open_split
-from polytrope.pipeline.stage import Artifact, stage_context
+from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import Artifact, Resources, stage_context
 from polytrope.pipeline.stages.shard.parameters import ShardNumbersParameters
 from polytrope.pipeline.stages.shard.shard_numbers import shard_numbers
 from polytrope.pipeline.stages.train.numbers_start import start_for_rows
+from polytrope.pipeline.stages.train.parameters import TrainParameters
+from polytrope.pipeline.stages.train.train import promise
+from polytrope.pipeline.stages.train.trainable import freeze
 
 SOURCES: dict[str, dict[str, Any]] = {
     "modular": {"kind": "modular", "modulus": 31},
@@ -93,7 +99,7 @@ def test_it_comes_back_to_the_last_bit_on_two_workers(
         "pi",
     ]
     settings: dict[str, Any] = {
-        "model": {"architecture": "mlp", "widths": [48] * 4, "feedforward": layers, "activation": "hermite2"},
+        "model": {"architecture": "mlp", "widths": [48] * 4, "feedforward": layers, "norm": "batch"},
         "steps": 6,
         "global_batch_size": 64,
         "validation_every": 6,
@@ -111,3 +117,23 @@ def test_it_comes_back_to_the_last_bit_on_two_workers(
     run_training(tmp_path, dataset, **settings)
     assert any("checkpoint of step 4" in str(event.get("text")) for event in read_events(tmp_path, "message"))
     assert weights_hash(tmp_path) == whole
+
+
+def test_a_norm_of_batches_sees_whole_batches_and_no_norm_has_no_parameters() -> None:
+    usual = {"model": {"architecture": "mlp", "norm": "batch"}, "steps": 1, "global_batch_size": 8}
+    data = PromisedNumbers(inputs=2, targets=1, classes=None)
+    for changes, words in (
+        ({"micro_batch_size": 2}, "micro_batch_size: 2 splits the batch of a worker into 2, and norm: batch"),
+        ({"activation_checkpointing": "block"}, "activation_checkpointing: block would compute the statistics"),
+    ):
+        given = TrainParameters.model_validate(usual | changes)
+        with pytest.raises(UserError, match=words) as caught:
+            promise(given, {"dataset": data}, Resources(workers=2), Path())
+        assert "mlp" not in str(caught.value.hint)
+    assert TrainParameters.model_validate(usual | {"trainable": ["norms"]}).trainable == ["norms"]
+    with pytest.raises(ValidationError, match=r"trainable: norms: the model has none \(norm: none\)"):
+        TrainParameters.model_validate(usual | {"model": {"architecture": "mlp"}, "trainable": ["norms"]})
+    model = build_model("mlp", {"norm": "layer_norm", "widths": [3]})
+    freeze(model, "mlp", ["norms"])
+    learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert learning == {"blocks.0.norm.weight", "blocks.0.norm.bias"}
