@@ -41,7 +41,7 @@ def promise(
     for field, (name, way) in _NEEDED.items():
         for other in sorted(found[field] - {name}):
             raise UserError(
-                f"inputs.model: the model has {field}: {other}, which is not made of sums and products",
+                f"inputs.model: the model has {field}: {other}, of which no circuit is written",
                 f"train it with {way}",
             )
     if "activation" in model.settings:  # after a conversion, what they are is not known
