@@ -291,11 +291,17 @@ class MLPConfig:
             raise ValueError(f"residual: needs two widths or more that are equal, got widths {self.widths}")
         if self.loss not in ("mse", "cross_entropy"):
             raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
-        self.norm_settings()
+        norm = self.norm_settings().name
         activations = activation_configs(self.activation, len(self.widths))
         for entry, part in zip(activations, self.feedforward_settings(), strict=True):
-            if starts_as_siren(entry) and part.name not in ("dense", "quadratic"):
-                raise ValueError(f"activation: init: siren is for layers with weights; {part.name} has functions")
+            if not starts_as_siren(entry):
+                continue
+            if part.name not in ("dense", "quadratic"):
+                raise ValueError(f"activation: init: siren is for dense and quadratic layers, this is {part.name}")
+            if norm != "none":
+                raise ValueError(
+                    f"activation: init: siren starts for what its layer gives, and norm: {norm} changes it"
+                )
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
