@@ -299,9 +299,7 @@ class MLPConfig:
             if part.name not in ("dense", "quadratic"):
                 raise ValueError(f"activation: init: siren is for dense and quadratic layers, this is {part.name}")
             if norm != "none":
-                raise ValueError(
-                    f"activation: init: siren starts for what its layer gives, and norm: {norm} changes it"
-                )
+                raise ValueError(f"activation: init: siren is for what its layer gives, and norm: {norm} changes it")
 
     def norm_settings(self) -> Norm:
         """Of all norms."""

@@ -167,7 +167,7 @@ def test_sines_are_written_and_read(tmp_path: Any) -> None:
             build_model(architecture, {"activation": SIREN})
     with pytest.raises(ValueError, match="activation: init: siren is for dense and quadratic layers, this is kan"):
         build_model("mlp", {"activation": SIREN, "feedforward": ["dense", "kan"]})
-    with pytest.raises(ValueError, match="activation: init: siren starts for what its layer gives, and norm: batch"):
+    with pytest.raises(ValueError, match="activation: init: siren is for what its layer gives, and norm: batch"):
         build_model("mlp", {"activation": SIREN, "norm": "batch"})
 
 
