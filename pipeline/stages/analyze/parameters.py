@@ -31,8 +31,33 @@ class KernelOptions(BaseModel):
     )
 
 
-AnalysisOptions = SignalOptions | KernelOptions
-NAMES = ("signal", "kernel")
+class ModularOptions(BaseModel):
+    """What a network that adds modulo p has learned; for data of `shard_numbers` with `kind: modular`."""
+
+    model_config = _STRICT
+    name: Literal["modular"]
+    kernel_samples: int = Field(32, ge=1, description="pairs that the drift of the tangent kernel is measured on")
+
+
+class WidthOptions(BaseModel):
+    """How much the tangent kernel depends on the draw of the weights, by width; for an mlp."""
+
+    model_config = _STRICT
+    name: Literal["width"]
+    widths: list[Annotated[int, Field(ge=1)]] = Field(
+        [128, 256, 512], min_length=2, description="of all layers of the networks that are drawn"
+    )
+    draws: int = Field(200, ge=10, description="networks per width")
+
+    @model_validator(mode="after")
+    def _different(self) -> WidthOptions:
+        if len(set(self.widths)) < 2:
+            raise ValueError(f"widths: a slope needs two that differ, got {self.widths}")
+        return self
+
+
+AnalysisOptions = SignalOptions | KernelOptions | ModularOptions | WidthOptions
+NAMES = ("signal", "kernel", "modular", "width")
 
 
 class _ShortForm:
