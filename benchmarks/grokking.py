@@ -94,7 +94,9 @@ def markdown(record: Mapping[str, Any]) -> str:
     lines += ["", "| α | " + " | ".join(f"{NAMES[name]} | drift" for name in shown) + " |"]
     lines += ["|---|" + "---|---|" * len(shown)]
     for scale, found in record["scales"].items():
-        cells = [f"{steps(found[name], 'generalised_step')} | {mean(found[name]['kernel_drift']):.2g}" for name in shown]
+        cells = [
+            f"{steps(found[name], 'generalised_step')} | {mean(found[name]['kernel_drift']):.2g}" for name in shown
+        ]
         lines.append(f"| {scale} | " + " | ".join(cells) + " |")
     slopes = [
         f"{NAMES[name]} {found['slope']:.2f} ± {found['slope_error']:.2f}" for name, found in record["width"].items()
@@ -102,8 +104,8 @@ def markdown(record: Mapping[str, Any]) -> str:
     widths, draws = record["width"]["relu"]["widths"], record["width"]["relu"]["draws"]
     lines += [
         "",
-        f"Slope of the variance of the tangent kernel against the width, {widths[0]} to {widths[-1]}, {draws} draws each: "
-        f"{', '.join(slopes)}.",
+        f"Slope of the variance of the tangent kernel against the width, {widths[0]} to {widths[-1]}, {draws} draws "
+        f"each: {', '.join(slopes)}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""`output_scale` of an `mlp`, from rich to lazy: what it multiplies and divides, and how little the weights then move."""
+"""`output_scale` of an `mlp`, from rich to lazy: what it multiplies and divides, and how little weights then move."""
 
 from __future__ import annotations
 

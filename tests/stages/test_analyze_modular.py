@@ -12,19 +12,17 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from training_support import make_context
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
-from polytrope.models.tangent import tangent_kernel
-from polytrope.pipeline.data.analysis_file import ModularFigures, WidthFigures, read_analysis
+from polytrope.pipeline.data.analysis_file import ModularFigures, WidthFigures
 from polytrope.pipeline.data.promised import PromisedModel, PromisedNumbers, PromisedText
 from polytrope.pipeline.data.training_file import Training, write_training
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, Resources, stage_context
+from polytrope.pipeline.stage import Resources, stage_context
 from polytrope.pipeline.stages.analyze.analyses.modular import analyse_modular
 from polytrope.pipeline.stages.analyze.analyses.width import analyse_width
-from polytrope.pipeline.stages.analyze.analyze import analyze, promise
+from polytrope.pipeline.stages.analyze.analyze import promise
 from polytrope.pipeline.stages.analyze.parameters import AnalyzeParameters, ModularOptions, WidthOptions
 from polytrope.pipeline.stages.analyze.subject import Subject
 from polytrope.pipeline.stages.shard.parameters import ShardNumbersParameters
@@ -40,7 +38,9 @@ def make_numbers(directory: Path, source: dict[str, Any], fraction: float = 0.5)
 
 def network_of_cosines(modulus: int, frequencies: Sequence[int], **config: Any) -> Any:
     """u = cos(ωa + θ_u), v = cos(ωb + θ_v), w = cos(ωc + θ_u + θ_v), eight neurons per frequency, squares between."""
-    phases = [(k, first * math.pi / 2, second * math.pi / 2) for k in frequencies for first in (0, 1) for second in range(4)]
+    phases = [
+        (k, first * math.pi / 2, second * math.pi / 2) for k in frequencies for first in (0, 1) for second in range(4)
+    ]
     sizes = {"inputs": 2 * modulus, "outputs": modulus, "widths": [len(phases)], "loss": "cross_entropy"}
     model: Any = build_model("mlp", {"activation": "hermite2", **sizes, **config}).double()
     angles = 2 * math.pi * torch.arange(modulus, dtype=torch.float64) / modulus
@@ -58,7 +58,9 @@ def analysed(model: nn.Module, dataset: Path, directory: Path) -> ModularFigures
 
 
 @pytest.mark.parametrize("modulus", [7, 13, 23, 31])
-def test_the_known_network_has_the_known_margin_and_one_frequency_a_far_smaller_one(modulus: int, tmp_path: Path) -> None:
+def test_the_known_network_has_the_known_margin_and_one_frequency_a_far_smaller_one(
+    modulus: int, tmp_path: Path
+) -> None:
     dataset = make_numbers(tmp_path, {"kind": "modular", "modulus": modulus})
     every = range(1, (modulus - 1) // 2 + 1)
     found = analysed(network_of_cosines(modulus, every), dataset, tmp_path)
@@ -144,7 +146,9 @@ def test_the_curve_and_the_drift_are_those_of_the_training(tmp_path: Path) -> No
     assert drift > 0.1
     assert found.kernel_drift == pytest.approx(drift, rel=1e-9)
     # nothing but the curve's absence is said of one that has measured no training pairs
-    write_training(tmp_path / "model", Training(architecture="mlp", parameters=1, steps=25), [{"step": 1, "val/accuracy": 1}])
+    write_training(
+        tmp_path / "model", Training(architecture="mlp", parameters=1, steps=25), [{"step": 1, "val/accuracy": 1}]
+    )
     bare = analysed(load_model(tmp_path / "model"), dataset, tmp_path / "model")
     assert bare.curve is bare.memorised_step is None
     assert any("fit_samples" in text for text in bare.missing)
@@ -174,8 +178,40 @@ def test_the_kernel_s_variance_falls_like_one_over_the_width(tmp_path: Path) -> 
     options = WidthOptions(name="width", widths=[128, 512], draws=120)
     for activation in ({"name": "hermite", "degree": 2, "init": "stable"}, "relu"):
         config = {"inputs": 2, "outputs": 3, "widths": [4, 4], "activation": activation, "output_scale": 7.0}
+        subject = Subject(tmp_path, build_model("mlp", config), dataset, [])
         state = torch.random.get_rng_state()
-        found: WidthFigures = analyse_width(Subject(tmp_path, build_model("mlp", config), dataset, []), options)
+        found: WidthFigures = analyse_width(subject, options)
+        assert torch.equal(torch.random.get_rng_state(), state)  # others draw as if it had not run
         assert found.slope == pytest.approx(-1.0, abs=3 * found.slope_error)
         assert 0.0 < found.slope_error < 0.2
-        print(activation, found)
+
+
+def test_what_cannot_be_analysed_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    pairs, numbers = PromisedNumbers(14, None, 7), PromisedNumbers(2, 1, None)
+    text = PromisedText(sequence_length=32, tokens=512, tokenizer="bpe")
+    mlp, gpt2 = PromisedModel("mlp", {}), PromisedModel("gpt2", {})
+
+    def promised(name: str, data: Any, model: PromisedModel) -> Any:
+        parameters = AnalyzeParameters.model_validate({"analyses": [name]})
+        return promise(parameters, {"dataset": data, "models": {"a": model}}, Resources(), tmp_path)
+
+    assert promised("modular", pairs, mlp).analyses == ("modular",)
+    assert promised("modular", PromisedNumbers(None, None, 7), mlp).labels == ("a",)
+    assert promised("width", numbers, mlp).analyses == ("width",)
+    for data, model in ((numbers, mlp), (text, gpt2), (PromisedNumbers(13, None, 7), mlp)):
+        with pytest.raises(UserError, match="analyses: `modular` is for pairs of numbers"):
+            promised("modular", data, model)
+    with pytest.raises(UserError, match=r"analyses: `width` draws .* inputs\.models\.a is a gpt2"):
+        promised("width", text, gpt2)
+    with pytest.raises(ValueError, match="widths: a slope needs two that differ"):
+        AnalyzeParameters.model_validate({"analyses": [{"name": "width", "widths": [8, 8]}]})
+
+
+def test_other_rows_than_pairs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.eye(4)[:, :4]
+    np.savez(tmp_path / "rows.npz", inputs=np.tile(rows, (30, 1)) + np.arange(120)[:, None], targets=np.arange(120) % 2)
+    monkeypatch.chdir(tmp_path)
+    dataset = make_numbers(tmp_path / "rows", {"kind": "file", "path": "rows.npz", "classes": 2})
+    model = build_model("mlp", {"inputs": 4, "outputs": 2, "widths": [4], "loss": "cross_entropy"})
+    with pytest.raises(UserError, match="modular: the train rows of this data set are no pairs"):
+        analysed(model, dataset, tmp_path)
