@@ -12,6 +12,7 @@ from polytrope.models.per_layer import Entry, layer_configs
 
 ActivationConfig = Entry
 CLASSICAL = ("gelu", "gelu_tanh", "relu", "silu", "tanh")  # activations without coefficients, none a polynomial
+FIXED = (*CLASSICAL, "identity")  # all that have no coefficients
 
 LEFT_OUT = {"left_out": True}  # metadata of a field that is written only where it is not the default
 
@@ -27,6 +28,20 @@ def activation_configs(activation: ActivationConfig | list[ActivationConfig], la
         if isinstance(entry, dict) and entry.get("glu"):
             raise ValueError(f"activation: {entry!r} is gated, which halves the width; use `feedforward: gated`")
     return entries
+
+
+def _refuse_for_layers_alone(activation: ActivationConfig | list[ActivationConfig]) -> None:
+    """Raise ValueError for what is made for the layers of an `mlp`: a block needs an activation between its two."""
+    for entry in activation if isinstance(activation, list) else [activation]:
+        if (entry.get("name") if isinstance(entry, dict) else entry) == "identity":
+            raise ValueError("activation: identity is for layers of an mlp that are not linear themselves")
+        if starts_as_siren(entry):
+            raise ValueError("activation: init: siren needs weights that start to match; only an mlp has them")
+
+
+def starts_as_siren(entry: ActivationConfig) -> bool:
+    """Whether the weights before this activation follow its start."""
+    return isinstance(entry, dict) and entry.get("init") == "siren"
 
 
 def changed_parts(config: Any) -> dict[str, Any]:
@@ -55,6 +70,14 @@ def _feedforwards(given: Entry | list[Entry], layers: int, names: tuple[str, ...
         if part.name not in names:
             raise ValueError(f"feedforward: this model has no {part.name}; it has {', '.join(names)}")
     return parts
+
+
+def _norm_of_blocks(given: Entry) -> Norm:
+    """The norm. Raises ValueError for none."""
+    norm: Norm = read_part("norm", given)
+    if norm.name == "none":
+        raise ValueError("norm: none is for an mlp; this model has layer_norm, batch")
+    return norm
 
 
 _OF_BLOCKS = ("mlp", "gated", "quadratic")
@@ -108,6 +131,7 @@ class GPT2Config:
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
         activation_configs(self.activation, self.n_layer)
+        _refuse_for_layers_alone(self.activation)
         attention = self.attention_settings()
         self.norm_settings()
         self.feedforward_settings()
@@ -123,8 +147,7 @@ class GPT2Config:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm_of_blocks(self.norm)
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
@@ -191,6 +214,7 @@ class ConvNeXtConfig:
         if not 0.0 < self.final_norm_epsilon < math.inf:
             raise ValueError(f"final_norm_epsilon must be above 0 and finite, got {self.final_norm_epsilon}")
         activation_configs(self.activation, sum(self.depths))
+        _refuse_for_layers_alone(self.activation)
         self.norm_settings()
         self.feedforward_settings()
         self.mixer_settings()
@@ -201,8 +225,7 @@ class ConvNeXtConfig:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm_of_blocks(self.norm)
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
@@ -244,7 +267,8 @@ class MLPConfig:
         outputs: numbers that are predicted, or classes.
         widths: outputs of each layer before the last.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per width.
-        feedforward: what each of these layers is: `dense` or `quadratic`; or a list with one per width.
+        feedforward: what each of these layers is: `dense`, `quadratic`, `kan` or `pi`; or a list with one per width.
+        norm: of what each of these layers gives, before its activation: `none`, `layer_norm` or `batch`.
         residual: every layer but the first adds to what it is given; all widths are equal.
         loss: `mse` of predicted numbers, or `cross_entropy` of classes.
         output_scale: α, which multiplies the outputs; the training loss is divided by α², so that a large one leaves
@@ -256,6 +280,7 @@ class MLPConfig:
     widths: list[int] = field(default_factory=lambda: [64, 64])
     activation: ActivationConfig | list[ActivationConfig] = "gelu"
     feedforward: Entry | list[Entry] = "dense"
+    norm: Entry = "none"
     residual: bool = False
     loss: str = "mse"
     output_scale: float = field(default=1.0, metadata=LEFT_OUT)
@@ -273,15 +298,20 @@ class MLPConfig:
             raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
         if not 0.0 < self.output_scale < math.inf:
             raise ValueError(f"output_scale: expected a number above 0, got {self.output_scale}")
-        activation_configs(self.activation, len(self.widths))
-        self.feedforward_settings()
+        self.norm_settings()
+        activations = activation_configs(self.activation, len(self.widths))
+        for entry, part in zip(activations, self.feedforward_settings(), strict=True):
+            if starts_as_siren(entry) and part.name not in ("dense", "quadratic"):
+                raise ValueError(f"activation: init: siren is for layers with weights; {part.name} has functions")
 
-    def norm_settings(self) -> None:
-        """It has no norms."""
+    def norm_settings(self) -> Norm:
+        """Of all norms."""
+        norm: Norm = read_part("norm", self.norm)
+        return norm
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each layer before the last."""
-        return _feedforwards(self.feedforward, len(self.widths), ("dense", "quadratic"))
+        return _feedforwards(self.feedforward, len(self.widths), ("dense", "quadratic", "kan", "pi"))
 
     def activation_widths(self) -> list[int]:
         """Channels that each activation sees."""
@@ -321,5 +351,5 @@ MODEL_KINDS: dict[str, ModelKind] = {
             "head": ("head.*",),
         },
     ),
-    "mlp": ModelKind(MLPConfig, "numbers", {}, {"head": ("head.*",)}),
+    "mlp": ModelKind(MLPConfig, "numbers", {}, {"norms": ("blocks.*.norm.*",), "head": ("head.*",)}),
 }

@@ -203,6 +203,8 @@ def test_what_cannot_be_analysed_is_refused_before_anything_starts(tmp_path: Pat
             promised("modular", data, model)
     with pytest.raises(UserError, match=r"analyses: `width` draws .* inputs\.models\.a is a gpt2"):
         promised("width", text, gpt2)
+    with pytest.raises(UserError, match=r"inputs\.models\.a has feedforward: kan"):
+        promised("width", numbers, PromisedModel("mlp", {"feedforward": "kan"}))
     with pytest.raises(ValueError, match="widths: a slope needs two that differ"):
         AnalyzeParameters.model_validate({"analyses": [{"name": "width", "widths": [8, 8]}]})
 

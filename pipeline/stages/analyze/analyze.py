@@ -19,7 +19,7 @@ from polytrope.pipeline.data.promised import (
 )
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
-from polytrope.pipeline.stages.analyze.parameters import AnalyzeParameters
+from polytrope.pipeline.stages.analyze.parameters import AnalyzeParameters, refuse_width
 
 
 def check(_parameters: AnalyzeParameters, upstream: Mapping[str, Any]) -> None:
@@ -53,12 +53,8 @@ def _refuse_meaningless(name: str, upstream: Mapping[str, Any]) -> None:
             )
     if name == "width":
         for label, model in upstream["models"].items():
-            if isinstance(model, PromisedModel) and model.architecture != "mlp":
-                raise UserError(
-                    f"analyses: `width` draws networks of other widths of an mlp, and inputs.models.{label} is a "
-                    f"{model.architecture}",
-                    "leave it out, or analyse the others in a stage of their own",
-                )
+            if isinstance(model, PromisedModel):
+                refuse_width(f"inputs.models.{label}", model.architecture, model.settings)
 
 
 @stage(

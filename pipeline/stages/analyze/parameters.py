@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
+
+from polytrope.models import make_config
+from polytrope.models.configurations import MLPConfig
+from polytrope.pipeline.errors import UserError
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -56,6 +61,29 @@ class WidthOptions(BaseModel):
         return self
 
 
+def refuse_width(name: str, architecture: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a model of which `width` cannot draw networks.
+
+    Args:
+        name: of the model, in the error.
+        settings: fields of its configuration, as far as they are known.
+
+    Raises:
+        UserError: no MLP, or one with layers that have functions instead of weights.
+    """
+    if architecture != "mlp":
+        raise UserError(
+            f"analyses: `width` draws networks of an mlp in other widths, and {name} is a {architecture}", _ELSEWHERE
+        )
+    for part in make_config(MLPConfig, settings).feedforward_settings():
+        if part.name not in ("dense", "quadratic"):
+            raise UserError(
+                f"analyses: `width` draws layers with weights (dense, quadratic), and {name} has feedforward: {part.name}",
+                _ELSEWHERE,
+            )
+
+
+_ELSEWHERE = "leave it out, or analyse the others in a stage of their own"
 AnalysisOptions = SignalOptions | KernelOptions | ModularOptions | WidthOptions
 NAMES = ("signal", "kernel", "modular", "width")
 

@@ -12,6 +12,7 @@ import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,10 +176,9 @@ def _norm(network: nn.Module, modulus: int, missing: list[str]) -> float | None:
     b alone raise no margin's mean over the pairs, so that the best margin is the best of these networks, too.
     """
     layer = _first_layer(network, modulus)
-    blocks = network.blocks
-    assert isinstance(blocks, nn.ModuleList)
-    if layer is None or len(blocks) != 1:
-        missing.append("margin: known of one dense layer of the two one-hot vectors")
+    blocks: Any = network.blocks
+    if layer is None or len(blocks) != 1 or network.config.norm_settings().name != "none":  # type: ignore[union-attr, operator]
+        missing.append("margin: known of one dense layer of the two one-hot vectors, without a norm")
         return None
     try:
         coefficients, truncated = hermite_coefficients(blocks[0].act)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ variance falls like 1 / width, so that the slope of the logarithms is -1. Random
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from polytrope.pipeline.data.analysis_file import WidthFigures
 from polytrope.pipeline.data.model_inputs import read_tensors
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stages.analyze.parameters import WidthOptions
+from polytrope.pipeline.stages.analyze.parameters import WidthOptions, refuse_width
 from polytrope.pipeline.stages.analyze.subject import Subject
 
 _SEEDS = 1 << 32  # of one width
@@ -31,10 +32,9 @@ def analyse_width(subject: Subject, options: WidthOptions) -> WidthFigures:
     Milliseconds per draw: 600 networks of two layers in the default, seconds.
 
     Raises:
-        UserError: the model is no MLP, or all rows are equal.
+        UserError: the model is no MLP, has layers of functions, or all rows are equal.
     """
-    if subject.network.architecture != "mlp":
-        raise UserError(f"width: for an mlp, and this is a {subject.network.architecture}", "leave the analysis out")
+    refuse_width("the model", str(subject.network.architecture), vars(subject.network.config))
     rows = _two_rows(subject)
     config = {**model_config(subject.network), "outputs": 1, "loss": "mse", "output_scale": 1.0}
     layers = len(config["widths"])
@@ -77,7 +77,8 @@ def _entry(config: dict[str, object], rows: torch.Tensor, seed: int) -> tuple[fl
     """Θ(x, x'), Θ(x, x), Θ(x', x') of one draw, for weights that are normal numbers over the root of their inputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build_model("mlp", config).double()
+        model: Any = build_model("mlp", config).double().eval()
+    model.start_for(float(rows.square().mean()))
     layers = (
         (f"{name}.weight", module)
         for name, module in model.named_modules()
