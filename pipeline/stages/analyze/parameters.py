@@ -78,7 +78,8 @@ def refuse_width(name: str, architecture: str, settings: Mapping[str, Any]) -> N
     for part in make_config(MLPConfig, settings).feedforward_settings():
         if part.name not in ("dense", "quadratic"):
             raise UserError(
-                f"analyses: `width` draws layers with weights (dense, quadratic), and {name} has feedforward: {part.name}",
+                f"analyses: `width` draws layers with weights (dense, quadratic), and {name} has feedforward: "
+                f"{part.name}",
                 _ELSEWHERE,
             )
 
