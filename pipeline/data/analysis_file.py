@@ -138,6 +138,82 @@ class KernelFigures(Record):
         return figures | ({} if self.spectrum is None else {"network_mean_frequency": mean_frequency(self.spectrum)})
 
 
+class AccuracyCurve(Record):
+    """Shares of the training's own pairs and of the others that were right, by step; equally long."""
+
+    steps: list[int]
+    train: list[float]
+    test: list[float]
+
+
+class ModularFigures(Record):
+    """What a network that adds modulo p has learned; `missing`: what is None, and why.
+
+    Args:
+        train_accuracy, test_accuracy: shares of the pairs that are right at the end.
+        memorised_step, generalised_step: the first measured ones at which 99 % of them were; None: never.
+        frequencies, concentrations: of each neuron of the first layer its strongest frequency, and the share that it
+            has of the neuron's power; 1 is a pure cosine.
+        concentration: their mean, weighted by power.
+        effective_frequencies: how many are in use.
+        margin, best_margin: the smallest margin over the norm, and the largest one there can be.
+        kernel_drift: ‖Θ - Θ_0‖ / ‖Θ_0‖ of the tangent kernel at the end and before training.
+    """
+
+    modulus: int
+    train_accuracy: float
+    test_accuracy: float
+    curve: AccuracyCurve | None
+    memorised_step: int | None
+    generalised_step: int | None
+    frequencies: list[int] | None
+    concentrations: list[float] | None
+    concentration: float | None
+    effective_frequencies: float | None
+    margin: float | None
+    best_margin: float
+    kernel_drift: float | None
+    missing: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        """What is there; `delay` is from memory to rule in steps, `margin_share` that of the best margin."""
+        memorised, generalised = self.memorised_step, self.generalised_step
+        found: dict[str, float | None] = {
+            "train_accuracy": self.train_accuracy,
+            "test_accuracy": self.test_accuracy,
+            "memorised_step": memorised,
+            "generalised_step": generalised,
+            "delay": None if memorised is None or generalised is None else generalised - memorised,
+            "concentration": self.concentration,
+            "effective_frequencies": self.effective_frequencies,
+            "margin_share": None if self.margin is None else self.margin / self.best_margin,
+            "kernel_drift": self.kernel_drift,
+        }
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+
+class WidthFigures(Record):
+    """Variances of the tangent kernel between two rows over draws of the weights, by width.
+
+    Args:
+        widths: of all layers.
+        draws: networks per width.
+        variances: of Θ(x, x') over the root of the means of Θ(x, x) and Θ(x', x').
+        slope: of their logarithm against that of the width, by least squares.
+        slope_error: its standard error.
+    """
+
+    widths: list[int]
+    draws: int
+    variances: list[float]
+    slope: float
+    slope_error: float
+
+    def metrics(self) -> dict[str, float]:
+        """The slope and its error."""
+        return {"slope": self.slope, "slope_error": self.slope_error}
+
+
 class AnalysedModel(Record):
     """One model: what each analysis found, or the `failure` that left nothing."""
 
@@ -146,10 +222,17 @@ class AnalysedModel(Record):
     failure: str | None = None
     signal: SignalFigures | None = None
     kernel: KernelFigures | None = None
+    modular: ModularFigures | None = None
+    width: WidthFigures | None = None
 
     def metrics(self) -> dict[str, float]:
         """`signal/largest_lipschitz`, `kernel/mean_frequency`, …"""
-        parts: dict[str, SignalFigures | KernelFigures | None] = {"signal": self.signal, "kernel": self.kernel}
+        parts: dict[str, SignalFigures | KernelFigures | ModularFigures | WidthFigures | None] = {
+            "signal": self.signal,
+            "kernel": self.kernel,
+            "modular": self.modular,
+            "width": self.width,
+        }
         return {
             f"{analysis}/{name}": value
             for analysis, figures in parts.items()
@@ -180,6 +263,11 @@ class Analysis(Record):
             for label, model in self.models.items()
             if model.kernel is not None and model.kernel.spectrum is not None
         }
+
+    def accuracies(self) -> dict[str, tuple[list[int], list[float], list[float]]]:
+        """By label: steps, and the accuracies on training and other pairs then."""
+        curves = {label: model.modular and model.modular.curve for label, model in self.models.items()}
+        return {label: (curve.steps, curve.train, curve.test) for label, curve in curves.items() if curve}
 
     def variance_maps(self) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
         """By label and layer: variances and what they become."""

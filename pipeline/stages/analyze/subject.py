@@ -43,6 +43,23 @@ class AnalysedActivation:
     inputs: InputStatistics
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The model that is analysed.
+
+    Args:
+        model: its directory, with what its training has left there.
+        network: it, in evaluation mode; not to be changed.
+        dataset: directory of the data set.
+        activations: what it has of them, first block first.
+    """
+
+    model: Path
+    network: nn.Module
+    dataset: Path
+    activations: list[AnalysedActivation]
+
+
 def read_activations(model: nn.Module, dataset: Path, samples: int, batch_size: int) -> list[AnalysedActivation]:
     """The activations of a model of this package, first block first, with what they receive.
 

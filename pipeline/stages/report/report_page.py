@@ -177,6 +177,16 @@ _ANALYSIS = {  # figure → heading
     "signal/largest_mlp_bound": "bound of an MLP",
     "kernel/mean_frequency": "mean frequency of a layer",
     "kernel/network_mean_frequency": "of all layers",
+    "modular/train_accuracy": "training pairs right",
+    "modular/test_accuracy": "other pairs right",
+    "modular/memorised_step": "99 % of the first at step",
+    "modular/generalised_step": "of the others",
+    "modular/concentration": "Fourier concentration",
+    "modular/effective_frequencies": "frequencies in use",
+    "modular/margin_share": "share of the best margin",
+    "modular/kernel_drift": "drift of the tangent kernel",
+    "width/slope": "slope of the kernel's variance",
+    "width/slope_error": "its standard error",
 }
 
 

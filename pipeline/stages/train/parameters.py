@@ -103,6 +103,12 @@ class ModelParameters(BaseModel):
     loss: Literal["mse", "cross_entropy"] | None = Field(
         None, description="mlp: mse of numbers or cross_entropy of classes; default: what the dataset has"
     )
+    output_scale: float | None = Field(
+        None,
+        gt=0,
+        description="mlp: multiplies its outputs, and the training loss is divided by its square; default: 1. The "
+        "larger, the nearer the weights stay to their start",
+    )
 
     def settings(self) -> dict[str, Any]:
         """Fields of the architecture's configuration that are given, those of the preset below them."""
@@ -253,6 +259,12 @@ class TrainParameters(BaseModel):
     log_every: int = Field(10, ge=1, description="steps between logged training metrics")
     validation_every: int = Field(100, ge=0, description="steps between validations, 0: only at the end")
     validation_samples: int = Field(128, ge=1, description="validation samples per validation (the first ones)")
+    fit_samples: int = Field(
+        0,
+        ge=0,
+        description="training samples (the first ones) that every validation measures too, as fit/loss and "
+        "fit/accuracy; 0: none",
+    )
     checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints, 0: none")
     keep_checkpoints: int = Field(2, ge=1, description="newest valid checkpoints to keep")
     asynchronous_checkpoints: bool = Field(
@@ -260,6 +272,11 @@ class TrainParameters(BaseModel):
     )
     result: Literal["last", "best"] = Field(
         "last", description="the weights that become the model: the last, or those of the lowest validation loss"
+    )
+    keep_initial: bool = Field(
+        False,
+        description="the model before the first step is kept beside the result, in `initial/`: what `analyze` measures "
+        "the drift of the tangent kernel from",
     )
     deepspeed: dict[str, Any] | str | None = Field(
         None,
