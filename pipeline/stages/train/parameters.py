@@ -18,7 +18,13 @@ from polytrope.pipeline.stages.train.activation_parameters import (
     spelled_out,
 )
 from polytrope.pipeline.stages.train.part_parameters import Attention, FeedForward, Mixer, Norm
-from polytrope.pipeline.stages.train.trainable import COEFFICIENTS, MULTIPLICATIVE, MULTIPLICATIVE_PARTS, check_entry
+from polytrope.pipeline.stages.train.trainable import (
+    ADAPTERS,
+    COEFFICIENTS,
+    MULTIPLICATIVE,
+    MULTIPLICATIVE_PARTS,
+    check_entry,
+)
 
 if TYPE_CHECKING:
     ArchitectureName = str
@@ -195,6 +201,32 @@ class RangePenaltyParameters(BaseModel):
         return self
 
 
+class AdaptersParameters(BaseModel):
+    """What learns beside frozen linear layers, and becomes part of their weights at the end."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: Literal["householder", "spectral", "lora"] = Field(
+        description="householder: reflections of the inputs, which keep sizes; spectral: changes of the largest "
+        "singular vectors; lora: a product of two narrow matrices"
+    )
+    rank: int = Field(ge=1, description="reflections (an even number), singular vectors, or columns, of each layer")
+    relaxed: bool = Field(False, description="householder: pairs I - uuᵀ + vvᵀ, which need not keep sizes")
+    layers: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="patterns of names of linear layers, such as transformer.h.*.mlp.*; default: all",
+    )
+
+    @model_validator(mode="after")
+    def possible(self) -> AdaptersParameters:
+        if self.name == "householder" and self.rank % 2:
+            raise ValueError(f"rank: householder vectors come in pairs that start as nothing, got {self.rank}")
+        if self.name != "householder" and self.relaxed:
+            raise ValueError(f"relaxed: only householder has it, this is {self.name}")
+        return self
+
+
 class TrainParameters(BaseModel):
     """Everything that decides the result of a training."""
 
@@ -210,6 +242,10 @@ class TrainParameters(BaseModel):
         None,
         description="added to the training loss, summed over the blocks: keeps inputs of activations and denominators "
         "of attention in a range; validation has none",
+    )
+    adapters: AdaptersParameters | None = Field(
+        None,
+        description="with an `initial` input: few numbers learn for its frozen linear layers, {name: lora, rank: 4}",
     )
     trainable: list[Annotated[str, AfterValidator(check_entry)]] | None = Field(
         None,
@@ -328,6 +364,14 @@ class TrainParameters(BaseModel):
             )
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
+        if self.adapters is not None and self.model is not None:
+            raise ValueError("adapters: they fine-tune an `initial` input, and this model begins from nothing")
+        if self.adapters is not None and ADAPTERS not in (self.trainable or [ADAPTERS]):
+            raise ValueError(f"trainable: with adapters name {ADAPTERS} too, or leave it out: then they alone learn")
+        if self.adapters is not None and self.peak_flops is not None:
+            raise ValueError("peak_flops: MFU counts the gradients of all weights; leave it out with `adapters`")
+        if self.adapters is None and ADAPTERS in (self.trainable or []):
+            raise ValueError(f"trainable: {ADAPTERS}: there are none; say which under `adapters:`")
         if self.trainable is not None and self.peak_flops is not None:
             raise ValueError("peak_flops: MFU counts the gradients of all weights; leave it out with `trainable`")
         if self.model is not None:
