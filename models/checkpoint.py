@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from polytrope.models import build_model, find_architecture
 from polytrope.models.activations import current_activations, normalised_activations
 from polytrope.models.configurations import activation_configs, changed_parts
+from polytrope.models.factors import describe_factors
 from polytrope.models.parts.settings import PARTS
 from polytrope.models.special_tokens import kept_fields, read_tokenizer_entry
 from polytrope.models.weights import check_dtypes
@@ -141,9 +142,9 @@ def read_description(directory: str | Path) -> dict[str, Any]:
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
-    """The model's configuration as JSON, with its activations as they are now (after conversion).
+    """The model's configuration as JSON, with its activations and factors as they are now (after conversion).
 
-    Parts are left out where they are the usual ones.
+    Parts are left out where they are the usual ones, and so are factors where there are none.
 
     Raises:
         ValueError: an activation that no configuration describes.
@@ -151,6 +152,9 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     config: dict[str, Any] = dataclasses.asdict(model.config)  # type: ignore[call-overload]
     for part in PARTS.keys() & config.keys() - changed_parts(model.config).keys():
         del config[part]
+    config["factors"] = describe_factors(model)
+    if not config["factors"]:
+        del config["factors"]
     modules = activation_modules(model)
     config["activation"] = current_activations(modules, activation_configs(config["activation"], len(modules)))
     return config

@@ -70,6 +70,7 @@ class GPT2Config:
         scale_attn_weights: divide attention's logits by the root of the head size.
         scale_attn_by_inverse_layer_idx: divide them by the number of the block as well, counting from 1.
         tie_word_embeddings: the head's weight is the token embedding.
+        factors: rank of every linear layer that is in two factors, by its name (`polytrope.models.factors`).
     """
 
     vocab_size: int = 50257
@@ -87,6 +88,7 @@ class GPT2Config:
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True
+    factors: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "sequence_length", "n_layer", "n_head", "n_embd"):
@@ -150,6 +152,7 @@ class ConvNeXtConfig:
         drop_path: probability of skipping the last block's branch; it grows linearly from 0 at the first.
         layer_scale: initial value of the per-channel scale of each branch; 0 for no scale.
         final_norm_epsilon: added to the variance in the layer norm before the classifier; the others have 1e-6.
+        factors: rank of every linear layer that is in two factors, by its name (`polytrope.models.factors`).
     """
 
     depths: list[int] = field(default_factory=lambda: [3, 3, 9, 3])
@@ -163,6 +166,7 @@ class ConvNeXtConfig:
     drop_path: float = 0.0
     layer_scale: float = 1e-6
     final_norm_epsilon: float = 1e-6
+    factors: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.depths, self.dims = list(self.depths), list(self.dims)
@@ -229,6 +233,7 @@ class MLPConfig:
         feedforward: what each of these layers is: `dense` or `quadratic`; or a list with one per width.
         residual: every layer but the first adds to what it is given; all widths are equal.
         loss: `mse` of predicted numbers, or `cross_entropy` of classes.
+        factors: rank of every linear layer that is in two factors, by its name (`polytrope.models.factors`).
     """
 
     inputs: int = 1
@@ -238,6 +243,7 @@ class MLPConfig:
     feedforward: Entry | list[Entry] = "dense"
     residual: bool = False
     loss: str = "mse"
+    factors: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.widths = list(self.widths)

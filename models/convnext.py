@@ -25,6 +25,7 @@ from polytrope.models.configurations import (
     activation_configs,
     changed_parts,
 )
+from polytrope.models.factors import restore_factors, saved_products
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.losses import Loss, cross_entropy
 from polytrope.models.parts.feedforward import FeedForwardSizes, QuadraticLinear, build_feedforward
@@ -119,6 +120,7 @@ class ConvNeXt(nn.Module):
         self.apply(_initialise)
         for block in self.blocks:
             standardize_inputs(block.pwconv1, 0.02)  # type: ignore[arg-type]
+        restore_factors(self, config.factors)
 
     @property
     def blocks(self) -> list[Block]:
@@ -166,11 +168,13 @@ class ConvNeXt(nn.Module):
         height, width = height // config.patch_size, width // config.patch_size
         total = height * width * config.patch_size**2 * config.in_channels * config.dims[0]
         parts = iter(config.feedforward_settings())
-        for index, (depth, channels) in enumerate(zip(config.depths, config.dims, strict=True)):
+        for index, (stage, channels) in enumerate(zip(self.stages, config.dims, strict=True)):
             if index:
                 height, width = height // 2, width // 2
                 total += height * width * 4 * config.dims[index - 1] * channels
-            total += sum(height * width * (49 * channels + next(parts).products(channels)) for _ in range(depth))
+            for block in stage:  # type: ignore[attr-defined]
+                pointwise = next(parts).products(channels) - saved_products(block)
+                total += height * width * (49 * channels + pointwise)
         return 6.0 * (total + config.dims[-1] * config.num_classes)
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from polytrope.models.activations import ActivationCheckpointing, make_activation
 from polytrope.models.architecture import Architecture
 from polytrope.models.configurations import ActivationConfig, MLPConfig, activation_configs
+from polytrope.models.factors import restore_factors, saved_products
 from polytrope.models.losses import Loss, cross_entropy, mse
 from polytrope.models.parts.feedforward import QuadraticLinear, build_layer
 from polytrope.models.parts.ranges import RangePenalty
@@ -64,6 +65,7 @@ class MLP(nn.Module):
         )
         self.head = nn.Linear(config.widths[-1], config.outputs)
         self.apply(_initialise)
+        restore_factors(self, config.factors)
 
     def set_activation_checkpointing(self, mode: ActivationCheckpointing) -> None:
         """What backward computes again: nothing, or whole blocks.
@@ -106,7 +108,7 @@ class MLP(nn.Module):
         total = config.widths[-1] * config.outputs
         for (inputs, outputs), part in zip(sizes, config.feedforward_settings(), strict=True):
             total += inputs * outputs * (part.matrices if isinstance(part, QuadraticSettings) else 1)
-        return 6.0 * total
+        return 6.0 * (total - saved_products(self))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -24,6 +24,7 @@ from polytrope.models import find_architecture, find_huggingface, is_own
 from polytrope.models.activations import normalised_activations
 from polytrope.models.architecture import PublishedArchitecture
 from polytrope.models.checkpoint import activation_modules, compare_configs, model_config
+from polytrope.models.factors import describe_factors
 from polytrope.models.foreign import CONVERSION, original_settings, with_activation_names
 from polytrope.models.formats.deepspeed import checkpoint_directory
 from polytrope.models.formats.deepspeed import read_state as read_deepspeed
@@ -353,6 +354,12 @@ def save_huggingface(
     record = find_architecture(str(model.architecture)) if is_own(model) else None
     if record is not None and not isinstance(record, PublishedArchitecture):
         raise ValueError(f"format: transformers has no {record.title}; write the own format instead")
+    if factored := describe_factors(model):
+        instead = "; write the own format instead" if record is not None else ""
+        raise ValueError(
+            f"transformers has no {type(model).__name__} whose linear layers are in two factors, as "
+            f"{next(iter(factored))} is{instead}"
+        )
     with appearing(directory, "config.json") as aside:
         if record is not None:
             _write_own(aside, model, record, written_once, source)
