@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 from polytrope.models.parts.settings import PARTS, Attention, FeedForward, Norm, read_part, read_parts
@@ -46,6 +47,45 @@ def _feedforwards(given: Entry | list[Entry], layers: int, names: tuple[str, ...
         if part.name not in names:
             raise ValueError(f"feedforward: this model has no {part.name}; it has {', '.join(names)}")
     return parts
+
+
+def block_series(config: Any) -> list[int]:
+    """How many blocks follow one another that each add to what they are given: all of a GPT-2, or those of each stage.
+
+    Raises:
+        ValueError: a model that has none, or whose blocks depend on their number.
+    """
+    if isinstance(config, ConvNeXtConfig):
+        return list(config.depths)
+    if not isinstance(config, GPT2Config):
+        name = next(name for name, kind in MODEL_KINDS.items() if isinstance(config, kind.config))
+        raise ValueError(f"drop_blocks: {name} has no blocks that add to what they are given; leave it out")
+    if config.scale_attn_by_inverse_layer_idx:
+        raise ValueError(
+            "drop_blocks: scale_attn_by_inverse_layer_idx divides by the number of a block, which would be another one "
+            "behind a cut; leave it out"
+        )
+    return [config.n_layer]
+
+
+def without_blocks(config: Any, gone: range) -> Any:
+    """The configuration of a model with these blocks left out, which are counted over the whole model."""
+    total = len(config.activation_widths())
+    changed: dict[str, Any] = {}
+    for name in ("activation", *PARTS):
+        given = getattr(config, name, None)
+        if isinstance(given, list):
+            entries = layer_configs(name, given, total)
+            changed[name] = [entry for number, entry in enumerate(entries) if number not in gone]
+    if isinstance(config, ConvNeXtConfig):
+        ends = list(accumulate(config.depths))
+        starts = [0, *ends[:-1]]
+        changed["depths"] = [
+            sum(number not in gone for number in range(start, end)) for start, end in zip(starts, ends, strict=True)
+        ]
+    else:
+        changed["n_layer"] = config.n_layer - len(gone)
+    return replace(config, **changed)
 
 
 _OF_BLOCKS = ("mlp", "gated", "quadratic")

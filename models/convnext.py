@@ -72,6 +72,12 @@ class Block(nn.Module):
         return x + drop_samples(branch.permute(0, 3, 1, 2), self.drop_path, self.training)
 
 
+def drop_path_rates(config: ConvNeXtConfig) -> list[float]:
+    """Probability that the branch of each block is left out."""
+    total = sum(config.depths)
+    return [config.drop_path * index / max(1, total - 1) for index in range(total)]
+
+
 def drop_samples(branch: Tensor, probability: float, training: bool) -> Tensor:
     """Stochastic depth (Huang et al., 2016): zero a sample's branch, scaled so that its expectation stays."""
     if not training or probability == 0.0:
@@ -110,7 +116,7 @@ class ConvNeXt(nn.Module):
         total = sum(depths)
         activations = iter(activation_configs(config.activation, total))
         layers = iter(config.feedforward_settings())
-        rates = iter(config.drop_path * index / max(1, total - 1) for index in range(total))
+        rates = iter(drop_path_rates(config))
         self.stages = nn.ModuleList(
             nn.Sequential(*[Block(config, width, next(activations), next(layers), next(rates)) for _ in range(depth)])
             for depth, width in zip(depths, dims, strict=True)

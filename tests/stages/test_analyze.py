@@ -120,7 +120,7 @@ def test_two_factors_count_as_their_product(models: dict[str, Artifact], dataset
     model = load_model(models["gelu"].path)
     restore_factors(model, {"transformer.h.0.mlp.c_proj": 4})
     factors = model.get_submodule("transformer.h.0.mlp.c_proj")
-    inner, outer = (factors.get_submodule(name).weight for name in ("inner", "outer"))
+    inner, outer = (factors.get_submodule(name).weight.detach() for name in ("inner", "outer"))
     first, second = read_activations(model, dataset.path, 2, 2)[0].linears
     assert spectral_norm(first) == spectral_norm(model.get_submodule("transformer.h.0.mlp.c_fc"))  # type: ignore[arg-type]
     expected = torch.linalg.matrix_norm((outer @ inner).double(), 2)  # type: ignore[operator]
