@@ -34,7 +34,7 @@ from polytrope.pipeline.stages.train.training_plan import make_plan
 PARTS: dict[str, Any] = {
     **MODEL,
     "n_layer": 2,
-    "attention": "power",
+    "attention": ["power", "polynomial_mixer"],
     "norm": "batch",
     "feedforward": ["quadratic", "gated"],
 }
