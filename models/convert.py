@@ -331,8 +331,9 @@ def convert(
     if fits_activations(family, polynomial_only, drop is not None or factor is not None):
         options = fit_options(**given)
     else:
-        others = {"types": types, "rated_samples": rated_samples, "keep": keep, "output_error": output_error}
-        check_structural(given | others)
+        given |= {"types": types, "rated_samples": rated_samples, "keep": keep, "output_error": output_error}
+        given |= {"include": include, "exclude": exclude, "layers": layers}
+        check_structural(given, factors=factor is not None)
     if samples is not None and samples < 1:
         raise ValueError(f"samples: expected at least 1, or None for all, got {samples!r}")
     if rated_samples < 0:

@@ -15,6 +15,7 @@ FIT_OPTIONS = frozenset(
 )
 # What else is said of new activations alone, with what stands for "not given".
 _OF_ACTIVATIONS: dict[str, Any] = {"types": [], "rated_samples": 8, "keep": None, "output_error": None}
+_OF_CHOICES: dict[str, Any] = {"include": [], "exclude": [], "layers": None}
 _WHY_NOT_POLYNOMIAL = {
     "fourier": "is made of cosines",
     "rational": "divides",
@@ -48,7 +49,7 @@ class DropBlocks:
             raise ValueError("drop_blocks: give one of count (how many) and blocks ([first, last])")
         if self.count is not None and self.count < 1:
             raise ValueError(
-                f"drop_blocks: count: expected at least 1, got {self.count}; without blocks to drop leave it out"
+                f"drop_blocks: count: expected at least 1, got {self.count}; without drop_blocks none goes"
             )
         if self.blocks is None:
             return
@@ -182,16 +183,18 @@ def fits_activations(family: str | None, polynomial_only: bool, structural: bool
     return not structural or family is not None or polynomial_only
 
 
-def check_structural(given: Mapping[str, Any]) -> None:
+def check_structural(given: Mapping[str, Any], *, factors: bool) -> None:
     """Refuse options of new activations where there are none.
 
     Args:
         given: all options by name; those that are absent or have their defaults were not given.
+        factors: linear layers are factored, and chosen by some of these options.
 
     Raises:
         ValueError: the first of them.
     """
-    for name, default in (_OF_OTHERS | {"target_error": None} | _OF_POLYNOMIALS | _OF_ACTIVATIONS).items():
+    absent = _OF_OTHERS | {"target_error": None} | _OF_POLYNOMIALS | _OF_ACTIVATIONS
+    for name, default in (absent if factors else absent | _OF_CHOICES).items():
         value = given.get(name, default)
         if (list(value) if isinstance(value, tuple) and name != "domain" else value) != default:
             raise ValueError(

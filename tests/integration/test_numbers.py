@@ -52,6 +52,10 @@ stages:
     uses: convert
     inputs: {model: classes, dataset: pairs}
     with: {linear: quadratic, family: null}
+  factored:
+    uses: convert
+    inputs: {model: classes, dataset: pairs}
+    with: {factorize: {rank: 3}, page: true}
   tuned:
     uses: train
     inputs: {dataset: pairs, initial: upgraded}
@@ -116,6 +120,20 @@ def test_numbers_from_rows_to_a_report(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(upgraded(torch.from_numpy(rows)), logits)
         assert not torch.equal(tuned(torch.from_numpy(rows)), logits)
+    factored, made = load_model(files["factored"]), read(files["factored"], "conversion.json")
+    (layer,) = made["factorization"]["layers"]
+    assert (layer["name"], layer["rank"]) == ("blocks.0.layer", 3)
+    assert made["layers"] == []
+    assert made["size"]["after"] == sum(parameter.numel() for parameter in factored.parameters())
+    whole = load_model(files["classes"]).state_dict()["blocks.0.layer.weight"]
+    factors = factored.get_submodule("blocks.0.layer")
+    assert torch.linalg.matrix_rank(factors.merged().weight) == 3 < torch.linalg.matrix_rank(whole)  # type: ignore[operator]
+    page = (files["factored"] / "conversion.html").read_text()
+    assert "Factored layers" in page
+    assert "Certificates" not in page
+    assert main(["card", "--stage", "factored", "--store", str(store), "--output", str(card)]) == 0
+    assert "## Conversion\n\n1 linear layers are in two factors." in card.read_text()
+
     before, after = upgraded.state_dict(), tuned.state_dict()
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"gate_weight", "gate_bias", "square_weight"}

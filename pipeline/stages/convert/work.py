@@ -28,6 +28,7 @@ from polytrope.pipeline.data.conversion_file import ConversionRecord, write_conv
 from polytrope.pipeline.stages.convert.conversion_record import record
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 from polytrope.pipeline.stages.convert.polynomials import with_polynomials
+from polytrope.pipeline.stages.convert.structure import with_structure
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Outcome:
 def convert_model(
     source: Source, parameters: ConvertParameters, output: Path | None, tell: Callable[[int, str], None]
 ) -> Outcome:
-    """Replace the activations of a model, or its linear layers, and write it to the empty directory `output`.
+    """Replace activations, linear layers or blocks of a model, and write it to the empty directory `output`.
 
     Args:
         output: gets the model, `conversion.json`, and what else the parameters ask for; None: nothing is replaced
@@ -103,9 +104,12 @@ def convert_model(
     if parameters.linear is not None:
         tell(1, "making linear layers quadratic")
         model, quadratic = _quadratic(model, head(batches, RATED_SAMPLES))
-    if parameters.replacement() is None:
-        return _written_quadratic(model, source, parameters, output, batches, quadratic or [])
-    options = fit_options(**parameters.model_dump(include=set(FIT_OPTIONS)))
+    drop, factor = parameters.drop_blocks, parameters.factorize
+    if quadratic is not None and parameters.replacement() is None:
+        return _written_quadratic(model, source, parameters, output, batches, quadratic)
+    options = None
+    if parameters.replacement() is not None:
+        options = fit_options(**parameters.model_dump(include=set(FIT_OPTIONS)))
     choice = Choice(parameters.types, parameters.include, parameters.exclude, parameters.layer_range())
     measure = partial(_on_ray, source, parameters.ray_tasks) if parameters.ray_tasks else None
     made = convert_batches(
@@ -118,11 +122,14 @@ def convert_model(
         rated_samples=parameters.rated_samples,
         keep=parameters.keep,
         output_error=parameters.output_error,
+        drop=None if drop is None else drop.options(),
+        factor=None if factor is None else factor.options(),
     )
     costs = {entry.name: entry.cost for entry in made.activations if entry.cost is not None}
     written = record(made.layers, options, costs, made.left)
     if made.polynomials is not None:
         written = with_polynomials(written, made.polynomials)
+    written = with_structure(written, made)
     if quadratic is not None:
         written = written.model_copy(update={"quadratic": quadratic})
     if output is None:
