@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversion_support import randomise
+from conversion_support import LLAMA_SIZES, randomise
 from torch import Tensor, nn
 
 from polytrope.models import build_model
@@ -16,6 +16,7 @@ from polytrope.models.convert import Conversion, convert
 from polytrope.models.convert_options import read_factorize
 from polytrope.models.factorize import FactoredLayer, measure_spectra, ratio_rank, utilised_rank
 from polytrope.models.factors import FactoredLinear, describe_factors
+from polytrope.models.formats import read_model
 
 GPT2 = {"vocab_size": 61, "sequence_length": 12, "n_layer": 2, "n_head": 2, "n_embd": 16}
 
@@ -23,6 +24,13 @@ GPT2 = {"vocab_size": 61, "sequence_length": 12, "n_layer": 2, "n_head": 2, "n_e
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
     return randomise(build_model("gpt2", GPT2), 0.1)
+
+
+def llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return randomise(LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES)), 0.1)
 
 
 def tokens() -> list[Tensor]:
@@ -204,12 +212,40 @@ def test_nothing_that_stays_as_large_is_factored() -> None:
         convert(silent, [torch.zeros(4, 8)], factorize={"rank": 2})
 
 
-def test_padding_does_not_count() -> None:
-    from conversion_support import LLAMA_SIZES
-    from transformers import LlamaConfig, LlamaForCausalLM
+@pytest.mark.parametrize("family", [None, "hermite"])
+def test_a_factored_llama_loads_in_transformers_by_the_code_beside_it(family: str | None, tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    model = randomise(LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES)), 0.1)
+    model = llama()
+    fits = {} if family is None else {"family": family, "degree": 4}
+    made = convert(model, [tokens()[0]], factorize={"rank": 4}, rated_samples=8 if family is None else 0, **fits)
+    made.save(tmp_path)
+    ranks = describe_factors(made.model)
+    assert len(ranks) == 5 * 7
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+    with pytest.raises(KeyError, match="replaced by polytrope"):
+        LlamaForCausalLM.from_pretrained(tmp_path)  # with random weights in the places of the factors
+    with torch.no_grad():
+        expected = made.model(tokens()[0]).logits
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).eval()
+        assert torch.allclose(loaded(tokens()[0]).logits, expected, atol=1e-6)
+        body = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()
+        states = body(tokens()[0]).last_hidden_state
+        assert torch.allclose(loaded.lm_head(states), expected, atol=1e-6)
+        assert torch.equal(read_model(tmp_path)(tokens()[0]).logits, expected)  # type: ignore[operator]
+    assert sum(tensor.numel() for tensor in loaded.parameters()) == made.parameters[1]  # type: ignore[index]
+    assert loaded.config.polytrope["factors"] == ranks
+    loaded.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
+        assert torch.allclose(again(tokens()[0]).logits, expected, atol=1e-6)
+    smaller = Conversion.load(tmp_path)
+    assert smaller.factorization == made.factorization
+
+
+def test_padding_does_not_count() -> None:
+    model = llama()
     short = {"input_ids": tokens()[0][:, :7], "attention_mask": torch.ones(5, 7, dtype=torch.int64)}
     padded = {name: nn.functional.pad(tensor, (0, 5)) for name, tensor in short.items()}
     found = [convert(model, [batch], factorize={"rank": 3}).factorization for batch in (short, padded)]

@@ -118,7 +118,10 @@ def test_a_llama_of_transformers_gets_smaller_by_the_command(tmp_path: Path) -> 
         (["--factorize", "rank=2", "--ray", "2"], "--factorize: ray_tasks read the model as it was"),
         (["--factorize", "rank=2", "--tables"], "--factorize: tables are of new activations"),
         (["--factorize", "rank=2", "--as-is"], "--as-is fits nothing, so --factorize means nothing"),
-        (["--factorize", "rank=2", "--format", "huggingface"], "no GPT2 whose linear layers are in two factors"),
+        (
+            ["--factorize", "rank=2", "--format", "huggingface"],
+            "transformers has no GPT-2 whose linear layers are in two factors",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -112,7 +112,7 @@ def test_a_module_of_anybody_s_own_gets_its_factors_back(tmp_path: Path) -> None
 
 def test_a_format_that_has_no_factors_refuses_them(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"no GPT2 whose linear layers are in two factors, as transformer.h.0.mlp.c_fc"
+        ValueError, match=r"no GPT-2 whose linear layers are in two factors, as transformer.h.0.mlp.c_fc"
     ):
         write_model(tmp_path / "theirs", factored("gpt2"), format="huggingface")
     assert not (tmp_path / "theirs").exists()
