@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from polytrope.models.convert_options import Factorize
 from polytrope.models.factors import FactoredLinear
-from polytrope.models.inputs import head, vectors
+from polytrope.models.inputs import head, tensors_of, vectors
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import Choice, is_of_a_head, replace_module
 
@@ -219,21 +219,25 @@ def _measure_inputs(
 ) -> dict[str, Tensor]:
     """XᵀX of the inputs of every layer that is called, `[inputs, inputs]` float64."""
     grams: dict[str, Tensor] = {}
-    last: tuple[Tensor, Tensor] | None = None  # queries, keys and values have the same inputs
+    last: tuple[Tensor, int, Tensor] | None = None  # queries, keys and values have the same inputs
 
     def hook(name: str, batch: Any) -> Callable[..., None]:
-        def seen(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def seen(_module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
             nonlocal last
-            if last is None or last[0] is not inputs[0]:
-                rows = vectors(inputs[0], batch)
-                last = (inputs[0], (rows.T @ rows).cpu())
-            grams[name] = grams[name] + last[1] if name in grams else last[1]
+            x = next(tensors_of((*inputs, *keywords.values())))
+            if last is None or last[0] is not x or last[1] != x._version:
+                rows = vectors(x, batch)
+                last = (x, x._version, (rows.T @ rows).cpu())
+            grams[name] = grams[name] + last[2] if name in grams else last[2]
 
         return seen
 
     with measuring(model):
         for batch in walk(batches):
-            handles = [linear.register_forward_pre_hook(hook(name, batch)) for name, linear in linears.items()]
+            handles = [
+                linear.register_forward_pre_hook(hook(name, batch), with_kwargs=True)
+                for name, linear in linears.items()
+            ]
             try:
                 forward(model, batch)
             finally:

@@ -200,6 +200,28 @@ def test_a_model_that_reaches_into_its_layers_is_refused_by_name() -> None:
         convert(model, [x], factorize={"rank": 2}, exclude=["first"])
 
 
+class Twice(nn.Module):
+    """Two layers with the same tensor, which is changed in place between them; the second gets it by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        before = self.first(x)
+        x[:, 3:] = 0.0
+        found: Tensor = before + self.second(input=x)
+        return found
+
+
+def test_every_layer_is_measured_on_what_it_is_given() -> None:
+    made = convert(Twice().double(), [torch.randn(64, 16)], factorize={"rank": 4})
+    assert made.factorization is not None
+    assert {layer.name: layer.input_rank for layer in made.factorization.layers} == {"first": 16, "second": 3}
+    assert made.factorization.layers[1].relative_error < 1e-7
+
+
 def test_nothing_that_stays_as_large_is_factored() -> None:
     layer, x = correlated()
     with pytest.raises(

@@ -56,6 +56,10 @@ stages:
     uses: convert
     inputs: {model: classes, dataset: pairs}
     with: {factorize: {rank: 3}, page: true}
+  recovered:
+    uses: train
+    inputs: {dataset: pairs, initial: factored}
+    with: {steps: 4, global_batch_size: 16, trainable: ["*.outer.weight"]}
   tuned:
     uses: train
     inputs: {dataset: pairs, initial: upgraded}
@@ -128,6 +132,10 @@ def test_numbers_from_rows_to_a_report(tmp_path: Path) -> None:
     whole = load_model(files["classes"]).state_dict()["blocks.0.layer.weight"]
     factors = factored.get_submodule("blocks.0.layer")
     assert torch.linalg.matrix_rank(factors.merged().weight) == 3 < torch.linalg.matrix_rank(whole)  # type: ignore[operator]
+    assert read(files["recovered"], "model.json")["config"]["factors"] == {"blocks.0.layer": 3}
+    before, after = factored.state_dict(), load_model(files["recovered"]).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"blocks.0.layer.outer.weight"}
     page = (files["factored"] / "conversion.html").read_text()
     assert "Factored layers" in page
     assert "Certificates" not in page
