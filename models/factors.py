@@ -24,8 +24,8 @@ class FactoredLinear(nn.Module):
         self.inner = nn.Linear(inputs, rank, bias=False)
         self.outer = nn.Linear(rank, outputs, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.outer(self.inner(x))
+    def forward(self, input: Tensor) -> Tensor:  # as nn.Linear calls it
+        projected: Tensor = self.outer(self.inner(input))
         return projected
 
     def merged(self) -> nn.Linear:
