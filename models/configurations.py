@@ -13,6 +13,7 @@ from polytrope.models.per_layer import Entry, layer_configs
 
 ActivationConfig = Entry
 CLASSICAL = ("gelu", "gelu_tanh", "relu", "silu", "tanh")  # activations without coefficients, none a polynomial
+FIXED = (*CLASSICAL, "identity")  # all that have no coefficients
 
 
 def activation_configs(activation: ActivationConfig | list[ActivationConfig], layers: int) -> list[ActivationConfig]:
@@ -26,6 +27,20 @@ def activation_configs(activation: ActivationConfig | list[ActivationConfig], la
         if isinstance(entry, dict) and entry.get("glu"):
             raise ValueError(f"activation: {entry!r} is gated, which halves the width; use `feedforward: gated`")
     return entries
+
+
+def _refuse_for_layers_alone(activation: ActivationConfig | list[ActivationConfig]) -> None:
+    """Raise ValueError for what is made for the layers of an `mlp`: a block needs an activation between its two."""
+    for entry in activation if isinstance(activation, list) else [activation]:
+        if (entry.get("name") if isinstance(entry, dict) else entry) == "identity":
+            raise ValueError("activation: identity is for layers of an mlp that are not linear themselves")
+        if starts_as_siren(entry):
+            raise ValueError("activation: init: siren needs weights that start to match; only an mlp has them")
+
+
+def starts_as_siren(entry: ActivationConfig) -> bool:
+    """Whether the weights before this activation follow its start."""
+    return isinstance(entry, dict) and entry.get("init") == "siren"
 
 
 def changed_parts(config: Any) -> dict[str, Any]:
@@ -95,6 +110,14 @@ def without_blocks(config: Any, gone: range) -> Any:
     return replace(config, **changed)
 
 
+def _norm_of_blocks(given: Entry) -> Norm:
+    """The norm. Raises ValueError for none."""
+    norm: Norm = read_part("norm", given)
+    if norm.name == "none":
+        raise ValueError("norm: none is for an mlp; this model has layer_norm, batch")
+    return norm
+
+
 _OF_BLOCKS = ("mlp", "gated", "quadratic")
 
 
@@ -148,6 +171,7 @@ class GPT2Config:
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
         activation_configs(self.activation, self.n_layer)
+        _refuse_for_layers_alone(self.activation)
         attention = self.attention_settings()
         self.norm_settings()
         self.feedforward_settings()
@@ -163,8 +187,7 @@ class GPT2Config:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm_of_blocks(self.norm)
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
@@ -233,6 +256,7 @@ class ConvNeXtConfig:
         if not 0.0 < self.final_norm_epsilon < math.inf:
             raise ValueError(f"final_norm_epsilon must be above 0 and finite, got {self.final_norm_epsilon}")
         activation_configs(self.activation, sum(self.depths))
+        _refuse_for_layers_alone(self.activation)
         self.norm_settings()
         self.feedforward_settings()
         self.mixer_settings()
@@ -243,8 +267,7 @@ class ConvNeXtConfig:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm_of_blocks(self.norm)
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
@@ -286,7 +309,8 @@ class MLPConfig:
         outputs: numbers that are predicted, or classes.
         widths: outputs of each layer before the last.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per width.
-        feedforward: what each of these layers is: `dense` or `quadratic`; or a list with one per width.
+        feedforward: what each of these layers is: `dense`, `quadratic`, `kan` or `pi`; or a list with one per width.
+        norm: of what each of these layers gives, before its activation: `none`, `layer_norm` or `batch`.
         residual: every layer but the first adds to what it is given; all widths are equal.
         loss: `mse` of predicted numbers, or `cross_entropy` of classes.
         factors: rank of every linear layer that is in two factors, by its name (`polytrope.models.factors`).
@@ -297,6 +321,7 @@ class MLPConfig:
     widths: list[int] = field(default_factory=lambda: [64, 64])
     activation: ActivationConfig | list[ActivationConfig] = "gelu"
     feedforward: Entry | list[Entry] = "dense"
+    norm: Entry = "none"
     residual: bool = False
     loss: str = "mse"
     factors: dict[str, int] = field(default_factory=dict)
@@ -312,15 +337,24 @@ class MLPConfig:
             raise ValueError(f"residual: needs two widths or more that are equal, got widths {self.widths}")
         if self.loss not in ("mse", "cross_entropy"):
             raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
-        activation_configs(self.activation, len(self.widths))
-        self.feedforward_settings()
+        norm = self.norm_settings().name
+        activations = activation_configs(self.activation, len(self.widths))
+        for entry, part in zip(activations, self.feedforward_settings(), strict=True):
+            if not starts_as_siren(entry):
+                continue
+            if part.name not in ("dense", "quadratic"):
+                raise ValueError(f"activation: init: siren is for dense and quadratic layers, this is {part.name}")
+            if norm != "none":
+                raise ValueError(f"activation: init: siren is for what its layer gives, and norm: {norm} changes it")
 
-    def norm_settings(self) -> None:
-        """It has no norms."""
+    def norm_settings(self) -> Norm:
+        """Of all norms."""
+        norm: Norm = read_part("norm", self.norm)
+        return norm
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each layer before the last."""
-        return _feedforwards(self.feedforward, len(self.widths), ("dense", "quadratic"))
+        return _feedforwards(self.feedforward, len(self.widths), ("dense", "quadratic", "kan", "pi"))
 
     def activation_widths(self) -> list[int]:
         """Channels that each activation sees."""
@@ -360,5 +394,5 @@ MODEL_KINDS: dict[str, ModelKind] = {
             "head": ("head.*",),
         },
     ),
-    "mlp": ModelKind(MLPConfig, "numbers", {}, {"head": ("head.*",)}),
+    "mlp": ModelKind(MLPConfig, "numbers", {}, {"norms": ("blocks.*.norm.*",), "head": ("head.*",)}),
 }

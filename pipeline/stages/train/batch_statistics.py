@@ -25,7 +25,7 @@ def check_batch_statistics(
     """
     config = make_config(MODEL_KINDS[architecture].config, settings)
     norm = config.norm_settings()
-    if norm is None or not norm.over_batch:
+    if not norm.over_batch:
         return
     if accumulation > 1:
         raise UserError(
@@ -36,7 +36,7 @@ def check_batch_statistics(
     if parameters.activation_checkpointing == "block":
         raise UserError(
             f"activation_checkpointing: block would compute the statistics of norm: {config.norm} twice per step",
-            "use activation_checkpointing: mlp",
+            "leave it out" if architecture == "mlp" else "use activation_checkpointing: mlp",
         )
     if parameters.global_batch_size < 2:
         raise UserError(

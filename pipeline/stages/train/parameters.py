@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
-from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, activation_configs, all_parts
+from polytrope.models.configurations import FIXED, MODEL_KINDS, activation_configs, all_parts
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.activation_parameters import (
@@ -66,11 +66,13 @@ class ModelParameters(BaseModel):
         description="gpt2: softmax (the default), power or polynomial_mixer, or {name, options}; a list as for "
         "activation",
     )
-    norm: Norm | None = Field(None, description="layer_norm (the default) or batch")
+    norm: Norm | None = Field(
+        None, description="layer_norm (the default) or batch; of an mlp: none (the default), layer_norm or batch"
+    )
     feedforward: FeedForward | None = Field(
         None,
         description="the layers around each activation: mlp (the default), gated or quadratic; of an mlp: dense (the "
-        "default) or quadratic; or {name, options}; a list as for activation",
+        "default), quadratic, kan or pi; or {name, options}; a list as for activation",
     )
     mixer: Mixer | None = Field(
         None,
@@ -316,7 +318,7 @@ class TrainParameters(BaseModel):
             self.refuse_unheeded(self.model.architecture, self.model.settings())
         if self.model is not None and COEFFICIENTS in (self.trainable or ()):
             names = {entry["name"] for entry in self.model.activations()}
-            if names <= set(CLASSICAL):
+            if names <= set(FIXED):
                 raise ValueError(
                     f"trainable: {COEFFICIENTS}: {', '.join(sorted(names))} has none; choose a learnable activation"
                 )
@@ -337,10 +339,8 @@ class TrainParameters(BaseModel):
                 raise ValueError(f"multiplicative_learning_rate: only for a model with {MULTIPLICATIVE_PARTS}")
             if MULTIPLICATIVE in trainable:
                 raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with {MULTIPLICATIVE_PARTS} has them")
-        elsewhere = {name for kind in MODEL_KINDS.values() for name in kind.groups}
-        for name in trainable:
-            if name in elsewhere - MODEL_KINDS[architecture].groups.keys():
-                raise ValueError(f"trainable: {name}: the architecture {architecture} has none")
+        if "norms" in trainable and config.norm_settings().name == "none":
+            raise ValueError("trainable: norms: the model has none (norm: none)")
         divides = architecture == "gpt2" and any(part.divides for part in config.attention_settings())
         if self.range_penalty is not None and not self.range_penalty.activation and not divides:
             raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
