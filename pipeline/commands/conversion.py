@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _SINGULAR = {"constraints": "constraint", "types": "type", "calibration_samples": "samples", "ray_tasks": "ray"}
 _LEFT_OUT = ("page", "register_as", "register_alias")  # the page is always written; no run is there to register it
-_NOT_AS_IS = FIT_OPTIONS | {"include", "exclude", "types", "layers", "rated_samples", "keep", "output_error"}
+_NOT_AS_IS = FIT_OPTIONS | {"include", "exclude", "types", "layers", "rated_samples", "keep", "output_error", "linear"}
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 _FIELD_METAVARS = {"domain": "LOW,HIGH"}
 _ADVICE = 8  # layers whose advice is printed
@@ -108,8 +108,8 @@ def convert(options: argparse.Namespace) -> int:
     if outcome.rest_of_graph is not None:
         rest = ", ".join(f"{name} × {number}" for name, number in outcome.rest_of_graph.items())
         _say(options, f"the activations are Add and Mul; the rest of the graph has {rest or 'sums and products only'}")
-    page = "" if outcome.record is None else f"; the page: {options.output / 'conversion.html'}"
-    _say(options, f"wrote {options.output}{page}")
+    page = options.output / "conversion.html"
+    _say(options, f"wrote {options.output}" + (f"; the page: {page}" if page.exists() else ""))
     if outcome.onnx_failure is not None:
         _warn(f"model.onnx cannot be written: {outcome.onnx_failure}", f"{options.output} has everything else")
         return EXIT_RUN_FAILED
@@ -124,7 +124,9 @@ def read_parameters(options: argparse.Namespace) -> ConvertParameters:
     """
     given = {name: getattr(options, name, None) for name in ConvertParameters.model_fields}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    values = {"threads": cores, "page": True} | {name: value for name, value in given.items() if value is not None}
+    values = {"threads": cores} | {name: value for name, value in given.items() if value is not None}
+    if given["linear"] is None or given["family"] is not None or given["polynomial_only"]:
+        values["page"] = True
     try:
         return ConvertParameters.model_validate(values)
     except ValidationError as error:
@@ -214,6 +216,10 @@ def _warn(text: str, hint: str) -> None:
 
 def print_record(conversion: ConversionRecord) -> None:
     """Certificates and advice, readable on 80 columns; `conversion.json` has all bounds."""
+    if conversion.quadratic is not None:
+        say(f"quadratic instead of linear, with the same function: {', '.join(conversion.quadratic)}")
+    if not conversion.layers:
+        return
     bounds = {"maximum": "largest", "rms_derivative": "slope", "maximum_outside": "outside"}
     say(
         "errors: root mean square relative to the activation's; largest; root mean square of the slope; largest outside"

@@ -1,4 +1,4 @@
-"""`conversion.json`: what the `convert` stage put in the place of every activation."""
+"""`conversion.json`: what the `convert` stage put in the place of every activation, and of linear layers."""
 
 from __future__ import annotations
 
@@ -116,6 +116,7 @@ class ConversionRecord(Record):
 
     `onnx_failure`: why `model.onnx`, which was asked for, is not there.
     `polynomial`: of a conversion to polynomials only.
+    `quadratic`: names of linear layers that became quadratic ones, with the same function.
     """
 
     format: Literal[1] = 1
@@ -124,10 +125,14 @@ class ConversionRecord(Record):
     left: list[LeftActivation] | None = None
     onnx_failure: str | None = None
     polynomial: PolynomialModel | None = None
+    quadratic: list[str] | None = None
 
     def metrics(self) -> dict[str, float]:
         """The worst layer's figures; of polynomials those of the model."""
-        figures = {
+        made = {} if self.quadratic is None else {"quadratic_layers": float(len(self.quadratic))}
+        if not self.layers:
+            return made
+        figures = made | {
             "layers": float(len(self.layers)),
             "maximum_error": max(float(layer.certificate["maximum"]) for layer in self.layers),
             "rms_error": max(float(layer.certificate["rms"]) for layer in self.layers),

@@ -14,6 +14,7 @@ from typing import Any
 
 from polytrope.models import make_config
 from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, activation_configs
+from polytrope.models.quadratic import quadratic_feedforward
 from polytrope.pipeline.data.lineage import read_lineage, write_lineage
 from polytrope.pipeline.data.misfits import refuse_misfit
 from polytrope.pipeline.data.promised import (
@@ -47,6 +48,12 @@ def promise(
                 "transformers",
                 "leave it out",
             )
+        if isinstance(model, PromisedForeignModel) and parameters.linear is not None:
+            raise UserError(
+                f"linear: quadratic layers are for {', '.join(MODEL_KINDS)}, and the model will be a "
+                f"{model.model_type} of transformers",
+                "leave it out; GPT-2 and ConvNeXt become models of this package by the stage `import_model`",
+            )
         return model
     refuse_misfit("inputs.dataset", model, data)
     if parameters.format == "huggingface" and MODEL_KINDS[model.architecture].data == "numbers":
@@ -58,6 +65,14 @@ def promise(
             f"layers: {parameters.layers} goes beyond the last layer: the model has {numbers}, counted from 0",
             f"expected numbers from 0 to {numbers - 1}",
         )
+    known = dict(model.settings)
+    if parameters.linear is not None:
+        try:
+            known["feedforward"] = quadratic_feedforward(config)
+        except ValueError as error:
+            raise UserError(str(error), "leave linear out, or convert another model") from error
+    if parameters.replacement() is None:
+        return replace(model, settings=known, figures=())
     blocks = len(config.activation_widths())
     if {_name(entry) for entry in activation_configs(config.activation, blocks)} == {parameters.replacement()}:
         raise UserError(
@@ -67,8 +82,8 @@ def promise(
     if parameters.format == "huggingface":
         return PromisedForeignModel(model.architecture)
     # which activations it has then depends on what is found in it
-    settings = {name: value for name, value in model.settings.items() if name != "activation"}
-    return replace(model, settings=settings, figures=())
+    known.pop("activation", None)
+    return replace(model, settings=known, figures=())
 
 
 def imports(_parameters: ConvertParameters, upstream: Mapping[str, Any]) -> dict[str, str]:
@@ -86,7 +101,8 @@ def _name(activation: Any) -> str:
 def convert(
     context: StageContext, model: Artifact, dataset: Artifact, parameters: ConvertParameters
 ) -> dict[str, float]:
-    """Calibrate on training samples, fit every layer, write the converted model and `conversion.json`.
+    """Calibrate on training samples, fit every layer, write the converted model and `conversion.json`; or make linear
+    layers quadratic.
 
     `model`: of a train or import_model stage, or a Hugging Face directory. `dataset`: of a shard, shard_images or
     shard_numbers stage, or a directory with `calibration.txt` (one text per line), `calibration.npy` (images, token

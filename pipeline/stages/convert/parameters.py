@@ -66,6 +66,27 @@ def _check_polynomial_only(value: bool, info: ValidationInfo) -> bool:
     return value
 
 
+_OF_ACTIVATIONS = (
+    *("degree", "target_error", "coverage", "derivative_weight", "constraints", "weight", "depth", "domain"),
+    *("domain_margin", "include", "exclude", "types", "layers", "rated_samples", "keep", "output_error", "ray_tasks"),
+    *("tables", "page"),
+)
+
+
+def _check_linear(value: str | None, info: ValidationInfo) -> str | None:
+    given = info.data
+    if value is None:
+        return value
+    if given.get("format") == "huggingface":
+        raise ValueError("transformers has no quadratic layers, and format is huggingface; leave format out")
+    if given.get("family") is None and not given.get("polynomial_only"):
+        for name in _OF_ACTIVATIONS:
+            default = ConvertParameters.model_fields[name].get_default(call_default_factory=True)
+            if given.get(name, default) != default:
+                raise ValueError(f"{name} is about activations, which stay as they are; leave it out, or name a family")
+    return value
+
+
 class ConvertParameters(BaseModel):
     """What replaces the activations, and how it is fitted."""
 
@@ -73,8 +94,8 @@ class ConvertParameters(BaseModel):
 
     family: Family | None = Field(
         None,
-        description="family of the new activations, hermite if not given; auto: that of the fewest parameters that "
-        "meets target_error",
+        description="family of the new activations, hermite if not given; with linear, activations stay as they are "
+        "if not given; auto: that of the fewest parameters that meets target_error",
     )
     degree: int | None = Field(
         None,
@@ -172,9 +193,16 @@ class ConvertParameters(BaseModel):
     page: bool = Field(False, description="write conversion.html and plots/ as well")
     register_as: RegisteredName | None = Field(None, description="name in MLflow's model registry")
     register_alias: RegisteredAlias = Field("converted", description="alias of the registered version")
+    linear: Annotated[Literal["quadratic"] | None, AfterValidator(_check_linear)] = Field(
+        None,
+        description="what the linear layers around the activations become, with the same function at first: quadratic "
+        "ones; for models of this package",
+    )
 
-    def replacement(self) -> str:
-        """The family of the new activations."""
+    def replacement(self) -> str | None:
+        """The family of the new activations; None where they stay as they are."""
+        if self.linear is not None and self.family is None and not self.polynomial_only:
+            return None
         return replacement(self.family, self.polynomial_only)
 
     def layer_range(self) -> tuple[int, int] | None:
