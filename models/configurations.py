@@ -12,6 +12,7 @@ from polytrope.models.per_layer import Entry, layer_configs
 
 ActivationConfig = Entry
 CLASSICAL = ("gelu", "gelu_tanh", "relu", "silu", "tanh")  # activations without coefficients, none a polynomial
+FIXED = (*CLASSICAL, "identity")  # all that have no coefficients
 
 
 def activation_configs(activation: ActivationConfig | list[ActivationConfig], layers: int) -> list[ActivationConfig]:
@@ -25,6 +26,13 @@ def activation_configs(activation: ActivationConfig | list[ActivationConfig], la
         if isinstance(entry, dict) and entry.get("glu"):
             raise ValueError(f"activation: {entry!r} is gated, which halves the width; use `feedforward: gated`")
     return entries
+
+
+def _refuse_for_layers_alone(activation: ActivationConfig | list[ActivationConfig]) -> None:
+    """Raise ValueError for what is made for the layers of an `mlp`: a block needs an activation between its two."""
+    for entry in activation if isinstance(activation, list) else [activation]:
+        if (entry.get("name") if isinstance(entry, dict) else entry) == "identity":
+            raise ValueError("activation: identity is for layers of an mlp that are not linear themselves")
 
 
 def changed_parts(config: Any) -> dict[str, Any]:
@@ -99,6 +107,7 @@ class GPT2Config:
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
         activation_configs(self.activation, self.n_layer)
+        _refuse_for_layers_alone(self.activation)
         attention = self.attention_settings()
         self.norm_settings()
         self.feedforward_settings()
@@ -178,6 +187,7 @@ class ConvNeXtConfig:
         if not 0.0 < self.final_norm_epsilon < math.inf:
             raise ValueError(f"final_norm_epsilon must be above 0 and finite, got {self.final_norm_epsilon}")
         activation_configs(self.activation, sum(self.depths))
+        _refuse_for_layers_alone(self.activation)
         self.norm_settings()
         self.feedforward_settings()
 
@@ -226,7 +236,7 @@ class MLPConfig:
         outputs: numbers that are predicted, or classes.
         widths: outputs of each layer before the last.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per width.
-        feedforward: what each of these layers is: `dense` or `quadratic`; or a list with one per width.
+        feedforward: what each of these layers is: `dense`, `quadratic`, `kan` or `pi`; or a list with one per width.
         residual: every layer but the first adds to what it is given; all widths are equal.
         loss: `mse` of predicted numbers, or `cross_entropy` of classes.
     """
@@ -258,7 +268,7 @@ class MLPConfig:
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each layer before the last."""
-        return _feedforwards(self.feedforward, len(self.widths), ("dense", "quadratic"))
+        return _feedforwards(self.feedforward, len(self.widths), ("dense", "quadratic", "kan", "pi"))
 
     def activation_widths(self) -> list[int]:
         """Channels that each activation sees."""

@@ -15,7 +15,7 @@ from polytrope.models.configurations import ActivationConfig, MLPConfig, activat
 from polytrope.models.losses import Loss, cross_entropy, mse
 from polytrope.models.parts.feedforward import QuadraticLinear, build_layer
 from polytrope.models.parts.ranges import RangePenalty
-from polytrope.models.parts.settings import FeedForward, QuadraticSettings
+from polytrope.models.parts.settings import FeedForward
 
 LOSSES: dict[str, Loss] = {"mse": mse, "cross_entropy": cross_entropy}
 
@@ -105,7 +105,7 @@ class MLP(nn.Module):
         sizes = pairwise([config.inputs, *config.widths])
         total = config.widths[-1] * config.outputs
         for (inputs, outputs), part in zip(sizes, config.feedforward_settings(), strict=True):
-            total += inputs * outputs * (part.matrices if isinstance(part, QuadraticSettings) else 1)
+            total += part.layer_products(inputs, outputs)
         return 6.0 * total
 
 

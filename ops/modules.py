@@ -861,6 +861,7 @@ CLASSICAL: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
+    "identity": nn.Identity,
 }
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polytrope.models.parts.kan import kan_layer
+from polytrope.models.parts.pi import pi_layer
 from polytrope.models.parts.settings import DenseSettings, FeedForward, GatedSettings, MLPSettings, QuadraticSettings
 
 
@@ -131,7 +133,12 @@ def _quadratic_layer(settings: QuadraticSettings, inputs: int, outputs: int) -> 
     return QuadraticLinear(inputs, outputs, bias=True, square=settings.square)
 
 
-LAYERS: dict[str, Callable[[Any, int, int], nn.Module]] = {"dense": _dense_layer, "quadratic": _quadratic_layer}
+LAYERS: dict[str, Callable[[Any, int, int], nn.Module]] = {
+    "dense": _dense_layer,
+    "quadratic": _quadratic_layer,
+    "kan": kan_layer,
+    "pi": pi_layer,
+}
 
 
 def build_layer(settings: FeedForward, inputs: int, outputs: int) -> nn.Module:

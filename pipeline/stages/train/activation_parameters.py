@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from polytrope.models.configurations import CLASSICAL
+from polytrope.models.configurations import FIXED
 
 # What a learnable activation may start as: functions to imitate, and what its family has beside them.
 IMITATED = (
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     PublishedPolynomialStart = str
     ClassicalName = str
 else:
-    ClassicalName = Literal[CLASSICAL]
+    ClassicalName = Literal[FIXED]
     AnyStart = Literal["variance_preserving", "stable", "torchortho", *IMITATED]
     Imitated = Literal[IMITATED]
     Start = Literal[_STARTS]
@@ -216,7 +216,7 @@ def spelled_out(value: Any) -> Any:
     if not isinstance(options, dict) or not isinstance(options.get("name"), str) or "degree" in options:
         return options
     short = re.fullmatch(r"([a-z_]+?)(\d+)", options["name"])
-    if short is None or short[1] in CLASSICAL:
+    if short is None or short[1] in FIXED:
         return options
     return {**options, "name": short[1], "degree": int(short[2])}
 
@@ -236,7 +236,7 @@ class _ShortForm:
     """For the JSON schema: `gelu` and `hermite3` are accepted too."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        names = {"enum": [*CLASSICAL, *LEARNABLE_SETTINGS]}
+        names = {"enum": [*FIXED, *LEARNABLE_SETTINGS]}
         return {"anyOf": [names, {"type": "string", "pattern": r"^[a-z_]+\d+$"}, handler(schema)]}
 
 

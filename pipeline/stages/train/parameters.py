@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
-from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, activation_configs
+from polytrope.models.configurations import FIXED, MODEL_KINDS, activation_configs
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.activation_parameters import (
@@ -69,7 +69,7 @@ class ModelParameters(BaseModel):
     feedforward: FeedForward | None = Field(
         None,
         description="the layers around each activation: mlp (the default), gated or quadratic; of an mlp: dense (the "
-        "default) or quadratic; or {name, options}; a list as for activation",
+        "default), quadratic, kan or pi; or {name, options}; a list as for activation",
     )
     n_layer: int | None = Field(None, ge=1, description="gpt2: number of blocks")
     n_head: int | None = Field(None, ge=1, description="gpt2: attention heads")
@@ -309,7 +309,7 @@ class TrainParameters(BaseModel):
             self.refuse_unheeded(self.model.architecture, self.model.settings())
         if self.model is not None and COEFFICIENTS in (self.trainable or ()):
             names = {entry["name"] for entry in self.model.activations()}
-            if names <= set(CLASSICAL):
+            if names <= set(FIXED):
                 raise ValueError(
                     f"trainable: {COEFFICIENTS}: {', '.join(sorted(names))} has none; choose a learnable activation"
                 )
