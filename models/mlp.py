@@ -13,9 +13,9 @@ from polytrope.models.activations import ActivationCheckpointing, make_activatio
 from polytrope.models.architecture import Architecture
 from polytrope.models.configurations import ActivationConfig, MLPConfig, activation_configs
 from polytrope.models.losses import Loss, cross_entropy, mse
-from polytrope.models.parts.feedforward import QuadraticLinear, build_layer
+from polytrope.models.parts.feedforward import LinearAtStart, build_layer
 from polytrope.models.parts.ranges import RangePenalty
-from polytrope.models.parts.settings import FeedForward, QuadraticSettings
+from polytrope.models.parts.settings import FeedForward
 
 LOSSES: dict[str, Loss] = {"mse": mse, "cross_entropy": cross_entropy}
 
@@ -105,13 +105,13 @@ class MLP(nn.Module):
         sizes = pairwise([config.inputs, *config.widths])
         total = config.widths[-1] * config.outputs
         for (inputs, outputs), part in zip(sizes, config.feedforward_settings(), strict=True):
-            total += inputs * outputs * (part.matrices if isinstance(part, QuadraticSettings) else 1)
+            total += inputs * outputs * part.matrices
         return 6.0 * total
 
 
 def _initialise(module: nn.Module) -> None:
     """Inputs of variance 1 give outputs of variance 1, so that every activation sees what it starts for."""
-    if isinstance(module, nn.Linear | QuadraticLinear):
+    if isinstance(module, LinearAtStart):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
