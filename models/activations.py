@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from polytrope.models.configurations import ActivationConfig, activation_configs
-from polytrope.models.parts.feedforward import QuadraticLinear
+from polytrope.models.parts.feedforward import LinearAtStart
 
 # What backward computes again instead of keeping it: nothing, the output of each activation, or whole blocks.
 ActivationCheckpointing = Literal["none", "mlp", "block"]
@@ -47,7 +47,7 @@ def project_activated(
     return checkpoint(project, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
-def standardize_inputs(linear: nn.Linear | QuadraticLinear, std: float) -> None:
+def standardize_inputs(linear: LinearAtStart, std: float) -> None:
     """Scale freshly drawn weights so that the activation behind them sees inputs of variance 1.
 
     A normalised input and weights of deviation 1/√inputs give that; learnable activations start from it, and all learn

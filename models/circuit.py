@@ -88,13 +88,21 @@ def refuse_other_parts(model: GPT2, *, divisions: bool = False) -> None:
         if not (divisions or isinstance(attention.reciprocal, PolynomialReciprocal)):
             raise ValueError(f"{name}.attn.reciprocal: {type(attention.reciprocal).__name__} divides")
         _refuse_norm(f"{name}.ln_2", block.ln_2)
+        mlp: Any = block.mlp
+        _refuse_layer(f"{name}.mlp.c_fc", mlp.c_fc)
         _refuse_activation(f"{name}.mlp.activation", activation_of(block))
+        _refuse_layer(f"{name}.mlp.c_proj", mlp.c_proj)
     _refuse_norm("transformer.ln_f", model.transformer["ln_f"])
 
 
 def _refuse_norm(name: str, norm: Any) -> None:
     if not isinstance(norm, BatchNorm):
         raise ValueError(f"{name}: {type(norm).__name__} divides by a root; train with norm: batch")
+
+
+def _refuse_layer(name: str, layer: Any) -> None:
+    if not isinstance(layer, nn.Linear | QuadraticLinear):
+        raise ValueError(f"{name}: {type(layer).__name__} divides; train with feedforward: mlp, gated or quadratic")
 
 
 def _refuse_activation(name: str, activation: Any) -> None:

@@ -56,7 +56,8 @@ def _feedforwards(given: Entry | list[Entry], layers: int, names: tuple[str, ...
     return parts
 
 
-_OF_BLOCKS = ("mlp", "gated", "quadratic")
+_OF_BLOCKS = ("mlp", "gated", "quadratic", "pade")
+_OF_LAYERS = ("dense", "quadratic", "pade", "kan", "pi")
 
 
 @dataclass
@@ -236,7 +237,8 @@ class MLPConfig:
         outputs: numbers that are predicted, or classes.
         widths: outputs of each layer before the last.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per width.
-        feedforward: what each of these layers is: `dense`, `quadratic`, `kan` or `pi`; or a list with one per width.
+        feedforward: what each of these layers is: `dense`, `quadratic`, `pade`, `kan` or `pi`; or a list with one per
+            width.
         residual: every layer but the first adds to what it is given; all widths are equal.
         loss: `mse` of predicted numbers, or `cross_entropy` of classes.
     """
@@ -268,7 +270,7 @@ class MLPConfig:
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each layer before the last."""
-        return _feedforwards(self.feedforward, len(self.widths), ("dense", "quadratic", "kan", "pi"))
+        return _feedforwards(self.feedforward, len(self.widths), _OF_LAYERS)
 
     def activation_widths(self) -> list[int]:
         """Channels that each activation sees."""

@@ -27,7 +27,7 @@ from polytrope.models.configurations import (
 )
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.losses import Loss, cross_entropy
-from polytrope.models.parts.feedforward import FeedForwardSizes, QuadraticLinear, build_feedforward
+from polytrope.models.parts.feedforward import FeedForwardSizes, LinearAtStart, build_feedforward
 from polytrope.models.parts.norm import NormSizes, build_norm
 from polytrope.models.parts.ranges import RangePenalty
 from polytrope.models.parts.settings import FeedForward
@@ -175,7 +175,7 @@ class ConvNeXt(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | QuadraticLinear | nn.Conv2d):
+    if isinstance(module, LinearAtStart | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -33,7 +33,7 @@ from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.losses import Loss, cross_entropy
 from polytrope.models.modes import evaluation_mode
 from polytrope.models.parts.attention import AttentionSizes, build_attention
-from polytrope.models.parts.feedforward import FeedForwardSizes, QuadraticLinear, build_feedforward
+from polytrope.models.parts.feedforward import FeedForwardSizes, LinearAtStart, build_feedforward
 from polytrope.models.parts.norm import NormSizes, build_norm
 from polytrope.models.parts.ranges import RangePenalty
 from polytrope.models.parts.settings import Attention, FeedForward
@@ -281,9 +281,9 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, generato
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | QuadraticLinear | nn.Embedding):
+    if isinstance(module, LinearAtStart | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear | QuadraticLinear) and module.bias is not None:
+    if isinstance(module, LinearAtStart) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
 

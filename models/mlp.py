@@ -13,7 +13,7 @@ from polytrope.models.activations import ActivationCheckpointing, make_activatio
 from polytrope.models.architecture import Architecture
 from polytrope.models.configurations import ActivationConfig, MLPConfig, activation_configs
 from polytrope.models.losses import Loss, cross_entropy, mse
-from polytrope.models.parts.feedforward import QuadraticLinear, build_layer
+from polytrope.models.parts.feedforward import LinearAtStart, build_layer
 from polytrope.models.parts.ranges import RangePenalty
 from polytrope.models.parts.settings import FeedForward
 
@@ -111,7 +111,7 @@ class MLP(nn.Module):
 
 def _initialise(module: nn.Module) -> None:
     """Inputs of variance 1 give outputs of variance 1, so that every activation sees what it starts for."""
-    if isinstance(module, nn.Linear | QuadraticLinear):
+    if isinstance(module, LinearAtStart):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

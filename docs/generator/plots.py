@@ -19,6 +19,8 @@ from torch import Tensor
 
 from polytrope.models.parts.attention import causal_means, even_power
 from polytrope.models.parts.feedforward import QuadraticLinear
+from polytrope.models.parts.pade import PadeLinear
+from polytrope.models.parts.settings import PadeSettings
 from polytrope.ops import build_activation
 from polytrope.ops.functional import chebyshev, hermite, legendre
 from polytrope.ops.interpolate import Fit, fit
@@ -49,7 +51,7 @@ STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "
 def part_plots() -> dict[str, str]:
     """Name → SVG, of the pages on parts of models."""
     with plt.rc_context(STYLE):
-        return {"attention": _attention(), "quadratic": _quadratic()}
+        return {"attention": _attention(), "quadratic": _quadratic(), "pade": _pade()}
 
 
 def analysis_plots() -> dict[str, str]:
@@ -295,4 +297,23 @@ def _quadratic() -> str:
             axis.plot(sizes / sizes.max() + 1e-17, "o-", markersize=3, label=f"layers: {depth}")
     _logarithmic(axis)
     _describe(axis, "degree along a line", "largest coefficient")
+    return _svg(figure)
+
+
+def _pade() -> str:
+    """One Padé neuron of one input whose denominator has a zero, and the quotient that it is made of."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    layer = PadeLinear(1, 1, bias=True, settings=PadeSettings())
+    x = torch.linspace(-3.0, 3.0, 601)[:, None]
+    slope, constant, square, below = 0.5, 0.4, 0.3, 1.0
+    with torch.no_grad():
+        for weight, value in ((layer.weight, slope), (layer.bias, constant), (layer.numerator, square)):
+            weight.fill_(value)
+        axis.plot(x, layer(x), color="black", linestyle="dotted", label="polynomial, B = 0")
+        layer.denominator.fill_(below)
+        quotient = (constant + slope * x + square * x**2) / (1.0 + below * x)
+        axis.plot(x, torch.where(quotient.abs() < 4.0, quotient, torch.nan), label="P₂ / Q₁")
+        axis.plot(x, layer(x), label="pade")
+    axis.set_ylim(-4.0, 4.0)
+    _describe(axis, "x", "y")
     return _svg(figure)

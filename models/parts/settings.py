@@ -163,13 +163,23 @@ class FeedForward(Part):
         """Channels that the activation sees."""
         return 4 * width
 
+    @property
+    def matrices(self) -> int:
+        """Of the size of its weight, in the place of one linear layer."""
+        return 1
+
+    @property
+    def divides(self) -> str | None:
+        """What in its layers is no sum or product; None where nothing is."""
+        return None
+
     def products(self, width: int) -> int:
         """Multiply-adds of its matrices per vector."""
-        return 8 * width**2
+        return self.matrices * 8 * width**2
 
     def layer_products(self, inputs: int, outputs: int) -> int:
         """Multiply-adds of the matrices of one layer of an `mlp`, per row."""
-        return inputs * outputs
+        return self.matrices * inputs * outputs
 
 
 @dataclass(frozen=True)
@@ -210,17 +220,9 @@ class QuadraticSettings(FeedForward):
 
     square: bool = _choice(True, (False, True), "with a term of squared inputs: three matrices per layer, not two")
 
-    def products(self, width: int) -> int:
-        """Two or three matrices for each of `mlp`."""
-        return self.matrices * 8 * width**2
-
-    def layer_products(self, inputs: int, outputs: int) -> int:
-        """Two or three matrices instead of one."""
-        return self.matrices * inputs * outputs
-
     @property
     def matrices(self) -> int:
-        """Of one layer."""
+        """Two, and one of the squares."""
         return 3 if self.square else 2
 
 
@@ -275,14 +277,37 @@ class PiSettings(FeedForward):
         return self.degree * (inputs * outputs + mixing)
 
 
+@dataclass(frozen=True)
+class PadeSettings(FeedForward):
+    """The linear layers made quotients of polynomials; they start as the linear ones."""
+
+    name = "pade"
+    multiplicative = True
+
+    # K of at least 2, for P_{K-1} is to start as the linear layer as well.
+    numerator_degree: int = _choice(2, (2, 3, 4), "of the polynomials above, 2, 3 or 4")
+    denominator_degree: int = _choice(1, (1, 2), "of those below: 1, which makes no poles, or 2, which may")
+
+    @property
+    def matrices(self) -> int:
+        """One for each coefficient but the constant ones."""
+        return self.numerator_degree + self.denominator_degree
+
+    @property
+    def divides(self) -> str | None:
+        """Always."""
+        return "a quotient"
+
+
 # By field of the configuration, then by name. The first is what a model has where nothing is said.
-PARTS: dict[str, dict[str, type[Part]]] = {
+PARTS: dict[str, dict[str, type[Any]]] = {
     "attention": {"softmax": SoftmaxSettings, "power": PowerSettings},
     "norm": {"layer_norm": LayerNormSettings, "batch": BatchNormSettings},
     "feedforward": {
         "mlp": MLPSettings,
         "gated": GatedSettings,
         "quadratic": QuadraticSettings,
+        "pade": PadeSettings,
         "dense": DenseSettings,
         "kan": KANSettings,
         "pi": PiSettings,
@@ -329,3 +354,8 @@ def read_parts(place: str, given: Entry | list[Entry], layers: int) -> list[Any]
         ValueError: as `read_part` and `layer_configs`.
     """
     return [read_part(place, entry) for entry in layer_configs(place, given, layers)]
+
+
+def multiplicative_feedforwards() -> str:
+    """Those that have parameters that learn at `multiplicative_learning_rate`, for messages: `quadratic or pade`."""
+    return " or ".join(name for name, kind in PARTS["feedforward"].items() if kind.multiplicative)

@@ -179,6 +179,8 @@ def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -
         asked({**PARTS, "activation": [PARTS["activation"], "gelu"]})
     with pytest.raises(UserError, match=r"inputs\.model: the model has norm: layer_norm"):
         asked({**PARTS, "norm": "layer_norm"})
+    with pytest.raises(UserError, match=r"inputs\.model: the model has feedforward: pade, where a quotient is no sum"):
+        asked({**PARTS, "feedforward": ["quadratic", {"name": "pade", "numerator_degree": 3}]})
     upstream = {"model": PromisedModel("convnext", {}), "dataset": PromisedImages(32, 3, 10)}
     with pytest.raises(UserError, match=r"inputs\.model: a convnext has no circuit"):
         promise(parameters, upstream, Resources(), tmp_path)

@@ -47,6 +47,12 @@ def promise(
                 f"inputs.model: the model has {field}: {other}, which is not made of sums and products",
                 f"train it with {way}",
             )
+    for part in config.feedforward_settings():
+        if part.divides is not None:
+            raise UserError(
+                f"inputs.model: the model has feedforward: {part.name}, where {part.divides} is no sum or product",
+                "train it with feedforward: mlp, gated or quadratic",
+            )
     if "activation" in model.settings:  # after a conversion, what they are is not known
         for entry in activation_configs(config.activation, config.n_layer):
             name = entry if isinstance(entry, str) else str(entry.get("name"))

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from polytrope.models import make_config
 from polytrope.models.configurations import FIXED, MODEL_KINDS, activation_configs
+from polytrope.models.parts.settings import multiplicative_feedforwards
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.activation_parameters import (
@@ -68,8 +69,8 @@ class ModelParameters(BaseModel):
     norm: Norm | None = Field(None, description="layer_norm (the default) or batch")
     feedforward: FeedForward | None = Field(
         None,
-        description="the layers around each activation: mlp (the default), gated or quadratic; of an mlp: dense (the "
-        "default), quadratic, kan or pi; or {name, options}; a list as for activation",
+        description="the layers around each activation: mlp (the default), gated, quadratic or pade; of an mlp: dense "
+        "(the default), quadratic, pade, kan or pi; or {name, options}; a list as for activation",
     )
     n_layer: int | None = Field(None, ge=1, description="gpt2: number of blocks")
     n_head: int | None = Field(None, ge=1, description="gpt2: attention heads")
@@ -220,8 +221,8 @@ class TrainParameters(BaseModel):
     multiplicative_learning_rate: float | None = Field(
         None,
         ge=0,
-        description="peak learning rate of what multiplies inputs by inputs (feedforward: quadratic); default: a tenth "
-        "of learning_rate",
+        description="peak learning rate of what multiplies inputs by inputs (feedforward: quadratic or pade); default: "
+        "a tenth of learning_rate",
     )
     minimum_learning_rate: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of the peak")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up before the cosine")
@@ -326,10 +327,11 @@ class TrainParameters(BaseModel):
         """
         config, trainable = make_config(MODEL_KINDS[architecture].config, settings), self.trainable or []
         if not any(part.multiplicative for part in config.feedforward_settings()):
+            having = multiplicative_feedforwards()
             if self.multiplicative_learning_rate is not None:
-                raise ValueError("multiplicative_learning_rate: only for a model with feedforward: quadratic")
+                raise ValueError(f"multiplicative_learning_rate: only for a model with feedforward: {having}")
             if MULTIPLICATIVE in trainable:
-                raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with feedforward: quadratic has them")
+                raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with feedforward: {having} has them")
         elsewhere = {name for kind in MODEL_KINDS.values() for name in kind.groups}
         for name in trainable:
             if name in elsewhere - MODEL_KINDS[architecture].groups.keys():

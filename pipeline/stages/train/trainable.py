@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from polytrope.models.configurations import MODEL_KINDS
+from polytrope.models.parts.settings import multiplicative_feedforwards
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.text import suggest
 
@@ -22,7 +23,7 @@ GROUPS = (COEFFICIENTS, MULTIPLICATIVE, *sorted({name for kind in MODEL_KINDS.va
 # Why a model may have none of a group.
 _WITHOUT = {
     COEFFICIENTS: "its activations have no coefficients",
-    MULTIPLICATIVE: "layers of `feedforward: quadratic` have them",
+    MULTIPLICATIVE: f"layers of `feedforward: {multiplicative_feedforwards()}` have them",
 }
 
 
