@@ -48,14 +48,6 @@ stages:
       global_batch_size: 16
       validation_samples: 1000
       loss: {name: poly}
-  upgraded:
-    uses: convert
-    inputs: {model: classes, dataset: pairs}
-    with: {linear: quadratic, family: null}
-  tuned:
-    uses: train
-    inputs: {dataset: pairs, initial: upgraded}
-    with: {steps: 4, global_batch_size: 16, trainable: [multiplicative]}
   scores:
     uses: evaluate
     inputs: {dataset: polynomials, models: {regression: regression}}
@@ -110,15 +102,6 @@ def test_numbers_from_rows_to_a_report(tmp_path: Path) -> None:
     assert training["val/accuracy"] == pytest.approx(float((logits.argmax(1).numpy() == classes).mean()))
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(classes))
     assert training["val/loss"] == pytest.approx(float(loss), rel=1e-5)
-
-    upgraded, tuned = load_model(files["upgraded"]), load_model(files["tuned"])
-    assert read(files["upgraded"], "conversion.json") == {"format": 1, "layers": [], "quadratic": ["blocks.0.layer"]}
-    with torch.no_grad():
-        assert torch.equal(upgraded(torch.from_numpy(rows)), logits)
-        assert not torch.equal(tuned(torch.from_numpy(rows)), logits)
-    before, after = upgraded.state_dict(), tuned.state_dict()
-    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {"gate_weight", "gate_bias", "square_weight"}
 
 
 def read(directory: Path, name: str) -> Any:
