@@ -25,6 +25,7 @@ from polytrope.models.parts.mu import MuLayer, shift_pixels
 from polytrope.models.parts.settings import MuSettings
 from polytrope.pipeline.data.promised import PromisedModel, PromisedText
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.proof.card import _draw_activations
 from polytrope.pipeline.stage import Resources
 from polytrope.pipeline.stages.convert.convert import promise as promise_conversion
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
@@ -148,6 +149,8 @@ def test_a_block_has_no_activation_and_says_so(tmp_path: Path, architecture: str
     assert activation_modules(every) == {}
     assert not any(name.endswith((".act", ".activation")) for name, _ in every.named_modules())
     save_model(tmp_path / "every", every)
+    assert _draw_activations(tmp_path / "every") is None  # the card's
+    assert (_draw_activations(tmp_path / "model") or b"").startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"has no feedforward: mu"):
         write_model(tmp_path / "huggingface", every, format="huggingface")
     narrow = every.eval().double()(example).detach()
