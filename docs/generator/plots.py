@@ -19,8 +19,9 @@ from torch import Tensor
 
 from polytrope.models.parts.attention import causal_means, even_power
 from polytrope.models.parts.feedforward import QuadraticLinear
+from polytrope.models.parts.mu import MuLayer
 from polytrope.models.parts.pade import PadeLinear
-from polytrope.models.parts.settings import PadeSettings
+from polytrope.models.parts.settings import MuSettings, PadeSettings
 from polytrope.ops import build_activation
 from polytrope.ops.functional import chebyshev, hermite, legendre
 from polytrope.ops.interpolate import Fit, fit
@@ -51,7 +52,7 @@ STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "
 def part_plots() -> dict[str, str]:
     """Name → SVG, of the pages on parts of models."""
     with plt.rc_context(STYLE):
-        return {"attention": _attention(), "quadratic": _quadratic(), "pade": _pade()}
+        return {"attention": _attention(), "quadratic": _quadratic(), "pade": _pade(), "mu": _mu()}
 
 
 def analysis_plots() -> dict[str, str]:
@@ -280,14 +281,22 @@ def _attention() -> str:
 
 
 def _quadratic() -> str:
-    """Chebyshev coefficients along a line through stacks of quadratic layers."""
+    return _degrees([QuadraticLinear(8, 8, bias=True, square=True).double() for _ in range(3)], 0.4)
+
+
+def _mu() -> str:
+    layers = [MuLayer(8, MuSettings(), bias=True, epsilon=1e-6).double() for _ in range(3)]
+    return _degrees([torch.nn.Sequential(layer, torch.nn.Linear(32, 8).double()) for layer in layers], 0.35)
+
+
+def _degrees(layers: list[torch.nn.Module], size: float) -> str:
+    """Chebyshev coefficients along a line through stacks of layers of width 8 with random weights of this deviation."""
     figure, axis = plt.subplots(figsize=(5, 2.8))
     generator, width, points = torch.Generator().manual_seed(0), 8, 16
-    layers = [QuadraticLinear(width, width, bias=True, square=True).double() for _ in range(3)]
     with torch.no_grad():
         for layer in layers:
             for weight in layer.parameters():
-                weight.copy_(0.4 * torch.randn(weight.shape, generator=generator))
+                weight.copy_(size * torch.randn(weight.shape, generator=generator))
         angles = (np.arange(points) + 0.5) * np.pi / points
         start, direction = torch.randn(2, width, dtype=torch.float64, generator=generator)
         line = start + torch.from_numpy(np.cos(angles))[:, None] * direction
@@ -309,7 +318,7 @@ def _pade() -> str:
     with torch.no_grad():
         for weight, value in ((layer.weight, slope), (layer.bias, constant), (layer.numerator, square)):
             weight.fill_(value)
-        axis.plot(x, layer(x), color="black", linestyle="dotted", label="polynomial, B = 0")
+        axis.plot(x, layer(x), color="black", linestyle="dotted", label="B = 0")
         layer.denominator.fill_(below)
         quotient = (constant + slope * x + square * x**2) / (1.0 + below * x)
         axis.plot(x, torch.where(quotient.abs() < 4.0, quotient, torch.nan), label="P₂ / Q₁")

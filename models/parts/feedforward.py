@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytrope.models.parts.kan import kan_layer
+from polytrope.models.parts.mu import MuLayer
 from polytrope.models.parts.pade import PadeLinear
 from polytrope.models.parts.pi import pi_layer
 from polytrope.models.parts.settings import (
@@ -18,6 +19,7 @@ from polytrope.models.parts.settings import (
     FeedForward,
     GatedSettings,
     MLPSettings,
+    MuSettings,
     PadeSettings,
     QuadraticSettings,
 )
@@ -30,17 +32,19 @@ class FeedForwardSizes:
     Args:
         width: of the vectors that come and go.
         bias: whether the layers have one.
+        epsilon: added to the variances of norms inside.
     """
 
     width: int
     bias: bool
+    epsilon: float
 
 
 class FeedForwardLayers(NamedTuple):
     """What a block puts around its activation F.
 
     Args:
-        inner, outer: the layers before and after it.
+        inner, outer: the layers before and after it, or one after the other where the settings have none.
         gated: what the inner layer gives are two halves a, b, and the outer one takes F(a) · b.
     """
 
@@ -129,11 +133,18 @@ def _pade(settings: PadeSettings, sizes: FeedForwardSizes) -> FeedForwardLayers:
     return FeedForwardLayers(layer(sizes.width, hidden), layer(hidden, sizes.width), gated=False)
 
 
+def _mu(settings: MuSettings, sizes: FeedForwardSizes) -> FeedForwardLayers:
+    inner = MuLayer(sizes.width, settings, bias=sizes.bias, epsilon=sizes.epsilon)
+    outer = nn.Linear(settings.hidden(sizes.width), sizes.width, bias=sizes.bias)
+    return FeedForwardLayers(inner, outer, gated=False)
+
+
 FEEDFORWARDS: dict[str, Callable[[Any, FeedForwardSizes], FeedForwardLayers]] = {
     "mlp": _mlp,
     "gated": _gated,
     "quadratic": _quadratic,
     "pade": _pade,
+    "mu": _mu,
 }
 
 

@@ -157,10 +157,11 @@ class BatchNormSettings(Norm):
 class FeedForward(Part):
     """A linear layer, an activation, a linear layer back."""
 
+    activated: ClassVar[bool] = True  # it has an activation inside
     multiplicative: ClassVar[bool] = False  # it has parameters that learn at `multiplicative_learning_rate`
 
     def hidden(self, width: int) -> int:
-        """Channels that the activation sees."""
+        """Channels inside, which the activation sees."""
         return 4 * width
 
     @property
@@ -172,6 +173,16 @@ class FeedForward(Part):
     def divides(self) -> str | None:
         """What in its layers is no sum or product; None where nothing is."""
         return None
+
+    @property
+    def over_batch(self) -> bool:
+        """In training, a sample's result depends on the others."""
+        return False
+
+    @property
+    def over_space(self) -> bool:
+        """A pixel's result depends on its neighbours."""
+        return False
 
     def products(self, width: int) -> int:
         """Multiply-adds of its matrices per vector."""
@@ -299,6 +310,43 @@ class PadeSettings(FeedForward):
         return "a quotient"
 
 
+@dataclass(frozen=True)
+class MuSettings(FeedForward):
+    """Products of two linear layers, and no activation."""
+
+    name = "mu"
+    activated = False
+
+    norm: str = _choice("none", ("none", "layer_norm", "batch"), "of both factors: none, layer_norm or batch")
+    shift: bool = _choice(
+        False, (False, True), "of images: quarters of the channels move by one pixel before they are multiplied"
+    )
+
+    def rank(self, width: int) -> int:
+        """Channels between the two layers that make the second factor."""
+        return max(1, self.hidden(width) // 8)
+
+    def products(self, width: int) -> int:
+        """Of the layer of the first factor, the two of the second, and the outer one."""
+        hidden, rank = self.hidden(width), self.rank(width)
+        return 2 * width * hidden + rank * (width + hidden)
+
+    @property
+    def divides(self) -> str | None:
+        """With layer norms."""
+        return "layer norm" if self.norm == "layer_norm" else None
+
+    @property
+    def over_batch(self) -> bool:
+        """With batch norms."""
+        return self.norm == "batch"
+
+    @property
+    def over_space(self) -> bool:
+        """With shifts."""
+        return self.shift
+
+
 # By field of the configuration, then by name. The first is what a model has where nothing is said.
 PARTS: dict[str, dict[str, type[Any]]] = {
     "attention": {"softmax": SoftmaxSettings, "power": PowerSettings},
@@ -308,6 +356,7 @@ PARTS: dict[str, dict[str, type[Any]]] = {
         "gated": GatedSettings,
         "quadratic": QuadraticSettings,
         "pade": PadeSettings,
+        "mu": MuSettings,
         "dense": DenseSettings,
         "kan": KANSettings,
         "pi": PiSettings,

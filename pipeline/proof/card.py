@@ -176,7 +176,8 @@ def _activation(store: Store, model: StoredArtifact) -> Section:
     return Section("Activation", f"{describe_activation(config)}.", picture=picture)
 
 
-def _draw_activations(directory: Path) -> bytes:
+def _draw_activations(directory: Path) -> bytes | None:
+    """PNG of the curves of some blocks' activations; None: there are none."""
     import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -185,6 +186,8 @@ def _draw_activations(directory: Path) -> bytes:
     from polytrope.pipeline.stages.evaluate.shapes import named_activations
 
     modules = named_activations(load_model(directory))
+    if not modules:
+        return None
     step = -(-len(modules) // _CURVES)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.models import make_config
-from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, activation_configs
+from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, NO_ACTIVATION, activation_configs
 from polytrope.models.quadratic import quadratic_feedforward
 from polytrope.pipeline.data.lineage import read_lineage, write_lineage
 from polytrope.pipeline.data.misfits import refuse_misfit
@@ -74,7 +74,13 @@ def promise(
     if parameters.replacement() is None:
         return replace(model, settings=known, figures=())
     blocks = len(config.activation_widths())
-    if {_name(entry) for entry in activation_configs(config.activation, blocks)} == {parameters.replacement()}:
+    names = {_name(entry) for entry in activation_configs(config.activation, blocks)} - {NO_ACTIVATION}
+    if not names:
+        raise UserError(
+            "inputs.model: the model has feedforward: mu in every block, and no activation to convert",
+            "convert a model with activations",
+        )
+    if names == {parameters.replacement()}:
         raise UserError(
             f"family: the model was trained with `{parameters.replacement()}` activations already",
             f"convert a model with a classical activation ({', '.join(CLASSICAL)})",

@@ -51,7 +51,7 @@ def promise(
         if part.divides is not None:
             raise UserError(
                 f"inputs.model: the model has feedforward: {part.name}, where {part.divides} is no sum or product",
-                "train it with feedforward: mlp, gated or quadratic",
+                "train it with feedforward: mlp, gated, quadratic or mu without layer norm",
             )
     if "activation" in model.settings:  # after a conversion, what they are is not known
         for entry in activation_configs(config.activation, config.n_layer):

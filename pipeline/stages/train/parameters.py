@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
-from polytrope.models.configurations import FIXED, MODEL_KINDS, activation_configs
+from polytrope.models.configurations import FIXED, MODEL_KINDS, NO_ACTIVATION, activation_configs
 from polytrope.models.parts.settings import multiplicative_feedforwards
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
@@ -69,8 +69,8 @@ class ModelParameters(BaseModel):
     norm: Norm | None = Field(None, description="layer_norm (the default) or batch")
     feedforward: FeedForward | None = Field(
         None,
-        description="the layers around each activation: mlp (the default), gated, quadratic or pade; of an mlp: dense "
-        "(the default), quadratic, pade, kan or pi; or {name, options}; a list as for activation",
+        description="the layers around each activation: mlp (the default), gated, quadratic, pade or mu; of an mlp: "
+        "dense (the default), quadratic, pade, kan or pi; or {name, options}; a list as for activation",
     )
     n_layer: int | None = Field(None, ge=1, description="gpt2: number of blocks")
     n_head: int | None = Field(None, ge=1, description="gpt2: attention heads")
@@ -310,7 +310,7 @@ class TrainParameters(BaseModel):
             self.refuse_unheeded(self.model.architecture, self.model.settings())
         if self.model is not None and COEFFICIENTS in (self.trainable or ()):
             names = {entry["name"] for entry in self.model.activations()}
-            if names <= set(FIXED):
+            if names <= {*FIXED, NO_ACTIVATION}:
                 raise ValueError(
                     f"trainable: {COEFFICIENTS}: {', '.join(sorted(names))} has none; choose a learnable activation"
                 )
@@ -339,6 +339,8 @@ class TrainParameters(BaseModel):
         divides = architecture == "gpt2" and any(part.fixed_weights for part in config.attention_settings())
         if self.range_penalty is not None and not self.range_penalty.activation and not divides:
             raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
+        if self.range_penalty is not None and config.activation == NO_ACTIVATION and not divides:
+            raise ValueError("range_penalty: the model has no activations, and only attention: power has denominators")
 
 
 def check_heeded(architecture: str, settings: Mapping[str, Any], parameters: TrainParameters) -> None:
