@@ -23,7 +23,7 @@ SMALL = {
     "params.fewer_rows": "[200]",
     "params.regression_steps": "2",
     "params.warmup_steps": "1",
-    "stages.alone.matrix.learns": "[{label: coefficients, trainable: [coefficients]}]",
+    "stages.alone.matrix.learns": "[{label: coefficients, trainable: [coefficients], per_channel: false}]",
     "stages.tuned.matrix.learns": "[{label: multiplicative, trainable: [multiplicative]}]",
     "stages.regression.matrix.layers": "[{label: relu, feedforward: dense, activation: relu, widths: [4]}, "
     "{label: pi, feedforward: pi, activation: identity, widths: [4]}]",
