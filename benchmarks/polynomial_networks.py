@@ -1,4 +1,4 @@
-"""What layers of products learn, and from how many rows: `python -m benchmarks.polynomial_networks`, ten minutes.
+"""What layers of products learn, and from how many rows: `python -m benchmarks.polynomial_networks`, a quarter hour.
 
 Runs workflows/polynomial-networks.yaml with five seeds in a store: begun again, it goes on. Differences are paired by
 seed; p-values are Student's, corrected for the number of comparisons in their table (Holm). It writes
@@ -157,11 +157,16 @@ def _r2(values: Values) -> str:
     return "below 0" if text.startswith("-") else text
 
 
+def plus_minus(gap: Mapping[str, Any]) -> str:
+    """A difference with its interval."""
+    return f"{gap['mean']:+.3f} ± {gap['half_width']:.3f}"
+
+
 def _gap(row: Mapping[str, Any]) -> tuple[str, str]:
     gap = row["difference"]
     if gap is None or gap["half_width"] is None:
         return "", ""
-    return f"{gap['mean']:+.3f} ± {gap['half_width']:.3f}", f"{gap['holm']:.3f}"
+    return plus_minus(gap), "< 0.001" if gap["holm"] < 0.001 else f"{gap['holm']:.3f}"
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -247,10 +252,10 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     for number, (name, row) in enumerate(record["numbers"].items()):
         colour = f"C{number}"
         counts = [int(count) for count in row["r2"]]
-        shown = [[max(0.0, value) for value in values if value is not None] for values in row["r2"].values()]
-        for count, values in zip(counts, shown, strict=True):
-            axes.plot([count] * len(values), values, ".", color=colour, markersize=4, alpha=0.5)
-        means = [math.fsum(values) / len(values) if values else math.nan for values in shown]
+        known = [[value for value in values if value is not None] for values in row["r2"].values()]
+        for count, values in zip(counts, known, strict=True):
+            axes.plot([count] * len(values), [max(0.0, value) for value in values], ".", color=colour, ms=4, alpha=0.5)
+        means = [max(0.0, math.fsum(values) / len(values)) if values else math.nan for values in known]
         axes.plot(counts, means, "-o", color=colour, markersize=4, label=LAYERS[name])
     axes.set_xscale("log")
     ticks = [int(count) for count in record["numbers"]["relu"]["r2"]]
