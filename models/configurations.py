@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from polytrope.models.parts.settings import PARTS, Attention, FeedForward, Norm, read_part, read_parts
+from polytrope.models.parts.settings import PARTS, Attention, FeedForward, Mixer, Norm, Part, read_part, read_parts
 from polytrope.models.per_layer import Entry, layer_configs
 
 ActivationConfig = Entry
@@ -64,6 +64,13 @@ def changed_parts(config: Any) -> dict[str, Any]:
         if name in fields
         and any(part.config() != fields[name].default for part in read_parts(name, getattr(config, name), layers))
     }
+
+
+def all_parts(config: Any) -> list[Part]:
+    """The settings of all parts of a configuration, those of blocks once for each."""
+    fields = type(config).__dataclass_fields__
+    layers = len(config.activation_widths())
+    return [part for name in PARTS if name in fields for part in read_parts(name, getattr(config, name), layers)]
 
 
 def _feedforwards(given: Entry | list[Entry], layers: int, names: tuple[str, ...]) -> list[FeedForward]:
@@ -130,8 +137,11 @@ class GPT2Config:
         self.activation = _used_activations(self.activation, self.feedforward_settings())
         attention = self.attention_settings()
         self.norm_settings()
-        if self.dropout and any(part.fixed_weights for part in attention):
-            raise ValueError(f"dropout: {self.dropout}, but attention: power drops no weights; leave dropout out")
+        for part in attention:
+            if self.dropout and part.fixed_weights:
+                raise ValueError(
+                    f"dropout: {self.dropout}, but attention: {part.name} drops no weights; leave dropout out"
+                )
 
     def attention_settings(self) -> list[Attention]:
         """Of each block."""
@@ -177,7 +187,7 @@ class ConvNeXtConfig:
         patch_size: kernel and stride of the stem; each later stage halves the resolution.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per block.
         norm: part of the blocks, before each stage and before the classifier (`polytrope.models.parts`).
-        feedforward: part of every block, or a list with one per block.
+        feedforward, mixer: parts of every block, or lists with one per block.
         drop_path: probability of skipping the last block's branch; it grows linearly from 0 at the first.
         layer_scale: initial value of the per-channel scale of each branch; 0 for no scale.
         final_norm_epsilon: added to the variance in the layer norm before the classifier; the others have 1e-6.
@@ -191,6 +201,7 @@ class ConvNeXtConfig:
     activation: ActivationConfig | list[ActivationConfig] = "gelu"
     norm: Entry = "layer_norm"
     feedforward: Entry | list[Entry] = "mlp"
+    mixer: Entry | list[Entry] = "depthwise"
     drop_path: float = 0.0
     layer_scale: float = 1e-6
     final_norm_epsilon: float = 1e-6
@@ -211,6 +222,7 @@ class ConvNeXtConfig:
         _refuse_for_layers_alone(self.activation)
         self.activation = _used_activations(self.activation, self.feedforward_settings())
         self.norm_settings()
+        self.mixer_settings()
 
     def block_widths(self) -> list[int]:
         """Channels of each block."""
@@ -224,6 +236,10 @@ class ConvNeXtConfig:
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
         return _feedforwards(self.feedforward, sum(self.depths), _OF_BLOCKS)
+
+    def mixer_settings(self) -> list[Mixer]:
+        """Of each block."""
+        return read_parts("mixer", self.mixer, sum(self.depths))
 
     def activation_widths(self) -> list[int]:
         """Channels inside of each block, which its activation sees."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -29,16 +30,17 @@ from polytrope.models.configurations import (
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.losses import Loss, cross_entropy
 from polytrope.models.parts.feedforward import FeedForwardSizes, LinearAtStart, build_feedforward
+from polytrope.models.parts.mixer import build_mixer
 from polytrope.models.parts.mu import MuLayer
 from polytrope.models.parts.norm import NormSizes, build_norm
 from polytrope.models.parts.ranges import RangePenalty
-from polytrope.models.parts.settings import FeedForward
+from polytrope.models.parts.settings import FeedForward, Mixer
 from polytrope.models.weights import load_renamed
 
 
 class Block(nn.Module):
-    """Depthwise 7×7 convolution, norm, and a pointwise MLP of four times the width, on a residual branch; or another
-    of `polytrope.models.parts.feedforward`. `act` is None where the configuration has `none` for this block.
+    """Depthwise 7×7 convolution, norm, and a pointwise MLP of four times the width, on a residual branch; or others of
+    `polytrope.models.parts`. `act` is None where the configuration has `none` for this block.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class Block(nn.Module):
         channels: int,
         activation: ActivationConfig,
         settings: FeedForward,
+        mixer: Mixer,
         drop_path: float,
     ) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
+        self.dwconv = build_mixer(mixer, channels)
         layers = build_feedforward(settings, FeedForwardSizes(channels, bias=True, epsilon=1e-6))
         self.norm = build_norm(config.norm_settings(), NormSizes(channels, 1e-6))
         self.pwconv1 = layers.inner
@@ -114,9 +117,15 @@ class ConvNeXt(nn.Module):
         total = sum(depths)
         activations = iter(activation_configs(config.activation, total))
         layers = iter(config.feedforward_settings())
+        mixers = iter(config.mixer_settings())
         rates = iter(config.drop_path * index / max(1, total - 1) for index in range(total))
         self.stages = nn.ModuleList(
-            nn.Sequential(*[Block(config, width, next(activations), next(layers), next(rates)) for _ in range(depth)])
+            nn.Sequential(
+                *[
+                    Block(config, width, next(activations), next(layers), next(mixers), next(rates))
+                    for _ in range(depth)
+                ]
+            )
             for depth, width in zip(depths, dims, strict=True)
         )
         self.norm = build_norm(norm, NormSizes(dims[-1], config.final_norm_epsilon))
@@ -166,17 +175,19 @@ class ConvNeXt(nn.Module):
     def flops_per_image(self, height: int, width: int) -> float:
         """Floating-point operations of forward and backward per image: 6 per multiply-add of convolutions and linears.
 
-        Norms, activations and other elementwise operations do not count, as is usual for MFU.
+        Norms, activations and other elementwise operations do not count, as is usual for MFU; nor do maxima and sums of
+        `mixer: max_plus`.
         """
         config = self.config
         height, width = height // config.patch_size, width // config.patch_size
         total = height * width * config.patch_size**2 * config.in_channels * config.dims[0]
-        parts = iter(config.feedforward_settings())
+        parts = iter(zip(config.feedforward_settings(), config.mixer_settings(), strict=True))
         for index, (depth, channels) in enumerate(zip(config.depths, config.dims, strict=True)):
             if index:
                 height, width = height // 2, width // 2
                 total += height * width * 4 * config.dims[index - 1] * channels
-            total += sum(height * width * (49 * channels + next(parts).products(channels)) for _ in range(depth))
+            for feedforward, mixer in itertools.islice(parts, depth):
+                total += height * width * (mixer.products(channels) + feedforward.products(channels))
         return 6.0 * (total + config.dims[-1] * config.num_classes)
 
 

@@ -265,14 +265,16 @@ class GPT2(nn.Module):
         return sequence
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of forward and backward per token: 6 N + 12 L H Q T (PaLM, appendix B).
+        """Floating-point operations of forward and backward per token: 6 N + 12 L H Q T (PaLM, appendix B), L the
+        number of blocks whose attention has a product for each pair of positions.
 
         N leaves out the embeddings (look-ups) and counts a tied token embedding once, for the head.
         """
         config = self.config
         looked_up = config.sequence_length + (0 if config.tie_word_embeddings else config.vocab_size)
         parameters = sum(parameter.numel() for parameter in self.parameters()) - looked_up * config.n_embd
-        return 6.0 * parameters + 12.0 * config.n_layer * config.n_embd * config.sequence_length
+        pairs = sum(part.pairs for part in config.attention_settings())
+        return 6.0 * parameters + 12.0 * pairs * config.n_embd * config.sequence_length
 
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from polytrope.models.parts.attention import causal_means, even_power
 from polytrope.models.parts.feedforward import QuadraticLinear
+from polytrope.models.parts.mixer import build_mixer
 from polytrope.models.parts.mu import MuLayer
 from polytrope.models.parts.pade import PadeLinear
-from polytrope.models.parts.settings import MuSettings, PadeSettings
+from polytrope.models.parts.polynomial_mixer import CausalPolynomialMixer
+from polytrope.models.parts.settings import MuSettings, PadeSettings, PolynomialMixerSettings, read_part
 from polytrope.ops import build_activation
 from polytrope.ops.functional import chebyshev, hermite, legendre
 from polytrope.ops.interpolate import Fit, fit
@@ -52,7 +54,14 @@ STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "
 def part_plots() -> dict[str, str]:
     """Name → SVG, of the pages on parts of models."""
     with plt.rc_context(STYLE):
-        return {"attention": _attention(), "quadratic": _quadratic(), "pade": _pade(), "mu": _mu()}
+        return {
+            "attention": _attention(),
+            "quadratic": _quadratic(),
+            "pade": _pade(),
+            "mu": _mu(),
+            "max_plus": _max_plus(),
+            "mixer": _polynomial_mixer(),
+        }
 
 
 def analysis_plots() -> dict[str, str]:
@@ -325,4 +334,38 @@ def _pade() -> str:
         axis.plot(x, layer(x), label="pade")
     axis.set_ylim(-4.0, 4.0)
     _describe(axis, "x", "y")
+    return _svg(figure)
+
+
+def _max_plus() -> str:
+    """A row of pixels, equal in all rows, and what the three forms make of it."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    places = np.arange(48)
+    row = torch.tensor(np.sin(places / 3.0) * 2.0 * np.exp(-(((places - 24) / 16.0) ** 2)) + 3.0 * (places == 36))
+    image = row.expand(1, 1, 48, 48)
+    axis.plot(places, row, color="black", linewidth=0.8, label="x")
+    with torch.no_grad():
+        for form in ("max", "min", "difference"):
+            mixed = build_mixer(read_part("mixer", {"name": "max_plus", "form": form}), 1)(image)
+            axis.plot(places, mixed[0, 0, 24], label=form)
+    _describe(axis, "pixel", "value")
+    return _svg(figure)
+
+
+def _polynomial_mixer() -> str:
+    """Chebyshev coefficients along a line through mixers of degree 2 and 3."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    generator, points = torch.Generator().manual_seed(0), 12
+    start, direction = torch.randn(2, 1, 12, 8, dtype=torch.float64, generator=generator)
+    angles = (np.arange(points) + 0.5) * np.pi / points
+    with torch.no_grad():
+        for degree in (2, 3):
+            mixer = CausalPolynomialMixer(PolynomialMixerSettings(degree=degree, reach=4), 8, bias=True).double()
+            for weight in mixer.parameters():
+                weight.copy_(0.4 * torch.randn(weight.shape, generator=generator))
+            values = np.stack([mixer(start + np.cos(angle) * direction).flatten().numpy() for angle in angles])
+            sizes = np.abs(np.cos(np.outer(np.arange(points), angles)) @ values).max(1)
+            axis.plot(sizes / sizes.max() + 1e-17, "o-", markersize=3, label=f"degree {degree}")
+    _logarithmic(axis)
+    _describe(axis, "degree along a line", "largest coefficient")
     return _svg(figure)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polytrope.models.parts.polynomial_mixer import CausalPolynomialMixer
 from polytrope.models.parts.ranges import RangePenalty
-from polytrope.models.parts.settings import Attention, PowerSettings, SoftmaxSettings
+from polytrope.models.parts.settings import Attention, PolynomialMixerSettings, PowerSettings, SoftmaxSettings
 from polytrope.models.per_layer import Entry
 
 EPSILON = 1e-3  # added to the mean of powers that `power` divides by
@@ -242,9 +243,14 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.size(0), x.size(2), x.size(1) * x.size(3))
 
 
+def _polynomial_mixer(settings: PolynomialMixerSettings, sizes: AttentionSizes) -> nn.Module:
+    return CausalPolynomialMixer(settings, sizes.width, bias=sizes.bias)
+
+
 ATTENTIONS: dict[str, Callable[[Any, AttentionSizes], nn.Module]] = {
     "softmax": SoftmaxAttention,
     "power": PowerAttention,
+    "polynomial_mixer": _polynomial_mixer,
 }
 
 

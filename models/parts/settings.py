@@ -48,6 +48,7 @@ class Part:
 
     name: ClassVar[str]
     per_layer: ClassVar[bool] = True  # each block has its own; else one for the whole model
+    multiplicative: ClassVar[bool] = False  # it has parameters that learn at `multiplicative_learning_rate`
 
     def config(self) -> Entry:
         """Its name, with the options that are not the usual ones."""
@@ -61,6 +62,8 @@ class Attention(Part):
     """How a token's vector becomes a mixture of those up to it."""
 
     fixed_weights: ClassVar[bool] = False  # no dropout of attention weights
+    divides: ClassVar[bool] = False  # by denominators that `range_penalty` holds
+    pairs: ClassVar[bool] = True  # it computes a product for each pair of positions
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class PowerSettings(Attention):
 
     name = "power"
     fixed_weights = True
+    divides = True
 
     power: int = _choice(2, (2, 4), "2 or 4")
     recurrent: bool = _choice(
@@ -128,6 +132,19 @@ class PowerSettings(Attention):
     def __post_init__(self) -> None:
         if self.recurrent and self.power != 2:
             raise ValueError(f"recurrent: only power: 2 has a state of that form, this is power: {self.power}")
+
+
+@dataclass(frozen=True)
+class PolynomialMixerSettings(Attention):
+    """A polynomial of mixtures of the last positions, without weights."""
+
+    name = "polynomial_mixer"
+    fixed_weights = True
+    pairs = False
+    multiplicative = True
+
+    degree: int = _choice(2, (2, 3), "2 or 3")
+    reach: int = _choice(16, (4, 8, 16, 32, 64), "positions that a filter sees, its own and those before: 4 … 64")
 
 
 @dataclass(frozen=True)
@@ -158,7 +175,6 @@ class FeedForward(Part):
     """A linear layer, an activation, a linear layer back."""
 
     activated: ClassVar[bool] = True  # it has an activation inside
-    multiplicative: ClassVar[bool] = False  # it has parameters that learn at `multiplicative_learning_rate`
 
     def hidden(self, width: int) -> int:
         """Channels inside, which the activation sees."""
@@ -170,7 +186,7 @@ class FeedForward(Part):
         return 1
 
     @property
-    def divides(self) -> str | None:
+    def no_ring_operation(self) -> str | None:
         """What in its layers is no sum or product; None where nothing is."""
         return None
 
@@ -305,7 +321,7 @@ class PadeSettings(FeedForward):
         return self.numerator_degree + self.denominator_degree
 
     @property
-    def divides(self) -> str | None:
+    def no_ring_operation(self) -> str | None:
         """Always."""
         return "a quotient"
 
@@ -332,7 +348,7 @@ class MuSettings(FeedForward):
         return 2 * width * hidden + rank * (width + hidden)
 
     @property
-    def divides(self) -> str | None:
+    def no_ring_operation(self) -> str | None:
         """With layer norms."""
         return "layer norm" if self.norm == "layer_norm" else None
 
@@ -347,9 +363,54 @@ class MuSettings(FeedForward):
         return self.shift
 
 
+@dataclass(frozen=True)
+class Mixer(Part):
+    """What mixes the pixels of each channel before the feed-forward layers."""
+
+    def products(self, width: int) -> int:
+        """Multiply-adds per pixel."""
+        return 0 * width
+
+
+@dataclass(frozen=True)
+class DepthwiseSettings(Mixer):
+    """A 7 × 7 convolution of each channel by itself."""
+
+    name = "depthwise"
+
+    def products(self, width: int) -> int:
+        """One per pixel of the filter and channel."""
+        return 49 * width
+
+
+@dataclass(frozen=True)
+class MaxPlusSettings(Mixer):
+    """The same with maximum and plus for plus and times: no products."""
+
+    name = "max_plus"
+
+    form: str = _choice(
+        "max", ("max", "min", "difference"), "max, min, or difference: the one less the other, with filters of its own"
+    )
+
+
+@dataclass(frozen=True)
+class PADReSettings(Mixer):
+    """A polynomial of mixtures of pixels and channels."""
+
+    name = "padre"
+    multiplicative = True
+
+    degree: int = _choice(2, (2, 3), "2 or 3")
+
+    def products(self, width: int) -> int:
+        """Of its filters, and of 3 degree - 1 matrices."""
+        return (2 * self.degree - 1) * 49 * width + (3 * self.degree - 1) * width**2
+
+
 # By field of the configuration, then by name. The first is what a model has where nothing is said.
-PARTS: dict[str, dict[str, type[Any]]] = {
-    "attention": {"softmax": SoftmaxSettings, "power": PowerSettings},
+PARTS: dict[str, dict[str, type[Part]]] = {
+    "attention": {"softmax": SoftmaxSettings, "power": PowerSettings, "polynomial_mixer": PolynomialMixerSettings},
     "norm": {"layer_norm": LayerNormSettings, "batch": BatchNormSettings},
     "feedforward": {
         "mlp": MLPSettings,
@@ -361,6 +422,7 @@ PARTS: dict[str, dict[str, type[Any]]] = {
         "kan": KANSettings,
         "pi": PiSettings,
     },
+    "mixer": {"depthwise": DepthwiseSettings, "max_plus": MaxPlusSettings, "padre": PADReSettings},
 }
 
 
@@ -403,8 +465,3 @@ def read_parts(place: str, given: Entry | list[Entry], layers: int) -> list[Any]
         ValueError: as `read_part` and `layer_configs`.
     """
     return [read_part(place, entry) for entry in layer_configs(place, given, layers)]
-
-
-def multiplicative_feedforwards() -> str:
-    """Those that have parameters that learn at `multiplicative_learning_rate`, for messages: `quadratic or pade`."""
-    return " or ".join(name for name, kind in PARTS["feedforward"].items() if kind.multiplicative)

@@ -29,6 +29,7 @@ from polytrope.models.parts.attention import (
     even_power,
 )
 from polytrope.models.parts.feedforward import FEEDFORWARDS, LAYERS, QuadraticLinear, multiplicative_parameters
+from polytrope.models.parts.mixer import MIXERS
 from polytrope.models.parts.norm import NORMS, BatchNorm, NormSizes, build_norm, fold_into_linear
 from polytrope.models.parts.ranges import RangePenalty, penalise_ranges
 from polytrope.models.parts.settings import PARTS, BatchNormSettings, read_part
@@ -81,7 +82,12 @@ def test_a_model_without_parts_is_what_it_was_before_there_were_any(tmp_path: Pa
 
 
 def test_every_part_has_settings_and_a_builder() -> None:
-    tables: dict[str, Any] = {"attention": ATTENTIONS, "norm": NORMS, "feedforward": {**FEEDFORWARDS, **LAYERS}}
+    tables: dict[str, Any] = {
+        "attention": ATTENTIONS,
+        "norm": NORMS,
+        "feedforward": {**FEEDFORWARDS, **LAYERS},
+        "mixer": MIXERS,
+    }
     assert {field: list(kinds) for field, kinds in PARTS.items()} == {
         field: list(kinds) for field, kinds in tables.items()
     }
@@ -135,6 +141,19 @@ def test_every_part_has_settings_and_a_builder() -> None:
         ),
         ("gpt2", {"feedforward": 4}, "feedforward: expected a name, its settings, or a list of these, got 4"),
         ("gpt2", {"activation": {"name": "hermite", "glu": True}}, "activation: .* is gated.*`feedforward: gated`"),
+        (
+            "gpt2",
+            {"attention": ["power", {"name": "polynomial_mixer", "reach": 5}]},
+            r"attention\.reach: expected 4 or 8 or 16 or 32 or 64, got 5",
+        ),
+        (
+            "gpt2",
+            {"attention": "polynomial_mixer", "dropout": 0.1},
+            "dropout: 0.1, but attention: polynomial_mixer drops",
+        ),
+        ("gpt2", {"mixer": "padre"}, "unknown model setting mixer"),
+        ("convnext", {"mixer": {"name": "max_plus", "form": "sum"}}, "mixer.form: expected 'max' or 'min' or 'differ"),
+        ("convnext", {"mixer": ["padre", "padre"]}, "mixer: a list of length 2 for 3 layers"),
         ("convnext", {"attention": "power"}, "unknown model setting attention"),
         ("convnext", {"feedforward": ["mlp", "gated"]}, "feedforward: a list of length 2 for 3 layers"),
     ],
@@ -177,7 +196,7 @@ def test_a_workflow_says_parts_as_the_configuration_takes_them() -> None:
         )
     for settings, words in (
         ({"multiplicative_learning_rate": 1e-4}, "multiplicative_learning_rate: only for a model with"),
-        ({"trainable": ["multiplicative"]}, "trainable: multiplicative: only a model with feedforward: quadratic"),
+        ({"trainable": ["multiplicative"]}, "trainable: multiplicative: only a model with .*feedforward: quadratic"),
         ({"range_penalty": {"activation": 0}}, "range_penalty: activation is 0, and only attention: power"),
         ({"range_penalty": {"activation": 0, "denominator": 0}}, "both 0: leave range_penalty out"),
     ):
@@ -192,7 +211,12 @@ EVERYTHING: dict[str, dict[str, Any]] = {
         "feedforward": ["gated", {"name": "quadratic", "square": False}],
         "activation": ["hermite3", "gelu"],
     },
-    "convnext": {"norm": "batch", "feedforward": ["gated", "quadratic", "mlp"], "activation": "hermite2"},
+    "convnext": {
+        "norm": "batch",
+        "feedforward": ["gated", "quadratic", "mlp"],
+        "mixer": [{"name": "max_plus", "form": "difference"}, "padre", "depthwise"],
+        "activation": "hermite2",
+    },
 }
 
 

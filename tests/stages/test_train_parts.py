@@ -34,7 +34,7 @@ from polytrope.pipeline.stages.train.training_plan import make_plan
 PARTS: dict[str, Any] = {
     **MODEL,
     "n_layer": 3,
-    "attention": "power",
+    "attention": ["power", "polynomial_mixer", "power"],
     "norm": "batch",
     "feedforward": ["quadratic", "gated", {"name": "mu", "norm": "batch"}],
 }

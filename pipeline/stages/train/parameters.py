@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
-from polytrope.models.configurations import FIXED, MODEL_KINDS, NO_ACTIVATION, activation_configs
-from polytrope.models.parts.settings import multiplicative_feedforwards
+from polytrope.models.configurations import FIXED, MODEL_KINDS, NO_ACTIVATION, activation_configs, all_parts
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.activation_parameters import (
@@ -18,8 +17,8 @@ from polytrope.pipeline.stages.train.activation_parameters import (
     Interval,
     spelled_out,
 )
-from polytrope.pipeline.stages.train.part_parameters import Attention, FeedForward, Norm
-from polytrope.pipeline.stages.train.trainable import COEFFICIENTS, MULTIPLICATIVE, check_entry
+from polytrope.pipeline.stages.train.part_parameters import Attention, FeedForward, Mixer, Norm
+from polytrope.pipeline.stages.train.trainable import COEFFICIENTS, MULTIPLICATIVE, MULTIPLICATIVE_PARTS, check_entry
 
 if TYPE_CHECKING:
     ArchitectureName = str
@@ -64,13 +63,19 @@ class ModelParameters(BaseModel):
     )
     attention: Attention | None = Field(
         None,
-        description="gpt2: softmax (the default) or power, or {name, options}; a list as for activation",
+        description="gpt2: softmax (the default), power or polynomial_mixer, or {name, options}; a list as for "
+        "activation",
     )
     norm: Norm | None = Field(None, description="layer_norm (the default) or batch")
     feedforward: FeedForward | None = Field(
         None,
         description="the layers around each activation: mlp (the default), gated, quadratic, pade or mu; of an mlp: "
         "dense (the default), quadratic, pade, kan or pi; or {name, options}; a list as for activation",
+    )
+    mixer: Mixer | None = Field(
+        None,
+        description="convnext: depthwise (the default), max_plus or padre, or {name, options}; a list as for "
+        "activation",
     )
     n_layer: int | None = Field(None, ge=1, description="gpt2: number of blocks")
     n_head: int | None = Field(None, ge=1, description="gpt2: attention heads")
@@ -221,7 +226,7 @@ class TrainParameters(BaseModel):
     multiplicative_learning_rate: float | None = Field(
         None,
         ge=0,
-        description="peak learning rate of what multiplies inputs by inputs (feedforward: quadratic or pade); default: "
+        description="peak learning rate of what multiplies inputs by inputs (`trainable: [multiplicative]`); default: "
         "a tenth of learning_rate",
     )
     minimum_learning_rate: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of the peak")
@@ -326,17 +331,16 @@ class TrainParameters(BaseModel):
             ValueError: naming the parameter.
         """
         config, trainable = make_config(MODEL_KINDS[architecture].config, settings), self.trainable or []
-        if not any(part.multiplicative for part in config.feedforward_settings()):
-            having = multiplicative_feedforwards()
+        if not any(part.multiplicative for part in all_parts(config)):
             if self.multiplicative_learning_rate is not None:
-                raise ValueError(f"multiplicative_learning_rate: only for a model with feedforward: {having}")
+                raise ValueError(f"multiplicative_learning_rate: only for a model with {MULTIPLICATIVE_PARTS}")
             if MULTIPLICATIVE in trainable:
-                raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with feedforward: {having} has them")
+                raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with {MULTIPLICATIVE_PARTS} has them")
         elsewhere = {name for kind in MODEL_KINDS.values() for name in kind.groups}
         for name in trainable:
             if name in elsewhere - MODEL_KINDS[architecture].groups.keys():
                 raise ValueError(f"trainable: {name}: the architecture {architecture} has none")
-        divides = architecture == "gpt2" and any(part.fixed_weights for part in config.attention_settings())
+        divides = architecture == "gpt2" and any(part.divides for part in config.attention_settings())
         if self.range_penalty is not None and not self.range_penalty.activation and not divides:
             raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
         if self.range_penalty is not None and config.activation == NO_ACTIVATION and not divides:

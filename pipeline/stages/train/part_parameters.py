@@ -1,4 +1,4 @@
-"""`attention`, `norm` and `feedforward` of the `train` stage's model: `polytrope.models.parts`, by `name`."""
+"""`attention`, `norm`, `feedforward` and `mixer` of the `train` stage's model: `polytrope.models.parts`, by `name`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ if TYPE_CHECKING:
     Attention = str | dict[str, Any] | list[str | dict[str, Any]]
     Norm = str | dict[str, Any]
     FeedForward = str | dict[str, Any] | list[str | dict[str, Any]]
+    Mixer = str | dict[str, Any] | list[str | dict[str, Any]]
 else:
     Attention = _per_layer("attention")
     Norm = Annotated[_one("norm", _check_entry), PlainSerializer(lambda value: value)]
     FeedForward = _per_layer("feedforward")
+    Mixer = _per_layer("mixer")

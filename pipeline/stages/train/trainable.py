@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from polytrope.models.configurations import MODEL_KINDS
-from polytrope.models.parts.settings import multiplicative_feedforwards
+from polytrope.models.parts.settings import PARTS
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.text import suggest
 
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 # Found by the modules they belong to.
 COEFFICIENTS = "coefficients"
 MULTIPLICATIVE = "multiplicative"
+MULTIPLICATIVE_PARTS = " or ".join(
+    f"{place}: {name}" for place, kinds in PARTS.items() for name, kind in kinds.items() if kind.multiplicative
+)
 GROUPS = (COEFFICIENTS, MULTIPLICATIVE, *sorted({name for kind in MODEL_KINDS.values() for name in kind.groups}))
 
 
 # Why a model may have none of a group.
 _WITHOUT = {
     COEFFICIENTS: "its activations have no coefficients",
-    MULTIPLICATIVE: f"layers of `feedforward: {multiplicative_feedforwards()}` have them",
+    MULTIPLICATIVE: f"models with {MULTIPLICATIVE_PARTS} have them",
 }
 
 
