@@ -34,6 +34,13 @@ def _refuse_for_layers_alone(activation: ActivationConfig | list[ActivationConfi
     for entry in activation if isinstance(activation, list) else [activation]:
         if (entry.get("name") if isinstance(entry, dict) else entry) == "identity":
             raise ValueError("activation: identity is for layers of an mlp that are not linear themselves")
+        if starts_as_siren(entry):
+            raise ValueError("activation: init: siren needs weights that start to match; only an mlp has them")
+
+
+def starts_as_siren(entry: ActivationConfig) -> bool:
+    """Whether the weights before this activation follow its start."""
+    return isinstance(entry, dict) and entry.get("init") == "siren"
 
 
 def _used_activations(
@@ -80,6 +87,14 @@ def _feedforwards(given: Entry | list[Entry], layers: int, names: tuple[str, ...
         if part.name not in names:
             raise ValueError(f"feedforward: this model has no {part.name}; it has {', '.join(names)}")
     return parts
+
+
+def _norm_of_blocks(given: Entry) -> Norm:
+    """The norm. Raises ValueError for none."""
+    norm: Norm = read_part("norm", given)
+    if norm.name == "none":
+        raise ValueError("norm: none is for an mlp; this model has layer_norm, batch")
+    return norm
 
 
 _OF_BLOCKS = ("mlp", "gated", "quadratic", "pade", "mu")
@@ -149,8 +164,7 @@ class GPT2Config:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm_of_blocks(self.norm)
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
@@ -230,8 +244,7 @@ class ConvNeXtConfig:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm_of_blocks(self.norm)
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
@@ -275,6 +288,7 @@ class MLPConfig:
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per width.
         feedforward: what each of these layers is: `dense`, `quadratic`, `pade`, `kan` or `pi`; or a list with one per
             width.
+        norm: of what each of these layers gives, before its activation: `none`, `layer_norm` or `batch`.
         residual: every layer but the first adds to what it is given; all widths are equal.
         loss: `mse` of predicted numbers, or `cross_entropy` of classes.
     """
@@ -284,6 +298,7 @@ class MLPConfig:
     widths: list[int] = field(default_factory=lambda: [64, 64])
     activation: ActivationConfig | list[ActivationConfig] = "gelu"
     feedforward: Entry | list[Entry] = "dense"
+    norm: Entry = "none"
     residual: bool = False
     loss: str = "mse"
 
@@ -299,9 +314,20 @@ class MLPConfig:
         if self.loss not in ("mse", "cross_entropy"):
             raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
         self.activation = _used_activations(self.activation, self.feedforward_settings())
+        norm = self.norm_settings().name
+        activations = activation_configs(self.activation, len(self.widths))
+        for entry, part in zip(activations, self.feedforward_settings(), strict=True):
+            if not starts_as_siren(entry):
+                continue
+            if part.name not in ("dense", "quadratic"):
+                raise ValueError(f"activation: init: siren is for dense and quadratic layers, this is {part.name}")
+            if norm != "none":
+                raise ValueError(f"activation: init: siren is for what its layer gives, and norm: {norm} changes it")
 
-    def norm_settings(self) -> None:
-        """It has no norms."""
+    def norm_settings(self) -> Norm:
+        """Of all norms."""
+        norm: Norm = read_part("norm", self.norm)
+        return norm
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each layer before the last."""
@@ -345,5 +371,5 @@ MODEL_KINDS: dict[str, ModelKind] = {
             "head": ("head.*",),
         },
     ),
-    "mlp": ModelKind(MLPConfig, "numbers", {}, {"head": ("head.*",)}),
+    "mlp": ModelKind(MLPConfig, "numbers", {}, {"norms": ("blocks.*.norm.*",), "head": ("head.*",)}),
 }

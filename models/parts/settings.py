@@ -171,6 +171,13 @@ class BatchNormSettings(Norm):
 
 
 @dataclass(frozen=True)
+class NoNormSettings(Norm):
+    """Vectors stay as they are."""
+
+    name = "none"
+
+
+@dataclass(frozen=True)
 class FeedForward(Part):
     """A linear layer, an activation, a linear layer back."""
 
@@ -411,7 +418,7 @@ class PADReSettings(Mixer):
 # By field of the configuration, then by name. The first is what a model has where nothing is said.
 PARTS: dict[str, dict[str, type[Part]]] = {
     "attention": {"softmax": SoftmaxSettings, "power": PowerSettings, "polynomial_mixer": PolynomialMixerSettings},
-    "norm": {"layer_norm": LayerNormSettings, "batch": BatchNormSettings},
+    "norm": {"layer_norm": LayerNormSettings, "batch": BatchNormSettings, "none": NoNormSettings},
     "feedforward": {
         "mlp": MLPSettings,
         "gated": GatedSettings,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     Start = str
     PolynomialStart = str
     PublishedStart = str
+    FourierStart = str
     PublishedPolynomialStart = str
     ClassicalName = str
 else:
@@ -48,6 +49,7 @@ else:
     Start = Literal[_STARTS]
     PolynomialStart = Literal["variance_preserving", "stable", *IMITATED]
     PublishedStart = Literal["variance_preserving", "torchortho", *IMITATED]
+    FourierStart = Literal["variance_preserving", "siren", "torchortho", *IMITATED]
     PublishedPolynomialStart = Literal["variance_preserving", "stable", "torchortho", *IMITATED]
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -125,7 +127,15 @@ class _Fourier(_Tailed):
     name: Literal["fourier"]
     degree: int = Field(5, ge=1, le=16, description="1…16")
     harmonic: bool = Field(False, description="one learnable frequency and its multiples")
-    init: PublishedStart = Field("variance_preserving", description="how it starts")
+    init: FourierStart = Field(
+        "variance_preserving", description="how it starts; siren: as sin(30 x), with the weights of an mlp to match"
+    )
+
+    @model_validator(mode="after")
+    def _one_sine(self) -> _Fourier:
+        if self.init == "siren" and (self.degree != 1 or self.harmonic or self.interval is not None):
+            raise ValueError("init: siren is one sine: degree: 1, without harmonic and interval")
+        return self
 
 
 class _Tropical(_Elementwise):

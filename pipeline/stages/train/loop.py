@@ -35,6 +35,7 @@ from polytrope.pipeline.stages.train.deepspeed_engine import (
     unsharded_gradient_norm,
 )
 from polytrope.pipeline.stages.train.modality import Modality, make_modality
+from polytrope.pipeline.stages.train.numbers_start import start_for_rows
 from polytrope.pipeline.stages.train.optimization import coefficient_rates, learning_rate_factor, set_learning_rate
 from polytrope.pipeline.stages.train.trainable import freeze
 from polytrope.pipeline.stages.train.training_metrics import (
@@ -291,6 +292,8 @@ def _create_model(plan: TrainingPlan) -> nn.Module:
             from safetensors.torch import load_file
 
             load_weights(model, load_file(plan.initial / "model.safetensors"))
+        elif find_architecture(plan.architecture).data == "numbers":
+            start_for_rows(model, plan.dataset)
         if plan.parameters.range_penalty is not None:
             penalise_ranges(model, RangePenalty(**plan.parameters.range_penalty.model_dump()))
     except (ValueError, TypeError) as error:

@@ -66,7 +66,9 @@ class ModelParameters(BaseModel):
         description="gpt2: softmax (the default), power or polynomial_mixer, or {name, options}; a list as for "
         "activation",
     )
-    norm: Norm | None = Field(None, description="layer_norm (the default) or batch")
+    norm: Norm | None = Field(
+        None, description="layer_norm (the default) or batch; of an mlp: none (the default), layer_norm or batch"
+    )
     feedforward: FeedForward | None = Field(
         None,
         description="the layers around each activation: mlp (the default), gated, quadratic, pade or mu; of an mlp: "
@@ -336,10 +338,8 @@ class TrainParameters(BaseModel):
                 raise ValueError(f"multiplicative_learning_rate: only for a model with {MULTIPLICATIVE_PARTS}")
             if MULTIPLICATIVE in trainable:
                 raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with {MULTIPLICATIVE_PARTS} has them")
-        elsewhere = {name for kind in MODEL_KINDS.values() for name in kind.groups}
-        for name in trainable:
-            if name in elsewhere - MODEL_KINDS[architecture].groups.keys():
-                raise ValueError(f"trainable: {name}: the architecture {architecture} has none")
+        if "norms" in trainable and config.norm_settings().name == "none":
+            raise ValueError("trainable: norms: the model has none (norm: none)")
         divides = architecture == "gpt2" and any(part.divides for part in config.attention_settings())
         if self.range_penalty is not None and not self.range_penalty.activation and not divides:
             raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
