@@ -15,6 +15,8 @@ NO_ACTIVATION = "none"  # of a block whose feed-forward layers have none inside
 CLASSICAL = ("gelu", "gelu_tanh", "relu", "silu", "tanh")  # activations without coefficients, none a polynomial
 FIXED = (*CLASSICAL, "identity")  # all that have no coefficients
 
+LEFT_OUT = {"left_out": True}  # metadata of a field that is written only where it is not the default
+
 
 def activation_configs(activation: ActivationConfig | list[ActivationConfig], layers: int) -> list[ActivationConfig]:
     """One activation per layer; see `layer_configs`.
@@ -291,6 +293,8 @@ class MLPConfig:
         norm: of what each of these layers gives, before its activation: `none`, `layer_norm` or `batch`.
         residual: every layer but the first adds to what it is given; all widths are equal.
         loss: `mse` of predicted numbers, or `cross_entropy` of classes.
+        output_scale: α, which multiplies the outputs; the training loss is divided by α², so that a large one leaves
+            the weights near their start (Chizat, Oyallon, Bach, On Lazy Training in Differentiable Programming, 2019).
     """
 
     inputs: int = 1
@@ -301,6 +305,7 @@ class MLPConfig:
     norm: Entry = "none"
     residual: bool = False
     loss: str = "mse"
+    output_scale: float = field(default=1.0, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         self.widths = list(self.widths)
@@ -314,6 +319,8 @@ class MLPConfig:
         if self.loss not in ("mse", "cross_entropy"):
             raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
         self.activation = _used_activations(self.activation, self.feedforward_settings())
+        if not 0.0 < self.output_scale < math.inf:
+            raise ValueError(f"output_scale: expected a number above 0, got {self.output_scale}")
         norm = self.norm_settings().name
         activations = activation_configs(self.activation, len(self.widths))
         for entry, part in zip(activations, self.feedforward_settings(), strict=True):

@@ -104,6 +104,8 @@ class MLP(nn.Module):
     def forward(self, rows: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
         """Outputs `[batch, outputs]`, or with `targets` the configuration's loss (and penalties of ranges).
 
+        In training the loss, not the penalties, is divided by the square of `output_scale`.
+
         Args:
             rows: `[batch, inputs]`, any floating dtype.
             targets: `[batch, outputs]` float for `mse`; `[batch]` int64 classes for `cross_entropy`, in nats.
@@ -118,11 +120,16 @@ class MLP(nn.Module):
             else:
                 x = block(x)
         outputs: Tensor = self.head(x)
+        scale = self.config.output_scale
+        if scale != 1.0:
+            outputs = scale * outputs
         if targets is None:
             return outputs
         if not self.training:
             return LOSSES[self.config.loss](outputs.float(), targets, reduction=reduction)
         loss = self.training_loss(outputs.float(), targets, reduction=reduction, label_smoothing=self.label_smoothing)
+        if scale != 1.0:
+            loss = loss / scale**2
         return loss if self.ranges is None else self.ranges.added_to(loss, reduction)
 
     def flops_per_row(self) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -55,6 +57,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "piecewise_linear": ({"degree": 8}, ()),
     "polynorm": ({"degree": 3}, ()),
 }
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 INTERVAL = (-4.0, 4.0)
 SPAN = (-6.0, 6.0)
 
@@ -81,7 +84,7 @@ def part_plots() -> dict[str, str]:
 def analysis_plots() -> dict[str, str]:
     """Name → SVG, of the page on analyses."""
     with plt.rc_context(STYLE):
-        return {"spectra": _spectra(), "variances": _variances()}
+        return {"spectra": _spectra(), "variances": _variances(), "grokking": _grokking()}
 
 
 def all_plots() -> dict[str, str]:
@@ -278,6 +281,29 @@ def _variances() -> str:
     axis.set_yscale("log")
     axis.set_ylim(SMALLEST, LARGEST)
     _describe(axis, "variance of the inputs", "of the outputs")
+    return _svg(figure)
+
+
+def _grokking() -> str:
+    """Accuracies of the first seed of the benchmark, and its steps to the rule by the scale of the outputs."""
+    record = json.loads((RESULTS / "grokking.json").read_text(encoding="utf-8"))
+    figure, (curves, scales) = plt.subplots(1, 2, figsize=(9, 3.2))
+    for index, (name, curve) in enumerate(record["curves"].items()):
+        curves.plot(curve["steps"], curve["test"], color=f"C{index}", label=name)
+        curves.plot(curve["steps"], curve["train"], color=f"C{index}", linewidth=0.6, linestyle=":")
+    curves.set_xscale("log")
+    curves.set_title(f"accuracy, seed {record['seeds'][0]}; dotted: on the training pairs")
+    names = list(next(iter(record["scales"].values())))
+    for name in names:
+        found = [(float(scale), rows[name].get("generalised_step", [])) for scale, rows in record["scales"].items()]
+        points = [(scale, step) for scale, steps in found for step in steps if step is not None]
+        (line,) = scales.plot(*zip(*points, strict=True), "o", markersize=3, label=name)
+        means = [(scale, np.mean(steps)) for scale, steps in found if steps and None not in steps]
+        scales.plot(*zip(*means, strict=True), color=line.get_color(), linewidth=0.8)
+    scales.set_xscale("log")
+    scales.set_title("step at which 99 % of the other pairs are right")
+    _describe(curves, "step")
+    _describe(scales, "scale α of the outputs")
     return _svg(figure)
 
 
