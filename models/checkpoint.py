@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
 from polytrope.models.activations import current_activations, normalised_activations
-from polytrope.models.configurations import LEFT_OUT, activation_configs, changed_parts
+from polytrope.models.configurations import LEFT_OUT, NO_ACTIVATION, activation_configs, changed_parts
 from polytrope.models.factors import describe_factors
 from polytrope.models.parts.settings import PARTS
 from polytrope.models.special_tokens import kept_fields, read_tokenizer_entry
@@ -159,16 +159,25 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     config["factors"] = describe_factors(model)
     if not config["factors"]:
         del config["factors"]
-    modules = activation_modules(model)
-    config["activation"] = current_activations(modules, activation_configs(config["activation"], len(modules)))
+    entries = activation_configs(config["activation"], _layers(model))
+    config["activation"] = current_activations(activation_modules(model), entries)
     return config
 
 
-def activation_modules(model: nn.Module) -> list[nn.Module]:
-    """The activations of a model of this package, in the order of its blocks."""
+def activation_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The activations of a model of this package by the number of their block, from 0, in order; some have none."""
+    config: Any = model.config
+    entries = activation_configs(config.activation, _layers(model))
+    blocks = [number for number, entry in enumerate(entries) if entry != NO_ACTIVATION]
     last = find_architecture(str(model.architecture)).activation
     named = model.named_modules(remove_duplicate=False)
-    return [module for name, module in named if name.rpartition(".")[2] == last]
+    return dict(zip(blocks, (module for name, module in named if name.rpartition(".")[2] == last), strict=True))
+
+
+def _layers(model: nn.Module) -> int:
+    """How many blocks it has."""
+    config: Any = model.config
+    return len(config.activation_widths())
 
 
 def compare_configs(written: nn.Module, meant: nn.Module, what: str) -> None:
@@ -179,7 +188,7 @@ def compare_configs(written: nn.Module, meant: nn.Module, what: str) -> None:
     """
     there, here = model_config(written), model_config(meant)
     for config, model in ((there, written), (here, meant)):
-        config["activation"] = normalised_activations(config["activation"], len(activation_modules(model)))
+        config["activation"] = normalised_activations(config["activation"], _layers(model))
     for field in sorted(here.keys() | there.keys()):
         if there.get(field) != here.get(field):
             raise ValueError(f"{what}: {field} comes back as {there.get(field)!r} instead of {here.get(field)!r}")

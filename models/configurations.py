@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from polytrope.models.parts.settings import PARTS, Attention, FeedForward, Mixer
 from polytrope.models.per_layer import Entry, layer_configs
 
 ActivationConfig = Entry
+NO_ACTIVATION = "none"  # of a block whose feed-forward layers have none inside
 CLASSICAL = ("gelu", "gelu_tanh", "relu", "silu", "tanh")  # activations without coefficients, none a polynomial
 FIXED = (*CLASSICAL, "identity")  # all that have no coefficients
 
@@ -43,6 +44,24 @@ def _refuse_for_layers_alone(activation: ActivationConfig | list[ActivationConfi
 def starts_as_siren(entry: ActivationConfig) -> bool:
     """Whether the weights before this activation follow its start."""
     return isinstance(entry, dict) and entry.get("init") == "siren"
+
+
+def _used_activations(
+    activation: ActivationConfig | list[ActivationConfig], parts: Sequence[FeedForward]
+) -> ActivationConfig | list[ActivationConfig]:
+    """What is said of the activations, with `none` for the blocks that have none, whatever is said for all.
+
+    Raises:
+        ValueError: as `activation_configs`; `none` for a block that needs one.
+    """
+    entries = activation_configs(activation, len(parts))
+    for number, (entry, part) in enumerate(zip(entries, parts, strict=True)):
+        if entry == NO_ACTIVATION and part.activated:
+            raise ValueError(f"activation: none, but layer {number} has feedforward: {part.name}, which needs one")
+    if all(part.activated for part in parts):
+        return activation
+    entries = [entry if part.activated else NO_ACTIVATION for entry, part in zip(entries, parts, strict=True)]
+    return NO_ACTIVATION if not any(part.activated for part in parts) else entries
 
 
 def changed_parts(config: Any) -> dict[str, Any]:
@@ -120,7 +139,8 @@ def _norm_of_blocks(given: Entry) -> Norm:
     return norm
 
 
-_OF_BLOCKS = ("mlp", "gated", "quadratic")
+_OF_BLOCKS = ("mlp", "gated", "quadratic", "pade", "mu")
+_OF_LAYERS = ("dense", "quadratic", "pade", "kan", "pi")
 
 
 @dataclass
@@ -172,11 +192,10 @@ class GPT2Config:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
-        activation_configs(self.activation, self.n_layer)
         _refuse_for_layers_alone(self.activation)
+        self.activation = _used_activations(self.activation, self.feedforward_settings())
         attention = self.attention_settings()
         self.norm_settings()
-        self.feedforward_settings()
         for part in attention:
             if self.dropout and part.fixed_weights:
                 raise ValueError(
@@ -193,10 +212,13 @@ class GPT2Config:
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
-        return _feedforwards(self.feedforward, self.n_layer, _OF_BLOCKS)
+        parts = _feedforwards(self.feedforward, self.n_layer, _OF_BLOCKS)
+        if any(part.over_space for part in parts):
+            raise ValueError("feedforward.shift: moves pixels of images, and a GPT-2 has tokens; leave it out")
+        return parts
 
     def activation_widths(self) -> list[int]:
-        """Channels that the activation of each block sees."""
+        """Channels inside of each block, which its activation sees."""
         return [part.hidden(self.n_embd) for part in self.feedforward_settings()]
 
     def layer_numbers(self) -> int:
@@ -257,10 +279,9 @@ class ConvNeXtConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0.0 < self.final_norm_epsilon < math.inf:
             raise ValueError(f"final_norm_epsilon must be above 0 and finite, got {self.final_norm_epsilon}")
-        activation_configs(self.activation, sum(self.depths))
         _refuse_for_layers_alone(self.activation)
+        self.activation = _used_activations(self.activation, self.feedforward_settings())
         self.norm_settings()
-        self.feedforward_settings()
         self.mixer_settings()
 
     def block_widths(self) -> list[int]:
@@ -280,7 +301,7 @@ class ConvNeXtConfig:
         return read_parts("mixer", self.mixer, sum(self.depths))
 
     def activation_widths(self) -> list[int]:
-        """Channels that the activation of each block sees."""
+        """Channels inside of each block, which its activation sees."""
         return [
             part.hidden(width) for part, width in zip(self.feedforward_settings(), self.block_widths(), strict=True)
         ]
@@ -311,7 +332,8 @@ class MLPConfig:
         outputs: numbers that are predicted, or classes.
         widths: outputs of each layer before the last.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per width.
-        feedforward: what each of these layers is: `dense`, `quadratic`, `kan` or `pi`; or a list with one per width.
+        feedforward: what each of these layers is: `dense`, `quadratic`, `pade`, `kan` or `pi`; or a list with one per
+            width.
         norm: of what each of these layers gives, before its activation: `none`, `layer_norm` or `batch`.
         residual: every layer but the first adds to what it is given; all widths are equal.
         loss: `mse` of predicted numbers, or `cross_entropy` of classes.
@@ -342,6 +364,7 @@ class MLPConfig:
             raise ValueError(f"residual: needs two widths or more that are equal, got widths {self.widths}")
         if self.loss not in ("mse", "cross_entropy"):
             raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
+        self.activation = _used_activations(self.activation, self.feedforward_settings())
         if not 0.0 < self.output_scale < math.inf:
             raise ValueError(f"output_scale: expected a number above 0, got {self.output_scale}")
         norm = self.norm_settings().name
@@ -361,7 +384,7 @@ class MLPConfig:
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each layer before the last."""
-        return _feedforwards(self.feedforward, len(self.widths), ("dense", "quadratic", "kan", "pi"))
+        return _feedforwards(self.feedforward, len(self.widths), _OF_LAYERS)
 
     def activation_widths(self) -> list[int]:
         """Channels that each activation sees."""
@@ -391,13 +414,13 @@ class ModelKind:
 
 # Every model of `polytrope.models.ARCHITECTURES`.
 MODEL_KINDS: dict[str, ModelKind] = {
-    "gpt2": ModelKind(GPT2Config, "text", GPT2_PRESETS, {"norms": ("*.ln_*",), "head": ("lm_head.*",)}),
+    "gpt2": ModelKind(GPT2Config, "text", GPT2_PRESETS, {"norms": ("*.ln_*", "*.norms.*"), "head": ("lm_head.*",)}),
     "convnext": ModelKind(
         ConvNeXtConfig,
         "images",
         CONVNEXT_PRESETS,
         {
-            "norms": ("norm.*", "*.norm.*", "downsample_layers.0.1.*", "downsample_layers.[1-9]*.0.*"),
+            "norms": ("norm.*", "*.norm.*", "*.norms.*", "downsample_layers.0.1.*", "downsample_layers.[1-9]*.0.*"),
             "head": ("head.*",),
         },
     ),

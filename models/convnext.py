@@ -20,6 +20,7 @@ from polytrope.models.activations import (
 from polytrope.models.architecture import HuggingFace, PublishedArchitecture
 from polytrope.models.configurations import (
     CONVNEXT_PRESETS,
+    NO_ACTIVATION,
     ActivationConfig,
     ConvNeXtConfig,
     activation_configs,
@@ -28,8 +29,9 @@ from polytrope.models.configurations import (
 from polytrope.models.factors import restore_factors, saved_products
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.losses import Loss, cross_entropy
-from polytrope.models.parts.feedforward import FeedForwardSizes, QuadraticLinear, build_feedforward
+from polytrope.models.parts.feedforward import FeedForwardSizes, LinearAtStart, build_feedforward
 from polytrope.models.parts.mixer import build_mixer
+from polytrope.models.parts.mu import MuLayer
 from polytrope.models.parts.norm import NormSizes, build_norm
 from polytrope.models.parts.ranges import RangePenalty
 from polytrope.models.parts.settings import FeedForward, Mixer
@@ -38,7 +40,7 @@ from polytrope.models.weights import load_renamed
 
 class Block(nn.Module):
     """Depthwise 7×7 convolution, norm, and a pointwise MLP of four times the width, on a residual branch; or others of
-    `polytrope.models.parts`.
+    `polytrope.models.parts`. `act` is None where the configuration has `none` for this block.
     """
 
     def __init__(
@@ -52,10 +54,10 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.dwconv = build_mixer(mixer, channels)
-        layers = build_feedforward(settings, FeedForwardSizes(channels, bias=True))
+        layers = build_feedforward(settings, FeedForwardSizes(channels, bias=True, epsilon=1e-6))
         self.norm = build_norm(config.norm_settings(), NormSizes(channels, 1e-6))
         self.pwconv1 = layers.inner
-        self.act = make_activation(activation)
+        self.act = None if activation == NO_ACTIVATION else make_activation(activation)
         self.pwconv2 = layers.outer
         scale = config.layer_scale
         self.gamma = nn.Parameter(torch.full((channels,), scale)) if scale > 0 else None
@@ -66,9 +68,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1)))
-        if self.ranges is not None and self.training:
-            self.ranges.inputs(branch.chunk(2, dim=-1)[0] if self.gated else branch)
-        branch = project_activated(self.act, self.pwconv2, branch, recomputes=self.recomputes, gated=self.gated)
+        if self.act is None:
+            branch = self.pwconv2(branch)
+        else:
+            if self.ranges is not None and self.training:
+                self.ranges.inputs(branch.chunk(2, dim=-1)[0] if self.gated else branch)
+            branch = project_activated(self.act, self.pwconv2, branch, recomputes=self.recomputes, gated=self.gated)
         if self.gamma is not None:
             branch = self.gamma * branch
         return x + drop_samples(branch.permute(0, 3, 1, 2), self.drop_path, self.training)
@@ -133,7 +138,8 @@ class ConvNeXt(nn.Module):
         self.head = nn.Linear(dims[-1], config.num_classes)
         self.apply(_initialise)
         for block in self.blocks:
-            standardize_inputs(block.pwconv1, 0.02)  # type: ignore[arg-type]
+            if isinstance(block.pwconv1, LinearAtStart):
+                standardize_inputs(block.pwconv1, 0.02)
         restore_factors(self, config.factors)
 
     @property
@@ -195,7 +201,9 @@ class ConvNeXt(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | QuadraticLinear | nn.Conv2d):
+    if isinstance(module, MuLayer):
+        module.reset_parameters()  # after those of its layers, which are drawn first
+    if isinstance(module, LinearAtStart | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

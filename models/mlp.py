@@ -15,7 +15,7 @@ from polytrope.models.architecture import Architecture
 from polytrope.models.configurations import ActivationConfig, MLPConfig, activation_configs
 from polytrope.models.factors import restore_factors, saved_products
 from polytrope.models.losses import Loss, cross_entropy, mse
-from polytrope.models.parts.feedforward import QuadraticLinear, build_layer
+from polytrope.models.parts.feedforward import LinearAtStart, QuadraticLinear, build_layer
 from polytrope.models.parts.norm import NormSizes, build_norm
 from polytrope.models.parts.pi import PiLinear
 from polytrope.models.parts.ranges import RangePenalty
@@ -144,12 +144,12 @@ class MLP(nn.Module):
         return 6.0 * (total - saved_products(self))
 
 
-_LINEAR_WEIGHTS = ((nn.Linear | QuadraticLinear, "weight"), (PiLinear, "factors"))
+_LINEAR_WEIGHTS = ((LinearAtStart, "weight"), (PiLinear, "factors"))
 
 
 def _initialise(module: nn.Module) -> None:
     """Inputs of variance 1 give outputs of variance 1, so that every activation sees what it starts for."""
-    if isinstance(module, nn.Linear | QuadraticLinear):
+    if isinstance(module, LinearAtStart):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -506,10 +506,8 @@ def _classical_activation(model: nn.Module, record: PublishedArchitecture) -> st
         ValueError: there are several, and `config.json` has one field.
     """
     modules = activation_modules(model)
-    entries = normalised_activations(model_config(model)["activation"], len(modules))
-    names = sorted(
-        {name for (name, _), module in zip(entries, modules, strict=True) if not is_learnable_activation(module)}
-    )
+    entries = normalised_activations(model_config(model)["activation"], len(record.activation_widths(model.config)))
+    names = sorted({entries[layer][0] for layer, module in modules.items() if not is_learnable_activation(module)})
     if len(names) > 1:
         raise ValueError(
             f"transformers' {record.title} has one activation for all blocks; this one has {', '.join(names)}: write "

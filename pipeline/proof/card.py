@@ -208,7 +208,8 @@ def _conversion(store: Store, model: StoredArtifact) -> Section | None:
     return Section("Conversion", " ".join(said), table) if said else None
 
 
-def _draw_activations(directory: Path) -> bytes:
+def _draw_activations(directory: Path) -> bytes | None:
+    """PNG of the curves of some blocks' activations; None: there are none."""
     import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -217,6 +218,8 @@ def _draw_activations(directory: Path) -> bytes:
     from polytrope.pipeline.stages.evaluate.shapes import named_activations
 
     modules = named_activations(load_model(directory))
+    if not modules:
+        return None
     step = -(-len(modules) // _CURVES)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()

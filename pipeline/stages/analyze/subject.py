@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from polytrope.models import find_architecture
 from polytrope.models.activations import describe_activation
 from polytrope.models.calibration import Calibration, calibrate
+from polytrope.models.checkpoint import activation_modules
 from polytrope.models.factors import FactoredLinear
 from polytrope.models.inputs import forward
 from polytrope.models.parts.feedforward import QuadraticLinear
@@ -135,10 +136,12 @@ def read_activations(model: nn.Module, dataset: Path, samples: int, batch_size: 
         for name, module in model.named_modules(remove_duplicate=False)
         if name.rpartition(".")[2] == record.activation
     ]
+    if not found:
+        raise ValueError("the model has no activations to analyse: every block has feedforward: mu")
     calibrations = calibrate(model, found, batches(), forward)
     return [
-        _described(f"block {number}", model, activation, calibrations[activation.name])
-        for number, activation in enumerate(found, start=1)
+        _described(f"block {block + 1}", model, activation, calibrations[activation.name])
+        for block, activation in zip(activation_modules(model), found, strict=True)
     ]
 
 

@@ -16,6 +16,7 @@ from polytrope.models import make_config
 from polytrope.models.configurations import (
     CLASSICAL,
     MODEL_KINDS,
+    NO_ACTIVATION,
     activation_configs,
     block_series,
     without_blocks,
@@ -87,7 +88,13 @@ def promise(
     if parameters.replacement() is None:
         return _promised(model, known if smaller is not None else None, parameters)
     blocks = len(config.activation_widths())
-    if {_name(entry) for entry in activation_configs(config.activation, blocks)} == {parameters.replacement()}:
+    names = {_name(entry) for entry in activation_configs(config.activation, blocks)} - {NO_ACTIVATION}
+    if not names:
+        raise UserError(
+            "inputs.model: the model has feedforward: mu in every block, and no activation to convert",
+            "convert a model with activations",
+        )
+    if names == {parameters.replacement()}:
         raise UserError(
             f"family: the model was trained with `{parameters.replacement()}` activations already",
             f"convert a model with a classical activation ({', '.join(CLASSICAL)})",

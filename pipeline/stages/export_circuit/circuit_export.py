@@ -98,7 +98,8 @@ def _export(
     indices = sample_indices(0, 0, samples, len(training))
     calibration = [inputs for inputs, _ in _batches(training, indices, parameters.batch_size)]
     divided = {f"{number}": reciprocal_of(block) for number, block in enumerate(model.blocks)}
-    activated = {f"{number}": activation_of(block) for number, block in enumerate(model.blocks)}
+    activations = ((f"{number}", activation_of(block)) for number, block in enumerate(model.blocks))
+    activated = {number: activation for number, activation in activations if activation is not None}
     denominators = _ranges(model, divided, calibration)
     inputs = _ranges(model, activated, calibration)
     first = calibration[0][:1]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
-from polytrope.models.configurations import FIXED, MODEL_KINDS, activation_configs, all_parts
+from polytrope.models.configurations import FIXED, MODEL_KINDS, NO_ACTIVATION, activation_configs, all_parts
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.activation_parameters import (
@@ -77,8 +77,8 @@ class ModelParameters(BaseModel):
     )
     feedforward: FeedForward | None = Field(
         None,
-        description="the layers around each activation: mlp (the default), gated or quadratic; of an mlp: dense (the "
-        "default), quadratic, kan or pi; or {name, options}; a list as for activation",
+        description="the layers around each activation: mlp (the default), gated, quadratic, pade or mu; of an mlp: "
+        "dense (the default), quadratic, pade, kan or pi; or {name, options}; a list as for activation",
     )
     mixer: Mixer | None = Field(
         None,
@@ -379,7 +379,7 @@ class TrainParameters(BaseModel):
             self.refuse_unheeded(self.model.architecture, self.model.settings())
         if self.model is not None and COEFFICIENTS in (self.trainable or ()):
             names = {entry["name"] for entry in self.model.activations()}
-            if names <= set(FIXED):
+            if names <= {*FIXED, NO_ACTIVATION}:
                 raise ValueError(
                     f"trainable: {COEFFICIENTS}: {', '.join(sorted(names))} has none; choose a learnable activation"
                 )
@@ -405,6 +405,8 @@ class TrainParameters(BaseModel):
         divides = architecture == "gpt2" and any(part.divides for part in config.attention_settings())
         if self.range_penalty is not None and not self.range_penalty.activation and not divides:
             raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
+        if self.range_penalty is not None and config.activation == NO_ACTIVATION and not divides:
+            raise ValueError("range_penalty: the model has no activations, and only attention: power has denominators")
 
 
 def check_heeded(architecture: str, settings: Mapping[str, Any], parameters: TrainParameters) -> None:

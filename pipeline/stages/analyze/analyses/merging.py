@@ -35,14 +35,15 @@ def analyse_merging(subject: Subject, options: MergingOptions) -> MergingFigures
     missing: list[str] = []
     names, mergers, places = [], [], []
     for entry, owner in zip(subject.activations, owners, strict=True):
-        if len(entry.linears) != 2:
+        between = [name for name, child in owner.named_children() if isinstance(child, nn.Linear)]
+        if not len(entry.linears) == len(between) == 2:
             missing.append(f"{entry.name}: its activation does not stand between two linear layers")
         elif not acts_alone(entry.module, entry.linears[0].out_features):
             missing.append(f"{entry.name}: {entry.title} is not one function of each unit by itself")
         else:
             names.append(entry.name)
             mergers.append(Merger(*entry.linears))
-            places.append([name for name, child in owner.named_children() if isinstance(child, nn.Linear)])
+            places.append(between)
     owners = [owner for owner, entry in zip(owners, subject.activations, strict=True) if entry.name in names]
     units = [merger.left for merger in mergers]
     loss = validation_loss(subject.network, subject)
