@@ -32,8 +32,10 @@ from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.conversion import FitOptions, PolynomialOnly, apply, fit_layers
+from polytrope.models.convert import RATED_SAMPLES
 from polytrope.models.formats import read_model
-from polytrope.models.inputs import Batch, forward
+from polytrope.models.inputs import Batch, forward, heads
+from polytrope.models.sensitivity import sensitivities
 from polytrope.models.surgery import Activation, find_activations
 from polytrope.ops.interpolate import FAMILIES as ALL_FAMILIES
 from polytrope.ops.interpolate import fit, parameter_count
@@ -235,8 +237,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with torch.no_grad():
         expected = [sentence_embeddings(model, batch) for batch in batches]
     found = find_activations(model, exclude=["pooler.*"])
+    seen = text_batches(tokenizer, calibration, 32, 128, True)
     start = time.perf_counter()
-    calibrations = calibrate(model, found, text_batches(tokenizer, calibration, 32, 128, True), forward)
+    calibrations = calibrate(model, found, seen, forward)
+    calibrated = time.perf_counter()
+    effects = sensitivities(model, found, calibrations, heads(seen, RATED_SAMPLES), forward)
+    sensed = time.perf_counter()
     result: dict[str, Any] = {
         "machine": {
             "processor": processor(),
@@ -245,7 +251,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "sentences": {"calibration": len(calibration), "training": len(training), "held_out": len(held_out)},
-        "calibration_seconds": time.perf_counter() - start,
+        "calibration_seconds": calibrated - start,
+        "sensitivity_seconds": sensed - calibrated,
         "fitting": fitting_times(arguments.repeats),
         "layers": layer_times(),
         "conversion": [],
@@ -256,7 +263,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     def converted(family: str, degree: int) -> tuple[nn.Module, dict[str, Any]]:
         start = time.perf_counter()
         own = [Activation(entry.name, entry.module) for entry in found]
-        fits = fit_layers(own, calibrations, FitOptions(family, degree))
+        fits = fit_layers(own, calibrations, FitOptions(family, degree), effects)
         seconds = time.perf_counter() - start
         changed = copy.deepcopy(model)
         apply(changed, fits)
