@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -176,12 +176,17 @@ def fit_options(
 
 @dataclass(frozen=True)
 class LayerConversion:
-    """One activation, what it receives, and the fit that can replace it."""
+    """One activation, what it receives, and the fit that can replace it.
+
+    Args:
+        sensitivity: how much the fit counted each input; None: all alike.
+    """
 
     name: str
     module: nn.Module
     calibration: Calibration
     fit: Fit
+    sensitivity: Sensitivity | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -222,6 +227,7 @@ def fit_layer(
         return _fit_polynomials(activation, calibration, options.polynomial_only, options.target_error)
     measure = calibration.measure()
     interval: Any = "best"
+    sensitivity = sensitivity if options.goes_by_effect else None
     if options.weight == "normal":
         return _project(activation, calibration, options)
     if options.coverage is not None:
@@ -232,13 +238,13 @@ def fit_layer(
     settings: dict[str, Any] = {
         "interval": interval,
         "weight": measure,
-        "importance": sensitivity if options.goes_by_effect else None,
+        "importance": sensitivity,
         "derivative_weight": options.derivative_weight * _variance(measure),
         "constraints": options.constraints,
         "held_out": calibration.held_out,
         "dtype": calibration.dtype,
     }
-    return _fit(activation, calibration, options, settings)
+    return replace(_fit(activation, calibration, options, settings), sensitivity=sensitivity)
 
 
 def _fit(

@@ -370,8 +370,9 @@ def convert_batches(
         rating = inputs.heads(batches, rated_samples) if rated_samples else []
         effects = None
         if rating and options.goes_by_effect:
-            say(2, "measuring how errors move the output")
-            effects = sensitivities(model, found, calibrations, rating, forward)
+            what = "measuring how errors move the output"
+            say(2, what)
+            effects = sensitivities(model, found, calibrations, going(2, what, rating), forward)
         say(2, f"fitting {options.title()}")
         fits = fit_layers(going(2, "fitting", found), calibrations, options, effects)
         costs: Mapping[str, float] = {}
