@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
 from polytrope.models.activations import current_activations, normalised_activations
-from polytrope.models.configurations import NO_ACTIVATION, activation_configs, changed_parts
+from polytrope.models.configurations import LEFT_OUT, NO_ACTIVATION, activation_configs, changed_parts
 from polytrope.models.parts.settings import PARTS
 from polytrope.models.special_tokens import kept_fields, read_tokenizer_entry
 from polytrope.models.weights import check_dtypes
@@ -143,7 +143,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
 def model_config(model: nn.Module) -> dict[str, Any]:
     """The model's configuration as JSON, with its activations as they are now (after conversion).
 
-    Parts are left out where they are the usual ones.
+    Parts, and fields that say so (`configurations.LEFT_OUT`), are left out where they are the usual ones.
 
     Raises:
         ValueError: an activation that no configuration describes.
@@ -151,6 +151,9 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     config: dict[str, Any] = dataclasses.asdict(model.config)  # type: ignore[call-overload]
     for part in PARTS.keys() & config.keys() - changed_parts(model.config).keys():
         del config[part]
+    for field in dataclasses.fields(model.config):  # type: ignore[arg-type]
+        if field.metadata == LEFT_OUT and config[field.name] == field.default:
+            del config[field.name]
     entries = activation_configs(config["activation"], _layers(model))
     config["activation"] = current_activations(activation_modules(model), entries)
     return config

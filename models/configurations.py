@@ -13,6 +13,9 @@ from polytrope.models.per_layer import Entry, layer_configs
 ActivationConfig = Entry
 NO_ACTIVATION = "none"  # of a block whose feed-forward layers have none inside
 CLASSICAL = ("gelu", "gelu_tanh", "relu", "silu", "tanh")  # activations without coefficients, none a polynomial
+FIXED = (*CLASSICAL, "identity")  # all that have no coefficients
+
+LEFT_OUT = {"left_out": True}  # metadata of a field that is written only where it is not the default
 
 
 def activation_configs(activation: ActivationConfig | list[ActivationConfig], layers: int) -> list[ActivationConfig]:
@@ -46,6 +49,20 @@ def _used_activations(
     return NO_ACTIVATION if not any(part.activated for part in parts) else entries
 
 
+def _refuse_for_layers_alone(activation: ActivationConfig | list[ActivationConfig]) -> None:
+    """Raise ValueError for what is made for the layers of an `mlp`: a block needs an activation between its two."""
+    for entry in activation if isinstance(activation, list) else [activation]:
+        if (entry.get("name") if isinstance(entry, dict) else entry) == "identity":
+            raise ValueError("activation: identity is for layers of an mlp that are not linear themselves")
+        if starts_as_siren(entry):
+            raise ValueError("activation: init: siren needs weights that start to match; only an mlp has them")
+
+
+def starts_as_siren(entry: ActivationConfig) -> bool:
+    """Whether the weights before this activation follow its start."""
+    return isinstance(entry, dict) and entry.get("init") == "siren"
+
+
 def changed_parts(config: Any) -> dict[str, Any]:
     """The parts of a configuration, as they are written, that are not those a model has where nothing is said."""
     fields = type(config).__dataclass_fields__
@@ -74,8 +91,16 @@ def _feedforwards(given: Entry | list[Entry], layers: int, names: tuple[str, ...
     return parts
 
 
+def _norm_of_blocks(given: Entry) -> Norm:
+    """The norm. Raises ValueError for none."""
+    norm: Norm = read_part("norm", given)
+    if norm.name == "none":
+        raise ValueError("norm: none is for an mlp; this model has layer_norm, batch")
+    return norm
+
+
 _OF_BLOCKS = ("mlp", "gated", "quadratic", "pade", "mu")
-_OF_LAYERS = ("dense", "quadratic", "pade")
+_OF_LAYERS = ("dense", "quadratic", "pade", "kan", "pi")
 
 
 @dataclass
@@ -126,6 +151,7 @@ class GPT2Config:
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
         self.activation = _used_activations(self.activation, self.feedforward_settings())
+        _refuse_for_layers_alone(self.activation)
         attention = self.attention_settings()
         self.norm_settings()
         for part in attention:
@@ -140,8 +166,7 @@ class GPT2Config:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm_of_blocks(self.norm)
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
@@ -211,6 +236,7 @@ class ConvNeXtConfig:
         if not 0.0 < self.final_norm_epsilon < math.inf:
             raise ValueError(f"final_norm_epsilon must be above 0 and finite, got {self.final_norm_epsilon}")
         self.activation = _used_activations(self.activation, self.feedforward_settings())
+        _refuse_for_layers_alone(self.activation)
         self.norm_settings()
         self.mixer_settings()
 
@@ -220,8 +246,7 @@ class ConvNeXtConfig:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm_of_blocks(self.norm)
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
@@ -263,9 +288,13 @@ class MLPConfig:
         outputs: numbers that are predicted, or classes.
         widths: outputs of each layer before the last.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per width.
-        feedforward: what each of these layers is: `dense`, `quadratic` or `pade`; or a list with one per width.
+        feedforward: what each of these layers is: `dense`, `quadratic`, `pade`, `kan` or `pi`; or a list with one per
+            width.
+        norm: of what each of these layers gives, before its activation: `none`, `layer_norm` or `batch`.
         residual: every layer but the first adds to what it is given; all widths are equal.
         loss: `mse` of predicted numbers, or `cross_entropy` of classes.
+        output_scale: α, which multiplies the outputs; the training loss is divided by α², so that a large one leaves
+            the weights near their start (Chizat, Oyallon, Bach, On Lazy Training in Differentiable Programming, 2019).
     """
 
     inputs: int = 1
@@ -273,8 +302,10 @@ class MLPConfig:
     widths: list[int] = field(default_factory=lambda: [64, 64])
     activation: ActivationConfig | list[ActivationConfig] = "gelu"
     feedforward: Entry | list[Entry] = "dense"
+    norm: Entry = "none"
     residual: bool = False
     loss: str = "mse"
+    output_scale: float = field(default=1.0, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         self.widths = list(self.widths)
@@ -287,10 +318,23 @@ class MLPConfig:
             raise ValueError(f"residual: needs two widths or more that are equal, got widths {self.widths}")
         if self.loss not in ("mse", "cross_entropy"):
             raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
+        if not 0.0 < self.output_scale < math.inf:
+            raise ValueError(f"output_scale: expected a number above 0, got {self.output_scale}")
         self.activation = _used_activations(self.activation, self.feedforward_settings())
+        norm = self.norm_settings().name
+        activations = activation_configs(self.activation, len(self.widths))
+        for entry, part in zip(activations, self.feedforward_settings(), strict=True):
+            if not starts_as_siren(entry):
+                continue
+            if part.name not in ("dense", "quadratic"):
+                raise ValueError(f"activation: init: siren is for dense and quadratic layers, this is {part.name}")
+            if norm != "none":
+                raise ValueError(f"activation: init: siren is for what its layer gives, and norm: {norm} changes it")
 
-    def norm_settings(self) -> None:
-        """It has no norms."""
+    def norm_settings(self) -> Norm:
+        """Of all norms."""
+        norm: Norm = read_part("norm", self.norm)
+        return norm
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each layer before the last."""
@@ -334,5 +378,5 @@ MODEL_KINDS: dict[str, ModelKind] = {
             "head": ("head.*",),
         },
     ),
-    "mlp": ModelKind(MLPConfig, "numbers", {}, {"head": ("head.*",)}),
+    "mlp": ModelKind(MLPConfig, "numbers", {}, {"norms": ("blocks.*.norm.*",), "head": ("head.*",)}),
 }

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polytrope.models.parts.kan import kan_layer
 from polytrope.models.parts.mu import MuLayer
 from polytrope.models.parts.pade import PadeLinear
+from polytrope.models.parts.pi import pi_layer
 from polytrope.models.parts.settings import (
     DenseSettings,
     FeedForward,
@@ -171,6 +173,8 @@ LAYERS: dict[str, Callable[[Any, int, int], nn.Module]] = {
     "dense": _dense_layer,
     "quadratic": _quadratic_layer,
     "pade": _pade_layer,
+    "kan": kan_layer,
+    "pi": pi_layer,
 }
 
 

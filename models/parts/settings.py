@@ -25,6 +25,18 @@ def _choice(usual: Any, choices: tuple[Any, ...], description: str) -> Any:
     return field(default=usual, metadata={"read": read, "choices": choices, "description": description})
 
 
+def _whole(usual: int, most: int, description: str) -> Any:
+    """A field of whole numbers from 1 to `most`."""
+
+    def read(value: Any) -> int:
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"expected an integer in 1…{most}, got {value!r}")
+        return value
+
+    choices = tuple(range(1, most + 1))
+    return field(default=usual, metadata={"read": read, "choices": choices, "description": description})
+
+
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """As JSON has it."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
@@ -159,6 +171,13 @@ class BatchNormSettings(Norm):
 
 
 @dataclass(frozen=True)
+class NoNormSettings(Norm):
+    """Vectors stay as they are."""
+
+    name = "none"
+
+
+@dataclass(frozen=True)
 class FeedForward(Part):
     """A linear layer, an activation, a linear layer back."""
 
@@ -191,6 +210,10 @@ class FeedForward(Part):
     def products(self, width: int) -> int:
         """Multiply-adds of its matrices per vector."""
         return self.matrices * 8 * width**2
+
+    def layer_products(self, inputs: int, outputs: int) -> int:
+        """Multiply-adds of the matrices of one layer of an `mlp`, per row."""
+        return self.matrices * inputs * outputs
 
 
 @dataclass(frozen=True)
@@ -297,6 +320,57 @@ class MuSettings(FeedForward):
 
 
 @dataclass(frozen=True)
+class KANSettings(FeedForward):
+    """A learned function of one variable for every pair of an input and an output: a layer of an `mlp`."""
+
+    name = "kan"
+
+    basis: str = _choice(
+        "hermite", ("hermite", "fourier", "tropical", "spline"), "what these functions are sums of: see docs/parts"
+    )
+    degree: int = _whole(3, 16, "functions per input; fourier: pairs of them")
+
+    def __post_init__(self) -> None:
+        if self.functions > LARGEST_EXPANSION:
+            raise ValueError(
+                f"degree: {self.basis} of degree {self.degree} has {self.functions} functions per input, and "
+                f"{LARGEST_EXPANSION} times a dense layer is the most"
+            )
+
+    @property
+    def functions(self) -> int:
+        """Of the basis, per input."""
+        return 2 * self.degree if self.basis == "fourier" else self.degree
+
+    def layer_products(self, inputs: int, outputs: int) -> int:
+        """One dense layer per function."""
+        return self.functions * inputs * outputs
+
+
+LARGEST_EXPANSION = 16  # of a `kan` layer, in dense layers
+
+
+@dataclass(frozen=True)
+class PiSettings(FeedForward):
+    """A product of linear layers: a polynomial of a given degree, as a layer of an `mlp`."""
+
+    name = "pi"
+
+    degree: int = _whole(2, 16, "of the polynomial: how many linear layers are multiplied")
+    skip: bool = _choice(True, (True, False), "each factor is 1 + a linear layer, so that lower degrees are there")
+    activation: str = _choice(
+        "none",
+        ("none", "leaky_relu"),
+        "leaky_relu: around every product a linear layer and leaky rectifiers, no polynomial any more",
+    )
+
+    def layer_products(self, inputs: int, outputs: int) -> int:
+        """A matrix per factor; with rectifiers one more, of the products."""
+        mixing = outputs**2 if self.activation != "none" else 0
+        return self.degree * (inputs * outputs + mixing)
+
+
+@dataclass(frozen=True)
 class Mixer(Part):
     """What mixes the pixels of each channel before the feed-forward layers."""
 
@@ -344,7 +418,7 @@ class PADReSettings(Mixer):
 # By field of the configuration, then by name. The first is what a model has where nothing is said.
 PARTS: dict[str, dict[str, type[Part]]] = {
     "attention": {"softmax": SoftmaxSettings, "power": PowerSettings, "polynomial_mixer": PolynomialMixerSettings},
-    "norm": {"layer_norm": LayerNormSettings, "batch": BatchNormSettings},
+    "norm": {"layer_norm": LayerNormSettings, "batch": BatchNormSettings, "none": NoNormSettings},
     "feedforward": {
         "mlp": MLPSettings,
         "gated": GatedSettings,
@@ -352,6 +426,8 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "pade": PadeSettings,
         "mu": MuSettings,
         "dense": DenseSettings,
+        "kan": KANSettings,
+        "pi": PiSettings,
     },
     "mixer": {"depthwise": DepthwiseSettings, "max_plus": MaxPlusSettings, "padre": PADReSettings},
 }

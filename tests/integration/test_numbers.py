@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.data.reader import open_split
@@ -43,11 +44,18 @@ stages:
     uses: train
     inputs: {dataset: pairs}
     with:
-      model: {architecture: mlp, widths: [32]}
+      model: {architecture: mlp, widths: [32], activation: hermite2, output_scale: 2.0}
       steps: 20
       global_batch_size: 16
+      validation_every: 10
       validation_samples: 1000
+      fit_samples: 1000
+      keep_initial: true
       loss: {name: poly}
+  analysis:
+    uses: analyze
+    inputs: {dataset: pairs, models: {classes: classes}}
+    with: {analyses: [modular, {name: width, widths: [8, 16], draws: 10}]}
   scores:
     uses: evaluate
     inputs: {dataset: polynomials, models: {regression: regression}}
@@ -102,12 +110,31 @@ def test_numbers_from_rows_to_a_report(tmp_path: Path) -> None:
     assert training["val/accuracy"] == pytest.approx(float((logits.argmax(1).numpy() == classes).mean()))
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(classes))
     assert training["val/loss"] == pytest.approx(float(loss), rel=1e-5)
+    rows, sums = rows_of(files["pairs"], "train")
+    with torch.no_grad():
+        right = float((load_model(files["classes"])(torch.from_numpy(rows)).argmax(1).numpy() == sums).mean())
+    assert training["fit/accuracy"] == pytest.approx(right)
+    torch.manual_seed(0)
+    start = build_model("mlp", read(files["classes"], "model.json")["config"]).state_dict()
+    kept = load_model(files["classes"] / "initial").state_dict()
+    assert all(torch.equal(kept[name], weight) for name, weight in start.items())
+
+    analysis = read(files["analysis"], "analysis.json")["models"]["classes"]
+    found = analysis["modular"]
+    assert found["missing"] == []
+    assert (found["train_accuracy"], found["test_accuracy"]) == pytest.approx((right, training["val/accuracy"]))
+    assert found["curve"]["steps"] == [10, 20]
+    assert (found["curve"]["train"][-1], found["curve"]["test"][-1]) == pytest.approx((right, training["val/accuracy"]))
+    assert found["margin"] < 0.0 < found["kernel_drift"]  # not learned in 20 steps
+    assert len(found["concentrations"]) == 32
+    assert analysis["width"]["widths"] == [8, 16]
+    assert (files["analysis"] / "plots" / "modular.png").stat().st_size > 0
 
 
 def read(directory: Path, name: str) -> Any:
     return json.loads((directory / name).read_text())
 
 
-def rows_of(dataset: Path) -> tuple[np.ndarray, np.ndarray]:
-    reader = open_split(dataset, "validation")
+def rows_of(dataset: Path, split: str = "validation") -> tuple[np.ndarray, np.ndarray]:
+    reader = open_split(dataset, split)
     return reader.numbers(np.arange(len(reader)))

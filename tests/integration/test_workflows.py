@@ -49,6 +49,18 @@ SMALL: dict[str, list[str]] = {
         "params.calibration_samples=8",
         "params.held_out=8",
     ],
+    "grokking": [
+        "params.seeds=[0]",
+        "params.modulus=7",
+        "params.train_pairs=33",
+        "params.width=8",
+        "params.steps=10",
+        "stages.bases.matrix.activation=[{label: square, name: hermite, degree: 2}, relu]",
+        "stages.bases.with.validation_every=5",
+        "stages.scales.matrix.activation=[relu]",
+        "stages.scales.matrix.scale=[10.0]",
+        "stages.kernels.with.analyses=[{name: width, widths: [8, 16], draws: 10}]",
+    ],
     "private-inference": [
         "stages.gpt.matrix.parts=["
         "{label: baseline, activation: gelu_tanh, norm: layer_norm, attention: softmax, penalty: null}, "

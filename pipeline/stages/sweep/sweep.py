@@ -22,7 +22,7 @@ import copy
 import importlib.util
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from polytrope.pipeline.data.training_file import figure_names, figure_of_training
 from polytrope.pipeline.errors import UserError
@@ -56,7 +56,8 @@ def check(parameters: SweepParameters, _upstream: Mapping[str, Any]) -> None:
         if first not in model.model_fields and model.model_config.get("extra") != "allow":
             field = f"ranges.{name}" if name in parameters.ranges else "halving.parameter"
             raise UserError(f"{field}: stage `{uses}` has no parameter `{first}`", suggest(first, model.model_fields))
-    figures = {*figure_names("text"), *figure_names("images"), *figure_names("numbers")}
+    kinds: tuple[Literal["text", "images", "numbers"], ...] = ("text", "images", "numbers")
+    figures = {name for kind in kinds for name in figure_names(kind, fit=True)}
     if uses == "train" and parameters.metric not in figures:
         raise UserError(f"metric: a training has no figure `{parameters.metric}`", suggest(parameters.metric, figures))
     if parameters.sampler == "tpe" and importlib.util.find_spec("optuna") is None:

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from polytrope.models.configurations import CLASSICAL
+from polytrope.models.configurations import FIXED
 
 # What a learnable activation may start as: functions to imitate, and what its family has beside them.
 IMITATED = (
@@ -39,15 +39,17 @@ if TYPE_CHECKING:
     Start = str
     PolynomialStart = str
     PublishedStart = str
+    FourierStart = str
     PublishedPolynomialStart = str
     ClassicalName = str
 else:
-    ClassicalName = Literal[CLASSICAL]
+    ClassicalName = Literal[FIXED]
     AnyStart = Literal["variance_preserving", "stable", "torchortho", *IMITATED]
     Imitated = Literal[IMITATED]
     Start = Literal[_STARTS]
     PolynomialStart = Literal["variance_preserving", "stable", *IMITATED]
     PublishedStart = Literal["variance_preserving", "torchortho", *IMITATED]
+    FourierStart = Literal["variance_preserving", "siren", "torchortho", *IMITATED]
     PublishedPolynomialStart = Literal["variance_preserving", "stable", "torchortho", *IMITATED]
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -125,7 +127,15 @@ class _Fourier(_Tailed):
     name: Literal["fourier"]
     degree: int = Field(5, ge=1, le=16, description="1…16")
     harmonic: bool = Field(False, description="one learnable frequency and its multiples")
-    init: PublishedStart = Field("variance_preserving", description="how it starts")
+    init: FourierStart = Field(
+        "variance_preserving", description="how it starts; siren: as sin(30 x), with the weights of an mlp to match"
+    )
+
+    @model_validator(mode="after")
+    def _one_sine(self) -> _Fourier:
+        if self.init == "siren" and (self.degree != 1 or self.harmonic or self.interval is not None):
+            raise ValueError("init: siren is one sine: degree: 1, without harmonic and interval")
+        return self
 
 
 class _Tropical(_Elementwise):
@@ -216,7 +226,7 @@ def spelled_out(value: Any) -> Any:
     if not isinstance(options, dict) or not isinstance(options.get("name"), str) or "degree" in options:
         return options
     short = re.fullmatch(r"([a-z_]+?)(\d+)", options["name"])
-    if short is None or short[1] in CLASSICAL:
+    if short is None or short[1] in FIXED:
         return options
     return {**options, "name": short[1], "degree": int(short[2])}
 
@@ -236,7 +246,7 @@ class _ShortForm:
     """For the JSON schema: `gelu` and `hermite3` are accepted too."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        names = {"enum": [*CLASSICAL, *LEARNABLE_SETTINGS]}
+        names = {"enum": [*FIXED, *LEARNABLE_SETTINGS]}
         return {"anyOf": [names, {"type": "string", "pattern": r"^[a-z_]+\d+$"}, handler(schema)]}
 
 

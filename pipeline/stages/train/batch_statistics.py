@@ -25,7 +25,7 @@ def check_batch_statistics(
     """
     config = make_config(MODEL_KINDS[architecture].config, settings)
     norm = config.norm_settings()
-    if norm is not None and norm.over_batch:
+    if norm.over_batch:
         taking = f"norm: {norm.name}"
     elif part := next((part for part in config.feedforward_settings() if part.over_batch), None):
         taking = f"feedforward: {part.config()}"
@@ -40,7 +40,7 @@ def check_batch_statistics(
     if parameters.activation_checkpointing == "block":
         raise UserError(
             f"activation_checkpointing: block would compute the statistics of {taking} twice per step",
-            "use activation_checkpointing: mlp",
+            "leave it out" if architecture == "mlp" else "use activation_checkpointing: mlp",
         )
     if parameters.global_batch_size < 2:
         raise UserError(

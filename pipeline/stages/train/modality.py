@@ -24,14 +24,16 @@ class Modality:
 
     Args:
         train_step: the micro-batches of a global batch of the stream, by its number.
-        validation_batch: validation samples by index.
-        validation_samples: how many there are.
-        measure: sums over a validation batch, by metric name, of the first `counted` samples.
+        train_batch, validation_batch: samples by index, none of them augmented.
+        train_samples, validation_samples: how many there are.
+        measure: sums over such a batch, by metric name, of the first `counted` samples.
         unit: what throughput counts: `tokens`, `images` or `rows`.
         flops_per_unit: floating-point operations of forward and backward per token, image or row, for MFU.
     """
 
     train_step: Callable[[int], list[Batch]]
+    train_batch: Callable[[np.ndarray], Batch]
+    train_samples: int
     validation_batch: Callable[[np.ndarray], Batch]
     validation_samples: int
     measure: Callable[[nn.Module, Batch, int], dict[str, Tensor]]
@@ -58,6 +60,8 @@ def make_modality(plan: TrainingPlan, rank: int, pin: bool) -> Modality:
 
     return Modality(
         train_step=train_step,
+        train_batch=lambda indices: data.load(train, indices, plan, None),
+        train_samples=plan.train_samples,
         validation_batch=lambda indices: data.load(validation, indices, plan, None),
         validation_samples=len(validation),
         measure=data.measure,
