@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from polytrope.models import build_model, find_architecture
 from polytrope.models.activations import current_activations, normalised_activations
 from polytrope.models.configurations import LEFT_OUT, NO_ACTIVATION, activation_configs, changed_parts
+from polytrope.models.factors import describe_factors
 from polytrope.models.parts.settings import PARTS
 from polytrope.models.special_tokens import kept_fields, read_tokenizer_entry
 from polytrope.models.weights import check_dtypes
@@ -141,9 +142,10 @@ def read_description(directory: str | Path) -> dict[str, Any]:
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
-    """The model's configuration as JSON, with its activations as they are now (after conversion).
+    """The model's configuration as JSON, with its activations and factors as they are now (after conversion).
 
-    Parts, and fields that say so (`configurations.LEFT_OUT`), are left out where they are the usual ones.
+    Parts, and fields that say so (`configurations.LEFT_OUT`), are left out where they are the usual ones, and so are
+    factors where there are none.
 
     Raises:
         ValueError: an activation that no configuration describes.
@@ -154,6 +156,9 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     for field in dataclasses.fields(model.config):  # type: ignore[arg-type]
         if field.metadata == LEFT_OUT and config[field.name] == field.default:
             del config[field.name]
+    config["factors"] = describe_factors(model)
+    if not config["factors"]:
+        del config["factors"]
     entries = activation_configs(config["activation"], _layers(model))
     config["activation"] = current_activations(activation_modules(model), entries)
     return config

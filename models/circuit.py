@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polytrope.models.factors import describe_factors
 from polytrope.models.gpt2 import GPT2
 from polytrope.models.parts.attention import EPSILON, PowerAttention, Reciprocal
 from polytrope.models.parts.feedforward import QuadraticLinear
@@ -80,6 +81,8 @@ def refuse_other_parts(model: GPT2, *, divisions: bool = False) -> None:
     Args:
         divisions: those of attention are let pass.
     """
+    for name in describe_factors(model):
+        raise ValueError(f"{name}: two factors in a row are not folded; merge them first (merge_factors)")
     for number, block in enumerate(model.blocks):
         name = f"transformer.h.{number}"
         _refuse_norm(f"{name}.ln_1", block.ln_1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 from polytrope.models.parts.settings import PARTS, Attention, FeedForward, Mixer, Norm, Part, read_part, read_parts
@@ -91,6 +92,45 @@ def _feedforwards(given: Entry | list[Entry], layers: int, names: tuple[str, ...
     return parts
 
 
+def block_series(config: Any) -> list[int]:
+    """How many blocks follow one another that each add to what they are given: all of a GPT-2, or those of each stage.
+
+    Raises:
+        ValueError: a model that has none, or whose blocks depend on their number.
+    """
+    if isinstance(config, ConvNeXtConfig):
+        return list(config.depths)
+    if not isinstance(config, GPT2Config):
+        name = next(name for name, kind in MODEL_KINDS.items() if isinstance(config, kind.config))
+        raise ValueError(f"drop_blocks: {name} has no blocks that add to what they are given; leave it out")
+    if config.scale_attn_by_inverse_layer_idx:
+        raise ValueError(
+            "drop_blocks: scale_attn_by_inverse_layer_idx divides by the number of a block, which would be another one "
+            "behind a cut; leave it out"
+        )
+    return [config.n_layer]
+
+
+def without_blocks(config: Any, gone: range) -> Any:
+    """The configuration of a model with these blocks left out, which are counted over the whole model."""
+    total = len(config.activation_widths())
+    changed: dict[str, Any] = {}
+    for name in ("activation", *PARTS):
+        given = getattr(config, name, None)
+        if isinstance(given, list):
+            entries = layer_configs(name, given, total)
+            changed[name] = [entry for number, entry in enumerate(entries) if number not in gone]
+    if isinstance(config, ConvNeXtConfig):
+        ends = list(accumulate(config.depths))
+        starts = [0, *ends[:-1]]
+        changed["depths"] = [
+            sum(number not in gone for number in range(start, end)) for start, end in zip(starts, ends, strict=True)
+        ]
+    else:
+        changed["n_layer"] = config.n_layer - len(gone)
+    return replace(config, **changed)
+
+
 def _norm_of_blocks(given: Entry) -> Norm:
     """The norm. Raises ValueError for none."""
     norm: Norm = read_part("norm", given)
@@ -122,6 +162,7 @@ class GPT2Config:
         scale_attn_weights: divide attention's logits by the root of the head size.
         scale_attn_by_inverse_layer_idx: divide them by the number of the block as well, counting from 1.
         tie_word_embeddings: the head's weight is the token embedding.
+        factors: rank of every linear layer that is in two factors, by its name (`polytrope.models.factors`).
     """
 
     vocab_size: int = 50257
@@ -139,6 +180,7 @@ class GPT2Config:
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True
+    factors: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "sequence_length", "n_layer", "n_head", "n_embd"):
@@ -207,6 +249,7 @@ class ConvNeXtConfig:
         drop_path: probability of skipping the last block's branch; it grows linearly from 0 at the first.
         layer_scale: initial value of the per-channel scale of each branch; 0 for no scale.
         final_norm_epsilon: added to the variance in the layer norm before the classifier; the others have 1e-6.
+        factors: rank of every linear layer that is in two factors, by its name (`polytrope.models.factors`).
     """
 
     depths: list[int] = field(default_factory=lambda: [3, 3, 9, 3])
@@ -221,6 +264,7 @@ class ConvNeXtConfig:
     drop_path: float = 0.0
     layer_scale: float = 1e-6
     final_norm_epsilon: float = 1e-6
+    factors: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.depths, self.dims = list(self.depths), list(self.dims)
@@ -295,6 +339,7 @@ class MLPConfig:
         loss: `mse` of predicted numbers, or `cross_entropy` of classes.
         output_scale: α, which multiplies the outputs; the training loss is divided by α², so that a large one leaves
             the weights near their start (Chizat, Oyallon, Bach, On Lazy Training in Differentiable Programming, 2019).
+        factors: rank of every linear layer that is in two factors, by its name (`polytrope.models.factors`).
     """
 
     inputs: int = 1
@@ -306,6 +351,7 @@ class MLPConfig:
     residual: bool = False
     loss: str = "mse"
     output_scale: float = field(default=1.0, metadata=LEFT_OUT)
+    factors: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.widths = list(self.widths)

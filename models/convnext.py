@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -27,6 +26,7 @@ from polytrope.models.configurations import (
     activation_configs,
     changed_parts,
 )
+from polytrope.models.factors import restore_factors, saved_products
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.losses import Loss, cross_entropy
 from polytrope.models.parts.feedforward import FeedForwardSizes, LinearAtStart, build_feedforward
@@ -79,6 +79,12 @@ class Block(nn.Module):
         return x + drop_samples(branch.permute(0, 3, 1, 2), self.drop_path, self.training)
 
 
+def drop_path_rates(config: ConvNeXtConfig) -> list[float]:
+    """Probability that the branch of each block is left out."""
+    total = sum(config.depths)
+    return [config.drop_path * index / max(1, total - 1) for index in range(total)]
+
+
 def drop_samples(branch: Tensor, probability: float, training: bool) -> Tensor:
     """Stochastic depth (Huang et al., 2016): zero a sample's branch, scaled so that its expectation stays."""
     if not training or probability == 0.0:
@@ -118,7 +124,7 @@ class ConvNeXt(nn.Module):
         activations = iter(activation_configs(config.activation, total))
         layers = iter(config.feedforward_settings())
         mixers = iter(config.mixer_settings())
-        rates = iter(config.drop_path * index / max(1, total - 1) for index in range(total))
+        rates = iter(drop_path_rates(config))
         self.stages = nn.ModuleList(
             nn.Sequential(
                 *[
@@ -134,6 +140,7 @@ class ConvNeXt(nn.Module):
         for block in self.blocks:
             if isinstance(block.pwconv1, LinearAtStart):
                 standardize_inputs(block.pwconv1, 0.02)
+        restore_factors(self, config.factors)
 
     @property
     def blocks(self) -> list[Block]:
@@ -182,12 +189,14 @@ class ConvNeXt(nn.Module):
         height, width = height // config.patch_size, width // config.patch_size
         total = height * width * config.patch_size**2 * config.in_channels * config.dims[0]
         parts = iter(zip(config.feedforward_settings(), config.mixer_settings(), strict=True))
-        for index, (depth, channels) in enumerate(zip(config.depths, config.dims, strict=True)):
+        for index, (stage, channels) in enumerate(zip(self.stages, config.dims, strict=True)):
             if index:
                 height, width = height // 2, width // 2
                 total += height * width * 4 * config.dims[index - 1] * channels
-            for feedforward, mixer in itertools.islice(parts, depth):
-                total += height * width * (mixer.products(channels) + feedforward.products(channels))
+            for block in stage:  # type: ignore[attr-defined]
+                feedforward, mixer = next(parts)
+                products = mixer.products(channels) + feedforward.products(channels) - saved_products(block)
+                total += height * width * products
         return 6.0 * (total + config.dims[-1] * config.num_classes)
 
 

@@ -30,6 +30,7 @@ from polytrope.models.configurations import (
     activation_configs,
     changed_parts,
 )
+from polytrope.models.factors import restore_factors
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.losses import Loss, cross_entropy
 from polytrope.models.modes import evaluation_mode
@@ -158,6 +159,7 @@ class GPT2(nn.Module):
                 standardize_inputs(layer, 0.02)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
+        restore_factors(self, config.factors)
 
     @property
     def blocks(self) -> nn.ModuleList:

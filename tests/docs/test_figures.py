@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compiled, deep_nets, ops, private_inference, recipe
+from benchmarks import after_training, compiled, deep_nets, ops, private_inference, recipe
 from polytrope.pipeline.stages.report.statistics import holm
 
 ROOT = Path(__file__).parents[2]
@@ -183,3 +183,16 @@ def test_the_compiled_block_is_told_as_measured() -> None:
 
     says("README.md", f"Hermite 3 takes [{span('hermite 3')} of GELU's time")
     says("README.md", f"Hermite 8 with an interval {span('hermite 8, interval')}](docs/ops.md#speed)")
+
+
+def test_what_is_left_after_training_is_told_as_measured() -> None:
+    result = content("after_training")
+    written = after_training.markdown(result)
+    assert written == (RESULTS / "after_training.md").read_text(encoding="utf-8")
+    says("docs/after-training.md", " ".join(written.split()))
+    ways = {row["way"]: row for row in result["ways"]}
+    for way in ("2 blocks dropped", "linear layers factored, 1.5 times smaller"):
+        assert result["nats_per_token"] < ways[way]["nats_per_token"] < ways[way]["naive_nats_per_token"]
+    dropped = ways["2 blocks dropped"]
+    saved = dropped["naive_nats_per_token"] - dropped["nats_per_token"]
+    assert saved / (dropped["naive_nats_per_token"] - result["nats_per_token"]) == pytest.approx(0.75, abs=0.02)

@@ -14,6 +14,7 @@ from polytrope.models import find_architecture
 from polytrope.models.activations import describe_activation
 from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.checkpoint import activation_modules
+from polytrope.models.factors import FactoredLinear
 from polytrope.models.inputs import forward
 from polytrope.models.parts.feedforward import QuadraticLinear
 from polytrope.models.surgery import Activation
@@ -171,7 +172,11 @@ def _linears(owner: nn.Module) -> list[nn.Linear]:
     """Of an MLP whose slope is at most their norms times the activation's; none where it multiplies inputs."""
     if getattr(owner, "gated", False) or any(isinstance(module, QuadraticLinear) for module in owner.children()):
         return []
-    return [module for module in owner.children() if isinstance(module, nn.Linear)]
+    return [
+        module.merged() if isinstance(module, FactoredLinear) else module
+        for module in owner.children()
+        if isinstance(module, nn.Linear | FactoredLinear)
+    ]
 
 
 def spectral_norm(linear: nn.Linear) -> float:

@@ -22,6 +22,7 @@ from polytrope.models.circuit import (
     with_reciprocals,
 )
 from polytrope.models.domains import Seen, describe_outside, watching
+from polytrope.models.factors import merge_factors
 from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.ring_graph import RingGraph, count, evaluate, read_ring_graph
 from polytrope.models.gpt2 import GPT2
@@ -74,6 +75,7 @@ def write_circuit_of(
     for split, part in description.splits.items():
         if part.samples < 1:
             raise UserError(f"the dataset of `{dataset.stage}` has no {split} samples", "use a larger corpus")
+    merge_factors(model)  # one matrix in place of two is one level less
     try:
         refuse_other_parts(model, divisions=True)
         with_divisions(model)

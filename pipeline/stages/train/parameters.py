@@ -136,7 +136,8 @@ class ModelParameters(BaseModel):
         known = kind.config.__dataclass_fields__
         for name in self.model_fields_set - {"architecture", "preset", "activation_options"}:
             if name not in known and getattr(self, name) is not None:
-                raise ValueError(f"{name}: a {self.architecture} has no such setting; there are {', '.join(known)}")
+                settable = ", ".join(field for field in known if field in type(self).model_fields)
+                raise ValueError(f"{name}: a {self.architecture} has no such setting; there are {settable}")
         widths = make_config(kind.config, self.settings()).activation_widths()
         for entry, width in zip(self.activations(), widths, strict=True):
             groups = entry.get("num_parameters", 1)
