@@ -292,7 +292,7 @@ def _create_model(plan: TrainingPlan) -> nn.Module:
 
             load_weights(model, load_file(plan.initial / "model.safetensors"))
         if plan.parameters.range_penalty is not None:
-            penalise_ranges(model, RangePenalty(**plan.parameters.range_penalty.model_dump()))
+            penalise_ranges(model, RangePenalty(**plan.parameters.range_penalty.numbers()))
     except (ValueError, TypeError) as error:
         raise UserError(f"the model cannot be built: {error}", "see `with: model:` of this stage") from error
     model.train()
