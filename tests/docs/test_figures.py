@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import deep_nets, private_inference, recipe
+from benchmarks import compiled, deep_nets, ops, private_inference, recipe
 from polytrope.pipeline.stages.report.statistics import holm
 
 ROOT = Path(__file__).parents[2]
@@ -170,3 +170,16 @@ def test_the_network_of_sums_and_products_is_told_as_measured() -> None:
     )
     losses = file["circuit"]["nats_per_byte"]
     says("docs/private-inference.md", f"which costs {losses['circuit'] - losses['trained']:.3f} nats per byte")
+
+
+def test_the_compiled_block_is_told_as_measured() -> None:
+    rows = content("ops-cpu")["compiled"]
+    assert compiled.markdown(rows, ops.label).strip() in (ROOT / "docs" / "ops.md").read_text(encoding="utf-8")
+    ratios = {(ops.label(row["config"]), row["size"]): row["times_gelu"] for row in rows if row["dtype"] == "float32"}
+
+    def span(name: str) -> str:
+        low, high = sorted((ratios[name, "small"], ratios[name, "large"]))
+        return f"{low:.2f} to {high:.2f}"
+
+    says("README.md", f"Hermite 3 takes [{span('hermite 3')} of GELU's time")
+    says("README.md", f"Hermite 8 with an interval {span('hermite 8, interval')}](docs/ops.md#speed)")

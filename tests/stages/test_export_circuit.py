@@ -185,8 +185,6 @@ def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -
     upstream = {"model": PromisedModel("convnext", {}), "dataset": PromisedImages(32, 3, 10)}
     with pytest.raises(UserError, match=r"inputs\.model: a convnext has no circuit"):
         promise(parameters, upstream, Resources(), tmp_path)
-    with pytest.raises(UserError, match=r"resources\.gpus: `export_circuit` computes on the CPU"):
-        promise(parameters, {**upstream, "model": found, "dataset": text}, Resources(gpus=1), tmp_path)
 
 
 def test_a_data_set_without_held_out_samples_is_refused(tmp_path: Path, model: Artifact, dataset: Artifact) -> None:

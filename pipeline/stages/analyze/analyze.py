@@ -23,16 +23,15 @@ def check(_parameters: AnalyzeParameters, upstream: Mapping[str, Any]) -> None:
 
 
 def promise(
-    parameters: AnalyzeParameters, upstream: Mapping[str, Any], resources: Resources, _directory: Path
+    parameters: AnalyzeParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
 ) -> PromisedAnalysis:
-    """The labels of the figures; refuses a model that cannot take the data, and a GPU, which nothing would use."""
-    if resources.gpus:
-        raise UserError("resources.gpus: `analyze` computes on the CPU, in float64", "leave it out")
+    """The labels of the figures; refuses a model that cannot take the data."""
     refuse_misfits(upstream)
     return PromisedAnalysis(tuple(upstream["models"]), tuple(entry.name for entry in parameters.analyses))
 
 
 @stage(
+    cpu_only=True,
     check=check,
     promise=promise,
 )

@@ -82,7 +82,7 @@ def _name(activation: Any) -> str:
     return name.rstrip("0123456789")
 
 
-@stage(promise=promise, imports=imports)
+@stage(cpu_only=True, promise=promise, imports=imports)
 def convert(
     context: StageContext, model: Artifact, dataset: Artifact, parameters: ConvertParameters
 ) -> dict[str, float]:

@@ -25,12 +25,9 @@ _NEEDED = {  # field of the model: the part that is a polynomial, and how it is 
 
 
 def promise(
-    _parameters: ExportCircuitParameters, upstream: Mapping[str, Any], resources: Resources, _directory: Path
+    _parameters: ExportCircuitParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
 ) -> PromisedModel | None:
-    """The model with polynomials for divisions; refuses one with parts that are none, data it cannot take, and a GPU,
-    which nothing would use."""
-    if resources.gpus:
-        raise UserError("resources.gpus: `export_circuit` computes on the CPU", "leave it out")
+    """The model with polynomials for divisions; refuses one with parts that are none, and data it cannot take."""
     model = expect("inputs.model", upstream["model"], PromisedModel)
     refuse_misfit("inputs.dataset", model, expect_data("inputs.dataset", upstream["dataset"]))
     if model is None:
@@ -61,7 +58,7 @@ def promise(
     return replace(model, settings={**model.settings, "attention": attention}, figures=())
 
 
-@stage(promise=promise)
+@stage(cpu_only=True, promise=promise)
 def export_circuit(
     context: StageContext, model: Artifact, dataset: Artifact, parameters: ExportCircuitParameters
 ) -> dict[str, float]:

@@ -50,7 +50,7 @@ def promise(
     return PromisedNumbers(*sizes(parameters.source))
 
 
-@stage(parallel=True, promise=promise, fingerprint=fingerprint)
+@stage(parallel=True, cpu_only=True, promise=promise, fingerprint=fingerprint)
 def shard_numbers(context: StageContext, parameters: ShardNumbersParameters) -> dict[str, float]:
     """Compute or read rows of numbers and pack them into webdataset tar shards with a manifest."""
     source = parameters.source

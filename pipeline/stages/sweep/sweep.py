@@ -91,7 +91,7 @@ def returned_later(parameters: NextRoundParameters) -> tuple[Places, dict[str, A
     return {(): ()}, {name: _trial(parameters.sweep, parameters.number, values) for name, values in trials}
 
 
-@stage(check=check, returns=returned)
+@stage(cpu_only=True, check=check, returns=returned)
 def sweep(context: StageContext, parameters: SweepParameters) -> Stages:
     """Draw the trials' parameters and return them as stages, with the rounds that follow, `best` and `overview`."""
     trials = _first_trials(parameters)
@@ -136,7 +136,7 @@ def _stages(parameters: SweepParameters, trials: Mapping[str, dict[str, Value]])
     return stages
 
 
-@stage(returns=returned_later)
+@stage(cpu_only=True, returns=returned_later)
 def next_round(context: StageContext, models: dict[str, Artifact], parameters: NextRoundParameters) -> Stages:
     """Choose the best trials of the round before and return them with a larger budget, trained from the start."""
     sweep, number = parameters.sweep, parameters.number
@@ -162,7 +162,7 @@ def drawn_later(parameters: DrawParameters) -> tuple[Places, dict[str, Any]]:
     }
 
 
-@stage(returns=drawn_later)
+@stage(cpu_only=True, returns=drawn_later)
 def draw_batch(
     context: StageContext, models: dict[str, Artifact], draws: dict[str, Artifact], parameters: DrawParameters
 ) -> Stages:
@@ -179,7 +179,7 @@ def draw_batch(
     return Stages({name: _trial(sweep, 0, given) for name, given in drawn.items()}, {"trials": len(drawn)})
 
 
-@stage()
+@stage(cpu_only=True)
 def overview(
     context: StageContext, models: dict[str, Artifact], draws: dict[str, Artifact], parameters: OverviewParameters
 ) -> dict[str, float]:
