@@ -62,6 +62,7 @@ def graph_of(model: GPT2, path: Path, positions: int) -> tuple[RingGraph, Circui
     [
         ({}, (10, 20)),
         ({"attention": {"name": "power", "power": 4}, "activation": {**HERMITE, "degree": 2}}, (10, 20)),
+        ({"attention": {"name": "power", "sinks": 4}}, (10, 20)),
         ({"feedforward": "gated", "bias": False, "tie_word_embeddings": False}, (11, 22)),
         ({"feedforward": "quadratic"}, (12, 24)),
         ({"activation": {"name": "composition", "degree": [3, 3], "domain": [-9.0, 9.0], "init": "tanh"}}, (12, 24)),
