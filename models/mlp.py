@@ -13,8 +13,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from polytrope.models.activations import ActivationCheckpointing, make_activation
 from polytrope.models.architecture import Architecture
 from polytrope.models.configurations import ActivationConfig, MLPConfig, activation_configs
+from polytrope.models.factors import restore_factors, saved_products
 from polytrope.models.losses import Loss, cross_entropy, mse
-from polytrope.models.parts.feedforward import QuadraticLinear, build_layer
+from polytrope.models.parts.feedforward import LinearAtStart, QuadraticLinear, build_layer
 from polytrope.models.parts.norm import NormSizes, build_norm
 from polytrope.models.parts.pi import PiLinear
 from polytrope.models.parts.ranges import RangePenalty
@@ -73,6 +74,7 @@ class MLP(nn.Module):
         for number, block in enumerate(self.blocks):
             if getattr(block.act, "init", None) == "siren":
                 _start_siren(block.layer, first=number == 0)  # type: ignore[arg-type]
+        restore_factors(self, config.factors)
 
     def start_for(self, mean_square: float) -> None:
         """Scale the freshly drawn weights of the first layer for inputs of this mean square instead of 1.
@@ -139,15 +141,15 @@ class MLP(nn.Module):
         total = config.widths[-1] * config.outputs
         for (inputs, outputs), part in zip(sizes, config.feedforward_settings(), strict=True):
             total += part.layer_products(inputs, outputs)
-        return 6.0 * total
+        return 6.0 * (total - saved_products(self))
 
 
-_LINEAR_WEIGHTS = ((nn.Linear | QuadraticLinear, "weight"), (PiLinear, "factors"))
+_LINEAR_WEIGHTS = ((LinearAtStart, "weight"), (PiLinear, "factors"))
 
 
 def _initialise(module: nn.Module) -> None:
     """Inputs of variance 1 give outputs of variance 1, so that every activation sees what it starts for."""
-    if isinstance(module, nn.Linear | QuadraticLinear):
+    if isinstance(module, LinearAtStart):
         nn.init.normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

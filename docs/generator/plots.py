@@ -25,9 +25,18 @@ from polytrope.models.parts.attention import causal_means, even_power
 from polytrope.models.parts.feedforward import QuadraticLinear
 from polytrope.models.parts.kan import basis
 from polytrope.models.parts.mixer import build_mixer
+from polytrope.models.parts.mu import MuLayer
+from polytrope.models.parts.pade import PadeLinear
 from polytrope.models.parts.pi import PiLinear
 from polytrope.models.parts.polynomial_mixer import CausalPolynomialMixer
-from polytrope.models.parts.settings import KANSettings, PiSettings, PolynomialMixerSettings, read_part
+from polytrope.models.parts.settings import (
+    KANSettings,
+    MuSettings,
+    PadeSettings,
+    PiSettings,
+    PolynomialMixerSettings,
+    read_part,
+)
 from polytrope.ops import build_activation
 from polytrope.ops.functional import chebyshev, hermite, legendre
 from polytrope.ops.interpolate import Fit, fit
@@ -62,6 +71,8 @@ def part_plots() -> dict[str, str]:
         return {
             "attention": _attention(),
             "quadratic": _quadratic(),
+            "pade": _pade(),
+            "mu": _mu(),
             "max_plus": _max_plus(),
             "mixer": _polynomial_mixer(),
             "kan": _kan(),
@@ -320,19 +331,46 @@ def _attention() -> str:
 
 
 def _quadratic() -> str:
-    """Chebyshev coefficients along a line through stacks of quadratic layers."""
+    return _degrees([QuadraticLinear(8, 8, bias=True, square=True).double() for _ in range(3)], 0.4)
+
+
+def _mu() -> str:
+    layers = [MuLayer(8, MuSettings(), bias=True, epsilon=1e-6).double() for _ in range(3)]
+    return _degrees([torch.nn.Sequential(layer, torch.nn.Linear(32, 8).double()) for layer in layers], 0.35)
+
+
+def _degrees(layers: list[torch.nn.Module], size: float) -> str:
+    """Chebyshev coefficients along a line through stacks of layers of width 8 with random weights of this deviation."""
     figure, axis = plt.subplots(figsize=(5, 2.8))
     generator, width = torch.Generator().manual_seed(0), 8
-    layers = [QuadraticLinear(width, width, bias=True, square=True).double() for _ in range(3)]
     with torch.no_grad():
         for layer in layers:
             for weight in layer.parameters():
-                weight.copy_(0.4 * torch.randn(weight.shape, generator=generator))
+                weight.copy_(size * torch.randn(weight.shape, generator=generator))
         for depth in (1, 2, 3):
             sizes = _sizes_along_a_line(torch.nn.Sequential(*layers[:depth]), width)
             axis.plot(sizes, "o-", markersize=3, label=f"layers: {depth}")
     _logarithmic(axis)
     _describe(axis, "degree along a line", "largest coefficient")
+    return _svg(figure)
+
+
+def _pade() -> str:
+    """One Padé neuron of one input whose denominator has a zero, and the quotient that it is made of."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    layer = PadeLinear(1, 1, bias=True, settings=PadeSettings())
+    x = torch.linspace(-3.0, 3.0, 601)[:, None]
+    slope, constant, square, below = 0.5, 0.4, 0.3, 1.0
+    with torch.no_grad():
+        for weight, value in ((layer.weight, slope), (layer.bias, constant), (layer.numerator, square)):
+            weight.fill_(value)
+        axis.plot(x, layer(x), color="black", linestyle="dotted", label="B = 0")
+        layer.denominator.fill_(below)
+        quotient = (constant + slope * x + square * x**2) / (1.0 + below * x)
+        axis.plot(x, torch.where(quotient.abs() < 4.0, quotient, torch.nan), label="P₂ / Q₁")
+        axis.plot(x, layer(x), label="pade")
+    axis.set_ylim(-4.0, 4.0)
+    _describe(axis, "x", "y")
     return _svg(figure)
 
 

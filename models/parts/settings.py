@@ -181,17 +181,39 @@ class NoNormSettings(Norm):
 class FeedForward(Part):
     """A linear layer, an activation, a linear layer back."""
 
+    activated: ClassVar[bool] = True  # it has an activation inside
+
     def hidden(self, width: int) -> int:
-        """Channels that the activation sees."""
+        """Channels inside, which the activation sees."""
         return 4 * width
+
+    @property
+    def matrices(self) -> int:
+        """Of the size of its weight, in the place of one linear layer."""
+        return 1
+
+    @property
+    def no_ring_operation(self) -> str | None:
+        """What in its layers is no sum or product; None where nothing is."""
+        return None
+
+    @property
+    def over_batch(self) -> bool:
+        """In training, a sample's result depends on the others."""
+        return False
+
+    @property
+    def over_space(self) -> bool:
+        """A pixel's result depends on its neighbours."""
+        return False
 
     def products(self, width: int) -> int:
         """Multiply-adds of its matrices per vector."""
-        return 8 * width**2
+        return self.matrices * 8 * width**2
 
     def layer_products(self, inputs: int, outputs: int) -> int:
         """Multiply-adds of the matrices of one layer of an `mlp`, per row."""
-        return inputs * outputs
+        return self.matrices * inputs * outputs
 
 
 @dataclass(frozen=True)
@@ -232,17 +254,9 @@ class QuadraticSettings(FeedForward):
 
     square: bool = _choice(True, (False, True), "with a term of squared inputs: three matrices per layer, not two")
 
-    def products(self, width: int) -> int:
-        """Two or three matrices for each of `mlp`."""
-        return self.matrices * 8 * width**2
-
-    def layer_products(self, inputs: int, outputs: int) -> int:
-        """Two or three matrices instead of one."""
-        return self.matrices * inputs * outputs
-
     @property
     def matrices(self) -> int:
-        """Of one layer."""
+        """Two, and one of the squares."""
         return 3 if self.square else 2
 
 
@@ -298,6 +312,65 @@ class PiSettings(FeedForward):
 
 
 @dataclass(frozen=True)
+class PadeSettings(FeedForward):
+    """The linear layers made quotients of polynomials; they start as the linear ones."""
+
+    name = "pade"
+    multiplicative = True
+
+    # K of at least 2, for P_{K-1} is to start as the linear layer as well.
+    numerator_degree: int = _choice(2, (2, 3, 4), "of the polynomials above, 2, 3 or 4")
+    denominator_degree: int = _choice(1, (1, 2), "of those below: 1, which makes no poles, or 2, which may")
+
+    @property
+    def matrices(self) -> int:
+        """One for each coefficient but the constant ones."""
+        return self.numerator_degree + self.denominator_degree
+
+    @property
+    def no_ring_operation(self) -> str | None:
+        """Always."""
+        return "a quotient"
+
+
+@dataclass(frozen=True)
+class MuSettings(FeedForward):
+    """Products of two linear layers, and no activation."""
+
+    name = "mu"
+    activated = False
+
+    norm: str = _choice("none", ("none", "layer_norm", "batch"), "of both factors: none, layer_norm or batch")
+    shift: bool = _choice(
+        False, (False, True), "of images: quarters of the channels move by one pixel before they are multiplied"
+    )
+
+    def rank(self, width: int) -> int:
+        """Channels between the two layers that make the second factor."""
+        return max(1, self.hidden(width) // 8)
+
+    def products(self, width: int) -> int:
+        """Of the layer of the first factor, the two of the second, and the outer one."""
+        hidden, rank = self.hidden(width), self.rank(width)
+        return 2 * width * hidden + rank * (width + hidden)
+
+    @property
+    def no_ring_operation(self) -> str | None:
+        """With layer norms."""
+        return "layer norm" if self.norm == "layer_norm" else None
+
+    @property
+    def over_batch(self) -> bool:
+        """With batch norms."""
+        return self.norm == "batch"
+
+    @property
+    def over_space(self) -> bool:
+        """With shifts."""
+        return self.shift
+
+
+@dataclass(frozen=True)
 class Mixer(Part):
     """What mixes the pixels of each channel before the feed-forward layers."""
 
@@ -350,6 +423,8 @@ PARTS: dict[str, dict[str, type[Part]]] = {
         "mlp": MLPSettings,
         "gated": GatedSettings,
         "quadratic": QuadraticSettings,
+        "pade": PadeSettings,
+        "mu": MuSettings,
         "dense": DenseSettings,
         "kan": KANSettings,
         "pi": PiSettings,

@@ -214,6 +214,88 @@ class WidthFigures(Record):
         return {"slope": self.slope, "slope_error": self.slope_error}
 
 
+class FeatureLayer(Record):
+    """What one block gives.
+
+    Args:
+        vectors, width: how many were seen, and their size.
+        dimension: intrinsic, by the ratio of the distances to the two nearest neighbours.
+        rank: singular values of the vectors that have the share `energy` of all squares; `utilisation`: of `width`.
+        condition: the largest eigenvalue of their covariance by the smallest; None: the smallest is 0.
+        information: of the last block's features, the mean of -ln(1 - R²)/2 in nats, R² of what a linear map of this
+            block tells of other vectors than it was fitted to. None for the last block itself.
+        unexplained: the mean of 1 - R².
+    """
+
+    name: str
+    vectors: int
+    width: int
+    dimension: float | None
+    rank: int
+    utilisation: float
+    condition: float | None
+    information: float | None
+    unexplained: float | None
+
+
+class FeatureFigures(Record):
+    """What the blocks give; `complexity`: the mean of `unexplained` over the blocks before the last."""
+
+    layers: list[FeatureLayer]
+    complexity: float | None
+    missing: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last block, of the worst one, and means."""
+        found = {
+            "last_dimension": self.layers[-1].dimension,
+            "utilisation": statistics.fmean(layer.utilisation for layer in self.layers),
+            "largest_condition": max((layer.condition for layer in self.layers if layer.condition), default=None),
+            "complexity": self.complexity,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+class MergedUnits(Record):
+    """Units nearer than `distance` joined: how many are `left` in each MLP, their share of all, and the loss then."""
+
+    distance: float
+    left: list[int]
+    share: float
+    loss: float
+
+
+class MergingFigures(Record):
+    """MLPs (`names`) whose like units are joined; `loss` is that of the model as it is."""
+
+    names: list[str]
+    units: list[int]
+    loss: float
+    merged: list[MergedUnits]
+    missing: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        """Shares and losses by distance."""
+        found = {"loss": self.loss}
+        for entry in self.merged:
+            found |= {f"share_{entry.distance:g}": entry.share, f"loss_{entry.distance:g}": entry.loss}
+        return found
+
+
+class ArithmeticFigures(Record):
+    """The loss with exact products by weights and with piecewise affine ones; `products`: how many of these."""
+
+    products: int
+    loss: float
+    piecewise_loss: float | None
+    missing: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        """Both losses."""
+        found = {"loss": self.loss}
+        return found if self.piecewise_loss is None else {**found, "piecewise_loss": self.piecewise_loss}
+
+
 class AnalysedModel(Record):
     """One model: what each analysis found, or the `failure` that left nothing."""
 
@@ -224,19 +306,16 @@ class AnalysedModel(Record):
     kernel: KernelFigures | None = None
     modular: ModularFigures | None = None
     width: WidthFigures | None = None
+    features: FeatureFigures | None = None
+    merging: MergingFigures | None = None
+    arithmetic: ArithmeticFigures | None = None
 
     def metrics(self) -> dict[str, float]:
         """`signal/largest_lipschitz`, `kernel/mean_frequency`, …"""
-        parts: dict[str, SignalFigures | KernelFigures | ModularFigures | WidthFigures | None] = {
-            "signal": self.signal,
-            "kernel": self.kernel,
-            "modular": self.modular,
-            "width": self.width,
-        }
         return {
             f"{analysis}/{name}": value
-            for analysis, figures in parts.items()
-            if figures is not None
+            for analysis in type(self).model_fields
+            if hasattr(figures := getattr(self, analysis), "metrics")
             for name, value in figures.metrics().items()
         }
 

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks import compiled, deep_nets, ops, private_inference, recipe
+from benchmarks import (
+    after_training,
+    compiled,
+    deep_nets,
+    grokking,
+    ops,
+    polynomial_networks,
+    private_inference,
+    recipe,
+)
 from polytrope.pipeline.stages.report.statistics import holm
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +169,44 @@ def test_the_engine_s_time_is_the_measured_one() -> None:
     says("README.md", "took {:.2f} times that of a bare PyTorch loop with GELU (two workers: {:.2f})".format(*ratios))
 
 
+def test_the_layers_of_products_are_told_as_measured() -> None:
+    from PIL import Image
+
+    file = content("polynomial_networks")
+    numbers, images, tuned = file["numbers"], file["images"], file["tuned"]
+    assert (RESULTS / "polynomial_networks.md").read_text(encoding="utf-8") == polynomial_networks.markdown(file)
+    with Image.open(RESULTS / "polynomial_networks-rows.png") as picture:
+        assert picture.info["Source"] == polynomial_networks.digest_of(file)
+    for rows, figure, baseline in ((numbers, "whole", "relu"), (images, "loss", "mlp"), (tuned, "loss", "continued")):
+        assert polynomial_networks.compared(rows, figure, baseline) == rows
+    assert [name for name, row in numbers.items() if row["above"] is None] == ["relu", "pade"]
+    assert file["drift"] == {"kl_divergence": 0.0, "agreement": 1.0}
+
+    def percent(row: dict[str, Any]) -> str:
+        return f"{100 * sum(row['accuracy']) / 5:.1f} %"
+
+    alone = file["alone"]
+    says(
+        "docs/polynomial-networks.md",
+        f"has an R² above 0.9 from {numbers['hermite']['above']:,} rows on",
+        f"layers with ReLU and a KAN from {numbers['quadratic']['above']:,}, and ReLU",
+        f"rows: {sum(numbers['relu']['whole']) / 5:.3f} with all.",
+        f"Hermite by {polynomial_networks.plus_minus(numbers['hermite']['difference'])}",
+        f"at all, by {polynomial_networks.plus_minus(numbers['pi']['difference'])}",
+        f"loss of {polynomial_networks.plus_minus(images['quadratic']['difference'])}, and the rest",
+        f"nothing here ({percent(alone['coefficients'])}, chance",
+        f"next to nothing ({percent(alone['coefficients_per_channel'])}), norms {percent(alone['norms'])}, the last "
+        f"layer {percent(alone['head'])}",
+        f"From a checkpoint with {percent(file['baseline'])}",
+        f"the products alone reach {percent(tuned['multiplicative'])}",
+        f"linear layers ({percent(tuned['continued'])}, a loss of "
+        f"{polynomial_networks.plus_minus(tuned['multiplicative']['difference'])} between them)",
+    )
+    assert numbers["kan"]["above"] == numbers["quadratic"]["above"]
+    assert min(row["difference"]["mean"] for name, row in numbers.items() if name != "relu") > 0
+    assert {name for name, row in images.items() if name != "mlp" and row["difference"]["holm"] < 0.05} == {"quadratic"}
+
+
 def test_the_network_of_sums_and_products_is_told_as_measured() -> None:
     file = content("private_inference")
     written = (RESULTS / "private_inference.md").read_text(encoding="utf-8")
@@ -213,3 +260,16 @@ def test_grokking_is_told_as_measured() -> None:
     }
     assert found == {"fourier5": list(file["scales"]), "relu": ["1", "3", "10"]}
     assert "generalised_step" not in file["scales"]["10"]["square"]
+
+
+def test_what_is_left_after_training_is_told_as_measured() -> None:
+    result = content("after_training")
+    written = after_training.markdown(result)
+    assert written == (RESULTS / "after_training.md").read_text(encoding="utf-8")
+    says("docs/after-training.md", " ".join(written.split()))
+    ways = {row["way"]: row for row in result["ways"]}
+    for way in ("2 blocks dropped", "linear layers factored, 1.5 times smaller"):
+        assert result["nats_per_token"] < ways[way]["nats_per_token"] < ways[way]["naive_nats_per_token"]
+    dropped = ways["2 blocks dropped"]
+    saved = dropped["naive_nats_per_token"] - dropped["nats_per_token"]
+    assert saved / (dropped["naive_nats_per_token"] - result["nats_per_token"]) == pytest.approx(0.75, abs=0.02)

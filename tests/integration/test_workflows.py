@@ -100,6 +100,7 @@ SMALL: dict[str, list[str]] = {
 WITHOUT_REPORT = {"convert-minilm", "word-count"}
 ELSEWHERE = {
     "activation-study": "tests/integration/test_activation_study.py",
+    "polynomial-networks": "tests/integration/test_polynomial_networks.py",
     "quickstart": "tests/quickstart_support.py",
     "convnext-imagenet": "tests/stages/test_shard_images.py",
 }

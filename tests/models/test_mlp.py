@@ -165,8 +165,10 @@ def test_sines_are_written_and_read(tmp_path: Any) -> None:
     for architecture in ("gpt2", "convnext"):
         with pytest.raises(ValueError, match="activation: init: siren needs weights that start to match; only an mlp"):
             build_model(architecture, {"activation": SIREN})
-    with pytest.raises(ValueError, match="activation: init: siren is for layers with weights; kan has functions"):
+    with pytest.raises(ValueError, match="activation: init: siren is for dense and quadratic layers, this is kan"):
         build_model("mlp", {"activation": SIREN, "feedforward": ["dense", "kan"]})
+    with pytest.raises(ValueError, match="activation: init: siren is for what its layer gives, and norm: batch"):
+        build_model("mlp", {"activation": SIREN, "norm": "batch"})
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,11 @@ def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -
         asked({**PARTS, "activation": [PARTS["activation"], "gelu"]})
     with pytest.raises(UserError, match=r"inputs\.model: the model has norm: layer_norm"):
         asked({**PARTS, "norm": "layer_norm"})
+    with pytest.raises(UserError, match=r"inputs\.model: the model has feedforward: pade, where a quotient is no sum"):
+        asked({**PARTS, "feedforward": ["quadratic", {"name": "pade", "numerator_degree": 3}]})
+    assert asked({**PARTS, "feedforward": ["mu", {"name": "mu", "norm": "batch"}]}) is not None
+    with pytest.raises(UserError, match=r"inputs\.model: the model has feedforward: mu, where layer norm is no sum"):
+        asked({**PARTS, "feedforward": {"name": "mu", "norm": "layer_norm"}})
     upstream = {"model": PromisedModel("convnext", {}), "dataset": PromisedImages(32, 3, 10)}
     with pytest.raises(UserError, match=r"inputs\.model: a convnext has no circuit"):
         promise(parameters, upstream, Resources(), tmp_path)

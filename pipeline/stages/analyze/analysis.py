@@ -94,7 +94,7 @@ def _analyse(
         activations = read_activations(network, dataset.path, samples, parameters.batch_size)
     except ValueError as error:
         raise UserError(str(error)) from error
-    subject = Subject(model.path, network, dataset.path, activations)
+    subject = Subject(model.path, network, dataset.path, activations, samples, parameters.batch_size)
     figures_ = {options.name: ANALYSES[options.name](subject, options) for options in parameters.analyses}
     return AnalysedModel.model_validate({"stage": model.stage, "digest": model.digest, **figures_})
 
@@ -107,7 +107,9 @@ def _missing(model: AnalysedModel) -> list[str]:
         if layer.missing is not None:
             reasons.setdefault(f"{layer.activation}: {layer.missing}", []).append(layer.name)
     said = [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
-    return said + (model.modular.missing if model.modular else [])
+    for figures_ in (model.modular, model.features, model.merging, model.arithmetic):
+        said += figures_.missing if figures_ is not None else []
+    return said
 
 
 def _draw(directory: Path, analysis: Analysis) -> None:

@@ -85,8 +85,46 @@ def refuse_width(name: str, architecture: str, settings: Mapping[str, Any]) -> N
 
 
 _ELSEWHERE = "leave it out, or analyse the others in a stage of their own"
-AnalysisOptions = SignalOptions | KernelOptions | ModularOptions | WidthOptions
-NAMES = ("signal", "kernel", "modular", "width")
+
+
+class FeaturesOptions(BaseModel):
+    """What the blocks give: dimension, rank, condition, and how much of the last block each of them has."""
+
+    model_config = _STRICT
+    name: Literal["features"]
+    neighbours: int = Field(1000, ge=3, description="vectors per block whose distances tell the dimension")
+    energy: float = Field(0.999, gt=0, lt=1, description="share of the squares that the utilised rank keeps")
+
+
+class MergingOptions(BaseModel):
+    """Units of the MLPs that compute nearly the same, and the loss when they are joined."""
+
+    model_config = _STRICT
+    name: Literal["merging"]
+    distances: list[Annotated[float, Field(ge=0)]] = Field(
+        [0.0, 0.25, 0.5, 0.75, 1.0],
+        min_length=1,
+        description="units nearer than this are joined; 1 is the root mean square of their weights' norms",
+    )
+
+
+class ArithmeticOptions(BaseModel):
+    """The loss where products by weights are piecewise affine: sums of the numbers' bits."""
+
+    model_config = _STRICT
+    name: Literal["arithmetic"]
+    offset: float = Field(
+        1.0552,
+        gt=0,
+        description="what every product is multiplied by, piecewise affinely too: 1.0552 makes the mean error 0, "
+        "1 leaves it",
+    )
+
+
+AnalysisOptions = (
+    SignalOptions | KernelOptions | ModularOptions | WidthOptions | FeaturesOptions | MergingOptions | ArithmeticOptions
+)
+NAMES = ("signal", "kernel", "modular", "width", "features", "merging", "arithmetic")
 
 
 class _ShortForm:

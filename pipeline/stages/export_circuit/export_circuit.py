@@ -44,6 +44,12 @@ def promise(
                 f"inputs.model: the model has {field}: {other}, of which no circuit is written",
                 f"train it with {way}",
             )
+    for part in config.feedforward_settings():
+        if (what := part.no_ring_operation) is not None:
+            raise UserError(
+                f"inputs.model: the model has feedforward: {part.name}, where {what} is no sum or product",
+                "train it with feedforward: mlp, gated, quadratic or mu without layer norm",
+            )
     if "activation" in model.settings:  # after a conversion, what they are is not known
         for entry in activation_configs(config.activation, config.n_layer):
             name = entry if isinstance(entry, str) else str(entry.get("name"))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
+from polytrope.models.adapters import Adapted, AdapterSettings, adapter_parameters, add_adapters
 from polytrope.models.checkpoint import load_weights, save_model
 from polytrope.models.losses import make_loss
 from polytrope.models.parts.ranges import RangePenalty, penalise_ranges
@@ -38,7 +39,7 @@ from polytrope.pipeline.stages.train.deepspeed_engine import (
 from polytrope.pipeline.stages.train.modality import Modality, make_modality
 from polytrope.pipeline.stages.train.numbers_start import start_for_rows
 from polytrope.pipeline.stages.train.optimization import coefficient_rates, learning_rate_factor, set_learning_rate
-from polytrope.pipeline.stages.train.trainable import freeze
+from polytrope.pipeline.stages.train.trainable import ADAPTERS, freeze
 from polytrope.pipeline.stages.train.training_metrics import (
     Meter,
     MetricsLog,
@@ -62,12 +63,13 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     on_cpu = device.type == "cpu"
     import_deepspeed(on_cpu, parameters.compile)
     _seed(parameters.seed)
-    model = _create_model(plan)
+    model, adapted = _create_model(plan)
     sizes = sizes_of(model)  # now: ZeRO-3 leaves nothing of most parameters here
     frozen, initial = {}, {}
     if rank == 0:  # which writes the model
         if parameters.keep_initial:
-            initial = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+            whole = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+            initial = adapted.merged(whole)
         frozen = {name: weight.detach() for name, weight in model.named_parameters() if not weight.requires_grad}
     chosen = choose_checkpoint(context, rank, plan.workers, plan.zero_stage)
     engine = create_engine(plan, model, on_cpu, universal=chosen is not None and chosen.universal)
@@ -100,7 +102,7 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     if rank == 0:
         if 0 < progress.best_step < plan.steps:
             weights = load_best(run.best_directory, progress.best_step)
-        _write_result(plan, context.output, model, weights, sizes, progress)
+        _write_result(plan, context.output, model, adapted.merged(weights), sizes, progress)
         if initial:
             save_model(context.output / INITIAL, model, tokenizer=plan.dataset, weights=initial)
     dist.barrier()
@@ -307,7 +309,7 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _create_model(plan: TrainingPlan) -> nn.Module:
+def _create_model(plan: TrainingPlan) -> tuple[nn.Module, Adapted]:
     try:
         model = build_model(plan.architecture, apply_activation_options(plan.architecture, plan.model))
         if plan.initial is not None:
@@ -324,18 +326,26 @@ def _create_model(plan: TrainingPlan) -> nn.Module:
     model.set_activation_checkpointing(plan.parameters.activation_checkpointing)  # type: ignore[operator]
     if plan.parameters.loss is not None:
         model.training_loss = make_loss(**plan.parameters.loss.model_dump())  # type: ignore[assignment]
-    if plan.parameters.trainable is not None:
-        freeze(model, plan.architecture, plan.parameters.trainable)
+    adapted = Adapted()
+    if (adapters := plan.parameters.adapters) is not None:
+        try:
+            adapted = add_adapters(model, AdapterSettings(**adapters.model_dump()))
+        except ValueError as error:
+            raise UserError(str(error), "see `with: adapters:` of this stage") from error
+    learning = plan.parameters.trainable or (None if adapters is None else [ADAPTERS])
+    if learning is not None:
+        freeze(model, plan.architecture, learning)
     if plan.parameters.augmentation is not None:
         model.label_smoothing = plan.parameters.augmentation.label_smoothing  # type: ignore[assignment]
-    return model
+    return model, adapted
 
 
 def sizes_of(model: nn.Module) -> dict[str, int]:
-    """How large the model is: `parameters`, and `trainable_parameters` where not all learn."""
-    number = sum(weight.numel() for weight in model.parameters())
+    """How large the model is: `parameters`, without adapters, and `trainable_parameters` where not all learn."""
+    added = adapter_parameters(model)
+    number = sum(weight.numel() for weight in model.parameters()) - sum(weight.numel() for weight in added)
     learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return {"parameters": number} | ({"trainable_parameters": learning} if learning < number else {})
+    return {"parameters": number} | ({"trainable_parameters": learning} if added or learning < number else {})
 
 
 def _train_step(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
-from polytrope.models.configurations import FIXED, MODEL_KINDS, activation_configs, all_parts
+from polytrope.models.configurations import FIXED, MODEL_KINDS, NO_ACTIVATION, activation_configs, all_parts
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.activation_parameters import (
@@ -18,7 +18,13 @@ from polytrope.pipeline.stages.train.activation_parameters import (
     spelled_out,
 )
 from polytrope.pipeline.stages.train.part_parameters import Attention, FeedForward, Mixer, Norm
-from polytrope.pipeline.stages.train.trainable import COEFFICIENTS, MULTIPLICATIVE, MULTIPLICATIVE_PARTS, check_entry
+from polytrope.pipeline.stages.train.trainable import (
+    ADAPTERS,
+    COEFFICIENTS,
+    MULTIPLICATIVE,
+    MULTIPLICATIVE_PARTS,
+    check_entry,
+)
 
 if TYPE_CHECKING:
     ArchitectureName = str
@@ -71,8 +77,8 @@ class ModelParameters(BaseModel):
     )
     feedforward: FeedForward | None = Field(
         None,
-        description="the layers around each activation: mlp (the default), gated or quadratic; of an mlp: dense (the "
-        "default), quadratic, kan or pi; or {name, options}; a list as for activation",
+        description="the layers around each activation: mlp (the default), gated, quadratic, pade or mu; of an mlp: "
+        "dense (the default), quadratic, pade, kan or pi; or {name, options}; a list as for activation",
     )
     mixer: Mixer | None = Field(
         None,
@@ -130,7 +136,8 @@ class ModelParameters(BaseModel):
         known = kind.config.__dataclass_fields__
         for name in self.model_fields_set - {"architecture", "preset", "activation_options"}:
             if name not in known and getattr(self, name) is not None:
-                raise ValueError(f"{name}: a {self.architecture} has no such setting; there are {', '.join(known)}")
+                settable = ", ".join(field for field in known if field in type(self).model_fields)
+                raise ValueError(f"{name}: a {self.architecture} has no such setting; there are {settable}")
         widths = make_config(kind.config, self.settings()).activation_widths()
         for entry, width in zip(self.activations(), widths, strict=True):
             groups = entry.get("num_parameters", 1)
@@ -195,6 +202,32 @@ class RangePenaltyParameters(BaseModel):
         return self
 
 
+class AdaptersParameters(BaseModel):
+    """What learns beside frozen linear layers, and becomes part of their weights at the end."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: Literal["householder", "spectral", "lora"] = Field(
+        description="householder: reflections of the inputs, which keep sizes; spectral: changes of the largest "
+        "singular vectors; lora: a product of two narrow matrices"
+    )
+    rank: int = Field(ge=1, description="reflections (an even number), singular vectors, or columns, of each layer")
+    relaxed: bool = Field(False, description="householder: pairs I - uuᵀ + vvᵀ, which need not keep sizes")
+    layers: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="patterns of names of linear layers, such as transformer.h.*.mlp.*; default: all",
+    )
+
+    @model_validator(mode="after")
+    def possible(self) -> AdaptersParameters:
+        if self.name == "householder" and self.rank % 2:
+            raise ValueError(f"rank: householder vectors come in pairs that start as nothing, got {self.rank}")
+        if self.name != "householder" and self.relaxed:
+            raise ValueError(f"relaxed: only householder has it, this is {self.name}")
+        return self
+
+
 class TrainParameters(BaseModel):
     """Everything that decides the result of a training."""
 
@@ -210,6 +243,10 @@ class TrainParameters(BaseModel):
         None,
         description="added to the training loss, summed over the blocks: keeps inputs of activations and denominators "
         "of attention in a range; validation has none",
+    )
+    adapters: AdaptersParameters | None = Field(
+        None,
+        description="with an `initial` input: few numbers learn for its frozen linear layers, {name: lora, rank: 4}",
     )
     trainable: list[Annotated[str, AfterValidator(check_entry)]] | None = Field(
         None,
@@ -328,13 +365,21 @@ class TrainParameters(BaseModel):
             )
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
+        if self.adapters is not None and self.model is not None:
+            raise ValueError("adapters: they fine-tune an `initial` input, and this model begins from nothing")
+        if self.adapters is not None and ADAPTERS not in (self.trainable or [ADAPTERS]):
+            raise ValueError(f"trainable: with adapters name {ADAPTERS} too, or leave it out: then they alone learn")
+        if self.adapters is not None and self.peak_flops is not None:
+            raise ValueError("peak_flops: MFU counts the gradients of all weights; leave it out with `adapters`")
+        if self.adapters is None and ADAPTERS in (self.trainable or []):
+            raise ValueError(f"trainable: {ADAPTERS}: there are none; say which under `adapters:`")
         if self.trainable is not None and self.peak_flops is not None:
             raise ValueError("peak_flops: MFU counts the gradients of all weights; leave it out with `trainable`")
         if self.model is not None:
             self.refuse_unheeded(self.model.architecture, self.model.settings())
         if self.model is not None and COEFFICIENTS in (self.trainable or ()):
             names = {entry["name"] for entry in self.model.activations()}
-            if names <= set(FIXED):
+            if names <= {*FIXED, NO_ACTIVATION}:
                 raise ValueError(
                     f"trainable: {COEFFICIENTS}: {', '.join(sorted(names))} has none; choose a learnable activation"
                 )
@@ -360,6 +405,8 @@ class TrainParameters(BaseModel):
         divides = architecture == "gpt2" and any(part.divides for part in config.attention_settings())
         if self.range_penalty is not None and not self.range_penalty.activation and not divides:
             raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
+        if self.range_penalty is not None and config.activation == NO_ACTIVATION and not divides:
+            raise ValueError("range_penalty: the model has no activations, and only attention: power has denominators")
 
 
 def check_heeded(architecture: str, settings: Mapping[str, Any], parameters: TrainParameters) -> None:

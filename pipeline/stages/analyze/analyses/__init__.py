@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from polytrope.pipeline.data.records import Record
+from polytrope.pipeline.stages.analyze.analyses.arithmetic import analyse_arithmetic
+from polytrope.pipeline.stages.analyze.analyses.features import analyse_features
 from polytrope.pipeline.stages.analyze.analyses.kernel import analyse_kernel
+from polytrope.pipeline.stages.analyze.analyses.merging import analyse_merging
 from polytrope.pipeline.stages.analyze.analyses.modular import analyse_modular
 from polytrope.pipeline.stages.analyze.analyses.signal import analyse_signal
 from polytrope.pipeline.stages.analyze.analyses.width import analyse_width
@@ -18,4 +21,7 @@ ANALYSES: dict[str, Callable[[Subject, Any], Record]] = {
     "kernel": lambda subject, options: analyse_kernel(subject.activations, options),
     "modular": analyse_modular,
     "width": analyse_width,
+    "features": analyse_features,
+    "merging": analyse_merging,
+    "arithmetic": analyse_arithmetic,
 }
