@@ -7,8 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from benchmarks import after_training, compiled, deep_nets, ops, polynomial_networks, private_inference, recipe
+from benchmarks import (
+    after_training,
+    compiled,
+    deep_nets,
+    grokking,
+    ops,
+    polynomial_networks,
+    private_inference,
+    recipe,
+)
 from polytrope.pipeline.stages.report.statistics import holm
 
 ROOT = Path(__file__).parents[2]
@@ -221,6 +231,35 @@ def test_the_compiled_block_is_told_as_measured() -> None:
 
     says("README.md", f"Hermite 3 takes [{span('hermite 3')} of GELU's time")
     says("README.md", f"Hermite 8 with an interval {span('hermite 8, interval')}](docs/ops.md#speed)")
+
+
+def test_grokking_is_told_as_measured() -> None:
+    file = content("grokking")
+    workflow = yaml.safe_load((ROOT / "workflows" / "grokking.yaml").read_text(encoding="utf-8"))
+    assert file["params"] == workflow["params"]
+    assert grokking.markdown(file) == (RESULTS / "grokking.md").read_text(encoding="utf-8")
+    rows = file["activations"]
+    first = {name: rows[name].get("generalised_step", [None]) for name in rows}
+    alike = [step for name in ("square", "polyrelu2", "gelu", "tropical5", "relu") for step in first[name]]
+    assert max(step for row in rows.values() for step in row["memorised_step"]) == 75
+    never = [name for name, steps in first.items() if None in steps]
+    assert never == ["hermite3", "rational5", "tanh"]
+    shares = {name: f"{100 * sum(row['test_accuracy']) / 3:.1f} %" for name, row in rows.items()}
+    says(
+        "docs/grokking.md",
+        "All memorise within 75 steps",
+        f"after {min(first['fourier5']):.0f} to {max(first['fourier5']):.0f} steps on every seed",
+        f"({min(first['tropical_rational6']):.0f} to {max(first['tropical_rational6']):.0f} steps)",
+        f"at {min(alike):,.0f} to {max(alike):,.0f} steps",
+        f"tanh ends at {shares['tanh']}",
+        f"at the end {shares['square']} and {shares['polyrelu2']} of the other pairs are right",
+    )
+    found = {
+        name: [scale for scale, row in file["scales"].items() if None not in row[name].get("generalised_step", [None])]
+        for name in ("fourier5", "relu")
+    }
+    assert found == {"fourier5": list(file["scales"]), "relu": ["1", "3", "10"]}
+    assert "generalised_step" not in file["scales"]["10"]["square"]
 
 
 def test_what_is_left_after_training_is_told_as_measured() -> None:

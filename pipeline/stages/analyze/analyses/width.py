@@ -23,7 +23,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.analyze.parameters import WidthOptions, refuse_width
 from polytrope.pipeline.stages.analyze.subject import Subject
 
-_SEEDS = 1 << 32  # of one width
+_SEEDS = 100_003  # between those of a width and the next: torch's generator takes the lowest 32 bits of a seed
 
 
 def analyse_width(subject: Subject, options: WidthOptions) -> WidthFigures:
@@ -42,7 +42,7 @@ def analyse_width(subject: Subject, options: WidthOptions) -> WidthFigures:
     for width in options.widths:
         entries = np.array(
             [
-                _entry({**config, "widths": [width] * layers}, rows, width * _SEEDS + draw)
+                _entry({**config, "widths": [width] * layers}, rows, (width * _SEEDS + draw) % 2**32)
                 for draw in range(options.draws)
             ]
         )
