@@ -37,7 +37,8 @@ def settings() -> dict[str, dict[str, Any]]:
 def test_the_recipe_s_comparisons_follow_from_its_trainings() -> None:
     file = content("recipe")
     assert json.loads(json.dumps(recipe.compare(file["trainings"]))) == file["settings"]
-    assert recipe.markdown(file["settings"], file["base_rates"]) == (RESULTS / "recipe.md").read_text(encoding="utf-8")
+    written = (RESULTS / "recipe.md").read_text(encoding="utf-8")
+    assert recipe.markdown(file["settings"], file["base_rates"], file["texts"]) == written
 
 
 def test_the_first_text_is_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
@@ -108,6 +109,25 @@ def test_the_other_text_and_the_images_are_told_as_measured(settings: dict[str, 
     )
 
 
+def test_fine_tuning_is_told_as_measured() -> None:
+    """The table of rates is of the converted model's whole validation text; the rule's own rate is the quickstart's."""
+    losses: dict[str, dict[str, float]] = {}
+    for row in content("recipe")["trainings"]:
+        if "trained on" in row["model"] and row["steps"] == 160:
+            losses.setdefault(row["model"].partition("trained on")[2], {})[row["name"]] = row["loss"]
+    now, earlier = losses[""], losses[" after an earlier conversion"]
+    rates = [f"{now[f'hermite8 × {rate}']:.3f}" for rate in ("0", "0.1", "0.3", "1", "3", "10")]
+    rates.insert(3, f"{content('quickstart')['models']['GELU → Hermite, fine-tuned']['loss']:.3f}")
+    gelu = content("quickstart")["models"]["GELU, fine-tuned"]["loss"]
+    assert f"{gelu:.3f}" == f"{now['gelu_tanh']:.3f}"
+    ends = [f"{earlier[f'hermite8 × {rate}']:.3f}" for rate in ("0.1", "1", "10")]
+    says(
+        "docs/activations/study.md",
+        f"| {' | '.join(rates)} | {gelu:.3f} |",
+        f"ended at {ends[0]}, {ends[1]} and {ends[2]} (× 0.1, × 1, × 10;",
+    )
+
+
 def test_of_ten_activations_one_difference_survives_the_correction() -> None:
     groups = content("activation_study")["results"]
     survive: dict[tuple[str, str], float] = {}
@@ -141,10 +161,15 @@ def test_the_quickstart_s_table_is_the_measured_one() -> None:
 
 
 def test_stable_starts_keep_their_bar_but_at_degree_2_and_the_page_says_so() -> None:
-    rows = content("deep_nets")["rows"]
+    file = content("deep_nets")
+    rows = file["rows"]
     assert {row["degree"] for row in rows if row["init"] == "stable" and not row["within_bar"]} == {2}
-    says("docs/activations/polynomials.md", "degree 2 of `stable` misses it")
-    assert deep_nets.markdown(rows) == (RESULTS / "deep_nets.md").read_text(encoding="utf-8")
+    says("docs/activations/polynomials.md", "degree 2 of `stable` misses it, and no other quadratic could meet it")
+    within = {(row["share"], row["width"]): row["within_bar"] for row in file["quadratics"]}
+    assert [key for key, met in within.items() if met] == [(0.5, 1024)]
+    lost = {(row["share"], row["width"]): f"{100 * row['lost']:.1f}" for row in file["quadratics"]}
+    assert (lost[1.0, 256], lost[0.5, 512], lost[0.5, 1024]) == ("0.1", "0.2", "0.0")
+    assert deep_nets.markdown(file) == (RESULTS / "deep_nets.md").read_text(encoding="utf-8")
 
 
 def test_the_engine_s_time_is_the_measured_one() -> None:
