@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from benchmarks import mnist, recipe, recipe_trainings
+from benchmarks import mnist, recipe, recipe_time, recipe_trainings
 from benchmarks.recipe_stages import learned_start
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
@@ -258,6 +258,37 @@ def test_the_record_stays_whatever_becomes_of_the_store(tmp_path: Path) -> None:
     text = {"choosing": {}, "reporting": {}}
     found = recipe_trainings.read_texts([str(tmp_path / "store")], {"a": text, "b": text}, rows)
     assert found == {"a": text}
+
+
+def test_times_are_compared_in_turns_and_by_medians() -> None:
+    turns: list[str] = []
+
+    def takes(name: str, seconds: float) -> Any:
+        return lambda: turns.append(name) or seconds
+
+    found = recipe_time.in_turns({"gelu": takes("gelu", 2.0), "hermite": takes("hermite", 3.0)}, rounds=2)
+    assert found == {"gelu": [2.0, 2.0], "hermite": [3.0, 3.0]}
+    assert turns == ["hermite", "gelu", "gelu", "hermite", "hermite", "gelu"]  # the first two warm up
+    ten = recipe_time.median_interval([10, 3, 2, 1, 9, 8, 4, 5, 7, 6])
+    assert ten == {"median": 5.5, "low": 2, "high": 9}  # 2 P(at most 1 of 10 below) = .021, 2 P(at most 2) = .109
+    assert recipe_time.median_interval(range(1, 7)) == {"median": 3.5, "low": 1, "high": 6}
+    with pytest.raises(ValueError, match="6 rounds or more, got 5"):
+        recipe_time.median_interval(range(5))
+    model = torch.nn.Linear(2, 1)
+    weight = model.weight.clone()
+    assert recipe_time.stepper(Loss(model), (torch.ones(1, 2), torch.zeros(1, 1)), steps=1)() >= 0
+    assert not torch.equal(model.weight, weight)
+
+
+class Loss(torch.nn.Module):
+    """A model of inputs and targets."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (self.model(inputs) - targets).square().mean()
 
 
 def test_mnist_s_images_are_the_lines_of_its_file(tmp_path: Path) -> None:
