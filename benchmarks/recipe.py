@@ -26,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks import recipe_budgets
 from benchmarks.recipe_trainings import (
     BASELINES,
     CONTROL,
@@ -199,6 +200,21 @@ def markdown(settings: Sequence[Row], rates: Sequence[Row], texts: Mapping[str, 
                 row += [plus_minus(entry.get("accuracy"), ".4f"), plus_minus(compared, "+.4f"), p_value(compared)]
             rows.append([*row, str(entry["failed"])])
         lines += [*table(heads, rows), ""]
+    for corpus, group in recipe_budgets.budgets(filter(is_reported, settings)).items():
+        lines += [f"**{corpus}** by size and number of steps, paired differences to {group[0]['baseline']}", ""]
+        names = recipe_budgets.compared(group)
+        rows = []
+        for setting in group:
+            entries = {entry["name"]: entry for entry in setting["activations"]}
+            pairs = min(entries[name]["difference"]["pairs"] for name in names)
+            row = [
+                setting["model"],
+                str(setting["steps"]),
+                str(pairs),
+                plus_minus(entries[group[0]["baseline"]]["loss"], ".4f"),
+            ]
+            rows.append(row + [plus_minus(entries[name]["difference"], "+.4f") for name in names])
+        lines += [*table(["model", "steps", "seeds", "loss of GELU", *(f"Δ {name}" for name in names)], rows), ""]
     if rates:
         lines += ["**Base learning rates**, by the documents and seeds for choosing", ""]
         rows = []
@@ -314,6 +330,8 @@ def main() -> None:
             largest[setting["corpus"]] = setting
     for corpus, setting in largest.items():
         (options.output / f"recipe-{corpus}.png").write_bytes(picture(setting))
+    for corpus, group in recipe_budgets.budgets(filter(is_reported, settings)).items():
+        (options.output / f"recipe-{corpus}-budgets.png").write_bytes(recipe_budgets.picture(group))
     print(text)
 
 

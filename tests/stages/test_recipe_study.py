@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from benchmarks import mnist, recipe, recipe_time, recipe_trainings
+from benchmarks import mnist, recipe, recipe_budgets, recipe_time, recipe_trainings
 from benchmarks.recipe_stages import learned_start
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
@@ -92,6 +92,25 @@ def test_the_picture_compares_with_the_control_at_the_same_rate(monkeypatch: pyt
     assert drawn["hermite4 × 30"]["values"] == pytest.approx([-0.1, -0.3])
     assert drawn["hermite8 × 5"] is None  # the control was not trained at that rate
     assert drawn["others"][-1] == "affine, same rate"
+
+
+def test_gains_are_told_by_size_and_steps_where_one_text_has_several() -> None:
+    about = {"corpus": "text", "data": "a", "batch": 8, "learning_rate": 3e-3, "accuracy": None}
+    trainings = []
+    for model, steps, gain in (("128", 480, 0.3), ("64", 960, 0.2), ("64", 480, 0.1), ("64, gated", 480, 0.9)):
+        for seed in (0, 1):
+            for name, loss in (("gelu_tanh", 4.0 + seed), ("hermite4 × 10", 4.0 + seed - gain * (1 + 0.1 * seed))):
+                own = {"model": f"GPT-2, 4 layers of {model}", "steps": steps, "name": name, "seed": seed}
+                trainings.append({**about, **own, "test_loss": loss})
+    settings = recipe.compare(trainings)
+    (group,) = recipe_budgets.budgets(settings).values()
+    assert [(one["model"][-3:].strip(), one["steps"]) for one in group] == [("64", 480), ("64", 960), ("128", 480)]
+    assert recipe_budgets.compared(group) == ["hermite4 × 10"]
+    text = recipe.markdown(settings, [], {})
+    assert "| model | steps | seeds | loss of GELU | Δ hermite4 × 10 |" in text
+    assert "| GPT-2, 4 layers of 64 | 960 | 2 | 4.5000 ± 6.3531 | -0.2100 ± 0.1271 |" in text
+    assert recipe_budgets.picture(group).startswith(b"\x89PNG")
+    assert recipe_budgets.budgets([one for one in settings if one["steps"] == 480]) == {}
 
 
 def test_what_a_control_has_learned_is_kept_by_block() -> None:
