@@ -75,5 +75,5 @@ def _draw(theme: figures.Theme, group: Sequence[Row]) -> Figure:
     gains.set_ylabel(f"paired difference to {group[0]['baseline']}")
     for axes in (losses, gains):
         axes.set_xlabel(f"steps of {group[0]['batch']} samples")
-    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8, handlelength=5)
     return figure
