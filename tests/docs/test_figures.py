@@ -163,8 +163,12 @@ def test_the_quickstart_s_table_is_the_measured_one() -> None:
 def test_stable_starts_keep_their_bar_but_at_degree_2_and_the_page_says_so() -> None:
     file = content("deep_nets")
     rows = file["rows"]
-    assert {row["degree"] for row in rows if row["init"] == "stable" and not row["within_bar"]} == {2}
-    says("docs/activations/polynomials.md", "degree 2 of `stable` misses it, and no other quadratic could meet it")
+    missed = [(row["degree"], row["interval"]) for row in rows if row["init"] == "stable" and not row["within_bar"]]
+    assert missed == [(2, None), (2, [-4, 4])]
+    says("docs/activations/polynomials.md", "degree 2 of `stable` misses it, as any quadratic would, and meets it with")
+    (narrow,) = (row for row in rows if (row["init"], row["degree"], row["interval"]) == ("stable", 2, [-2, 2]))
+    assert narrow["lost"] == 0
+    says("docs/activations/polynomials.md", "the mean stays within {:.2f} and {:.2f}. So for".format(*narrow["mean"]))
     within = {(row["share"], row["width"]): row["within_bar"] for row in file["quadratics"]}
     assert [key for key, met in within.items() if met] == [(0.5, 1024)]
     lost = {(row["share"], row["width"]): f"{100 * row['lost']:.1f}" for row in file["quadratics"]}
