@@ -35,7 +35,7 @@ FROZEN = "frozen as learned"
 LEARNED_START = "benchmarks.recipe_stages:learned_start"
 SETTING = ("data", "model", "steps", "batch", "learning_rate")
 ASKED = ("corpus", *SETTING[1:], "name", "seed")  # what a training is known by before its data exist
-FEEDFORWARDS = {None: "", "mlp": "", "gated": ", gated"}  # of GPT-2, in the name of the model
+FEEDFORWARDS = {None: "", "mlp": "", "gated": ", gated"}  # in the name of the model
 Row = dict[str, Any]
 
 
@@ -424,7 +424,7 @@ def is_unusual(parameters: Mapping[str, Any]) -> bool:
     model = parameters["model"] or {}
     if isinstance(model.get("activation"), list) or parameters.get("precision", "fp32") != "fp32":
         return True
-    if model.get("feedforward") not in FEEDFORWARDS:
+    if model.get("feedforward") not in tuple(FEEDFORWARDS):  # one with options is no key
         return True
     told = {"architecture", "activation", "n_layer", "n_head", "n_embd", "depths", "dims", "patch_size", "layer_scale"}
     told |= {"feedforward"}
@@ -507,8 +507,10 @@ def rate_name(
 def model_name(model: Mapping[str, Any], *, images: bool) -> str:
     """`GPT-2, 4 layers of 128, gated` or `ConvNeXt [1, 1] of [32, 64]`."""
     if images:
-        return f"ConvNeXt {model['depths']} of {model['dims']}"
-    return f"GPT-2, {model['n_layer']} layers of {model['n_embd']}{FEEDFORWARDS[model.get('feedforward')]}"
+        shape = f"ConvNeXt {model['depths']} of {model['dims']}"
+    else:
+        shape = f"GPT-2, {model['n_layer']} layers of {model['n_embd']}"
+    return shape + FEEDFORWARDS[model.get("feedforward")]
 
 
 def learned_numbers(model: nn.Module) -> dict[str, list[Any]]:

@@ -397,7 +397,8 @@ def test_a_training_says_its_rate_and_where_its_coefficients_came_from() -> None
     gated = row(model=parameters["model"] | {"feedforward": "gated"})
     assert gated is not None
     assert gated["model"] == "GPT-2, 4 layers of 128, gated"
-    assert row(model=parameters["model"] | {"feedforward": "quadratic"}) is None
+    for other in ("quadratic", {"name": "quadratic", "square": False}, ["mlp", "gated"]):
+        assert row(model=parameters["model"] | {"feedforward": other}) is None
     assert row(model=parameters["model"] | {"activation": ["gelu", "relu"]}) is None
     assert row(loss={"name": "poly"}) is None
     assert row(precision="bf16") is None
