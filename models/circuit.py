@@ -147,6 +147,7 @@ class _Attention(nn.Module):
     """Power attention; what its scores are multiplied by is in the queries' weights."""
 
     share: Tensor
+    rest: Tensor
     shift: Tensor
     ones: Tensor
 
@@ -163,7 +164,9 @@ class _Attention(nn.Module):
                 queries.copy_(queries.double() * gain.reshape(-1, *[1] * (queries.dim() - 1)))
         self.c_proj = attention.c_proj
         visible = torch.ones(positions, positions, dtype=torch.float64).tril()
-        self.register_buffer("share", (visible / visible.sum(-1, keepdim=True)).float())
+        counted = visible.sum(-1, keepdim=True) + attention.settings.sinks
+        self.register_buffer("share", (visible / counted).float())
+        self.register_buffer("rest", (EPSILON + attention.settings.sinks / counted).float())
         self.register_buffer("shift", attention.beta.detach().float()[:, None, None].clone())
         self.register_buffer("ones", torch.ones(positions, 1))
         reciprocal = attention.reciprocal
@@ -178,7 +181,7 @@ class _Attention(nn.Module):
         for _ in range(self.power // 2):
             powers = powers * powers
         means = powers * self.share
-        mixed = (means @ value) * self.reciprocal(means @ self.ones + EPSILON)
+        mixed = (means @ value) * self.reciprocal(means @ self.ones + self.rest)
         merged: Tensor = self.c_proj(mixed.transpose(1, 2).reshape(1, length, width))
         return merged
 

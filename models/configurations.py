@@ -364,9 +364,9 @@ class MLPConfig:
             raise ValueError(f"residual: needs two widths or more that are equal, got widths {self.widths}")
         if self.loss not in ("mse", "cross_entropy"):
             raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
-        self.activation = _used_activations(self.activation, self.feedforward_settings())
         if not 0.0 < self.output_scale < math.inf:
             raise ValueError(f"output_scale: expected a number above 0, got {self.output_scale}")
+        self.activation = _used_activations(self.activation, self.feedforward_settings())
         norm = self.norm_settings().name
         activations = activation_configs(self.activation, len(self.widths))
         for entry, part in zip(activations, self.feedforward_settings(), strict=True):

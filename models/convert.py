@@ -50,6 +50,7 @@ from polytrope.models.modes import measuring
 from polytrope.models.polynomials import Polynomials, hold_out, measure_polynomials
 from polytrope.models.rewriting import FunctionalActivation
 from polytrope.models.selection import Left, Selection, select_activations
+from polytrope.models.sensitivity import sensitivities
 from polytrope.models.surgery import Choice, is_activation, replace_module
 from polytrope.models.writing import appearing
 
@@ -301,7 +302,9 @@ def convert(
         types, include, exclude, layers: which activations, as of `surgery.Choice`; all but types also which linear
             layers.
         samples: as many samples of the data are used, rounded up to whole batches; None: all.
-        rated_samples: the costs of the activations are measured on as many, one activation after the other; 0: not.
+        rated_samples: how much an error of an activation moves the output is measured on as many, by its input: the
+            fits go by it, unless there is a `target_error`; then what each conversion costs, one activation after the
+            other. 0: neither, and all inputs count alike.
         keep: so many activations stay as they are: those whose conversion alone moves the output most.
         output_error: instead of `keep`: as few as leave an output that moves by at most this, relative to itself, if
             what the others cost is independent, so that its squares add up.
@@ -499,11 +502,16 @@ def _convert_activations(
             calibrations = calibrate(model, found, going(1, "calibrating", batches), forward)
         else:
             calibrations = measure(model, selection, batches)
+        rating = inputs.heads(batches, rated_samples) if rated_samples else []
+        effects = None
+        if rating and options.goes_by_effect:
+            what = "measuring how errors move the output"
+            say(2, what)
+            effects = sensitivities(model, found, calibrations, going(2, what, rating), forward)
         say(2, f"fitting {options.title()}")
-        fits = fit_layers(going(2, "fitting", found), calibrations, options)
+        fits = fit_layers(going(2, "fitting", found), calibrations, options, effects)
         costs: Mapping[str, float] = {}
-        if rated_samples:
-            rating = inputs.heads(batches, rated_samples)
+        if rating:
             say(2, f"rating {len(fits)} activations")
             costs = layer_costs(model, fits, rating, forward, walk=lambda items: going(2, "rating", items))
         try:

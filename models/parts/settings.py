@@ -120,6 +120,9 @@ class PowerSettings(Attention):
     recurrent: bool = _choice(
         False, (False, True), "sample with a state of fixed size instead of a cache that grows; power: 2 only"
     )
+    sinks: int = _choice(
+        0, (0, 1, 2, 4, 8, 16), "positions before the first, of weight 1 and value 0: what is divided by stays near 1"
+    )
     reciprocal: ReciprocalSettings | None = field(
         default=None,
         metadata={

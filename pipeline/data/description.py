@@ -15,6 +15,9 @@ from polytrope.pipeline.errors import UserError
 DATASET_FILE = "dataset.json"
 MANIFEST_FILE = "manifest.json"
 
+UNITS: dict[str, Literal["tokens", "images", "rows"]] = {"text": "tokens", "images": "images", "numbers": "rows"}
+"""By the kind of a data set: what is counted and scored."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True)

@@ -64,8 +64,8 @@ SMALL: dict[str, list[str]] = {
     "private-inference": [
         "stages.gpt.matrix.parts=["
         "{label: baseline, activation: gelu_tanh, norm: layer_norm, attention: softmax, penalty: null}, "
-        "{label: polynomial, activation: {name: hermite, degree: 3, init: stable}, norm: batch, attention: power, "
-        "penalty: {activation: 1.0, denominator: 0.1}}]",
+        "{label: polynomial, activation: {name: hermite, degree: 3, init: stable}, norm: batch, "
+        "attention: {name: power, sinks: 4}, penalty: {activation: 1.0, denominator: 0.1}}]",
         "stages.text.with.tokenizer={kind: bytes}",
         "stages.gpt.with.warmup_steps=2",
         "stages.gpt.with.validation_every=0",

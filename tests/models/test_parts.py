@@ -199,6 +199,8 @@ def test_a_workflow_says_parts_as_the_configuration_takes_them() -> None:
         ({"trainable": ["multiplicative"]}, "trainable: multiplicative: only a model with .*feedforward: quadratic"),
         ({"range_penalty": {"activation": 0}}, "range_penalty: activation is 0, and only attention: power"),
         ({"range_penalty": {"activation": 0, "denominator": 0}}, "both 0: leave range_penalty out"),
+        ({"range_penalty": {"denominator": 0.1}}, "range_penalty.denominator: only attention: power has"),
+        ({"range_penalty": {"activation": 0, "beyond": 2.0}}, "beyond: activation is 0, so that no input costs"),
     ):
         with pytest.raises(ValidationError, match=words):
             TrainParameters.model_validate({"model": GPT2, "steps": 1, **settings})
@@ -283,15 +285,15 @@ def test_weights_of_power_attention_are_those_of_its_formula(exponent: int) -> N
         torch.testing.assert_close(weights(scores, 1e-3)[:, row, : row + 1], expected, rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("exponent", [2, 4])
-def test_power_attention_is_its_formula_and_has_its_gradients(exponent: int) -> None:
-    part = power({"power": exponent})
+@pytest.mark.parametrize(("exponent", "sinks"), [(2, 0), (4, 0), (2, 4)])
+def test_power_attention_is_its_formula_and_has_its_gradients(exponent: int, sinks: int) -> None:
+    part = power({"power": exponent, "sinks": sinks})
     x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     query, key, value = (y.view(2, 5, 2, 4).transpose(1, 2) for y in part.c_attn(x).split(8, dim=-1))
     scores = torch.einsum("bhid,bhjd->bhij", query, key) * 0.5
     powers = ((scores * part.alpha.view(2, 1, 1) + part.beta.view(2, 1, 1)) ** exponent).tril()
-    visible = torch.arange(1, 6).view(5, 1)
-    mixed = (powers / visible) @ value / ((powers / visible).sum(-1, keepdim=True) + 1e-3)
+    visible = torch.arange(1, 6).view(5, 1) + sinks
+    mixed = (powers / visible) @ value / ((powers.sum(-1, keepdim=True) + sinks) / visible + 1e-3)
     expected = part.c_proj(mixed.transpose(1, 2).reshape(2, 5, 8))
     torch.testing.assert_close(part(x), expected, rtol=1e-12, atol=1e-14)
     parameters = {name: weight.detach().requires_grad_() for name, weight in part.named_parameters()}
@@ -302,7 +304,9 @@ def test_power_attention_is_its_formula_and_has_its_gradients(exponent: int) -> 
     assert torch.autograd.gradcheck(run, (x[:1, :3].requires_grad_(), *parameters.values()))
 
 
-@pytest.mark.parametrize("settings", [{"power": 2}, {"power": 4}, {"power": 2, "recurrent": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"power": 4}, {"sinks": 2}, {"recurrent": True}, {"recurrent": True, "sinks": 4}], ids=str
+)
 def test_power_attention_with_a_cache_is_the_same_and_its_state_does_not_grow(settings: dict[str, Any]) -> None:
     part = power(settings)
     x = torch.randn(2, 11, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -138,6 +138,17 @@ def test_symmetries_are_looked_for_only_where_a_polynomial_means_something(reach
     assert (layer.symmetry is not None) == told
 
 
+def test_every_reason_why_a_figure_is_missing_is_told() -> None:
+    module = build_activation({"name": "composition", "degree": 4, "domain": [-8.0, 8.0], "num_parameters": 2})
+    inputs = InputStatistics(count=2, mean=0.0, deviation=1.0, minimum=-1.0, maximum=1.0)
+    entry = AnalysedActivation("block 1", "composition", module, [], np.zeros(1), np.ones(1), inputs)
+    (layer,) = analyse_signal([entry], SignalOptions(name="signal")).layers
+    assert layer.missing == (
+        "only activations with one set of coefficients that are not gated; a polynomial for its domain alone, beyond "
+        "which nothing holds, has no normal distribution"
+    )
+
+
 def test_kernels_end_at_the_degree_and_are_of_trace_one(analysed: tuple[Path, dict[str, float]]) -> None:
     models = read_analysis(analysed[0] / "output").models
     hermite, gelu, composed = (models[label].kernel for label in ("hermite", "gelu", "composed"))

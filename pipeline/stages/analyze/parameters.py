@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
 from polytrope.models.configurations import MLPConfig
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.support.short_form import ShortForm
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -127,13 +126,6 @@ AnalysisOptions = (
 NAMES = ("signal", "kernel", "modular", "width", "features", "merging", "arithmetic")
 
 
-class _ShortForm:
-    """For the JSON schema: a name alone is accepted too."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"anyOf": [{"enum": list(NAMES)}, handler(schema)]}
-
-
 def _spelled_out(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -142,7 +134,9 @@ if TYPE_CHECKING:
     Entry = AnalysisOptions
 else:
     Entry = Annotated[
-        Annotated[AnalysisOptions, Field(discriminator="name")], BeforeValidator(_spelled_out), _ShortForm()
+        Annotated[AnalysisOptions, Field(discriminator="name")],
+        BeforeValidator(_spelled_out),
+        ShortForm({"enum": list(NAMES)}),
     ]
 
 

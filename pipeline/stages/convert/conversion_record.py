@@ -135,7 +135,8 @@ def _suggestion(conversion: LayerConversion, share: float, options: FitOptions) 
         return f"{opening}; leave this layer as it is if that is too much"
     higher = replace(options, target_error=None, **changed)
     try:
-        better = fit_layer(Activation(conversion.name, conversion.module), conversion.calibration, higher)
+        activation = Activation(conversion.name, conversion.module)
+        better = fit_layer(activation, conversion.calibration, higher, conversion.sensitivity)
     except ValueError:
         return f"{opening}; {what} cannot be fitted, leave this layer as it is if that is too much"
     if better.relative_error >= conversion.relative_error:

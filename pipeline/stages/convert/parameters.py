@@ -257,8 +257,9 @@ class ConvertParameters(BaseModel):
     rated_samples: int = Field(
         8,
         ge=0,
-        description="samples on which every layer alone is converted, to say how far the output moves; 0: no layer is "
-        "rated, and there is no advice",
+        description="samples that tell at which inputs errors move the output most, which the fits go by unless there "
+        "is a target_error, and on which every layer alone is converted, to say how far; 0: all inputs count alike, no "
+        "layer is rated, and there is no advice",
     )
     keep: int | None = Field(
         None,

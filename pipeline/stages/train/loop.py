@@ -319,7 +319,7 @@ def _create_model(plan: TrainingPlan) -> tuple[nn.Module, Adapted]:
         elif find_architecture(plan.architecture).data == "numbers":
             start_for_rows(model, plan.dataset)
         if plan.parameters.range_penalty is not None:
-            penalise_ranges(model, RangePenalty(**plan.parameters.range_penalty.model_dump()))
+            penalise_ranges(model, RangePenalty(**plan.parameters.range_penalty.numbers()))
     except (ValueError, TypeError) as error:
         raise UserError(f"the model cannot be built: {error}", "see `with: model:` of this stage") from error
     model.train()

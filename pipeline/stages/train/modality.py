@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models import find_architecture
+from polytrope.pipeline.data.description import UNITS
 from polytrope.pipeline.data.order import sample_indices
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.stages.train.augment import augment, mix
@@ -44,7 +45,8 @@ class Modality:
 def make_modality(plan: TrainingPlan, rank: int, pin: bool) -> Modality:
     """What fits the architecture. `pin`: put batches into page-locked memory, for asynchronous copies."""
     train, validation = open_split(plan.dataset, "train"), open_split(plan.dataset, "validation")
-    data = _DATA[find_architecture(plan.architecture).data]
+    kind = find_architecture(plan.architecture).data
+    data = _DATA[kind]
 
     def train_step(batch: int) -> list[Batch]:
         size = plan.parameters.global_batch_size
@@ -65,7 +67,7 @@ def make_modality(plan: TrainingPlan, rank: int, pin: bool) -> Modality:
         validation_batch=lambda indices: data.load(validation, indices, plan, None),
         validation_samples=len(validation),
         measure=data.measure,
-        unit=data.unit,
+        unit=UNITS[kind],
         flops_per_unit=lambda model: data.flops(model, train),
     )
 
@@ -77,7 +79,6 @@ class _Data:
 
     load: Callable[[Any, np.ndarray, TrainingPlan, np.ndarray | None], Batch]
     measure: Callable[[nn.Module, Batch, int], dict[str, Tensor]]
-    unit: str
     flops: Callable[[Any, Any], float]
 
 
@@ -133,12 +134,11 @@ def _measure_numbers(model: nn.Module, batch: Batch, counted: int) -> dict[str, 
 
 # By what an architecture takes.
 _DATA: dict[str, _Data] = {
-    "text": _Data(_load_text, _measure_text, "tokens", lambda model, _: float(model.flops_per_token())),
+    "text": _Data(_load_text, _measure_text, lambda model, _: float(model.flops_per_token())),
     "images": _Data(
         _load_images,
         _measure_images,
-        "images",
         lambda model, reader: float(model.flops_per_image(*reader.fields["pixels"].shape[1:])),
     ),
-    "numbers": _Data(_load_numbers, _measure_numbers, "rows", lambda model, _: float(model.flops_per_row())),
+    "numbers": _Data(_load_numbers, _measure_numbers, lambda model, _: float(model.flops_per_row())),
 }

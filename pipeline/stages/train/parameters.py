@@ -190,16 +190,29 @@ class RangePenaltyParameters(BaseModel):
     activation: float = Field(
         1.0, ge=0, description="weight of the mean of max(|x| - beyond, 0)², over inputs x of activations"
     )
-    beyond: float = Field(4.0, gt=0, description="where inputs of activations begin to cost")
-    denominator: float = Field(
-        0.1, ge=0, description="weight of the mean of (ln d)², over the denominators d of attention: power"
+    beyond: float | None = Field(None, gt=0, description="where inputs of activations begin to cost; default: 4")
+    denominator: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the mean of (ln d)², over the denominators d of attention: power; default: 0.1 where "
+        "the model has that",
     )
 
     @model_validator(mode="after")
     def penalises(self) -> RangePenaltyParameters:
-        if not self.activation and not self.denominator:
+        if self.activation == self.denominator == 0:
             raise ValueError("activation and denominator are both 0: leave range_penalty out")
+        if self.activation == 0 and self.beyond is not None:
+            raise ValueError("beyond: activation is 0, so that no input costs anything: leave it out")
         return self
+
+    def numbers(self) -> dict[str, float]:
+        """All of them, with the defaults of those that are not given."""
+        return {
+            "activation": self.activation,
+            "beyond": 4.0 if self.beyond is None else self.beyond,
+            "denominator": 0.1 if self.denominator is None else self.denominator,
+        }
 
 
 class AdaptersParameters(BaseModel):
@@ -403,10 +416,15 @@ class TrainParameters(BaseModel):
         if "norms" in trainable and config.norm_settings().name == "none":
             raise ValueError("trainable: norms: the model has none (norm: none)")
         divides = architecture == "gpt2" and any(part.divides for part in config.attention_settings())
-        if self.range_penalty is not None and not self.range_penalty.activation and not divides:
-            raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
-        if self.range_penalty is not None and config.activation == NO_ACTIVATION and not divides:
-            raise ValueError("range_penalty: the model has no activations, and only attention: power has denominators")
+        if self.range_penalty is not None and not divides:
+            if self.range_penalty.denominator:
+                raise ValueError("range_penalty.denominator: only attention: power has denominators; leave it out")
+            if not self.range_penalty.activation:
+                raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
+            if config.activation == NO_ACTIVATION:
+                raise ValueError(
+                    "range_penalty: the model has no activations, and only attention: power has denominators"
+                )
 
 
 def check_heeded(architecture: str, settings: Mapping[str, Any], parameters: TrainParameters) -> None:

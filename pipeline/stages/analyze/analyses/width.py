@@ -14,7 +14,7 @@ import torch
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import model_config
-from polytrope.models.parts.feedforward import QuadraticLinear
+from polytrope.models.parts.feedforward import LinearAtStart
 from polytrope.models.tangent import tangent_kernel
 from polytrope.pipeline.data.analysis_file import WidthFigures
 from polytrope.pipeline.data.model_inputs import read_tensors
@@ -79,10 +79,6 @@ def _entry(config: dict[str, object], rows: torch.Tensor, seed: int) -> tuple[fl
         torch.manual_seed(seed)
         model: Any = build_model("mlp", config).double().eval()
     model.start_for(float(rows.square().mean()))
-    layers = (
-        (f"{name}.weight", module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | QuadraticLinear)
-    )
+    layers = ((f"{name}.weight", module) for name, module in model.named_modules() if isinstance(module, LinearAtStart))
     kernel = tangent_kernel(model, rows, {name: 1.0 / layer.in_features for name, layer in layers})
     return float(kernel[0, 1]), float(kernel[0, 0]), float(kernel[1, 1])
