@@ -32,8 +32,10 @@ from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.conversion import FitOptions, PolynomialOnly, apply, fit_layers
+from polytrope.models.convert import RATED_SAMPLES
 from polytrope.models.formats import read_model
-from polytrope.models.inputs import Batch, forward
+from polytrope.models.inputs import Batch, forward, heads
+from polytrope.models.sensitivity import sensitivities
 from polytrope.models.surgery import Activation, find_activations
 from polytrope.ops.interpolate import FAMILIES as ALL_FAMILIES
 from polytrope.ops.interpolate import fit, parameter_count
@@ -221,7 +223,7 @@ def command_time() -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The figures of MiniLM, and the times of fits."""
+    """The figures of MiniLM. How long its fits take is said by the processor: other work on the machine adds little."""
     torch.manual_seed(0)
     directory = minilm_directory()
     model = read_model(directory)
@@ -235,8 +237,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with torch.no_grad():
         expected = [sentence_embeddings(model, batch) for batch in batches]
     found = find_activations(model, exclude=["pooler.*"])
+    seen = text_batches(tokenizer, calibration, 32, 128, True)
     start = time.perf_counter()
-    calibrations = calibrate(model, found, text_batches(tokenizer, calibration, 32, 128, True), forward)
+    calibrations = calibrate(model, found, seen, forward)
+    calibrated = time.perf_counter()
+    effects = sensitivities(model, found, calibrations, heads(seen, RATED_SAMPLES), forward)
+    sensed = time.perf_counter()
     result: dict[str, Any] = {
         "machine": {
             "processor": processor(),
@@ -245,19 +251,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
         },
         "sentences": {"calibration": len(calibration), "training": len(training), "held_out": len(held_out)},
-        "calibration_seconds": time.perf_counter() - start,
-        "fitting": fitting_times(arguments.repeats),
-        "layers": layer_times(),
+        "calibration_seconds": calibrated - start,
+        "sensitivity_seconds": sensed - calibrated,
         "conversion": [],
         "families": [],
         "distillation": [],
     }
 
     def converted(family: str, degree: int) -> tuple[nn.Module, dict[str, Any]]:
-        start = time.perf_counter()
+        start = time.process_time()
         own = [Activation(entry.name, entry.module) for entry in found]
-        fits = fit_layers(own, calibrations, FitOptions(family, degree))
-        seconds = time.perf_counter() - start
+        fits = fit_layers(own, calibrations, FitOptions(family, degree), effects)
+        seconds = time.process_time() - start
         changed = copy.deepcopy(model)
         apply(changed, fits)
         row = {
@@ -307,7 +312,11 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['degree']} | {row['bar']} | {row['cosine']['mean']:.7f} | {row['cosine']['minimum']:.7f} | "
             + (f"{trained['after']['mean']:.7f} | {trained['bar']} |" if trained else "- | - |")
         )
-    lines += ["", "| family | degree | parameters | mean cosine | smallest | fit per layer |", "|---" * 6 + "|"]
+    lines += [
+        "",
+        "| family | degree | parameters | mean cosine | smallest | fit per layer, processor |",
+        "|---" * 6 + "|",
+    ]
     hermite = [row for row in result["conversion"] if row["degree"] == 8]
     lines += [
         f"| {row['family']} | {row['degree']} | {row['parameters']} | {row['cosine']['mean']:.7f} | "
@@ -379,13 +388,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of the distillation")
     parser.add_argument("--repeats", type=int, default=25, help="of the timing of a fit")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIRECTORY", help="default benchmarks/results")
-    parser.add_argument("--only", choices=("minilm", "smollm2"), help="measure this only, and keep the other")
+    parser.add_argument(
+        "--only", choices=("minilm", "times", "smollm2"), help="measure this only (times: of fits), and keep the others"
+    )
     arguments = parser.parse_args()
     kept = arguments.output / "conversion.json"
     result = json.loads(kept.read_text(encoding="utf-8")) if arguments.only and kept.exists() else {}
-    if arguments.only != "smollm2":
+    if arguments.only in (None, "minilm"):
         result |= measure(arguments)
-    if arguments.only != "minilm":
+    if arguments.only in (None, "times"):
+        result |= {"fitting": fitting_times(arguments.repeats), "layers": layer_times()}
+    if arguments.only in (None, "smollm2"):
         result["smollm2"] = command_time()
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "conversion.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -516,7 +516,7 @@ def model_name(model: Mapping[str, Any], *, images: bool) -> str:
 def learned_numbers(model: nn.Module) -> dict[str, list[Any]]:
     """What the activations have learned, to four digits: of each parameter its number or its numbers, by block."""
     found: dict[str, list[Any]] = {}
-    for module in activation_modules(model):
+    for module in activation_modules(model).values():
         for name, parameter in module.named_parameters():
             values = [float(f"{value:.4g}") for value in parameter.detach().flatten().tolist()]
             found.setdefault(name, []).append(values if len(values) > 1 else values[0])

@@ -195,7 +195,7 @@ def calibrate(
 
     def consume(name: str, arguments: Sequence[Any]) -> None:
         try:
-            measured = Calibration.of(_input(arguments))
+            measured = Calibration.of(input_of(arguments))
             found[name] = found[name] + measured if name in found else measured
         except ValueError as error:
             failures.append(ValueError(f"activation `{name}` receives {error} from the calibration data"))
@@ -231,7 +231,7 @@ def calibrate(
     return {activation.name: found[activation.name] for activation in activations}
 
 
-def _input(arguments: Sequence[Any]) -> Tensor:
+def input_of(arguments: Sequence[Any]) -> Tensor:
     """What an activation is applied to, given by position or by keyword."""
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.is_floating_point():

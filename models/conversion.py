@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from polytrope.models.calibration import Calibration
 from polytrope.models.convert_options import check_polynomial_only, check_weight, replacement
 from polytrope.models.modes import measuring, wrapped_forward
+from polytrope.models.sensitivity import Sensitivity
 from polytrope.models.surgery import Activation, replace_module, replaced
 from polytrope.ops.channels import (
     channel_of,
@@ -76,6 +77,13 @@ class FitOptions:
             raise ValueError(f"coverage: expected a share above 0.5, at most 1, got {self.coverage!r}")
         if not 0 <= self.derivative_weight < math.inf:
             raise ValueError(f"derivative_weight: expected a number ≥ 0, got {self.derivative_weight!r}")
+
+    @property
+    def goes_by_effect(self) -> bool:
+        """Whether an input counts by how much an error there moves the model's output. A target error is a mean over
+        the inputs as they are, and so is what normal weights and certified ranges are made for.
+        """
+        return self.polynomial_only is None and self.target_error is None and self.weight == "measured"
 
     def title(self) -> str:
         """What is fitted, for people."""
@@ -168,12 +176,17 @@ def fit_options(
 
 @dataclass(frozen=True)
 class LayerConversion:
-    """One activation, what it receives, and the fit that can replace it."""
+    """One activation, what it receives, and the fit that can replace it.
+
+    Args:
+        sensitivity: how much the fit counted each input; None: all alike.
+    """
 
     name: str
     module: nn.Module
     calibration: Calibration
     fit: Fit
+    sensitivity: Sensitivity | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -199,8 +212,13 @@ class LayerConversion:
         return resolve_target(function_of(slopes[channel])), channel_of(self.fit, channel)
 
 
-def fit_layer(activation: Activation, calibration: Calibration, options: FitOptions) -> LayerConversion:
+def fit_layer(
+    activation: Activation, calibration: Calibration, options: FitOptions, sensitivity: Sensitivity | None = None
+) -> LayerConversion:
     """The fit of one activation; the model stays as it is.
+
+    Args:
+        sensitivity: how much each input counts, where the options go by effect; None: all alike.
 
     Raises:
         ValueError: the layer's name and what `fit` refuses, or a target error that no degree reaches.
@@ -209,6 +227,7 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
         return _fit_polynomials(activation, calibration, options.polynomial_only, options.target_error)
     measure = calibration.measure()
     interval: Any = "best"
+    sensitivity = sensitivity if options.goes_by_effect else None
     if options.weight == "normal":
         return _project(activation, calibration, options)
     if options.coverage is not None:
@@ -219,12 +238,13 @@ def fit_layer(activation: Activation, calibration: Calibration, options: FitOpti
     settings: dict[str, Any] = {
         "interval": interval,
         "weight": measure,
+        "importance": sensitivity,
         "derivative_weight": options.derivative_weight * _variance(measure),
         "constraints": options.constraints,
         "held_out": calibration.held_out,
         "dtype": calibration.dtype,
     }
-    return _fit(activation, calibration, options, settings)
+    return replace(_fit(activation, calibration, options, settings), sensitivity=sensitivity)
 
 
 def _fit(
@@ -334,10 +354,20 @@ def _size(mean_square: float, dtype: torch.dtype) -> float:
 
 
 def fit_layers(
-    activations: Iterable[Activation], calibrations: Mapping[str, Calibration], options: FitOptions
+    activations: Iterable[Activation],
+    calibrations: Mapping[str, Calibration],
+    options: FitOptions,
+    effects: Mapping[str, Sensitivity] | None = None,
 ) -> list[LayerConversion]:
-    """Fits of all activations, in order; see `fit_layer`. One by one: threads wait for the GIL, and take longer."""
-    return [fit_layer(activation, calibrations[activation.name], options) for activation in activations]
+    """Fits of all activations, in order; see `fit_layer`. One by one: threads wait for the GIL, and take longer.
+
+    Args:
+        effects: as of `sensitivity.sensitivities`; None: all inputs count alike.
+    """
+    return [
+        fit_layer(activation, calibrations[activation.name], options, (effects or {}).get(activation.name))
+        for activation in activations
+    ]
 
 
 def apply(model: nn.Module, conversions: Sequence[LayerConversion]) -> None:

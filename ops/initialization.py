@@ -6,6 +6,7 @@ because Var G ≤ E[G'²] (Poincaré's inequality for the normal distribution). 
 taken. With an interval, G is what runs: the tangents outside are part of it.
 `stable`: the same moments, with signs that make the map of variances contract (`moments.Moments.slope`).
 `torchortho`: the published coefficients.
+`siren`: sin(30 x). (Sitzmann et al., Implicit Neural Representations with Periodic Activation Functions, 2020)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from polytrope.ops.fitting.polynomial import Variable, of_line
 from polytrope.ops.moments import gaussian_moments
 
 Ends = tuple[float, float]
+SIREN_FREQUENCY = 30.0
 
 
 def scale_and_offset(

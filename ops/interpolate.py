@@ -22,7 +22,7 @@ from torch import nn
 from polytrope.ops import families
 from polytrope.ops.families import check_degree
 from polytrope.ops.fitting import placement, polynomial, quadrature
-from polytrope.ops.fitting.certificate import Built, Certificate, Inputs, certify
+from polytrope.ops.fitting.certificate import Built, Certificate, Inputs, certify, root_mean_square
 from polytrope.ops.fitting.curves import Array, Curve, with_tangents
 from polytrope.ops.fitting.refinement import Data, Ends
 from polytrope.ops.fitting.solvers import (
@@ -90,6 +90,7 @@ def fit(
     *,
     interval: tuple[float, float] | Literal["best"] | None = (-4.0, 4.0),
     weight: quadrature.Weight = "uniform",
+    importance: quadrature.Importance | None = None,
     derivative_weight: float = 1.0,
     constraints: Sequence[str | Condition] = (),
     method: Literal["least_squares", "interpolation"] = "least_squares",
@@ -111,6 +112,8 @@ def fit(
             `best`, for measured inputs: where polynomial and tangent lines together fit best.
         weight: `uniform`, `gaussian` (standard normal), a density as a function of an array, or measured inputs as
             (points, counts). Measured inputs outside the interval count as well, with the tangent lines.
+        importance: how much a measured input counts beside its count, a function of an array of inputs. It decides
+            what is minimised; what is certified is of the inputs as often as they were seen.
         derivative_weight: λ ≥ 0; 0 matches values only.
         constraints: what must hold exactly (polynomials, PolyReLU): `ends` (value and slope at both ends of the
             interval), `end_values`, `origin` (F(0) = f(0)), or pairs (x, "value") and (x, "slope").
@@ -124,8 +127,8 @@ def fit(
             interval, beyond the rounding of any result in it; None: any. With measured inputs a degree that loses more
             is given up for a wider interval, or the best lower degree.
 
-    With measured inputs no degree has a larger root mean square error than a lower one (tropical and interpolation
-    excepted): where it would have, the lower one is returned, its further terms 0.
+    With measured inputs no degree has a larger root mean square error (under the importance, where there is one) than a
+    lower one, tropical and interpolation excepted: where it would have, the lower one is returned, further terms 0.
 
     Raises:
         ValueError: an argument that is not as described; a target that is not finite or not elementwise; more
@@ -138,6 +141,7 @@ def fit(
         target,
         interval=interval,
         weight=weight,
+        importance=importance,
         derivative_weight=derivative_weight,
         constraints=constraints,
         method=method,
@@ -248,12 +252,12 @@ class _Task:
 
     Args:
         exact: the target.
-        data: at all points.
+        data: at all points, with what is minimised as their weights.
         few: at fewer points, to search on.
         kinks: of the target.
         interval: where to fit; None: the whole line. With `free_ends` the range of the inputs.
         reach: smallest and largest input; None: those of the interval.
-        inputs: what errors are measured on.
+        inputs: what errors are certified on.
     """
 
     exact: Curve
@@ -264,6 +268,7 @@ class _Task:
     free_ends: bool
     reach: Ends | None
     inputs: Inputs
+    has_importance: bool
     constraints: Sequence[str | Condition]
     method: str
     nodes: Sequence[float] | None
@@ -285,7 +290,11 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A fit before its certificate; `rms` is the certificate's."""
+    """A fit before its certificate; `rms` is the certificate's.
+
+    Args:
+        missed: by which fits of several degrees are compared: `rms`, under the importance where there is one.
+    """
 
     config: dict[str, Any]
     solution: Solution
@@ -294,6 +303,7 @@ class _Candidate:
     kinks: list[float]
     shown: Ends
     rms: float
+    missed: float
 
 
 def _task(
@@ -301,6 +311,7 @@ def _task(
     *,
     interval: tuple[float, float] | Literal["best"] | None,
     weight: quadrature.Weight,
+    importance: quadrature.Importance | None,
     derivative_weight: float,
     constraints: Sequence[str | Condition],
     method: str,
@@ -313,6 +324,8 @@ def _task(
 ) -> _Task:
     """Check the arguments of `fit`, as far as no family is concerned."""
     inputs = quadrature.measured(weight) if isinstance(weight, tuple) else None
+    if importance is not None and inputs is None:
+        raise ValueError("importance: is of measured inputs; give them as weight=(points, counts)")
     if not (math.isfinite(derivative_weight) and derivative_weight >= 0):
         raise ValueError(f"derivative_weight: expected a number ≥ 0, got {derivative_weight}")
     if method not in ("least_squares", "interpolation"):
@@ -344,7 +357,9 @@ def _task(
     unseen = np.zeros(0) if held_out is None else np.asarray(held_out, dtype=np.float64)
     if reach is not None and len(unseen):
         reach = (min(reach[0], float(unseen.min())), max(reach[1], float(unseen.max())))
-    data = Data(*inputs, *exact(inputs[0]), derivative_weight)
+    points, counts = inputs
+    weights = counts if importance is None else quadrature.weighed(points, counts, importance)
+    data = Data(points, weights, *exact(points), derivative_weight)
     return _Task(
         exact=exact,
         data=data,
@@ -354,6 +369,7 @@ def _task(
         free_ends=interval == "best",
         reach=reach,
         inputs=Inputs.of(exact, dtype, inputs, unseen),
+        has_importance=importance is not None,
         constraints=constraints,
         method=method,
         nodes=nodes,
@@ -406,7 +422,7 @@ def _ascending(task: _Task, family: str, highest: int, refusals: dict[int, Value
     for degree, attempt in enumerate(_attempts(task, family, highest), start=1):
         try:
             found = attempt()
-            if best is None or found.rms < best.rms or not is_nested:
+            if best is None or found.missed < best.missed or not is_nested:
                 best = found
         except ValueError as error:
             refusals[degree] = error
@@ -495,7 +511,11 @@ def _candidate(task: _Task, problem: Problem, solution: Solution) -> _Candidate:
     # On the whole line the maxima are those within four standard deviations: a polynomial leaves any bound further out.
     shown = ends or (-4.0, 4.0)
     kinks = [kink for kink in (*task.kinks, *module.kinks()) if shown[0] < kink < shown[1]]
-    found = _Candidate(config, solution, curve, built, kinks, shown, task.inputs.root_mean_square(built))
+    errors = task.inputs.errors(built)
+    rms = root_mean_square(errors, task.inputs.weights)
+    weights = task.data.weights
+    missed = root_mean_square(errors[: len(weights)], weights) if task.has_importance else rms
+    found = _Candidate(config, solution, curve, built, kinks, shown, rms, missed)
     if task.rounding_tolerance is not None:
         # On the interval, not at the inputs: where they are all 0, so is a GELU of them.
         x = np.linspace(*shown, _ROUNDED_POINTS)
@@ -516,7 +536,7 @@ def _certified(task: _Task, found: _Candidate) -> Fit:
         found.built,
         found.shown,
         found.kinks,
-        (task.data.x, task.data.weights),
+        (task.data.x, task.inputs.weights),
         found.rms,
         task.reach or found.shown,
         task.data.derivative_weight,

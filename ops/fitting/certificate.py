@@ -23,7 +23,7 @@ class Certificate:
     Maxima of values are bounds over all inputs, not only over sample points. In a format of 16 bits every one of them
     is computed. In float32 they are bounds of F in exact arithmetic, which add what the slope at the ends of a grid
     cell allows inside it, and twice the largest rounding measured. Everything else is of F in exact arithmetic; means
-    are under the weight of the fit.
+    are under the weight of the fit, without an importance of the inputs.
 
     Args:
         maximum: of |F - f| on the interval.
@@ -31,7 +31,7 @@ class Certificate:
         maximum_derivative, rms_derivative: of |F' - f'| on the interval.
         maximum_outside, maximum_derivative_outside: the same maxima up to one interval length beyond each end, or
             as far as there are measured inputs.
-        h1_mean_square: the mean of |F - f|² + λ |F' - f'|², what the fit minimised.
+        h1_mean_square: the mean of |F - f|² + λ |F' - f'|²: what the fit minimised, where all inputs count alike.
         condition: condition number of the least-squares matrix in the basis it was solved in (columns of length 1).
         rounding_error: largest |F in its format - F in float64| measured on the interval.
         target_mean, fit_mean: E[f], E[F].

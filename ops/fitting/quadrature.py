@@ -12,6 +12,7 @@ from polytrope.ops.fitting.curves import Array
 
 Measure = tuple[Array, Array]
 Weight = str | Callable[[Array], Array] | Measure
+Importance = Callable[[Array], Array]
 GAUSSIAN_REACH = 14.0  # |x| beyond which even x^32 exp(-x²/2) is below the last digit of its integral
 _NODES_PER_PANEL = 64
 _PANELS = 12
@@ -30,6 +31,19 @@ def measured(weight: Measure) -> tuple[Array, Array]:
         raise ValueError("weight: expected finite points with finite, non-negative counts that are not all zero")
     order = np.argsort(points, kind="stable")[counts[np.argsort(points, kind="stable")] > 0]
     return points[order], counts[order] / counts.sum()
+
+
+def weighed(points: Array, counts: Array, importance: Importance) -> Array:
+    """Weights of sum 1: how often each point was seen, times how much it counts.
+
+    Raises:
+        ValueError: an importance that is negative, not finite, or zero at all points.
+    """
+    factors = np.asarray(importance(points), dtype=np.float64)
+    if factors.shape != points.shape or not np.isfinite(factors).all() or (factors < 0).any() or factors.max() <= 0:
+        raise ValueError("importance: expected finite, non-negative values that are not all zero at the inputs")
+    weights: Array = counts * factors
+    return np.asarray(weights / weights.sum())
 
 
 def nodes(

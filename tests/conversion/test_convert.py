@@ -114,7 +114,7 @@ def test_activations_are_rated_on_as_many_samples_as_asked_for_or_not_at_all(tmp
     again = network()
     again.register_forward_hook(lambda *_: calls.append(1))
     convert(again, [x[:64]], degree=4, in_place=True)
-    assert len(calls) - without == without + 3  # the output before, and with each of two activations
+    assert len(calls) - without == without + 4  # for gradients, the output before, and with each of two activations
     unrated.save(tmp_path / "out")
     assert Conversion.load(tmp_path / "out", Network()) == unrated
 
@@ -122,7 +122,7 @@ def test_activations_are_rated_on_as_many_samples_as_asked_for_or_not_at_all(tmp
 def test_a_long_step_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
     said: list[tuple[int, str]] = []
     convert(network(), list(x.split(32)), degree=2, progress=lambda step, text: said.append((step, text)))
-    assert [step for step, _ in said] == [0, 1, 2, 2]  # nothing takes long here
+    assert [step for step, _ in said] == [0, 1, 2, 2, 2]  # nothing takes long here
     monkeypatch.setattr("polytrope.models.convert.SAID_EVERY", 0.0)
     convert(network(), list(x.split(32)), degree=2, progress=lambda step, text: said.append((step, text)))
     told = {(step, text.partition(", about")[0]) for step, text in said}  # how long depends on the machine

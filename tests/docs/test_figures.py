@@ -7,8 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from benchmarks import deep_nets, private_inference, recipe, recipe_time
+from benchmarks import (
+    after_training,
+    compiled,
+    deep_nets,
+    grokking,
+    ops,
+    polynomial_networks,
+    private_inference,
+    recipe,
+    recipe_time,
+)
 from polytrope.pipeline.stages.report.statistics import holm
 
 ROOT = Path(__file__).parents[2]
@@ -258,6 +269,44 @@ def test_the_engine_s_time_is_the_measured_one() -> None:
     says("README.md", "took {:.2f} times that of a bare PyTorch loop with GELU (two workers: {:.2f})".format(*ratios))
 
 
+def test_the_layers_of_products_are_told_as_measured() -> None:
+    from PIL import Image
+
+    file = content("polynomial_networks")
+    numbers, images, tuned = file["numbers"], file["images"], file["tuned"]
+    assert (RESULTS / "polynomial_networks.md").read_text(encoding="utf-8") == polynomial_networks.markdown(file)
+    with Image.open(RESULTS / "polynomial_networks-rows.png") as picture:
+        assert picture.info["Source"] == polynomial_networks.digest_of(file)
+    for rows, figure, baseline in ((numbers, "whole", "relu"), (images, "loss", "mlp"), (tuned, "loss", "continued")):
+        assert polynomial_networks.compared(rows, figure, baseline) == rows
+    assert [name for name, row in numbers.items() if row["above"] is None] == ["relu", "pade"]
+    assert file["drift"] == {"kl_divergence": 0.0, "agreement": 1.0}
+
+    def percent(row: dict[str, Any]) -> str:
+        return f"{100 * sum(row['accuracy']) / 5:.1f} %"
+
+    alone = file["alone"]
+    says(
+        "docs/polynomial-networks.md",
+        f"has an R² above 0.9 from {numbers['hermite']['above']:,} rows on",
+        f"layers with ReLU and a KAN from {numbers['quadratic']['above']:,}, and ReLU",
+        f"rows: {sum(numbers['relu']['whole']) / 5:.3f} with all.",
+        f"Hermite by {polynomial_networks.plus_minus(numbers['hermite']['difference'])}",
+        f"at all, by {polynomial_networks.plus_minus(numbers['pi']['difference'])}",
+        f"loss of {polynomial_networks.plus_minus(images['quadratic']['difference'])}, and the rest",
+        f"nothing here ({percent(alone['coefficients'])}, chance",
+        f"next to nothing ({percent(alone['coefficients_per_channel'])}), norms {percent(alone['norms'])}, the last "
+        f"layer {percent(alone['head'])}",
+        f"From a checkpoint with {percent(file['baseline'])}",
+        f"the products alone reach {percent(tuned['multiplicative'])}",
+        f"linear layers ({percent(tuned['continued'])}, a loss of "
+        f"{polynomial_networks.plus_minus(tuned['multiplicative']['difference'])} between them)",
+    )
+    assert numbers["kan"]["above"] == numbers["quadratic"]["above"]
+    assert min(row["difference"]["mean"] for name, row in numbers.items() if name != "relu") > 0
+    assert {name for name, row in images.items() if name != "mlp" and row["difference"]["holm"] < 0.05} == {"quadratic"}
+
+
 def test_the_network_of_sums_and_products_is_told_as_measured() -> None:
     file = content("private_inference")
     written = (RESULTS / "private_inference.md").read_text(encoding="utf-8")
@@ -269,3 +318,58 @@ def test_the_network_of_sums_and_products_is_told_as_measured() -> None:
     )
     losses = file["circuit"]["nats_per_byte"]
     says("docs/private-inference.md", f"which costs {losses['circuit'] - losses['trained']:.3f} nats per byte")
+
+
+def test_the_compiled_block_is_told_as_measured() -> None:
+    rows = content("ops-cpu")["compiled"]
+    assert compiled.markdown(rows, ops.label).strip() in (ROOT / "docs" / "ops.md").read_text(encoding="utf-8")
+    ratios = {(ops.label(row["config"]), row["size"]): row["times_gelu"] for row in rows if row["dtype"] == "float32"}
+
+    def span(name: str) -> str:
+        low, high = sorted((ratios[name, "small"], ratios[name, "large"]))
+        return f"{low:.2f} to {high:.2f}"
+
+    says("README.md", f"Hermite 3 takes [{span('hermite 3')} of GELU's time")
+    says("README.md", f"Hermite 8 with an interval {span('hermite 8, interval')}](docs/ops.md#speed)")
+
+
+def test_grokking_is_told_as_measured() -> None:
+    file = content("grokking")
+    workflow = yaml.safe_load((ROOT / "workflows" / "grokking.yaml").read_text(encoding="utf-8"))
+    assert file["params"] == workflow["params"]
+    assert grokking.markdown(file) == (RESULTS / "grokking.md").read_text(encoding="utf-8")
+    rows = file["activations"]
+    first = {name: rows[name].get("generalised_step", [None]) for name in rows}
+    alike = [step for name in ("square", "polyrelu2", "gelu", "tropical5", "relu") for step in first[name]]
+    assert max(step for row in rows.values() for step in row["memorised_step"]) == 75
+    never = [name for name, steps in first.items() if None in steps]
+    assert never == ["hermite3", "rational5", "tanh"]
+    shares = {name: f"{100 * sum(row['test_accuracy']) / 3:.1f} %" for name, row in rows.items()}
+    says(
+        "docs/grokking.md",
+        "All memorise within 75 steps",
+        f"after {min(first['fourier5']):.0f} to {max(first['fourier5']):.0f} steps on every seed",
+        f"({min(first['tropical_rational6']):.0f} to {max(first['tropical_rational6']):.0f} steps)",
+        f"at {min(alike):,.0f} to {max(alike):,.0f} steps",
+        f"tanh ends at {shares['tanh']}",
+        f"at the end {shares['square']} and {shares['polyrelu2']} of the other pairs are right",
+    )
+    found = {
+        name: [scale for scale, row in file["scales"].items() if None not in row[name].get("generalised_step", [None])]
+        for name in ("fourier5", "relu")
+    }
+    assert found == {"fourier5": list(file["scales"]), "relu": ["1", "3", "10"]}
+    assert "generalised_step" not in file["scales"]["10"]["square"]
+
+
+def test_what_is_left_after_training_is_told_as_measured() -> None:
+    result = content("after_training")
+    written = after_training.markdown(result)
+    assert written == (RESULTS / "after_training.md").read_text(encoding="utf-8")
+    says("docs/after-training.md", " ".join(written.split()))
+    ways = {row["way"]: row for row in result["ways"]}
+    for way in ("2 blocks dropped", "linear layers factored, 1.5 times smaller"):
+        assert result["nats_per_token"] < ways[way]["nats_per_token"] < ways[way]["naive_nats_per_token"]
+    dropped = ways["2 blocks dropped"]
+    saved = dropped["naive_nats_per_token"] - dropped["nats_per_token"]
+    assert saved / (dropped["naive_nats_per_token"] - result["nats_per_token"]) == pytest.approx(0.75, abs=0.02)
