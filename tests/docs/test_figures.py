@@ -38,11 +38,17 @@ def says(page: str, *sentences: str) -> None:
         assert sentence in text, f"{page}: {sentence}"
 
 
+def p_shown(compared: dict[str, Any]) -> str:
+    p = compared["holm_p_value"]
+    return "<0.0001" if p < 5e-5 else f"{p:.4f}"
+
+
 @pytest.fixture
 def settings() -> dict[str, dict[str, Any]]:
     """The reported settings of the recipe's study: corpus → activation → its figures."""
-    found = filter(recipe.is_reported, content("recipe")["settings"])
-    return {setting["corpus"]: {one["name"]: one for one in setting["activations"]} for setting in found}
+    found = [one for one in content("recipe")["settings"] if recipe.is_reported(one)]
+    main = [one for one in found if one["model"] in ("GPT-2, 4 layers of 128", "ConvNeXt [1, 1] of [32, 64]")]
+    return {setting["corpus"]: {one["name"]: one for one in setting["activations"]} for setting in main}
 
 
 def test_the_recipe_s_comparisons_follow_from_its_trainings() -> None:
@@ -54,30 +60,30 @@ def test_the_recipe_s_comparisons_follow_from_its_trainings() -> None:
 
 def test_the_first_text_is_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
     found = settings["python-documentation-and-source"]
-    rows = [f"| GELU | {recipe.plus_minus(found['gelu_tanh']['loss'], '.3f')} |"]
-    for rate in (10, 30):
+    rows = [f"| GELU | 10 | {recipe.plus_minus(found['gelu_tanh']['loss'], '.3f')} |"]
+    for rate, seeds in ((10, 10), (30, 5)):
         control, hermite = found[f"affine gelu_tanh × {rate}"], found[f"{HERMITE}{rate}"]
         beyond = hermite["differences_to_controls"][f"affine gelu_tanh × {rate}"]
         for entry in (control, hermite):
             assert max(entry["difference"]["values"]) < 0
-            assert len(entry["difference"]["values"]) == 5
+            assert len(entry["difference"]["values"]) == seeds
         of_gelu = [
-            f"| {recipe.plus_minus(entry['loss'], '.3f')} | {recipe.plus_minus(entry['difference'], '+.3f')} "
-            f"| {entry['difference']['holm_p_value']:.3f} |"
+            f"| {seeds} | {recipe.plus_minus(entry['loss'], '.3f')} | {recipe.plus_minus(entry['difference'], '+.3f')} "
+            f"| {p_shown(entry['difference'])} |"
             for entry in (control, hermite)
         ]
         shape = f"{recipe.plus_minus(beyond, '+.3f')} | {beyond['holm_p_value']:.2f} |"
         rows += [f"× {rate} {of_gelu[0]}", f"| Hermite 4, × {rate} {of_gelu[1]} {shape}"]
-        says("docs/activations/study.md", recipe.plus_minus(hermite["difference"], "+.3f"))
-        says("docs/activations/study.md", recipe.plus_minus(beyond, "+.3f"))
+        for compared in (control["difference"], hermite["difference"], beyond):
+            says("docs/activations/study.md", recipe.plus_minus(compared, "+.3f"))
     says("README.md", *rows)
     trainings = [row for row in content("recipe")["trainings"] if row["corpus"] == "python-documentation-and-source"]
-    whole = {(row["name"], row["seed"]): row["loss"] for row in trainings}
+    whole = {(row["name"], row["seed"]): row["loss"] for row in trainings if row["steps"] == 480}
     of_gelu = [loss for (name, _), loss in whole.items() if name == "gelu_tanh"]
     warning = whole[f"{HERMITE}10", 10]
     says(
         "docs/activations/study.md",
-        f"ended at {warning:.3f} on all documents, behind the worst of GELU's five ({max(of_gelu):.3f}) and "
+        f"ended at {warning:.3f} on all documents, behind the worst of GELU's ten ({max(of_gelu):.3f}) and "
         f"{warning - whole['affine gelu_tanh × 10', 10]:.3f} behind the control",
     )
 
@@ -103,14 +109,19 @@ def test_the_other_text_and_the_images_are_told_as_measured(settings: dict[str, 
         f"the shape has {recipe.plus_minus(beyond, '+.3f')} (p {beyond['holm_p_value']:.2f}), better on "
         f"{('no', 'one', 'two')[sum(value < 0 for value in beyond['values'])]} of five seeds",
     )
+
+
+def test_images_are_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
     images = settings["digits"]
     hermite, gelu = images[f"{HERMITE}10"], images["gelu"]
     (beyond,) = hermite["differences_to_controls"].values()
     right = hermite["accuracy_difference"]
+    assert hermite["difference"]["pairs"] == 10
+    assert max(hermite["difference"]["values"]) < 0
     says(
         "README.md",
         f"loss {hermite['loss']['mean']:.4f} against GELU's {gelu['loss']['mean']:.4f}, "
-        f"{recipe.plus_minus(hermite['difference'], '+.4f')} (p {hermite['difference']['holm_p_value']:.4f}), beyond "
+        f"{recipe.plus_minus(hermite['difference'], '+.4f')} (p {p_shown(hermite['difference'])}), beyond "
         f"the control {recipe.plus_minus(beyond, '+.4f')} (p {beyond['holm_p_value']:.2f}); accuracy "
         f"{hermite['accuracy']['mean']:.3f} against {gelu['accuracy']['mean']:.3f} (p {right['holm_p_value']:.2f})",
     )
@@ -118,8 +129,51 @@ def test_the_other_text_and_the_images_are_told_as_measured(settings: dict[str, 
     says(
         "docs/activations/study.md",
         "GELU has {:.4f}, the control {:.4f}, Hermite {:.4f} of 528 images".format(*shares),
-        f"{-528 * right['mean']:.1f} images on average",
-        f"({recipe.plus_minus(right, '+.4f')}, p {right['holm_p_value']:.2f}; {right['p_value']:.2f} before",
+        f"The control has {recipe.plus_minus(images['affine gelu × 10']['difference'], '+.4f')}",
+        f"the shape has {recipe.plus_minus(beyond, '+.4f')} (p {beyond['holm_p_value']:.2f})",
+    )
+    images = settings["mnist-5k"]
+    hermite, gelu, control = images[f"{HERMITE}10"], images["gelu"], images["affine gelu × 10"]
+    (beyond,) = hermite["differences_to_controls"].values()
+    right = hermite["accuracy_difference"]
+    for entry in (hermite, control):
+        assert max(entry["difference"]["values"]) < 0 < min(entry["accuracy_difference"]["values"])
+        assert entry["difference"]["pairs"] == 5
+    says(
+        "README.md",
+        f"five seeds: loss {recipe.plus_minus(hermite['difference'], '+.4f')} (p {p_shown(hermite['difference'])}), "
+        f"accuracy {hermite['accuracy']['mean']:.3f} against {gelu['accuracy']['mean']:.3f} (p {p_shown(right)}), "
+        f"beyond the control {recipe.plus_minus(beyond, '+.4f')}",
+    )
+    says(
+        "docs/activations/study.md",
+        f"the control by {recipe.plus_minus(control['difference'], '.4f').lstrip('-')} (p",
+        f"{gelu['accuracy']['mean']:.4f} with GELU, {control['accuracy']['mean']:.4f} with the control, "
+        f"{hermite['accuracy']['mean']:.4f} with Hermite 4 ({recipe.plus_minus(right, '+.4f')}",
+    )
+
+
+def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
+    file = content("recipe")
+    (rates,) = file["base_rates"]
+    mean = {rate["learning_rate"]: f"{rate['mean']:.3f}" for rate in rates["rates"]}
+    assert (rates["corpus"], rates["name"], rates["chosen"]) == ("state-of-the-union", "gelu_tanh", 3e-3)
+    models = {
+        setting["model"].removeprefix("GPT-2, 4 layers of "): {one["name"]: one for one in setting["activations"]}
+        for setting in file["settings"]
+        if setting["corpus"] == "state-of-the-union" and (setting["steps"], setting["learning_rate"]) == (480, 3e-3)
+    }
+    small = [models["64"][name]["difference"] for name in (f"{HERMITE}10", "affine gelu_tanh × 10")]
+    assert {one["pairs"] for one in small} == {2}
+    gated = models["128, gated"]
+    spoilt = {name: sum(loss > 4.3 for loss in one["loss"]["values"]) for name, one in gated.items()}
+    assert spoilt == {"gelu_tanh": 1, "silu": 2, "affine gelu_tanh × 10": 1, f"{HERMITE}10": 1}
+    of_seed = [gated[name]["difference"]["values"][0] for name in (f"{HERMITE}10", "affine gelu_tanh × 10")]
+    says(
+        "docs/activations/study.md",
+        f"({mean[3e-3]} against {mean[1.5e-3]} and {mean[6e-3]},",
+        f"Hermite 4 × 10 has {small[0]['mean']:+.3f}, the control {small[1]['mean']:+.3f};",
+        f"Hermite 4 is {-of_seed[0]:.3f} below GEGLU, the control {-of_seed[1]:.3f}",
     )
 
 
