@@ -104,7 +104,7 @@ def markdown(rows: Mapping[str, Mapping[str, Any]], circuit: Mapping[str, Any]) 
     lines += [
         f"\nThe circuit of seed {circuit['seed']} has depth {circuit['depth']} and {circuit['levels']} levels. "
         f"Of {circuit['rows']:,} rows of held-out text, {circuit['rows_outside']} lay outside of the ranges of its "
-        f"divisions; the least exact polynomial in their places is up to {100 * worst:.0f} % off. On all validation "
+        f"divisions; the least exact polynomial in their places is up to {100 * worst:.2g} % off. On all validation "
         f"text the circuit has {losses['circuit']:.3f} nats per byte, its model {losses['trained']:.3f}."
     ]
     return "\n".join(lines) + "\n"

@@ -312,12 +312,11 @@ def test_the_network_of_sums_and_products_is_told_as_measured() -> None:
     written = (RESULTS / "private_inference.md").read_text(encoding="utf-8")
     assert private_inference.markdown(file["steps"], file["circuit"]) == written
     gap = file["steps"]["polynomial"]["difference"]
-    assert gap["mean"] <= file["bar"] < gap["mean"] + gap["half_width"]
-    says(
-        "README.md", f"{gap['mean']:.3f} ± {gap['half_width']:.3f} nats per byte more than GELU, layer norm and softmax"
-    )
+    assert gap["mean"] + gap["half_width"] <= file["bar"]
+    says("README.md", f"{gap['mean']:.3f} ± {gap['half_width']:.3f} nats per byte beyond GELU, layer norm and softmax")
     losses = file["circuit"]["nats_per_byte"]
-    says("docs/private-inference.md", f"which costs {losses['circuit'] - losses['trained']:.3f} nats per byte")
+    assert abs(losses["circuit"] - losses["trained"]) <= 1.2e-4
+    says("docs/private-inference.md", f"changes the loss by {losses['circuit'] - losses['trained']:.1e} nats per byte")
 
 
 def test_the_compiled_block_is_told_as_measured() -> None:
