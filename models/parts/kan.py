@@ -35,13 +35,14 @@ class KANLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = inputs, outputs
         self.settings = settings
+        self.moments = basis_moments(settings)  # here, since numpy inside of `forward` cannot be compiled
         self.weight = nn.Parameter(torch.empty(outputs, inputs * settings.functions))
         self.bias = nn.Parameter(torch.zeros(outputs))
         nn.init.normal_(self.weight, std=(inputs * settings.functions) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        expanded = torch.stack(basis(wide, self.settings), dim=-1).flatten(-2)
+        expanded = torch.stack(_standardised(wide, self.settings, self.moments), dim=-1).flatten(-2)
         return F.linear(expanded.to(x.dtype), self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -64,16 +65,24 @@ def basis(x: Tensor, settings: KANSettings) -> list[Tensor]:
     - `tropical`: x, and max(x, t) at degree - 1 places t that divide [-2, 2] into equal parts.
     - `spline`: x, and degree - 1 cubic B-splines with equally spaced knots in [-4, 4].
     """
+    return _standardised(x, settings, basis_moments(settings))
+
+
+def _standardised(x: Tensor, settings: KANSettings, moments: list[tuple[float, float]]) -> list[Tensor]:
     found: list[Tensor] = FUNCTIONS[settings.basis](x, settings.degree)
+    return [(value - mean) / deviation for value, (mean, deviation) in zip(found, moments, strict=True)]
+
+
+def basis_moments(settings: KANSettings) -> list[tuple[float, float]]:
+    """Mean and deviation under N(0, 1) of each function before it is standardised; of `hermite` 0 and 1, exactly."""
     if settings.basis == "hermite":
-        return found
-    measured = _moments(settings.basis, settings.degree)
-    return [(value - mean) / deviation for value, (mean, deviation) in zip(found, measured, strict=True)]
+        return [(0.0, 1.0)] * settings.degree
+    return _moments(settings.basis, settings.degree)
 
 
 @functools.cache
 def _moments(name: str, degree: int) -> list[tuple[float, float]]:
-    """Mean and deviation of each function under N(0, 1), by quadrature in numpy."""
+    """By quadrature in numpy."""
     x, density = gaussian_nodes([*_places(degree), *_knots(degree)])
     found = []
     for value in FUNCTIONS[name](x, degree):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, read_description, save_model
-from polytrope.models.parts.kan import KANLinear, basis
+from polytrope.models.parts.kan import KANLinear, _moments, basis
 from polytrope.models.parts.pi import PiLinear
 from polytrope.models.parts.settings import KANSettings, PiSettings
 from polytrope.ops import functional
@@ -95,6 +95,14 @@ def test_splines_are_those_of_scipy_and_end_in_straight_lines() -> None:
         mean = density @ values
         deviation = math.sqrt(density @ (values - mean) ** 2)
         np.testing.assert_allclose(spline.numpy(), (expected - mean) / deviation, atol=1e-12)
+
+
+def test_a_kan_layer_compiles_whole() -> None:
+    layer = KANLinear(3, 2, KANSettings(basis="spline", degree=5))
+    _moments.cache_clear()  # as in a process that has not seen one
+    x = torch.randn(7, 3)
+    compiled: Any = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("name", DEGREES)

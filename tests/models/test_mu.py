@@ -279,6 +279,7 @@ def test_what_cannot_be_is_refused_by_its_field(architecture: str, settings: dic
         ({"trainable": ["coefficients"]}, "trainable: coefficients: none has none"),
         ({"trainable": ["multiplicative"]}, "only a model with .*feedforward: pade.* has them"),
         ({"range_penalty": {"activation": 1.0}}, "range_penalty: the model has no activations, and only attention"),
+        ({"activation_checkpointing": "mlp"}, "mlp computes activations again, and the model has none"),
     ],
 )
 def test_what_nothing_would_heed_is_refused(settings: dict[str, Any], words: str) -> None:

@@ -126,8 +126,11 @@ def test_what_would_split_a_batch_is_refused_in_fine_tuning_too(changes: dict[st
         (inside, {"dataset": data}, r"feedforward: {'name': 'mu', 'norm': 'batch'}"),
     ):
         given = TrainParameters.model_validate({**PARAMETERS, "model": model, **changes})
-        with pytest.raises(UserError, match=words.replace("norm: batch", of)):
+        with pytest.raises(UserError, match=words.replace("norm: batch", of)) as refused:
             promise(given, upstream, resources, Path())
+        if "activation_checkpointing" in changes:  # what it advises is possible
+            usable = "leave it out" if model is inside else "use activation_checkpointing: mlp"
+            assert refused.value.hint == usable
     usual = TrainParameters.model_validate({**PARAMETERS, "model": MODEL, **changes})
     assert promise(usual, {"dataset": data}, resources, Path()) is not None
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from polytrope.models import make_config
-from polytrope.models.configurations import MODEL_KINDS
+from polytrope.models.configurations import MODEL_KINDS, NO_ACTIVATION
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.parameters import TrainParameters
 
@@ -40,7 +40,9 @@ def check_batch_statistics(
     if parameters.activation_checkpointing == "block":
         raise UserError(
             f"activation_checkpointing: block would compute the statistics of {taking} twice per step",
-            "leave it out" if architecture == "mlp" else "use activation_checkpointing: mlp",
+            "leave it out"
+            if architecture == "mlp" or config.activation == NO_ACTIVATION
+            else "use activation_checkpointing: mlp",
         )
     if parameters.global_batch_size < 2:
         raise UserError(

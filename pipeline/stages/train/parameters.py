@@ -415,6 +415,8 @@ class TrainParameters(BaseModel):
                 raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with {MULTIPLICATIVE_PARTS} has them")
         if "norms" in trainable and config.norm_settings().name == "none":
             raise ValueError("trainable: norms: the model has none (norm: none)")
+        if self.activation_checkpointing == "mlp" and config.activation == NO_ACTIVATION:
+            raise ValueError("activation_checkpointing: mlp computes activations again, and the model has none")
         divides = architecture == "gpt2" and any(part.divides for part in config.attention_settings())
         if self.range_penalty is not None and not divides:
             if self.range_penalty.denominator:
