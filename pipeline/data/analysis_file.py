@@ -6,6 +6,8 @@ import statistics
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from polytrope.pipeline.data.records import Record, read_record, write_record
 
 ANALYSIS_FILE = "analysis.json"
@@ -257,12 +259,13 @@ class FeatureFigures(Record):
 
 
 class MergedUnits(Record):
-    """Units nearer than `distance` joined: how many are `left` in each MLP, their share of all, and the loss then."""
+    """Units up to `distance` apart joined: how many are `left` in each MLP, their share of all, and the loss then; None
+    if it is not finite."""
 
     distance: float
     left: list[int]
     share: float
-    loss: float
+    loss: float | None
 
 
 class MergingFigures(Record):
@@ -278,7 +281,9 @@ class MergingFigures(Record):
         """Shares and losses by distance."""
         found = {"loss": self.loss}
         for entry in self.merged:
-            found |= {f"share_{entry.distance:g}": entry.share, f"loss_{entry.distance:g}": entry.loss}
+            found[f"share_{entry.distance:g}"] = entry.share
+            if entry.loss is not None:
+                found[f"loss_{entry.distance:g}"] = entry.loss
         return found
 
 
@@ -297,11 +302,16 @@ class ArithmeticFigures(Record):
 
 
 class AnalysedModel(Record):
-    """One model: what each analysis found, or the `failure` that left nothing."""
+    """One model: what each analysis found, or the `failure` that left nothing.
+
+    Args:
+        failures: by analysis, why it found nothing where others did.
+    """
 
     stage: str
     digest: str
     failure: str | None = None
+    failures: dict[str, str] = Field(default_factory=dict)
     signal: SignalFigures | None = None
     kernel: KernelFigures | None = None
     modular: ModularFigures | None = None

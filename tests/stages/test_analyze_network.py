@@ -28,6 +28,8 @@ from polytrope.pipeline.stages.analyze.analyses.features import (
 from polytrope.pipeline.stages.analyze.analyses.merging import Merger, acts_alone
 from polytrope.pipeline.stages.analyze.analyze import analyze
 from polytrope.pipeline.stages.analyze.parameters import AnalyzeParameters
+from polytrope.pipeline.stages.shard.parameters import ShardNumbersParameters
+from polytrope.pipeline.stages.shard.shard_numbers import shard_numbers
 
 GPT2: dict[str, Any] = {"vocab_size": 320, "sequence_length": SEQUENCE_LENGTH, "n_layer": 2, "n_head": 2, "n_embd": 16}
 NAMES = ["features", {"name": "merging", "distances": [0.0, 0.2, 9.0]}, "arithmetic"]
@@ -44,6 +46,7 @@ def test_the_dimension_is_that_of_the_data_wherever_they_lie(dimension: int) -> 
     assert found == pytest.approx(dimension, rel=0.08)
     assert intrinsic_dimension(torch.cat([plane, plane[:700]]), 1500) == pytest.approx(found, rel=1e-12)
     assert intrinsic_dimension(plane[:1].expand(50, -1), 100) is None
+    assert intrinsic_dimension(torch.eye(6, dtype=torch.float64), 100) is None  # all equally far apart
 
 
 def test_ranks_and_conditions_are_those_of_the_spectrum() -> None:
@@ -52,6 +55,7 @@ def test_ranks_and_conditions_are_those_of_the_spectrum() -> None:
     assert [utilised_rank(vectors, energy) for energy in (0.5, 0.9, 0.999, 0.99999)] == [1, 2, 3, 4]
     assert utilised_rank(torch.zeros(5, 3, dtype=torch.float64), 0.999) == 0
     assert condition_number(vectors) is None
+    assert condition_number(vectors[:1]) is None
     centred = basis - basis.mean(0)
     white = centred @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(centred.T))).T
     assert condition_number(white * torch.tensor([1.0, 1, 1, 1, 1, 7])) == pytest.approx(49.0)
@@ -60,13 +64,54 @@ def test_ranks_and_conditions_are_those_of_the_spectrum() -> None:
 def test_linear_information_is_that_of_the_noise() -> None:
     x, noise = random(40_000, 4), random(40_000, 1, seed=1)
     targets = x[:, :1] + math.sqrt(1 / (math.e ** (2 * 0.4055) - 1)) * noise
-    information, unexplained = linear_information(x, targets)
+    information, unexplained = told(x, targets)
     assert information == pytest.approx(0.4055, abs=0.01)
     assert unexplained == pytest.approx(math.e ** (-2 * 0.4055), abs=0.01)
-    nothing, all_of_it = linear_information(x, random(40_000, 3, seed=2))
+    nothing, all_of_it = told(x, random(40_000, 3, seed=2))
     assert nothing == pytest.approx(0.0, abs=1e-3)
     assert all_of_it == pytest.approx(1.0, abs=1e-3)
-    assert linear_information(x, x**2)[1] == pytest.approx(1.0, abs=0.01)
+    assert told(x, x**2)[1] == pytest.approx(1.0, abs=0.01)
+    assert told(torch.ones_like(x), x) == pytest.approx((0.0, 1.0), abs=1e-12)
+    assert linear_information(x, torch.ones_like(x)) is None
+
+
+def test_blocks_that_died_have_no_figures_and_take_none_of_the_others(tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers"
+    source = {"kind": "circle", "rows": 400, "amplitudes": [1.0]}
+    shard_numbers(make_context(numbers), ShardNumbersParameters.model_validate({"source": source}))
+    dataset, models = Artifact(numbers / "output", "d" * 64, "shard_numbers"), {}
+    for name, widths, dead in (("dead", [8, 8], 1.0), ("alive", [8, 8], 0.0), ("exploded", [8], 0.0)):
+        torch.manual_seed(0)
+        sizes = {"inputs": 2, "outputs": 1, "widths": widths, "loss": "mse", "activation": "relu"}
+        model: Any = build_model("mlp", sizes)
+        with torch.no_grad():
+            model.blocks[0].layer.bias.sub_(100.0 * dead)
+            model.head.weight.mul_(1e30 if name == "exploded" else 1.0)
+        save_model(tmp_path / name, model)
+        models[name] = Artifact(tmp_path / name, name, "train")
+    parameters = AnalyzeParameters.model_validate({"analyses": ["signal", "features", "arithmetic"]})
+    analyze(make_context(tmp_path / "run"), dataset, models, parameters)
+    found = read_analysis(tmp_path / "run" / "output").models
+    dead_features, alive_features = found["dead"].features, found["alive"].features
+    assert dead_features is not None
+    assert alive_features is not None
+    assert dead_features.missing == [
+        "block 1: the features of the last block are constant: there is nothing to tell",
+        "block 1: fewer than three different vectors, or all equally far apart, have no dimension",
+        "block 2: fewer than three different vectors, or all equally far apart, have no dimension",
+    ]
+    assert alive_features.complexity is not None
+    assert found["exploded"].failure is None
+    assert found["exploded"].failures == {"arithmetic": "arithmetic: loss is not a finite number"}
+    assert found["exploded"].arithmetic is None
+    assert found["exploded"].features is not None
+    assert not found["alive"].failures
+
+
+def told(vectors: Tensor, targets: Tensor) -> tuple[float, float]:
+    found = linear_information(vectors, targets)
+    assert found is not None
+    return found
 
 
 def mlp(units: int = 24, seed: int = 0) -> tuple[nn.Linear, nn.Linear]:
@@ -194,9 +239,9 @@ def test_the_stage_says_what_the_network_does_on_the_validation_samples(tmp_path
     assert [layer.vectors for layer in found.features.layers] == [6 * SEQUENCE_LENGTH] * 2
     assert found.features.layers[0].rank == utilised_rank(outputs[0], 0.999)
     assert found.features.layers[0].dimension == pytest.approx(intrinsic_dimension(outputs[0], 1000), rel=1e-5)
-    told = linear_information(*outputs)
-    assert found.features.layers[0].information == pytest.approx(told[0], rel=1e-4)
-    assert found.features.complexity == pytest.approx(told[1], rel=1e-4)
+    information, unexplained = told(*outputs)
+    assert found.features.layers[0].information == pytest.approx(information, rel=1e-4)
+    assert found.features.complexity == pytest.approx(unexplained, rel=1e-4)
     assert found.features.layers[1].information is None
     assert found.merging is not None
     assert found.merging.loss == pytest.approx(loss, rel=1e-6)

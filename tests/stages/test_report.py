@@ -17,7 +17,13 @@ from scipy import stats
 from training_support import make_context, read_events
 
 from polytrope.ops import build_activation
-from polytrope.pipeline.data.analysis_file import Analysis, InputStatistics, write_analysis
+from polytrope.pipeline.data.analysis_file import (
+    Analysis,
+    InputStatistics,
+    MergedUnits,
+    MergingFigures,
+    write_analysis,
+)
 from polytrope.pipeline.data.circuit_file import CircuitRecord, write_circuit
 from polytrope.pipeline.data.lineage import Lineage, write_lineage
 from polytrope.pipeline.errors import UserError
@@ -197,9 +203,12 @@ def make_analysis(directory: Path) -> Artifact:
     kernel = analyse_kernel([subject], KernelOptions(name="kernel", frequencies=4))
     signal = analyse_signal([subject], SignalOptions(name="signal"))
     common = {"digest": "a" * 64, "stage": "train"}
+    merged = [MergedUnits(distance=0.3, left=[3], share=0.75, loss=2.125)]
+    merged.append(MergedUnits(distance=9.0, left=[1], share=0.25, loss=None))
+    merging = MergingFigures(names=["block 1"], units=[4], loss=2.0, merged=merged, missing=[])
     models = {
         "gelu": {**common, "kernel": kernel, "signal": signal},
-        "hermite": {**common, "kernel": kernel},
+        "hermite": {**common, "kernel": kernel, "merging": merging, "failures": {"arithmetic": "arithmetic: no loss"}},
         "converted": {**common, "failure": "it diverged"},
     }
     data = {"name": "a corpus", "digest": "0" * 64, "samples": 3}
@@ -284,12 +293,21 @@ def test_analyses_are_a_table_with_what_each_model_has_and_plots(made: tuple[Pat
     directory = made[0] / "output"
     page = (directory / "report.html").read_text()
     whole, part, failed = json.loads((directory / "report.json").read_text())["analysis"]
-    assert part["figures"].keys() < whole["figures"].keys()
+    assert {name for name in part["figures"] if not name.startswith("merging/")} < whole["figures"].keys()
     assert failed == {"label": "converted", "name": "GELU → Hermite", "failure": "it diverged", "figures": {}}
     assert whole["figures"]["signal/largest_lipschitz"] == pytest.approx(8 / math.sqrt(2.5))  # F'(3)
     assert "<th>Lipschitz constant</th><th>mean frequency of a layer</th>" in page
     assert "<tr><td>gelu</td><td>1.765</td><td>5.06</td>" in page
-    assert '<td>GELU → Hermite<small class="bad">it diverged</small></td>' + "<td>–</td>" * 4 in page
+    assert '<td>GELU → Hermite<small class="bad">it diverged</small></td>' + "<td>–</td>" * 8 in page
+    heads = [
+        "loss before merging",
+        "units left, merged up to 0.3",
+        "loss, merged up to 0.3",
+        "units left, merged up to 9",
+    ]
+    assert "".join(f"<th>{head}</th>" for head in heads) in page  # whatever the distances are
+    assert '<small class="bad">arithmetic: no loss</small>' in page
+    assert "<td>2</td><td>0.75</td><td>2.125</td><td>0.25</td></tr>" in page
 
 
 def test_a_circuit_is_shown_with_its_depth_its_ranges_and_what_lies_outside(

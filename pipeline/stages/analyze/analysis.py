@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from polytrope.models.checkpoint import load_model, read_description
 from polytrope.pipeline.data.analysis_file import (
@@ -16,6 +17,7 @@ from polytrope.pipeline.data.analysis_file import (
 )
 from polytrope.pipeline.data.description import read_dataset
 from polytrope.pipeline.data.model_inputs import refuse_other_data
+from polytrope.pipeline.data.records import Record, finite
 from polytrope.pipeline.data.training_file import recorded_failure
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
@@ -30,7 +32,8 @@ def analyze_models(
 ) -> dict[str, float]:
     """Write `analysis.json` and `plots/*.png`; returns `LABEL/signal/…` and the like of all models.
 
-    A model that cannot be analysed (it diverged, or does not fit the dataset) is a row with its `failure`.
+    A model that cannot be analysed (it diverged, or does not fit the dataset) is a row with its `failure`; an analysis
+    that says nothing of a model takes no other one's figures.
 
     Raises:
         UserError: no model is left.
@@ -81,7 +84,7 @@ def _analyse(
     """Every analysis of one model.
 
     Raises:
-        UserError: it cannot be analysed.
+        UserError: it cannot be analysed, or no analysis says anything of it.
     """
     if (failure := recorded_failure(model.path)) is not None:
         raise UserError(failure)
@@ -95,8 +98,31 @@ def _analyse(
     except ValueError as error:
         raise UserError(str(error)) from error
     subject = Subject(model.path, network, dataset.path, activations, samples, parameters.batch_size)
-    figures_ = {options.name: ANALYSES[options.name](subject, options) for options in parameters.analyses}
-    return AnalysedModel.model_validate({"stage": model.stage, "digest": model.digest, **figures_})
+    figures_: dict[str, Record] = {}
+    failures: dict[str, str] = {}
+    for options in parameters.analyses:
+        try:
+            figures_[options.name] = _readable(options.name, ANALYSES[options.name](subject, options))
+        except UserError as error:
+            failures[options.name] = error.message
+    if not figures_:
+        raise UserError("; ".join(failures.values()))
+    found = {"stage": model.stage, "digest": model.digest, **figures_}
+    return AnalysedModel.model_validate({**found, "failures": failures} if failures else found)
+
+
+def _readable(name: str, found: Record) -> Record:
+    """The figures, if the file can hold them.
+
+    Raises:
+        UserError: one that there has to be is NaN or infinite.
+    """
+    try:
+        type(found).model_validate(finite(found.model_dump()))
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise UserError(f"{name}: {place} is not a finite number") from error
+    return found
 
 
 def _missing(model: AnalysedModel) -> list[str]:
@@ -107,6 +133,7 @@ def _missing(model: AnalysedModel) -> list[str]:
         if layer.missing is not None:
             reasons.setdefault(f"{layer.activation}: {layer.missing}", []).append(layer.name)
     said = [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
+    said += model.failures.values()
     for figures_ in (model.modular, model.features, model.merging, model.arithmetic):
         said += figures_.missing if figures_ is not None else []
     return said

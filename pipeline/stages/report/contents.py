@@ -110,10 +110,11 @@ def predicts_numbers(figures: Mapping[str, Any]) -> bool:
 
 
 def _analysis(analysis: Analysis, parameters: ReportParameters) -> list[Figures]:
-    """Each model's figures by name, or why it has none."""
+    """Each model's figures by name, and why it has none, or none of some analysis."""
     rows = []
     for label, model in analysis.models.items():
-        row: Figures = {"label": label, "name": parameters.labels.get(label, label), "failure": model.failure}
+        failure = model.failure or "; ".join(model.failures.values()) or None
+        row: Figures = {"label": label, "name": parameters.labels.get(label, label), "failure": failure}
         rows.append({**row, "figures": model.metrics()})
     return rows
 

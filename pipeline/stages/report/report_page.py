@@ -192,25 +192,39 @@ _ANALYSIS = {  # figure → heading
     "features/largest_condition": "largest condition number",
     "features/complexity": "complexity of the last block",
     "merging/loss": "loss before merging",
-    **{
-        f"merging/{figure}_{distance:g}": f"{heading}, merged below {distance:g}"
-        for distance in (0.0, 0.25, 0.5, 0.75, 1.0)
-        for figure, heading in (("share", "units left"), ("loss", "loss"))
-    },
     "arithmetic/loss": "loss, exact products",
     "arithmetic/piecewise_loss": "loss, piecewise affine products",
 }
 
 
+_MERGED = {"share": "units left", "loss": "loss"}
+
+
+def _analysis_heads(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The figures that some model has, with their headings; those of the distances of `merging` after its loss."""
+    found = dict.fromkeys(key for row in rows for key in row["figures"])
+    heads: dict[str, str] = {}
+    for known, heading in _ANALYSIS.items():
+        if known in found:
+            heads[known] = heading
+        if known == "merging/loss":
+            for key in found:
+                figure, _, distance = key.removeprefix("merging/").partition("_")
+                if key.startswith("merging/") and distance:
+                    heads[key] = f"{_MERGED[figure]}, merged up to {distance}"
+    return heads
+
+
 def _analysis(figures: Mapping[str, Any]) -> dict[str, Any] | None:
     """Heads and rows of the table of analyses; a model without figures has the reason."""
     rows = figures["analysis"]
-    known = [key for key in _ANALYSIS if any(key in row["figures"] for row in rows)]
+    heads = _analysis_heads(rows)
+    known = list(heads)
     if not rows:
         return None
     cells = [[f"{row['figures'][key]:.4g}" if key in row["figures"] else "–" for key in known] for row in rows]
     return {
-        "heads": ["model", *(_ANALYSIS[key] for key in known)],
+        "heads": ["model", *heads.values()],
         "rows": [(row["name"], entry, row["failure"]) for row, entry in zip(rows, cells, strict=True)],
     }
 

@@ -37,9 +37,11 @@ def analyse_features(subject: Subject, options: FeaturesOptions) -> FeatureFigur
                 )
             else:
                 told = linear_information(vectors, last)
+                if told is None:
+                    missing.append(f"{name}: the features of the last block are constant: there is nothing to tell")
         dimension = intrinsic_dimension(vectors, options.neighbours)
         if dimension is None:
-            missing.append(f"{name}: fewer than three different vectors have no dimension")
+            missing.append(f"{name}: fewer than three different vectors, or all equally far apart, have no dimension")
         rank = utilised_rank(vectors, options.energy)
         layers.append(
             FeatureLayer(
@@ -67,7 +69,7 @@ def intrinsic_dimension(vectors: Tensor, most: int) -> float | None:
         most: vectors, evenly spaced among them, that are compared.
 
     Returns:
-        None where fewer than three differ.
+        None where fewer than three differ, or each has its two nearest equally far away.
     """
     different = torch.unique(vectors, dim=0)
     if len(different) < 3:
@@ -76,7 +78,8 @@ def intrinsic_dimension(vectors: Tensor, most: int) -> float | None:
     chosen = different[places]
     distances = torch.cdist(chosen, chosen, compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distances.topk(3, largest=False).values[:, 1:]
-    return (len(chosen) - 1) / float((nearest[:, 1] / nearest[:, 0]).log().sum())
+    ratios = float((nearest[:, 1] / nearest[:, 0]).log().sum())
+    return (len(chosen) - 1) / ratios if ratios > 0.0 else None
 
 
 def utilised_rank(vectors: Tensor, energy: float) -> int:
@@ -93,27 +96,37 @@ def utilised_rank(vectors: Tensor, energy: float) -> int:
 
 
 def condition_number(vectors: Tensor) -> float | None:
-    """The largest eigenvalue of the covariance by the smallest; None where this is 0."""
+    """The largest eigenvalue of the covariance of `[n, width]` by the smallest; None where this is 0, or n is 1."""
+    if len(vectors) < 2:
+        return None
     values = torch.linalg.eigvalsh(torch.cov(vectors.T).reshape(vectors.size(1), -1))
     return float(values[-1] / values[0]) if values[0] > _SINGULAR * values[-1] else None
 
 
-def linear_information(vectors: Tensor, targets: Tensor) -> tuple[float, float]:
+def linear_information(vectors: Tensor, targets: Tensor) -> tuple[float, float] | None:
     """(mean of -ln(1 - R²)/2 in nats, mean of 1 - R²) over the targets' features that are not constant.
 
     Args:
         vectors, targets: `[n, width]` float64 each; every second row fits the ridge regression, the others tell R². An
-            R² below 0 counts as 0.
+            R² below 0 counts as 0, and so does that of constant vectors.
+
+    Returns:
+        None where all features of the targets are constant.
     """
     fitted, asked = slice(0, None, 2), slice(1, None, 2)
     centre, middle = vectors[fitted].mean(0), targets[fitted].mean(0)
     x, y = vectors[fitted] - centre, targets[fitted] - middle
     gram = x.T @ x
     ridge = _RIDGE * float(gram.diagonal().mean())
-    weights = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), x.T @ y)
+    if ridge > 0.0:
+        weights = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), x.T @ y)
+    else:
+        weights = torch.zeros(x.size(1), y.size(1), dtype=x.dtype)
     y = targets[asked] - middle
     left = (y - (vectors[asked] - centre) @ weights).square().sum(0)
     whole = (targets[asked] - targets[asked].mean(0)).square().sum(0)
     varies = whole > 0.0
+    if not varies.any():
+        return None
     unexplained = (left[varies] / whole[varies]).clamp(torch.finfo(left.dtype).eps, 1.0)
     return float(-0.5 * unexplained.log().mean()), float(unexplained.mean())

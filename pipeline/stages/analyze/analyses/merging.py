@@ -54,9 +54,15 @@ def analyse_merging(subject: Subject, options: MergingOptions) -> MergingFigures
             for name, linear in zip((inner, outer), merger.linears(), strict=True):
                 setattr(owner, name, linear)
         left = [merger.left for merger in mergers]
+        found = validation_loss(network, subject)
+        if not math.isfinite(found):
+            missing.append(f"merging: up to a distance of {distance:g} the loss is not finite")
         merged.append(
             MergedUnits(
-                distance=distance, left=left, share=sum(left) / sum(units), loss=validation_loss(network, subject)
+                distance=distance,
+                left=left,
+                share=sum(left) / sum(units),
+                loss=found if math.isfinite(found) else None,
             )
         )
     return MergingFigures(names=names, units=units, loss=loss, merged=merged, missing=missing)
