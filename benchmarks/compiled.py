@@ -137,3 +137,22 @@ def table(rows: list[dict[str, Any]], label: Callable[[dict[str, Any]], str]) ->
             f"{row['operator_times_gelu']:.2f}" if "operator_times_gelu" in row else "",
         )
     return shown
+
+
+def markdown(rows: list[dict[str, Any]], label: Callable[[dict[str, Any]], str]) -> str:
+    """The tables of docs/ops.md, one per dtype: × GELU as lowered, and as an operator, for each block."""
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    lines = []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        own = {(label(row["config"]), row["size"]): row for row in rows if row["dtype"] == dtype}
+        headings = [cell for size in sizes for cell in (f"{dtype}, {size}", "as an operator")]
+        lines += ["| " + " | ".join(("activation", *headings)) + " |", "|---" * (1 + len(headings)) + "|"]
+        for name in dict.fromkeys(label(row["config"]) for row in rows):
+            cells = [name]
+            for size in sizes:
+                row = own[name, size]
+                cells.append(f"{row['times_gelu']:.2f}" + ("" if row["meets_bar"] else " ✗"))
+                cells.append(f"{row['operator_times_gelu']:.2f}" if "operator_times_gelu" in row else "")
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)

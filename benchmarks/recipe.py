@@ -1,8 +1,9 @@
 """The study of the recipe: `python -m benchmarks.recipe --store DIRECTORY … [--train PART …]`.
 
 Of every training in the stores that belongs to it (`polytrope run workflows/recipe.yaml`, with other rates, seeds and
-texts by `--set`) this takes the losses. `--train` makes those of a part of the study first, one at a time, in the first
-store; what is stored is not trained again, and what was interrupted goes on.
+texts by `--set`) this takes the losses and adds them to those of results/recipe.json, which is the record: what stands
+there stays, and is not trained again. `--train` makes the trainings of a part of the study that are missing, one at a
+time, in the first store; what was interrupted goes on there. Without it, what a store has so far is taken.
 
 Trainings that differ in nothing but the activation and the rate of its coefficients are compared, paired by seed: with
 GELU, and with the control at every rate it was trained at. Choices are made with the seeds from 10 on and the documents
@@ -25,6 +26,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks import recipe_budgets
 from benchmarks.recipe_trainings import (
     BASELINES,
     CONTROL,
@@ -33,7 +35,9 @@ from benchmarks.recipe_trainings import (
     PARTS,
     SETTING,
     Row,
+    Sources,
     compose,
+    read_texts,
     read_trainings,
 )
 from polytrope.pipeline.stages.report.contents import paired_difference
@@ -44,11 +48,15 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
 
-def train(part: str, store: str, speeches: Path | None) -> None:
-    """Run the workflow of a part, one training at a time; a training that diverges is a result."""
+def train(part: str, store: str, sources: Sources, recorded: Sequence[Row]) -> None:
+    """Run what is missing of a part, one training at a time; a training that diverges is a result."""
+    workflow = compose(part, sources, recorded)
+    if workflow is None:
+        print(f"part `{part}`: all of it is recorded")
+        return
     with tempfile.TemporaryDirectory(prefix="polytrope-recipe-") as directory:
         file = Path(directory) / "workflow.yaml"
-        file.write_text(yaml.safe_dump(compose(part, speeches), sort_keys=False), encoding="utf-8")
+        file.write_text(yaml.safe_dump(workflow, sort_keys=False), encoding="utf-8")
         command = [sys.executable, "-m", "polytrope.pipeline.commands.cli", "run", str(file), "--store", store]
         subprocess.run([*command, "--executor", "local", "--concurrency", "1"], cwd=ROOT, check=True)
 
@@ -163,7 +171,7 @@ def base_rates(trainings: Sequence[Row]) -> list[Row]:
     return found
 
 
-def markdown(settings: Sequence[Row], rates: Sequence[Row]) -> str:
+def markdown(settings: Sequence[Row], rates: Sequence[Row], texts: Mapping[str, Row]) -> str:
     """A table for each setting with two seeds or more to report on, and one of the base rates."""
     lines: list[str] = []
     for setting in filter(is_reported, settings):
@@ -177,6 +185,8 @@ def markdown(settings: Sequence[Row], rates: Sequence[Row]) -> str:
             f"{setting['batch']} samples, base learning rate {setting['learning_rate']:g}",
             "",
         ]
+        if setting["data"] in texts:
+            lines += [halves(texts[setting["data"]]), ""]
         rows = []
         for entry in setting["activations"]:
             row = [entry["name"], str(len((entry["loss"] or {"values": ()})["values"]))]
@@ -190,6 +200,21 @@ def markdown(settings: Sequence[Row], rates: Sequence[Row]) -> str:
                 row += [plus_minus(entry.get("accuracy"), ".4f"), plus_minus(compared, "+.4f"), p_value(compared)]
             rows.append([*row, str(entry["failed"])])
         lines += [*table(heads, rows), ""]
+    for corpus, group in recipe_budgets.budgets(filter(is_reported, settings)).items():
+        lines += [f"**{corpus}** by size and number of steps, paired differences to {group[0]['baseline']}", ""]
+        names = recipe_budgets.compared(group)
+        rows = []
+        for setting in group:
+            entries = {entry["name"]: entry for entry in setting["activations"]}
+            pairs = min(entries[name]["difference"]["pairs"] for name in names)
+            row = [
+                setting["model"],
+                str(setting["steps"]),
+                str(pairs),
+                plus_minus(entries[group[0]["baseline"]]["loss"], ".4f"),
+            ]
+            rows.append(row + [plus_minus(entries[name]["difference"], "+.4f") for name in names])
+        lines += [*table(["model", "steps", "seeds", "loss of GELU", *(f"Δ {name}" for name in names)], rows), ""]
     if rates:
         lines += ["**Base learning rates**, by the documents and seeds for choosing", ""]
         rows = []
@@ -202,6 +227,20 @@ def markdown(settings: Sequence[Row], rates: Sequence[Row]) -> str:
                 )
         lines += [*table(["text", "activation × rate", "base rate", "seeds", "mean", ""], rows), ""]
     return "\n".join(lines)
+
+
+def halves(text: Row) -> str:
+    """How many documents, and how long, stand behind the losses of a text."""
+    shown = [
+        f"{_count(text[half]['documents'], 'document')} of {text[half]['tokens']:,} tokens, the longest of "
+        f"{text[half]['longest']:,}"
+        for half in ("choosing", "reporting")
+    ]
+    return f"For choosing: {shown[0]}. Reported: {shown[1]}."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def is_reported(setting: Row) -> bool:
@@ -267,29 +306,39 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory of the figures and the plots")
     parser.add_argument("--train", nargs="+", choices=tuple(PARTS), default=[], help="parts of the study to make first")
     parser.add_argument("--speeches", type=Path, help="State of the Union addresses, a file each, YEAR_PRESIDENT.txt")
+    parser.add_argument("--mnist", type=Path, help="MNIST's images, a folder per digit: python -m benchmarks.mnist")
     options = parser.parse_args()
-    for part in options.train:
-        train(part, options.store[0], options.speeches)
     file = options.output / "recipe.json"
-    known = json.loads(file.read_text(encoding="utf-8"))["trainings"] if file.exists() else []
-    trainings = read_trainings(options.store, [row for row in known if "digest" in row])
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"trainings": [], "texts": {}}
+    for part in options.train:
+        train(part, options.store[0], Sources(options.speeches, options.mnist), record["trainings"])
+    trainings = read_trainings(options.store, record["trainings"])
+    texts = read_texts(options.store, record["texts"], trainings)
     settings, rates = compare(trainings), base_rates(trainings)
     if not settings:
         raise SystemExit(f"no finished training in {', '.join(options.store)}: polytrope run workflows/recipe.yaml")
     options.output.mkdir(parents=True, exist_ok=True)
-    content = {"format": 3, "development_seeds_from": DEVELOPMENT, "settings": settings, "base_rates": rates}
-    content["trainings"] = trainings
+    content = {"format": 4, "development_seeds_from": DEVELOPMENT, "settings": settings, "base_rates": rates}
+    content |= {"texts": texts, "trainings": trainings}
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text = markdown(settings, rates)
+    text = markdown(settings, rates, texts)
     (options.output / "recipe.md").write_text(text, encoding="utf-8")
     largest: dict[str, Row] = {}
     for setting in filter(is_reported, settings):
         other = largest.setdefault(setting["corpus"], setting)
-        if len(setting["activations"]) > len(other["activations"]):
+        if _extent(setting) > _extent(other):
             largest[setting["corpus"]] = setting
     for corpus, setting in largest.items():
         (options.output / f"recipe-{corpus}.png").write_bytes(picture(setting))
+    for corpus, group in recipe_budgets.budgets(filter(is_reported, settings)).items():
+        (options.output / f"recipe-{corpus}-budgets.png").write_bytes(recipe_budgets.picture(group))
     print(text)
+
+
+def _extent(setting: Row) -> tuple[int, int]:
+    """Seeds that are compared, then activations."""
+    pairs = [entry["difference"]["pairs"] for entry in setting["activations"] if entry.get("difference")]
+    return max(pairs, default=0), len(setting["activations"])
 
 
 if __name__ == "__main__":

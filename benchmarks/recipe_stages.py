@@ -18,7 +18,7 @@ def learned_start(context: StageContext, learned: Artifact, seed: int) -> dict[s
     torch.manual_seed(seed)
     model = build_model(about["architecture"], about["config"])
     ends = activation_modules(load_model(learned.path))
-    for start, end in zip(activation_modules(model), ends, strict=True):
-        start.load_state_dict(end.state_dict())
+    for block, start in activation_modules(model).items():
+        start.load_state_dict(ends[block].state_dict())
     save_model(context.output, model, tokenizer=learned.path)
     return {"activations": float(len(ends))}

@@ -1,4 +1,8 @@
-"""The trainings of the recipe's study: which there are, as workflows, and what each one in a store came to."""
+"""The trainings of the recipe's study: which there are, as workflows, and what each one in a store came to.
+
+results/recipe.json is the record: what stands there is neither trained nor measured again, whatever becomes of the
+store it was made in.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,8 @@ CONTROL = "affine"
 FROZEN = "frozen as learned"
 LEARNED_START = "benchmarks.recipe_stages:learned_start"
 SETTING = ("data", "model", "steps", "batch", "learning_rate")
+ASKED = ("corpus", *SETTING[1:], "name", "seed")  # what a training is known by before its data exist
+FEEDFORWARDS = {None: "", "mlp": "", "gated": ", gated"}  # in the name of the model
 Row = dict[str, Any]
 
 
@@ -41,6 +47,8 @@ class Trainings:
         activations: labels of the workflow's matrix, or any other activation.
         data: a name in `DATA`.
         learning_rate, multiple: the base rate, and that of the coefficients in units of it; None: as in the workflow.
+        steps: None: as in the workflow.
+        model: changes of the workflow's model.
         frozen: also from the coefficients each of them ends with, which do not learn then.
         converted: families of degree 8 that each model is converted to; then both are trained on for 100 steps at 1e-3,
             the coefficients at each of `RATES_ON` in units of that.
@@ -51,8 +59,15 @@ class Trainings:
     data: str = "python"
     learning_rate: float | None = None
     multiple: float | None = None
+    steps: int | None = None
+    model: Mapping[str, Any] = field(default_factory=dict)
     frozen: bool = False
     converted: tuple[str, ...] = ()
+
+    @property
+    def is_started_from(self) -> bool:
+        """Whether other trainings start from the models of these, which have to be in the store then."""
+        return self.frozen or bool(self.converted)
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,21 @@ class Data:
 DATA = {
     "python": Data(),
     "digits": Data(("digits", "convnext")),
+    "mnist": Data(
+        ("digits", "convnext"),
+        data={"name": "mnist-5k", "source": {"kind": "folder"}, "image_size": 28, "validation_fraction": 0.3},
+        training={
+            "model": {
+                "architecture": "convnext",
+                "depths": [1, 1],
+                "dims": [32, 64],
+                "patch_size": 4,
+                "layer_scale": 0,
+                "activation": "${matrix.activation}",
+            },
+            "validation_samples": 5000,
+        },
+    ),
     "speeches": Data(
         data={"name": "state-of-the-union", "source": {"kind": "files"}, "validation_fraction": 0.1},
         training={"validation_every": 0, "validation_samples": 64},  # the whole is measured afterwards
@@ -110,10 +140,21 @@ ON = {"steps": 100, "learning_rate": 1e-3, "warmup_steps": 10}
 PARTS: dict[str, tuple[Trainings, ...]] = {
     "digits": (Trainings(("gelu", "affine", "hermite4"), data="digits"),),
     "digits-again": (Trainings(("gelu", "affine", "hermite4"), range(5, 10), "digits"),),
+    "mnist": (Trainings(("gelu", "affine", "hermite4"), data="mnist"),),
     "text": (Trainings(),),
     "speeches": (Trainings(data="speeches"),),
+    # A quarter of the parameters, and twice the tokens of both: larger ones do not fit in an hour of two cores.
+    "sizes": (
+        Trainings(seeds=range(3), data="speeches", model={"n_embd": 64}),
+        Trainings(seeds=range(3), data="speeches", model={"n_embd": 64}, steps=960),
+        Trainings(seeds=range(3), data="speeches", steps=960),
+    ),
+    "gated": (
+        Trainings(("gelu_tanh", "silu", "affine", "hermite4"), range(3), "speeches", model={"feedforward": "gated"}),
+    ),
+    # On the text that has eleven documents for choosing, not one.
     "base-rates": tuple(
-        Trainings(("gelu_tanh",), (seed,), learning_rate=rate)
+        Trainings(("gelu_tanh",), (seed,), "speeches", learning_rate=rate)
         for seed in (DEVELOPMENT, DEVELOPMENT + 1)
         for rate in (3e-3, 1.5e-3, 6e-3)
     ),
@@ -129,11 +170,42 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
 }
 
 
-def compose(part: str, speeches: Path | None) -> dict[str, Any]:
-    """A workflow with the trainings of a part, and nothing that follows them.
+@dataclass(frozen=True)
+class Sources:
+    """Where data are that no installation has.
 
     Args:
         speeches: directory of the State of the Union addresses, `YEAR_PRESIDENT.txt`.
+        mnist: directory of the 5,000 images, one folder per digit (`python -m benchmarks.mnist`).
+    """
+
+    speeches: Path | None = None
+    mnist: Path | None = None
+
+    def of(self, part: str, data: str) -> dict[str, Any]:
+        """What `source:` says of them.
+
+        Raises:
+            SystemExit: the part needs what was not named.
+        """
+        if data == "speeches":
+            if self.speeches is None:
+                raise SystemExit(f"part `{part}`: --speeches DIRECTORY has to name the State of the Union addresses")
+            return {"paths": [f"{self.speeches.resolve()}/*.txt"]}
+        if data == "mnist":
+            if self.mnist is None:
+                raise SystemExit(
+                    f"part `{part}`: --mnist DIRECTORY has to name what `python -m benchmarks.mnist` wrote"
+                )
+            return {"path": str(self.mnist.resolve())}
+        return {}
+
+
+def compose(part: str, sources: Sources, recorded: Sequence[Row] = ()) -> dict[str, Any] | None:
+    """A workflow with the trainings of a part, and nothing that follows them; None if all of them are recorded.
+
+    Args:
+        recorded: trainings that are not made again, unless others start from their models.
     """
     base = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))
     stages: dict[str, Any] = {}
@@ -141,11 +213,8 @@ def compose(part: str, speeches: Path | None) -> dict[str, Any]:
         changes = DATA[trainings.data]
         data, train = (copy.deepcopy(base["stages"][name]) for name in changes.stages)
         data["with"] |= copy.deepcopy(changes.data)
-        train["with"] |= changes.training
-        if trainings.data == "speeches":
-            if speeches is None:
-                raise SystemExit("part `speeches`: --speeches DIRECTORY has to name the State of the Union addresses")
-            data["with"]["source"]["paths"] = [f"{speeches.resolve()}/*.txt"]
+        train["with"] |= copy.deepcopy(dict(changes.training))
+        data["with"]["source"] = _source(data["with"]["source"], sources.of(part, trainings.data))
         labelled = {one["label"]: one for one in train["matrix"]["activation"] if isinstance(one, dict)}
         chosen = [
             labelled.get(one, one) if isinstance(one, str) else {"label": f"{one['name']}-{number}", **one}
@@ -153,17 +222,60 @@ def compose(part: str, speeches: Path | None) -> dict[str, Any]:
         ]
         train["matrix"] = {"seed": list(trainings.seeds), "activation": chosen}
         settings = train["with"]
+        settings["model"] |= trainings.model
+        if trainings.steps is not None:
+            settings["steps"] = trainings.steps
         if trainings.learning_rate is not None:
             settings["learning_rate"] = trainings.learning_rate
         if trainings.multiple is not None:
             rate = trainings.multiple * base["params"]["learning_rate"]
             settings["coefficient_learning_rate"] = round(rate, 9)
+        if not trainings.is_started_from:
+            made = _made_before(data, train, base["params"], recorded)
+            if len(made) == len(chosen) * len(trainings.seeds):
+                continue
+            if made:
+                train["matrix"]["exclude"] = made
         stages["data"], stages[f"train{index}"] = data, {**train, "inputs": {"dataset": "data"}}
         if trainings.frozen:
             stages |= _frozen(index, train)
         if trainings.converted:
             stages |= _trained_on(index, train, trainings.converted)
+    if not stages:
+        return None
     return {"name": f"recipe-{part}", "params": base["params"], "tracking": {"enabled": False}, "stages": stages}
+
+
+def _source(given: str | Mapping[str, Any], found: Mapping[str, Any]) -> Any:
+    return given if isinstance(given, str) else {**given, **found}
+
+
+def _made_before(
+    data: Mapping[str, Any], train: Mapping[str, Any], params: Mapping[str, Any], recorded: Sequence[Row]
+) -> list[dict[str, Any]]:
+    """Branches of a training's matrix that stand in the record."""
+    given = {
+        key: params[value.removeprefix("${params.").removesuffix("}")] if str(value).startswith("${params.") else value
+        for key, value in train["with"].items()
+    }
+    rate = given.get("coefficient_learning_rate")
+    about = {
+        "corpus": data["with"]["name"],
+        "model": model_name(given["model"], images=data["uses"] == "shard_images"),
+        "steps": given["steps"],
+        "batch": given["global_batch_size"],
+        "learning_rate": given["learning_rate"],
+    }
+    known = {tuple(row[key] for key in ASKED) for row in recorded}
+    made = []
+    for activation in train["matrix"]["activation"]:
+        plain = activation if isinstance(activation, str) else {k: v for k, v in activation.items() if k != "label"}
+        name = f"{name_of(plain)}{rate_name(plain, rate, given['learning_rate'], fine_tuning=False)}"
+        for seed in train["matrix"]["seed"]:
+            if tuple((about | {"name": name, "seed": seed})[key] for key in ASKED) in known:
+                label = activation if isinstance(activation, str) else activation["label"]
+                made.append({"seed": seed, "activation": label})
+    return made
 
 
 def _frozen(index: int, train: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,38 +316,67 @@ def _trained_on(index: int, train: Mapping[str, Any], families: Iterable[str]) -
     return stages
 
 
-def read_trainings(addresses: Iterable[str], known: Iterable[Row] = ()) -> list[Row]:
-    """Every training of the stores that is one of a study's, each once (the first store wins).
+def read_trainings(addresses: Iterable[str], recorded: Iterable[Row] = ()) -> list[Row]:
+    """What is recorded, and every other training of the stores that is one of a study's, each once.
 
     Args:
-        known: rows of an earlier time; what was measured then is not measured again.
+        recorded: rows of an earlier time; they stay as they are.
     """
-    measured = {row["digest"]: row for row in known}
-    found: dict[tuple[Any, ...], Row] = {}
-    corpora: dict[str, str] = {}  # data → its name: the first store's
+    found = {identity(row): row for row in recorded}
+    measured = {row["digest"] for row in found.values()}
+    corpora = {row["data"]: row["corpus"] for row in found.values()}  # data → its name: the first one's
     for address in addresses:
         store = Store(address)
         present = [artifact for artifact in map(store.load, store.keys()) if artifact is not None]
         by_digest = {artifact.digest: artifact for artifact in present}
         for artifact in present:
-            if artifact.components["uses"] != "train":
+            if artifact.components["uses"] != "train" or artifact.digest in measured:
                 continue
             dataset = by_digest.get(artifact.components["inputs"]["dataset"])
             row = None if dataset is None else describe(artifact, dataset, by_digest)
             if row is None or dataset is None:
                 continue
             row["corpus"] = corpora.setdefault(row["data"], row["corpus"])
-            identity = (*(row[key] for key in SETTING), row["name"], row["seed"])
-            if identity in found:
+            if identity(row) in found:
                 continue
-            if row["digest"] in measured:
-                row |= {key: measured[row["digest"]][key] for key in ("loss", "development_loss", "test_loss")}
-            elif row["loss"] is not None and dataset.components["uses"] == "shard":
+            if row["loss"] is not None and dataset.components["uses"] == "shard":
                 row |= measure(store.materialize(artifact.key), store.materialize(dataset.key))
             if row["loss"] is not None:
                 row["learned"] = learned_numbers(load_model(store.materialize(artifact.key)))
-            found[identity] = row
+            found[identity(row)] = row
     return [found[key] for key in sorted(found)]
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """What two trainings with the same result have in common."""
+    return (*(row[key] for key in SETTING), row["name"], row["seed"])
+
+
+def read_texts(addresses: Iterable[str], recorded: Mapping[str, Row], trainings: Iterable[Row]) -> dict[str, Row]:
+    """Of the texts that the trainings are measured by, how much of them is for choosing and how much is reported.
+
+    Args:
+        recorded: by `data`, as of an earlier time.
+    """
+    wanted = {row["data"] for row in trainings}
+    found = {data: text for data, text in recorded.items() if data in wanted}
+    for address in addresses:
+        store = Store(address)
+        for artifact in filter(None, map(store.load, store.keys())):
+            data = data_of(artifact) if artifact.components["uses"] == "shard" else None
+            if data is None or data not in wanted or data in found:
+                continue
+            directory = store.materialize(artifact.key)
+            reader = open_split(directory, "validation")
+            blocks = reader.samples(np.arange(len(reader))).astype(np.int64)
+            found[data] = describe_halves(blocks, read_tokenizer(directory).end_of_text)
+    return dict(sorted(found.items()))
+
+
+def data_of(dataset: StoredArtifact) -> str:
+    """A short digest of what a data set holds, whatever it is called."""
+    shards = sorted((file["path"], file["sha256"]) for file in dataset.files if "/shard" in file["path"])
+    return hashlib.sha256("".join(digest for _, digest in shards).encode()).hexdigest()[:12]
 
 
 def describe(artifact: StoredArtifact, dataset: StoredArtifact, others: Mapping[str, StoredArtifact]) -> Row | None:
@@ -255,19 +396,14 @@ def describe(artifact: StoredArtifact, dataset: StoredArtifact, others: Mapping[
     images = dataset.components["uses"] == "shard_images"
     if images and parameters["validation_samples"] < dataset.summary["validation/images"]:
         return None
-    name = name_of(start.activation)
-    own = start.coefficient_rate
-    module = build_activation(start.activation)
-    if isinstance(module, LearnableActivation):
-        default = coefficient_multiple(module, fine_tuning=start.kind == "train")
-        name += f" × {default if own is None else round(own / parameters['learning_rate'], 4):g}"
-    shape = f"ConvNeXt {model['depths']} of {model['dims']}" if images else ""
-    shape = shape or f"GPT-2, {model['n_layer']} layers of {model['n_embd']}"
-    shards = sorted((file["path"], file["sha256"]) for file in dataset.files if "/shard" in file["path"])
+    name = name_of(start.activation) + rate_name(
+        start.activation, start.coefficient_rate, parameters["learning_rate"], fine_tuning=start.kind == "train"
+    )
+    shape = model_name(model, images=images)
     loss = artifact.summary.get("val/loss")  # None: it diverged
     return {
         "corpus": dataset.components["parameters"]["name"],
-        "data": hashlib.sha256("".join(digest for _, digest in shards).encode()).hexdigest()[:12],
+        "data": data_of(dataset),
         "model": f"{shape}, trained on" if start.kind in ("train", "convert") else shape,
         "steps": parameters["steps"],
         "batch": parameters["global_batch_size"],
@@ -288,7 +424,10 @@ def is_unusual(parameters: Mapping[str, Any]) -> bool:
     model = parameters["model"] or {}
     if isinstance(model.get("activation"), list) or parameters.get("precision", "fp32") != "fp32":
         return True
+    if model.get("feedforward") not in tuple(FEEDFORWARDS):  # one with options is no key
+        return True
     told = {"architecture", "activation", "n_layer", "n_head", "n_embd", "depths", "dims", "patch_size", "layer_scale"}
+    told |= {"feedforward"}
     others = [value for name, value in model.items() if name not in told and not name.startswith("$")]  # $class
     others += [parameters.get(name) for name in ("loss", "trainable", "ema_decay", "range_penalty")]
     return any(value is not None for value in others)
@@ -350,10 +489,34 @@ def name_of(activation: str | Mapping[str, Any]) -> str:
     return " ".join([f"{activation['name']}{activation.get('degree', '')}", *options])
 
 
+def rate_name(
+    activation: str | Mapping[str, Any], own: float | None, learning_rate: float, *, fine_tuning: bool
+) -> str:
+    """` × 10`: the rate of the coefficients in units of the base rate; empty where nothing learns.
+
+    Args:
+        own: as the training was told; None: by the rule.
+    """
+    module = build_activation(activation)
+    if not isinstance(module, LearnableActivation):
+        return ""
+    multiple = coefficient_multiple(module, fine_tuning=fine_tuning) if own is None else round(own / learning_rate, 4)
+    return f" × {multiple:g}"
+
+
+def model_name(model: Mapping[str, Any], *, images: bool) -> str:
+    """`GPT-2, 4 layers of 128, gated` or `ConvNeXt [1, 1] of [32, 64]`."""
+    if images:
+        shape = f"ConvNeXt {model['depths']} of {model['dims']}"
+    else:
+        shape = f"GPT-2, {model['n_layer']} layers of {model['n_embd']}"
+    return shape + FEEDFORWARDS[model.get("feedforward")]
+
+
 def learned_numbers(model: nn.Module) -> dict[str, list[Any]]:
     """What the activations have learned, to four digits: of each parameter its number or its numbers, by block."""
     found: dict[str, list[Any]] = {}
-    for module in activation_modules(model):
+    for module in activation_modules(model).values():
         for name, parameter in module.named_parameters():
             values = [float(f"{value:.4g}") for value in parameter.detach().flatten().tolist()]
             found.setdefault(name, []).append(values if len(values) > 1 else values[0])
@@ -389,6 +552,23 @@ def for_choosing(blocks: np.ndarray, end_of_text: int) -> np.ndarray:
     Raises:
         ValueError: all is one document.
     """
+    document, sides = _halves(blocks, end_of_text)
+    chosen: np.ndarray = sides[document].reshape(blocks.shape)
+    return chosen
+
+
+def describe_halves(blocks: np.ndarray, end_of_text: int) -> Row:
+    """Documents and tokens of either side, and the tokens of its longest document: few documents say little."""
+    document, sides = _halves(blocks, end_of_text)
+    sizes = np.bincount(document)
+    return {
+        name: {"documents": len(own), "tokens": int(own.sum()), "longest": int(own.max())}
+        for name, own in (("choosing", sizes[sides]), ("reporting", sizes[~sides]))
+    }
+
+
+def _halves(blocks: np.ndarray, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
+    """The document of each token, and whether each document is for choosing."""
     tokens = blocks.reshape(-1)
     document = np.cumsum(tokens == end_of_text) - (tokens == end_of_text)  # an end belongs to what it ends
     sizes = np.bincount(document)
@@ -400,5 +580,4 @@ def for_choosing(blocks: np.ndarray, end_of_text: int) -> np.ndarray:
         side = filled[True] <= filled[False]
         sides[longest] = side
         filled[side] += int(sizes[longest])
-    chosen: np.ndarray = sides[document].reshape(blocks.shape)
-    return chosen
+    return document, sides

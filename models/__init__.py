@@ -103,6 +103,12 @@ def make_config(kind: type[Any], fields: Mapping[str, Any]) -> Any:
 
 def _check_kind(name: str, value: Any, usual: Any) -> None:
     """Refuse a value of another kind than the default's, such as a text for a number."""
+    if isinstance(usual, dict):
+        if not isinstance(value, Mapping) or not all(isinstance(entry, str) for entry in value):
+            raise ValueError(f"{name}: expected numbers by name, got {value!r}")
+        for entry, number in value.items():
+            _check_kind(f"{name}.{entry}", number, 1)
+        return
     if isinstance(usual, list):
         if not isinstance(value, list | tuple):
             raise ValueError(f"{name}: expected a list, got {value!r}")

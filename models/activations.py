@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from polytrope.models.configurations import ActivationConfig, activation_configs
-from polytrope.models.parts.feedforward import QuadraticLinear
+from polytrope.models.configurations import NO_ACTIVATION, ActivationConfig, activation_configs
+from polytrope.models.parts.feedforward import LinearAtStart
 
 # What backward computes again instead of keeping it: nothing, the output of each activation, or whole blocks.
 ActivationCheckpointing = Literal["none", "mlp", "block"]
@@ -47,7 +48,7 @@ def project_activated(
     return checkpoint(project, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
-def standardize_inputs(linear: nn.Linear | QuadraticLinear, std: float) -> None:
+def standardize_inputs(linear: LinearAtStart, std: float) -> None:
     """Scale freshly drawn weights so that the activation behind them sees inputs of variance 1.
 
     A normalised input and weights of deviation 1/√inputs give that; learnable activations start from it, and all learn
@@ -63,9 +64,13 @@ def standardize_inputs(linear: nn.Linear | QuadraticLinear, std: float) -> None:
 
 
 def current_activations(
-    modules: list[nn.Module], configured: list[ActivationConfig]
+    modules: Mapping[int, nn.Module], configured: list[ActivationConfig]
 ) -> ActivationConfig | list[ActivationConfig]:
     """What to save so that the same activations can be built again, after any conversion of the model.
+
+    Args:
+        modules: by the number of the layer, from 0; a layer may have none.
+        configured: of every layer.
 
     A learnable activation describes itself; another one is what the configuration says. One entry stands for all if
     they are equal.
@@ -74,10 +79,11 @@ def current_activations(
         ValueError: a module that is neither.
     """
     entries: list[ActivationConfig] = []
-    for layer, (module, config) in enumerate(zip(modules, configured, strict=True)):
+    for layer, config in enumerate(configured):
+        module = modules.get(layer)
         if callable(getattr(module, "config", None)):
-            config = module.config()  # type: ignore[operator]
-        elif repr(module) != repr(make_activation(config)):
+            config = module.config()  # type: ignore[operator, union-attr]
+        elif module is not None and repr(module) != repr(make_activation(config)):
             raise ValueError(
                 f"the activation of layer {layer} is {module!r}, which is not `{config}` of the model's configuration "
                 "and cannot be described; use one of polytrope.ops.build_activation"
@@ -90,7 +96,10 @@ def normalised_activations(activation: ActivationConfig | list[ActivationConfig]
     """(name, options) of each layer's activation: equal for settings that mean the same."""
     from polytrope.ops.modules import read_activation
 
-    return [read_activation(config) for config in activation_configs(activation, layers)]
+    return [
+        (NO_ACTIVATION, {}) if config == NO_ACTIVATION else read_activation(config)
+        for config in activation_configs(activation, layers)
+    ]
 
 
 def describe_activation(config: Any) -> str:

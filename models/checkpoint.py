@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
 from polytrope.models.activations import current_activations, normalised_activations
-from polytrope.models.configurations import activation_configs, changed_parts
+from polytrope.models.configurations import LEFT_OUT, NO_ACTIVATION, activation_configs, changed_parts
+from polytrope.models.factors import describe_factors
 from polytrope.models.parts.settings import PARTS
 from polytrope.models.special_tokens import kept_fields, read_tokenizer_entry
 from polytrope.models.weights import check_dtypes
@@ -141,9 +142,10 @@ def read_description(directory: str | Path) -> dict[str, Any]:
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
-    """The model's configuration as JSON, with its activations as they are now (after conversion).
+    """The model's configuration as JSON, with its activations and factors as they are now (after conversion).
 
-    Parts are left out where they are the usual ones.
+    Parts, and fields that say so (`configurations.LEFT_OUT`), are left out where they are the usual ones, and so are
+    factors where there are none.
 
     Raises:
         ValueError: an activation that no configuration describes.
@@ -151,16 +153,31 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     config: dict[str, Any] = dataclasses.asdict(model.config)  # type: ignore[call-overload]
     for part in PARTS.keys() & config.keys() - changed_parts(model.config).keys():
         del config[part]
-    modules = activation_modules(model)
-    config["activation"] = current_activations(modules, activation_configs(config["activation"], len(modules)))
+    for field in dataclasses.fields(model.config):  # type: ignore[arg-type]
+        if field.metadata == LEFT_OUT and config[field.name] == field.default:
+            del config[field.name]
+    config["factors"] = describe_factors(model)
+    if not config["factors"]:
+        del config["factors"]
+    entries = activation_configs(config["activation"], _layers(model))
+    config["activation"] = current_activations(activation_modules(model), entries)
     return config
 
 
-def activation_modules(model: nn.Module) -> list[nn.Module]:
-    """The activations of a model of this package, in the order of its blocks."""
+def activation_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """The activations of a model of this package by the number of their block, from 0, in order; some have none."""
+    config: Any = model.config
+    entries = activation_configs(config.activation, _layers(model))
+    blocks = [number for number, entry in enumerate(entries) if entry != NO_ACTIVATION]
     last = find_architecture(str(model.architecture)).activation
     named = model.named_modules(remove_duplicate=False)
-    return [module for name, module in named if name.rpartition(".")[2] == last]
+    return dict(zip(blocks, (module for name, module in named if name.rpartition(".")[2] == last), strict=True))
+
+
+def _layers(model: nn.Module) -> int:
+    """How many blocks it has."""
+    config: Any = model.config
+    return len(config.activation_widths())
 
 
 def compare_configs(written: nn.Module, meant: nn.Module, what: str) -> None:
@@ -171,7 +188,7 @@ def compare_configs(written: nn.Module, meant: nn.Module, what: str) -> None:
     """
     there, here = model_config(written), model_config(meant)
     for config, model in ((there, written), (here, meant)):
-        config["activation"] = normalised_activations(config["activation"], len(activation_modules(model)))
+        config["activation"] = normalised_activations(config["activation"], _layers(model))
     for field in sorted(here.keys() | there.keys()):
         if there.get(field) != here.get(field):
             raise ValueError(f"{what}: {field} comes back as {there.get(field)!r} instead of {here.get(field)!r}")

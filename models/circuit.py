@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polytrope.models.factors import describe_factors
 from polytrope.models.gpt2 import GPT2
 from polytrope.models.parts.attention import EPSILON, PowerAttention, Reciprocal
 from polytrope.models.parts.feedforward import QuadraticLinear
+from polytrope.models.parts.mu import MuLayer
 from polytrope.models.parts.norm import BatchNorm, fold_into_linear
 from polytrope.models.parts.reciprocal import PolynomialReciprocal
 from polytrope.models.parts.settings import ReciprocalSettings
@@ -43,7 +45,8 @@ class CircuitForm(nn.Module):
         refuse_other_parts(model)
         self.blocks = len(model.blocks)
         for number, block in enumerate(model.blocks):
-            self.add_module(f"block_{number}", _Block(block, ranges[number], positions))
+            reach = None if activation_of(block) is None else ranges[number]
+            self.add_module(f"block_{number}", _Block(block, reach, positions))
         self.head = fold_into_linear(model.transformer["ln_f"], model.lm_head)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,9 +61,11 @@ def embed(model: GPT2, tokens: Tensor) -> Tensor:
     return model._embed(tokens, 0)
 
 
-def activation_of(block: nn.Module) -> nn.Module:
-    """The activation of the block's MLP."""
-    return block.get_submodule("mlp.activation")
+def activation_of(block: nn.Module) -> nn.Module | None:
+    """The activation of the block's MLP, where it has one."""
+    mlp: Any = block.mlp
+    activation: nn.Module | None = mlp.activation
+    return activation
 
 
 def reciprocal_of(block: nn.Module) -> nn.Module:
@@ -76,6 +81,8 @@ def refuse_other_parts(model: GPT2, *, divisions: bool = False) -> None:
     Args:
         divisions: those of attention are let pass.
     """
+    for name in describe_factors(model):
+        raise ValueError(f"{name}: two factors in a row are not folded; merge them first (merge_factors)")
     for number, block in enumerate(model.blocks):
         name = f"transformer.h.{number}"
         _refuse_norm(f"{name}.ln_1", block.ln_1)
@@ -88,13 +95,29 @@ def refuse_other_parts(model: GPT2, *, divisions: bool = False) -> None:
         if not (divisions or isinstance(attention.reciprocal, PolynomialReciprocal)):
             raise ValueError(f"{name}.attn.reciprocal: {type(attention.reciprocal).__name__} divides")
         _refuse_norm(f"{name}.ln_2", block.ln_2)
-        _refuse_activation(f"{name}.mlp.activation", activation_of(block))
+        mlp: Any = block.mlp
+        _refuse_layer(f"{name}.mlp.c_fc", mlp.c_fc)
+        if (activation := activation_of(block)) is not None:
+            _refuse_activation(f"{name}.mlp.activation", activation)
+        _refuse_layer(f"{name}.mlp.c_proj", mlp.c_proj)
     _refuse_norm("transformer.ln_f", model.transformer["ln_f"])
 
 
 def _refuse_norm(name: str, norm: Any) -> None:
     if not isinstance(norm, BatchNorm):
         raise ValueError(f"{name}: {type(norm).__name__} divides by a root; train with norm: batch")
+
+
+def _refuse_layer(name: str, layer: Any) -> None:
+    if isinstance(layer, MuLayer):
+        for number, norm in enumerate(layer.norms):
+            if not isinstance(norm, BatchNorm):
+                raise ValueError(
+                    f"{name}.norms.{number}: {type(norm).__name__} divides by a root; train with feedforward: mu or "
+                    "{name: mu, norm: batch}"
+                )
+    elif not isinstance(layer, nn.Linear | QuadraticLinear):
+        raise ValueError(f"{name}: {type(layer).__name__} divides; train with feedforward: mlp, gated, quadratic or mu")
 
 
 def _refuse_activation(name: str, activation: Any) -> None:
@@ -110,7 +133,7 @@ def _refuse_activation(name: str, activation: Any) -> None:
 
 
 class _Block(nn.Module):
-    def __init__(self, block: Any, reach: tuple[float, float], positions: int) -> None:
+    def __init__(self, block: Any, reach: tuple[float, float] | None, positions: int) -> None:
         super().__init__()
         self.attention = _Attention(block.ln_1, block.attn, positions)
         self.mlp = _MLP(block.ln_2, block.mlp, reach)
@@ -124,6 +147,7 @@ class _Attention(nn.Module):
     """Power attention; what its scores are multiplied by is in the queries' weights."""
 
     share: Tensor
+    rest: Tensor
     shift: Tensor
     ones: Tensor
 
@@ -140,7 +164,9 @@ class _Attention(nn.Module):
                 queries.copy_(queries.double() * gain.reshape(-1, *[1] * (queries.dim() - 1)))
         self.c_proj = attention.c_proj
         visible = torch.ones(positions, positions, dtype=torch.float64).tril()
-        self.register_buffer("share", (visible / visible.sum(-1, keepdim=True)).float())
+        counted = visible.sum(-1, keepdim=True) + attention.settings.sinks
+        self.register_buffer("share", (visible / counted).float())
+        self.register_buffer("rest", (EPSILON + attention.settings.sinks / counted).float())
         self.register_buffer("shift", attention.beta.detach().float()[:, None, None].clone())
         self.register_buffer("ones", torch.ones(positions, 1))
         reciprocal = attention.reciprocal
@@ -155,7 +181,7 @@ class _Attention(nn.Module):
         for _ in range(self.power // 2):
             powers = powers * powers
         means = powers * self.share
-        mixed = (means @ value) * self.reciprocal(means @ self.ones + EPSILON)
+        mixed = (means @ value) * self.reciprocal(means @ self.ones + self.rest)
         merged: Tensor = self.c_proj(mixed.transpose(1, 2).reshape(1, length, width))
         return merged
 
@@ -182,20 +208,24 @@ class _Reciprocal(nn.Module):
 
 
 class _MLP(nn.Module):
-    def __init__(self, norm: BatchNorm, mlp: Any, reach: tuple[float, float]) -> None:
+    def __init__(self, norm: BatchNorm, mlp: Any, reach: tuple[float, float] | None) -> None:
         super().__init__()
         self.gated = mlp.gated
         self.inner: nn.Module
         if isinstance(mlp.c_fc, nn.Linear):
             self.inner = fold_into_linear(norm, mlp.c_fc)
+        elif isinstance(mlp.c_fc, MuLayer):
+            self.inner = _Mu(norm, mlp.c_fc)
         else:
             self.inner = nn.Sequential(_Affine(norm), _Quadratic(mlp.c_fc))
-        self.circuit = activation_circuit(mlp.activation, *reach)
+        self.circuit = None if reach is None else activation_circuit(mlp.activation, *reach)
         self.outer = mlp.c_proj if isinstance(mlp.c_proj, nn.Linear) else _Quadratic(mlp.c_proj)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.inner(x)
-        if self.gated:
+        if self.circuit is None:
+            pass
+        elif self.gated:
             half = hidden.shape[-1] // 2
             hidden = self.circuit.run(hidden[..., :half]) * hidden[..., half:]
         else:
@@ -217,6 +247,34 @@ class _Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
+
+
+class _Mu(nn.Module):
+    """`MuLayer` as one product of two linear maps: a + α · a ⊙ b = a ⊙ (1 + α b), where norms are affine."""
+
+    def __init__(self, norm: BatchNorm, layer: MuLayer) -> None:
+        super().__init__()
+        self.first = fold_into_linear(norm, layer.linear)
+        self.reduce = fold_into_linear(norm, layer.reduce)
+        self.second = nn.Linear(layer.expand.in_features, layer.expand.out_features)
+        with torch.no_grad():
+            bias = layer.expand.bias
+            self.second.weight.copy_(layer.expand.weight)
+            self.second.bias.copy_(torch.zeros_like(self.second.bias) if bias is None else bias)
+            if layer.norms:
+                _apply_behind(self.first, *layer.norms[0].affine())  # type: ignore[operator]
+                _apply_behind(self.second, *layer.norms[1].affine())  # type: ignore[operator]
+            _apply_behind(self.second, layer.alpha.double(), torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = self.first(x) * self.second(self.reduce(x))
+        return product
+
+
+def _apply_behind(linear: nn.Linear, scale: Tensor, shift: Tensor) -> None:
+    """Make it what it was times `scale` plus `shift`, which are float64 `[outputs]` or `[1]`."""
+    linear.weight.copy_(linear.weight.double() * scale[:, None])
+    linear.bias.copy_(linear.bias.double() * scale + shift)
 
 
 class _Quadratic(nn.Module):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal
 
-from polytrope.models.parts.settings import PARTS, Attention, FeedForward, Norm, read_part, read_parts
+from polytrope.models.parts.settings import PARTS, Attention, FeedForward, Mixer, Norm, Part, read_part, read_parts
 from polytrope.models.per_layer import Entry, layer_configs
 
 ActivationConfig = Entry
+NO_ACTIVATION = "none"  # of a block whose feed-forward layers have none inside
 CLASSICAL = ("gelu", "gelu_tanh", "relu", "silu", "tanh")  # activations without coefficients, none a polynomial
+FIXED = (*CLASSICAL, "identity")  # all that have no coefficients
+
+LEFT_OUT = {"left_out": True}  # metadata of a field that is written only where it is not the default
 
 
 def activation_configs(activation: ActivationConfig | list[ActivationConfig], layers: int) -> list[ActivationConfig]:
@@ -27,6 +32,38 @@ def activation_configs(activation: ActivationConfig | list[ActivationConfig], la
     return entries
 
 
+def _refuse_for_layers_alone(activation: ActivationConfig | list[ActivationConfig]) -> None:
+    """Raise ValueError for what is made for the layers of an `mlp`: a block needs an activation between its two."""
+    for entry in activation if isinstance(activation, list) else [activation]:
+        if (entry.get("name") if isinstance(entry, dict) else entry) == "identity":
+            raise ValueError("activation: identity is for layers of an mlp that are not linear themselves")
+        if starts_as_siren(entry):
+            raise ValueError("activation: init: siren needs weights that start to match; only an mlp has them")
+
+
+def starts_as_siren(entry: ActivationConfig) -> bool:
+    """Whether the weights before this activation follow its start."""
+    return isinstance(entry, dict) and entry.get("init") == "siren"
+
+
+def _used_activations(
+    activation: ActivationConfig | list[ActivationConfig], parts: Sequence[FeedForward]
+) -> ActivationConfig | list[ActivationConfig]:
+    """What is said of the activations, with `none` for the blocks that have none, whatever is said for all.
+
+    Raises:
+        ValueError: as `activation_configs`; `none` for a block that needs one.
+    """
+    entries = activation_configs(activation, len(parts))
+    for number, (entry, part) in enumerate(zip(entries, parts, strict=True)):
+        if entry == NO_ACTIVATION and part.activated:
+            raise ValueError(f"activation: none, but layer {number} has feedforward: {part.name}, which needs one")
+    if all(part.activated for part in parts):
+        return activation
+    entries = [entry if part.activated else NO_ACTIVATION for entry, part in zip(entries, parts, strict=True)]
+    return NO_ACTIVATION if not any(part.activated for part in parts) else entries
+
+
 def changed_parts(config: Any) -> dict[str, Any]:
     """The parts of a configuration, as they are written, that are not those a model has where nothing is said."""
     fields = type(config).__dataclass_fields__
@@ -39,6 +76,13 @@ def changed_parts(config: Any) -> dict[str, Any]:
     }
 
 
+def all_parts(config: Any) -> list[Part]:
+    """The settings of all parts of a configuration, those of blocks once for each."""
+    fields = type(config).__dataclass_fields__
+    layers = len(config.activation_widths())
+    return [part for name in PARTS if name in fields for part in read_parts(name, getattr(config, name), layers)]
+
+
 def _feedforwards(given: Entry | list[Entry], layers: int, names: tuple[str, ...]) -> list[FeedForward]:
     """One of these parts per layer. Raises ValueError for another one."""
     parts: list[FeedForward] = read_parts("feedforward", given, layers)
@@ -48,7 +92,55 @@ def _feedforwards(given: Entry | list[Entry], layers: int, names: tuple[str, ...
     return parts
 
 
-_OF_BLOCKS = ("mlp", "gated", "quadratic")
+def block_series(config: Any) -> list[int]:
+    """How many blocks follow one another that each add to what they are given: all of a GPT-2, or those of each stage.
+
+    Raises:
+        ValueError: a model that has none, or whose blocks depend on their number.
+    """
+    if isinstance(config, ConvNeXtConfig):
+        return list(config.depths)
+    if not isinstance(config, GPT2Config):
+        name = next(name for name, kind in MODEL_KINDS.items() if isinstance(config, kind.config))
+        raise ValueError(f"drop_blocks: {name} has no blocks that add to what they are given; leave it out")
+    if config.scale_attn_by_inverse_layer_idx:
+        raise ValueError(
+            "drop_blocks: scale_attn_by_inverse_layer_idx divides by the number of a block, which would be another one "
+            "behind a cut; leave it out"
+        )
+    return [config.n_layer]
+
+
+def without_blocks(config: Any, gone: range) -> Any:
+    """The configuration of a model with these blocks left out, which are counted over the whole model."""
+    total = len(config.activation_widths())
+    changed: dict[str, Any] = {}
+    for name in ("activation", *PARTS):
+        given = getattr(config, name, None)
+        if isinstance(given, list):
+            entries = layer_configs(name, given, total)
+            changed[name] = [entry for number, entry in enumerate(entries) if number not in gone]
+    if isinstance(config, ConvNeXtConfig):
+        ends = list(accumulate(config.depths))
+        starts = [0, *ends[:-1]]
+        changed["depths"] = [
+            sum(number not in gone for number in range(start, end)) for start, end in zip(starts, ends, strict=True)
+        ]
+    else:
+        changed["n_layer"] = config.n_layer - len(gone)
+    return replace(config, **changed)
+
+
+def _norm_of_blocks(given: Entry) -> Norm:
+    """The norm. Raises ValueError for none."""
+    norm: Norm = read_part("norm", given)
+    if norm.name == "none":
+        raise ValueError("norm: none is for an mlp; this model has layer_norm, batch")
+    return norm
+
+
+_OF_BLOCKS = ("mlp", "gated", "quadratic", "pade", "mu")
+_OF_LAYERS = ("dense", "quadratic", "pade", "kan", "pi")
 
 
 @dataclass
@@ -70,6 +162,7 @@ class GPT2Config:
         scale_attn_weights: divide attention's logits by the root of the head size.
         scale_attn_by_inverse_layer_idx: divide them by the number of the block as well, counting from 1.
         tie_word_embeddings: the head's weight is the token embedding.
+        factors: rank of every linear layer that is in two factors, by its name (`polytrope.models.factors`).
     """
 
     vocab_size: int = 50257
@@ -87,6 +180,7 @@ class GPT2Config:
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True
+    factors: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "sequence_length", "n_layer", "n_head", "n_embd"):
@@ -98,12 +192,15 @@ class GPT2Config:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
-        activation_configs(self.activation, self.n_layer)
+        _refuse_for_layers_alone(self.activation)
+        self.activation = _used_activations(self.activation, self.feedforward_settings())
         attention = self.attention_settings()
         self.norm_settings()
-        self.feedforward_settings()
-        if self.dropout and any(part.fixed_weights for part in attention):
-            raise ValueError(f"dropout: {self.dropout}, but attention: power drops no weights; leave dropout out")
+        for part in attention:
+            if self.dropout and part.fixed_weights:
+                raise ValueError(
+                    f"dropout: {self.dropout}, but attention: {part.name} drops no weights; leave dropout out"
+                )
 
     def attention_settings(self) -> list[Attention]:
         """Of each block."""
@@ -111,15 +208,17 @@ class GPT2Config:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm_of_blocks(self.norm)
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
-        return _feedforwards(self.feedforward, self.n_layer, _OF_BLOCKS)
+        parts = _feedforwards(self.feedforward, self.n_layer, _OF_BLOCKS)
+        if any(part.over_space for part in parts):
+            raise ValueError("feedforward.shift: moves pixels of images, and a GPT-2 has tokens; leave it out")
+        return parts
 
     def activation_widths(self) -> list[int]:
-        """Channels that the activation of each block sees."""
+        """Channels inside of each block, which its activation sees."""
         return [part.hidden(self.n_embd) for part in self.feedforward_settings()]
 
     def layer_numbers(self) -> int:
@@ -146,10 +245,11 @@ class ConvNeXtConfig:
         patch_size: kernel and stride of the stem; each later stage halves the resolution.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per block.
         norm: part of the blocks, before each stage and before the classifier (`polytrope.models.parts`).
-        feedforward: part of every block, or a list with one per block.
+        feedforward, mixer: parts of every block, or lists with one per block.
         drop_path: probability of skipping the last block's branch; it grows linearly from 0 at the first.
         layer_scale: initial value of the per-channel scale of each branch; 0 for no scale.
         final_norm_epsilon: added to the variance in the layer norm before the classifier; the others have 1e-6.
+        factors: rank of every linear layer that is in two factors, by its name (`polytrope.models.factors`).
     """
 
     depths: list[int] = field(default_factory=lambda: [3, 3, 9, 3])
@@ -160,9 +260,11 @@ class ConvNeXtConfig:
     activation: ActivationConfig | list[ActivationConfig] = "gelu"
     norm: Entry = "layer_norm"
     feedforward: Entry | list[Entry] = "mlp"
+    mixer: Entry | list[Entry] = "depthwise"
     drop_path: float = 0.0
     layer_scale: float = 1e-6
     final_norm_epsilon: float = 1e-6
+    factors: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.depths, self.dims = list(self.depths), list(self.dims)
@@ -177,9 +279,10 @@ class ConvNeXtConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0.0 < self.final_norm_epsilon < math.inf:
             raise ValueError(f"final_norm_epsilon must be above 0 and finite, got {self.final_norm_epsilon}")
-        activation_configs(self.activation, sum(self.depths))
+        _refuse_for_layers_alone(self.activation)
+        self.activation = _used_activations(self.activation, self.feedforward_settings())
         self.norm_settings()
-        self.feedforward_settings()
+        self.mixer_settings()
 
     def block_widths(self) -> list[int]:
         """Channels of each block."""
@@ -187,15 +290,18 @@ class ConvNeXtConfig:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm_of_blocks(self.norm)
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
         return _feedforwards(self.feedforward, sum(self.depths), _OF_BLOCKS)
 
+    def mixer_settings(self) -> list[Mixer]:
+        """Of each block."""
+        return read_parts("mixer", self.mixer, sum(self.depths))
+
     def activation_widths(self) -> list[int]:
-        """Channels that the activation of each block sees."""
+        """Channels inside of each block, which its activation sees."""
         return [
             part.hidden(width) for part, width in zip(self.feedforward_settings(), self.block_widths(), strict=True)
         ]
@@ -226,9 +332,14 @@ class MLPConfig:
         outputs: numbers that are predicted, or classes.
         widths: outputs of each layer before the last.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per width.
-        feedforward: what each of these layers is: `dense` or `quadratic`; or a list with one per width.
+        feedforward: what each of these layers is: `dense`, `quadratic`, `pade`, `kan` or `pi`; or a list with one per
+            width.
+        norm: of what each of these layers gives, before its activation: `none`, `layer_norm` or `batch`.
         residual: every layer but the first adds to what it is given; all widths are equal.
         loss: `mse` of predicted numbers, or `cross_entropy` of classes.
+        output_scale: α, which multiplies the outputs; the training loss is divided by α², so that a large one leaves
+            the weights near their start (Chizat, Oyallon, Bach, On Lazy Training in Differentiable Programming, 2019).
+        factors: rank of every linear layer that is in two factors, by its name (`polytrope.models.factors`).
     """
 
     inputs: int = 1
@@ -236,8 +347,11 @@ class MLPConfig:
     widths: list[int] = field(default_factory=lambda: [64, 64])
     activation: ActivationConfig | list[ActivationConfig] = "gelu"
     feedforward: Entry | list[Entry] = "dense"
+    norm: Entry = "none"
     residual: bool = False
     loss: str = "mse"
+    output_scale: float = field(default=1.0, metadata=LEFT_OUT)
+    factors: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.widths = list(self.widths)
@@ -250,15 +364,27 @@ class MLPConfig:
             raise ValueError(f"residual: needs two widths or more that are equal, got widths {self.widths}")
         if self.loss not in ("mse", "cross_entropy"):
             raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
-        activation_configs(self.activation, len(self.widths))
-        self.feedforward_settings()
+        if not 0.0 < self.output_scale < math.inf:
+            raise ValueError(f"output_scale: expected a number above 0, got {self.output_scale}")
+        self.activation = _used_activations(self.activation, self.feedforward_settings())
+        norm = self.norm_settings().name
+        activations = activation_configs(self.activation, len(self.widths))
+        for entry, part in zip(activations, self.feedforward_settings(), strict=True):
+            if not starts_as_siren(entry):
+                continue
+            if part.name not in ("dense", "quadratic"):
+                raise ValueError(f"activation: init: siren is for dense and quadratic layers, this is {part.name}")
+            if norm != "none":
+                raise ValueError(f"activation: init: siren is for what its layer gives, and norm: {norm} changes it")
 
-    def norm_settings(self) -> None:
-        """It has no norms."""
+    def norm_settings(self) -> Norm:
+        """Of all norms."""
+        norm: Norm = read_part("norm", self.norm)
+        return norm
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each layer before the last."""
-        return _feedforwards(self.feedforward, len(self.widths), ("dense", "quadratic"))
+        return _feedforwards(self.feedforward, len(self.widths), _OF_LAYERS)
 
     def activation_widths(self) -> list[int]:
         """Channels that each activation sees."""
@@ -288,15 +414,15 @@ class ModelKind:
 
 # Every model of `polytrope.models.ARCHITECTURES`.
 MODEL_KINDS: dict[str, ModelKind] = {
-    "gpt2": ModelKind(GPT2Config, "text", GPT2_PRESETS, {"norms": ("*.ln_*",), "head": ("lm_head.*",)}),
+    "gpt2": ModelKind(GPT2Config, "text", GPT2_PRESETS, {"norms": ("*.ln_*", "*.norms.*"), "head": ("lm_head.*",)}),
     "convnext": ModelKind(
         ConvNeXtConfig,
         "images",
         CONVNEXT_PRESETS,
         {
-            "norms": ("norm.*", "*.norm.*", "downsample_layers.0.1.*", "downsample_layers.[1-9]*.0.*"),
+            "norms": ("norm.*", "*.norm.*", "*.norms.*", "downsample_layers.0.1.*", "downsample_layers.[1-9]*.0.*"),
             "head": ("head.*",),
         },
     ),
-    "mlp": ModelKind(MLPConfig, "numbers", {}, {"head": ("head.*",)}),
+    "mlp": ModelKind(MLPConfig, "numbers", {}, {"norms": ("blocks.*.norm.*",), "head": ("head.*",)}),
 }

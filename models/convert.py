@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +32,17 @@ from polytrope.models.conversion import (
     layer_costs,
     prove,
 )
-from polytrope.models.convert_options import check_keep
+from polytrope.models.convert_options import (
+    DropBlocks,
+    Factorize,
+    check_keep,
+    check_structural,
+    fits_activations,
+    read_drop_blocks,
+    read_factorize,
+)
+from polytrope.models.drop_blocks import DroppedBlocks, drop_and_map
+from polytrope.models.factorize import FactoredLayer, Factorization, UnfactoredLayer, factor_layers
 from polytrope.models.formats import read_model, write_model
 from polytrope.models.formats.module import MODULE_FILE, load_module
 from polytrope.models.inputs import Data, read_batches, size_of
@@ -94,6 +105,9 @@ class Conversion:
         selection: what was chosen, with the calls that became modules; None in one that was loaded.
         rated: the samples that `difference` is of.
         polynomials: with `polynomial_only`, what they cost, and their inputs on samples that were kept aside.
+        dropped: blocks that are gone.
+        factorization: linear layers that are in two factors.
+        parameters: numbers in the model before and after.
     """
 
     model: nn.Module = field(repr=False, compare=False)
@@ -105,6 +119,9 @@ class Conversion:
     selection: Selection | None = field(default=None, repr=False, compare=False)
     rated: Any = field(default=None, repr=False, compare=False)
     polynomials: Polynomials | None = None
+    dropped: DroppedBlocks | None = None
+    factorization: Factorization | None = None
+    parameters: tuple[int, int] | None = None
 
     @property
     def certificates(self) -> dict[str, dict[str, Any]]:
@@ -112,7 +129,24 @@ class Conversion:
         return {entry.name: entry.certificate for entry in self.activations}
 
     def report(self) -> str:
-        """A table as text: every activation with its errors, then what stays and why."""
+        """Tables as text: blocks that are gone, factored layers, every activation with its errors, and what stays."""
+        parts = [] if self.dropped is None else [self.dropped.describe()]
+        if self.factorization is not None:
+            parts.append(_table(self.factorization.rows()))
+        if self.activations or not parts:
+            parts.append(_table(self._activation_rows()))
+        parts.append(f"all together: the output moves by {self.difference:.2e}")
+        text = "\n\n".join(parts)
+        if self.parameters is not None and self.parameters[0] != self.parameters[1]:
+            text += f"\n{self.parameters[0]:,} parameters before, {self.parameters[1]:,} now"
+        if self.polynomials is not None:
+            text += f"\n{self.polynomials.describe()}"
+        stays = [[entry.name, entry.kind, entry.reason] for entry in self.left]
+        if self.factorization is not None:
+            stays += [[entry.name, "Linear", entry.reason] for entry in self.factorization.left]
+        return f"{text}\n\n{_table([['stays as it is', 'kind', 'reason'], *stays])}" if stays else text
+
+    def _activation_rows(self) -> list[list[str]]:
         rows = [["activation", "conversion", "interval", "relative error", "largest error", "output moves by"]]
         for entry in self.activations:
             rows.append(
@@ -131,14 +165,7 @@ class Conversion:
             for row in rows[1:]:
                 cost, seen = only.costs[row[0]], only.seen[row[0]]
                 row += [str(cost.depth), str(cost.products), f"{seen.outside} of {seen.inputs}"]
-        text = f"{_table(rows)}\n\nall together: the output moves by {self.difference:.2e}"
-        if only is not None:
-            text += f"\n{only.describe()}"
-        if self.left:
-            stays = [["stays as it is", "kind", "reason"]]
-            stays += [[entry.name, entry.kind, entry.reason] for entry in self.left]
-            text += f"\n\n{_table(stays)}"
-        return text
+        return rows
 
     def save(self, directory: str | Path, source: str | Path | None = None) -> None:
         """Write the model and its certificates.
@@ -164,6 +191,12 @@ class Conversion:
             "left": [asdict(entry) for entry in self.left],
             "polynomials": None if self.polynomials is None else self.polynomials.to_dict(),
         }
+        if self.dropped is not None:
+            content["dropped"] = asdict(self.dropped)
+        if self.factorization is not None:
+            content["factorization"] = asdict(self.factorization)
+        if self.parameters is not None:
+            content["parameters"] = list(self.parameters)
         with appearing(Path(directory), CERTIFICATES) as aside:
             write_model(aside, self.model, source=None if source is None else Path(source), inputs=named or None)
             (aside / CERTIFICATES).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -191,22 +224,39 @@ class Conversion:
             only = content.get("polynomials")
             polynomials = None if only is None else Polynomials.from_dict(only)
             samples, difference = int(content["samples"]), float(content["difference"])
+            structure = _read_structure(content)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read: {error}; name a directory of Conversion.save") from error
         if (source / MODULE_FILE).exists():
             if model is None:
                 raise ValueError(f"{source}: give a fresh model too, Conversion.load(directory, model)")
             loaded = load_module(source, model)
-            return cls(loaded, activations, left, samples, difference, polynomials=polynomials)
+            return cls(loaded, activations, left, samples, difference, polynomials=polynomials, **structure)
         if model is not None:
             raise ValueError(f"{source} says how its model is built: Conversion.load(directory), without a model")
-        return cls(read_model(source), activations, left, samples, difference, polynomials=polynomials)
+        return cls(read_model(source), activations, left, samples, difference, polynomials=polynomials, **structure)
+
+
+def _read_structure(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Conversion.save` wrote of dropped blocks, factored layers, and numbers of parameters."""
+    found: dict[str, Any] = {}
+    if (dropped := content.get("dropped")) is not None:
+        found["dropped"] = DroppedBlocks(**{**dropped, "blocks": tuple(dropped["blocks"])})
+    if (factored := content.get("factorization")) is not None:
+        layers = tuple(FactoredLayer(**entry) for entry in factored["layers"])
+        left = tuple(UnfactoredLayer(**entry) for entry in factored["left"])
+        found["factorization"] = Factorization(factored["energy"], layers, left)
+    if (counts := content.get("parameters")) is not None:
+        found["parameters"] = (int(counts[0]), int(counts[1]))
+    return found
 
 
 def convert(
     model: nn.Module,
     data: Data,
     *,
+    drop_blocks: Mapping[str, Any] | None = None,
+    factorize: Mapping[str, Any] | None = None,
     family: str | None = None,
     degree: int | None = None,
     target_error: float | None = None,
@@ -232,12 +282,16 @@ def convert(
 ) -> Conversion:
     """Replace a model's activations, modules and functions it calls, by learnable ones fitted on what they receive.
 
+    Before that it drops blocks, and puts linear layers in two factors, where that is asked for.
+
     Args:
         model: any; it is in the mode it was in afterwards.
         data: batches (a DataLoader, a list of dicts, tensors or tuples), or a function that runs the model. A dict goes
             in by name; of a tuple as many entries as the model's `forward` requires, the others are labels.
-        family, target_error, coverage, weight, derivative_weight, constraints: as of `conversion.FitOptions`; hermite
-            if not given.
+        drop_blocks: `{"count": 2}` or `{"blocks": [3, 4]}`, as of `convert_options.DropBlocks`; the first step.
+        factorize: `{"energy": 0.999}`, `{"ratio": 3}` or `{"rank": 16}`, as of `convert_options.Factorize`; the second.
+        family, target_error, coverage, weight, derivative_weight, constraints: as of `conversion.FitOptions`. Without
+            family activations become hermite, but beside `drop_blocks` or `factorize` they stay as they are.
         degree: 8 if not given; with `target_error` the highest one tried, 16 if not given.
         polynomial_only: sums and products alone, for encrypted inference and verification, on a certified range; a
             quarter of the samples is kept aside and checks it.
@@ -245,7 +299,8 @@ def convert(
             not given.
         domain, domain_margin: the certified range (lo, hi) of all of them; if not given, the extremes of the measured
             inputs, widened on each side by that share of their distance.
-        types, include, exclude, layers: which activations, as of `surgery.Choice`.
+        types, include, exclude, layers: which activations, as of `surgery.Choice`; all but types also which linear
+            layers.
         samples: as many samples of the data are used, rounded up to whole batches; None: all.
         rated_samples: how much an error of an activation moves the output is measured on as many, by its input: the
             fits go by it, unless there is a `target_error`; then what each conversion costs, one activation after the
@@ -261,19 +316,27 @@ def convert(
         ValueError: an option that is not as described or does not go with another, nothing to convert, data the model
             cannot run on, a layer that cannot be fitted, a conversion that has no effect.
     """
-    options = fit_options(
-        family=family,
-        degree=degree,
-        target_error=target_error,
-        coverage=coverage,
-        weight=weight,
-        derivative_weight=derivative_weight,
-        constraints=constraints,
-        polynomial_only=polynomial_only,
-        depth=depth,
-        domain=domain,
-        domain_margin=domain_margin,
-    )
+    drop, factor = read_drop_blocks(drop_blocks), read_factorize(factorize)
+    given: dict[str, Any] = {
+        "family": family,
+        "degree": degree,
+        "target_error": target_error,
+        "coverage": coverage,
+        "weight": weight,
+        "derivative_weight": derivative_weight,
+        "constraints": constraints,
+        "polynomial_only": polynomial_only,
+        "depth": depth,
+        "domain": domain,
+        "domain_margin": domain_margin,
+    }
+    options = None
+    if fits_activations(family, polynomial_only, drop is not None or factor is not None):
+        options = fit_options(**given)
+    else:
+        given |= {"types": types, "rated_samples": rated_samples, "keep": keep, "output_error": output_error}
+        given |= {"include": include, "exclude": exclude, "layers": layers}
+        check_structural(given, factors=factor is not None)
     if samples is not None and samples < 1:
         raise ValueError(f"samples: expected at least 1, or None for all, got {samples!r}")
     if rated_samples < 0:
@@ -301,13 +364,15 @@ def convert(
         rated_samples=rated_samples,
         keep=keep,
         output_error=output_error,
+        drop=drop,
+        factor=factor,
     )
 
 
 def convert_batches(
     model: nn.Module,
     batches: Sequence[Any],
-    options: FitOptions,
+    options: FitOptions | None,
     choice: Choice,
     *,
     forward: Forward = inputs.forward,
@@ -316,26 +381,96 @@ def convert_batches(
     rated_samples: int = RATED_SAMPLES,
     keep: int | None = None,
     output_error: float | None = None,
+    drop: DropBlocks | None = None,
+    factor: Factorize | None = None,
 ) -> Conversion:
     """What `convert` does, in place.
 
     Args:
+        options: None: activations stay as they are.
         measure: calibrates the chosen activations elsewhere.
         tell: is told what begins, and in a long step how far it is.
 
     Raises:
         ValueError: as of `convert`; the model is as it was.
     """
+
+    def activations() -> Conversion:
+        assert options is not None
+        return _convert_activations(
+            model,
+            batches,
+            options,
+            choice,
+            forward=forward,
+            measure=measure,
+            tell=tell,
+            rated_samples=rated_samples,
+            keep=keep,
+            output_error=output_error,
+        )
+
+    if drop is None and factor is None:
+        return activations()
+    say = tell or (lambda _step, _text: None)
+    total = sum(map(size_of, batches))
+    said = f" on {total} samples" if total else ""
+
+    def going(what: str, items: Sequence[_Item]) -> Iterator[_Item]:
+        return inputs.paced(items, lambda text: say(0, f"{what}: {text}"), every=SAID_EVERY)
+
+    rated = inputs.head(batches, RATED_SAMPLES)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    with _unchanged_by_errors(model):
+        with inputs.on_calibration_data():
+            wanted = _output(model, rated, forward)
+        dropped, factored = None, None
+        if drop is not None:
+            say(0, f"dropping blocks{said}")
+            dropped = drop_and_map(model, batches, drop, forward, walk=partial(going, "dropping blocks"))
+        if factor is not None:
+            say(0, f"factoring linear layers{said}")
+            factored = factor_layers(model, batches, factor, choice, forward, walk=partial(going, "factoring"))
+        made = Conversion(model, [], [], total, 0.0, rated=rated) if options is None else activations()
+        found = _output(model, rated, forward)
+    return replace(
+        made,
+        difference=_moved(found, wanted),
+        dropped=dropped,
+        factorization=factored,
+        parameters=(before, sum(parameter.numel() for parameter in model.parameters())),
+    )
+
+
+def _moved(found: Tensor, wanted: Tensor) -> float:
+    """|difference| / |output|."""
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-300))
+
+
+def _convert_activations(
+    model: nn.Module,
+    batches: Sequence[Any],
+    options: FitOptions,
+    choice: Choice,
+    *,
+    forward: Forward,
+    measure: Measure | None,
+    tell: Callable[[int, str], None] | None,
+    rated_samples: int,
+    keep: int | None = None,
+    output_error: float | None = None,
+) -> Conversion:
+    """Of a model as it is now."""
     if keep or output_error is not None:
         # What is kept is found on a model that is put back: the functions among it stay functions.
         trial = copy.deepcopy(model)
-        whole = convert_batches(
+        whole = _convert_activations(
             trial, batches, options, choice, forward=forward, measure=measure, tell=tell, rated_samples=rated_samples
         )
         found_costs = {entry.name: entry.cost or 0.0 for entry in whole.activations}
         kept = _dearest(found_costs, keep, output_error)
         rest = replace(choice, exclude=[*choice.exclude, *map(escape, kept)])  # names, no patterns
-        made = convert_batches(
+        made = _convert_activations(
             model, batches, options, rest, forward=forward, measure=measure, tell=tell, rated_samples=rated_samples
         )
         reasons = {name: f"kept: converted alone it would move the output by {found_costs[name]:.2e}" for name in kept}
@@ -389,9 +524,10 @@ def convert_batches(
             for entry in fits:
                 replace_module(model, entry.name, entry.module)
             raise
-    difference = float((after - before).norm() / before.norm().clamp(min=1e-300))
     activations = [_described(entry, costs.get(entry.name)) for entry in fits]
-    return Conversion(model, activations, selection.left, total, difference, fits, selection, rated, polynomials)
+    return Conversion(
+        model, activations, selection.left, total, _moved(after, before), fits, selection, rated, polynomials
+    )
 
 
 def _dearest(costs: Mapping[str, float], keep: int | None, output_error: float | None) -> list[str]:
@@ -452,15 +588,19 @@ def _output(model: nn.Module, batch: Any, forward: Forward) -> Tensor:
 
 @contextmanager
 def _unchanged_by_errors(model: nn.Module) -> Iterator[None]:
-    """Classes, children and notes of all modules are as they were after an error."""
-    kept = [(module, type(module), dict(module._modules), dict(vars(module))) for module in model.modules()]
+    """Classes, children, parameters and notes of all modules are as they were after an error; no tensor was changed."""
+    kept = [
+        (module, type(module), dict(module._modules), dict(module._parameters), dict(vars(module)))
+        for module in model.modules()
+    ]
     try:
         yield
     except BaseException:
-        for module, kind, children, attributes in kept:
+        for module, kind, children, parameters, attributes in kept:
             module.__class__ = kind
-            module._modules.clear()
-            module._modules.update(children)
+            for current, before in ((module._modules, children), (module._parameters, parameters)):
+                current.clear()
+                current.update(before)  # type: ignore[arg-type]
             vars(module).update(attributes)
         raise
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 # What `conversion.fit_options` takes.
@@ -10,6 +13,9 @@ FIT_OPTIONS = frozenset(
     {"family", "degree", "target_error", "coverage", "weight", "derivative_weight", "constraints"}
     | {"polynomial_only", "depth", "domain", "domain_margin"}
 )
+# What else is said of new activations alone, with what stands for "not given".
+_OF_ACTIVATIONS: dict[str, Any] = {"types": [], "rated_samples": 8, "keep": None, "output_error": None}
+_OF_CHOICES: dict[str, Any] = {"include": [], "exclude": [], "layers": None}
 _WHY_NOT_POLYNOMIAL = {
     "fourier": "is made of cosines",
     "rational": "divides",
@@ -21,6 +27,179 @@ _OF_POLYNOMIALS: dict[str, Any] = {"depth": None, "domain": None, "domain_margin
 _OF_TAILS: dict[str, Any] = {"coverage": None, "derivative_weight": 0.01, "constraints": []}
 _OF_OTHERS: dict[str, Any] = {"degree": None, "weight": "measured"} | _OF_TAILS
 _POLYNOMIALS = ("hermite", "chebyshev", "legendre")
+
+
+@dataclass(frozen=True)
+class DropBlocks:
+    """Which blocks go; the block before them gets a least-squares map that stands for them.
+
+    Args:
+        count: so many in a row, where the states before and after them are the most alike.
+        blocks: instead the numbers of the first and the last one, from 0.
+
+    Raises:
+        ValueError: none or both, or numbers that cannot be.
+    """
+
+    count: int | None = None
+    blocks: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.blocks is None):
+            raise ValueError("drop_blocks: give one of count (how many) and blocks ([first, last])")
+        if self.count is not None and self.count < 1:
+            raise ValueError(
+                f"drop_blocks: count: expected at least 1, got {self.count}; without drop_blocks none goes"
+            )
+        if self.blocks is None:
+            return
+        first, last = self.blocks
+        if first == 0:
+            raise ValueError("drop_blocks: blocks: block 0 has none before it that could stand for it; begin with 1")
+        if not 0 < first <= last:
+            raise ValueError(f"drop_blocks: blocks: expected [first, last] with first ≤ last, got [{first}, {last}]")
+
+    @property
+    def number(self) -> int:
+        """How many go."""
+        if self.blocks is None:
+            assert self.count is not None
+            return self.count
+        return self.blocks[1] - self.blocks[0] + 1
+
+
+@dataclass(frozen=True)
+class Factorize:
+    """Which rank the two factors of a linear layer get; only layers that become smaller are factored.
+
+    Args:
+        energy: its utilised rank: as many directions as hold this share of the squares of its inputs, or of its outputs
+            if those are fewer.
+        ratio: the rank that leaves a layer 1 / ratio of its numbers.
+        rank: this one in every layer.
+
+    Raises:
+        ValueError: not one of the three, or one that cannot be.
+    """
+
+    energy: float | None = None
+    ratio: float | None = None
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.energy, self.ratio, self.rank)) != 1:
+            raise ValueError(
+                "factorize: give one of energy (a share, such as 0.999), ratio (how many times smaller) and rank"
+            )
+        if self.energy is not None and not 0 < self.energy < 1:
+            raise ValueError(f"factorize: energy: expected a share above 0 and below 1, got {self.energy}")
+        if self.ratio is not None and not 1 < self.ratio < math.inf:
+            raise ValueError(f"factorize: ratio: expected a number above 1, got {self.ratio}")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"factorize: rank: expected at least 1, got {self.rank}")
+
+
+def read_drop_blocks(given: Mapping[str, Any] | None) -> DropBlocks | None:
+    """The options as they are written: `{count: 2}` or `{blocks: [3, 4]}`; None: not given.
+
+    Raises:
+        ValueError: an unknown one, or as of `DropBlocks`.
+    """
+    if given is None:
+        return None
+    values = _checked("drop_blocks", given, {"count": int, "blocks": list})
+    blocks = values.get("blocks")
+    if blocks is not None and (len(blocks) != 2 or not all(type(number) is int for number in blocks)):
+        raise ValueError(f"drop_blocks: blocks: expected [first, last], got {list(blocks)}")
+    return DropBlocks(values.get("count"), None if blocks is None else (blocks[0], blocks[1]))
+
+
+def read_factorize(given: Mapping[str, Any] | None) -> Factorize | None:
+    """The options as they are written: `{energy: 0.999}`, `{ratio: 3}` or `{rank: 16}`; None: not given.
+
+    Raises:
+        ValueError: an unknown one, or as of `Factorize`.
+    """
+    if given is None:
+        return None
+    return Factorize(**_checked("factorize", given, {"energy": float, "ratio": float, "rank": int}))
+
+
+def possible_cuts(lengths: Sequence[int], options: DropBlocks) -> list[tuple[int, int]]:
+    """Where blocks can go: (row, number in it of the block before them).
+
+    Args:
+        lengths: of the rows of blocks; only neighbours in one row can go together, and never its first.
+
+    Raises:
+        ValueError: nowhere.
+    """
+    number, total = options.number, sum(lengths)
+    if options.blocks is None:
+        cuts = [(row, after) for row, length in enumerate(lengths) for after in range(length - number)]
+        if not cuts:
+            rows = "in a row" if len(lengths) == 1 else "in one stage"
+            raise ValueError(
+                f"drop_blocks: count: {number} blocks cannot go: there are {max(lengths)} {rows}, and the one before "
+                "them stays"
+            )
+        return cuts
+    first, last = options.blocks
+    if last >= total:
+        raise ValueError(f"drop_blocks: blocks: [{first}, {last}] goes beyond the last block, {total - 1}")
+    ends = list(accumulate(lengths))
+    row = next(row for row, end in enumerate(ends) if first < end)
+    start = ends[row] - lengths[row]
+    if first == start:
+        raise ValueError(f"drop_blocks: blocks: {first} is the first of a stage: none before it could stand for it")
+    if last >= ends[row]:
+        raise ValueError(
+            f"drop_blocks: blocks: [{first}, {last}] goes beyond its stage, which ends with {ends[row] - 1}"
+        )
+    return [(row, first - start - 1)]
+
+
+_WORDS = {int: "an integer", float: "a number", list: "a list"}
+
+
+def _checked(place: str, given: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The options that are given, each of its kind."""
+    values = {name: value for name, value in given.items() if value is not None}
+    for name, value in values.items():
+        if name not in kinds:
+            raise ValueError(f"{place}: there is no {name}; there are {', '.join(kinds)}")
+        allowed = {float: (int, float), list: (list, tuple)}.get(kinds[name], kinds[name])
+        if not isinstance(value, allowed) or isinstance(value, bool):
+            raise ValueError(f"{place}: {name}: expected {_WORDS[kinds[name]]}, got {value!r}")
+    return values
+
+
+def fits_activations(family: str | None, polynomial_only: bool, structural: bool) -> bool:
+    """Whether activations are replaced: always, but where only the structure changes and no family is given.
+
+    Args:
+        structural: blocks are dropped, or linear layers factored.
+    """
+    return not structural or family is not None or polynomial_only
+
+
+def check_structural(given: Mapping[str, Any], *, factors: bool) -> None:
+    """Refuse options of new activations where there are none.
+
+    Args:
+        given: all options by name; those that are absent or have their defaults were not given.
+        factors: linear layers are factored, and chosen by some of these options.
+
+    Raises:
+        ValueError: the first of them.
+    """
+    absent = _OF_OTHERS | {"target_error": None} | _OF_POLYNOMIALS | _OF_ACTIVATIONS
+    for name, default in (absent if factors else absent | _OF_CHOICES).items():
+        value = given.get(name, default)
+        if (list(value) if isinstance(value, tuple) and name != "domain" else value) != default:
+            raise ValueError(
+                f"{name} is for new activations, and without family they stay as they are; give family too"
+            )
 
 
 def replacement(family: str | None, polynomial_only: bool) -> str:

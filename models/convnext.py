@@ -20,23 +20,27 @@ from polytrope.models.activations import (
 from polytrope.models.architecture import HuggingFace, PublishedArchitecture
 from polytrope.models.configurations import (
     CONVNEXT_PRESETS,
+    NO_ACTIVATION,
     ActivationConfig,
     ConvNeXtConfig,
     activation_configs,
     changed_parts,
 )
+from polytrope.models.factors import restore_factors, saved_products
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.losses import Loss, cross_entropy
-from polytrope.models.parts.feedforward import FeedForwardSizes, QuadraticLinear, build_feedforward
+from polytrope.models.parts.feedforward import FeedForwardSizes, LinearAtStart, build_feedforward
+from polytrope.models.parts.mixer import build_mixer
+from polytrope.models.parts.mu import MuLayer
 from polytrope.models.parts.norm import NormSizes, build_norm
 from polytrope.models.parts.ranges import RangePenalty
-from polytrope.models.parts.settings import FeedForward
+from polytrope.models.parts.settings import FeedForward, Mixer
 from polytrope.models.weights import load_renamed
 
 
 class Block(nn.Module):
-    """Depthwise 7×7 convolution, norm, and a pointwise MLP of four times the width, on a residual branch; or another
-    of `polytrope.models.parts.feedforward`.
+    """Depthwise 7×7 convolution, norm, and a pointwise MLP of four times the width, on a residual branch; or others of
+    `polytrope.models.parts`. `act` is None where the configuration has `none` for this block.
     """
 
     def __init__(
@@ -45,14 +49,15 @@ class Block(nn.Module):
         channels: int,
         activation: ActivationConfig,
         settings: FeedForward,
+        mixer: Mixer,
         drop_path: float,
     ) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
-        layers = build_feedforward(settings, FeedForwardSizes(channels, bias=True))
+        self.dwconv = build_mixer(mixer, channels)
+        layers = build_feedforward(settings, FeedForwardSizes(channels, bias=True, epsilon=1e-6))
         self.norm = build_norm(config.norm_settings(), NormSizes(channels, 1e-6))
         self.pwconv1 = layers.inner
-        self.act = make_activation(activation)
+        self.act = None if activation == NO_ACTIVATION else make_activation(activation)
         self.pwconv2 = layers.outer
         scale = config.layer_scale
         self.gamma = nn.Parameter(torch.full((channels,), scale)) if scale > 0 else None
@@ -63,12 +68,21 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1)))
-        if self.ranges is not None and self.training:
-            self.ranges.inputs(branch.chunk(2, dim=-1)[0] if self.gated else branch)
-        branch = project_activated(self.act, self.pwconv2, branch, recomputes=self.recomputes, gated=self.gated)
+        if self.act is None:
+            branch = self.pwconv2(branch)
+        else:
+            if self.ranges is not None and self.training:
+                self.ranges.inputs(branch.chunk(2, dim=-1)[0] if self.gated else branch)
+            branch = project_activated(self.act, self.pwconv2, branch, recomputes=self.recomputes, gated=self.gated)
         if self.gamma is not None:
             branch = self.gamma * branch
         return x + drop_samples(branch.permute(0, 3, 1, 2), self.drop_path, self.training)
+
+
+def drop_path_rates(config: ConvNeXtConfig) -> list[float]:
+    """Probability that the branch of each block is left out."""
+    total = sum(config.depths)
+    return [config.drop_path * index / max(1, total - 1) for index in range(total)]
 
 
 def drop_samples(branch: Tensor, probability: float, training: bool) -> Tensor:
@@ -109,16 +123,24 @@ class ConvNeXt(nn.Module):
         total = sum(depths)
         activations = iter(activation_configs(config.activation, total))
         layers = iter(config.feedforward_settings())
-        rates = iter(config.drop_path * index / max(1, total - 1) for index in range(total))
+        mixers = iter(config.mixer_settings())
+        rates = iter(drop_path_rates(config))
         self.stages = nn.ModuleList(
-            nn.Sequential(*[Block(config, width, next(activations), next(layers), next(rates)) for _ in range(depth)])
+            nn.Sequential(
+                *[
+                    Block(config, width, next(activations), next(layers), next(mixers), next(rates))
+                    for _ in range(depth)
+                ]
+            )
             for depth, width in zip(depths, dims, strict=True)
         )
         self.norm = build_norm(norm, NormSizes(dims[-1], config.final_norm_epsilon))
         self.head = nn.Linear(dims[-1], config.num_classes)
         self.apply(_initialise)
         for block in self.blocks:
-            standardize_inputs(block.pwconv1, 0.02)  # type: ignore[arg-type]
+            if isinstance(block.pwconv1, LinearAtStart):
+                standardize_inputs(block.pwconv1, 0.02)
+        restore_factors(self, config.factors)
 
     @property
     def blocks(self) -> list[Block]:
@@ -160,22 +182,28 @@ class ConvNeXt(nn.Module):
     def flops_per_image(self, height: int, width: int) -> float:
         """Floating-point operations of forward and backward per image: 6 per multiply-add of convolutions and linears.
 
-        Norms, activations and other elementwise operations do not count, as is usual for MFU.
+        Norms, activations and other elementwise operations do not count, as is usual for MFU; nor do maxima and sums of
+        `mixer: max_plus`.
         """
         config = self.config
         height, width = height // config.patch_size, width // config.patch_size
         total = height * width * config.patch_size**2 * config.in_channels * config.dims[0]
-        parts = iter(config.feedforward_settings())
-        for index, (depth, channels) in enumerate(zip(config.depths, config.dims, strict=True)):
+        parts = iter(zip(config.feedforward_settings(), config.mixer_settings(), strict=True))
+        for index, (stage, channels) in enumerate(zip(self.stages, config.dims, strict=True)):
             if index:
                 height, width = height // 2, width // 2
                 total += height * width * 4 * config.dims[index - 1] * channels
-            total += sum(height * width * (49 * channels + next(parts).products(channels)) for _ in range(depth))
+            for block in stage:  # type: ignore[attr-defined]
+                feedforward, mixer = next(parts)
+                products = mixer.products(channels) + feedforward.products(channels) - saved_products(block)
+                total += height * width * products
         return 6.0 * (total + config.dims[-1] * config.num_classes)
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | QuadraticLinear | nn.Conv2d):
+    if isinstance(module, MuLayer):
+        module.reset_parameters()  # after those of its layers, which are drawn first
+    if isinstance(module, LinearAtStart | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

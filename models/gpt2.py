@@ -24,16 +24,19 @@ from polytrope.models.activations import (
 from polytrope.models.architecture import HuggingFace, PublishedArchitecture
 from polytrope.models.configurations import (
     GPT2_PRESETS,
+    NO_ACTIVATION,
     ActivationConfig,
     GPT2Config,
     activation_configs,
     changed_parts,
 )
+from polytrope.models.factors import restore_factors
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.losses import Loss, cross_entropy
 from polytrope.models.modes import evaluation_mode
 from polytrope.models.parts.attention import AttentionSizes, build_attention
-from polytrope.models.parts.feedforward import FeedForwardSizes, QuadraticLinear, build_feedforward
+from polytrope.models.parts.feedforward import FeedForwardSizes, LinearAtStart, build_feedforward
+from polytrope.models.parts.mu import MuLayer
 from polytrope.models.parts.norm import NormSizes, build_norm
 from polytrope.models.parts.ranges import RangePenalty
 from polytrope.models.parts.settings import Attention, FeedForward
@@ -53,13 +56,16 @@ class Cache(NamedTuple):
 
 
 class MLP(nn.Module):
-    """A linear layer to a larger width, activation, linear back; or another of `polytrope.models.parts.feedforward`."""
+    """A linear layer to a larger width, activation, linear back; or another of `polytrope.models.parts.feedforward`.
+
+    `activation` is None where the configuration has `none` for this block.
+    """
 
     def __init__(self, config: GPT2Config, activation: ActivationConfig, settings: FeedForward) -> None:
         super().__init__()
-        layers = build_feedforward(settings, FeedForwardSizes(config.n_embd, config.bias))
+        layers = build_feedforward(settings, FeedForwardSizes(config.n_embd, config.bias, config.layer_norm_epsilon))
         self.c_fc = layers.inner
-        self.activation = make_activation(activation)
+        self.activation = None if activation == NO_ACTIVATION else make_activation(activation)
         self.c_proj = layers.outer
         self.gated = layers.gated
         self.dropout = nn.Dropout(config.dropout)
@@ -68,11 +74,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.c_fc(x)
-        if self.ranges is not None and self.training:
-            self.ranges.inputs(hidden.chunk(2, dim=-1)[0] if self.gated else hidden)
-        projected = project_activated(
-            self.activation, self.c_proj, hidden, recomputes=self.recomputes, gated=self.gated
-        )
+        if self.activation is None:
+            projected = self.c_proj(hidden)
+        else:
+            if self.ranges is not None and self.training:
+                self.ranges.inputs(hidden.chunk(2, dim=-1)[0] if self.gated else hidden)
+            projected = project_activated(
+                self.activation, self.c_proj, hidden, recomputes=self.recomputes, gated=self.gated
+            )
         mixed: Tensor = self.dropout(projected)
         return mixed
 
@@ -146,9 +155,11 @@ class GPT2(nn.Module):
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
         for block in self.blocks:
-            standardize_inputs(block.mlp.c_fc, 0.02)  # type: ignore[union-attr, arg-type]
+            if isinstance(layer := block.mlp.c_fc, LinearAtStart):  # type: ignore[union-attr]
+                standardize_inputs(layer, 0.02)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer["wte"].weight  # type: ignore[assignment]
+        restore_factors(self, config.factors)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -256,14 +267,16 @@ class GPT2(nn.Module):
         return sequence
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of forward and backward per token: 6 N + 12 L H Q T (PaLM, appendix B).
+        """Floating-point operations of forward and backward per token: 6 N + 12 L H Q T (PaLM, appendix B), L the
+        number of blocks whose attention has a product for each pair of positions.
 
         N leaves out the embeddings (look-ups) and counts a tied token embedding once, for the head.
         """
         config = self.config
         looked_up = config.sequence_length + (0 if config.tie_word_embeddings else config.vocab_size)
         parameters = sum(parameter.numel() for parameter in self.parameters()) - looked_up * config.n_embd
-        return 6.0 * parameters + 12.0 * config.n_layer * config.n_embd * config.sequence_length
+        pairs = sum(part.pairs for part in config.attention_settings())
+        return 6.0 * parameters + 12.0 * pairs * config.n_embd * config.sequence_length
 
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
@@ -281,9 +294,11 @@ def sample_token(logits: Tensor, temperature: float, top_k: int | None, generato
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | QuadraticLinear | nn.Embedding):
+    if isinstance(module, MuLayer):
+        module.reset_parameters()  # after those of its layers, which are drawn first
+    if isinstance(module, LinearAtStart | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear | QuadraticLinear) and module.bias is not None:
+    if isinstance(module, LinearAtStart) and module.bias is not None:
         nn.init.zeros_(module.bias)
 
 

@@ -156,6 +156,19 @@ def forward(model: nn.Module, batch: Any) -> Tensor:
     return first
 
 
+def vectors(states: Tensor, batch: Any) -> Tensor:
+    """The last dimension of states as float64 rows `[n, width]`, without positions that `attention_mask` hides.
+
+    Args:
+        states: `[…, width]` of the batch, at any place in the model.
+        batch: as it went into the model.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape == states.shape[:-1]:
+        states = states[mask.to(states.device) != 0]
+    return states.reshape(-1, states.shape[-1]).double()
+
+
 @contextmanager
 def on_calibration_data() -> Iterator[None]:
     """Around a forward pass: what the model raises is about the data it was given.

@@ -132,7 +132,7 @@ def _seen(bins: _Bins, module: nn.Module) -> Callable[..., Any]:
     def forward(*arguments: Any, **keywords: Any) -> Any:
         x = input_of((*arguments, *keywords.values())).detach()
         edges = torch.from_numpy(bins.edges).to(x.device, torch.float32)
-        where = torch.bucketize(x.float(), edges, right=True).flatten()  # now: it may be written over
+        where = torch.bucketize(x.float().contiguous(), edges, right=True).flatten()  # now: it may be written over
         output = function(*arguments, **keywords)
         if not torch.is_grad_enabled():
             return output

@@ -83,13 +83,18 @@ def _plain(kind: str) -> str:
     return kind.lower().replace("_", "")
 
 
+def is_of_a_head(name: str) -> bool:
+    """Whether a module of this name belongs to a pooler or a head."""
+    return _HEADS.search(name) is not None
+
+
 def gate_module(model: nn.Module, name: str) -> str | None:
     """Why a module stays unless it is asked for: a gate, learned already, or of a pooler or a head."""
     module = model.get_submodule(name)
     kinds = class_names(module)
     if "LearnableActivation" in kinds:
         return f"learned already ({learned_name(module)})"
-    if _HEADS.search(name):
+    if is_of_a_head(name):
         return "part of a pooler or a head"
     if GATE_CLASSES & kinds:
         return f"{type(module).__name__} is mostly a gate"
@@ -102,7 +107,7 @@ def gate_module(model: nn.Module, name: str) -> str | None:
 
 def gate_call(name: str, kind: str) -> str | None:
     """Why a function that is called stays unless it is asked for."""
-    if _HEADS.search(name):
+    if is_of_a_head(name):
         return "part of a pooler or a head"
     return f"{kind} called as a function is mostly a gate or a soft cap" if kind in GATE_FUNCTIONS else None
 

@@ -6,6 +6,7 @@ because Var G ≤ E[G'²] (Poincaré's inequality for the normal distribution). 
 taken. With an interval, G is what runs: the tangents outside are part of it.
 `stable`: the same moments, with signs that make the map of variances contract (`moments.Moments.slope`).
 `torchortho`: the published coefficients.
+`siren`: sin(30 x). (Sitzmann et al., Implicit Neural Representations with Periodic Activation Functions, 2020)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from polytrope.ops.fitting.polynomial import Variable, of_line
 from polytrope.ops.moments import gaussian_moments
 
 Ends = tuple[float, float]
+SIREN_FREQUENCY = 30.0
 
 
 def scale_and_offset(
@@ -65,6 +67,9 @@ def polynomial(
     `stable`: the same magnitudes with the signs + + - - + + - - …, on which neither moment depends. The slope of
     q → E[F(√q x)²] at q = 1, which is 1 + sum a_k a_{k+2} / k!, is then 1 - t instead of 1 + t with
     t = s² (√(1 - 1/n!) + sum_{1≤k≤n-2} 1/k!) for n ≥ 2. As n grows, F tends to √2 cos(x - π/4), not exp(x - 1).
+    At n = 2 that map has another fixed point at 1 + √8 / 3 = 1.94, and so has that of every quadratic with these
+    moments whose map contracts: what fluctuations carry beyond it is lost, unless tangents outside a narrow interval
+    move it away (docs/activations/polynomials.md).
     `torchortho`: the published init, all positive with s² = 1/e, which holds in the limit of infinite degree only.
     """
     total = math.e if init == "torchortho" else sum(1.0 / math.factorial(k) for k in range(degree))

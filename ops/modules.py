@@ -58,8 +58,9 @@ class LearnableActivation(nn.Module):
         interval: (lo, hi), outside of which the function goes on along its tangents; None: everywhere its formula.
         glu: the last dimension of x holds [a, b]; the result is F(a) · b.
         init: `variance_preserving` (E[F²] = E[F'²] = 1 under N(0, 1), tangents included), `stable` (polynomials: the
-            same, and deep nets without normalisation stay there), `torchortho` (the published one, where there is one),
-            or a function to imitate: a name of `fitting.targets.NAMED`, a callable or a module.
+            same, and deep nets without normalisation stay there), `siren` (Fourier of degree 1: sin(30 x), for an
+            `mlp`), `torchortho` (the published one, where there is one), or a function to imitate: a name of
+            `fitting.targets.NAMED`, a callable or a module.
         device: of the parameters; default: torch's.
         dtype: of the parameters; default: torch's.
     """
@@ -396,10 +397,17 @@ class Fourier(LearnableActivation):
     """
 
     published = True
+    starts = ("variance_preserving", "siren")
 
     def __init__(self, degree: int = 5, *, harmonic: bool = False, **options: Any) -> None:
         super().__init__("fourier", degree, **options)
         self.harmonic = harmonic
+        if self.init == "siren":
+            if self.degree != 1 or harmonic or self.interval is not None:
+                raise ValueError("init: siren is one sine: degree: 1, without harmonic and interval")
+            sine = {"amplitudes": [1.0], "frequencies": [initialization.SIREN_FREQUENCY], "phases": [math.pi / 2]}
+            self.learn(functional.fourier, options, bias=0.0, **sine)
+            return
         bias, amplitude = initialization.fourier(self.degree, self.init, self.interval)
         amplitudes = np.full(self.degree, amplitude)
         if harmonic:
@@ -861,6 +869,7 @@ CLASSICAL: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "tanh": nn.Tanh,
+    "identity": nn.Identity,
 }
 
 

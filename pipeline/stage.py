@@ -449,6 +449,7 @@ class StageOptions:
     reads: tuple[str, ...] = ()
     parallel: bool = False
     measured: bool = False
+    cpu_only: bool = False
     check: CheckFunction | None = None
     promise: PromiseFunction | None = None
     fingerprint: FingerprintFunction | None = None
@@ -461,6 +462,7 @@ def stage(
     reads: Iterable[str] = (),
     parallel: bool = False,
     measured: bool = False,
+    cpu_only: bool = False,
     check: CheckFunction | None = None,
     promise: PromiseFunction | None = None,
     fingerprint: FingerprintFunction | None = None,
@@ -474,6 +476,7 @@ def stage(
             the function's module. (Its code, and that of all project modules that it imports, is so in any case.)
         parallel: the stage starts tasks or workers of its own for its `resources`; its own task reserves no CPU.
         measured: its result holds times, which no repetition can give again; `reproduce` does not compare it.
+        cpu_only: it makes no use of a GPU: `resources.gpus` above 0 is refused before anything starts.
         check: `check(parameters, upstream)` raises `UserError` before anything starts. `upstream` maps each input name
             to the validated parameters of the producing stage (a dict of them by label for a fan-in, None if absent).
             A message that begins with `parameter: `, `inputs.NAME: ` or `resources.NAME: ` is shown with its line.
@@ -495,7 +498,7 @@ def stage(
     """
     if isinstance(reads, str):
         raise TypeError(f"reads={reads!r}: give a list of paths")
-    options = StageOptions(tuple(reads), parallel, measured, check, promise, fingerprint, imports, returns)
+    options = StageOptions(tuple(reads), parallel, measured, cpu_only, check, promise, fingerprint, imports, returns)
 
     def attach(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__polytrope_stage__ = options  # type: ignore[attr-defined]

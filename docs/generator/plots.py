@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,8 +19,24 @@ import torch
 from matplotlib.ticker import FuncFormatter, NullLocator
 from torch import Tensor
 
+from polytrope.models.configurations import MLPConfig
+from polytrope.models.mlp import MLP
 from polytrope.models.parts.attention import causal_means, even_power
 from polytrope.models.parts.feedforward import QuadraticLinear
+from polytrope.models.parts.kan import basis
+from polytrope.models.parts.mixer import build_mixer
+from polytrope.models.parts.mu import MuLayer
+from polytrope.models.parts.pade import PadeLinear
+from polytrope.models.parts.pi import PiLinear
+from polytrope.models.parts.polynomial_mixer import CausalPolynomialMixer
+from polytrope.models.parts.settings import (
+    KANSettings,
+    MuSettings,
+    PadeSettings,
+    PiSettings,
+    PolynomialMixerSettings,
+    read_part,
+)
 from polytrope.ops import build_activation
 from polytrope.ops.functional import chebyshev, hermite, legendre
 from polytrope.ops.interpolate import Fit, fit
@@ -39,6 +57,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "piecewise_linear": ({"degree": 8}, ()),
     "polynorm": ({"degree": 3}, ()),
 }
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 INTERVAL = (-4.0, 4.0)
 SPAN = (-6.0, 6.0)
 
@@ -49,13 +68,23 @@ STYLE = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "
 def part_plots() -> dict[str, str]:
     """Name → SVG, of the pages on parts of models."""
     with plt.rc_context(STYLE):
-        return {"attention": _attention(), "quadratic": _quadratic()}
+        return {
+            "attention": _attention(),
+            "quadratic": _quadratic(),
+            "pade": _pade(),
+            "mu": _mu(),
+            "max_plus": _max_plus(),
+            "mixer": _polynomial_mixer(),
+            "kan": _kan(),
+            "pi": _pi(),
+            "siren": _siren(),
+        }
 
 
 def analysis_plots() -> dict[str, str]:
     """Name → SVG, of the page on analyses."""
     with plt.rc_context(STYLE):
-        return {"spectra": _spectra(), "variances": _variances()}
+        return {"spectra": _spectra(), "variances": _variances(), "grokking": _grokking()}
 
 
 def all_plots() -> dict[str, str]:
@@ -66,9 +95,10 @@ def all_plots() -> dict[str, str]:
 
 
 def initializations(name: str) -> list[str]:
-    """The named starts of a family."""
+    """The named starts of a family in any degree."""
     family = LEARNABLE[name]
-    return [*family.starts, *(["torchortho"] if family.published else [])]
+    starts = [start for start in family.starts if start != "siren"]
+    return [*starts, *(["torchortho"] if family.published else [])]
 
 
 @functools.cache
@@ -254,6 +284,29 @@ def _variances() -> str:
     return _svg(figure)
 
 
+def _grokking() -> str:
+    """Accuracies of the first seed of the benchmark, and its steps to the rule by the scale of the outputs."""
+    record = json.loads((RESULTS / "grokking.json").read_text(encoding="utf-8"))
+    figure, (curves, scales) = plt.subplots(1, 2, figsize=(9, 3.2))
+    for index, (name, curve) in enumerate(record["curves"].items()):
+        curves.plot(curve["steps"], curve["test"], color=f"C{index}", label=name)
+        curves.plot(curve["steps"], curve["train"], color=f"C{index}", linewidth=0.6, linestyle=":")
+    curves.set_xscale("log")
+    curves.set_title(f"accuracy, seed {record['seeds'][0]}; dotted: on the training pairs")
+    names = list(next(iter(record["scales"].values())))
+    for name in names:
+        found = [(float(scale), rows[name].get("generalised_step", [])) for scale, rows in record["scales"].items()]
+        points = [(scale, step) for scale, steps in found for step in steps if step is not None]
+        (line,) = scales.plot(*zip(*points, strict=True), "o", markersize=3, label=name)
+        means = [(scale, np.mean(steps)) for scale, steps in found if steps and None not in steps]
+        scales.plot(*zip(*means, strict=True), color=line.get_color(), linewidth=0.8)
+    scales.set_xscale("log")
+    scales.set_title("step at which 99 % of the other pairs are right")
+    _describe(curves, "step")
+    _describe(scales, "scale α of the outputs")
+    return _svg(figure)
+
+
 def _attention() -> str:
     """Entropy of the weights of standard normal scores, over that of equal weights."""
     figure, axis = plt.subplots(figsize=(5, 2.8))
@@ -278,21 +331,138 @@ def _attention() -> str:
 
 
 def _quadratic() -> str:
-    """Chebyshev coefficients along a line through stacks of quadratic layers."""
+    return _degrees([QuadraticLinear(8, 8, bias=True, square=True).double() for _ in range(3)], 0.4)
+
+
+def _mu() -> str:
+    layers = [MuLayer(8, MuSettings(), bias=True, epsilon=1e-6).double() for _ in range(3)]
+    return _degrees([torch.nn.Sequential(layer, torch.nn.Linear(32, 8).double()) for layer in layers], 0.35)
+
+
+def _degrees(layers: list[torch.nn.Module], size: float) -> str:
+    """Chebyshev coefficients along a line through stacks of layers of width 8 with random weights of this deviation."""
     figure, axis = plt.subplots(figsize=(5, 2.8))
-    generator, width, points = torch.Generator().manual_seed(0), 8, 16
-    layers = [QuadraticLinear(width, width, bias=True, square=True).double() for _ in range(3)]
+    generator, width = torch.Generator().manual_seed(0), 8
     with torch.no_grad():
         for layer in layers:
             for weight in layer.parameters():
-                weight.copy_(0.4 * torch.randn(weight.shape, generator=generator))
-        angles = (np.arange(points) + 0.5) * np.pi / points
-        start, direction = torch.randn(2, width, dtype=torch.float64, generator=generator)
-        line = start + torch.from_numpy(np.cos(angles))[:, None] * direction
+                weight.copy_(size * torch.randn(weight.shape, generator=generator))
         for depth in (1, 2, 3):
-            values = torch.nn.Sequential(*layers[:depth])(line).numpy()
+            sizes = _sizes_along_a_line(torch.nn.Sequential(*layers[:depth]), width)
+            axis.plot(sizes, "o-", markersize=3, label=f"layers: {depth}")
+    _logarithmic(axis)
+    _describe(axis, "degree along a line", "largest coefficient")
+    return _svg(figure)
+
+
+def _pade() -> str:
+    """One Padé neuron of one input whose denominator has a zero, and the quotient that it is made of."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    layer = PadeLinear(1, 1, bias=True, settings=PadeSettings())
+    x = torch.linspace(-3.0, 3.0, 601)[:, None]
+    slope, constant, square, below = 0.5, 0.4, 0.3, 1.0
+    with torch.no_grad():
+        for weight, value in ((layer.weight, slope), (layer.bias, constant), (layer.numerator, square)):
+            weight.fill_(value)
+        axis.plot(x, layer(x), color="black", linestyle="dotted", label="B = 0")
+        layer.denominator.fill_(below)
+        quotient = (constant + slope * x + square * x**2) / (1.0 + below * x)
+        axis.plot(x, torch.where(quotient.abs() < 4.0, quotient, torch.nan), label="P₂ / Q₁")
+        axis.plot(x, layer(x), label="pade")
+    axis.set_ylim(-4.0, 4.0)
+    _describe(axis, "x", "y")
+    return _svg(figure)
+
+
+def _sizes_along_a_line(layer: Callable[[Tensor], Tensor], width: int, points: int = 16) -> np.ndarray:
+    """Of the Chebyshev coefficients of t → layer(u + t v) on [-1, 1], the largest over the outputs, relative."""
+    angles = (np.arange(points) + 0.5) * np.pi / points
+    start, direction = torch.randn(2, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    line = start + torch.from_numpy(np.cos(angles))[:, None] * direction
+    sizes = np.abs(np.cos(np.outer(np.arange(points), angles)) @ layer(line).numpy()).max(1)
+    return np.asarray(sizes / sizes.max() + 1e-17)
+
+
+def _kan() -> str:
+    """The functions of every basis."""
+    figure, axes = plt.subplots(1, 4, figsize=(11, 2.6))
+    x = torch.linspace(-4.5, 4.5, 601, dtype=torch.float64)
+    for axis, (name, degree) in zip(
+        axes, {"hermite": 4, "fourier": 2, "tropical": 4, "spline": 6}.items(), strict=True
+    ):
+        for number, values in enumerate(basis(x, KANSettings(basis=name, degree=degree)), start=1):
+            axis.plot(x, values, label=f"B{number}")
+        axis.set_ylim(-4, 6)
+        axis.set_title(f"{name}, degree {degree}")
+        _describe(axis, "x")
+    return _svg(figure)
+
+
+def _pi() -> str:
+    """Chebyshev coefficients along a line through products of layers."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for degree in (2, 4, 6):
+            layer = PiLinear(8, 8, PiSettings(degree=degree)).double()
+            axis.plot(_sizes_along_a_line(layer, 8), "o-", markersize=3, label=f"N = {degree}")
+    _logarithmic(axis)
+    _describe(axis, "degree along a line", "largest coefficient")
+    return _svg(figure)
+
+
+def _siren() -> str:
+    """Variances of what the sines of a fresh network are given, and those of normal numbers."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    angles = torch.arange(1000) * (2 * torch.pi / 1000)
+    sine = {"name": "fourier", "degree": 1, "init": "siren"}
+    layers = range(2, 8)
+    with torch.no_grad(), torch.random.fork_rng():
+        for width in (64, 512):
+            torch.manual_seed(0)
+            x, found = torch.stack((angles.cos(), angles.sin()), dim=1), []
+            for block in MLP(MLPConfig(inputs=2, widths=[width] * 7, activation=sine)).blocks:
+                found.append(900 * float(block.layer(x).square().mean()))
+                x = block(x)
+            axis.plot(layers, found[1:], "o-", markersize=3, label=f"width {width}")
+    expected = [1.0]
+    while len(expected) < len(layers):
+        expected.append(1.0 - float(np.exp(-2.0 * expected[-1])))
+    axis.plot(layers, expected, "--", color="black", label="normal numbers")
+    axis.set_ylim(0.5, 1.3)
+    _describe(axis, "layer", "variance of 30 (W x + b)")
+    return _svg(figure)
+
+
+def _max_plus() -> str:
+    """A row of pixels, equal in all rows, and what the three forms make of it."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    places = np.arange(48)
+    row = torch.tensor(np.sin(places / 3.0) * 2.0 * np.exp(-(((places - 24) / 16.0) ** 2)) + 3.0 * (places == 36))
+    image = row.expand(1, 1, 48, 48)
+    axis.plot(places, row, color="black", linewidth=0.8, label="x")
+    with torch.no_grad():
+        for form in ("max", "min", "difference"):
+            mixed = build_mixer(read_part("mixer", {"name": "max_plus", "form": form}), 1)(image)
+            axis.plot(places, mixed[0, 0, 24], label=form)
+    _describe(axis, "pixel", "value")
+    return _svg(figure)
+
+
+def _polynomial_mixer() -> str:
+    """Chebyshev coefficients along a line through mixers of degree 2 and 3."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    generator, points = torch.Generator().manual_seed(0), 12
+    start, direction = torch.randn(2, 1, 12, 8, dtype=torch.float64, generator=generator)
+    angles = (np.arange(points) + 0.5) * np.pi / points
+    with torch.no_grad():
+        for degree in (2, 3):
+            mixer = CausalPolynomialMixer(PolynomialMixerSettings(degree=degree, reach=4), 8, bias=True).double()
+            for weight in mixer.parameters():
+                weight.copy_(0.4 * torch.randn(weight.shape, generator=generator))
+            values = np.stack([mixer(start + np.cos(angle) * direction).flatten().numpy() for angle in angles])
             sizes = np.abs(np.cos(np.outer(np.arange(points), angles)) @ values).max(1)
-            axis.plot(sizes / sizes.max() + 1e-17, "o-", markersize=3, label=f"layers: {depth}")
+            axis.plot(sizes / sizes.max() + 1e-17, "o-", markersize=3, label=f"degree {degree}")
     _logarithmic(axis)
     _describe(axis, "degree along a line", "largest coefficient")
     return _svg(figure)

@@ -24,6 +24,7 @@ from polytrope.models import find_architecture, find_huggingface, is_own
 from polytrope.models.activations import normalised_activations
 from polytrope.models.architecture import PublishedArchitecture
 from polytrope.models.checkpoint import activation_modules, compare_configs, model_config
+from polytrope.models.factors import describe_factors, restore_factors
 from polytrope.models.foreign import CONVERSION, original_settings, with_activation_names
 from polytrope.models.formats.deepspeed import checkpoint_directory
 from polytrope.models.formats.deepspeed import read_state as read_deepspeed
@@ -129,9 +130,12 @@ def load_huggingface(directory: Path, *, own: bool = True) -> nn.Module:
         raise ValueError(f"{directory}: adapter_config.json: an adapter beside the weights is not read; merge it first")
     config = original_settings(content)
     activations, shared = _read_activations(content, directory)
+    factors = _read_factors(content, directory)
     record = find_huggingface(config["model_type"]) if own else None
+    if record is not None and factors:
+        raise ValueError(f"{directory}: config.json: factors of a {record.title} are read from the own format alone")
     if record is None:
-        model = _foreign_model(config, directory, activations)
+        model = _foreign_model(config, directory, activations, factors)
         own_name: Callable[[str], str] = str
     else:
         state = _all_weights(directory)
@@ -194,6 +198,17 @@ def _read_activations(content: Mapping[str, Any], directory: Path) -> tuple[dict
         raise ValueError(f"{path}: the converted activations cannot be read: {error!r}") from error
 
 
+def _read_factors(content: Mapping[str, Any], directory: Path) -> dict[str, int]:
+    """Ranks of factored layers by module name."""
+    try:
+        ranks = dict(content.get(CONVERSION, {}).get("factors", {}))
+        if not all(type(rank) is int for rank in ranks.values()):
+            raise ValueError(f"ranks are integers, got {ranks!r}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{directory / 'config.json'}: the factored layers cannot be read: {error!r}") from error
+    return ranks
+
+
 def own_settings(directory: Path) -> tuple[str, dict[str, Any] | None]:
     """What `config.json` alone tells: transformers' name of the architecture, and the settings of this package's model.
 
@@ -240,7 +255,9 @@ def _own_model(config: dict[str, Any], record: PublishedArchitecture, directory:
     return model
 
 
-def _foreign_model(config: dict[str, Any], directory: Path, activations: Mapping[str, Any]) -> nn.Module:
+def _foreign_model(
+    config: dict[str, Any], directory: Path, activations: Mapping[str, Any], factors: Mapping[str, int]
+) -> nn.Module:
     """Built and loaded by transformers, which knows the names that older versions wrote and those of its own files."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the directory
     try:
@@ -264,11 +281,11 @@ def _foreign_model(config: dict[str, Any], directory: Path, activations: Mapping
     options: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
     try:
         with _without_progress_bars():
-            if not activations and any((directory / name).exists() for name in _WEIGHT_FILES):
+            if not (activations or factors) and any((directory / name).exists() for name in _WEIGHT_FILES):
                 model, report = kind.from_pretrained(directory, local_files_only=True, weights_only=True, **options)
             else:
                 settings = kind.config_class.from_dict(config)
-                model, report = _with_activations(kind, activations).from_pretrained(
+                model, report = _converted(kind, activations, factors).from_pretrained(
                     None, config=settings, state_dict=_all_weights(directory), **options
                 )
                 model.__class__ = kind
@@ -289,12 +306,13 @@ def _foreign_model(config: dict[str, Any], directory: Path, activations: Mapping
     return network
 
 
-def _with_activations(kind: Any, activations: Mapping[str, Any]) -> Any:
-    """A class of transformers whose models have these activations before their weights are loaded."""
+def _converted(kind: Any, activations: Mapping[str, Any], factors: Mapping[str, int]) -> Any:
+    """A class of transformers whose models have these activations and factors before their weights are loaded."""
 
     def build(self: Any, settings: Any, *inputs: Any, **options: Any) -> None:
         kind.__init__(self, settings, *inputs, **options)
         restore_activations(self, activations)
+        restore_factors(self, factors)
 
     return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__})
 
@@ -338,8 +356,8 @@ def save_huggingface(
 
     Args:
         model: built by transformers, or a model of this package.
-        activations: configuration of every converted activation, by the first name of its module; empty: transformers
-            reads the directory as it is.
+        activations: configuration of every converted activation, by the first name of its module; none, and no factored
+            layers: transformers reads the directory as it is.
         source: a directory whose tokenizer, names of tokens and names of classes are taken over; one of Hugging Face:
             with everything but its weights.
         inputs: of a model of transformers, by name; its outputs are compared on them. Default: where they are known.
@@ -353,6 +371,12 @@ def save_huggingface(
     record = find_architecture(str(model.architecture)) if is_own(model) else None
     if record is not None and not isinstance(record, PublishedArchitecture):
         raise ValueError(f"format: transformers has no {record.title}; write the own format instead")
+    factors = describe_factors(model)
+    if record is not None and factors:
+        raise ValueError(
+            f"format: transformers has no {record.title} whose linear layers are in two factors, as "
+            f"{next(iter(factors))} is; write the own format instead"
+        )
     with appearing(directory, "config.json") as aside:
         if record is not None:
             _write_own(aside, model, record, written_once, source)
@@ -361,8 +385,8 @@ def save_huggingface(
                 model.save_pretrained(aside, state_dict=written_once)  # type: ignore[operator]
         if source is not None:
             carry_over(source, aside)
-        if activations:
-            _write_code(aside, model, record, activations, shared)
+        if activations or factors:
+            _write_code(aside, model, record, activations, shared, factors)
         with torch.random.fork_rng(devices=[]):
             written = load_huggingface(aside, own=record is not None)
         what = f"{directory} is not written"
@@ -387,16 +411,19 @@ def _write_code(
     record: PublishedArchitecture | None,
     activations: Mapping[str, Any],
     shared: Mapping[str, str],
+    factors: Mapping[str, int],
 ) -> None:
-    """The modeling file, and what `config.json` says of it and of the activations."""
+    """The modeling file, and what `config.json` says of it, of the activations, and of factored layers."""
     config = read_config(aside)
     described = {name: describe_activation(model.get_submodule(name), entry) for name, entry in activations.items()}
     check_functions(model, described)
     named: Callable[[str], str] = str if record is None else record.huggingface.activation_name
-    content = {
+    content: dict[str, Any] = {
         "activations": {named(name): entry for name, entry in described.items()},
         "shared": {named(name): named(first) for name, first in shared.items()},
     }
+    if factors:
+        content["factors"] = dict(factors)
     if record is None:
         config_class, classes = _known_class(model.config), auto_classes(config["model_type"])
         architecture, tokenizer = _known_class(model), tokenizer_class(config["model_type"])
@@ -407,7 +434,7 @@ def _write_code(
     if tokenizer is not None:  # which follows from the model's type otherwise
         changed |= {"tokenizer_class": config.get("tokenizer_class") or tokenizer}
     needed = sorted({*classes.values(), architecture})
-    source = modeling_source(config_class, config["model_type"], needed, described)
+    source = modeling_source(config_class, config["model_type"], needed, described, factored=bool(factors))
     (aside / MODELING_FILE).write_text(source, encoding="utf-8")
     (aside / "config.json").write_text(
         json.dumps(with_activation_names(config, replaced=True) | changed, indent=2, sort_keys=True) + "\n",
@@ -479,10 +506,8 @@ def _classical_activation(model: nn.Module, record: PublishedArchitecture) -> st
         ValueError: there are several, and `config.json` has one field.
     """
     modules = activation_modules(model)
-    entries = normalised_activations(model_config(model)["activation"], len(modules))
-    names = sorted(
-        {name for (name, _), module in zip(entries, modules, strict=True) if not is_learnable_activation(module)}
-    )
+    entries = normalised_activations(model_config(model)["activation"], len(record.activation_widths(model.config)))
+    names = sorted({entries[layer][0] for layer, module in modules.items() if not is_learnable_activation(module)})
     if len(names) > 1:
         raise ValueError(
             f"transformers' {record.title} has one activation for all blocks; this one has {', '.join(names)}: write "

@@ -1,4 +1,4 @@
-"""A module of anybody's own with learned activations: its weights, and what puts the activations into a fresh one."""
+"""A module of anybody's own with learned activations or factored layers: its weights, and what makes a fresh one so."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
+from polytrope.models.factors import describe_factors, restore_factors
 from polytrope.models.formats.states import load_safetensors
 from polytrope.models.surgery import describe_activations, restore_activations
 from polytrope.models.weights import load_exactly
@@ -35,7 +36,7 @@ def save_module(directory: Path, model: nn.Module, factory: Factory | None = Non
     """Write `module.json` and `model.safetensors`; weights that several names share are written once, and compared.
 
     Args:
-        factory: what built the module, before its activations were replaced.
+        factory: what built the module, before its activations were replaced and its layers factored.
 
     Raises:
         ValueError: a state that is no tensor, or weights that do not come back as they were.
@@ -48,6 +49,8 @@ def save_module(directory: Path, model: nn.Module, factory: Factory | None = Non
         "class": type(model).__qualname__,
         "activations": describe_activations(model),
     }
+    if factors := describe_factors(model):
+        content["factors"] = factors
     if factory is not None:
         content["factory"] = asdict(factory)
     with appearing(directory, MODULE_FILE) as aside:
@@ -101,5 +104,6 @@ def load_module(directory: Path, model: nn.Module) -> nn.Module:
     if type(model).__qualname__ != content["class"]:
         raise ValueError(f"{directory} holds a {content['class']}, the model is a {type(model).__qualname__}")
     restore_activations(model, content["activations"])
+    restore_factors(model, content.get("factors", {}))
     load_exactly(model, load_safetensors(directory / "model.safetensors"), str(directory))
     return model.eval()

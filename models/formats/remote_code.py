@@ -46,7 +46,9 @@ def describe_activation(module: nn.Module, config: Any) -> dict[str, Any]:
     return {"config": config, "plain": {"function": function, "parameters": parameters, "options": options}}
 
 
-def modeling_source(config_class: str, model_type: str, classes: list[str], activations: Mapping[str, Any]) -> str:
+def modeling_source(
+    config_class: str, model_type: str, classes: list[str], activations: Mapping[str, Any], *, factored: bool = False
+) -> str:
     """The text of the modeling file.
 
     Args:
@@ -54,6 +56,7 @@ def modeling_source(config_class: str, model_type: str, classes: list[str], acti
         model_type: of that.
         classes: transformers' classes that get one with converted activations each.
         activations: `describe_activation` of each.
+        factored: there are linear layers in two factors.
     """
     imports, functions = _functions_source(activations)
     models = "\n\n\n".join(
@@ -68,8 +71,17 @@ def modeling_source(config_class: str, model_type: str, classes: list[str], acti
         config=config_class,
         model_type=f"{MODEL_TYPE_PREFIX}{model_type}",
         models=models,
+        made="that polytrope has converted" if factored else "whose activations polytrope has replaced by learned ones",
+        factors=_FACTORS if factored else "",
+        placed=_placed(factored, bool(activations)),
         registered="\n".join(f"    {own!r}: {old!r}," for own, old in zip(ours, originals, strict=True)),
     )
+
+
+def _placed(factored: bool, activated: bool) -> str:
+    """The calls that convert a model which was just built."""
+    calls = ["place_factors(self)"] * factored + ["place_activations(self)"] * activated
+    return "\n        ".join(calls)
 
 
 def _functions_source(activations: Mapping[str, Any]) -> tuple[list[str], str]:
@@ -162,8 +174,39 @@ def _inputs(config: Mapping[str, Any]) -> Tensor:
     ].reshape(shape)
 
 
+_FACTORS = '''class FactoredLinear(nn.Module):
+    """A linear layer whose weight is the product of two matrices."""
+
+    def __init__(self, inputs, outputs, rank, bias):
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.inner = nn.Linear(inputs, rank, bias=False)
+        self.outer = nn.Linear(rank, outputs, bias=bias)
+
+    def forward(self, input):
+        return self.outer(self.inner(input))
+
+
+def place_factors(model):
+    """Put two factors in the places of the linear layers that `config.json` names; see `place_activations`."""
+    described = getattr(model.config, "polytrope", None)
+    if not described:
+        raise ValueError("config.json has no entry `polytrope`, which describes the factored layers")
+    whole = type(model).__name__ in (model.config.architectures or [])
+    ranks = {}
+    for written, rank in described["factors"].items():
+        name = find_name(model, written, whole)
+        if name is not None:
+            layer = model.get_submodule(name)
+            factored = FactoredLinear(layer.in_features, layer.out_features, rank, layer.bias is not None)
+            replace(model, name, factored)
+            ranks[name] = rank
+    model.config.polytrope = {**described, "factors": ranks}
+
+
+'''
 _TEMPLATE = Template(
-    '''"""A $config model whose activations polytrope has replaced by learned ones.
+    '''"""A $config model $made.
 
 Written by polytrope. `AutoModel.from_pretrained(DIRECTORY, trust_remote_code=True)` of transformers loads it. It needs
 torch and transformers; where polytrope is installed, its compiled kernels compute the activations.
@@ -234,10 +277,10 @@ class Converted:
 
     def __init__(self, config, *inputs, **keywords):
         super().__init__(config, *inputs, **keywords)
-        place_activations(self)
+        $placed
 
 
-def place_activations(model):
+${factors}def place_activations(model):
     """Put the activations that `config.json` describes in their places.
 
     A model with another head than the one that was written has other names, and maybe not all parts of it.

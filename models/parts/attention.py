@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polytrope.models.parts.polynomial_mixer import CausalPolynomialMixer
 from polytrope.models.parts.ranges import RangePenalty
-from polytrope.models.parts.settings import Attention, PowerSettings, SoftmaxSettings
+from polytrope.models.parts.settings import Attention, PolynomialMixerSettings, PowerSettings, SoftmaxSettings
 from polytrope.models.per_layer import Entry
 
 EPSILON = 1e-3  # added to the mean of powers that `power` divides by
@@ -109,7 +110,9 @@ class RecurrentState(NamedTuple):
 class PowerAttention(nn.Module):
     """Weights u_ij / n_i / (m_i + ε), u = (α q·k · scale + β)^p, n_i visible positions, m_i = Σ_j u_ij / n_i.
 
-    Sums and products, and one division by a number per row whose size does not grow with the number of positions.
+    Sums and products, and one division by a number per row whose size does not grow with the number of positions. With
+    `sinks` s, n_i has s positions more, whose u is 1 and whose value is 0: m_i = (s + Σ_j u_ij) / n_i, which is a mean
+    of several numbers for the first positions too, and never below s / n_i.
     α and β are learned, one of each per head: without β, keys near q and near -q would weigh the same. Half precision
     is left for float32 between the two matrix products. (Zimerman et al., Power-Softmax: Towards Secure LLM Inference
     over Encrypted Data, 2024, has x^p / Σ x^p; α, β and n are ours.)
@@ -159,7 +162,7 @@ class PowerAttention(nn.Module):
         return even_power(scores * (alpha * self.scale) + beta, self.settings.power)
 
     def _mixed(self, powers: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-        means, denominator = causal_means(powers)
+        means, denominator = causal_means(powers, sinks=self.settings.sinks)
         return self._finish(means @ value.to(means.dtype), denominator, dtype)
 
     def _finish(self, numerator: Tensor, denominator: Tensor, dtype: torch.dtype) -> Tensor:
@@ -185,9 +188,12 @@ class PowerAttention(nn.Module):
         key = _wide(key)
         features = pair_products(torch.cat((key, torch.ones_like(key[..., :1])), dim=-1))
         state = features.transpose(-1, -2) @ counted
-        visible = torch.arange(earlier + 1, earlier + length + 1, device=sums.device, dtype=sums.dtype)[:, None]
-        means = sums / visible
-        mixed = self._finish(means[..., :-1], means[..., -1:] + EPSILON, dtype)
+        sinks = self.settings.sinks
+        first = earlier + 1 + sinks
+        counted_positions = torch.arange(first, first + length, device=sums.device, dtype=sums.dtype)[:, None]
+        means = sums / counted_positions
+        denominator = means[..., -1:] + (EPSILON + sinks / counted_positions)
+        mixed = self._finish(means[..., :-1], denominator, dtype)
         return mixed, RecurrentState(state if past is None else past.sums + state, earlier + length)
 
 
@@ -201,20 +207,22 @@ def even_power(x: Tensor, power: int) -> Tensor:
     return x.square() if power == 2 else x.square().square()
 
 
-def causal_means(powers: Tensor, epsilon: float = EPSILON) -> tuple[Tensor, Tensor]:
+def causal_means(powers: Tensor, epsilon: float = EPSILON, sinks: int = 0) -> tuple[Tensor, Tensor]:
     """(u_ij / n_i, m_i + ε): the weights of attention are the first by the second.
 
     Args:
         powers: u `[..., queries, keys]`, not negative; the queries are the last of the positions.
         epsilon: ε.
+        sinks: how many positions of power 1 come before the first; n_i has them too, the result does not.
 
     Returns:
         `[..., queries, keys]`, exactly 0 where a key comes later than the query, and `[..., queries, 1]`.
     """
     queries, keys = powers.shape[-2:]
     visible = torch.ones(queries, keys, dtype=powers.dtype, device=powers.device).tril(keys - queries)
-    means = powers * (visible / visible.sum(-1, keepdim=True))
-    return means, means.sum(-1, keepdim=True) + epsilon
+    positions = visible.sum(-1, keepdim=True) + sinks
+    means = powers * (visible / positions)
+    return means, means.sum(-1, keepdim=True) + (epsilon + sinks / positions)
 
 
 def pair_products(x: Tensor, *, twice: bool = False) -> Tensor:
@@ -242,9 +250,14 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(x.size(0), x.size(2), x.size(1) * x.size(3))
 
 
+def _polynomial_mixer(settings: PolynomialMixerSettings, sizes: AttentionSizes) -> nn.Module:
+    return CausalPolynomialMixer(settings, sizes.width, bias=sizes.bias)
+
+
 ATTENTIONS: dict[str, Callable[[Any, AttentionSizes], nn.Module]] = {
     "softmax": SoftmaxAttention,
     "power": PowerAttention,
+    "polynomial_mixer": _polynomial_mixer,
 }
 
 

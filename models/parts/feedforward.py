@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytrope.models.parts.settings import DenseSettings, FeedForward, GatedSettings, MLPSettings, QuadraticSettings
+from polytrope.models.parts.kan import kan_layer
+from polytrope.models.parts.mu import MuLayer
+from polytrope.models.parts.pade import PadeLinear
+from polytrope.models.parts.pi import pi_layer
+from polytrope.models.parts.settings import (
+    DenseSettings,
+    FeedForward,
+    GatedSettings,
+    MLPSettings,
+    MuSettings,
+    PadeSettings,
+    QuadraticSettings,
+)
 
 
 @dataclass(frozen=True)
@@ -20,17 +32,19 @@ class FeedForwardSizes:
     Args:
         width: of the vectors that come and go.
         bias: whether the layers have one.
+        epsilon: added to the variances of norms inside.
     """
 
     width: int
     bias: bool
+    epsilon: float
 
 
 class FeedForwardLayers(NamedTuple):
     """What a block puts around its activation F.
 
     Args:
-        inner, outer: the layers before and after it.
+        inner, outer: the layers before and after it, or one after the other where the settings have none.
         gated: what the inner layer gives are two halves a, b, and the outer one takes F(a) · b.
     """
 
@@ -74,6 +88,9 @@ class QuadraticLinear(nn.Module):
         )
 
 
+LinearAtStart = nn.Linear | QuadraticLinear | PadeLinear  # their `weight` and `bias` are a linear layer's
+
+
 def multiplicative_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Those that modules name in `multiplicative`: they multiply inputs by inputs."""
     return [
@@ -107,10 +124,27 @@ def _quadratic(settings: QuadraticSettings, sizes: FeedForwardSizes) -> FeedForw
     return FeedForwardLayers(layer(sizes.width, hidden), layer(hidden, sizes.width), gated=False)
 
 
+def _pade(settings: PadeSettings, sizes: FeedForwardSizes) -> FeedForwardLayers:
+    hidden = settings.hidden(sizes.width)
+
+    def layer(inputs: int, outputs: int) -> PadeLinear:
+        return PadeLinear(inputs, outputs, bias=sizes.bias, settings=settings)
+
+    return FeedForwardLayers(layer(sizes.width, hidden), layer(hidden, sizes.width), gated=False)
+
+
+def _mu(settings: MuSettings, sizes: FeedForwardSizes) -> FeedForwardLayers:
+    inner = MuLayer(sizes.width, settings, bias=sizes.bias, epsilon=sizes.epsilon)
+    outer = nn.Linear(settings.hidden(sizes.width), sizes.width, bias=sizes.bias)
+    return FeedForwardLayers(inner, outer, gated=False)
+
+
 FEEDFORWARDS: dict[str, Callable[[Any, FeedForwardSizes], FeedForwardLayers]] = {
     "mlp": _mlp,
     "gated": _gated,
     "quadratic": _quadratic,
+    "pade": _pade,
+    "mu": _mu,
 }
 
 
@@ -131,7 +165,17 @@ def _quadratic_layer(settings: QuadraticSettings, inputs: int, outputs: int) -> 
     return QuadraticLinear(inputs, outputs, bias=True, square=settings.square)
 
 
-LAYERS: dict[str, Callable[[Any, int, int], nn.Module]] = {"dense": _dense_layer, "quadratic": _quadratic_layer}
+def _pade_layer(settings: PadeSettings, inputs: int, outputs: int) -> nn.Module:
+    return PadeLinear(inputs, outputs, bias=True, settings=settings)
+
+
+LAYERS: dict[str, Callable[[Any, int, int], nn.Module]] = {
+    "dense": _dense_layer,
+    "quadratic": _quadratic_layer,
+    "pade": _pade_layer,
+    "kan": kan_layer,
+    "pi": pi_layer,
+}
 
 
 def build_layer(settings: FeedForward, inputs: int, outputs: int) -> nn.Module:

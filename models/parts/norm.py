@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
-from polytrope.models.parts.settings import BatchNormSettings, LayerNormSettings, Norm
+from polytrope.models.parts.settings import BatchNormSettings, LayerNormSettings, NoNormSettings, Norm
 from polytrope.models.per_layer import Entry
 
 MOMENTUM = 0.1  # share of a batch in the running statistics
@@ -155,7 +155,15 @@ def _layer_norm(_settings: LayerNormSettings, sizes: NormSizes) -> nn.Module:
     return nn.LayerNorm(sizes.width, sizes.epsilon, bias=sizes.bias)
 
 
-NORMS: dict[str, Callable[[Any, NormSizes], nn.Module]] = {"layer_norm": _layer_norm, "batch": BatchNorm}
+def _none(_settings: NoNormSettings, _sizes: NormSizes) -> nn.Module:
+    return nn.Identity()
+
+
+NORMS: dict[str, Callable[[Any, NormSizes], nn.Module]] = {
+    "layer_norm": _layer_norm,
+    "batch": BatchNorm,
+    "none": _none,
+}
 
 
 def build_norm(settings: Norm, sizes: NormSizes) -> nn.Module:

@@ -24,7 +24,7 @@ class RangePenalty:
     activation: float
     beyond: float
     denominator: float
-    _terms: list[Tensor] | None = field(default=None, repr=False)
+    _terms: list[Tensor] | None = field(default=None, init=False, repr=False)
 
     def start(self) -> None:
         """Of a forward pass."""

@@ -25,6 +25,18 @@ def _choice(usual: Any, choices: tuple[Any, ...], description: str) -> Any:
     return field(default=usual, metadata={"read": read, "choices": choices, "description": description})
 
 
+def _whole(usual: int, most: int, description: str) -> Any:
+    """A field of whole numbers from 1 to `most`."""
+
+    def read(value: Any) -> int:
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"expected an integer in 1…{most}, got {value!r}")
+        return value
+
+    choices = tuple(range(1, most + 1))
+    return field(default=usual, metadata={"read": read, "choices": choices, "description": description})
+
+
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """As JSON has it."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
@@ -36,6 +48,7 @@ class Part:
 
     name: ClassVar[str]
     per_layer: ClassVar[bool] = True  # each block has its own; else one for the whole model
+    multiplicative: ClassVar[bool] = False  # it has parameters that learn at `multiplicative_learning_rate`
 
     def config(self) -> Entry:
         """Its name, with the options that are not the usual ones."""
@@ -49,6 +62,8 @@ class Attention(Part):
     """How a token's vector becomes a mixture of those up to it."""
 
     fixed_weights: ClassVar[bool] = False  # no dropout of attention weights
+    divides: ClassVar[bool] = False  # by denominators that `range_penalty` holds
+    pairs: ClassVar[bool] = True  # it computes a product for each pair of positions
 
 
 @dataclass(frozen=True)
@@ -99,10 +114,14 @@ class PowerSettings(Attention):
 
     name = "power"
     fixed_weights = True
+    divides = True
 
     power: int = _choice(2, (2, 4), "2 or 4")
     recurrent: bool = _choice(
         False, (False, True), "sample with a state of fixed size instead of a cache that grows; power: 2 only"
+    )
+    sinks: int = _choice(
+        0, (0, 1, 2, 4, 8, 16), "positions before the first, of weight 1 and value 0: what is divided by stays near 1"
     )
     reciprocal: ReciprocalSettings | None = field(
         default=None,
@@ -116,6 +135,19 @@ class PowerSettings(Attention):
     def __post_init__(self) -> None:
         if self.recurrent and self.power != 2:
             raise ValueError(f"recurrent: only power: 2 has a state of that form, this is power: {self.power}")
+
+
+@dataclass(frozen=True)
+class PolynomialMixerSettings(Attention):
+    """A polynomial of mixtures of the last positions, without weights."""
+
+    name = "polynomial_mixer"
+    fixed_weights = True
+    pairs = False
+    multiplicative = True
+
+    degree: int = _choice(2, (2, 3), "2 or 3")
+    reach: int = _choice(16, (4, 8, 16, 32, 64), "positions that a filter sees, its own and those before: 4 … 64")
 
 
 @dataclass(frozen=True)
@@ -142,18 +174,49 @@ class BatchNormSettings(Norm):
 
 
 @dataclass(frozen=True)
+class NoNormSettings(Norm):
+    """Vectors stay as they are."""
+
+    name = "none"
+
+
+@dataclass(frozen=True)
 class FeedForward(Part):
     """A linear layer, an activation, a linear layer back."""
 
-    multiplicative: ClassVar[bool] = False  # it has parameters that learn at `multiplicative_learning_rate`
+    activated: ClassVar[bool] = True  # it has an activation inside
 
     def hidden(self, width: int) -> int:
-        """Channels that the activation sees."""
+        """Channels inside, which the activation sees."""
         return 4 * width
+
+    @property
+    def matrices(self) -> int:
+        """Of the size of its weight, in the place of one linear layer."""
+        return 1
+
+    @property
+    def no_ring_operation(self) -> str | None:
+        """What in its layers is no sum or product; None where nothing is."""
+        return None
+
+    @property
+    def over_batch(self) -> bool:
+        """In training, a sample's result depends on the others."""
+        return False
+
+    @property
+    def over_space(self) -> bool:
+        """A pixel's result depends on its neighbours."""
+        return False
 
     def products(self, width: int) -> int:
         """Multiply-adds of its matrices per vector."""
-        return 8 * width**2
+        return self.matrices * 8 * width**2
+
+    def layer_products(self, inputs: int, outputs: int) -> int:
+        """Multiply-adds of the matrices of one layer of an `mlp`, per row."""
+        return self.matrices * inputs * outputs
 
 
 @dataclass(frozen=True)
@@ -194,21 +257,182 @@ class QuadraticSettings(FeedForward):
 
     square: bool = _choice(True, (False, True), "with a term of squared inputs: three matrices per layer, not two")
 
-    def products(self, width: int) -> int:
-        """Two or three matrices for each of `mlp`."""
-        return self.matrices * 8 * width**2
+    @property
+    def matrices(self) -> int:
+        """Two, and one of the squares."""
+        return 3 if self.square else 2
+
+
+@dataclass(frozen=True)
+class KANSettings(FeedForward):
+    """A learned function of one variable for every pair of an input and an output: a layer of an `mlp`."""
+
+    name = "kan"
+
+    basis: str = _choice(
+        "hermite", ("hermite", "fourier", "tropical", "spline"), "what these functions are sums of: see docs/parts"
+    )
+    degree: int = _whole(3, 16, "functions per input; fourier: pairs of them")
+
+    def __post_init__(self) -> None:
+        if self.functions > LARGEST_EXPANSION:
+            raise ValueError(
+                f"degree: {self.basis} of degree {self.degree} has {self.functions} functions per input, and "
+                f"{LARGEST_EXPANSION} times a dense layer is the most"
+            )
+
+    @property
+    def functions(self) -> int:
+        """Of the basis, per input."""
+        return 2 * self.degree if self.basis == "fourier" else self.degree
+
+    def layer_products(self, inputs: int, outputs: int) -> int:
+        """One dense layer per function."""
+        return self.functions * inputs * outputs
+
+
+LARGEST_EXPANSION = 16  # of a `kan` layer, in dense layers
+
+
+@dataclass(frozen=True)
+class PiSettings(FeedForward):
+    """A product of linear layers: a polynomial of a given degree, as a layer of an `mlp`."""
+
+    name = "pi"
+
+    degree: int = _whole(2, 16, "of the polynomial: how many linear layers are multiplied")
+    skip: bool = _choice(True, (True, False), "each factor is 1 + a linear layer, so that lower degrees are there")
+    activation: str = _choice(
+        "none",
+        ("none", "leaky_relu"),
+        "leaky_relu: around every product a linear layer and leaky rectifiers, no polynomial any more",
+    )
+
+    def layer_products(self, inputs: int, outputs: int) -> int:
+        """A matrix per factor; with rectifiers one more, of the products."""
+        mixing = outputs**2 if self.activation != "none" else 0
+        return self.degree * (inputs * outputs + mixing)
+
+
+@dataclass(frozen=True)
+class PadeSettings(FeedForward):
+    """The linear layers made quotients of polynomials; they start as the linear ones."""
+
+    name = "pade"
+    multiplicative = True
+
+    # K of at least 2, for P_{K-1} is to start as the linear layer as well.
+    numerator_degree: int = _choice(2, (2, 3, 4), "of the polynomials above, 2, 3 or 4")
+    denominator_degree: int = _choice(1, (1, 2), "of those below: 1, which makes no poles, or 2, which may")
 
     @property
     def matrices(self) -> int:
-        """Of one layer."""
-        return 3 if self.square else 2
+        """One for each coefficient but the constant ones."""
+        return self.numerator_degree + self.denominator_degree
+
+    @property
+    def no_ring_operation(self) -> str | None:
+        """Always."""
+        return "a quotient"
+
+
+@dataclass(frozen=True)
+class MuSettings(FeedForward):
+    """Products of two linear layers, and no activation."""
+
+    name = "mu"
+    activated = False
+
+    norm: str = _choice("none", ("none", "layer_norm", "batch"), "of both factors: none, layer_norm or batch")
+    shift: bool = _choice(
+        False, (False, True), "of images: quarters of the channels move by one pixel before they are multiplied"
+    )
+
+    def rank(self, width: int) -> int:
+        """Channels between the two layers that make the second factor."""
+        return max(1, self.hidden(width) // 8)
+
+    def products(self, width: int) -> int:
+        """Of the layer of the first factor, the two of the second, and the outer one."""
+        hidden, rank = self.hidden(width), self.rank(width)
+        return 2 * width * hidden + rank * (width + hidden)
+
+    @property
+    def no_ring_operation(self) -> str | None:
+        """With layer norms."""
+        return "layer norm" if self.norm == "layer_norm" else None
+
+    @property
+    def over_batch(self) -> bool:
+        """With batch norms."""
+        return self.norm == "batch"
+
+    @property
+    def over_space(self) -> bool:
+        """With shifts."""
+        return self.shift
+
+
+@dataclass(frozen=True)
+class Mixer(Part):
+    """What mixes the pixels of each channel before the feed-forward layers."""
+
+    def products(self, width: int) -> int:
+        """Multiply-adds per pixel."""
+        return 0 * width
+
+
+@dataclass(frozen=True)
+class DepthwiseSettings(Mixer):
+    """A 7 × 7 convolution of each channel by itself."""
+
+    name = "depthwise"
+
+    def products(self, width: int) -> int:
+        """One per pixel of the filter and channel."""
+        return 49 * width
+
+
+@dataclass(frozen=True)
+class MaxPlusSettings(Mixer):
+    """The same with maximum and plus for plus and times: no products."""
+
+    name = "max_plus"
+
+    form: str = _choice(
+        "max", ("max", "min", "difference"), "max, min, or difference: the one less the other, with filters of its own"
+    )
+
+
+@dataclass(frozen=True)
+class PADReSettings(Mixer):
+    """A polynomial of mixtures of pixels and channels."""
+
+    name = "padre"
+    multiplicative = True
+
+    degree: int = _choice(2, (2, 3), "2 or 3")
+
+    def products(self, width: int) -> int:
+        """Of its filters, and of 3 degree - 1 matrices."""
+        return (2 * self.degree - 1) * 49 * width + (3 * self.degree - 1) * width**2
 
 
 # By field of the configuration, then by name. The first is what a model has where nothing is said.
 PARTS: dict[str, dict[str, type[Part]]] = {
-    "attention": {"softmax": SoftmaxSettings, "power": PowerSettings},
-    "norm": {"layer_norm": LayerNormSettings, "batch": BatchNormSettings},
-    "feedforward": {"mlp": MLPSettings, "gated": GatedSettings, "quadratic": QuadraticSettings, "dense": DenseSettings},
+    "attention": {"softmax": SoftmaxSettings, "power": PowerSettings, "polynomial_mixer": PolynomialMixerSettings},
+    "norm": {"layer_norm": LayerNormSettings, "batch": BatchNormSettings, "none": NoNormSettings},
+    "feedforward": {
+        "mlp": MLPSettings,
+        "gated": GatedSettings,
+        "quadratic": QuadraticSettings,
+        "pade": PadeSettings,
+        "mu": MuSettings,
+        "dense": DenseSettings,
+        "kan": KANSettings,
+        "pi": PiSettings,
+    },
+    "mixer": {"depthwise": DepthwiseSettings, "max_plus": MaxPlusSettings, "padre": PADReSettings},
 }
 
 

@@ -30,9 +30,14 @@ if TYPE_CHECKING:
 
 _SINGULAR = {"constraints": "constraint", "types": "type", "calibration_samples": "samples", "ray_tasks": "ray"}
 _LEFT_OUT = ("page", "register_as", "register_alias")  # the page is always written; no run is there to register it
-_NOT_AS_IS = FIT_OPTIONS | {"include", "exclude", "types", "layers", "rated_samples", "keep", "output_error"}
+_NOT_AS_IS = FIT_OPTIONS | {"include", "exclude", "types", "layers", "rated_samples", "keep", "output_error", "linear"}
+_NOT_AS_IS |= {"drop_blocks", "factorize"}
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
-_FIELD_METAVARS = {"domain": "LOW,HIGH"}
+_FIELD_METAVARS = {
+    "domain": "LOW,HIGH",
+    "drop_blocks": "count=N|blocks=FIRST,LAST",
+    "factorize": "energy=X|ratio=X|rank=N",
+}
 _ADVICE = 8  # layers whose advice is printed
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a module's name
 
@@ -42,11 +47,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model directory, or a file with a state dict")
     parser.add_argument("output", type=Path, metavar="OUTPUT", nargs="?", help="a new directory; none with --dry-run")
     for field, kind, default, description in parameter_rows(ConvertParameters):
-        if field in _LEFT_OUT:
+        if field in _LEFT_OUT or "." in field:  # the fields of a group are written in one option
             continue
         if field == "threads":
             default, description = "all cores of this machine", "CPU threads"
-        shown = "" if default in ("null", "[]", "false") else f" (default {default})"
+        shown = "" if default in ("null", "none", "[]", "false") else f" (default {default})"
         settings: dict[str, Any] = {"dest": field, "help": (description + shown).replace("%", "%%")}
         if kind == "bool":
             settings |= {"action": "store_const", "const": True}
@@ -108,8 +113,8 @@ def convert(options: argparse.Namespace) -> int:
     if outcome.rest_of_graph is not None:
         rest = ", ".join(f"{name} × {number}" for name, number in outcome.rest_of_graph.items())
         _say(options, f"the activations are Add and Mul; the rest of the graph has {rest or 'sums and products only'}")
-    page = "" if outcome.record is None else f"; the page: {options.output / 'conversion.html'}"
-    _say(options, f"wrote {options.output}{page}")
+    page = options.output / "conversion.html"
+    _say(options, f"wrote {options.output}" + (f"; the page: {page}" if page.exists() else ""))
     if outcome.onnx_failure is not None:
         _warn(f"model.onnx cannot be written: {outcome.onnx_failure}", f"{options.output} has everything else")
         return EXIT_RUN_FAILED
@@ -124,7 +129,9 @@ def read_parameters(options: argparse.Namespace) -> ConvertParameters:
     """
     given = {name: getattr(options, name, None) for name in ConvertParameters.model_fields}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    values = {"threads": cores, "page": True} | {name: value for name, value in given.items() if value is not None}
+    values = {"threads": cores} | {name: value for name, value in given.items() if value is not None}
+    if given["linear"] is None or given["family"] is not None or given["polynomial_only"]:
+        values["page"] = True
     try:
         return ConvertParameters.model_validate(values)
     except ValidationError as error:
@@ -183,7 +190,7 @@ def _outcome(options: argparse.Namespace, parameters: ConvertParameters, config:
         lambda model: file_batches(
             model, directory, options.data, parameters, partial(print, file=sys.stderr, flush=True)
         ),
-        title=f"{options.model.name} → {parameters.replacement()}",
+        title=f"{options.model.name} → {parameters.title()}",
         config=config,
         ray_address=options.ray_address,
     )
@@ -214,6 +221,11 @@ def _warn(text: str, hint: str) -> None:
 
 def print_record(conversion: ConversionRecord) -> None:
     """Certificates and advice, readable on 80 columns; `conversion.json` has all bounds."""
+    if conversion.quadratic is not None:
+        say(f"quadratic instead of linear, with the same function: {', '.join(conversion.quadratic)}")
+    _print_structure(conversion)
+    if not conversion.layers:
+        return
     bounds = {"maximum": "largest", "rms_derivative": "slope", "maximum_outside": "outside"}
     say(
         "errors: root mean square relative to the activation's; largest; root mean square of the slope; largest outside"
@@ -245,6 +257,40 @@ def print_record(conversion: ConversionRecord) -> None:
         print("\nactivations that stay as they are:")
         for left in conversion.left:
             say(f"{left.name} ({left.kind}): {left.reason}")
+
+
+def _print_structure(conversion: ConversionRecord) -> None:
+    """Blocks that are gone, layers in two factors, and what became of the model."""
+    dropped, factored, size = conversion.dropped, conversion.factorization, conversion.size
+    if dropped is not None:
+        say(f"{len(dropped.blocks)} of {dropped.total} blocks dropped: {', '.join(dropped.blocks)}")
+        say(
+            f"a map in {dropped.into} stands for them; the state behind them is off by {dropped.relative_error:.3g} of "
+            f"its size, {dropped.relative_error_without:.3g} without the map"
+        )
+    if factored is not None:
+        print("linear layers in two factors, and how far their outputs are off:")
+        _print_grouped(
+            ["size", "utilised rank", "rank", "outputs"],
+            [
+                (
+                    layer.name,
+                    "",
+                    [
+                        f"{layer.inputs} → {layer.outputs}",
+                        str(layer.utilised_rank),
+                        str(layer.rank),
+                        f"{layer.relative_error:.2e}",
+                    ],
+                )
+                for layer in factored.layers
+            ],
+        )
+        for left in factored.left:
+            say(f"{left.name} stays: {left.reason}")
+    if size is not None:
+        moved = f"the output moves by {size.difference:.2e} of its size"
+        say(f"{size.before:,} parameters before, {size.after:,} now; {moved}")
 
 
 def _print_grouped(heads: Sequence[str], entries: Sequence[tuple[str, str, list[str]]]) -> None:

@@ -138,6 +138,164 @@ class KernelFigures(Record):
         return figures | ({} if self.spectrum is None else {"network_mean_frequency": mean_frequency(self.spectrum)})
 
 
+class AccuracyCurve(Record):
+    """Shares of the training's own pairs and of the others that were right, by step; equally long."""
+
+    steps: list[int]
+    train: list[float]
+    test: list[float]
+
+
+class ModularFigures(Record):
+    """What a network that adds modulo p has learned; `missing`: what is None, and why.
+
+    Args:
+        train_accuracy, test_accuracy: shares of the pairs that are right at the end.
+        memorised_step, generalised_step: the first measured ones at which 99 % of them were; None: never.
+        frequencies, concentrations: of each neuron of the first layer its strongest frequency, and the share that it
+            has of the neuron's power; 1 is a pure cosine.
+        concentration: their mean, weighted by power.
+        effective_frequencies: how many are in use.
+        margin, best_margin: the smallest margin over the norm, and the largest one there can be.
+        kernel_drift: ‖Θ - Θ_0‖ / ‖Θ_0‖ of the tangent kernel at the end and before training.
+    """
+
+    modulus: int
+    train_accuracy: float
+    test_accuracy: float
+    curve: AccuracyCurve | None
+    memorised_step: int | None
+    generalised_step: int | None
+    frequencies: list[int] | None
+    concentrations: list[float] | None
+    concentration: float | None
+    effective_frequencies: float | None
+    margin: float | None
+    best_margin: float
+    kernel_drift: float | None
+    missing: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        """What is there; `delay` is from memory to rule in steps, `margin_share` that of the best margin."""
+        memorised, generalised = self.memorised_step, self.generalised_step
+        found: dict[str, float | None] = {
+            "train_accuracy": self.train_accuracy,
+            "test_accuracy": self.test_accuracy,
+            "memorised_step": memorised,
+            "generalised_step": generalised,
+            "delay": None if memorised is None or generalised is None else generalised - memorised,
+            "concentration": self.concentration,
+            "effective_frequencies": self.effective_frequencies,
+            "margin_share": None if self.margin is None else self.margin / self.best_margin,
+            "kernel_drift": self.kernel_drift,
+        }
+        return {name: float(value) for name, value in found.items() if value is not None}
+
+
+class WidthFigures(Record):
+    """Variances of the tangent kernel between two rows over draws of the weights, by width.
+
+    Args:
+        widths: of all layers.
+        draws: networks per width.
+        variances: of Θ(x, x') over the root of the means of Θ(x, x) and Θ(x', x').
+        slope: of their logarithm against that of the width, by least squares.
+        slope_error: its standard error.
+    """
+
+    widths: list[int]
+    draws: int
+    variances: list[float]
+    slope: float
+    slope_error: float
+
+    def metrics(self) -> dict[str, float]:
+        """The slope and its error."""
+        return {"slope": self.slope, "slope_error": self.slope_error}
+
+
+class FeatureLayer(Record):
+    """What one block gives.
+
+    Args:
+        vectors, width: how many were seen, and their size.
+        dimension: intrinsic, by the ratio of the distances to the two nearest neighbours.
+        rank: singular values of the vectors that have the share `energy` of all squares; `utilisation`: of `width`.
+        condition: the largest eigenvalue of their covariance by the smallest; None: the smallest is 0.
+        information: of the last block's features, the mean of -ln(1 - R²)/2 in nats, R² of what a linear map of this
+            block tells of other vectors than it was fitted to. None for the last block itself.
+        unexplained: the mean of 1 - R².
+    """
+
+    name: str
+    vectors: int
+    width: int
+    dimension: float | None
+    rank: int
+    utilisation: float
+    condition: float | None
+    information: float | None
+    unexplained: float | None
+
+
+class FeatureFigures(Record):
+    """What the blocks give; `complexity`: the mean of `unexplained` over the blocks before the last."""
+
+    layers: list[FeatureLayer]
+    complexity: float | None
+    missing: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last block, of the worst one, and means."""
+        found = {
+            "last_dimension": self.layers[-1].dimension,
+            "utilisation": statistics.fmean(layer.utilisation for layer in self.layers),
+            "largest_condition": max((layer.condition for layer in self.layers if layer.condition), default=None),
+            "complexity": self.complexity,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+
+class MergedUnits(Record):
+    """Units nearer than `distance` joined: how many are `left` in each MLP, their share of all, and the loss then."""
+
+    distance: float
+    left: list[int]
+    share: float
+    loss: float
+
+
+class MergingFigures(Record):
+    """MLPs (`names`) whose like units are joined; `loss` is that of the model as it is."""
+
+    names: list[str]
+    units: list[int]
+    loss: float
+    merged: list[MergedUnits]
+    missing: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        """Shares and losses by distance."""
+        found = {"loss": self.loss}
+        for entry in self.merged:
+            found |= {f"share_{entry.distance:g}": entry.share, f"loss_{entry.distance:g}": entry.loss}
+        return found
+
+
+class ArithmeticFigures(Record):
+    """The loss with exact products by weights and with piecewise affine ones; `products`: how many of these."""
+
+    products: int
+    loss: float
+    piecewise_loss: float | None
+    missing: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        """Both losses."""
+        found = {"loss": self.loss}
+        return found if self.piecewise_loss is None else {**found, "piecewise_loss": self.piecewise_loss}
+
+
 class AnalysedModel(Record):
     """One model: what each analysis found, or the `failure` that left nothing."""
 
@@ -146,14 +304,18 @@ class AnalysedModel(Record):
     failure: str | None = None
     signal: SignalFigures | None = None
     kernel: KernelFigures | None = None
+    modular: ModularFigures | None = None
+    width: WidthFigures | None = None
+    features: FeatureFigures | None = None
+    merging: MergingFigures | None = None
+    arithmetic: ArithmeticFigures | None = None
 
     def metrics(self) -> dict[str, float]:
         """`signal/largest_lipschitz`, `kernel/mean_frequency`, …"""
-        parts: dict[str, SignalFigures | KernelFigures | None] = {"signal": self.signal, "kernel": self.kernel}
         return {
             f"{analysis}/{name}": value
-            for analysis, figures in parts.items()
-            if figures is not None
+            for analysis in type(self).model_fields
+            if hasattr(figures := getattr(self, analysis), "metrics")
             for name, value in figures.metrics().items()
         }
 
@@ -180,6 +342,11 @@ class Analysis(Record):
             for label, model in self.models.items()
             if model.kernel is not None and model.kernel.spectrum is not None
         }
+
+    def accuracies(self) -> dict[str, tuple[list[int], list[float], list[float]]]:
+        """By label: steps, and the accuracies on training and other pairs then."""
+        curves = {label: model.modular and model.modular.curve for label, model in self.models.items()}
+        return {label: (curve.steps, curve.train, curve.test) for label, curve in curves.items() if curve}
 
     def variance_maps(self) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
         """By label and layer: variances and what they become."""

@@ -1,4 +1,4 @@
-"""`conversion.json`: what the `convert` stage put in the place of every activation."""
+"""`conversion.json`: what the `convert` stage put in the place of every activation, and of linear layers."""
 
 from __future__ import annotations
 
@@ -111,11 +111,69 @@ class LeftActivation(Record):
     reason: str
 
 
+class DroppedBlocks(Record):
+    """Blocks that are gone, and what stands for them (`polytrope.models.drop_blocks.DroppedBlocks`)."""
+
+    blocks: list[str]
+    into: str
+    total: int
+    distances: dict[str, float]
+    relative_error: float
+    relative_error_without: float
+
+
+class FactoredLayer(Record):
+    """A linear layer in two factors (`polytrope.models.factorize.FactoredLayer`)."""
+
+    name: str
+    inputs: int
+    outputs: int
+    input_rank: int
+    output_rank: int
+    rank: int
+    relative_error: float
+
+    @property
+    def utilised_rank(self) -> int:
+        """As many directions as the data make use of."""
+        return min(self.input_rank, self.output_rank)
+
+
+class UnfactoredLayer(Record):
+    """A linear layer that stays as it is, and why."""
+
+    name: str
+    reason: str
+
+
+class Factorization(Record):
+    """What became of the linear layers; `energy`: share of the squares that the ranks of inputs and outputs are of."""
+
+    energy: float
+    layers: list[FactoredLayer]
+    left: list[UnfactoredLayer]
+
+    def utilisation(self) -> float:
+        """Mean over the factored layers of the utilised rank relative to the largest that there could be."""
+        shares = [layer.utilised_rank / min(layer.inputs, layer.outputs) for layer in self.layers]
+        return sum(shares) / len(shares)
+
+
+class Size(Record):
+    """Numbers in the model before and after, and how far its output moved: |difference| / |output|."""
+
+    before: int
+    after: int
+    difference: float
+
+
 class ConversionRecord(Record):
     """All layers, the advice where their costs were measured, and the activations that were not converted.
 
     `onnx_failure`: why `model.onnx`, which was asked for, is not there.
     `polynomial`: of a conversion to polynomials only.
+    `quadratic`: names of linear layers that became quadratic ones, with the same function.
+    `dropped`, `factorization`: blocks that are gone, linear layers in two factors; `size`: what both made of the model.
     """
 
     format: Literal[1] = 1
@@ -124,10 +182,26 @@ class ConversionRecord(Record):
     left: list[LeftActivation] | None = None
     onnx_failure: str | None = None
     polynomial: PolynomialModel | None = None
+    quadratic: list[str] | None = None
+    dropped: DroppedBlocks | None = None
+    factorization: Factorization | None = None
+    size: Size | None = None
 
     def metrics(self) -> dict[str, float]:
         """The worst layer's figures; of polynomials those of the model."""
-        figures = {
+        made = {} if self.quadratic is None else {"quadratic_layers": float(len(self.quadratic))}
+        if self.dropped is not None:
+            made["dropped_blocks"] = float(len(self.dropped.blocks))
+        if self.factorization is not None:
+            made["factored_layers"] = float(len(self.factorization.layers))
+            made["utilisation"] = self.factorization.utilisation()
+        if self.size is not None:
+            made["parameters"] = float(self.size.after)
+            made["parameters_before"] = float(self.size.before)
+            made["output_difference"] = self.size.difference
+        if not self.layers:
+            return made
+        figures = made | {
             "layers": float(len(self.layers)),
             "maximum_error": max(float(layer.certificate["maximum"]) for layer in self.layers),
             "rms_error": max(float(layer.certificate["rms"]) for layer in self.layers),

@@ -15,6 +15,9 @@ from polytrope.pipeline.errors import UserError
 DATASET_FILE = "dataset.json"
 MANIFEST_FILE = "manifest.json"
 
+UNITS: dict[str, Literal["tokens", "images", "rows"]] = {"text": "tokens", "images": "images", "numbers": "rows"}
+"""By the kind of a data set: what is counted and scored."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True)
@@ -128,9 +131,25 @@ class ImageDataset(_Record):
     left_out: dict[str, int] = {}
 
 
+class PowerTransform(_Record):
+    """A column x is read as (ψ(x) - mean) / deviation, with the ψ of Yeo and Johnson whose λ is `power`."""
+
+    power: float
+    mean: float
+    deviation: float
+
+
+class NumbersTransform(_Record):
+    """What the reader makes of the numbers in the shards, one entry per column; `targets` may stay as they are."""
+
+    kind: Literal["yeo_johnson"]
+    inputs: list[PowerTransform]
+    targets: list[PowerTransform] | None = None
+
+
 class NumbersDataset(_Record):
     """A data set of rows of `inputs` numbers, each with `targets` numbers, or with one of `classes`. `digest`: sha256
-    over its shards' digests."""
+    over its shards' digests and `transform`."""
 
     format: Literal[1] = 1
     kind: Literal["numbers"] = "numbers"
@@ -140,11 +159,16 @@ class NumbersDataset(_Record):
     classes: int | None = None
     splits: dict[str, NumbersSplit]
     digest: str
+    transform: NumbersTransform | None = None
 
     @model_validator(mode="after")
     def one_kind(self) -> NumbersDataset:
         if (self.targets is None) == (self.classes is None):
             raise ValueError("either targets or classes must be given")
+        for field in ("inputs", "targets"):
+            columns = None if self.transform is None else getattr(self.transform, field)
+            if columns is not None and len(columns) != getattr(self, field):
+                raise ValueError(f"transform.{field}: {len(columns)} columns, and {field} is {getattr(self, field)}")
         return self
 
 

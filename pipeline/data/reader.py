@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 
 from polytrope.pipeline.data.description import (
+    NumbersDataset,
     NumbersSample,
+    NumbersTransform,
     Sample,
     TokensSample,
     read_dataset,
     read_manifest,
 )
+from polytrope.pipeline.data.power_transform import transform_columns
 from polytrope.pipeline.data.tarfiles import TAR_BLOCK, member_stride, npy_header
 from polytrope.pipeline.errors import UserError
 
@@ -44,10 +47,11 @@ class Reader:
     Args:
         directory: the split's directory, holding `manifest.json` and the shards.
         cache: where shards are copied before they are read; None: they are read where they are.
+        transform: of numbers, applied to what the shards hold.
     """
 
-    def __init__(self, directory: Path, cache: Path | None = None) -> None:
-        self.directory, self.cache = directory, cache
+    def __init__(self, directory: Path, cache: Path | None = None, transform: NumbersTransform | None = None) -> None:
+        self.directory, self.cache, self.transform = directory, cache, transform
         self._lock = threading.Lock()
         sample, shards = read_manifest(directory)
         self.fields, self._stride = _layout(sample)
@@ -81,16 +85,20 @@ class Reader:
         return pixels, _classes(digits)
 
     def numbers(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows at `indices`, float32 `[n, inputs]`, and targets float32 `[n, targets]` or classes int64 `[n]`.
+        """The rows at `indices`, float32 `[n, inputs]`, and targets float32 `[n, targets]` or classes int64 `[n]`;
+        transformed where the data set says so.
 
         Raises:
             IndexError, UserError: see `samples`.
         """
+        rows, wanted = self._read(indices, ("inputs", "label" if "label" in self.fields else "targets"))
         if "label" in self.fields:
-            rows, digits = self._read(indices, ("inputs", "label"))
-            return rows, _classes(digits)
-        rows, targets = self._read(indices, ("inputs", "targets"))
-        return rows, targets
+            wanted = _classes(wanted)
+        if self.transform is not None:
+            rows = transform_columns(rows, self.transform.inputs)
+            if self.transform.targets is not None:
+                wanted = transform_columns(wanted, self.transform.targets)
+        return rows, wanted
 
     def _read(self, indices: np.ndarray, names: tuple[str, ...]) -> list[np.ndarray]:
         indices = np.asarray(indices, dtype=np.int64)
@@ -228,8 +236,13 @@ def open_split(dataset_directory: Path, split: str) -> Reader:
     Raises:
         UserError: no such data set or split.
     """
-    splits = read_dataset(Path(dataset_directory)).splits
+    dataset = read_dataset(Path(dataset_directory))
+    splits = dataset.splits
     if split not in splits:
         raise UserError(f"{dataset_directory} has no split `{split}`", f"it has {', '.join(splits)}")
     cache = os.environ.get(CACHE_VARIABLE)
-    return Reader(Path(dataset_directory) / str(Path(splits[split].manifest).parent), Path(cache) if cache else None)
+    return Reader(
+        Path(dataset_directory) / str(Path(splits[split].manifest).parent),
+        Path(cache) if cache else None,
+        dataset.transform if isinstance(dataset, NumbersDataset) else None,
+    )

@@ -14,6 +14,7 @@ from polytrope.pipeline.support.text import suggest
 
 TRAINING_FILE = "training.json"
 HISTORY_FILE = "history.json"
+INITIAL = "initial"  # the directory of the model before the first step, where `keep_initial` was asked for
 _HINT = "name a `train` stage"
 _MEASURED = {"text": ("loss",), "images": ("loss", "accuracy"), "numbers": ("loss", "accuracy")}  # in validation
 
@@ -55,15 +56,19 @@ class Training(OpenRecord):
         return {**self.counts(), **self.metrics()}
 
 
-def figure_names(kind: Literal["text", "images", "numbers"], *, predicts_numbers: bool = False) -> tuple[str, ...]:
+def figure_names(
+    kind: Literal["text", "images", "numbers"], *, predicts_numbers: bool = False, fit: bool = False
+) -> tuple[str, ...]:
     """Names of the figures that a training on such data may have: its counts and its metrics.
 
     Args:
         predicts_numbers: the model has no classes to be right about.
+        fit: training samples are measured too (`fit_samples`).
     """
     measured = ("loss",) if predicts_numbers else _MEASURED[kind]
     counts = [name for name, field in Training.model_fields.items() if field.annotation in (int, int | None)]
-    return (*counts, "train/loss", *(f"val/{name}" for name in measured), "val/best_loss")
+    of_training = [f"fit/{name}" for name in measured] if fit else []
+    return (*counts, "train/loss", *of_training, *(f"val/{name}" for name in measured), "val/best_loss")
 
 
 def write_training(directory: Path, training: Training, history: Sequence[Mapping[str, Any]]) -> None:

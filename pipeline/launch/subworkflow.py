@@ -60,7 +60,7 @@ def _fingerprint(parameters: SubworkflowParameters, directory: Path) -> dict[str
     return {"workflow": stage_key(components)}
 
 
-@stage(parallel=True, check=_check, fingerprint=_fingerprint)
+@stage(parallel=True, cpu_only=True, check=_check, fingerprint=_fingerprint)
 def subworkflow(
     context: StageContext, parameters: SubworkflowParameters, workflow: Artifact | None = None
 ) -> dict[str, float]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from polytrope.pipeline.data.conversion_file import CONVERSION_FILE, read_conversion
 from polytrope.pipeline.data.evaluation_file import EVALUATION_FILE, Evaluation, read_evaluation
 from polytrope.pipeline.data.lineage import read_lineage
 from polytrope.pipeline.data.training_file import read_history
@@ -67,6 +68,7 @@ def write_card(
         _data(store, artifacts, model),
         _architecture(store, model),
         _activation(store, model),
+        _conversion(store, model),
         _training(store, model),
         _lineage(store, model),
         _results(store, artifacts, model),
@@ -162,7 +164,7 @@ def _data(store: Store, artifacts: Artifacts, model: StoredArtifact) -> Section 
 
 def _architecture(store: Store, model: StoredArtifact) -> Section:
     description = _read(store, model, "model.json")
-    config = {key: value for key, value in description["config"].items() if key != "activation"}
+    config = {key: value for key, value in description["config"].items() if key not in ("activation", "factors")}
     text = f"{description['architecture']} with {description.get('parameters', 0):,} parameters."
     return Section("Model", text, _rows(config))
 
@@ -176,7 +178,38 @@ def _activation(store: Store, model: StoredArtifact) -> Section:
     return Section("Activation", f"{describe_activation(config)}.", picture=picture)
 
 
-def _draw_activations(directory: Path) -> bytes:
+def _conversion(store: Store, model: StoredArtifact) -> Section | None:
+    """What the stage `convert` did to blocks and linear layers."""
+    if not _holds(model, CONVERSION_FILE):
+        return None
+    made = read_conversion(store.materialize(model.key))
+    said, table = [], []
+    if made.dropped is not None:
+        gone = made.dropped
+        said.append(
+            f"{len(gone.blocks)} of {gone.total} blocks are gone ({', '.join(gone.blocks)}); a least-squares map in "
+            f"{gone.into} stands for them."
+        )
+    if made.factorization is not None:
+        layers = made.factorization.layers
+        said.append(f"{len(layers)} linear layers are in two factors.")
+        table = [["layer", "size", "utilised rank", "rank"]]
+        table += [
+            [layer.name, f"{layer.inputs} → {layer.outputs}", str(layer.utilised_rank), str(layer.rank)]
+            for layer in layers
+        ]
+    if made.quadratic is not None:
+        said.append(f"{len(made.quadratic)} linear layers are quadratic, with the same function.")
+    if made.size is not None:
+        said.append(
+            f"{made.size.before:,} parameters before, {made.size.after:,} now; on calibration samples the output moved "
+            f"by {made.size.difference:.2e} of its size, all that was converted together."
+        )
+    return Section("Conversion", " ".join(said), table) if said else None
+
+
+def _draw_activations(directory: Path) -> bytes | None:
+    """PNG of the curves of some blocks' activations; None: there are none."""
     import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -185,6 +218,8 @@ def _draw_activations(directory: Path) -> bytes:
     from polytrope.pipeline.stages.evaluate.shapes import named_activations
 
     modules = named_activations(load_model(directory))
+    if not modules:
+        return None
     step = -(-len(modules) // _CURVES)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()

@@ -123,7 +123,7 @@ def promise(
     return first if all(model == first for model in others) else None
 
 
-@stage(check=check, promise=promise)
+@stage(cpu_only=True, check=check, promise=promise)
 def select(
     context: StageContext,
     models: dict[str, Artifact],

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from polytrope.pipeline.stage import StageContext
+from polytrope.pipeline.stage import StageContext, stage
 
 
 class WaitForParameters(BaseModel):
@@ -30,6 +30,7 @@ class WaitForParameters(BaseModel):
     interval: float = Field(1.0, gt=0, description="seconds between two looks")
 
 
+@stage(cpu_only=True)
 def wait_for(context: StageContext, parameters: WaitForParameters) -> dict[str, float]:
     """Wait until a file or directory appears and no longer changes, then keep its content and hash."""
     path = Path(parameters.path)

@@ -377,8 +377,11 @@ VarianceMaps = Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]
 _MOST_LAYERS = 8  # in a plot of variance maps
 
 
+Accuracies = Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[float]]]  # model → steps, train, test
+
+
 def analysis_drawings(
-    spectra: Mapping[str, Sequence[float]], maps: VarianceMaps
+    spectra: Mapping[str, Sequence[float]], maps: VarianceMaps, accuracies: Accuracies
 ) -> dict[str, Callable[[Theme], Figure]]:
     """Plot name → what draws it, of what an analysis found."""
     drawings: dict[str, Callable[[Theme], Figure]] = {}
@@ -386,6 +389,8 @@ def analysis_drawings(
         drawings["kernel"] = partial(draw_spectra, spectra=spectra)
     if maps:
         drawings["variances"] = partial(draw_variance_maps, maps=maps)
+    if accuracies:
+        drawings["modular"] = partial(draw_accuracies, accuracies=accuracies)
     return drawings
 
 
@@ -411,6 +416,22 @@ def draw_spectra(theme: Theme, spectra: Mapping[str, Sequence[float]]) -> Figure
     axes.set_xlabel("frequency on the circle")
     axes.set_ylabel("share of the tangent kernel")
     _name_above(figure, axes, theme, len(spectra))
+    return figure
+
+
+def draw_accuracies(theme: Theme, accuracies: Accuracies) -> Figure:
+    """Accuracy on the training data (thin) and on the other pairs, over steps."""
+    figure: Figure
+    figure, axes = plt.subplots(figsize=(9.2, 3.8), layout="constrained")
+    for index, (name, (steps, train, test)) in enumerate(accuracies.items()):
+        colour = theme.palette[index % len(theme.palette)]
+        axes.plot(steps, train, color=colour, linewidth=0.9, alpha=0.6, linestyle=(0, (2, 2)))
+        axes.plot(steps, test, color=colour, linewidth=1.6, label=name)
+    axes.set_xscale("log")
+    axes.set_ylim(0.0, 1.03)
+    axes.set_xlabel("step")
+    axes.set_ylabel("accuracy (dashed: on the training data)")
+    _name_above(figure, axes, theme, len(accuracies))
     return figure
 
 

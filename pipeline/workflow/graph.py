@@ -647,9 +647,11 @@ def _cycle(nodes: Mapping[str, StageNode], stuck: set[str]) -> list[str]:
 def _checked(workflow: Workflow, node: StageNode, finished: Mapping[str, StageNode]) -> StageNode:
     """Ask the stage itself: `check` of parameters against its upstream, and what its result `promise`s to be."""
     options = node.definition.options
-    if node.open:  # it is asked when all its inputs are known
-        return node
     with _saying_where(workflow, node):
+        if options.cpu_only and node.resources.gpus:
+            raise UserError(f"resources.gpus: `{node.definition.uses}` computes on the CPU", "leave it out")
+        if node.open:  # it is asked when all its inputs are known
+            return node
         if options.check is not None:
             options.check(node.parameters, _upstream(node, finished, lambda source: source.parameters))
         upstream = _upstream(node, finished, _promise)

@@ -14,6 +14,11 @@ from polytrope.models import build_model
 
 GPT2 = {"vocab_size": 97, "sequence_length": 24, "n_layer": 2, "n_head": 2, "n_embd": 16, "activation": "gelu_tanh"}
 CONVNEXT = {"depths": [1, 2], "dims": [8, 12], "num_classes": 5, "activation": "gelu", "layer_scale": 0.5}
+LLAMA_SIZES = {
+    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 5, "head_dim": 8,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
 
 WORDS = "the cat sat on a mat and saw that it was good because of all the fish"
 

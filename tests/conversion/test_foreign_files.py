@@ -465,7 +465,7 @@ def test_the_record_of_every_architecture_is_true(name: str) -> None:
     modules = activation_modules(model)
     assert len(modules) == len(activation_configs(model.config.activation, len(modules)))
     seen: list[int] = []
-    for module in modules:
+    for module in modules.values():
         module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].size(-1)))
     model(record.example(model.config))
     assert seen == record.activation_widths(model.config)

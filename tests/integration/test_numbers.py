@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.data.reader import open_split
@@ -43,11 +44,34 @@ stages:
     uses: train
     inputs: {dataset: pairs}
     with:
-      model: {architecture: mlp, widths: [32]}
+      model: {architecture: mlp, widths: [32], activation: hermite2, output_scale: 2.0}
       steps: 20
       global_batch_size: 16
+      validation_every: 10
       validation_samples: 1000
+      fit_samples: 1000
+      keep_initial: true
       loss: {name: poly}
+  analysis:
+    uses: analyze
+    inputs: {dataset: pairs, models: {classes: classes}}
+    with: {analyses: [modular, {name: width, widths: [8, 16], draws: 10}]}
+  upgraded:
+    uses: convert
+    inputs: {model: classes, dataset: pairs}
+    with: {linear: quadratic, family: null}
+  factored:
+    uses: convert
+    inputs: {model: classes, dataset: pairs}
+    with: {factorize: {rank: 3}, page: true}
+  recovered:
+    uses: train
+    inputs: {dataset: pairs, initial: factored}
+    with: {steps: 4, global_batch_size: 16, trainable: ["*.outer.weight"]}
+  tuned:
+    uses: train
+    inputs: {dataset: pairs, initial: upgraded}
+    with: {steps: 4, global_batch_size: 16, trainable: [multiplicative]}
   scores:
     uses: evaluate
     inputs: {dataset: polynomials, models: {regression: regression}}
@@ -102,12 +126,60 @@ def test_numbers_from_rows_to_a_report(tmp_path: Path) -> None:
     assert training["val/accuracy"] == pytest.approx(float((logits.argmax(1).numpy() == classes).mean()))
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(classes))
     assert training["val/loss"] == pytest.approx(float(loss), rel=1e-5)
+    upgraded, tuned = load_model(files["upgraded"]), load_model(files["tuned"])
+    assert read(files["upgraded"], "conversion.json") == {"format": 1, "layers": [], "quadratic": ["blocks.0.layer"]}
+    with torch.no_grad():
+        assert torch.equal(upgraded(torch.from_numpy(rows)), logits)
+        assert not torch.equal(tuned(torch.from_numpy(rows)), logits)
+    factored, made = load_model(files["factored"]), read(files["factored"], "conversion.json")
+    (layer,) = made["factorization"]["layers"]
+    assert (layer["name"], layer["rank"]) == ("blocks.0.layer", 3)
+    assert made["layers"] == []
+    assert made["size"]["after"] == sum(parameter.numel() for parameter in factored.parameters())
+    whole = load_model(files["classes"]).state_dict()["blocks.0.layer.weight"]
+    factors = factored.get_submodule("blocks.0.layer")
+    assert torch.linalg.matrix_rank(factors.merged().weight) == 3 < torch.linalg.matrix_rank(whole)  # type: ignore[operator]
+    assert read(files["recovered"], "model.json")["config"]["factors"] == {"blocks.0.layer": 3}
+    before, after = factored.state_dict(), load_model(files["recovered"]).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"blocks.0.layer.outer.weight"}
+    page = (files["factored"] / "conversion.html").read_text()
+    assert "Factored layers" in page
+    assert "Certificates" not in page
+    assert main(["card", "--stage", "factored", "--store", str(store), "--output", str(card)]) == 0
+    assert "## Conversion\n\n1 linear layers are in two factors." in card.read_text()
+
+    before, after = upgraded.state_dict(), tuned.state_dict()
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"gate_weight", "gate_bias", "square_weight"}
+
+    rows, sums = rows_of(files["pairs"], "train")
+    with torch.no_grad():
+        right = float((load_model(files["classes"])(torch.from_numpy(rows)).argmax(1).numpy() == sums).mean())
+    assert training["fit/accuracy"] == pytest.approx(right)
+    torch.manual_seed(0)
+    fresh: Any = build_model("mlp", read(files["classes"], "model.json")["config"])
+    fresh.start_for(1.0 / (rows.shape[1] // 2))  # of one-hot vectors
+    start = fresh.state_dict()
+    kept = load_model(files["classes"] / "initial").state_dict()
+    assert all(torch.equal(kept[name], weight) for name, weight in start.items())
+
+    analysis = read(files["analysis"], "analysis.json")["models"]["classes"]
+    found = analysis["modular"]
+    assert found["missing"] == []
+    assert (found["train_accuracy"], found["test_accuracy"]) == pytest.approx((right, training["val/accuracy"]))
+    assert found["curve"]["steps"] == [10, 20]
+    assert (found["curve"]["train"][-1], found["curve"]["test"][-1]) == pytest.approx((right, training["val/accuracy"]))
+    assert found["margin"] < 0.0 < found["kernel_drift"]  # not learned in 20 steps
+    assert len(found["concentrations"]) == 32
+    assert analysis["width"]["widths"] == [8, 16]
+    assert (files["analysis"] / "plots" / "modular.png").stat().st_size > 0
 
 
 def read(directory: Path, name: str) -> Any:
     return json.loads((directory / name).read_text())
 
 
-def rows_of(dataset: Path) -> tuple[np.ndarray, np.ndarray]:
-    reader = open_split(dataset, "validation")
+def rows_of(dataset: Path, split: str = "validation") -> tuple[np.ndarray, np.ndarray]:
+    reader = open_split(dataset, split)
     return reader.numbers(np.arange(len(reader)))

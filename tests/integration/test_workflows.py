@@ -49,11 +49,23 @@ SMALL: dict[str, list[str]] = {
         "params.calibration_samples=8",
         "params.held_out=8",
     ],
+    "grokking": [
+        "params.seeds=[0]",
+        "params.modulus=7",
+        "params.train_pairs=33",
+        "params.width=8",
+        "params.steps=10",
+        "stages.bases.matrix.activation=[{label: square, name: hermite, degree: 2}, relu]",
+        "stages.bases.with.validation_every=5",
+        "stages.scales.matrix.activation=[relu]",
+        "stages.scales.matrix.scale=[10.0]",
+        "stages.kernels.with.analyses=[{name: width, widths: [8, 16], draws: 10}]",
+    ],
     "private-inference": [
         "stages.gpt.matrix.parts=["
         "{label: baseline, activation: gelu_tanh, norm: layer_norm, attention: softmax, penalty: null}, "
-        "{label: polynomial, activation: {name: hermite, degree: 3, init: stable}, norm: batch, attention: power, "
-        "penalty: {activation: 1.0, denominator: 0.1}}]",
+        "{label: polynomial, activation: {name: hermite, degree: 3, init: stable}, norm: batch, "
+        "attention: {name: power, sinks: 4}, penalty: {activation: 1.0, denominator: 0.1}}]",
         "stages.text.with.tokenizer={kind: bytes}",
         "stages.gpt.with.warmup_steps=2",
         "stages.gpt.with.validation_every=0",
@@ -88,6 +100,7 @@ SMALL: dict[str, list[str]] = {
 WITHOUT_REPORT = {"convert-minilm", "word-count"}
 ELSEWHERE = {
     "activation-study": "tests/integration/test_activation_study.py",
+    "polynomial-networks": "tests/integration/test_polynomial_networks.py",
     "quickstart": "tests/quickstart_support.py",
     "convnext-imagenet": "tests/stages/test_shard_images.py",
 }

@@ -29,6 +29,7 @@ from polytrope.models.gpt2 import GPT2
 from polytrope.models.parts.reciprocal import PolynomialReciprocal, relative_error
 from polytrope.models.parts.settings import ReciprocalSettings
 from polytrope.ops import Hermite
+from polytrope.pipeline.stages.export_circuit.parameters import ReciprocalParameters
 
 HERMITE: dict[str, Any] = {"name": "hermite", "degree": 3, "init": "stable"}
 
@@ -71,6 +72,7 @@ def test_an_activation_that_receives_one_number_alone_is_a_circuit_too(x: float)
     [
         ({}, (10, 20)),
         ({"attention": {"name": "power", "power": 4}, "activation": {**HERMITE, "degree": 2}}, (10, 20)),
+        ({"attention": {"name": "power", "sinks": 4}}, (10, 20)),
         ({"feedforward": "gated", "bias": False, "tie_word_embeddings": False}, (11, 22)),
         ({"feedforward": "quadratic"}, (12, 24)),
         ({"activation": {"name": "composition", "degree": [3, 3], "domain": [-9.0, 9.0], "init": "tanh"}}, (12, 24)),
@@ -91,6 +93,21 @@ def test_the_circuit_computes_what_the_model_does_at_the_depth_of_its_parts(
     costs = count(graph)
     assert (costs["block_0"].depth, costs["block_1"].depth) == depths
     assert costs[""].depth == costs["head"].depth == depths[1]
+
+
+def test_a_long_polynomial_is_more_exact_than_newton_steps_of_the_same_depth(tmp_path: Path) -> None:
+    model = network(n_layer=1)
+    usual = ReciprocalParameters()
+    with_reciprocals(model, {0: (0.3, 12.0)}, usual.degree, usual.newton)
+    graph, _, embedded, logits = graph_of(model, tmp_path / "circuit.onnx", 4)
+    assert count(graph)["block_0"].depth == 10  # as with degree 7 and one step
+    computed = evaluate(graph, embedded.double().numpy())
+    assert computed == pytest.approx(logits.numpy(), abs=2e-6 * float(logits.abs().max()) + 1e-7)
+    for ratio in (4.0, 60.0, 400.0, 6000.0):
+        assert relative_error(usual.degree, usual.newton, 1.0, ratio) < relative_error(15, 1, 1.0, ratio)
+        assert relative_error(15, 1, 1.0, ratio) < relative_error(7, 1, 1.0, ratio)
+    assert relative_error(31, 0, 1.0, 60.0) == pytest.approx(5.0e-4, rel=0.05)
+    assert relative_error(7, 1, 1.0, 60.0) == pytest.approx(0.062, rel=0.05)
 
 
 def test_degree_and_counts_of_a_block_are_those_of_its_formula(tmp_path: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from polytrope.models import build_model, find_architecture
-from polytrope.models.checkpoint import load_model, save_model
+from polytrope.models.checkpoint import load_model, model_config, read_description, save_model
 from polytrope.models.configurations import MLPConfig
 from polytrope.models.formats import write_model
+from polytrope.pipeline.stages.train.parameters import ModelParameters
 
 SIZES: dict[str, Any] = {"inputs": 3, "outputs": 2, "widths": [5, 5], "activation": "hermite2"}
 
@@ -90,6 +93,82 @@ def test_inputs_of_all_activations_start_with_variance_1() -> None:
         block.act.register_forward_pre_hook(lambda _, given: seen.append(float(given[0].detach().square().mean())))
     model(torch.randn(500, 200))
     assert seen == pytest.approx([1.0, 1.0], abs=0.15)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "batch"])
+def test_a_norm_stands_between_layer_and_activation(tmp_path: Any, norm: str) -> None:
+    torch.manual_seed(4)
+    model: Any = build_model("mlp", {**SIZES, "norm": norm, "residual": True})
+    rows = torch.randn(9, 3)
+    x = rows
+    for number, block in enumerate(model.blocks):
+        dim = (1,) if norm == "layer_norm" else (0,)
+        given = block.layer(x)
+        mean, variance = given.mean(dim, keepdim=True), given.var(dim, keepdim=True, correction=0)
+        result = block.act((given - mean) / (variance + 1e-5).sqrt())
+        x = x + result if number else result
+    torch.testing.assert_close(model(rows), model.head(x), rtol=1e-5, atol=1e-5)
+    save_model(tmp_path, model)
+    assert read_description(tmp_path)["config"]["norm"] == norm
+    assert torch.equal(load_model(tmp_path)(rows), model.eval()(rows))
+    assert "norm" not in model_config(build_model("mlp", {**SIZES, "norm": {"name": "none"}}))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "convnext"])
+def test_the_other_models_have_a_norm(architecture: str) -> None:
+    with pytest.raises(ValueError, match="norm: none is for an mlp; this model has layer_norm, batch"):
+        build_model(architecture, {"norm": "none"})
+
+
+SIREN = {"name": "fourier", "degree": 1, "init": "siren"}
+
+
+def test_inputs_of_sines_start_with_the_variance_that_their_weights_are_drawn_for() -> None:
+    torch.manual_seed(0)
+    model: Any = build_model("mlp", {"inputs": 2, "widths": [400] * 6, "activation": SIREN}).double()
+    angles = torch.arange(1000, dtype=torch.float64) * (2 * math.pi / 1000)
+    seen: list[torch.Tensor] = []
+    for block in model.blocks:
+        block.act.register_forward_pre_hook(lambda _, given: seen.append(30 * given[0].detach()))
+    with torch.no_grad():
+        first = model.blocks[0](torch.stack((angles.cos(), angles.sin()), dim=1))
+        torch.testing.assert_close(first, seen[0].sin(), rtol=0, atol=1e-6)
+        assert first.square().mean().item() == pytest.approx(0.5, abs=0.01)
+        seen.clear()
+        model(torch.stack((angles.cos(), angles.sin()), dim=1))
+    # 30² · in · (6/(in · 30²))/3 · 1/2 = 1; of a normal number of variance v the sine has mean square (1 - exp(-2v))/2
+    expected = [1.0]
+    for _ in range(4):
+        expected.append(1.0 - math.exp(-2.0 * expected[-1]))
+    assert [float(x.square().mean()) for x in seen[1:]] == pytest.approx(expected, rel=0.05)
+    assert expected[-1] == pytest.approx(0.80, abs=0.01)
+    for number, block in enumerate(model.blocks):
+        bound = 1 / 2 if number == 0 else math.sqrt(6 / 400) / 30
+        assert 0.95 * bound < block.layer.weight.abs().max().item() <= bound
+        assert bool(block.layer.bias.any()) == (number == 0)
+
+
+def test_sines_are_written_and_read(tmp_path: Any) -> None:
+    model = build_model("mlp", {**SIZES, "activation": SIREN, "feedforward": "quadratic"})
+    save_model(tmp_path, model)
+    rows = torch.randn(4, 3)
+    loaded: Any = load_model(tmp_path)
+    assert torch.equal(loaded(rows), model.eval()(rows))
+    assert loaded.blocks[0].act.config() == SIREN
+    for options in ({"degree": 2}, {"harmonic": True}, {"interval": [-4.0, 4.0]}):
+        with pytest.raises(ValueError, match="init: siren is one sine: degree: 1, without harmonic and interval"):
+            build_model("mlp", {"activation": SIREN | options})
+        with pytest.raises(ValidationError, match="init: siren is one sine: degree: 1, without harmonic and interval"):
+            ModelParameters.model_validate({"architecture": "mlp", "activation": SIREN | options})
+    with pytest.raises(ValueError, match="init: expected variance_preserving, stable"):
+        build_model("mlp", {"activation": SIREN | {"name": "legendre"}})
+    for architecture in ("gpt2", "convnext"):
+        with pytest.raises(ValueError, match="activation: init: siren needs weights that start to match; only an mlp"):
+            build_model(architecture, {"activation": SIREN})
+    with pytest.raises(ValueError, match="activation: init: siren is for dense and quadratic layers, this is kan"):
+        build_model("mlp", {"activation": SIREN, "feedforward": ["dense", "kan"]})
+    with pytest.raises(ValueError, match="activation: init: siren is for what its layer gives, and norm: batch"):
+        build_model("mlp", {"activation": SIREN, "norm": "batch"})
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from polytrope.models.parts.attention import (
     even_power,
 )
 from polytrope.models.parts.feedforward import FEEDFORWARDS, LAYERS, QuadraticLinear, multiplicative_parameters
+from polytrope.models.parts.mixer import MIXERS
 from polytrope.models.parts.norm import NORMS, BatchNorm, NormSizes, build_norm, fold_into_linear
 from polytrope.models.parts.ranges import RangePenalty, penalise_ranges
 from polytrope.models.parts.settings import PARTS, BatchNormSettings, read_part
@@ -81,7 +82,12 @@ def test_a_model_without_parts_is_what_it_was_before_there_were_any(tmp_path: Pa
 
 
 def test_every_part_has_settings_and_a_builder() -> None:
-    tables: dict[str, Any] = {"attention": ATTENTIONS, "norm": NORMS, "feedforward": {**FEEDFORWARDS, **LAYERS}}
+    tables: dict[str, Any] = {
+        "attention": ATTENTIONS,
+        "norm": NORMS,
+        "feedforward": {**FEEDFORWARDS, **LAYERS},
+        "mixer": MIXERS,
+    }
     assert {field: list(kinds) for field, kinds in PARTS.items()} == {
         field: list(kinds) for field, kinds in tables.items()
     }
@@ -135,6 +141,19 @@ def test_every_part_has_settings_and_a_builder() -> None:
         ),
         ("gpt2", {"feedforward": 4}, "feedforward: expected a name, its settings, or a list of these, got 4"),
         ("gpt2", {"activation": {"name": "hermite", "glu": True}}, "activation: .* is gated.*`feedforward: gated`"),
+        (
+            "gpt2",
+            {"attention": ["power", {"name": "polynomial_mixer", "reach": 5}]},
+            r"attention\.reach: expected 4 or 8 or 16 or 32 or 64, got 5",
+        ),
+        (
+            "gpt2",
+            {"attention": "polynomial_mixer", "dropout": 0.1},
+            "dropout: 0.1, but attention: polynomial_mixer drops",
+        ),
+        ("gpt2", {"mixer": "padre"}, "unknown model setting mixer"),
+        ("convnext", {"mixer": {"name": "max_plus", "form": "sum"}}, "mixer.form: expected 'max' or 'min' or 'differ"),
+        ("convnext", {"mixer": ["padre", "padre"]}, "mixer: a list of length 2 for 3 layers"),
         ("convnext", {"attention": "power"}, "unknown model setting attention"),
         ("convnext", {"feedforward": ["mlp", "gated"]}, "feedforward: a list of length 2 for 3 layers"),
     ],
@@ -177,9 +196,11 @@ def test_a_workflow_says_parts_as_the_configuration_takes_them() -> None:
         )
     for settings, words in (
         ({"multiplicative_learning_rate": 1e-4}, "multiplicative_learning_rate: only for a model with"),
-        ({"trainable": ["multiplicative"]}, "trainable: multiplicative: only a model with feedforward: quadratic"),
+        ({"trainable": ["multiplicative"]}, "trainable: multiplicative: only a model with .*feedforward: quadratic"),
         ({"range_penalty": {"activation": 0}}, "range_penalty: activation is 0, and only attention: power"),
         ({"range_penalty": {"activation": 0, "denominator": 0}}, "both 0: leave range_penalty out"),
+        ({"range_penalty": {"denominator": 0.1}}, "range_penalty.denominator: only attention: power has"),
+        ({"range_penalty": {"activation": 0, "beyond": 2.0}}, "beyond: activation is 0, so that no input costs"),
     ):
         with pytest.raises(ValidationError, match=words):
             TrainParameters.model_validate({"model": GPT2, "steps": 1, **settings})
@@ -192,7 +213,12 @@ EVERYTHING: dict[str, dict[str, Any]] = {
         "feedforward": ["gated", {"name": "quadratic", "square": False}],
         "activation": ["hermite3", "gelu"],
     },
-    "convnext": {"norm": "batch", "feedforward": ["gated", "quadratic", "mlp"], "activation": "hermite2"},
+    "convnext": {
+        "norm": "batch",
+        "feedforward": ["gated", "quadratic", "mlp"],
+        "mixer": [{"name": "max_plus", "form": "difference"}, "padre", "depthwise"],
+        "activation": "hermite2",
+    },
 }
 
 
@@ -259,15 +285,15 @@ def test_weights_of_power_attention_are_those_of_its_formula(exponent: int) -> N
         torch.testing.assert_close(weights(scores, 1e-3)[:, row, : row + 1], expected, rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("exponent", [2, 4])
-def test_power_attention_is_its_formula_and_has_its_gradients(exponent: int) -> None:
-    part = power({"power": exponent})
+@pytest.mark.parametrize(("exponent", "sinks"), [(2, 0), (4, 0), (2, 4)])
+def test_power_attention_is_its_formula_and_has_its_gradients(exponent: int, sinks: int) -> None:
+    part = power({"power": exponent, "sinks": sinks})
     x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     query, key, value = (y.view(2, 5, 2, 4).transpose(1, 2) for y in part.c_attn(x).split(8, dim=-1))
     scores = torch.einsum("bhid,bhjd->bhij", query, key) * 0.5
     powers = ((scores * part.alpha.view(2, 1, 1) + part.beta.view(2, 1, 1)) ** exponent).tril()
-    visible = torch.arange(1, 6).view(5, 1)
-    mixed = (powers / visible) @ value / ((powers / visible).sum(-1, keepdim=True) + 1e-3)
+    visible = torch.arange(1, 6).view(5, 1) + sinks
+    mixed = (powers / visible) @ value / ((powers.sum(-1, keepdim=True) + sinks) / visible + 1e-3)
     expected = part.c_proj(mixed.transpose(1, 2).reshape(2, 5, 8))
     torch.testing.assert_close(part(x), expected, rtol=1e-12, atol=1e-14)
     parameters = {name: weight.detach().requires_grad_() for name, weight in part.named_parameters()}
@@ -278,7 +304,9 @@ def test_power_attention_is_its_formula_and_has_its_gradients(exponent: int) -> 
     assert torch.autograd.gradcheck(run, (x[:1, :3].requires_grad_(), *parameters.values()))
 
 
-@pytest.mark.parametrize("settings", [{"power": 2}, {"power": 4}, {"power": 2, "recurrent": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"power": 4}, {"sinks": 2}, {"recurrent": True}, {"recurrent": True, "sinks": 4}], ids=str
+)
 def test_power_attention_with_a_cache_is_the_same_and_its_state_does_not_grow(settings: dict[str, Any]) -> None:
     part = power(settings)
     x = torch.randn(2, 11, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

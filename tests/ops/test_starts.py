@@ -87,6 +87,25 @@ def test_stable_polynomials_keep_both_moments_and_contract_the_map_of_variances(
     assert module.config()["init"] == "stable"  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
+def test_every_quadratic_with_both_moments_1_loses_what_fluctuates_beyond_the_same_point(share: float) -> None:
+    """So there is no better start of degree 2 than `stable`, which has a share of 0.5."""
+    quadratic = build("hermite", degree=2)
+    with torch.no_grad():
+        signs = (math.sqrt(share / 2), math.sqrt(1 - share), -math.sqrt(share))
+        quadratic.coefficients.copy_(torch.tensor(signs, dtype=torch.float64))  # type: ignore[operator, union-attr]
+    found = polytrope.ops.moments(quadratic)
+    assert (found.value, found.derivative) == pytest.approx((1.0, 1.0), abs=1e-12)
+    assert found.slope == pytest.approx(1 - share / math.sqrt(2), abs=1e-12)
+    other = 1 + math.sqrt(8) / 3
+    assert by_trapezoids(quadratic, other) == pytest.approx(other, rel=1e-9)
+    assert by_trapezoids(quadratic, other + 0.1) > other + 0.1
+    assert 1 < by_trapezoids(quadratic, other - 0.1) < other - 0.1
+    if share == 0.5:
+        stable = build("hermite", degree=2, init="stable").coefficients
+        torch.testing.assert_close(quadratic.coefficients, stable)
+
+
 def test_the_stable_start_tends_to_a_cosine() -> None:
     x = torch.linspace(-3, 3, 101, dtype=torch.float64)
     cosine = math.sqrt(2) * torch.cos(x - math.pi / 4)
@@ -110,10 +129,15 @@ def test_deep_nets_without_normalisation_keep_their_variance_from_the_stable_sta
     stable = deep_nets(build("hermite", degree=degree, init="stable", dtype=torch.float32))
     typical = stable.flatten(1).median(1).values
     assert 0.85 < typical.min() <= typical.max() < 1.1
-    if degree != 2:  # which loses the inputs that reach 1.95, where its map of variances has another fixed point
+    if degree != 2:  # which loses the inputs that reach 1.94, where its map of variances has another fixed point
         mean = stable.mean((1, 2))
         assert 0.9 < mean.min() <= mean.max() < 1.1
         assert 0.7 < stable.mean(2).min() <= stable.mean(2).max() < 1.4  # each net by itself, of width 256
+    else:  # tangents outside a narrow interval move that fixed point away
+        mean = deep_nets(build("hermite", degree=2, init="stable", interval=(-2.0, 2.0), dtype=torch.float32)).mean(
+            (1, 2)
+        )
+        assert 0.9 < mean.min() <= mean.max() < 1.1
     if degree >= 2:
         positive = deep_nets(build("hermite", degree=degree, dtype=torch.float32))[-1]
         assert (positive > 1e6).any(1).all()

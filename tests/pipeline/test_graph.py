@@ -10,6 +10,7 @@ import pytest
 
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stage import BUILTIN_STAGES, load_stage
 from polytrope.pipeline.workflow.graph import StageNode, build_graph, condition_holds, resolve_parameters
 from polytrope.pipeline.workflow.spec import Workflow, load_workflow
 
@@ -355,6 +356,15 @@ def test_what_cannot_run_is_refused_with_file_line_field_and_a_hint(text: str, m
     error = refusal(text)
     assert message in error.message
     assert hint in error.hint
+
+
+def test_a_gpu_for_a_stage_that_makes_no_use_of_one_is_refused_before_anything_starts() -> None:
+    assert graph_from("own: {uses: 'graph_test_stages:make', resources: {gpus: 1}}")["own"].resources.gpus == 1
+    error = refusal("wait:\n  uses: wait_for\n  with: {path: x}\n  resources: {gpus: 1}")
+    assert error.message == "w.yaml:7: stages.wait.resources.gpus: `wait_for` computes on the CPU"
+    assert error.hint == "leave it out"
+    taking = {name for name in BUILTIN_STAGES if not load_stage(name).options.cpu_only}
+    assert taking == {"train", "evaluate", "measure_speed"}
 
 
 def test_a_stage_says_what_beyond_its_parameters_decides_the_result(tmp_path: Path) -> None:

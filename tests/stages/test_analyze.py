@@ -15,6 +15,7 @@ from training_support import SEQUENCE_LENGTH, make_context, make_dataset, read_e
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
+from polytrope.models.factors import restore_factors
 from polytrope.ops import build_activation
 from polytrope.pipeline.data.analysis_file import InputStatistics, read_analysis
 from polytrope.pipeline.data.promised import PromisedAnalysis, PromisedImages, PromisedModel, PromisedText
@@ -26,7 +27,7 @@ from polytrope.pipeline.stages.analyze.analyses import ANALYSES
 from polytrope.pipeline.stages.analyze.analyses.signal import analyse_signal
 from polytrope.pipeline.stages.analyze.analyze import analyze, check, promise
 from polytrope.pipeline.stages.analyze.parameters import NAMES, AnalyzeParameters, SignalOptions
-from polytrope.pipeline.stages.analyze.subject import AnalysedActivation
+from polytrope.pipeline.stages.analyze.subject import AnalysedActivation, read_activations, spectral_norm
 
 ACTIVATIONS: dict[str, Any] = {
     "hermite": {"name": "hermite", "degree": 3},
@@ -114,6 +115,18 @@ def test_signal_figures_are_those_of_the_model_on_its_own_inputs(
     assert layer.symmetry.odd > 0.1 < layer.symmetry.even
 
 
+def test_two_factors_count_as_their_product(models: dict[str, Artifact], dataset: Artifact) -> None:
+    """A layer that is missing from the bound of the slope would make it too small."""
+    model = load_model(models["gelu"].path)
+    restore_factors(model, {"transformer.h.0.mlp.c_proj": 4})
+    factors = model.get_submodule("transformer.h.0.mlp.c_proj")
+    inner, outer = (factors.get_submodule(name).weight.detach() for name in ("inner", "outer"))
+    first, second = read_activations(model, dataset.path, 2, 2)[0].linears
+    assert spectral_norm(first) == spectral_norm(model.get_submodule("transformer.h.0.mlp.c_fc"))  # type: ignore[arg-type]
+    expected = torch.linalg.matrix_norm((outer @ inner).double(), 2)  # type: ignore[operator]
+    assert spectral_norm(second) == pytest.approx(float(expected), rel=1e-5)
+
+
 @pytest.mark.parametrize(("reach", "told"), [(7.4, False), (7.6, True)])
 def test_symmetries_are_looked_for_only_where_a_polynomial_means_something(reach: float, told: bool) -> None:
     module = build_activation({"name": "composition", "degree": 4, "domain": [-reach, reach]})
@@ -123,6 +136,17 @@ def test_symmetries_are_looked_for_only_where_a_polynomial_means_something(reach
     (layer,) = analyse_signal([entry], SignalOptions(name="signal")).layers
     assert layer.slope is not None
     assert (layer.symmetry is not None) == told
+
+
+def test_every_reason_why_a_figure_is_missing_is_told() -> None:
+    module = build_activation({"name": "composition", "degree": 4, "domain": [-8.0, 8.0], "num_parameters": 2})
+    inputs = InputStatistics(count=2, mean=0.0, deviation=1.0, minimum=-1.0, maximum=1.0)
+    entry = AnalysedActivation("block 1", "composition", module, [], np.zeros(1), np.ones(1), inputs)
+    (layer,) = analyse_signal([entry], SignalOptions(name="signal")).layers
+    assert layer.missing == (
+        "only activations with one set of coefficients that are not gated; a polynomial for its domain alone, beyond "
+        "which nothing holds, has no normal distribution"
+    )
 
 
 def test_kernels_end_at_the_degree_and_are_of_trace_one(analysed: tuple[Path, dict[str, float]]) -> None:
@@ -201,8 +225,6 @@ def test_inputs_that_cannot_fit_are_refused_before_anything_starts(tmp_path: Pat
     assert promise(parameters, upstream, Resources(), tmp_path) == PromisedAnalysis(("a",), ("kernel",))
     with pytest.raises(UserError, match=r"inputs\.models\.a: a gpt2 cannot take images"):
         promise(parameters, {**upstream, "dataset": PromisedImages(8, 1, 10)}, Resources(), tmp_path)
-    with pytest.raises(UserError, match=r"resources\.gpus: `analyze` computes on the CPU"):
-        promise(parameters, upstream, Resources(gpus=1), tmp_path)
     with pytest.raises(UserError, match=r"inputs\.models: no models"):
         check(parameters, {"models": {}})
 
@@ -221,10 +243,13 @@ def test_models_that_cannot_be_analysed_are_named_and_if_none_is_left_it_ends(
     save_model(tmp_path / "mlp", build_model("mlp", {"widths": [4]}))
     short = {"vocab_size": 320, "sequence_length": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}
     save_model(tmp_path / "short", build_model("gpt2", short), tokenizer=dataset.path)
+    fitting = {**short, "sequence_length": SEQUENCE_LENGTH, "feedforward": "mu"}
+    save_model(tmp_path / "products", build_model("gpt2", fitting), tokenizer=dataset.path)
     for label, words in (
+        ("products", "the model has no activations to analyse: every block has feedforward: mu"),
         ("mlp", "a mlp cannot take text, and this dataset holds text"),
         ("short", r"the dataset's sequences \(32 tokens\) are longer than the model's context"),
     ):
         given = {label: Artifact(tmp_path / label, "digest", "train")}
-        with pytest.raises(UserError, match=f"no model is left to analyse; `{label}`: `{label}`: {words}"):
+        with pytest.raises(UserError, match=f"no model is left to analyse; `{label}`: (`{label}`: )?{words}"):
             analyze(make_context(tmp_path / "run" / label), dataset, given, parameters)

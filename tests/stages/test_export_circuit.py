@@ -37,6 +37,9 @@ PARTS: dict[str, Any] = {
 }
 
 
+SHORT = {"degree": 7, "newton": 1}  # whose error can be seen
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_dataset(tmp_path_factory.mktemp("dataset"))
@@ -69,7 +72,7 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory, model: Artifact, dataset: Artifact
 ) -> tuple[Path, dict[str, float]]:
     directory = tmp_path_factory.mktemp("exported")
-    return directory, run(directory, model, dataset)
+    return directory, run(directory, model, dataset, reciprocal=SHORT)
 
 
 def test_the_file_computes_what_the_trained_model_does_up_to_the_certified_error(
@@ -128,7 +131,7 @@ def test_a_model_with_polynomials_is_exported_as_the_one_it_was_made_of(
     tmp_path: Path, exported: tuple[Path, dict[str, float]], dataset: Artifact
 ) -> None:
     first = exported[0] / "output"
-    run(tmp_path, Artifact(first, "digest", "export_circuit"), dataset)
+    run(tmp_path, Artifact(first, "digest", "export_circuit"), dataset, reciprocal=SHORT)
     assert read_circuit(tmp_path / "output") == read_circuit(first)
 
 
@@ -179,11 +182,14 @@ def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -
         asked({**PARTS, "activation": [PARTS["activation"], "gelu"]})
     with pytest.raises(UserError, match=r"inputs\.model: the model has norm: layer_norm"):
         asked({**PARTS, "norm": "layer_norm"})
+    with pytest.raises(UserError, match=r"inputs\.model: the model has feedforward: pade, where a quotient is no sum"):
+        asked({**PARTS, "feedforward": ["quadratic", {"name": "pade", "numerator_degree": 3}]})
+    assert asked({**PARTS, "feedforward": ["mu", {"name": "mu", "norm": "batch"}]}) is not None
+    with pytest.raises(UserError, match=r"inputs\.model: the model has feedforward: mu, where layer norm is no sum"):
+        asked({**PARTS, "feedforward": {"name": "mu", "norm": "layer_norm"}})
     upstream = {"model": PromisedModel("convnext", {}), "dataset": PromisedImages(32, 3, 10)}
     with pytest.raises(UserError, match=r"inputs\.model: a convnext has no circuit"):
         promise(parameters, upstream, Resources(), tmp_path)
-    with pytest.raises(UserError, match=r"resources\.gpus: `export_circuit` computes on the CPU"):
-        promise(parameters, {**upstream, "model": found, "dataset": text}, Resources(gpus=1), tmp_path)
 
 
 def test_a_data_set_without_held_out_samples_is_refused(tmp_path: Path, model: Artifact, dataset: Artifact) -> None:

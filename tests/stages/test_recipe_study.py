@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
-from benchmarks import recipe, recipe_trainings
+from benchmarks import mnist, recipe, recipe_budgets, recipe_time, recipe_trainings
 from benchmarks.recipe_stages import learned_start
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.pipeline.store.manifest import StoredArtifact
+from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.workflow.graph import build_graph
 from polytrope.pipeline.workflow.spec import load_workflow
 
@@ -63,7 +66,7 @@ def test_differences_are_of_the_seeds_and_documents_that_nothing_is_chosen_by() 
     frozen = entries["affine gelu_tanh × 10, frozen as learned"]["differences_to_controls"]
     assert frozen["affine gelu_tanh × 10"]["values"] == pytest.approx([0.05, 0.0])
     assert entries["gelu_tanh"]["loss"]["mean"] == pytest.approx(4.2)
-    text = recipe.markdown([setting], [])
+    text = recipe.markdown([setting], [], {})
     assert "| hermite4 gelu [-4, 4] × 10 | 3 | 4.0900 ± 0.1721 | – | -0.1100 ± 0.1314 |" in text
     assert "| affine gelu_tanh × 30 | 1 | 4.1000 | 10: 4.2000 | -0.1000 | – | – | – | – | – | 0 |" in text
 
@@ -89,6 +92,25 @@ def test_the_picture_compares_with_the_control_at_the_same_rate(monkeypatch: pyt
     assert drawn["hermite4 × 30"]["values"] == pytest.approx([-0.1, -0.3])
     assert drawn["hermite8 × 5"] is None  # the control was not trained at that rate
     assert drawn["others"][-1] == "affine, same rate"
+
+
+def test_gains_are_told_by_size_and_steps_where_one_text_has_several() -> None:
+    about = {"corpus": "text", "data": "a", "batch": 8, "learning_rate": 3e-3, "accuracy": None}
+    trainings = []
+    for model, steps, gain in (("128", 480, 0.3), ("64", 960, 0.2), ("64", 480, 0.1), ("64, gated", 480, 0.9)):
+        for seed in (0, 1):
+            for name, loss in (("gelu_tanh", 4.0 + seed), ("hermite4 × 10", 4.0 + seed - gain * (1 + 0.1 * seed))):
+                own = {"model": f"GPT-2, 4 layers of {model}", "steps": steps, "name": name, "seed": seed}
+                trainings.append({**about, **own, "test_loss": loss})
+    settings = recipe.compare(trainings)
+    (group,) = recipe_budgets.budgets(settings).values()
+    assert [(one["model"][-3:].strip(), one["steps"]) for one in group] == [("64", 480), ("64", 960), ("128", 480)]
+    assert recipe_budgets.compared(group) == ["hermite4 × 10"]
+    text = recipe.markdown(settings, [], {})
+    assert "| model | steps | seeds | loss of GELU | Δ hermite4 × 10 |" in text
+    assert "| GPT-2, 4 layers of 64 | 960 | 2 | 4.5000 ± 6.3531 | -0.2100 ± 0.1271 |" in text
+    assert recipe_budgets.picture(group).startswith(b"\x89PNG")
+    assert recipe_budgets.budgets([one for one in settings if one["steps"] == 480]) == {}
 
 
 def test_what_a_control_has_learned_is_kept_by_block() -> None:
@@ -117,7 +139,7 @@ def test_images_are_compared_by_their_accuracy_too() -> None:
     assert affine["accuracy"]["mean"] == pytest.approx(0.97667, abs=1e-5)
     assert affine["accuracy_difference"]["values"] == pytest.approx([-0.01, 0.0, -0.02])
     assert affine["accuracy_difference"]["holm_p_value"] == affine["accuracy_difference"]["p_value"]
-    assert "| accuracy | Δ to GELU | p, Holm | failed |" in recipe.markdown([setting], [])
+    assert "| accuracy | Δ to GELU | p, Holm | failed |" in recipe.markdown([setting], [], {})
 
 
 def test_a_base_rate_is_chosen_on_seeds_that_all_rates_have_and_not_where_one_failed() -> None:
@@ -137,7 +159,7 @@ def test_a_base_rate_is_chosen_on_seeds_that_all_rates_have_and_not_where_one_fa
     (chosen,) = recipe.base_rates(trainings)
     assert (chosen["chosen"], chosen["seeds"]) == (3e-3, [10, 11])
     assert [rate["mean"] for rate in chosen["rates"]] == [pytest.approx(4.1), pytest.approx(4.05), None]
-    assert "| text | gelu_tanh | 0.006 | 10: 3.0000 · 11: failed | failed |  |" in recipe.markdown([], [chosen])
+    assert "| text | gelu_tanh | 0.006 | 10: 3.0000 · 11: failed | failed |  |" in recipe.markdown([], [chosen], {})
     assert recipe.base_rates([row for row in trainings if row["learning_rate"] == 3e-3]) == []
 
 
@@ -147,6 +169,16 @@ def test_whole_documents_are_for_choosing_or_for_reporting() -> None:
     found = recipe_trainings.for_choosing(tokens.reshape(4, 4), 0)
     assert found.shape == (4, 4)
     assert found.reshape(-1).tolist() == [False] * (3 + 1) + [True] * (6 + 2) + [False] * 4
+    text = recipe_trainings.describe_halves(tokens.reshape(4, 4), 0)
+    assert text == {
+        "choosing": {"documents": 2, "tokens": 8, "longest": 6},
+        "reporting": {"documents": 3, "tokens": 8, "longest": 4},
+    }
+    text["choosing"] = {"documents": 1, "tokens": 33_001, "longest": 33_001}
+    assert recipe.halves(text) == (
+        "For choosing: 1 document of 33,001 tokens, the longest of 33,001. "
+        "Reported: 3 documents of 8 tokens, the longest of 4."
+    )
     with pytest.raises(ValueError, match="one document"):
         recipe_trainings.for_choosing(np.array([[1, 1, 0]]), 0)
 
@@ -154,7 +186,11 @@ def test_whole_documents_are_for_choosing_or_for_reporting() -> None:
 @pytest.mark.parametrize("part", recipe_trainings.PARTS)
 def test_each_part_is_a_workflow_of_the_ready_one(part: str, tmp_path: Path) -> None:
     (tmp_path / "1790_someone.txt").write_text("a speech", encoding="utf-8")
-    composed = recipe_trainings.compose(part, tmp_path)
+    for digit in "01":
+        (tmp_path / digit).mkdir()
+        Image.new("L", (28, 28)).save(tmp_path / digit / "0001.png")
+    composed = recipe_trainings.compose(part, recipe_trainings.Sources(tmp_path, tmp_path))
+    assert composed is not None
     file = tmp_path / "workflow.yaml"
     file.write_text(yaml.safe_dump(composed), encoding="utf-8")
     count = 1  # the data
@@ -176,10 +212,117 @@ def test_each_part_is_a_workflow_of_the_ready_one(part: str, tmp_path: Path) -> 
         assert rates == [3e-3, 1.5e-3, 6e-3] * 2
     if part == "speeches":
         assert composed["stages"]["data"]["with"]["source"]["paths"] == [f"{tmp_path}/*.txt"]
+    if part == "mnist":
+        assert composed["stages"]["data"]["with"]["source"] == {"kind": "folder", "path": str(tmp_path)}
+    if part == "sizes":
+        sizes = [stage["with"] for name, stage in composed["stages"].items() if name != "data"]
+        assert [(one["model"]["n_embd"], one["steps"]) for one in sizes] == [
+            (64, "${params.steps}"), (64, 960), (128, 960)
+        ]  # fmt: skip
+    if part == "gated":
+        assert composed["stages"]["train0"]["with"]["model"]["feedforward"] == "gated"
     if part == "frozen":
         frozen = composed["stages"]["frozen0"]
         assert (frozen["inputs"]["initial"], frozen["with"]["coefficient_learning_rate"]) == ("start0", 0.0)
         assert "model" not in frozen["with"]
+
+
+def test_what_is_recorded_is_not_trained_again(tmp_path: Path) -> None:
+    about = {
+        "corpus": "state-of-the-union", "model": "GPT-2, 4 layers of 128", "steps": 480, "batch": 8,
+        "learning_rate": 3e-3,
+    }  # fmt: skip
+    names = {
+        "gelu_tanh": "gelu_tanh",
+        "affine": "affine gelu_tanh × 10",
+        "hermite4": "hermite4 gelu [-4, 4] × 10",
+    }
+    recorded = [about | {"name": name, "seed": seed} for name in names.values() for seed in range(3)]
+    recorded += [
+        about | {"name": names["affine"], "seed": 3},
+        about | {"name": names["hermite4"], "seed": 4, "steps": 9},
+    ]
+    sources = recipe_trainings.Sources(speeches=tmp_path)
+    composed = recipe_trainings.compose("speeches", sources, recorded)
+    assert composed is not None
+    (tmp_path / "1790_someone.txt").write_text("a speech", encoding="utf-8")
+    file = tmp_path / "workflow.yaml"
+    file.write_text(yaml.safe_dump(composed), encoding="utf-8")
+    branches = [node.branch for node in build_graph(load_workflow(file)).values() if node.spec_name == "train0"]
+    left = {(branch["activation"], int(branch["seed"])) for branch in branches}
+    assert len(branches) == len(left)
+    assert left == {("gelu_tanh", 3), ("gelu_tanh", 4), ("affine", 4), ("hermite4", 3), ("hermite4", 4)}
+    recorded += [about | {"name": name, "seed": seed} for name in names.values() for seed in (3, 4)]
+    assert recipe_trainings.compose("speeches", sources, recorded) is None
+    composed = recipe_trainings.compose("sizes", sources, recorded)  # other models, other steps
+    assert composed is not None
+    assert "exclude" not in composed["stages"]["train2"]["matrix"]
+    python = [row | {"corpus": "python-documentation-and-source"} for row in recorded]
+    again = recipe_trainings.compose("frozen", sources, python)  # others start from their models
+    assert again is not None
+    assert "exclude" not in again["stages"]["train0"]["matrix"]
+
+
+def test_a_part_says_which_data_it_needs() -> None:
+    for part, option in (("speeches", "--speeches"), ("mnist", "--mnist")):
+        with pytest.raises(SystemExit, match=f"part `{part}`: {option} DIRECTORY"):
+            recipe_trainings.compose(part, recipe_trainings.Sources())
+
+
+def test_the_record_stays_whatever_becomes_of_the_store(tmp_path: Path) -> None:
+    about = {"data": "a", "model": "m", "steps": 1, "batch": 1, "learning_rate": 1e-3}
+    rows = [about | {"corpus": "text", "name": name, "seed": 0, "digest": name, "loss": 1.0} for name in ("b", "a")]
+    Store(str(tmp_path / "store"))
+    assert recipe_trainings.read_trainings([str(tmp_path / "store")], rows) == [rows[1], rows[0]]
+    text = {"choosing": {}, "reporting": {}}
+    found = recipe_trainings.read_texts([str(tmp_path / "store")], {"a": text, "b": text}, rows)
+    assert found == {"a": text}
+
+
+def test_times_are_compared_in_turns_and_by_medians() -> None:
+    turns: list[str] = []
+
+    def takes(name: str, seconds: float) -> Any:
+        return lambda: turns.append(name) or seconds
+
+    found = recipe_time.in_turns({"gelu": takes("gelu", 2.0), "hermite": takes("hermite", 3.0)}, rounds=2)
+    assert found == {"gelu": [2.0, 2.0], "hermite": [3.0, 3.0]}
+    assert turns == ["hermite", "gelu", "gelu", "hermite", "hermite", "gelu"]  # the first two warm up
+    ten = recipe_time.median_interval([10, 3, 2, 1, 9, 8, 4, 5, 7, 6])
+    assert ten == {"median": 5.5, "low": 2, "high": 9}  # 2 P(at most 1 of 10 below) = .021, 2 P(at most 2) = .109
+    assert recipe_time.median_interval(range(1, 7)) == {"median": 3.5, "low": 1, "high": 6}
+    with pytest.raises(ValueError, match="6 rounds or more, got 5"):
+        recipe_time.median_interval(range(5))
+    model = torch.nn.Linear(2, 1)
+    weight = model.weight.clone()
+    assert recipe_time.stepper(Loss(model), (torch.ones(1, 2), torch.zeros(1, 1)), steps=1)() >= 0
+    assert not torch.equal(model.weight, weight)
+
+
+class Loss(torch.nn.Module):
+    """A model of inputs and targets."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (self.model(inputs) - targets).square().mean()
+
+
+def test_mnist_s_images_are_the_lines_of_its_file(tmp_path: Path) -> None:
+    lines = [[0] * 784 + [3], [*range(256), *[255] * 528, 7]]
+    file = tmp_path / "mnist.csv.gz"
+    file.write_bytes(gzip.compress("\n".join(",".join(map(str, line)) for line in lines).encode()))
+    assert mnist.unpack(file, tmp_path / "images") == 2
+    assert sorted(path.relative_to(tmp_path / "images").as_posix() for path in tmp_path.rglob("*.png")) == [
+        "3/0001.png", "7/0002.png"
+    ]  # fmt: skip
+    with Image.open(tmp_path / "images" / "7" / "0002.png") as image:
+        assert (image.mode, image.size, image.getpixel((27, 0)), image.getpixel((0, 1))) == ("L", (28, 28), 27, 28)
+    file.write_bytes(gzip.compress(b"1,2,3\n"))
+    with pytest.raises(SystemExit, match="line 1: expected 784 grey values and a digit"):
+        mnist.unpack(file, tmp_path / "images")
 
 
 def test_a_frozen_activation_starts_as_learned_and_all_else_as_the_seed_says(tmp_path: Path) -> None:
@@ -251,6 +394,11 @@ def test_a_training_says_its_rate_and_where_its_coefficients_came_from() -> None
     assert (row(model=parameters["model"] | {"activation": "gelu_tanh"}) or {})["name"] == "gelu_tanh"
     assert found["model"] == "GPT-2, 4 layers of 128"
     assert row(model=parameters["model"] | {"norm": "batch"}) is None
+    gated = row(model=parameters["model"] | {"feedforward": "gated"})
+    assert gated is not None
+    assert gated["model"] == "GPT-2, 4 layers of 128, gated"
+    for other in ("quadratic", {"name": "quadratic", "square": False}, ["mlp", "gated"]):
+        assert row(model=parameters["model"] | {"feedforward": other}) is None
     assert row(model=parameters["model"] | {"activation": ["gelu", "relu"]}) is None
     assert row(loss={"name": "poly"}) is None
     assert row(precision="bf16") is None

@@ -22,7 +22,8 @@ from polytrope.pipeline.data.circuit_file import CircuitRecord, write_circuit
 from polytrope.pipeline.data.lineage import Lineage, write_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
-from polytrope.pipeline.stages.analyze.analyses import ANALYSES
+from polytrope.pipeline.stages.analyze.analyses.kernel import analyse_kernel
+from polytrope.pipeline.stages.analyze.analyses.signal import analyse_signal
 from polytrope.pipeline.stages.analyze.parameters import KernelOptions, SignalOptions
 from polytrope.pipeline.stages.analyze.subject import AnalysedActivation
 from polytrope.pipeline.stages.report.parameters import ReportParameters
@@ -193,8 +194,8 @@ def make_analysis(directory: Path) -> Artifact:
     activation = build_activation("hermite3")
     inputs = InputStatistics(count=9, mean=0.0, deviation=1.0, minimum=-3.0, maximum=3.0)
     subject = AnalysedActivation("block 1", "hermite, degree 3", activation, [], np.zeros(1), np.ones(1), inputs)
-    kernel = ANALYSES["kernel"]([subject], KernelOptions(name="kernel", frequencies=4))
-    signal = ANALYSES["signal"]([subject], SignalOptions(name="signal"))
+    kernel = analyse_kernel([subject], KernelOptions(name="kernel", frequencies=4))
+    signal = analyse_signal([subject], SignalOptions(name="signal"))
     common = {"digest": "a" * 64, "stage": "train"}
     models = {
         "gelu": {**common, "kernel": kernel, "signal": signal},

@@ -260,7 +260,7 @@ def test_relations_between_stages_are_checked_before_anything_starts(tmp_path: P
     ):
         with pytest.raises(UserError, match=expected):
             trained(data, settings, **more)
-    with pytest.raises(ValueError, match=r"trainable: norms: the architecture mlp has none"):
+    with pytest.raises(ValueError, match=r"trainable: norms: the model has none \(norm: none\)"):
         trained(numbers, {}, trainable=["norms"])
     assert trained(pairs, {"outputs": 8}, loss={"name": "poly"}).settings["outputs"] == 8
 

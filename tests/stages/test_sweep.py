@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,7 @@ def test_many_batches_are_checked_in_as_few_graphs_as_two(project: Path, monkeyp
         ({"ranges": {"rate": []}}, "`rate` has no values"),
         ({"ranges": {"rate": [0.1, 3, 3]}}, "with.ranges: `rate` has equal values: 3 and 3"),
         ({"ranges": {"rate": [True, 0.5, 1]}}, "with.ranges: `rate` has equal values: True and 1"),
+        ({"ranges": {"rate": [0.5, math.nan]}}, "with.ranges: `rate` has a value that is not finite: nan"),
         ({"trials": 2}, "with.trials: 2 are too few for 2 rounds, each of which takes one in 3"),
         ({"halving": {**SWEEP["halving"], "parameter": "step"}}, "with.halving.parameter: .* has no parameter `step`"),
         ({"ranges": {"rate": {"low": 2, "high": 1}}}, r"low \(2\) is not below high \(1\)"),

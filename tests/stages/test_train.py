@@ -31,8 +31,7 @@ from training_support import (
 
 from polytrope.models import ARCHITECTURES, build_model, find_architecture
 from polytrope.models.checkpoint import load_model
-from polytrope.models.configurations import CLASSICAL as CLASSICAL_NAMES
-from polytrope.models.configurations import MODEL_KINDS
+from polytrope.models.configurations import FIXED, MODEL_KINDS
 from polytrope.ops.fitting.targets import NAMED
 from polytrope.ops.modules import CLASSICAL, LEARNABLE, LearnableActivation, build_activation
 from polytrope.pipeline.data.promised import PromisedImages, PromisedModel, PromisedText
@@ -509,7 +508,7 @@ def test_what_is_known_of_a_model_without_torch_is_what_its_record_says() -> Non
 
 def test_the_settings_of_activations_are_the_arguments_of_their_modules() -> None:
     assert set(LEARNABLE_SETTINGS) == set(LEARNABLE)
-    assert tuple(CLASSICAL) == CLASSICAL_NAMES
+    assert tuple(CLASSICAL) == FIXED
     assert set(IMITATED) == set(NAMED)
     common = inspect.signature(LearnableActivation.__init__).parameters.keys() - {"self", "name", "degree"}
     for name, settings in LEARNABLE_SETTINGS.items():

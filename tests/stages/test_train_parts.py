@@ -33,10 +33,10 @@ from polytrope.pipeline.stages.train.training_plan import make_plan
 
 PARTS: dict[str, Any] = {
     **MODEL,
-    "n_layer": 2,
-    "attention": "power",
+    "n_layer": 3,
+    "attention": ["power", "polynomial_mixer", "power"],
     "norm": "batch",
-    "feedforward": ["quadratic", "gated"],
+    "feedforward": ["quadratic", "gated", {"name": "mu", "norm": "batch"}],
 }
 STATISTICS = ("running_mean", "running_variance")
 
@@ -79,7 +79,7 @@ def test_statistics_are_those_of_the_global_batch_and_come_back_to_the_last_bit(
     run_training(tmp_path, dataset, workers=2, **settings)
     after, logged, whole = weights(tmp_path), history(tmp_path), weights_hash(tmp_path)
     found = [name for name in after if name.endswith(STATISTICS)]
-    assert len(found) == 2 * 5
+    assert len(found) == 2 * (3 * 2 + 1 + 2)  # of the blocks, before the head, and inside of mu
     assert all(bool((after[name] != (0.0 if name.endswith("mean") else 1.0)).any()) for name in found)
     # What is validated is what is written, and has no penalties.
     last = json.loads((tmp_path / "output" / "training.json").read_text())
@@ -104,19 +104,33 @@ def test_statistics_are_those_of_the_global_batch_and_come_back_to_the_last_bit(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"micro_batch_size": 2}, "micro_batch_size: 2 splits the batch of a worker into 2, and norm: batch"),
-        ({"activation_checkpointing": "block"}, "activation_checkpointing: block would compute the statistics of norm"),
-        ({"global_batch_size": 1, "micro_batch_size": None}, "global_batch_size: 1 sample has no statistics"),
+        ({"micro_batch_size": 2}, "micro_batch_size: 2 splits the batch of a worker into 2, and norm: batch takes"),
+        (
+            {"activation_checkpointing": "block"},
+            "activation_checkpointing: block would compute the statistics of norm: batch twice",
+        ),
+        (
+            {"global_batch_size": 1, "micro_batch_size": None},
+            "global_batch_size: 1 sample has no statistics for norm: batch",
+        ),
     ],
 )
 def test_what_would_split_a_batch_is_refused_in_fine_tuning_too(changes: dict[str, Any], words: str) -> None:
     data = PromisedText(sequence_length=32, tokens=257, tokenizer="bytes")
     resources = Resources(workers=1 if "global_batch_size" in changes else 2)
     initial = PromisedModel("gpt2", {**PARTS, "vocab_size": 320, "sequence_length": 32})
-    for model, upstream in ((PARTS, {"dataset": data}), (None, {"dataset": data, "initial": initial})):
+    inside = {**MODEL, "feedforward": {"name": "mu", "norm": "batch"}}
+    for model, upstream, of in (
+        (PARTS, {"dataset": data}, "norm: batch"),
+        (None, {"dataset": data, "initial": initial}, "norm: batch"),
+        (inside, {"dataset": data}, r"feedforward: {'name': 'mu', 'norm': 'batch'}"),
+    ):
         given = TrainParameters.model_validate({**PARAMETERS, "model": model, **changes})
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=words.replace("norm: batch", of)) as refused:
             promise(given, upstream, resources, Path())
+        if "activation_checkpointing" in changes:  # what it advises is possible
+            usable = "leave it out" if model is inside else "use activation_checkpointing: mlp"
+            assert refused.value.hint == usable
     usual = TrainParameters.model_validate({**PARAMETERS, "model": MODEL, **changes})
     assert promise(usual, {"dataset": data}, resources, Path()) is not None
 
@@ -127,6 +141,7 @@ def test_what_would_split_a_batch_is_refused_in_fine_tuning_too(changes: dict[st
         ({"multiplicative_learning_rate": 1e-4}, "multiplicative_learning_rate: only for a model with", "quadratic"),
         ({"trainable": ["multiplicative"]}, "trainable: multiplicative: only a model with", "quadratic"),
         ({"range_penalty": {"activation": 0}}, "range_penalty: activation is 0, and only attention: power", "power"),
+        ({"range_penalty": {"denominator": 0.1}}, "range_penalty.denominator: only attention: power has", "power"),
     ],
 )
 def test_what_the_initial_model_would_not_heed_is_refused(

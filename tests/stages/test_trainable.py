@@ -85,7 +85,7 @@ def test_a_group_is_all_parameters_of_its_kind_in_every_model(architecture: str)
         "norms": lambda module: isinstance(module, nn.LayerNorm | ChannelsFirstLayerNorm),
         "head": lambda module: module is getattr(model, "lm_head", getattr(model, "head", None)),
     }
-    assert {*kinds, "multiplicative"} == set(GROUPS)
+    assert {*kinds, "multiplicative", "adapters"} == set(GROUPS)
     for group, belongs in kinds.items():
         freeze(model, architecture, [group])
         meant = {id(weight) for module in model.modules() if belongs(module) for weight in module.parameters()}
@@ -182,7 +182,7 @@ def test_the_rest_stays_bit_for_bit_sharded_rounded_and_resumed(
         ({"trainable": []}, "at least 1 item"),
         (
             {"trainable": ["coefs"]},
-            r"expected a group \(coefficients, multiplicative, head, norms\) or a pattern.*coefs",
+            r"expected a group \(adapters, coefficients, multiplicative, head, norms\) or a pattern.*coefs",
         ),
         ({"trainable": ["coefficients"], "model": {**MODEL, "activation": "gelu"}}, "coefficients: gelu has none"),
         ({"trainable": ["norms"], "peak_flops": 1e12}, "peak_flops: MFU counts the gradients of all weights"),

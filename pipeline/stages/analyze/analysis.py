@@ -21,14 +21,14 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.analyze.analyses import ANALYSES
 from polytrope.pipeline.stages.analyze.parameters import AnalyzeParameters
-from polytrope.pipeline.stages.analyze.subject import read_activations
+from polytrope.pipeline.stages.analyze.subject import Subject, read_activations
 from polytrope.pipeline.support import figures
 
 
 def analyze_models(
     context: StageContext, dataset: Artifact, models: dict[str, Artifact], parameters: AnalyzeParameters
 ) -> dict[str, float]:
-    """Write `analysis.json` and `plots/*.png`; returns `LABEL/signal/…`, `LABEL/kernel/…` of all models.
+    """Write `analysis.json` and `plots/*.png`; returns `LABEL/signal/…` and the like of all models.
 
     A model that cannot be analysed (it diverged, or does not fit the dataset) is a row with its `failure`.
 
@@ -94,7 +94,8 @@ def _analyse(
         activations = read_activations(network, dataset.path, samples, parameters.batch_size)
     except ValueError as error:
         raise UserError(str(error)) from error
-    figures_ = {options.name: ANALYSES[options.name](activations, options) for options in parameters.analyses}
+    subject = Subject(model.path, network, dataset.path, activations, samples, parameters.batch_size)
+    figures_ = {options.name: ANALYSES[options.name](subject, options) for options in parameters.analyses}
     return AnalysedModel.model_validate({"stage": model.stage, "digest": model.digest, **figures_})
 
 
@@ -105,10 +106,15 @@ def _missing(model: AnalysedModel) -> list[str]:
     for layer in layers:
         if layer.missing is not None:
             reasons.setdefault(f"{layer.activation}: {layer.missing}", []).append(layer.name)
-    return [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
+    said = [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
+    for figures_ in (model.modular, model.features, model.merging, model.arithmetic):
+        said += figures_.missing if figures_ is not None else []
+    return said
 
 
 def _draw(directory: Path, analysis: Analysis) -> None:
     directory.mkdir()
-    for name, draw in figures.analysis_drawings(analysis.spectra(), analysis.variance_maps()).items():
+    for name, draw in figures.analysis_drawings(
+        analysis.spectra(), analysis.variance_maps(), analysis.accuracies()
+    ).items():
         (directory / f"{name}.png").write_bytes(figures.render(draw, "light"))

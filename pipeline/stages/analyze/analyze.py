@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.misfits import refuse_misfits
-from polytrope.pipeline.data.promised import PromisedAnalysis
+from polytrope.pipeline.data.promised import (
+    PromisedAnalysis,
+    PromisedImages,
+    PromisedModel,
+    PromisedNumbers,
+    PromisedText,
+)
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
-from polytrope.pipeline.stages.analyze.parameters import AnalyzeParameters
+from polytrope.pipeline.stages.analyze.parameters import AnalyzeParameters, refuse_width
 
 
 def check(_parameters: AnalyzeParameters, upstream: Mapping[str, Any]) -> None:
@@ -23,16 +29,36 @@ def check(_parameters: AnalyzeParameters, upstream: Mapping[str, Any]) -> None:
 
 
 def promise(
-    parameters: AnalyzeParameters, upstream: Mapping[str, Any], resources: Resources, _directory: Path
+    parameters: AnalyzeParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
 ) -> PromisedAnalysis:
-    """The labels of the figures; refuses a model that cannot take the data, and a GPU, which nothing would use."""
-    if resources.gpus:
-        raise UserError("resources.gpus: `analyze` computes on the CPU, in float64", "leave it out")
+    """The labels of the figures; refuses a model that cannot take the data."""
     refuse_misfits(upstream)
-    return PromisedAnalysis(tuple(upstream["models"]), tuple(entry.name for entry in parameters.analyses))
+    names = tuple(entry.name for entry in parameters.analyses)
+    for name in names:
+        _refuse_meaningless(name, upstream)
+    return PromisedAnalysis(tuple(upstream["models"]), names)
+
+
+def _refuse_meaningless(name: str, upstream: Mapping[str, Any]) -> None:
+    """Refuse an analysis that has nothing to say of this data or these models."""
+    data = upstream["dataset"]
+    if name == "modular" and isinstance(data, PromisedText | PromisedImages | PromisedNumbers):
+        pairs = (
+            isinstance(data, PromisedNumbers) and data.classes is not None and data.inputs in (None, 2 * data.classes)
+        )
+        if not pairs:
+            raise UserError(
+                "analyses: `modular` is for pairs of numbers and their sums, and the data set holds other samples",
+                "use a data set of `shard_numbers` with `source: {kind: modular}`",
+            )
+    if name == "width":
+        for label, model in upstream["models"].items():
+            if isinstance(model, PromisedModel):
+                refuse_width(f"inputs.models.{label}", model.architecture, model.settings)
 
 
 @stage(
+    cpu_only=True,
     check=check,
     promise=promise,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from polytrope.models import find_architecture
 from polytrope.models.activations import describe_activation
 from polytrope.models.calibration import Calibration, calibrate
+from polytrope.models.checkpoint import activation_modules
+from polytrope.models.factors import FactoredLinear
 from polytrope.models.inputs import forward
 from polytrope.models.parts.feedforward import QuadraticLinear
 from polytrope.models.surgery import Activation
@@ -43,6 +45,75 @@ class AnalysedActivation:
     inputs: InputStatistics
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The model that is analysed.
+
+    Args:
+        model: its directory, with what its training has left there.
+        network: it, in evaluation mode; not to be changed.
+        dataset: directory of the data set.
+        activations: what it has of them, first block first.
+        samples, batch_size: how many validation samples are used, and how many at a time.
+    """
+
+    model: Path
+    network: nn.Module
+    dataset: Path
+    activations: list[AnalysedActivation]
+    samples: int = 64
+    batch_size: int = 16
+
+
+def validation_batches(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs as the model takes them, and targets, of its first `samples` validation samples."""
+    reader = open_split(subject.dataset, "validation")
+    prepare = find_architecture(str(subject.network.architecture)).prepare
+    samples = min(subject.samples, len(reader))
+    for start in range(0, samples, subject.batch_size):
+        inputs, targets = read_tensors(reader, np.arange(start, min(samples, start + subject.batch_size)))
+        yield prepare(inputs), targets
+
+
+def validation_loss(network: nn.Module, subject: Subject) -> float:
+    """Of these samples, per token, image or row: of the subject's network or another one of its inputs."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for inputs, targets in validation_batches(subject):
+            losses = network(inputs, targets, reduction="none")
+            total += float(losses.double().sum())
+            count += losses.numel()
+    return total / count
+
+
+def block_outputs(subject: Subject) -> list[Tensor]:
+    """What each block gives on these samples, `[vectors, width]` float64.
+
+    A vector is that of a token or a row, and of an image the mean over its pixels.
+    """
+    found: list[list[Tensor]] = []
+
+    def keep(place: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            vectors = output.mean((-2, -1)) if output.dim() == 4 else output.flatten(0, -2)
+            found[place].append(vectors.double())
+
+        return hook
+
+    hooks = []
+    for place, block in enumerate(subject.network.blocks):  # type: ignore[arg-type]
+        found.append([])
+        hooks.append(block.register_forward_hook(keep(place)))
+    try:
+        with torch.no_grad():
+            for inputs, _ in validation_batches(subject):
+                subject.network(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [torch.cat(outputs) for outputs in found]
+
+
 def read_activations(model: nn.Module, dataset: Path, samples: int, batch_size: int) -> list[AnalysedActivation]:
     """The activations of a model of this package, first block first, with what they receive.
 
@@ -65,10 +136,12 @@ def read_activations(model: nn.Module, dataset: Path, samples: int, batch_size: 
         for name, module in model.named_modules(remove_duplicate=False)
         if name.rpartition(".")[2] == record.activation
     ]
+    if not found:
+        raise ValueError("the model has no activations to analyse: every block has feedforward: mu")
     calibrations = calibrate(model, found, batches(), forward)
     return [
-        _described(f"block {number}", model, activation, calibrations[activation.name])
-        for number, activation in enumerate(found, start=1)
+        _described(f"block {block + 1}", model, activation, calibrations[activation.name])
+        for block, activation in zip(activation_modules(model), found, strict=True)
     ]
 
 
@@ -99,7 +172,11 @@ def _linears(owner: nn.Module) -> list[nn.Linear]:
     """Of an MLP whose slope is at most their norms times the activation's; none where it multiplies inputs."""
     if getattr(owner, "gated", False) or any(isinstance(module, QuadraticLinear) for module in owner.children()):
         return []
-    return [module for module in owner.children() if isinstance(module, nn.Linear)]
+    return [
+        module.merged() if isinstance(module, FactoredLinear) else module
+        for module in owner.children()
+        if isinstance(module, nn.Linear | FactoredLinear)
+    ]
 
 
 def spectral_norm(linear: nn.Linear) -> float:

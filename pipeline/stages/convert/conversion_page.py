@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from polytrope.pipeline.data.conversion_file import ConversionRecord
 from polytrope.pipeline.support.figures import THEMES, draw_conversion, render
@@ -16,7 +17,8 @@ _TEMPLATE = Path(__file__).with_name("conversion_page.html")
 def write_page(directory: Path, conversion: ConversionRecord, title: str) -> Path:
     """Write `conversion.html` and the plots in `plots/` below `directory`; equal content gives equal bytes."""
     plots = directory / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
+    if conversion.layers:
+        plots.mkdir(parents=True, exist_ok=True)
     layers = [layer.model_dump() for layer in conversion.layers]
     advice = [entry.model_dump(exclude_unset=True) for entry in conversion.advice or []]
     numbered = [{**layer, "name": f"layer {number}"} for number, layer in enumerate(layers)]
@@ -27,7 +29,22 @@ def write_page(directory: Path, conversion: ConversionRecord, title: str) -> Pat
         (plots / f"conversion-{number}.png").write_bytes(shown["light"])
         pictures.append((f"layers {start} to {min(len(layers), start + _LAYERS_PER_PLOT) - 1}", shown))
     polynomial = None if conversion.polynomial is None else conversion.polynomial.model_dump()
-    page = render_page(_TEMPLATE, title=title, layers=layers, pictures=pictures, advice=advice, polynomial=polynomial)
+    structure = {
+        name: None if part is None else part.model_dump()
+        for name, part in (
+            ("size", conversion.size),
+            ("dropped", conversion.dropped),
+            ("factorization", conversion.factorization),
+        )
+    }
+    content: dict[str, Any] = {
+        "layers": layers,
+        "pictures": pictures,
+        "advice": advice,
+        "polynomial": polynomial,
+        **structure,
+    }
+    page = render_page(_TEMPLATE, title=title, **content)
     path = directory / "conversion.html"
     path.write_text(page, encoding="utf-8")
     return path

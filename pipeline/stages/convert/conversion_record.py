@@ -60,20 +60,21 @@ def describe(conversion: LayerConversion) -> ConvertedLayer:
 
 def record(
     conversions: Sequence[LayerConversion],
-    options: FitOptions,
+    options: FitOptions | None,
     costs: Mapping[str, float],
     left: Sequence[Left],
 ) -> ConversionRecord:
     """The whole of `conversion.json`.
 
     Args:
+        options: of the fits; None: no activation was replaced.
         costs: as of `layer_costs`; empty: not measured, so that there is no advice.
         left: as of `select_activations`.
     """
     return ConversionRecord(
         format=1,
         layers=[describe(conversion) for conversion in conversions],
-        advice=advise(conversions, costs, options) if costs else None,
+        advice=advise(conversions, costs, options) if costs and options is not None else None,
         left=[LeftActivation.model_validate(asdict(entry)) for entry in left],
     )
 

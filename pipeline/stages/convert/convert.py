@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.models import make_config
-from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, activation_configs
+from polytrope.models.configurations import (
+    CLASSICAL,
+    MODEL_KINDS,
+    NO_ACTIVATION,
+    activation_configs,
+    block_series,
+    without_blocks,
+)
+from polytrope.models.convert_options import possible_cuts
+from polytrope.models.quadratic import quadratic_feedforward
 from polytrope.pipeline.data.lineage import read_lineage, write_lineage
 from polytrope.pipeline.data.misfits import refuse_misfit
 from polytrope.pipeline.data.promised import (
@@ -47,28 +56,89 @@ def promise(
                 "transformers",
                 "leave it out",
             )
+        if isinstance(model, PromisedForeignModel) and parameters.linear is not None:
+            raise UserError(
+                f"linear: quadratic layers are for {', '.join(MODEL_KINDS)}, and the model will be a "
+                f"{model.model_type} of transformers",
+                "leave it out; GPT-2 and ConvNeXt become models of this package by the stage `import_model`",
+            )
         return model
     refuse_misfit("inputs.dataset", model, data)
     if parameters.format == "huggingface" and MODEL_KINDS[model.architecture].data == "numbers":
         raise UserError(f"format: transformers has no {model.architecture}", "leave it out")
-    config = make_config(MODEL_KINDS[model.architecture].config, model.settings)
+    if parameters.factorize is not None and parameters.format == "huggingface":
+        raise UserError(
+            f"factorize: transformers has no {model.architecture} with factored layers, and format is huggingface",
+            "leave format out",
+        )
+    smaller = _with_fewer_blocks(model, parameters)
+    config = make_config(MODEL_KINDS[model.architecture].config, model.settings if smaller is None else smaller)
     layers, numbers = parameters.layer_range(), config.layer_numbers()
     if layers is not None and (layers[0] >= numbers or sys.maxsize > layers[1] >= numbers):
         raise UserError(
             f"layers: {parameters.layers} goes beyond the last layer: the model has {numbers}, counted from 0",
             f"expected numbers from 0 to {numbers - 1}",
         )
+    known = dict(model.settings if smaller is None else smaller)
+    if parameters.linear is not None:
+        try:
+            known["feedforward"] = quadratic_feedforward(config)
+        except ValueError as error:
+            raise UserError(str(error), "leave linear out, or convert another model") from error
+    if parameters.replacement() is None:
+        return _promised(model, known if smaller is not None else None, parameters)
     blocks = len(config.activation_widths())
-    if {_name(entry) for entry in activation_configs(config.activation, blocks)} == {parameters.replacement()}:
+    names = {_name(entry) for entry in activation_configs(config.activation, blocks)} - {NO_ACTIVATION}
+    if not names:
+        raise UserError(
+            "inputs.model: the model has feedforward: mu in every block, and no activation to convert",
+            "convert a model with activations",
+        )
+    if names == {parameters.replacement()}:
         raise UserError(
             f"family: the model was trained with `{parameters.replacement()}` activations already",
             f"convert a model with a classical activation ({', '.join(CLASSICAL)})",
         )
+    # which activations it has then depends on what is found in it
+    known.pop("activation", None)
+    return _promised(model, known if smaller is not None else None, parameters)
+
+
+def _promised(
+    model: PromisedModel, settings: Mapping[str, Any] | None, parameters: ConvertParameters
+) -> AnyPromisedModel | None:
+    """The converted model; nothing is known of one whose blocks are not known."""
     if parameters.format == "huggingface":
         return PromisedForeignModel(model.architecture)
-    # which activations it has then depends on what is found in it
-    settings = {name: value for name, value in model.settings.items() if name != "activation"}
-    return replace(model, settings=settings, figures=())
+    if settings is None:
+        return None
+    # nor are ranks known before
+    known = {name: value for name, value in settings.items() if name != "factors"}
+    return replace(model, settings=known, figures=())
+
+
+def _with_fewer_blocks(model: PromisedModel, parameters: ConvertParameters) -> Mapping[str, Any] | None:
+    """The model's settings after `drop_blocks`; None where only calibration tells which blocks go, and they differ.
+
+    Raises:
+        UserError: blocks that cannot go.
+    """
+    if parameters.drop_blocks is None:
+        return model.settings
+    options = parameters.drop_blocks.options()
+    config = make_config(MODEL_KINDS[model.architecture].config, model.settings)
+    try:
+        lengths = block_series(config)
+        cuts = possible_cuts(lengths, options)
+    except ValueError as error:
+        raise UserError(str(error), "leave drop_blocks out, or drop others") from error
+    found = []
+    for row, after in cuts:
+        first = sum(lengths[:row]) + after + 1
+        changed = without_blocks(config, range(first, first + options.number))
+        sizes = {"n_layer", "depths"} & set(type(config).__dataclass_fields__)
+        found.append({name: getattr(changed, name) for name in set(model.settings) | sizes})
+    return found[0] if all(entry == found[0] for entry in found) else None
 
 
 def imports(_parameters: ConvertParameters, upstream: Mapping[str, Any]) -> dict[str, str]:
@@ -82,11 +152,12 @@ def _name(activation: Any) -> str:
     return name.rstrip("0123456789")
 
 
-@stage(promise=promise, imports=imports)
+@stage(cpu_only=True, promise=promise, imports=imports)
 def convert(
     context: StageContext, model: Artifact, dataset: Artifact, parameters: ConvertParameters
 ) -> dict[str, float]:
-    """Calibrate on training samples, fit every layer, write the converted model and `conversion.json`.
+    """Calibrate on training samples, fit every layer, write the converted model and `conversion.json`; or drop blocks,
+    put linear layers in two factors, make them quadratic.
 
     `model`: of a train or import_model stage, or a Hugging Face directory. `dataset`: of a shard, shard_images or
     shard_numbers stage, or a directory with `calibration.txt` (one text per line), `calibration.npy` (images, token
@@ -104,7 +175,7 @@ def convert(
         source = Source(
             model.path,
             lambda network: dataset_batches(network, model.path, dataset.path, parameters, context.message),
-            title=f"Conversion to {parameters.replacement()}",
+            title=f"Conversion to {parameters.title()}",
             factory=factory,
             build=None if factory is None else partial(build_module, context, factory),
         )

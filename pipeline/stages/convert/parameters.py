@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
-from polytrope.models.convert_options import check_keep, check_polynomial_only, check_weight, replacement
+from polytrope.models.convert_options import (
+    DropBlocks,
+    Factorize,
+    check_keep,
+    check_polynomial_only,
+    check_structural,
+    check_weight,
+    fits_activations,
+    read_drop_blocks,
+    read_factorize,
+    replacement,
+)
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 
 MAX_DEPTH = 16  # of `polytrope.ops.polynomial_only`, which a plan does not import
@@ -66,6 +78,110 @@ def _check_polynomial_only(value: bool, info: ValidationInfo) -> bool:
     return value
 
 
+_OF_ACTIVATIONS = (
+    *("degree", "target_error", "coverage", "derivative_weight", "constraints", "weight", "depth", "domain"),
+    *("domain_margin", "include", "exclude", "types", "layers", "rated_samples", "keep", "output_error", "ray_tasks"),
+    *("tables", "page"),
+)
+
+
+def _check_linear(value: str | None, info: ValidationInfo) -> str | None:
+    given = info.data
+    if value is None:
+        return value
+    if given.get("format") == "huggingface":
+        raise ValueError("transformers has no quadratic layers, and format is huggingface; leave format out")
+    if given.get("family") is None and not given.get("polynomial_only"):
+        for name in _OF_ACTIVATIONS:
+            default = ConvertParameters.model_fields[name].get_default(call_default_factory=True)
+            if given.get(name, default) != default:
+                raise ValueError(f"{name} is about activations, which stay as they are; leave it out, or name a family")
+    return value
+
+
+def _read_pair(value: Any) -> Any:
+    """`count=2` and `blocks=3,4` as on the command line, or a mapping."""
+    if not isinstance(value, str):
+        return value
+    name, equals, text = value.partition("=")
+    try:
+        numbers = [json.loads(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not (equals and numbers):
+        raise ValueError("expected NAME=NUMBER, such as count=2, blocks=3,4 or energy=0.999")
+    return {name.strip(): numbers if name.strip() == "blocks" else numbers[0]}
+
+
+class DropBlocksParameters(BaseModel):
+    """Which blocks go."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    count: int | None = Field(None, description="so many in a row, where the states before and after them differ least")
+    blocks: list[int] | None = Field(None, description="instead: numbers of the first and the last one, from 0")
+
+    @model_validator(mode="after")
+    def possible(self) -> DropBlocksParameters:
+        self.options()
+        return self
+
+    def options(self) -> DropBlocks:
+        """The same for the conversion."""
+        try:
+            found = read_drop_blocks(self.model_dump())
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("drop_blocks: ")) from error
+        assert found is not None
+        return found
+
+
+class FactorizeParameters(BaseModel):
+    """Which rank the factors of linear layers get."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    energy: float | None = Field(
+        None, description="the utilised rank: what holds this share of the squares of a layer's inputs or its outputs"
+    )
+    ratio: float | None = Field(None, description="the rank that makes a layer so many times smaller")
+    rank: int | None = Field(None, description="this rank in every layer")
+
+    @model_validator(mode="after")
+    def possible(self) -> FactorizeParameters:
+        self.options()
+        return self
+
+    def options(self) -> Factorize:
+        """The same for the conversion."""
+        try:
+            found = read_factorize(self.model_dump())
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("factorize: ")) from error
+        assert found is not None
+        return found
+
+
+def _check_structure(value: Any, info: ValidationInfo) -> Any:
+    """Of a field behind all others: what does not go with it."""
+    given = info.data
+    if value is None:
+        return value
+    if given.get("linear") is not None:
+        raise ValueError("linear changes the same layers; use two convert stages, one after the other")
+    if given.get("ray_tasks"):
+        raise ValueError("ray_tasks read the model as it was before; leave ray_tasks out")
+    if not fits_activations(given.get("family"), bool(given.get("polynomial_only")), structural=True):
+        check_structural(given, factors=info.field_name == "factorize" or given.get("factorize") is not None)
+        if given.get("tables"):
+            raise ValueError("tables are of new activations, and without family there are none; give family too")
+    return value
+
+
+_DropBlocks = Annotated[DropBlocksParameters | None, BeforeValidator(_read_pair), AfterValidator(_check_structure)]
+_Factorize = Annotated[FactorizeParameters | None, BeforeValidator(_read_pair), AfterValidator(_check_structure)]
+
+
 class ConvertParameters(BaseModel):
     """What replaces the activations, and how it is fitted."""
 
@@ -73,8 +189,8 @@ class ConvertParameters(BaseModel):
 
     family: Family | None = Field(
         None,
-        description="family of the new activations, hermite if not given; auto: that of the fewest parameters that "
-        "meets target_error",
+        description="family of the new activations, hermite if not given; with linear, drop_blocks or factorize, "
+        "activations stay as they are if not given; auto: that of the fewest parameters that meets target_error",
     )
     degree: int | None = Field(
         None,
@@ -173,10 +289,35 @@ class ConvertParameters(BaseModel):
     page: bool = Field(False, description="write conversion.html and plots/ as well")
     register_as: RegisteredName | None = Field(None, description="name in MLflow's model registry")
     register_alias: RegisteredAlias = Field("converted", description="alias of the registered version")
+    linear: Annotated[Literal["quadratic"] | None, AfterValidator(_check_linear)] = Field(
+        None,
+        description="what the linear layers around the activations become, with the same function at first: quadratic "
+        "ones; for models of this package",
+    )
+    factorize: _Factorize = Field(
+        None,
+        description="linear layers in two factors, where that makes them smaller; include, exclude and layers are "
+        "about them as well; activations are fitted afterwards",
+    )
+    drop_blocks: _DropBlocks = Field(
+        None,
+        description="before all else: blocks that go, with a linear map that stands for them; of a GPT-2, of one "
+        "stage of a ConvNeXt, or of a model of transformers that is built like Llama",
+    )
 
-    def replacement(self) -> str:
-        """The family of the new activations."""
+    def replacement(self) -> str | None:
+        """The family of the new activations; None where they stay as they are."""
+        structural = any(value is not None for value in (self.linear, self.drop_blocks, self.factorize))
+        if not fits_activations(self.family, self.polynomial_only, structural):
+            return None
         return replacement(self.family, self.polynomial_only)
+
+    def title(self) -> str:
+        """What becomes of the model, for people."""
+        named = {"fewer blocks": self.drop_blocks, "factored layers": self.factorize, "quadratic layers": self.linear}
+        parts = [name for name, given in named.items() if given is not None]
+        family = self.replacement()
+        return ", ".join(parts if family is None else [*parts, family])
 
     def layer_range(self) -> tuple[int, int] | None:
         """The numbers of the first and the last layer; None: all of them."""

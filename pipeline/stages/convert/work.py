@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polytrope.models import is_own
+from polytrope.models import ARCHITECTURES, is_own
 from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.conversion import fit_options
 from polytrope.models.convert import RATED_SAMPLES, convert_batches
@@ -20,6 +20,7 @@ from polytrope.models.formats import read_model, write_model
 from polytrope.models.formats.module import MODULE_FILE, Factory
 from polytrope.models.formats.onnx import Export
 from polytrope.models.inputs import Batch, forward, head, size_of
+from polytrope.models.quadratic import make_quadratic
 from polytrope.models.selection import Selection
 from polytrope.models.surgery import Activation, Choice, describe_activations
 from polytrope.models.writing import compare_outputs
@@ -27,6 +28,7 @@ from polytrope.pipeline.data.conversion_file import ConversionRecord, write_conv
 from polytrope.pipeline.stages.convert.conversion_record import record
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 from polytrope.pipeline.stages.convert.polynomials import with_polynomials
+from polytrope.pipeline.stages.convert.structure import with_structure
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Outcome:
 def convert_model(
     source: Source, parameters: ConvertParameters, output: Path | None, tell: Callable[[int, str], None]
 ) -> Outcome:
-    """Replace the activations of a model, and write it to the empty directory `output`.
+    """Replace activations, linear layers or blocks of a model, and write it to the empty directory `output`.
 
     Args:
         output: gets the model, `conversion.json`, and what else the parameters ask for; None: nothing is replaced
@@ -98,7 +100,16 @@ def convert_model(
     tell(0, f"reading {source.path}")
     model = source.read()
     batches = source.batches(model)
-    options = fit_options(**parameters.model_dump(include=set(FIT_OPTIONS)))
+    quadratic = None
+    if parameters.linear is not None:
+        tell(1, "making linear layers quadratic")
+        model, quadratic = _quadratic(model, head(batches, RATED_SAMPLES))
+    drop, factor = parameters.drop_blocks, parameters.factorize
+    if quadratic is not None and parameters.replacement() is None:
+        return _written_quadratic(model, source, parameters, output, batches, quadratic)
+    options = None
+    if parameters.replacement() is not None:
+        options = fit_options(**parameters.model_dump(include=set(FIT_OPTIONS)))
     choice = Choice(parameters.types, parameters.include, parameters.exclude, parameters.layer_range())
     measure = partial(_on_ray, source, parameters.ray_tasks) if parameters.ray_tasks else None
     made = convert_batches(
@@ -111,11 +122,16 @@ def convert_model(
         rated_samples=parameters.rated_samples,
         keep=parameters.keep,
         output_error=parameters.output_error,
+        drop=None if drop is None else drop.options(),
+        factor=None if factor is None else factor.options(),
     )
     costs = {entry.name: entry.cost for entry in made.activations if entry.cost is not None}
     written = record(made.layers, options, costs, made.left)
     if made.polynomials is not None:
         written = with_polynomials(written, made.polynomials)
+    written = with_structure(written, made)
+    if quadratic is not None:
+        written = written.model_copy(update={"quadratic": quadratic})
     if output is None:
         return Outcome(written, made.samples)
     tell(2, "writing the model, and reading it back")
@@ -127,6 +143,47 @@ def convert_model(
         write_page(output, written, source.title)
     calibrations = {entry.name: entry.calibration for entry in made.layers}
     return _write_extras(model, parameters, output, Outcome(written, made.samples), calibrations, made.rated)
+
+
+def _quadratic(model: nn.Module, inputs: Batch) -> tuple[nn.Module, list[str]]:
+    """The model with quadratic layers, whose outputs are the same numbers, and the names of these layers.
+
+    Raises:
+        ValueError: a model of others, one that has no quadratic form, or outputs that are not the same.
+    """
+    if not is_own(model):
+        raise ValueError(
+            f"linear: quadratic layers are for {', '.join(ARCHITECTURES)}, and this is a {type(model).__name__}"
+        )
+    made, names = make_quadratic(model)
+    with torch.no_grad():
+        before, after = forward(model, inputs), forward(made, inputs)
+    if not torch.equal(before, after):
+        off = float((after - before).abs().max())
+        raise ValueError(
+            f"linear: the model with quadratic layers computes something else, off by {off:.3g}: the square of a "
+            "number that a layer takes is not finite"
+        )
+    return made, names
+
+
+def _written_quadratic(
+    model: nn.Module,
+    source: Source,
+    parameters: ConvertParameters,
+    output: Path | None,
+    batches: Sequence[Batch],
+    names: list[str],
+) -> Outcome:
+    """What became of a model whose activations stay."""
+    written = ConversionRecord(format=1, layers=[], quadratic=names)
+    outcome = Outcome(written, sum(map(size_of, batches)))
+    if output is None:
+        return outcome
+    inputs = head(batches, RATED_SAMPLES)
+    _write_model(model, source, parameters, output, inputs)
+    write_conversion(output, written)
+    return _write_extras(model, parameters, output, outcome, {}, inputs)
 
 
 def export_model(source: Source, parameters: ConvertParameters, output: Path) -> Outcome:

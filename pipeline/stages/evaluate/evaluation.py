@@ -18,7 +18,7 @@ from polytrope.models import find_architecture
 from polytrope.models.activations import describe_activation
 from polytrope.models.checkpoint import load_model, read_description
 from polytrope.models.domains import describe_outside, watching
-from polytrope.pipeline.data.description import Dataset, read_dataset
+from polytrope.pipeline.data.description import UNITS, Dataset, read_dataset
 from polytrope.pipeline.data.evaluation_file import (
     EVALUATION_FILE,
     CertifiedDomain,
@@ -189,7 +189,7 @@ class Evaluator:
         self.parameters, self.samples = parameters, samples
         self.device = granted_device(context)
         self.reader = open_split(dataset.path, "validation")
-        self.unit = {"text": "tokens", "images": "images", "numbers": "rows"}[description.kind]
+        self.unit = UNITS[description.kind]
         self.tokenizer: Tokenizer | None = None
         self.byte_lengths: np.ndarray | None = None
         self.classes: int | None = None  # of samples, not of tokens

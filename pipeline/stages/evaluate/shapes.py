@@ -19,7 +19,7 @@ _SUBSAMPLE = 200_000  # values per layer and pass from which quantiles are taken
 
 def named_activations(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of the activation of each block, first block first."""
-    return [(f"block {number}", module) for number, module in enumerate(activation_modules(model), start=1)]
+    return [(f"block {number + 1}", module) for number, module in activation_modules(model).items()]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from polytrope.models import find_architecture
 from polytrope.models.checkpoint import load_model
-from polytrope.pipeline.data.description import read_dataset
+from polytrope.pipeline.data.description import UNITS, read_dataset
 from polytrope.pipeline.data.model_inputs import read_tensors
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.speed_file import SPEED_FILE, Speed, SpeedProtocol, write_speed
@@ -57,7 +57,7 @@ def measure_models(
             context.progress((number + 1) * len(timers) + index, (parameters.rounds + 1) * len(timers), label)
             timer.measure(keep=number >= 0)
     results = {label: timer.figures() for label, timer in timers.items()}
-    unit = {"text": "tokens", "images": "images", "numbers": "rows"}[read_dataset(dataset.path).kind]
+    unit = UNITS[read_dataset(dataset.path).kind]
     protocol = {**parameters.model_dump(), "device": device.type, "unit": unit, "units": units_of(batch)}
     left_out = {"failures": failures} if failures else {}
     speed = Speed(format=1, protocol=SpeedProtocol.model_validate(protocol), models=results, **left_out)

@@ -22,6 +22,7 @@ from polytrope.models.circuit import (
     with_reciprocals,
 )
 from polytrope.models.domains import Seen, describe_outside, watching
+from polytrope.models.factors import merge_factors
 from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.ring_graph import RingGraph, count, evaluate, read_ring_graph
 from polytrope.models.gpt2 import GPT2
@@ -74,6 +75,7 @@ def write_circuit_of(
     for split, part in description.splits.items():
         if part.samples < 1:
             raise UserError(f"the dataset of `{dataset.stage}` has no {split} samples", "use a larger corpus")
+    merge_factors(model)  # one matrix in place of two is one level less
     try:
         refuse_other_parts(model, divisions=True)
         with_divisions(model)
@@ -96,7 +98,8 @@ def _export(
     indices = sample_indices(0, 0, samples, len(training))
     calibration = [inputs for inputs, _ in _batches(training, indices, parameters.batch_size)]
     divided = {f"{number}": reciprocal_of(block) for number, block in enumerate(model.blocks)}
-    activated = {f"{number}": activation_of(block) for number, block in enumerate(model.blocks)}
+    activations = ((f"{number}", activation_of(block)) for number, block in enumerate(model.blocks))
+    activated = {number: activation for number, activation in activations if activation is not None}
     denominators = _ranges(model, divided, calibration)
     inputs = _ranges(model, activated, calibration)
     first = calibration[0][:1]

@@ -25,12 +25,9 @@ _NEEDED = {  # field of the model: the part that is a polynomial, and how it is 
 
 
 def promise(
-    _parameters: ExportCircuitParameters, upstream: Mapping[str, Any], resources: Resources, _directory: Path
+    _parameters: ExportCircuitParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
 ) -> PromisedModel | None:
-    """The model with polynomials for divisions; refuses one with parts that are none, data it cannot take, and a GPU,
-    which nothing would use."""
-    if resources.gpus:
-        raise UserError("resources.gpus: `export_circuit` computes on the CPU", "leave it out")
+    """The model with polynomials for divisions; refuses one with parts that are none, and data it cannot take."""
     model = expect("inputs.model", upstream["model"], PromisedModel)
     refuse_misfit("inputs.dataset", model, expect_data("inputs.dataset", upstream["dataset"]))
     if model is None:
@@ -44,8 +41,14 @@ def promise(
     for field, (name, way) in _NEEDED.items():
         for other in sorted(found[field] - {name}):
             raise UserError(
-                f"inputs.model: the model has {field}: {other}, which is not made of sums and products",
+                f"inputs.model: the model has {field}: {other}, of which no circuit is written",
                 f"train it with {way}",
+            )
+    for part in config.feedforward_settings():
+        if (what := part.no_ring_operation) is not None:
+            raise UserError(
+                f"inputs.model: the model has feedforward: {part.name}, where {what} is no sum or product",
+                "train it with feedforward: mlp, gated, quadratic or mu without layer norm",
             )
     if "activation" in model.settings:  # after a conversion, what they are is not known
         for entry in activation_configs(config.activation, config.n_layer):
@@ -61,7 +64,7 @@ def promise(
     return replace(model, settings={**model.settings, "attention": attention}, figures=())
 
 
-@stage(promise=promise)
+@stage(cpu_only=True, promise=promise)
 def export_circuit(
     context: StageContext, model: Artifact, dataset: Artifact, parameters: ExportCircuitParameters
 ) -> dict[str, float]:

@@ -10,8 +10,14 @@ class ReciprocalParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    degree: int = Field(7, ge=1, le=128, description="of the Chebyshev polynomial")
-    newton: int = Field(1, ge=0, le=8, description="steps of Newton's iteration after it, each of depth 2")
+    degree: int = Field(31, ge=1, le=128, description="of the Chebyshev polynomial, of depth log2 of it, rounded up")
+    newton: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="steps of Newton's iteration after it: each squares the error, as twice the degree does, for a "
+        "depth of 2 instead of 1 and fewer products",
+    )
     margin: float = Field(
         2.0,
         gt=1,

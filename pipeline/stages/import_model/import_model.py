@@ -83,7 +83,7 @@ def imports(parameters: ImportModelParameters, _upstream: Mapping[str, Any]) -> 
     return {} if parameters.factory is None else {"factory": parameters.factory}
 
 
-@stage(promise=promise, fingerprint=fingerprint, imports=imports)
+@stage(cpu_only=True, promise=promise, fingerprint=fingerprint, imports=imports)
 def import_model(context: StageContext, parameters: ImportModelParameters) -> dict[str, float]:
     """Read a checkpoint whole, or refuse it by name, and write the model as the other stages read it.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from polytrope.pipeline.data.analysis_file import Analysis
 from polytrope.pipeline.data.conversion_file import ConversionRecord, read_conversion
+from polytrope.pipeline.data.description import UNITS
 from polytrope.pipeline.data.evaluation_file import EvaluatedModel, Evaluation
 from polytrope.pipeline.data.lineage import Lineage, read_lineage
 from polytrope.pipeline.data.speed_file import Speed
@@ -100,7 +101,7 @@ def loss_unit(figures: Mapping[str, Any]) -> str:
 
 def unit_of(figures: Mapping[str, Any]) -> str:
     """What is scored."""
-    return {"text": "token", "images": "image", "numbers": "row"}[figures["kind"]]
+    return UNITS[figures["kind"]].removesuffix("s")
 
 
 def predicts_numbers(figures: Mapping[str, Any]) -> bool:

@@ -142,10 +142,11 @@ def _analysis_drawings(
 ) -> dict[str, Callable[[plots.Theme], Any]]:
     """Of all models, or of the first repeat of each group."""
     shown = _representatives(analysis.models, summary, parameters)
-    spectra, maps = analysis.spectra(), analysis.variance_maps()
+    spectra, maps, accuracies = analysis.spectra(), analysis.variance_maps(), analysis.accuracies()
     return plots.analysis_drawings(
         {name: spectra[label] for name, label in shown.items() if label in spectra},
         {name: maps[label] for name, label in shown.items() if label in maps},
+        {name: accuracies[label] for name, label in shown.items() if label in accuracies},
     )
 
 

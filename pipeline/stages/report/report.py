@@ -61,7 +61,7 @@ def promise(parameters: ReportParameters, upstream: Mapping[str, Any], _resource
                 raise UserError(f"labels.{label}: the evaluation has no such label", suggest(label, evaluation.labels))
 
 
-@stage(check=check, promise=promise)
+@stage(cpu_only=True, check=check, promise=promise)
 def report(
     context: StageContext,
     evaluation: Artifact,

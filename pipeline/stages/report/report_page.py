@@ -177,6 +177,28 @@ _ANALYSIS = {  # figure → heading
     "signal/largest_mlp_bound": "bound of an MLP",
     "kernel/mean_frequency": "mean frequency of a layer",
     "kernel/network_mean_frequency": "of all layers",
+    "modular/train_accuracy": "training pairs right",
+    "modular/test_accuracy": "other pairs right",
+    "modular/memorised_step": "99 % of the first at step",
+    "modular/generalised_step": "of the others",
+    "modular/concentration": "Fourier concentration",
+    "modular/effective_frequencies": "frequencies in use",
+    "modular/margin_share": "share of the best margin",
+    "modular/kernel_drift": "drift of the tangent kernel",
+    "width/slope": "slope of the kernel's variance",
+    "width/slope_error": "its standard error",
+    "features/last_dimension": "dimension of the last block",
+    "features/utilisation": "utilised rank / width",
+    "features/largest_condition": "largest condition number",
+    "features/complexity": "complexity of the last block",
+    "merging/loss": "loss before merging",
+    **{
+        f"merging/{figure}_{distance:g}": f"{heading}, merged below {distance:g}"
+        for distance in (0.0, 0.25, 0.5, 0.75, 1.0)
+        for figure, heading in (("share", "units left"), ("loss", "loss"))
+    },
+    "arithmetic/loss": "loss, exact products",
+    "arithmetic/piecewise_loss": "loss, piecewise affine products",
 }
 
 

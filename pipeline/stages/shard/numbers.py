@@ -97,6 +97,11 @@ class FileSource(BaseModel):
     classes: int | None = Field(
         None, ge=2, description="y is one of so many classes, 0, 1, …; default: y is numbers to predict"
     )
+    transform: Literal["yeo_johnson"] | None = Field(
+        None,
+        description="power transform that makes every column of x, and of y unless it is a class, as normal as it can: "
+        "mean 0 and variance 1 over the training rows",
+    )
 
 
 NumbersSource = Annotated[HierarchicalSource | ModularSource | CircleSource | FileSource, Field(discriminator="kind")]

@@ -51,7 +51,7 @@ def _map_on_ray(context: StageContext, function: Callable[[Item], Result], items
     import ray
 
     resources = context.resources
-    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_retries": 2}
+    options: dict[str, Any] = {"num_cpus": resources.cpus, "max_retries": 2}
     if resources.memory:
         options["memory"] = resources.memory
     task = ray.remote(**options)(function)

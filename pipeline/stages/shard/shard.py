@@ -57,6 +57,7 @@ def promise(
 
 @stage(
     parallel=True,
+    cpu_only=True,
     promise=promise,
     fingerprint=fingerprint,
 )

@@ -46,6 +46,7 @@ def promise(
 
 @stage(
     parallel=True,
+    cpu_only=True,
     promise=promise,
     fingerprint=fingerprint,
 )

@@ -32,6 +32,7 @@ from polytrope.pipeline.stages.shard.numbers import (
     source_digest,
     split_rows,
 )
+from polytrope.pipeline.stages.shard.numbers_transform import fit_transform
 from polytrope.pipeline.stages.shard.parameters import ShardNumbersParameters
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def promise(
     return PromisedNumbers(*sizes(parameters.source))
 
 
-@stage(parallel=True, promise=promise, fingerprint=fingerprint)
+@stage(parallel=True, cpu_only=True, promise=promise, fingerprint=fingerprint)
 def shard_numbers(context: StageContext, parameters: ShardNumbersParameters) -> dict[str, float]:
     """Compute or read rows of numbers and pack them into webdataset tar shards with a manifest."""
     source = parameters.source
@@ -68,7 +69,11 @@ def shard_numbers(context: StageContext, parameters: ShardNumbersParameters) -> 
         if not len(rows):
             total = sum(len(part) for part in splits.values())
             raise UserError(f"source: {total} rows, none for the {name} split", "give more rows")
-    described, digests = {}, ""
+    transform = None
+    if isinstance(source, FileSource) and source.transform is not None:
+        assert table is not None
+        transform = fit_transform(source, table, splits["train"])
+    described, digests = {}, "" if transform is None else transform.model_dump_json()
     for name, rows in splits.items():
         described[name], shard_digests = _write_split(context, name, rows, table, sample, parameters)
         digests += shard_digests
@@ -79,6 +84,7 @@ def shard_numbers(context: StageContext, parameters: ShardNumbersParameters) -> 
         classes=classes,
         splits=described,
         digest=hashlib.sha256(digests.encode()).hexdigest(),
+        transform=transform,
     )
     write_dataset(context.output, dataset)
     profile = {name: dict(split) for name, split in described.items()}

@@ -75,6 +75,8 @@ class SweepParameters(BaseModel):
                 raise ValueError(f"`{name}` has no values")
             if isinstance(values, list):
                 for place, value in enumerate(values):
+                    if isinstance(value, float) and not math.isfinite(value):
+                        raise ValueError(f"`{name}` has a value that is not finite: {value}")
                     if value in values[:place]:  # a trial's value would not tell which of them it is
                         raise ValueError(f"`{name}` has equal values: {values[values.index(value)]} and {value}")
         return ranges

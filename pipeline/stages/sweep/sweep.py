@@ -22,7 +22,7 @@ import copy
 import importlib.util
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from polytrope.pipeline.data.training_file import figure_names, figure_of_training
 from polytrope.pipeline.errors import UserError
@@ -56,7 +56,8 @@ def check(parameters: SweepParameters, _upstream: Mapping[str, Any]) -> None:
         if first not in model.model_fields and model.model_config.get("extra") != "allow":
             field = f"ranges.{name}" if name in parameters.ranges else "halving.parameter"
             raise UserError(f"{field}: stage `{uses}` has no parameter `{first}`", suggest(first, model.model_fields))
-    figures = {*figure_names("text"), *figure_names("images"), *figure_names("numbers")}
+    kinds: tuple[Literal["text", "images", "numbers"], ...] = ("text", "images", "numbers")
+    figures = {name for kind in kinds for name in figure_names(kind, fit=True)}
     if uses == "train" and parameters.metric not in figures:
         raise UserError(f"metric: a training has no figure `{parameters.metric}`", suggest(parameters.metric, figures))
     if parameters.sampler == "tpe" and importlib.util.find_spec("optuna") is None:
@@ -91,7 +92,7 @@ def returned_later(parameters: NextRoundParameters) -> tuple[Places, dict[str, A
     return {(): ()}, {name: _trial(parameters.sweep, parameters.number, values) for name, values in trials}
 
 
-@stage(check=check, returns=returned)
+@stage(cpu_only=True, check=check, returns=returned)
 def sweep(context: StageContext, parameters: SweepParameters) -> Stages:
     """Draw the trials' parameters and return them as stages, with the rounds that follow, `best` and `overview`."""
     trials = _first_trials(parameters)
@@ -136,7 +137,7 @@ def _stages(parameters: SweepParameters, trials: Mapping[str, dict[str, Value]])
     return stages
 
 
-@stage(returns=returned_later)
+@stage(cpu_only=True, returns=returned_later)
 def next_round(context: StageContext, models: dict[str, Artifact], parameters: NextRoundParameters) -> Stages:
     """Choose the best trials of the round before and return them with a larger budget, trained from the start."""
     sweep, number = parameters.sweep, parameters.number
@@ -162,7 +163,7 @@ def drawn_later(parameters: DrawParameters) -> tuple[Places, dict[str, Any]]:
     }
 
 
-@stage(returns=drawn_later)
+@stage(cpu_only=True, returns=drawn_later)
 def draw_batch(
     context: StageContext, models: dict[str, Artifact], draws: dict[str, Artifact], parameters: DrawParameters
 ) -> Stages:
@@ -179,7 +180,7 @@ def draw_batch(
     return Stages({name: _trial(sweep, 0, given) for name, given in drawn.items()}, {"trials": len(drawn)})
 
 
-@stage()
+@stage(cpu_only=True)
 def overview(
     context: StageContext, models: dict[str, Artifact], draws: dict[str, Artifact], parameters: OverviewParameters
 ) -> dict[str, float]:

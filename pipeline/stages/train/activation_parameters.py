@@ -6,25 +6,13 @@ A test compares them with the modules of `polytrope.ops`, which import it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    GetJsonSchemaHandler,
-    PlainSerializer,
-    Tag,
-    WrapValidator,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from polytrope.models.configurations import CLASSICAL
+from polytrope.models.configurations import FIXED
+from polytrope.pipeline.stages.train.entries import per_layer
+from polytrope.pipeline.support.short_form import ShortForm
 
 # What a learnable activation may start as: functions to imitate, and what its family has beside them.
 IMITATED = (
@@ -39,15 +27,17 @@ if TYPE_CHECKING:
     Start = str
     PolynomialStart = str
     PublishedStart = str
+    FourierStart = str
     PublishedPolynomialStart = str
     ClassicalName = str
 else:
-    ClassicalName = Literal[CLASSICAL]
+    ClassicalName = Literal[FIXED]
     AnyStart = Literal["variance_preserving", "stable", "torchortho", *IMITATED]
     Imitated = Literal[IMITATED]
     Start = Literal[_STARTS]
     PolynomialStart = Literal["variance_preserving", "stable", *IMITATED]
     PublishedStart = Literal["variance_preserving", "torchortho", *IMITATED]
+    FourierStart = Literal["variance_preserving", "siren", "torchortho", *IMITATED]
     PublishedPolynomialStart = Literal["variance_preserving", "stable", "torchortho", *IMITATED]
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -125,7 +115,15 @@ class _Fourier(_Tailed):
     name: Literal["fourier"]
     degree: int = Field(5, ge=1, le=16, description="1…16")
     harmonic: bool = Field(False, description="one learnable frequency and its multiples")
-    init: PublishedStart = Field("variance_preserving", description="how it starts")
+    init: FourierStart = Field(
+        "variance_preserving", description="how it starts; siren: as sin(30 x), with the weights of an mlp to match"
+    )
+
+    @model_validator(mode="after")
+    def _one_sine(self) -> _Fourier:
+        if self.init == "siren" and (self.degree != 1 or self.harmonic or self.interval is not None):
+            raise ValueError("init: siren is one sine: degree: 1, without harmonic and interval")
+        return self
 
 
 class _Tropical(_Elementwise):
@@ -216,37 +214,13 @@ def spelled_out(value: Any) -> Any:
     if not isinstance(options, dict) or not isinstance(options.get("name"), str) or "degree" in options:
         return options
     short = re.fullmatch(r"([a-z_]+?)(\d+)", options["name"])
-    if short is None or short[1] in CLASSICAL:
+    if short is None or short[1] in FIXED:
         return options
     return {**options, "name": short[1], "degree": int(short[2])}
-
-
-def _check_entry(value: Any, check: Callable[[Any], Any]) -> Any:
-    check(spelled_out(value))
-    return value  # as it was given: the defaults are the module's own
-
-
-def _check_one(value: Any, check: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict) and "layers" in value:
-        raise ValueError("`layers` stands in a list that covers every block: `[{layers: 0-5, name: gelu}, …]`")
-    return _check_entry(value, check)
-
-
-class _ShortForm:
-    """For the JSON schema: `gelu` and `hermite3` are accepted too."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        names = {"enum": [*CLASSICAL, *LEARNABLE_SETTINGS]}
-        return {"anyOf": [names, {"type": "string", "pattern": r"^[a-z_]+\d+$"}, handler(schema)]}
 
 
 if TYPE_CHECKING:
     Activation = str | dict[str, Any] | list[str | dict[str, Any]]
 else:
-    _One = Annotated[_Settings, WrapValidator(_check_one), _ShortForm()]
-    _Entry = Annotated[_Settings, WrapValidator(_check_entry), _ShortForm()]
-    Activation = Annotated[
-        Annotated[_One, Tag("one")] | Annotated[list[_Entry], Tag("list")],
-        Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "one"),
-        PlainSerializer(lambda value: value),
-    ]
+    _NAMES = {"enum": [*FIXED, *LEARNABLE_SETTINGS]}
+    Activation = per_layer(_Settings, spelled_out, ShortForm(_NAMES, {"type": "string", "pattern": r"^[a-z_]+\d+$"}))

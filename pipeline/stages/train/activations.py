@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from polytrope.models import find_architecture, make_config
-from polytrope.models.configurations import ActivationConfig, activation_configs
+from polytrope.models.configurations import NO_ACTIVATION, ActivationConfig, activation_configs
 from polytrope.ops.modules import LEARNABLE, LearnableActivation, read_activation
 
 
@@ -37,6 +37,8 @@ def apply_activation_options(architecture: str, model: dict[str, Any]) -> dict[s
 
 
 def _with_options(config: ActivationConfig, given: dict[str, Any], width: int) -> ActivationConfig:
+    if config == NO_ACTIVATION:
+        return config
     name, own = read_activation(config)
     if name not in LEARNABLE:
         return config

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from polytrope.models import make_config
-from polytrope.models.configurations import MODEL_KINDS
+from polytrope.models.configurations import MODEL_KINDS, NO_ACTIVATION
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.parameters import TrainParameters
 
@@ -25,21 +25,27 @@ def check_batch_statistics(
     """
     config = make_config(MODEL_KINDS[architecture].config, settings)
     norm = config.norm_settings()
-    if norm is None or not norm.over_batch:
+    if norm.over_batch:
+        taking = f"norm: {norm.name}"
+    elif part := next((part for part in config.feedforward_settings() if part.over_batch), None):
+        taking = f"feedforward: {part.config()}"
+    else:
         return
     if accumulation > 1:
         raise UserError(
             f"micro_batch_size: {parameters.micro_batch_size} splits the batch of a worker into {accumulation}, and "
-            f"norm: {config.norm} takes its statistics over the whole",
+            f"{taking} takes its statistics over the whole",
             "leave micro_batch_size out, or use fewer samples per batch or more workers",
         )
     if parameters.activation_checkpointing == "block":
         raise UserError(
-            f"activation_checkpointing: block would compute the statistics of norm: {config.norm} twice per step",
-            "use activation_checkpointing: mlp",
+            f"activation_checkpointing: block would compute the statistics of {taking} twice per step",
+            "leave it out"
+            if architecture == "mlp" or config.activation == NO_ACTIVATION
+            else "use activation_checkpointing: mlp",
         )
     if parameters.global_batch_size < 2:
         raise UserError(
-            f"global_batch_size: {parameters.global_batch_size} sample has no statistics for norm: {config.norm}",
+            f"global_batch_size: {parameters.global_batch_size} sample has no statistics for {taking}",
             "use at least 2",
         )

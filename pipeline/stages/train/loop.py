@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polytrope.models import build_model, find_architecture
+from polytrope.models.adapters import Adapted, AdapterSettings, adapter_parameters, add_adapters
 from polytrope.models.checkpoint import load_weights, save_model
 from polytrope.models.losses import make_loss
 from polytrope.models.parts.ranges import RangePenalty, penalise_ranges
 from polytrope.ops import kernels
-from polytrope.pipeline.data.training_file import Training, write_training
+from polytrope.pipeline.data.training_file import INITIAL, Training, write_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train.activations import apply_activation_options
@@ -35,8 +37,9 @@ from polytrope.pipeline.stages.train.deepspeed_engine import (
     unsharded_gradient_norm,
 )
 from polytrope.pipeline.stages.train.modality import Modality, make_modality
+from polytrope.pipeline.stages.train.numbers_start import start_for_rows
 from polytrope.pipeline.stages.train.optimization import coefficient_rates, learning_rate_factor, set_learning_rate
-from polytrope.pipeline.stages.train.trainable import freeze
+from polytrope.pipeline.stages.train.trainable import ADAPTERS, freeze
 from polytrope.pipeline.stages.train.training_metrics import (
     Meter,
     MetricsLog,
@@ -60,10 +63,13 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     on_cpu = device.type == "cpu"
     import_deepspeed(on_cpu, parameters.compile)
     _seed(parameters.seed)
-    model = _create_model(plan)
+    model, adapted = _create_model(plan)
     sizes = sizes_of(model)  # now: ZeRO-3 leaves nothing of most parameters here
-    frozen = {}
+    frozen, initial = {}, {}
     if rank == 0:  # which writes the model
+        if parameters.keep_initial:
+            whole = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+            initial = adapted.merged(whole)
         frozen = {name: weight.detach() for name, weight in model.named_parameters() if not weight.requires_grad}
     chosen = choose_checkpoint(context, rank, plan.workers, plan.zero_stage)
     engine = create_engine(plan, model, on_cpu, universal=chosen is not None and chosen.universal)
@@ -96,7 +102,9 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     if rank == 0:
         if 0 < progress.best_step < plan.steps:
             weights = load_best(run.best_directory, progress.best_step)
-        _write_result(plan, context.output, model, weights, sizes, progress)
+        _write_result(plan, context.output, model, adapted.merged(weights), sizes, progress)
+        if initial:
+            save_model(context.output / INITIAL, model, tokenizer=plan.dataset, weights=initial)
     dist.barrier()
     run.checkpoints.finish()
 
@@ -225,24 +233,41 @@ def validate(
 ) -> dict[str, float]:
     """`val/loss` (per token or image), and what else is measured of text or images, over the first validation samples.
 
-    The same on every rank.
+    With `fit_samples` also `fit/loss`, … over the first training samples. The same on every rank.
     """
-    samples = min(plan.parameters.validation_samples, modality.validation_samples)
-    sums: dict[str, Tensor] = {}
+    parameters = plan.parameters
+    samples = min(parameters.validation_samples, modality.validation_samples)
     module.eval()
     with torch.no_grad():
-        batches = validation_batches(modality.validation_batch, samples, rank, plan.workers, plan.micro_batch_size)
-        for (inputs, targets), counted in batches:
-            for name, value in modality.measure(
-                module, (to_model(inputs, module, device), targets.to(device)), counted
-            ).items():
-                sums[name] = sums.get(name, torch.zeros(())) + value.double().cpu()
+        values = _measure(plan, modality, module, rank, device, "val", modality.validation_batch, samples)
+        if parameters.fit_samples:
+            samples = min(parameters.fit_samples, modality.train_samples)
+            values |= _measure(plan, modality, module, rank, device, "fit", modality.train_batch, samples)
     module.train()
+    return values
+
+
+def _measure(
+    plan: TrainingPlan,
+    modality: Modality,
+    module: nn.Module,
+    rank: int,
+    device: torch.device,
+    prefix: str,
+    load: Callable[[np.ndarray], Batch],
+    samples: int,
+) -> dict[str, float]:
+    """Means over the first `samples` samples that `load` gives, named `prefix/…`."""
+    sums: dict[str, Tensor] = {}
+    for (inputs, targets), counted in validation_batches(load, samples, rank, plan.workers, plan.micro_batch_size):
+        measured = modality.measure(module, (to_model(inputs, module, device), targets.to(device)), counted)
+        for name, value in measured.items():
+            sums[name] = sums.get(name, torch.zeros(())) + value.double().cpu()
     names = sorted(sums)
     total = torch.stack([sums[name] for name in names]).to(device)
     dist.all_reduce(total)
     totals = dict(zip(names, total.tolist(), strict=True))
-    return {f"val/{name}": totals[name] / totals["count"] for name in names if name != "count"}
+    return {f"{prefix}/{name}": totals[name] / totals["count"] for name in names if name != "count"}
 
 
 def data_position(step: int, skipped: list[int]) -> int:
@@ -284,33 +309,43 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _create_model(plan: TrainingPlan) -> nn.Module:
+def _create_model(plan: TrainingPlan) -> tuple[nn.Module, Adapted]:
     try:
         model = build_model(plan.architecture, apply_activation_options(plan.architecture, plan.model))
         if plan.initial is not None:
             from safetensors.torch import load_file
 
             load_weights(model, load_file(plan.initial / "model.safetensors"))
+        elif find_architecture(plan.architecture).data == "numbers":
+            start_for_rows(model, plan.dataset)
         if plan.parameters.range_penalty is not None:
-            penalise_ranges(model, RangePenalty(**plan.parameters.range_penalty.model_dump()))
+            penalise_ranges(model, RangePenalty(**plan.parameters.range_penalty.numbers()))
     except (ValueError, TypeError) as error:
         raise UserError(f"the model cannot be built: {error}", "see `with: model:` of this stage") from error
     model.train()
     model.set_activation_checkpointing(plan.parameters.activation_checkpointing)  # type: ignore[operator]
     if plan.parameters.loss is not None:
         model.training_loss = make_loss(**plan.parameters.loss.model_dump())  # type: ignore[assignment]
-    if plan.parameters.trainable is not None:
-        freeze(model, plan.architecture, plan.parameters.trainable)
+    adapted = Adapted()
+    if (adapters := plan.parameters.adapters) is not None:
+        try:
+            adapted = add_adapters(model, AdapterSettings(**adapters.model_dump()))
+        except ValueError as error:
+            raise UserError(str(error), "see `with: adapters:` of this stage") from error
+    learning = plan.parameters.trainable or (None if adapters is None else [ADAPTERS])
+    if learning is not None:
+        freeze(model, plan.architecture, learning)
     if plan.parameters.augmentation is not None:
         model.label_smoothing = plan.parameters.augmentation.label_smoothing  # type: ignore[assignment]
-    return model
+    return model, adapted
 
 
 def sizes_of(model: nn.Module) -> dict[str, int]:
-    """How large the model is: `parameters`, and `trainable_parameters` where not all learn."""
-    number = sum(weight.numel() for weight in model.parameters())
+    """How large the model is: `parameters`, without adapters, and `trainable_parameters` where not all learn."""
+    added = adapter_parameters(model)
+    number = sum(weight.numel() for weight in model.parameters()) - sum(weight.numel() for weight in added)
     learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    return {"parameters": number} | ({"trainable_parameters": learning} if learning < number else {})
+    return {"parameters": number} | ({"trainable_parameters": learning} if added or learning < number else {})
 
 
 def _train_step(
@@ -360,7 +395,7 @@ def _write_result(
     for entry in progress.history:
         if progress.best_step and entry["step"] > progress.best_step:
             break  # `result: best`: the figures are those of the weights
-        final.update({name: value for name, value in entry.items() if name.startswith(("train/", "val/"))})
+        final.update({name: value for name, value in entry.items() if name.startswith(("train/", "val/", "fit/"))})
     samples = plan.steps * plan.parameters.global_batch_size
     summary = {
         "format": 1,

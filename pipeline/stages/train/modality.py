@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models import find_architecture
+from polytrope.pipeline.data.description import UNITS
 from polytrope.pipeline.data.order import sample_indices
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.stages.train.augment import augment, mix
@@ -24,14 +25,16 @@ class Modality:
 
     Args:
         train_step: the micro-batches of a global batch of the stream, by its number.
-        validation_batch: validation samples by index.
-        validation_samples: how many there are.
-        measure: sums over a validation batch, by metric name, of the first `counted` samples.
+        train_batch, validation_batch: samples by index, none of them augmented.
+        train_samples, validation_samples: how many there are.
+        measure: sums over such a batch, by metric name, of the first `counted` samples.
         unit: what throughput counts: `tokens`, `images` or `rows`.
         flops_per_unit: floating-point operations of forward and backward per token, image or row, for MFU.
     """
 
     train_step: Callable[[int], list[Batch]]
+    train_batch: Callable[[np.ndarray], Batch]
+    train_samples: int
     validation_batch: Callable[[np.ndarray], Batch]
     validation_samples: int
     measure: Callable[[nn.Module, Batch, int], dict[str, Tensor]]
@@ -42,7 +45,8 @@ class Modality:
 def make_modality(plan: TrainingPlan, rank: int, pin: bool) -> Modality:
     """What fits the architecture. `pin`: put batches into page-locked memory, for asynchronous copies."""
     train, validation = open_split(plan.dataset, "train"), open_split(plan.dataset, "validation")
-    data = _DATA[find_architecture(plan.architecture).data]
+    kind = find_architecture(plan.architecture).data
+    data = _DATA[kind]
 
     def train_step(batch: int) -> list[Batch]:
         size = plan.parameters.global_batch_size
@@ -58,10 +62,12 @@ def make_modality(plan: TrainingPlan, rank: int, pin: bool) -> Modality:
 
     return Modality(
         train_step=train_step,
+        train_batch=lambda indices: data.load(train, indices, plan, None),
+        train_samples=plan.train_samples,
         validation_batch=lambda indices: data.load(validation, indices, plan, None),
         validation_samples=len(validation),
         measure=data.measure,
-        unit=data.unit,
+        unit=UNITS[kind],
         flops_per_unit=lambda model: data.flops(model, train),
     )
 
@@ -73,7 +79,6 @@ class _Data:
 
     load: Callable[[Any, np.ndarray, TrainingPlan, np.ndarray | None], Batch]
     measure: Callable[[nn.Module, Batch, int], dict[str, Tensor]]
-    unit: str
     flops: Callable[[Any, Any], float]
 
 
@@ -129,12 +134,11 @@ def _measure_numbers(model: nn.Module, batch: Batch, counted: int) -> dict[str, 
 
 # By what an architecture takes.
 _DATA: dict[str, _Data] = {
-    "text": _Data(_load_text, _measure_text, "tokens", lambda model, _: float(model.flops_per_token())),
+    "text": _Data(_load_text, _measure_text, lambda model, _: float(model.flops_per_token())),
     "images": _Data(
         _load_images,
         _measure_images,
-        "images",
         lambda model, reader: float(model.flops_per_image(*reader.fields["pixels"].shape[1:])),
     ),
-    "numbers": _Data(_load_numbers, _measure_numbers, "rows", lambda model, _: float(model.flops_per_row())),
+    "numbers": _Data(_load_numbers, _measure_numbers, lambda model, _: float(model.flops_per_row())),
 }

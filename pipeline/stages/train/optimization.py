@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from polytrope.pipeline.stages.train.parameters import TrainParameters
-from polytrope.pipeline.stages.train.trainable import COEFFICIENTS, MULTIPLICATIVE
+from polytrope.pipeline.stages.train.trainable import ADAPTERS, COEFFICIENTS, MULTIPLICATIVE
 
 MULTIPLICATIVE_SHARE = 0.1  # of the base rate
 
 
 def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, layer scales, activation coefficients and multiplicative parameters do not.
+    """Matrices decay; norms, biases, layer scales, adapters, activation coefficients and multiplicative parameters not.
 
     The last two have their own rates: what multiplies inputs by inputs learns at `MULTIPLICATIVE_SHARE` of the base
     rate where `multiplicative_learning_rate` does not say.
@@ -24,6 +24,7 @@ def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict
     of the base rate that `coefficient_multiple` says: `coefficients_x10`; parameters without a model are those of
     fine-tuning. `peak` is a group's peak learning rate; the schedule scales it.
     """
+    from polytrope.models.adapters import adapter_parameters
     from polytrope.models.parts.feedforward import multiplicative_parameters
     from polytrope.ops import is_learnable_activation
     from polytrope.pipeline.stages.train.coefficient_rates import coefficient_multiple
@@ -43,6 +44,9 @@ def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict
         peak = parameters.multiplicative_learning_rate
         peaks[MULTIPLICATIVE] = MULTIPLICATIVE_SHARE * parameters.learning_rate if peak is None else peak
         group_of |= {id(parameter): MULTIPLICATIVE for parameter in multiplicative}
+    if adapters := adapter_parameters(model):
+        peaks[ADAPTERS] = parameters.learning_rate
+        group_of |= {id(parameter): ADAPTERS for parameter in adapters}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in peaks}
     for parameter in model.parameters():  # names a tied parameter once
         if parameter.requires_grad:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
-from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, activation_configs
+from polytrope.models.configurations import FIXED, MODEL_KINDS, NO_ACTIVATION, activation_configs, all_parts
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.activation_parameters import (
@@ -17,8 +17,14 @@ from polytrope.pipeline.stages.train.activation_parameters import (
     Interval,
     spelled_out,
 )
-from polytrope.pipeline.stages.train.part_parameters import Attention, FeedForward, Norm
-from polytrope.pipeline.stages.train.trainable import COEFFICIENTS, MULTIPLICATIVE, check_entry
+from polytrope.pipeline.stages.train.part_parameters import Attention, FeedForward, Mixer, Norm
+from polytrope.pipeline.stages.train.trainable import (
+    ADAPTERS,
+    COEFFICIENTS,
+    MULTIPLICATIVE,
+    MULTIPLICATIVE_PARTS,
+    check_entry,
+)
 
 if TYPE_CHECKING:
     ArchitectureName = str
@@ -63,13 +69,21 @@ class ModelParameters(BaseModel):
     )
     attention: Attention | None = Field(
         None,
-        description="gpt2: softmax (the default) or power, or {name, options}; a list as for activation",
+        description="gpt2: softmax (the default), power or polynomial_mixer, or {name, options}; a list as for "
+        "activation",
     )
-    norm: Norm | None = Field(None, description="layer_norm (the default) or batch")
+    norm: Norm | None = Field(
+        None, description="layer_norm (the default) or batch; of an mlp: none (the default), layer_norm or batch"
+    )
     feedforward: FeedForward | None = Field(
         None,
-        description="the layers around each activation: mlp (the default), gated or quadratic; of an mlp: dense (the "
-        "default) or quadratic; or {name, options}; a list as for activation",
+        description="the layers around each activation: mlp (the default), gated, quadratic, pade or mu; of an mlp: "
+        "dense (the default), quadratic, pade, kan or pi; or {name, options}; a list as for activation",
+    )
+    mixer: Mixer | None = Field(
+        None,
+        description="convnext: depthwise (the default), max_plus or padre, or {name, options}; a list as for "
+        "activation",
     )
     n_layer: int | None = Field(None, ge=1, description="gpt2: number of blocks")
     n_head: int | None = Field(None, ge=1, description="gpt2: attention heads")
@@ -95,6 +109,12 @@ class ModelParameters(BaseModel):
     loss: Literal["mse", "cross_entropy"] | None = Field(
         None, description="mlp: mse of numbers or cross_entropy of classes; default: what the dataset has"
     )
+    output_scale: float | None = Field(
+        None,
+        gt=0,
+        description="mlp: multiplies its outputs, and the training loss is divided by its square; default: 1. The "
+        "larger, the nearer the weights stay to their start",
+    )
 
     def settings(self) -> dict[str, Any]:
         """Fields of the architecture's configuration that are given, those of the preset below them."""
@@ -116,7 +136,8 @@ class ModelParameters(BaseModel):
         known = kind.config.__dataclass_fields__
         for name in self.model_fields_set - {"architecture", "preset", "activation_options"}:
             if name not in known and getattr(self, name) is not None:
-                raise ValueError(f"{name}: a {self.architecture} has no such setting; there are {', '.join(known)}")
+                settable = ", ".join(field for field in known if field in type(self).model_fields)
+                raise ValueError(f"{name}: a {self.architecture} has no such setting; there are {settable}")
         widths = make_config(kind.config, self.settings()).activation_widths()
         for entry, width in zip(self.activations(), widths, strict=True):
             groups = entry.get("num_parameters", 1)
@@ -169,15 +190,54 @@ class RangePenaltyParameters(BaseModel):
     activation: float = Field(
         1.0, ge=0, description="weight of the mean of max(|x| - beyond, 0)², over inputs x of activations"
     )
-    beyond: float = Field(4.0, gt=0, description="where inputs of activations begin to cost")
-    denominator: float = Field(
-        0.1, ge=0, description="weight of the mean of (ln d)², over the denominators d of attention: power"
+    beyond: float | None = Field(None, gt=0, description="where inputs of activations begin to cost; default: 4")
+    denominator: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the mean of (ln d)², over the denominators d of attention: power; default: 0.1 where "
+        "the model has that",
     )
 
     @model_validator(mode="after")
     def penalises(self) -> RangePenaltyParameters:
-        if not self.activation and not self.denominator:
+        if self.activation == self.denominator == 0:
             raise ValueError("activation and denominator are both 0: leave range_penalty out")
+        if self.activation == 0 and self.beyond is not None:
+            raise ValueError("beyond: activation is 0, so that no input costs anything: leave it out")
+        return self
+
+    def numbers(self) -> dict[str, float]:
+        """All of them, with the defaults of those that are not given."""
+        return {
+            "activation": self.activation,
+            "beyond": 4.0 if self.beyond is None else self.beyond,
+            "denominator": 0.1 if self.denominator is None else self.denominator,
+        }
+
+
+class AdaptersParameters(BaseModel):
+    """What learns beside frozen linear layers, and becomes part of their weights at the end."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: Literal["householder", "spectral", "lora"] = Field(
+        description="householder: reflections of the inputs, which keep sizes; spectral: changes of the largest "
+        "singular vectors; lora: a product of two narrow matrices"
+    )
+    rank: int = Field(ge=1, description="reflections (an even number), singular vectors, or columns, of each layer")
+    relaxed: bool = Field(False, description="householder: pairs I - uuᵀ + vvᵀ, which need not keep sizes")
+    layers: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="patterns of names of linear layers, such as transformer.h.*.mlp.*; default: all",
+    )
+
+    @model_validator(mode="after")
+    def possible(self) -> AdaptersParameters:
+        if self.name == "householder" and self.rank % 2:
+            raise ValueError(f"rank: householder vectors come in pairs that start as nothing, got {self.rank}")
+        if self.name != "householder" and self.relaxed:
+            raise ValueError(f"relaxed: only householder has it, this is {self.name}")
         return self
 
 
@@ -196,6 +256,10 @@ class TrainParameters(BaseModel):
         None,
         description="added to the training loss, summed over the blocks: keeps inputs of activations and denominators "
         "of attention in a range; validation has none",
+    )
+    adapters: AdaptersParameters | None = Field(
+        None,
+        description="with an `initial` input: few numbers learn for its frozen linear layers, {name: lora, rank: 4}",
     )
     trainable: list[Annotated[str, AfterValidator(check_entry)]] | None = Field(
         None,
@@ -220,8 +284,8 @@ class TrainParameters(BaseModel):
     multiplicative_learning_rate: float | None = Field(
         None,
         ge=0,
-        description="peak learning rate of what multiplies inputs by inputs (feedforward: quadratic); default: a tenth "
-        "of learning_rate",
+        description="peak learning rate of what multiplies inputs by inputs (`trainable: [multiplicative]`); default: "
+        "a tenth of learning_rate",
     )
     minimum_learning_rate: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of the peak")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up before the cosine")
@@ -245,6 +309,12 @@ class TrainParameters(BaseModel):
     log_every: int = Field(10, ge=1, description="steps between logged training metrics")
     validation_every: int = Field(100, ge=0, description="steps between validations, 0: only at the end")
     validation_samples: int = Field(128, ge=1, description="validation samples per validation (the first ones)")
+    fit_samples: int = Field(
+        0,
+        ge=0,
+        description="training samples (the first ones) that every validation measures too, as fit/loss and "
+        "fit/accuracy; 0: none",
+    )
     checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints, 0: none")
     keep_checkpoints: int = Field(2, ge=1, description="newest valid checkpoints to keep")
     asynchronous_checkpoints: bool = Field(
@@ -252,6 +322,11 @@ class TrainParameters(BaseModel):
     )
     result: Literal["last", "best"] = Field(
         "last", description="the weights that become the model: the last, or those of the lowest validation loss"
+    )
+    keep_initial: bool = Field(
+        False,
+        description="the model before the first step is kept beside the result, in `initial/`: what `analyze` measures "
+        "the drift of the tangent kernel from",
     )
     deepspeed: dict[str, Any] | str | None = Field(
         None,
@@ -303,13 +378,21 @@ class TrainParameters(BaseModel):
             )
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
+        if self.adapters is not None and self.model is not None:
+            raise ValueError("adapters: they fine-tune an `initial` input, and this model begins from nothing")
+        if self.adapters is not None and ADAPTERS not in (self.trainable or [ADAPTERS]):
+            raise ValueError(f"trainable: with adapters name {ADAPTERS} too, or leave it out: then they alone learn")
+        if self.adapters is not None and self.peak_flops is not None:
+            raise ValueError("peak_flops: MFU counts the gradients of all weights; leave it out with `adapters`")
+        if self.adapters is None and ADAPTERS in (self.trainable or []):
+            raise ValueError(f"trainable: {ADAPTERS}: there are none; say which under `adapters:`")
         if self.trainable is not None and self.peak_flops is not None:
             raise ValueError("peak_flops: MFU counts the gradients of all weights; leave it out with `trainable`")
         if self.model is not None:
             self.refuse_unheeded(self.model.architecture, self.model.settings())
         if self.model is not None and COEFFICIENTS in (self.trainable or ()):
             names = {entry["name"] for entry in self.model.activations()}
-            if names <= set(CLASSICAL):
+            if names <= {*FIXED, NO_ACTIVATION}:
                 raise ValueError(
                     f"trainable: {COEFFICIENTS}: {', '.join(sorted(names))} has none; choose a learnable activation"
                 )
@@ -325,18 +408,25 @@ class TrainParameters(BaseModel):
             ValueError: naming the parameter.
         """
         config, trainable = make_config(MODEL_KINDS[architecture].config, settings), self.trainable or []
-        if not any(part.multiplicative for part in config.feedforward_settings()):
+        if not any(part.multiplicative for part in all_parts(config)):
             if self.multiplicative_learning_rate is not None:
-                raise ValueError("multiplicative_learning_rate: only for a model with feedforward: quadratic")
+                raise ValueError(f"multiplicative_learning_rate: only for a model with {MULTIPLICATIVE_PARTS}")
             if MULTIPLICATIVE in trainable:
-                raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with feedforward: quadratic has them")
-        elsewhere = {name for kind in MODEL_KINDS.values() for name in kind.groups}
-        for name in trainable:
-            if name in elsewhere - MODEL_KINDS[architecture].groups.keys():
-                raise ValueError(f"trainable: {name}: the architecture {architecture} has none")
-        divides = architecture == "gpt2" and any(part.fixed_weights for part in config.attention_settings())
-        if self.range_penalty is not None and not self.range_penalty.activation and not divides:
-            raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
+                raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with {MULTIPLICATIVE_PARTS} has them")
+        if "norms" in trainable and config.norm_settings().name == "none":
+            raise ValueError("trainable: norms: the model has none (norm: none)")
+        if self.activation_checkpointing == "mlp" and config.activation == NO_ACTIVATION:
+            raise ValueError("activation_checkpointing: mlp computes activations again, and the model has none")
+        divides = architecture == "gpt2" and any(part.divides for part in config.attention_settings())
+        if self.range_penalty is not None and not divides:
+            if self.range_penalty.denominator:
+                raise ValueError("range_penalty.denominator: only attention: power has denominators; leave it out")
+            if not self.range_penalty.activation:
+                raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
+            if config.activation == NO_ACTIVATION:
+                raise ValueError(
+                    "range_penalty: the model has no activations, and only attention: power has denominators"
+                )
 
 
 def check_heeded(architecture: str, settings: Mapping[str, Any], parameters: TrainParameters) -> None:

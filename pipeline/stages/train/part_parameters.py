@@ -1,4 +1,4 @@
-"""`attention`, `norm` and `feedforward` of the `train` stage's model: `polytrope.models.parts`, by `name`."""
+"""`attention`, `norm`, `feedforward` and `mixer` of the `train` stage's model: `polytrope.models.parts`, by `name`."""
 
 from __future__ import annotations
 
@@ -8,22 +8,11 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    GetJsonSchemaHandler,
-    PlainSerializer,
-    Tag,
-    WrapValidator,
-    create_model,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, create_model, model_validator
 
 from polytrope.models.parts.settings import PARTS, Part, read_part
+from polytrope.pipeline.stages.train.entries import one_entry, per_layer
+from polytrope.pipeline.support.short_form import ShortForm
 
 
 def _model(place: str, kind: type[Part]) -> type[BaseModel]:
@@ -51,45 +40,23 @@ def _model(place: str, kind: type[Part]) -> type[BaseModel]:
     return create_model(kind.__name__, __config__=strict, __doc__=kind.__doc__, __validators__=checks, **described)
 
 
-def _check_entry(value: Any, check: Callable[[Any], Any]) -> Any:
-    check({"name": value} if isinstance(value, str) else value)
-    return value  # as it was given
-
-
-def _check_one(value: Any, check: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict) and "layers" in value:
-        raise ValueError("`layers` stands in a list that covers every block: `[{layers: 0-5, name: …}, …]`")
-    return _check_entry(value, check)
-
-
-class _ShortForm:
-    """For the JSON schema: a name alone is accepted too."""
-
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {"anyOf": [{"enum": self.names}, handler(schema)]}
-
-
-def _one(place: str, check: Callable[[Any, Callable[[Any], Any]], Any]) -> Any:
+def _entry(place: str) -> tuple[Any, Callable[[Any], Any], ShortForm]:
+    """Its settings, what makes a mapping of a name, and the names."""
     union = functools.reduce(operator.or_, (_model(place, kind) for kind in PARTS[place].values()))
-    return Annotated[union, Field(discriminator="name"), WrapValidator(check), _ShortForm(list(PARTS[place]))]
 
+    def spelled_out(value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
-def _per_layer(place: str) -> Any:
-    return Annotated[
-        Annotated[_one(place, _check_one), Tag("one")] | Annotated[list[_one(place, _check_entry)], Tag("list")],  # type: ignore[misc]
-        Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "one"),
-        PlainSerializer(lambda value: value),
-    ]
+    return Annotated[union, Field(discriminator="name")], spelled_out, ShortForm({"enum": list(PARTS[place])})
 
 
 if TYPE_CHECKING:
     Attention = str | dict[str, Any] | list[str | dict[str, Any]]
     Norm = str | dict[str, Any]
     FeedForward = str | dict[str, Any] | list[str | dict[str, Any]]
+    Mixer = str | dict[str, Any] | list[str | dict[str, Any]]
 else:
-    Attention = _per_layer("attention")
-    Norm = Annotated[_one("norm", _check_entry), PlainSerializer(lambda value: value)]
-    FeedForward = _per_layer("feedforward")
+    Attention = per_layer(*_entry("attention"))
+    Norm = Annotated[one_entry(*_entry("norm")), PlainSerializer(lambda value: value)]
+    FeedForward = per_layer(*_entry("feedforward"))
+    Mixer = per_layer(*_entry("mixer"))

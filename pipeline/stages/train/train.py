@@ -62,7 +62,8 @@ def promise(
     trained = model if data is None else model.trained_on(data)
     check_of_numbers(trained.architecture, trained.settings, parameters)
     kind = MODEL_KINDS[model.architecture].data
-    return replace(trained, figures=figure_names(kind, predicts_numbers=predicts_numbers(trained.settings)))
+    names = figure_names(kind, predicts_numbers=predicts_numbers(trained.settings), fit=parameters.fit_samples > 0)
+    return replace(trained, figures=names)
 
 
 def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:

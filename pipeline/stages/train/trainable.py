@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from polytrope.models.configurations import MODEL_KINDS
+from polytrope.models.parts.settings import PARTS
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.text import suggest
 
@@ -14,15 +15,24 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Found by the modules they belong to.
+ADAPTERS = "adapters"
 COEFFICIENTS = "coefficients"
 MULTIPLICATIVE = "multiplicative"
-GROUPS = (COEFFICIENTS, MULTIPLICATIVE, *sorted({name for kind in MODEL_KINDS.values() for name in kind.groups}))
+MULTIPLICATIVE_PARTS = " or ".join(
+    f"{place}: {name}" for place, kinds in PARTS.items() for name, kind in kinds.items() if kind.multiplicative
+)
+GROUPS = (
+    ADAPTERS,
+    COEFFICIENTS,
+    MULTIPLICATIVE,
+    *sorted({name for kind in MODEL_KINDS.values() for name in kind.groups}),
+)
 
 
 # Why a model may have none of a group.
 _WITHOUT = {
     COEFFICIENTS: "its activations have no coefficients",
-    MULTIPLICATIVE: "layers of `feedforward: quadratic` have them",
+    MULTIPLICATIVE: f"models with {MULTIPLICATIVE_PARTS} have them",
 }
 
 
@@ -67,9 +77,12 @@ def freeze(model: nn.Module, architecture: str, trainable: Sequence[str]) -> Non
 
 
 def _parameters_of(entry: str, model: nn.Module, architecture: str) -> set[int]:
+    from polytrope.models.adapters import adapter_parameters
     from polytrope.models.parts.feedforward import multiplicative_parameters
     from polytrope.ops import is_learnable_activation
 
+    if entry == ADAPTERS:
+        return {id(parameter) for parameter in adapter_parameters(model)}
     if entry == MULTIPLICATIVE:
         return {id(parameter) for parameter in multiplicative_parameters(model)}
     if entry == COEFFICIENTS:

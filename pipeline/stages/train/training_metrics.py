@@ -136,7 +136,7 @@ def watch_activations(model: nn.Module, into: dict[str, float]) -> Iterator[None
 
     Costs three reductions per layer, in the steps where it is on; the values are of this rank's last micro-batch.
     """
-    modules = {str(index): module for index, module in enumerate(activation_modules(model))}
+    modules = {str(block): module for block, module in activation_modules(model).items()}
     seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def hook(name: str) -> Any:

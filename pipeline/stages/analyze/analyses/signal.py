@@ -38,7 +38,7 @@ def analyse_signal(activations: Sequence[AnalysedActivation], _options: SignalOp
 
 def _layer(entry: AnalysedActivation) -> SignalLayer:
     figures: dict[str, object] = {}
-    missing = None
+    missing: list[str] = []
     try:
         curve, _ = curve_of(entry.module, entry.inputs.minimum, entry.inputs.maximum)
         value, slope = curve(entry.points)
@@ -50,16 +50,16 @@ def _layer(entry: AnalysedActivation) -> SignalLayer:
         if _holds_beyond(entry):
             figures["symmetry"] = _symmetry(entry)
     except ValueError as error:
-        missing = str(error)
+        missing.append(str(error))
     try:
         if getattr(entry.module, "domain", None) is None:
             found = moments(entry.module)
             figures["standard"] = MomentFigures(value=found.value, derivative=found.derivative, slope=found.slope)
         figures["variance_map"] = _variance_curve(entry)
     except ValueError as error:
-        missing = missing or str(error)
-    if missing is not None:
-        figures["missing"] = missing
+        missing.append(str(error))
+    if missing:
+        figures["missing"] = "; ".join(dict.fromkeys(missing))
     return SignalLayer.model_validate(
         {"name": entry.name, "activation": entry.title, "inputs": entry.inputs, **figures}
     )

@@ -1,0 +1,324 @@
+"""Linear layers in two factors where that makes them smaller, chosen by what comes out of them on calibration data.
+
+(Garg et al., Revealing the Utilized Rank of Subspaces of Learning in Neural Networks, 2024; ratios as in Guo et al.,
+PELA: Learning Parameter-Efficient Models with Low-Rank Approximation, 2023.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polytrope.models.convert_options import Factorize
+from polytrope.models.factors import FactoredLinear
+from polytrope.models.inputs import head, tensors_of, vectors
+from polytrope.models.modes import measuring
+from polytrope.models.surgery import Choice, is_of_a_head, replace_module
+
+ENERGY = 0.999  # of which the utilised rank is told where the options name none
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class FactoredLayer:
+    """One layer.
+
+    Args:
+        name: of its module.
+        inputs, outputs: numbers of channels.
+        input_rank, output_rank: directions that hold the share `energy` of the squares of its inputs, of its outputs.
+        rank: of its factors.
+        relative_error: of its outputs without bias on the calibration data: root mean square, relative to theirs.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    input_rank: int
+    output_rank: int
+    rank: int
+    relative_error: float
+
+    @property
+    def utilised_rank(self) -> int:
+        """As many directions as the data make use of."""
+        return min(self.input_rank, self.output_rank)
+
+
+@dataclass(frozen=True)
+class UnfactoredLayer:
+    """A linear layer that stays as it is, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Factorization:
+    """What became of all linear layers.
+
+    Args:
+        energy: share of the squares that the ranks of inputs and outputs are of.
+        layers: in two factors now.
+        left: as they were.
+    """
+
+    energy: float
+    layers: tuple[FactoredLayer, ...]
+    left: tuple[UnfactoredLayer, ...]
+
+    def rows(self) -> list[list[str]]:
+        """A table for people of what is in two factors, its head first."""
+        table = [["linear layer", "size", "utilised rank", "rank", "outputs off by"]]
+        table += [
+            [
+                layer.name,
+                f"{layer.inputs} → {layer.outputs}",
+                str(layer.utilised_rank),
+                str(layer.rank),
+                f"{layer.relative_error:.2e}",
+            ]
+            for layer in self.layers
+        ]
+        return table
+
+
+def utilised_rank(squares: Tensor, energy: float) -> int:
+    """The smallest number of directions that holds a share of the energy.
+
+    Args:
+        squares: of the singular values, ascending `[n]` float64.
+    """
+    largest = squares.flip(0).clamp(min=0.0).cumsum(0)
+    if not float(largest[-1]) > 0:
+        return 0
+    return min(len(squares), 1 + int((largest < energy * largest[-1]).sum()))
+
+
+def ratio_rank(inputs: int, outputs: int, ratio: float) -> int:
+    """The largest rank whose factors have at most 1 / ratio of the numbers of the whole matrix."""
+    return int(inputs * outputs / (ratio * (inputs + outputs)))
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """What goes through a layer: squares of singular values, ascending, float64.
+
+    Args:
+        inputs: `[inputs]`.
+        outputs: `[min(inputs, outputs)]`.
+        directions: of the outputs, `[outputs, min(inputs, outputs)]`, in the order of their squares.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    directions: Tensor
+
+
+def measure_spectra(weight: Tensor, gram: Tensor) -> Spectra:
+    """Of inputs X and outputs X Wᵀ; the smaller of the two sides decides the cost.
+
+    Args:
+        weight: W `[outputs, inputs]` float64.
+        gram: XᵀX `[inputs, inputs]` float64.
+    """
+    if weight.shape[0] <= weight.shape[1]:
+        squares, directions = torch.linalg.eigh(weight @ gram @ weight.T)
+        return Spectra(torch.linalg.eigvalsh(gram), squares.clamp(min=0.0), directions)
+    seen, axes = torch.linalg.eigh(gram)
+    directions, values, _ = torch.linalg.svd(weight @ (axes * seen.clamp(min=0.0).sqrt()), full_matrices=False)
+    return Spectra(seen, values.square().flip(0), directions.flip(1))
+
+
+def factor_layers(
+    model: nn.Module,
+    batches: Sequence[Any],
+    options: Factorize,
+    choice: Choice,
+    forward: Forward,
+    *,
+    walk: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> Factorization:
+    """Put two factors in the places of linear layers of `model`, in place; measured and solved in float64.
+
+    Args:
+        batches: calibration data; positions that an `attention_mask` hides do not count.
+        choice: which layers, by the patterns and numbers in their names; heads, poolers and weights that modules share
+            stay.
+        walk: gives the batches, and may say how far it is.
+
+    Raises:
+        ValueError: no layer becomes smaller.
+    """
+    linears, left = _candidates(model, choice)
+    few = head(batches, 8)
+    calls = _count_calls(model, linears, few, forward)
+    grams = _measure_inputs(model, linears, batches, forward, walk)
+    layers = []
+    for name, linear in linears.items():
+        if name not in grams:
+            left[name] = "the calibration data never reaches it"
+            continue
+        made = _factored(name, linear, grams.pop(name), options)
+        if isinstance(made, str):
+            left[name] = made
+            continue
+        described, factored = made
+        replace_module(model, name, factored)
+        layers.append(described)
+    if not layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:4])
+        said = reasons or "it has none"
+        raise ValueError(f"factorize: no linear layer of {type(model).__name__} becomes smaller ({said})")
+    _check_calls(model, calls, [layer.name for layer in layers], few, forward)
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    rest = [UnfactoredLayer(name, left[name]) for name in sorted(left, key=order.__getitem__)]
+    return Factorization(_energy(options), tuple(layers), tuple(rest))
+
+
+def _energy(options: Factorize) -> float:
+    return ENERGY if options.energy is None else options.energy
+
+
+def _candidates(model: nn.Module, choice: Choice) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """The layers that are meant, and why the others stay."""
+    choice = replace(choice, types=())
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    linears: dict[str, nn.Linear] = {}
+    left: dict[str, str] = {}
+    factored: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, FactoredLinear):
+            factored.append(f"{name}.")
+            left[name] = f"in two factors of rank {module.rank} already"
+        if type(module) is not nn.Linear or name.startswith(tuple(factored)):
+            continue
+        reason = choice.reason_to_stay(name, [], "part of a pooler or a head" if is_of_a_head(name) else None)
+        if reason is None and holders[id(module.weight)] > 1:
+            reason = "another module has the same weight"
+        if reason is None:
+            linears[name] = module
+        else:
+            left[name] = reason
+    return linears, left
+
+
+def _measure_inputs(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    batches: Sequence[Any],
+    forward: Forward,
+    walk: Callable[[Sequence[Any]], Iterable[Any]],
+) -> dict[str, Tensor]:
+    """XᵀX of the inputs of every layer that is called, `[inputs, inputs]` float64."""
+    grams: dict[str, Tensor] = {}
+    last: tuple[Tensor, int, Tensor] | None = None  # queries, keys and values have the same inputs
+
+    def hook(name: str, batch: Any) -> Callable[..., None]:
+        def seen(_module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+            nonlocal last
+            x = next(tensors_of((*inputs, *keywords.values())))
+            if last is None or last[0] is not x or last[1] != x._version:
+                rows = vectors(x, batch)
+                last = (x, x._version, (rows.T @ rows).cpu())
+            grams[name] = grams[name] + last[2] if name in grams else last[2]
+
+        return seen
+
+    with measuring(model):
+        for batch in walk(batches):
+            handles = [
+                linear.register_forward_pre_hook(hook(name, batch), with_kwargs=True)
+                for name, linear in linears.items()
+            ]
+            try:
+                forward(model, batch)
+            finally:
+                last = None
+                for handle in handles:
+                    handle.remove()
+    return grams
+
+
+def _count_calls(model: nn.Module, names: Iterable[str], batch: Any, forward: Forward) -> dict[str, int]:
+    """How often a forward pass calls each module."""
+    counts = dict.fromkeys(names, 0)
+
+    def hook(name: str) -> Callable[..., None]:
+        def seen(*_arguments: Any) -> None:
+            counts[name] += 1
+
+        return seen
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in counts]
+    try:
+        with measuring(model):
+            forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def _check_calls(
+    model: nn.Module, before: Mapping[str, int], names: Sequence[str], batch: Any, forward: Forward
+) -> None:
+    """Refuse factors that the model does not use, or not as often as the layers before.
+
+    Raises:
+        ValueError: the first of them.
+    """
+    try:
+        after = _count_calls(model, names, batch, forward)
+    except AttributeError as error:
+        raise ValueError(
+            f"factorize: {type(model).__name__} reaches into its linear layers instead of calling them ({error}); "
+            "leave those out by name: exclude"
+        ) from error
+    for name in names:
+        if after[name] != before[name]:
+            raise ValueError(
+                f"factorize: `{name}` was called {before[name]} times, its factors are called {after[name]} times; "
+                "something else computes the old layer. Leave it out by name: exclude"
+            )
+
+
+def _factored(
+    name: str, linear: nn.Linear, gram: Tensor, options: Factorize
+) -> tuple[FactoredLayer, FactoredLinear] | str:
+    """The factors, or why there are none."""
+    if not bool(gram.isfinite().all()):
+        return "it receives numbers that are not finite"
+    weight = linear.weight.detach().double().cpu()
+    outputs, inputs = weight.shape
+    spectra = measure_spectra(weight, gram)
+    input_rank, output_rank = (utilised_rank(part, _energy(options)) for part in (spectra.inputs, spectra.outputs))
+    if min(input_rank, output_rank) == 0:
+        return "its outputs are all 0 on the calibration data"
+    rank = min(input_rank, output_rank)
+    if options.rank is not None:
+        rank = options.rank
+    elif options.ratio is not None:
+        rank = ratio_rank(inputs, outputs, options.ratio)
+    if rank < 1 or rank * (inputs + outputs) >= inputs * outputs:
+        return f"{inputs} → {outputs} of rank {rank} would be no smaller"
+    # U Uᵀ W with the first directions U of the outputs is, of all matrices of this rank, the one whose outputs are the
+    # nearest to W's (Eckart & Young, 1936). A projection of the inputs as well could only take more away.
+    directions = spectra.directions[:, -rank:]
+    factored = FactoredLinear(inputs, outputs, rank, bias=linear.bias is not None)
+    factored.to(linear.weight.device, linear.weight.dtype)
+    with torch.no_grad():
+        factored.inner.weight.copy_(directions.T @ weight)
+        factored.outer.weight.copy_(directions)
+        if linear.bias is not None:
+            factored.outer.bias.copy_(linear.bias)
+    lost = float(spectra.outputs[:-rank].sum() / spectra.outputs.sum())
+    described = FactoredLayer(name, inputs, outputs, input_rank, output_rank, rank, lost**0.5)
+    return described, factored.train(linear.training)

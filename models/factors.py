@@ -1,0 +1,89 @@
+"""Linear layers in two factors, and how a model that has some is built again from their ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from polytrope.models.surgery import replace_module
+
+
+class FactoredLinear(nn.Module):
+    """B (A x) + b: a linear layer `[…, inputs]` to `[…, outputs]` whose weight B A has at most the rank of A.
+
+    Args:
+        inputs, outputs: numbers of channels.
+        rank: rows of A and columns of B.
+        bias: b is there.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = inputs, outputs, rank
+        self.inner = nn.Linear(inputs, rank, bias=False)
+        self.outer = nn.Linear(rank, outputs, bias=bias)
+
+    def forward(self, input: Tensor) -> Tensor:  # as nn.Linear calls it
+        projected: Tensor = self.outer(self.inner(input))
+        return projected
+
+    def merged(self) -> nn.Linear:
+        """The same layer with one matrix B A, multiplied in float64 and rounded to the dtype of the factors."""
+        inner, outer = self.inner.weight, self.outer.weight
+        whole = nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.outer.bias is not None,
+            device=outer.device,
+            dtype=outer.dtype,
+        )
+        whole.weight.data = (outer.detach().double() @ inner.detach().double()).to(outer.dtype)
+        if self.outer.bias is not None:
+            whole.bias.data = self.outer.bias.detach().clone()
+        return whole
+
+
+def describe_factors(model: nn.Module) -> dict[str, int]:
+    """The rank of every factored layer, by its name: what `restore_factors` needs."""
+    return {name: module.rank for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+
+
+def restore_factors(model: nn.Module, ranks: Mapping[str, int]) -> None:
+    """Put factors of these ranks, freshly initialised, in the places of linear layers; their weights come with the
+    model's.
+
+    Raises:
+        ValueError: a name the model does not have, a layer that is not linear, a rank that it cannot have.
+    """
+    for name, rank in ranks.items():
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"factors: {type(model).__name__} has no module `{name}`") from None
+        if type(layer) is not nn.Linear:
+            raise ValueError(f"factors: `{name}` is a {type(layer).__name__}, not an nn.Linear")
+        if not 1 <= rank <= min(layer.in_features, layer.out_features):
+            raise ValueError(
+                f"factors: `{name}` of {layer.in_features} → {layer.out_features} cannot have rank {rank}; expected 1 "
+                f"to {min(layer.in_features, layer.out_features)}"
+            )
+        factored = FactoredLinear(layer.in_features, layer.out_features, rank, bias=layer.bias is not None)
+        replace_module(model, name, factored.to(layer.weight.dtype))
+
+
+def merge_factors(model: nn.Module) -> None:
+    """Put one matrix in the place of every two factors: the same function but for rounding."""
+    for name in describe_factors(model):
+        factored = model.get_submodule(name)
+        assert isinstance(factored, FactoredLinear)
+        replace_module(model, name, factored.merged())
+
+
+def saved_products(module: nn.Module) -> int:
+    """Multiply-adds per vector that the factors in `module` need less than whole matrices would."""
+    return sum(
+        part.in_features * part.out_features - part.rank * (part.in_features + part.out_features)
+        for part in module.modules()
+        if isinstance(part, FactoredLinear)
+    )

@@ -1,0 +1,119 @@
+"""What the blocks of a network give: its dimension, the rank in use, and from where on the last features are there.
+
+The dimension is TwoNN (Facco, d'Errico, Rodriguez, Laio, Estimating the intrinsic dimension of datasets by a minimal
+neighborhood information, 2017). How much a block tells of the last one is linear predictive information (Xu, Zhao,
+Song, Stewart, Ermon, A theory of usable information under computational constraints, 2020), as feature complexity sums
+it over the layers (Fel et al., Understanding Visual Feature Reliance through the Lens of Complexity, 2024; the sum of
+unexplained shares is ours: it has no infinity at the last block).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polytrope.pipeline.data.analysis_file import FeatureFigures, FeatureLayer
+from polytrope.pipeline.stages.analyze.parameters import FeaturesOptions
+from polytrope.pipeline.stages.analyze.subject import Subject, block_outputs
+
+_RIDGE = 1e-6  # times the mean variance of the features
+_SINGULAR = 1e-13  # an eigenvalue below this share of the largest is rounding
+
+
+def analyse_features(subject: Subject, options: FeaturesOptions) -> FeatureFigures:
+    """One pass over the samples; a Gram matrix and the distances between `neighbours` vectors per block: seconds."""
+    outputs = block_outputs(subject)
+    missing: list[str] = []
+    last = outputs[-1]
+    layers = []
+    for number, vectors in enumerate(outputs, start=1):
+        name = f"block {number}"
+        told: tuple[float, float] | None = None
+        if number < len(outputs):
+            if len(vectors) < 4 * vectors.size(1):
+                missing.append(
+                    f"{name}: {len(vectors)} vectors are too few to tell how much {vectors.size(1)} features say of "
+                    "the last block; raise `samples`"
+                )
+            else:
+                told = linear_information(vectors, last)
+        dimension = intrinsic_dimension(vectors, options.neighbours)
+        if dimension is None:
+            missing.append(f"{name}: fewer than three different vectors have no dimension")
+        rank = utilised_rank(vectors, options.energy)
+        layers.append(
+            FeatureLayer(
+                name=name,
+                vectors=len(vectors),
+                width=vectors.size(1),
+                dimension=dimension,
+                rank=rank,
+                utilisation=rank / vectors.size(1),
+                condition=condition_number(vectors),
+                information=None if told is None else told[0],
+                unexplained=None if told is None else told[1],
+            )
+        )
+    shares = [layer.unexplained for layer in layers[:-1] if layer.unexplained is not None]
+    complete = len(shares) == len(layers) - 1 > 0
+    return FeatureFigures(layers=layers, complexity=sum(shares) / len(shares) if complete else None, missing=missing)
+
+
+def intrinsic_dimension(vectors: Tensor, most: int) -> float | None:
+    """TwoNN: (N - 1) / Σ ln(r₂ / r₁), r the distances to a vector's two nearest neighbours; equal vectors count once.
+
+    Args:
+        vectors: `[n, width]` float64.
+        most: vectors, evenly spaced among them, that are compared.
+
+    Returns:
+        None where fewer than three differ.
+    """
+    different = torch.unique(vectors, dim=0)
+    if len(different) < 3:
+        return None
+    places = torch.linspace(0, len(different) - 1, min(most, len(different))).round().long()
+    chosen = different[places]
+    distances = torch.cdist(chosen, chosen, compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distances.topk(3, largest=False).values[:, 1:]
+    return (len(chosen) - 1) / float((nearest[:, 1] / nearest[:, 0]).log().sum())
+
+
+def utilised_rank(vectors: Tensor, energy: float) -> int:
+    """The smallest k whose largest singular values have this share of the sum of all squares; 0 of vectors of 0.
+
+    Args:
+        vectors: `[n, width]` float64, not centred.
+    """
+    squares = torch.linalg.eigvalsh(vectors.T @ vectors).clamp(min=0.0).flip(0)
+    total = squares.sum()
+    if not total > 0.0:
+        return 0
+    return int((squares.cumsum(0) < energy * total).sum()) + 1
+
+
+def condition_number(vectors: Tensor) -> float | None:
+    """The largest eigenvalue of the covariance by the smallest; None where this is 0."""
+    values = torch.linalg.eigvalsh(torch.cov(vectors.T).reshape(vectors.size(1), -1))
+    return float(values[-1] / values[0]) if values[0] > _SINGULAR * values[-1] else None
+
+
+def linear_information(vectors: Tensor, targets: Tensor) -> tuple[float, float]:
+    """(mean of -ln(1 - R²)/2 in nats, mean of 1 - R²) over the targets' features that are not constant.
+
+    Args:
+        vectors, targets: `[n, width]` float64 each; every second row fits the ridge regression, the others tell R². An
+            R² below 0 counts as 0.
+    """
+    fitted, asked = slice(0, None, 2), slice(1, None, 2)
+    centre, middle = vectors[fitted].mean(0), targets[fitted].mean(0)
+    x, y = vectors[fitted] - centre, targets[fitted] - middle
+    gram = x.T @ x
+    ridge = _RIDGE * float(gram.diagonal().mean())
+    weights = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), x.T @ y)
+    y = targets[asked] - middle
+    left = (y - (vectors[asked] - centre) @ weights).square().sum(0)
+    whole = (targets[asked] - targets[asked].mean(0)).square().sum(0)
+    varies = whole > 0.0
+    unexplained = (left[varies] / whole[varies]).clamp(torch.finfo(left.dtype).eps, 1.0)
+    return float(-0.5 * unexplained.log().mean()), float(unexplained.mean())
