@@ -297,13 +297,16 @@ class _Quadratic(nn.Module):
 
 
 def activation_circuit(activation: Any, low: float, high: float) -> Circuit:
-    """A polynomial activation as a circuit of logarithmic depth; its numbers are written for inputs in [low, high].
+    """A polynomial activation as a circuit of logarithmic depth; its numbers are written for inputs in [low, high], or
+    around the one input that there is.
 
     Raises:
         ValueError: of a polynomial that has no plain coefficients.
     """
     if isinstance(activation, Composition):
         return activation.circuit()
+    if high - low <= 1e-6 * max(abs(low), abs(high)):  # it is a range of nothing but rounding
+        low, high = low - 0.5, high + 0.5
     curve, _ = curve_of(activation)
     series = np.polynomial.Chebyshev.interpolate(
         lambda x: curve(x)[0], activation.polynomial_degree(), domain=[low, high]

@@ -35,7 +35,7 @@ from polytrope.models.formats import read_model
 from polytrope.models.inputs import forward
 from polytrope.models.selection import select_activations
 from polytrope.models.surgery import find_activations
-from polytrope.ops import is_learnable_activation
+from polytrope.ops import Hermite, is_learnable_activation
 from polytrope.ops.interpolate import FAMILIES
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.data.conversion_file import read_conversion
@@ -447,6 +447,20 @@ def test_parts_of_a_calibration_make_modules_of_the_same_functions(tmp_path: Pat
     summed = add(parts)
     assert names == [f"blocks.{number}.feed_forward.relu_call_1" for number in range(2)]
     assert all((summed[name].counts == whole[name].counts).all() for name in names)
+
+
+def test_distillation_sees_what_an_activation_receives_by_keyword() -> None:
+    class Keyword(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = Hermite(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.act(input=2 * x)
+            return found
+
+    model, x = Keyword(), torch.linspace(-1, 1, 9)
+    assert torch.equal(received(model, {"x": x})[model.act], 2 * x)
 
 
 def test_distillation_trains_the_coefficients_only_and_brings_the_model_closer(bert: Path, tmp_path: Path) -> None:

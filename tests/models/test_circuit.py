@@ -14,7 +14,7 @@ import torch
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
-from polytrope.models.circuit import CircuitForm, embed, refuse_other_parts, with_reciprocals
+from polytrope.models.circuit import CircuitForm, activation_circuit, embed, refuse_other_parts, with_reciprocals
 from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.ring_graph import (
     MERSENNE_61,
@@ -28,6 +28,7 @@ from polytrope.models.formats.ring_graph import (
 from polytrope.models.gpt2 import GPT2
 from polytrope.models.parts.reciprocal import PolynomialReciprocal, relative_error
 from polytrope.models.parts.settings import ReciprocalSettings
+from polytrope.ops import Hermite
 from polytrope.pipeline.stages.export_circuit.parameters import ReciprocalParameters
 
 HERMITE: dict[str, Any] = {"name": "hermite", "degree": 3, "init": "stable"}
@@ -55,6 +56,15 @@ def graph_of(model: GPT2, path: Path, positions: int) -> tuple[RingGraph, Circui
         embedded, logits = embed(model, tokens), model(tokens)
     save_onnx(path, form, [embedded], ["x"], fixed=True)
     return read_ring_graph(path), form, embedded, logits
+
+
+@pytest.mark.parametrize("x", [0.7, 0.0, -3e5])
+def test_an_activation_that_receives_one_number_alone_is_a_circuit_too(x: float) -> None:
+    activation = Hermite(3)
+    inputs = torch.tensor([x])
+    with torch.no_grad():
+        found, wanted = activation_circuit(activation, x, x).run(inputs), activation(inputs)
+    assert float(found) == pytest.approx(float(wanted), rel=1e-4)
 
 
 @pytest.mark.parametrize(

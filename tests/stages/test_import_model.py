@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import sys
@@ -330,6 +331,15 @@ def test_a_module_of_ones_own_is_imported_and_converted(project: Path) -> None:
         assert type(again.act).__name__ == "Rational"
         assert 0 < float((again(x) - model(x)).abs().max()) < 0.02
     assert result["pretrained"].metrics["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [({"rate": math.nan}, "rate: nan"), ({"sizes": [{"width": 4, "gain": -math.inf}]}, r"sizes\.0\.gain: -inf")],
+)
+def test_options_that_json_does_not_have_are_refused_by_their_names(options: dict[str, Any], where: str) -> None:
+    with pytest.raises(ValueError, match=rf"options\n.*{where} is no number that JSON has"):
+        ImportModelParameters(path="weights.pt", factory="package:function", options=options)
 
 
 def test_the_code_of_a_factory_is_in_the_keys_of_all_that_build_the_model(project: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polytrope.models.calibration import input_of
 from polytrope.models.inputs import Batch, forward
 from polytrope.models.modes import evaluation_mode
 from polytrope.models.parts.reciprocal import certified_modules
@@ -47,12 +48,12 @@ def received(model: nn.Module, batch: Batch) -> dict[LearnableActivation, Tensor
     """
     seen: dict[nn.Module, Tensor] = {}
 
-    def note(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        values = arguments[0].detach().flatten()
+    def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        values = input_of((*arguments, *keywords.values())).detach().flatten()
         seen.setdefault(module, values[:: max(1, len(values) // _INPUTS)])
 
     modules = learned_activations(model)
-    hooks = [module.register_forward_pre_hook(note) for module in modules]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     try:
         with torch.no_grad(), evaluation_mode(model):
             forward(model, batch)

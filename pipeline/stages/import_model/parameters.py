@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any
 
@@ -17,9 +18,20 @@ def _check_factory(value: str | None) -> str | None:
 def _check_options(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     if value and info.data.get("factory") is None:
         raise ValueError("they go to the factory, and there is none: give factory, or leave them out")
+    if wrong := _not_finite(value):
+        raise ValueError(f"{wrong[0]}: {wrong[1]} is no number that JSON has; give a finite one, or leave it out")
     if not _is_plain(value):
         raise ValueError("expected texts, numbers, lists, and mappings with names: they are kept in JSON")
     return value
+
+
+def _not_finite(value: Any, name: str = "") -> tuple[str, float] | None:
+    """Where NaN or infinity is, as `a.b.0`, and which; None: nowhere."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else (name, value)
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (_not_finite(entry, f"{name}.{key}" if name else str(key)) for key, entry in entries)
+    return next((each for each in found if each is not None), None)
 
 
 def _is_plain(value: Any) -> bool:
