@@ -37,7 +37,7 @@ class AdapterSettings:
 
 
 class Householder(nn.Module):
-    """x → x H, H = Π_i (I - 2 v_i v_iᵀ / ‖v_i‖²): W H keeps the rows' products W Wᵀ, and so the sizes behind it.
+    """x → x H, H = Π_i (I - 2 v_i v_iᵀ / ‖v_i‖²): W H keeps the rows' products W Wᵀ.
 
     Vectors start as equal pairs, so that H is the identity, to rounding, with gradients that are not 0. (Yuan, Liu, Xu,
     Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, 2024, starts

@@ -3,6 +3,7 @@ Expressivity and Trainability of Quadratic Networks, 2021)"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from polytrope.models.per_layer import Entry
@@ -37,23 +38,32 @@ def make_quadratic(model: nn.Module) -> tuple[nn.Module, list[str]]:
     were linear. The factors that multiply inputs by inputs are 0, so that every output is the same number.
 
     Raises:
-        ValueError: as of `quadratic_feedforward`.
+        ValueError: as of `quadratic_feedforward`, or a layer of the feedforward part that is in two factors.
     """
     import torch
 
     from polytrope.models import build_model
     from polytrope.models.checkpoint import model_config
+    from polytrope.models.factors import describe_factors, restore_factors
     from polytrope.models.parts.feedforward import QuadraticLinear
 
-    config = model_config(model) | {"feedforward": quadratic_feedforward(model.config)}
+    factors = describe_factors(model)
+    config = model_config(model) | {"feedforward": quadratic_feedforward(model.config), "factors": {}}
     with torch.random.fork_rng(devices=[]):
-        made = build_model(str(model.architecture), config)
-    made.load_state_dict(
-        {**made.state_dict(), **model.state_dict()}
-    )  # a linear layer's weight and bias keep their names
-    names = [
-        name
-        for name, module in made.named_modules()
-        if isinstance(module, QuadraticLinear) and not isinstance(model.get_submodule(name), QuadraticLinear)
-    ]
+        made: Any = build_model(str(model.architecture), config)
+        names = [
+            name
+            for name, module in made.named_modules()
+            if isinstance(module, QuadraticLinear) and not isinstance(model.get_submodule(name), QuadraticLinear)
+        ]
+        for name in names:
+            if name in factors:
+                raise ValueError(
+                    f"linear: `{name}` is in two factors, which has no quadratic form; leave linear out, or convert "
+                    "the model before it was factored"
+                )
+        restore_factors(made, factors)  # of other parts, such as attention
+    made.config = replace(made.config, factors=factors)
+    # A linear layer's weight and bias keep their names.
+    made.load_state_dict({**made.state_dict(), **model.state_dict()})
     return made.train(model.training), names

@@ -4,7 +4,8 @@ A fit that counts all inputs alike may be wrong where few of them lie, and still
 there: a unit that is always far below 0 gives nothing through a GELU, so that no training has limited its weights. To
 first order an error e(x) moves the output's square by the mean of (∂ output / ∂ activation)² e(x)², so that is what an
 input counts (second derivatives of the loss as in LeCun, Denker and Solla, "Optimal Brain Damage", 1989). It is
-measured by a backward pass of random numbers, whose squared gradients have that mean (Hutchinson, 1989).
+measured by a backward pass of random numbers, whose squared gradients have that mean (Hutchinson, "A Stochastic
+Estimator of the Trace of the Influence Matrix for Laplacian Smoothing Splines", 1989).
 """
 
 from __future__ import annotations

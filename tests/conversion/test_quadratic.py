@@ -14,6 +14,7 @@ from torch import nn
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.convert import convert as convert_activations
+from polytrope.models.factors import describe_factors
 from polytrope.models.quadratic import make_quadratic
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.data.promised import PromisedForeignModel, PromisedModel
@@ -108,6 +109,20 @@ def test_squares_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         stage(tmp_path / "a", tmp_path / "model", tmp_path / "data")
 
 
+def test_a_layer_in_two_factors_is_refused_by_name_and_others_stay_so() -> None:
+    batches = [tokens()]
+    factored = convert_activations(own_model("gpt2"), batches, factorize={"rank": 2}).model
+    with pytest.raises(
+        ValueError, match=r"linear: `transformer.h.0.mlp.c_fc` is in two factors, which has no quadratic form"
+    ):
+        make_quadratic(factored)
+    attention = convert_activations(own_model("gpt2"), batches, factorize={"rank": 2}, include=["*.attn.*"]).model
+    made, _ = make_quadratic(attention)
+    assert describe_factors(made) == describe_factors(attention) == made.config.factors
+    with torch.no_grad():
+        assert torch.equal(made(tokens()), attention(tokens()))
+
+
 def promised(settings: dict[str, Any], architecture: str = "gpt2", **parameters: Any) -> Any:
     checked = ConvertParameters.model_validate({"linear": "quadratic", **parameters})
     upstream = {"model": PromisedModel(architecture, settings), "dataset": None}
@@ -132,9 +147,15 @@ def test_what_will_be_is_known_before_anything_starts() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"degree": 4}, "degree is about activations, which stay as they are"),
-        ({"page": True}, "page is about activations"),
-        ({"constraints": ["ends"]}, "constraints is about activations"),
+        ({"degree": 4}, "degree is for new activations, and without family they stay as they are"),
+        ({"page": True}, "page: without family there are no new activations"),
+        ({"tables": True}, "tables: without family there are no new activations"),
+        ({"ray_tasks": 2}, "ray_tasks: without family there are no new activations"),
+        ({"layers": "0"}, "layers is for new activations"),
+        ({"rated_samples": 0}, "rated_samples is for new activations"),
+        ({"domain": [-1, 1]}, "domain is for polynomial_only"),
+        ({"target_error": 0.1}, "target_error is for new activations"),
+        ({"constraints": ["ends"]}, "constraints is for new activations"),
         ({"format": "huggingface", "family": "hermite"}, "transformers has no quadratic layers"),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_llama_of_transformers_gets_smaller_by_the_command(tmp_path: Path) -> 
         (["--factorize", "rank=200"], "factorize: no linear layer of GPT2 becomes smaller"),
         (["--factorize", "rank=2", "--linear", "quadratic"], "--factorize: linear changes the same layers"),
         (["--factorize", "rank=2", "--ray", "2"], "--factorize: ray_tasks read the model as it was"),
-        (["--factorize", "rank=2", "--tables"], "--factorize: tables are of new activations"),
+        (["--factorize", "rank=2", "--tables"], "--factorize: tables: without family there are no new activations"),
         (["--factorize", "rank=2", "--as-is"], "--as-is fits nothing, so --factorize means nothing"),
         (
             ["--factorize", "rank=2", "--format", "huggingface"],

@@ -78,11 +78,19 @@ def _check_polynomial_only(value: bool, info: ValidationInfo) -> bool:
     return value
 
 
-_OF_ACTIVATIONS = (
-    *("degree", "target_error", "coverage", "derivative_weight", "constraints", "weight", "depth", "domain"),
-    *("domain_margin", "include", "exclude", "types", "layers", "rated_samples", "keep", "output_error", "ray_tasks"),
-    *("tables", "page"),
-)
+def _check_activations_stay(given: dict[str, Any], *, factors: bool, beside: tuple[str, ...] = ()) -> None:
+    """Refuse what is for new activations alone where there are none.
+
+    Args:
+        factors: as of `check_structural`.
+        beside: further parameters that are.
+    """
+    if fits_activations(given.get("family"), bool(given.get("polynomial_only")), structural=True):
+        return
+    check_structural(given, factors=factors)
+    for name in (*beside, "tables"):
+        if given.get(name):
+            raise ValueError(f"{name}: without family there are no new activations, which it is about; give family too")
 
 
 def _check_linear(value: str | None, info: ValidationInfo) -> str | None:
@@ -91,11 +99,7 @@ def _check_linear(value: str | None, info: ValidationInfo) -> str | None:
         return value
     if given.get("format") == "huggingface":
         raise ValueError("transformers has no quadratic layers, and format is huggingface; leave format out")
-    if given.get("family") is None and not given.get("polynomial_only"):
-        for name in _OF_ACTIVATIONS:
-            default = ConvertParameters.model_fields[name].get_default(call_default_factory=True)
-            if given.get(name, default) != default:
-                raise ValueError(f"{name} is about activations, which stay as they are; leave it out, or name a family")
+    _check_activations_stay(given, factors=False, beside=("ray_tasks", "page"))
     return value
 
 
@@ -171,10 +175,8 @@ def _check_structure(value: Any, info: ValidationInfo) -> Any:
         raise ValueError("linear changes the same layers; use two convert stages, one after the other")
     if given.get("ray_tasks"):
         raise ValueError("ray_tasks read the model as it was before; leave ray_tasks out")
-    if not fits_activations(given.get("family"), bool(given.get("polynomial_only")), structural=True):
-        check_structural(given, factors=info.field_name == "factorize" or given.get("factorize") is not None)
-        if given.get("tables"):
-            raise ValueError("tables are of new activations, and without family there are none; give family too")
+    factors = info.field_name == "factorize" or given.get("factorize") is not None
+    _check_activations_stay(given, factors=factors)
     return value
 
 
