@@ -176,11 +176,13 @@ class Adapted:
     layers: tuple[str, ...] = ()
     settings: AdapterSettings | None = None
 
-    def merged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def merged(self, weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Weights of the model without adapters that computes the same; in float64, then in the dtype of each weight.
 
         Args:
             weights: of the model with adapters, whole, by name.
+            model: it, whose buffers are those that the adapters learned with: singular vectors computed again, on
+                another machine, may be others.
         """
         own = tuple(f"{layer}.adapter." for layer in self.layers)
         result = {name: tensor for name, tensor in weights.items() if not name.startswith(own)}
@@ -191,6 +193,8 @@ class Adapted:
                 adapter: Any = ADAPTERS[self.settings.name](weight.double(), self.settings).double()
                 for name, parameter in adapter.named_parameters():
                     parameter.copy_(weights[prefix + name])
+                for name, buffer in adapter.named_buffers():
+                    buffer.copy_(model.get_buffer(prefix + name))
                 changed = adapter(torch.eye(weight.size(1), dtype=torch.float64, device=weight.device))
                 whole = weight.double() + changed.T if adapter.beside else (changed @ weight.double().T).T
             result[f"{layer}.weight"] = whole.to(weight.dtype)

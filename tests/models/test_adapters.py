@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from polytrope.models import build_model
 from polytrope.models.adapters import (
     ADAPTERS,
+    Adapted,
     AdaptedLinear,
     AdapterSettings,
     Householder,
@@ -78,9 +79,7 @@ def test_an_adapter_starts_as_nothing_with_gradients_and_is_merged(settings: Ada
     assert (adapted(x) - linear(x)).abs().max() > 1e-2
     holder = nn.Module()
     holder.layer = adapted  # type: ignore[assignment]
-    from polytrope.models.adapters import Adapted
-
-    weights = Adapted(("layer",), settings).merged(holder.state_dict())
+    weights = Adapted(("layer",), settings).merged(holder.state_dict(), holder)
     assert set(weights) == {"layer.weight", "layer.bias"}
     torch.testing.assert_close(nn.functional.linear(x, weights["layer.weight"], weights["layer.bias"]), adapted(x))
     names = dict(adapted.named_parameters())
@@ -145,10 +144,24 @@ def test_models_with_adapters_are_what_they_were_and_their_merged_weights_too(
             moved(module.adapter)
     after = model(EXAMPLES[architecture])
     assert (after - before).abs().max() > 1e-3
-    weights = adapted.merged(model.state_dict())
+    weights = adapted.merged(model.state_dict(), model)
     plain = build_model(architecture, MODELS[architecture]).double()
     plain.load_state_dict(weights, strict=True)
     torch.testing.assert_close(plain(EXAMPLES[architecture]), after, rtol=1e-9, atol=1e-10)
+
+
+def test_singular_vectors_of_another_machine_are_merged_as_they_were_learned_with() -> None:
+    settings = AdapterSettings("spectral", 2)
+    adapted, _ = layer(settings)
+    with torch.no_grad():
+        adapted.adapter.left.neg_()  # as good a pair as the one that is computed here
+        adapted.adapter.right.neg_()
+    moved(adapted.adapter)
+    holder = nn.Module()
+    holder.layer = adapted
+    weights = Adapted(("layer",), settings).merged(holder.state_dict(), holder)
+    x = random(6, 7)
+    torch.testing.assert_close(nn.functional.linear(x, weights["layer.weight"], weights["layer.bias"]), adapted(x))
 
 
 def test_layers_are_chosen_by_name_and_what_cannot_be_is_refused() -> None:

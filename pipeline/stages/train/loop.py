@@ -69,7 +69,7 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     if rank == 0:  # which writes the model
         if parameters.keep_initial:
             whole = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
-            initial = adapted.merged(whole)
+            initial = adapted.merged(whole, model)
         frozen = {name: weight.detach() for name, weight in model.named_parameters() if not weight.requires_grad}
     chosen = choose_checkpoint(context, rank, plan.workers, plan.zero_stage)
     engine = create_engine(plan, model, on_cpu, universal=chosen is not None and chosen.universal)
@@ -102,7 +102,7 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     if rank == 0:
         if 0 < progress.best_step < plan.steps:
             weights = load_best(run.best_directory, progress.best_step)
-        _write_result(plan, context.output, model, adapted.merged(weights), sizes, progress)
+        _write_result(plan, context.output, model, adapted.merged(weights, model), sizes, progress)
         if initial:
             save_model(context.output / INITIAL, model, tokenizer=plan.dataset, weights=initial)
     dist.barrier()
