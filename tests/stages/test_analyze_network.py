@@ -18,7 +18,12 @@ from polytrope.models.checkpoint import save_model
 from polytrope.pipeline.data.analysis_file import read_analysis
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.stage import Artifact
-from polytrope.pipeline.stages.analyze.analyses.arithmetic import piecewise_layer, piecewise_linear, piecewise_products
+from polytrope.pipeline.stages.analyze.analyses.arithmetic import (
+    multiplies,
+    piecewise_layer,
+    piecewise_linear,
+    piecewise_products,
+)
 from polytrope.pipeline.stages.analyze.analyses.features import (
     condition_number,
     intrinsic_dimension,
@@ -212,6 +217,17 @@ def test_piecewise_layers_are_sums_of_such_products() -> None:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def test_what_stays_exact_is_named() -> None:
+    kinds = {"gpt2": ["gated", "quadratic"], "mlp": ["dense", "kan"]}
+    found = {}
+    for architecture, layers in kinds.items():
+        sizes = GPT2 if architecture == "gpt2" else {"widths": [4, 4]}
+        model = build_model(architecture, {**sizes, "feedforward": layers, "activation": "hermite3"})
+        others = [module for module in model.modules() if piecewise_layer(module, 1.0) is None]
+        found[architecture] = {type(module).__name__ for module in others if multiplies(module)}
+    assert found == {"gpt2": {"QuadraticLinear"}, "mlp": {"KANLinear"}}
 
 
 def test_the_stage_says_what_the_network_does_on_the_validation_samples(tmp_path: Path, dataset: Artifact) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from polytrope.ops import is_learnable_activation
 from polytrope.pipeline.data.analysis_file import ArithmeticFigures
 from polytrope.pipeline.stages.analyze.parameters import ArithmeticOptions
 from polytrope.pipeline.stages.analyze.subject import Subject, validation_batches, validation_loss
@@ -28,7 +29,8 @@ _MOST = 10**10  # products that are not too many to wait for
 
 
 def analyse_arithmetic(subject: Subject, options: ArithmeticOptions) -> ArithmeticFigures:
-    """Both losses. Linear layers and convolutions are piecewise affine; other products stay as they are.
+    """Both losses. Linear layers and convolutions are piecewise affine; other products stay as they are, and
+    layers with weights among them are named.
 
     About ten seconds per 10⁹ products, of which 10¹⁰ are the most.
     """
@@ -38,12 +40,17 @@ def analyse_arithmetic(subject: Subject, options: ArithmeticOptions) -> Arithmet
     if products > _MOST:
         said = f"arithmetic: {products:.1e} products by weights are more than {_MOST:.0e}; lower `samples`"
         return ArithmeticFigures(products=products, loss=loss, piecewise_loss=None, missing=[said])
+    exact: dict[str, None] = {}
     for module in network.modules():
         forward = piecewise_layer(module, options.offset)
         if forward is not None:
             module.forward = forward  # type: ignore[method-assign, assignment]
+        elif multiplies(module):
+            exact[type(module).__name__] = None
     found = validation_loss(network, subject)
-    missing = [] if math.isfinite(found) else ["arithmetic: the loss is not finite"]
+    missing = [f"arithmetic: products by the weights of {', '.join(exact)} stay exact"] if exact else []
+    if not math.isfinite(found):
+        missing.append("arithmetic: the loss is not finite")
     return ArithmeticFigures(
         products=products, loss=loss, piecewise_loss=found if math.isfinite(found) else None, missing=missing
     )
@@ -101,6 +108,13 @@ def piecewise_layer(module: nn.Module, offset: float) -> Callable[[Tensor], Tens
 
         return convolution
     return None
+
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether it has matrices of its own that its inputs are multiplied by; an embedding looks rows up."""
+    if isinstance(module, nn.Embedding) or is_learnable_activation(module):
+        return False
+    return any(weight.dim() >= 2 for weight in module.parameters(recurse=False))
 
 
 def _count(network: nn.Module, subject: Subject) -> int:

@@ -1,7 +1,8 @@
 """Units of MLPs that compute nearly the same, joined, and what that costs: how many different ones there are.
 
 Hidden units with equal weights and biases are one unit with the sum of their outer weights, exactly, whatever the
-activation. Distance, order and means are ours; the idea is iterative feature merging.
+activation. Distance, order and means are ours; of
+iterative feature merging (IFM), which gave the idea, the abstract alone was known.
 """
 
 from __future__ import annotations
