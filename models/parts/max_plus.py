@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class MaxPlusConvolution(nn.Module):
         settings: which form.
         channels: C of `[batch, C, height, width]`.
     """
+
+    added: ClassVar[tuple[str, ...]] = ("maximum", "minimum")  # to the inputs, as biases are: decay would flatten them
 
     def __init__(self, settings: MaxPlusSettings, channels: int) -> None:
         super().__init__()

@@ -20,6 +20,8 @@ from polytrope.models.parts.max_plus import MaxPlusConvolution, max_plus
 from polytrope.models.parts.mixer import build_mixer
 from polytrope.models.parts.polynomial_mixer import CausalPolynomialMixer
 from polytrope.models.parts.settings import read_part
+from polytrope.pipeline.stages.train.optimization import parameter_groups
+from polytrope.pipeline.stages.train.parameters import TrainParameters
 
 CONVNEXT: dict[str, Any] = {"depths": [1, 1], "dims": [8, 16], "num_classes": 3, "in_channels": 1, "patch_size": 1}
 GPT2: dict[str, Any] = {"vocab_size": 64, "sequence_length": 24, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -107,6 +109,14 @@ def test_the_three_forms_start_as_dilation_erosion_and_their_difference() -> Non
     assert isinstance(module, MaxPlusConvolution)
     assert module.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
     torch.testing.assert_close(-mixed["min"], module.float()(-x))  # dual
+
+
+def test_filters_of_max_plus_do_not_decay() -> None:
+    model = build_model("convnext", {**CONVNEXT, "mixer": {"name": "max_plus", "form": "difference"}})
+    filters = {id(weight) for name, weight in model.named_parameters() if name.endswith(("maximum", "minimum"))}
+    groups = parameter_groups(model, TrainParameters(steps=1, learning_rate=1e-3))
+    decay = {group["weight_decay"] for group in groups for weight in group["params"] if id(weight) in filters}
+    assert (len(filters), decay) == (4, {0.0})
 
 
 def attention(degree: int = 2, reach: int = 4, width: int = 6) -> CausalPolynomialMixer:

@@ -15,7 +15,8 @@ MULTIPLICATIVE_SHARE = 0.1  # of the base rate
 
 
 def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases, layer scales, adapters, activation coefficients and multiplicative parameters not.
+    """Matrices decay; norms, biases, layer scales, adapters, activation coefficients and multiplicative parameters not,
+    nor what a module names in `added`: it adds them to its inputs.
 
     The last two have their own rates: what multiplies inputs by inputs learns at `MULTIPLICATIVE_SHARE` of the base
     rate where `multiplicative_learning_rate` does not say.
@@ -47,10 +48,11 @@ def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict
     if adapters := adapter_parameters(model):
         peaks[ADAPTERS] = parameters.learning_rate
         group_of |= {id(parameter): ADAPTERS for parameter in adapters}
+    added = {id(getattr(module, name)) for module in model.modules() for name in getattr(module, "added", ())}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in peaks}
     for parameter in model.parameters():  # names a tied parameter once
         if parameter.requires_grad:
-            usual = "matrices" if parameter.dim() >= 2 else "vectors"
+            usual = "matrices" if parameter.dim() >= 2 and id(parameter) not in added else "vectors"
             members[group_of.get(id(parameter), usual)].append(parameter)
     return [
         {
