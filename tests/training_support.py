@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from polytrope.models.checkpoint import load_model
+from polytrope.models import build_model
+from polytrope.models.checkpoint import load_model, save_model
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage_context
 from polytrope.pipeline.stages.train.parameters import TrainParameters
@@ -67,6 +68,14 @@ def make_dataset(directory: Path, texts: list[str] | None = None) -> Artifact:
     (directory / "dataset.json").write_text(json.dumps(description))
     (directory / "tokenizer.json").write_text('{"kind": "bytes"}')
     return Artifact(directory, "digest", "shard")
+
+
+def make_initial(directory: Path, dataset: Artifact, config: dict[str, Any]) -> Artifact:
+    """A GPT-2 that no seed of a training gives: what stays must come from here."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        save_model(directory, build_model("gpt2", config), tokenizer=dataset.path)
+    return Artifact(directory, "digest", "train")
 
 
 def write_shard(path: Path, texts: list[str]) -> dict[str, Any]:

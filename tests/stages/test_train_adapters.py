@@ -11,10 +11,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
-from training_support import MODEL, PARAMETERS, make_dataset, run_training, validation_loss, weights_hash
+from training_support import MODEL, PARAMETERS, make_dataset, make_initial, run_training, validation_loss, weights_hash
 
 from polytrope.models import build_model
-from polytrope.models.checkpoint import load_model, save_model
+from polytrope.models.checkpoint import load_model
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.stages.train.optimization import parameter_groups
@@ -30,11 +30,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="module")
 def initial(tmp_path_factory: pytest.TempPathFactory, dataset: Artifact) -> Artifact:
-    directory = tmp_path_factory.mktemp("initial") / "model"
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        save_model(directory, build_model("gpt2", {**GPT2, "activation": "hermite3"}), tokenizer=dataset.path)
-    return Artifact(directory, "digest", "train")
+    return make_initial(tmp_path_factory.mktemp("initial") / "model", dataset, {**GPT2, "activation": "hermite3"})
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from training_support import (
     PARAMETERS,
     SEQUENCE_LENGTH,
     make_dataset,
+    make_initial,
     read_events,
     run_training,
     weights_hash,
 )
 
 from polytrope.models import build_model
-from polytrope.models.checkpoint import save_model
 from polytrope.models.parts.norm import ChannelsFirstLayerNorm
 from polytrope.ops import is_learnable_activation
 from polytrope.pipeline.errors import UserError
@@ -69,12 +69,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 @pytest.fixture(scope="module")
 def initial(tmp_path_factory: pytest.TempPathFactory, dataset: Artifact) -> Artifact:
-    """A model that no seed of a training gives: what stays must come from here."""
-    directory = tmp_path_factory.mktemp("initial") / "model"
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        save_model(directory, build_model("gpt2", GPT2), tokenizer=dataset.path)
-    return Artifact(directory, "digest", "train")
+    return make_initial(tmp_path_factory.mktemp("initial") / "model", dataset, GPT2)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "convnext"])
