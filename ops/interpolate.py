@@ -258,6 +258,7 @@ class _Task:
         interval: where to fit; None: the whole line. With `free_ends` the range of the inputs.
         reach: smallest and largest input; None: those of the interval.
         inputs: what errors are certified on.
+        unseen_weights: how much the unseen ones among them count when fits are compared, of sum 1; None: all alike.
     """
 
     exact: Curve
@@ -268,7 +269,7 @@ class _Task:
     free_ends: bool
     reach: Ends | None
     inputs: Inputs
-    has_importance: bool
+    unseen_weights: Array | None
     constraints: Sequence[str | Condition]
     method: str
     nodes: Sequence[float] | None
@@ -359,6 +360,9 @@ def _task(
         reach = (min(reach[0], float(unseen.min())), max(reach[1], float(unseen.max())))
     points, counts = inputs
     weights = counts if importance is None else quadrature.weighed(points, counts, importance)
+    unseen_weights = None
+    if importance is not None and len(unseen):
+        unseen_weights = quadrature.weighed(unseen, np.ones_like(unseen), importance)
     data = Data(points, weights, *exact(points), derivative_weight)
     return _Task(
         exact=exact,
@@ -369,7 +373,7 @@ def _task(
         free_ends=interval == "best",
         reach=reach,
         inputs=Inputs.of(exact, dtype, inputs, unseen),
-        has_importance=importance is not None,
+        unseen_weights=unseen_weights,
         constraints=constraints,
         method=method,
         nodes=nodes,
@@ -513,8 +517,7 @@ def _candidate(task: _Task, problem: Problem, solution: Solution) -> _Candidate:
     kinks = [kink for kink in (*task.kinks, *module.kinks()) if shown[0] < kink < shown[1]]
     errors = task.inputs.errors(built)
     rms = root_mean_square(errors, task.inputs.weights)
-    weights = task.data.weights
-    missed = root_mean_square(errors[: len(weights)], weights) if task.has_importance else rms
+    missed = root_mean_square(errors, task.data.weights, task.unseen_weights)
     found = _Candidate(config, solution, curve, built, kinks, shown, rms, missed)
     if task.rounding_tolerance is not None:
         # On the interval, not at the inputs: where they are all 0, so is a GELU of them.

@@ -133,17 +133,21 @@ class Inputs:
         return root_mean_square(self.errors(built), self.weights)
 
 
-def root_mean_square(error: Array, weights: Array) -> float:
+def root_mean_square(error: Array, weights: Array, unseen_weights: Array | None = None) -> float:
     """Of errors at all points of `Inputs`: over those of the fit, or over the unseen ones if that is more.
 
     Args:
         error: `[points + unseen]`.
         weights: `[points]`, of sum 1.
+        unseen_weights: `[unseen]`, of sum 1; None: all alike.
     """
     count = len(weights)
     counted = weights > 1e-30 * weights.max()  # far out it is nothing, and a polynomial may be anything
     seen = float(np.sqrt(weights[counted] @ error[:count][counted] ** 2))
-    unseen = float(np.sqrt(np.mean(error[count:] ** 2))) if count < len(error) else 0.0
+    if count == len(error):
+        return seen
+    squares = error[count:] ** 2
+    unseen = float(np.sqrt(np.mean(squares) if unseen_weights is None else unseen_weights @ squares))
     return max(seen, unseen)
 
 

@@ -179,6 +179,19 @@ def test_no_degree_misses_more_of_what_is_minimised() -> None:
         assert missed == sorted(missed, reverse=True)
 
 
+def test_held_out_inputs_count_by_their_importance_too() -> None:
+    generator = np.random.default_rng(4)
+    points = np.sort(generator.standard_normal(500))
+    held_out = 1.3 * generator.standard_normal(200)
+    given: dict[str, Any] = {"weight": (points, np.ones(500)), "interval": "best", "held_out": held_out}
+    errors = []
+    for degree in (4, 5):
+        alike = fit("gelu", "rational", degree, importance=np.ones_like, **given).certificate.rms
+        assert alike == pytest.approx(fit("gelu", "rational", degree, **given).certificate.rms, rel=1e-4)
+        errors.append(alike)
+    assert errors[1] <= errors[0] * (1 + 1e-6)
+
+
 def test_an_importance_is_of_measured_inputs_and_a_number() -> None:
     points = np.linspace(-3, 3, 50)
     with pytest.raises(ValueError, match="importance: is of measured inputs"):
