@@ -25,8 +25,8 @@ from polytrope.pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Line:
-    """A held-out line: the end of the document before it and the tokens up to and with the separator, as a model has seen
-    them in training, and both sides as text."""
+    """A held-out line: the end of the document before it and the tokens up to and with the separator, as a model has
+    seen them in training, and both sides as text."""
 
     prompt: tuple[int, ...]
     question: str
