@@ -1,6 +1,7 @@
 """How many derivatives a small GPT-2 gets right: `python -m benchmarks.symbolic`, under ten minutes on one core.
 
-Runs the workflow of docs/symbolic.md in a store: begun again, it goes on. It writes results/symbolic.json and symbolic.md.
+Runs the workflow of docs/symbolic.md in a store: begun again, it goes on. It writes results/symbolic.json and
+symbolic.md.
 """
 
 from __future__ import annotations

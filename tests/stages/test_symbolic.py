@@ -29,10 +29,10 @@ from polytrope.pipeline.data.expressions import (
 )
 from polytrope.pipeline.data.promised import PromisedImages, PromisedModel, PromisedText
 from polytrope.pipeline.data.reader import open_split
-from polytrope.pipeline.data.tokenization import read_tokenizer
+from polytrope.pipeline.data.tokenization import Tokenizer, read_tokenizer
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources
-from polytrope.pipeline.stages.evaluate.answers import Line, held_out_lines, mark
+from polytrope.pipeline.stages.evaluate.answers import Line, held_out_lines, line_of, mark
 from polytrope.pipeline.stages.evaluate.evaluate import evaluate
 from polytrope.pipeline.stages.evaluate.evaluate import promise as promise_evaluation
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
@@ -308,3 +308,18 @@ def test_answers_are_for_questions() -> None:
         promise_evaluation(given, images, Resources(), Path.cwd())
     with pytest.raises(ValidationError, match=r"answers\.count"):
         EvaluateParameters.model_validate({"answers": {"count": 0}})
+
+
+def test_a_tokenizer_that_joins_question_and_answer_is_refused() -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, trainers
+
+    backend = Backend(models.BPE())
+    backend.decoder = decoders.Fuse()
+    texts = ["sin x ; cos x"] * 5
+    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=100, special_tokens=["<|endoftext|>"]))
+    tokenizer = Tokenizer(backend)
+    tokens = tokenizer.encode(texts[0])
+    assert len(tokens) == 1  # nothing cuts the text before its merges
+    with pytest.raises(UserError, match="a token of this tokenizer holds `;` and what follows it"):
+        line_of([0, *tokens, 0], texts[0], tokenizer)

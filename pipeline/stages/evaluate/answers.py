@@ -56,7 +56,7 @@ def held_out_lines(dataset: Path, reader: Reader, tokenizer: Tokenizer, length: 
         if len(tokens) + 2 > length:
             too_long.add(text)
             continue
-        found[text] = _line(tokens, text, tokenizer)
+        found[text] = line_of(tokens, text, tokenizer)
         if len(found) == count:
             break
     if not found:
@@ -83,7 +83,12 @@ def _documents(directory: Path, reader: Reader, end: int) -> Iterator[list[int]]
         first += shard["samples"]
 
 
-def _line(tokens: list[int], text: str, tokenizer: Tokenizer) -> Line:
+def line_of(tokens: list[int], text: str, tokenizer: Tokenizer) -> Line:
+    """The line of a document.
+
+    Raises:
+        UserError: it is none, or no token ends where the question does.
+    """
     parts = split_line(text)
     if parts is None or not all(map(is_expression, parts)):
         raise UserError(f"answers: the validation split has a document that is no line of expressions: `{text[:80]}`")
