@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 import polytrope
+from polytrope.pipeline.data.analysis_file import read_analysis
 from polytrope.pipeline.data.description import read_dataset
 from polytrope.pipeline.data.evaluation_file import read_evaluation
 
@@ -35,15 +36,16 @@ def workflow() -> str:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """A row per model: loss, and how many of its answers are what."""
-    lines = ["| activation | loss | expressions | right | as written |", "|---|---|---|---|---|"]
+    """A row per model: loss, how many of its answers are what, and how much of its linear layers is in use."""
+    lines = ["| activation | loss | expressions | right | as written | utilised rank |", "|---|---|---|---|---|---|"]
     for name, row in record["models"].items():
         answers = row["answers"]
         cells = [
-            f"{answers[key]} of {answers['lines']} ({100 * answers[key] / answers['lines']:.0f} %)"
+            f"{answers[key]} of {answers['lines']} ({100 * answers[key] / answers['lines']:.1f} %)"
             for key in ("valid", "correct", "exact")
         ]
-        lines.append(f"| `{name}` | {row['loss']:.3f} | " + " | ".join(cells) + " |")
+        used = f"{100 * row['rank']['utilisation']:.0f} %"
+        lines.append(f"| `{name}` | {row['loss']:.3f} | " + " | ".join([*cells, used]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -57,10 +59,15 @@ def main() -> None:
     result = polytrope.run(path, executor="local", store=options.store, tracking=False)
     evaluation = read_evaluation(result["scores"].path)
     data = read_dataset(result["lines"].path)
-    models = {
-        label.partition("activation=")[2].rstrip("]"): model.model_dump(include={"loss", "parameters", "answers"})
-        for label, model in evaluation.models.items()
-    }
+    analysis = read_analysis(result["layers"].path)
+    models: dict[str, Any] = {}
+    for label, model in evaluation.models.items():
+        ranks = analysis.models[label].rank
+        assert ranks is not None
+        models[label] = {
+            **model.model_dump(include={"loss", "parameters", "answers"}),
+            "rank": ranks.model_dump() | ranks.metrics(),
+        }
     record = {
         "command": "python -m benchmarks.symbolic",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
