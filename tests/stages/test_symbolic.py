@@ -32,7 +32,7 @@ from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import Tokenizer, read_tokenizer
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources
-from polytrope.pipeline.stages.evaluate.answers import Line, held_out_lines, line_of, mark
+from polytrope.pipeline.stages.evaluate.answers import Line, answer_of, held_out_lines, line_of, mark
 from polytrope.pipeline.stages.evaluate.evaluate import evaluate
 from polytrope.pipeline.stages.evaluate.evaluate import promise as promise_evaluation
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
@@ -267,6 +267,14 @@ def test_the_stage_counts_what_models_answer(tmp_path: Path, dataset: Artifact) 
     assert (answers.task, answers.lines, answers.valid, answers.correct, answers.exact) == ("derivative", 6, 6, 4, 4)
     assert metrics["trained/answers_correct"] == pytest.approx(4 / 6)
     assert metrics["untrained/answers_valid"] == 0.0
+
+
+def test_an_answer_without_end_or_with_tokens_that_are_none_is_no_expression() -> None:
+    tokenizer = Tokenizer(None)
+    assert answer_of([*b" x", 256, *b"sin"], tokenizer) == " x"
+    assert answer_of([*b" x", 300, 256], tokenizer) is None
+    assert answer_of([*b" x"], tokenizer) is None
+    assert answer_of([256, 300], tokenizer) == ""
 
 
 def test_generation_ends_where_every_row_has_ended() -> None:

@@ -165,5 +165,13 @@ def _answers(model: nn.Module, lines: list[Line], tokenizer: Tokenizer) -> list[
     left = int(model.config.sequence_length) - prompts.size(1)  # type: ignore[union-attr, arg-type]
     with torch.no_grad():
         made = model.generate(prompts, left, temperature=0.0, end=tokenizer.end_of_text)  # type: ignore[operator]
-    answers = made[:, prompts.size(1) :].tolist()
-    return [tokenizer.decode_produced(tokens) if tokenizer.end_of_text in tokens else None for tokens in answers]
+    return [answer_of(tokens, tokenizer) for tokens in made[:, prompts.size(1) :].tolist()]
+
+
+def answer_of(tokens: list[int], tokenizer: Tokenizer) -> str | None:
+    """The text up to the end of the document; None where that does not come, or a token before it stands for nothing,
+    as an embedding may have more rows than there are tokens."""
+    if tokenizer.end_of_text not in tokens:
+        return None
+    tokens = tokens[: tokens.index(tokenizer.end_of_text)]
+    return tokenizer.decode(tokens) if all(token < tokenizer.vocab_size for token in tokens) else None
