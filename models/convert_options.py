@@ -68,6 +68,9 @@ class DropBlocks:
         return self.blocks[1] - self.blocks[0] + 1
 
 
+ENERGY = 0.999  # of which the utilised rank is told where nothing else is asked for
+
+
 @dataclass(frozen=True)
 class Factorize:
     """Which rank the two factors of a linear layer get; only layers that become smaller are factored.
