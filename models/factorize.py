@@ -170,8 +170,8 @@ def utilised_ranks(
     Returns:
         The layers in the order of the model, and those without figures with the reason.
     """
-    linears, left = _candidates(model, Choice())
-    grams = _measure_inputs(model, linears, batches, forward, iter)
+    linears, left = choose_linear_layers(model, Choice())
+    grams = measure_inputs(model, linears, batches, forward, iter)
     layers = []
     for name, linear in linears.items():
         found = _measured(name, linear, grams.pop(name, None), energy)
@@ -179,7 +179,7 @@ def utilised_ranks(
             left[name] = found
         else:
             layers.append(found[0])
-    return tuple(layers), _in_order(model, left)
+    return tuple(layers), _unfactored(model, left)
 
 
 def factor_layers(
@@ -202,10 +202,10 @@ def factor_layers(
     Raises:
         ValueError: no layer becomes smaller.
     """
-    linears, left = _candidates(model, choice)
+    linears, left = choose_linear_layers(model, choice)
     few = head(batches, 8)
     calls = _count_calls(model, linears, few, forward)
-    grams = _measure_inputs(model, linears, batches, forward, walk)
+    grams = measure_inputs(model, linears, batches, forward, walk)
     layers = []
     for name, linear in linears.items():
         made = _factored(name, linear, grams.pop(name, None), options)
@@ -220,20 +220,31 @@ def factor_layers(
         said = reasons or "it has none"
         raise ValueError(f"factorize: no linear layer of {type(model).__name__} becomes smaller ({said})")
     _check_calls(model, calls, [layer.name for layer in layers], few, forward)
-    return Factorization(_energy(options), tuple(layers), _in_order(model, left))
+    return Factorization(_energy(options), tuple(layers), _unfactored(model, left))
 
 
-def _in_order(model: nn.Module, left: Mapping[str, str]) -> tuple[UnfactoredLayer, ...]:
-    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    return tuple(UnfactoredLayer(name, left[name]) for name in sorted(left, key=order.__getitem__))
+def in_order(model: nn.Module, left: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names and reasons in the order of `named_modules`."""
+    return [(name, left[name]) for name, _ in model.named_modules() if name in left]
+
+
+def _unfactored(model: nn.Module, left: Mapping[str, str]) -> tuple[UnfactoredLayer, ...]:
+    return tuple(UnfactoredLayer(name, reason) for name, reason in in_order(model, left))
 
 
 def _energy(options: Factorize) -> float:
     return ENERGY if options.energy is None else options.energy
 
 
-def _candidates(model: nn.Module, choice: Choice) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The layers that are meant, and why the others stay."""
+def choose_linear_layers(
+    model: nn.Module, choice: Choice, *, inside_factors: bool = False
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """The linear layers that are meant, by name, and why the others stay.
+
+    Args:
+        choice: by the patterns and numbers in their names.
+        inside_factors: both factors of a `FactoredLinear` are meant as well.
+    """
     choice = replace(choice, types=())
     holders: dict[int, int] = {}
     for module in model.modules():
@@ -243,7 +254,7 @@ def _candidates(model: nn.Module, choice: Choice) -> tuple[dict[str, nn.Linear],
     left: dict[str, str] = {}
     factored: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, FactoredLinear):
+        if isinstance(module, FactoredLinear) and not inside_factors:
             factored.append(f"{name}.")
             left[name] = f"in two factors of rank {module.rank} already"
         if type(module) is not nn.Linear or name.startswith(tuple(factored)):
@@ -258,7 +269,7 @@ def _candidates(model: nn.Module, choice: Choice) -> tuple[dict[str, nn.Linear],
     return linears, left
 
 
-def _measure_inputs(
+def measure_inputs(
     model: nn.Module,
     linears: dict[str, nn.Linear],
     batches: Sequence[Any],
