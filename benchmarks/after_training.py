@@ -132,7 +132,7 @@ def measure(directory: Path, weights: str, calibration: int, held_out: int) -> d
                 "parameters": sum(parameter.numel() for parameter in made.model.parameters()),
                 "nats_per_token": after,
                 "naive_nats_per_token": None if other is None else nats_per_token(other, unknown),
-                "bytes": _bytes(made),
+                "bytes": _bytes(made.model) if made.quantization is None else made.quantization.bytes_after,
                 "dropped": None if made.dropped is None else made.dropped.blocks,
                 "utilisation": sum(utilised) / len(utilised) if utilised else None,
             }
@@ -146,34 +146,34 @@ def measure(directory: Path, weights: str, calibration: int, held_out: int) -> d
         "calibration_tokens": calibration * LENGTH,
         "held_out_tokens": held_out * LENGTH,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": _bytes(model),
         "nats_per_token": before,
         "ways": rows,
     }
 
 
-def _bytes(made: Conversion) -> int:
-    """Of all parameters, those of few bits packed."""
-    if made.quantization is not None:
-        return made.quantization.bytes_after
-    return sum(parameter.numel() * parameter.element_size() for parameter in made.model.parameters())
+def _bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def markdown(result: dict[str, Any]) -> str:
     """The table, and what it was measured on."""
-    lines = ["| model | parameters | perplexity | the naive way |", "|---|---|---|---|"]
-    lines.append(f"| as it was | {result['parameters'] / 1e6:.1f} M | {_perplexity(result['nats_per_token'])} | |")
+    lines = ["| model | parameters | size | perplexity | the naive way |", "|---|---|---|---|---|"]
+    lines.append(f"| as it was | {_size(result)} | {_perplexity(result['nats_per_token'])} | |")
     for row in result["ways"]:
         other = row["naive_nats_per_token"]
         shown = "" if other is None else _perplexity(other) + " "
-        lines.append(
-            f"| {row['way']} | {row['parameters'] / 1e6:.1f} M | {_perplexity(row['nats_per_token'])} | {shown}|"
-        )
+        lines.append(f"| {row['way']} | {_size(row)} | {_perplexity(row['nats_per_token'])} | {shown}|")
     known, unknown = (f"{result[name]:,}" for name in ("calibration_tokens", "held_out_tokens"))
     text = (
         f"Calibrated on {known} tokens of CPython's documentation, compared on {unknown} others; nothing was trained."
     )
     lines.append(f"\nWeights: {result['weights']}. {text}")
     return "\n".join(lines) + "\n"
+
+
+def _size(row: dict[str, Any]) -> str:
+    return f"{row['parameters'] / 1e6:.1f} M | {row['bytes'] / 1e6:.0f} MB"
 
 
 def _perplexity(nats: float) -> str:
