@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
-from polytrope.models.parts.settings import BatchNormSettings, LayerNormSettings, NoNormSettings, Norm
+from polytrope.models.parts.evonorm import EvoNorm
+from polytrope.models.parts.settings import (
+    BatchNormSettings,
+    EvoNormSettings,
+    LayerNormSettings,
+    NoNormSettings,
+    Norm,
+)
 from polytrope.models.per_layer import Entry
 
 MOMENTUM = 0.1  # share of a batch in the running statistics
@@ -28,12 +35,14 @@ class NormSizes:
         epsilon: added to the variance.
         bias: whether something is added to each channel.
         channels_first: of `[batch, channels, height, width]`, not `[…, channels]`.
+        activated: of `evonorm`: an activation comes with it, and it has none of its own.
     """
 
     width: int
     epsilon: float
     bias: bool = True
     channels_first: bool = False
+    activated: bool = False
 
 
 class ChannelsFirstLayerNorm(nn.Module):
@@ -155,6 +164,10 @@ def _layer_norm(_settings: LayerNormSettings, sizes: NormSizes) -> nn.Module:
     return nn.LayerNorm(sizes.width, sizes.epsilon, bias=sizes.bias)
 
 
+def _evonorm(settings: EvoNormSettings, sizes: NormSizes) -> nn.Module:
+    return EvoNorm(settings, sizes.width, activated=sizes.activated)
+
+
 def _none(_settings: NoNormSettings, _sizes: NormSizes) -> nn.Module:
     return nn.Identity()
 
@@ -162,6 +175,7 @@ def _none(_settings: NoNormSettings, _sizes: NormSizes) -> nn.Module:
 NORMS: dict[str, Callable[[Any, NormSizes], nn.Module]] = {
     "layer_norm": _layer_norm,
     "batch": BatchNorm,
+    "evonorm": _evonorm,
     "none": _none,
 }
 

@@ -156,6 +156,7 @@ class Norm(Part):
 
     per_layer = False
     over_batch: ClassVar[bool] = False  # in training, a sample's result depends on the others
+    activates: ClassVar[bool] = False  # in a block it takes the place of the activation too
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,16 @@ class BatchNormSettings(Norm):
 
     name = "batch"
     over_batch = True
+
+
+@dataclass(frozen=True)
+class EvoNormSettings(Norm):
+    """Of a block: norm and activation in one, by the variance of groups of channels."""
+
+    name = "evonorm"
+    activates = True
+
+    groups: int = _choice(8, (1, 2, 4, 8, 16, 32, 64), "of channels, over which the variance is taken: 1 … 64")
 
 
 @dataclass(frozen=True)
@@ -421,7 +432,12 @@ class PADReSettings(Mixer):
 # By field of the configuration, then by name. The first is what a model has where nothing is said.
 PARTS: dict[str, dict[str, type[Part]]] = {
     "attention": {"softmax": SoftmaxSettings, "power": PowerSettings, "polynomial_mixer": PolynomialMixerSettings},
-    "norm": {"layer_norm": LayerNormSettings, "batch": BatchNormSettings, "none": NoNormSettings},
+    "norm": {
+        "layer_norm": LayerNormSettings,
+        "batch": BatchNormSettings,
+        "evonorm": EvoNormSettings,
+        "none": NoNormSettings,
+    },
     "feedforward": {
         "mlp": MLPSettings,
         "gated": GatedSettings,

@@ -73,7 +73,9 @@ class ModelParameters(BaseModel):
         "activation",
     )
     norm: Norm | None = Field(
-        None, description="layer_norm (the default) or batch; of an mlp: none (the default), layer_norm or batch"
+        None,
+        description="layer_norm (the default) or batch; of an mlp: none (the default), layer_norm or batch; of a "
+        "convnext also evonorm, {name: evonorm, groups}, which has the place of the activation too",
     )
     feedforward: FeedForward | None = Field(
         None,
@@ -415,7 +417,8 @@ class TrainParameters(BaseModel):
                 raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with {MULTIPLICATIVE_PARTS} has them")
         if "norms" in trainable and config.norm_settings().name == "none":
             raise ValueError("trainable: norms: the model has none (norm: none)")
-        if self.activation_checkpointing == "mlp" and config.activation == NO_ACTIVATION:
+        activated = config.activation != NO_ACTIVATION or config.norm_settings().activates
+        if self.activation_checkpointing == "mlp" and not activated:
             raise ValueError("activation_checkpointing: mlp computes activations again, and the model has none")
         divides = architecture == "gpt2" and any(part.divides for part in config.attention_settings())
         if self.range_penalty is not None and not divides:
@@ -425,7 +428,8 @@ class TrainParameters(BaseModel):
                 raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
             if config.activation == NO_ACTIVATION:
                 raise ValueError(
-                    "range_penalty: the model has no activations, and only attention: power has denominators"
+                    "range_penalty: the model has no activations outside of its norms, and only attention: power has "
+                    "denominators"
                 )
 
 
