@@ -16,6 +16,7 @@ from polytrope.models.parts.settings import (
     Mixer,
     Norm,
     Part,
+    RMSNormSettings,
     read_part,
     read_parts,
 )
@@ -144,6 +145,10 @@ def without_blocks(config: Any, gone: range) -> Any:
         ]
     else:
         changed["n_layer"] = config.n_layer - len(gone)
+        norm = config.norm_settings()
+        if isinstance(norm, RMSNormSettings) and norm.root is not None:
+            kept = tuple(ends for place, ends in enumerate(norm.root.domains) if place // 2 not in gone)
+            changed["norm"] = replace(norm, root=replace(norm.root, domains=kept)).config()
     return replace(config, **changed)
 
 
@@ -224,7 +229,12 @@ class GPT2Config:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        return _norm(self.norm, ("layer_norm", "batch"))
+        norm = _norm(self.norm, ("layer_norm", "batch", "rms"))
+        if isinstance(norm, RMSNormSettings) and norm.root is not None:
+            found, wanted = len(norm.root.domains), 2 * self.n_layer + 1
+            if found != wanted:
+                raise ValueError(f"norm.root.domains: expected one for each of the {wanted} norms, got {found}")
+        return norm
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""

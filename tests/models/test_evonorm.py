@@ -185,7 +185,7 @@ def test_ranges_of_its_activation_are_penalised() -> None:
 @pytest.mark.parametrize(
     ("architecture", "settings", "words"),
     [
-        ("gpt2", {}, "norm: evonorm is for other models; this one has layer_norm, batch"),
+        ("gpt2", {}, "norm: evonorm is for other models; this one has layer_norm, batch, rms"),
         ("mlp", {}, "norm: evonorm is for other models; this one has none, layer_norm, batch"),
         (
             "convnext",
