@@ -118,6 +118,14 @@ def root_error(degree: int, newton: int, low: float, high: float) -> float:
     return float(np.abs(error).max())
 
 
-RECIPROCAL = Form(residual_coefficients, lambda d, r: r * (2.0 - d * r), relative_error)
-# r (3 - m r²) / 2, of depth 2: m r and r² side by side
-INVERSE_ROOT = Form(root_coefficients, lambda m, r: r * 1.5 - (m * r) * (r * (r * 0.5)), root_error)
+def _reciprocal_step(d: Tensor, r: Tensor) -> Tensor:
+    return r * (2.0 - d * r)
+
+
+def _root_step(m: Tensor, r: Tensor) -> Tensor:
+    """r (3 - m r²) / 2, of depth 2: m r and r² side by side."""
+    return r * 1.5 - (m * r) * (r * (r * 0.5))
+
+
+RECIPROCAL = Form(residual_coefficients, _reciprocal_step, relative_error)
+INVERSE_ROOT = Form(root_coefficients, _root_step, root_error)
