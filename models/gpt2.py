@@ -228,6 +228,7 @@ class GPT2(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        end: int | None = None,
     ) -> Tensor:
         """Continue `tokens` `[batch, positions]` by sampling; returns `[batch, positions + max_new_tokens]`.
 
@@ -235,6 +236,7 @@ class GPT2(nn.Module):
             temperature: divides the logits; 0 takes the most probable token.
             top_k: sample among the k most probable tokens only; None: among all.
             generator: makes the sample reproducible.
+            end: stop, with fewer new tokens, when every row has produced this one.
 
         Raises:
             ValueError: no token to begin with, a negative number of new ones, a temperature below 0, a top_k below 1.
@@ -251,10 +253,16 @@ class GPT2(nn.Module):
             if not right:
                 raise ValueError(f"{name}: expected {wanted}, got {value}")
         with evaluation_mode(self):
-            return self._generate(tokens, max_new_tokens, temperature, top_k, generator)
+            return self._generate(tokens, max_new_tokens, temperature, top_k, generator, end)
 
     def _generate(
-        self, tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, generator: Any
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        generator: Any,
+        end: int | None,
     ) -> Tensor:
         limit = self.config.sequence_length
         sequence = tokens
@@ -265,6 +273,8 @@ class GPT2(nn.Module):
             logits, cache = self.forward_with_cache(pending, cache)
             pending = sample_token(logits.float(), temperature, top_k, generator)
             sequence = torch.cat((sequence, pending), dim=1)
+            if end is not None and bool((sequence[:, tokens.size(1) :] == end).any(dim=1).all()):
+                break
         return sequence
 
     def flops_per_token(self) -> float:

@@ -20,6 +20,7 @@ from benchmarks import (
     private_inference,
     recipe,
     recipe_time,
+    symbolic,
 )
 from polytrope.pipeline.stages.report.statistics import holm
 
@@ -335,6 +336,33 @@ def test_the_compiled_block_is_told_as_measured() -> None:
 
     says("README.md", f"Hermite 3 takes [{span('hermite 3')} of GELU's time")
     says("README.md", f"Hermite 8 with an interval {span('hermite 8, interval')}](docs/ops.md#speed)")
+
+
+def test_derivatives_are_told_as_measured() -> None:
+    file = content("symbolic")
+    assert file["workflow"] == yaml.safe_load(symbolic.workflow())
+    assert symbolic.markdown(file) == (RESULTS / "symbolic.md").read_text(encoding="utf-8")
+    gelu, hermite = file["models"]["gelu"], file["models"]["hermite3"]
+    drawn = file["workflow"]["stages"]["lines"]["with"]["source"]["count"]
+    says(
+        "docs/symbolic.md",
+        f"{file['splits']['train']['documents']:,} training lines of depth 2 "
+        f"({file['left_out']['lines that were drawn before']:,} of {drawn:,} were drawn before)",
+        f"{gelu['parameters']:,} and {hermite['parameters']:,} parameters",
+        f"{gelu['answers']['correct']} of GELU's are right, of which one is written otherwise",
+        f"and {hermite['answers']['correct']} of `hermite3`'s",
+    )
+    assert gelu["answers"]["correct"] - gelu["answers"]["exact"] == 1
+    assert min(row["answers"]["valid"] for row in (gelu, hermite)) >= 0.9 * 200
+    used = [f"{100 * row['rank']['utilisation']:.0f} %" for row in (gelu, hermite)]
+    last = [row["rank"]["layers"][-1] for row in (gelu, hermite)]
+    assert {layer["name"] for layer in last} == {"transformer.h.1.mlp.c_proj"}
+    says(
+        "docs/analyses.md",
+        f"use {used[0]} (GELU) and {used[1]} (`hermite3`) of their layers",
+        f"{last[0]['inputs']} → {last[0]['outputs']}, has rank {last[0]['rank']} and {last[1]['rank']}",
+        f"would save {100 * gelu['rank']['saved_share']:.0f} % and {100 * hermite['rank']['saved_share']:.0f} % of all",
+    )
 
 
 def test_grokking_is_told_as_measured() -> None:
