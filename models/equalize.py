@@ -24,8 +24,16 @@ from polytrope.ops import build_activation
 from polytrope.ops.initialization import to_powers
 from polytrope.ops.modules import OrthogonalPolynomial
 
-LARGEST = 100.0  # scale of a row, and 1 / 100 the smallest
+LARGEST_POWER = 1e4  # of a scale, that goes into coefficients; they lose as many times the rounding of their dtype
 Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class UnequalizedLayer:
+    """An activation that takes up no scale, and why."""
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -80,30 +88,35 @@ def equalize_layers(
     linears: Mapping[str, nn.Linear],
     batches: Sequence[Any],
     forward: Callable[[nn.Module, Any], Any],
-) -> tuple[EqualizedLayer, ...]:
+) -> tuple[tuple[EqualizedLayer, ...], tuple[UnequalizedLayer, ...]]:
     """Scale the rows of linear layers in place; but for rounding the model computes the same.
 
     Args:
         linears: those that may change, by name.
         batches: one forward pass on the first samples shows which activation follows which layer.
 
+    Returns:
+        The activations that took up scales, and the others.
+
     Raises:
         ValueError: no activation takes up a scale.
     """
-    made, reasons = [], []
+    made, left = [], []
     few = head(batches, 8)
     wanted = _output(model, few, forward)
     for name, before, behind in _neighbours(model, few, forward):
         activation = model.get_submodule(name)
         reason = _reason_to_stay(activation, before, behind, linears)
         if reason is not None:
-            reasons.append(f"{name}: {reason}")
+            left.append(UnequalizedLayer(name, reason))
             continue
         assert before is not None
         first = linears[before]
         sizes = _largest(first.weight, 1)
         if isinstance(activation, OrthogonalPolynomial):
-            scales = _within(np.exp(np.log(sizes[sizes > 0]).mean()) / np.where(sizes > 0, sizes, np.inf))
+            largest = LARGEST_POWER ** (1 / activation.degree)
+            scales = np.exp(np.log(sizes[sizes > 0]).mean()) / np.where(sizes > 0, sizes, np.inf)
+            scales = np.where(sizes > 0, np.clip(scales, 1 / largest, largest), 1.0)
             replace_module(model, name, scaled_polynomial(activation, scales))
             columns = None
         else:
@@ -111,14 +124,17 @@ def equalize_layers(
             second, columns = linears[behind], behind
             others = _largest(second.weight, 0)
             both = (sizes > 0) & (others > 0)
-            scales = _within(np.sqrt(np.where(both, others, 0.0) / np.where(both, sizes, 1.0)))
+            scales = np.sqrt(np.where(both, others, 1.0) / np.where(both, sizes, 1.0))
             _scale(second, "weight", 1 / scales)
         _scale(first, "weight", scales[:, None])
         if first.bias is not None:
             _scale(first, "bias", scales)
         made.append(EqualizedLayer(name, before, columns, float(scales.min()), float(scales.max())))
     if not made:
-        said = "; ".join(reasons[:4]) or "it has none that a forward pass calls once"
+        said = (
+            "; ".join(f"{entry.name}: {entry.reason}" for entry in left[:4])
+            or "it has none that a forward pass calls once"
+        )
         raise ValueError(f"quantize: equalize: no activation of {type(model).__name__} takes up a scale ({said})")
     moved = float((_output(model, few, forward).double() - wanted.double()).norm() / wanted.double().norm())
     if not moved <= torch.finfo(wanted.dtype).eps ** 0.5:
@@ -126,7 +142,7 @@ def equalize_layers(
             f"quantize: equalize: {type(model).__name__} computes something else afterwards, off by {moved:.3g}: what "
             f"{', '.join(entry.rows for entry in made[:4])} gives is used elsewhere too. Leave such layers out: exclude"
         )
-    return tuple(made)
+    return tuple(made), tuple(left)
 
 
 def _output(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> Tensor:
@@ -139,7 +155,7 @@ def _reason_to_stay(
     activation: nn.Module, before: str | None, behind: str | None, linears: Mapping[str, nn.Linear]
 ) -> str | None:
     if before is None or before not in linears:
-        return "what it receives is not what a linear layer that is rounded gives"
+        return "what it receives, once, is not what a linear layer that is rounded gives to it alone"
     if isinstance(activation, OrthogonalPolynomial):
         if activation.interval is not None:
             return "its interval is one for all channels"
@@ -160,8 +176,8 @@ def _reason_to_stay(
 def _neighbours(
     model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]
 ) -> list[tuple[str, str | None, str | None]]:
-    """Activations that are called once, each with the linear layer whose output it receives as it is, and the one that
-    receives its output as it is, and nothing else does."""
+    """Activations, each with the linear layer whose output it receives as it is, and the one that receives its output
+    as it is, where nothing else does and all are called once."""
     calls: dict[str, int] = {}
     takers: dict[int, list[str]] = {}  # by the tensor
     givers: dict[int, str] = {}
@@ -194,7 +210,10 @@ def _neighbours(
             handle.remove()
     found: list[tuple[str, str | None, str | None]] = []
     for name, module in watched.items():
-        if isinstance(module, nn.Linear) or calls.get(name) != 1 or name not in received:
+        if isinstance(module, nn.Linear) or name not in received:
+            continue
+        if calls[name] != 1:
+            found.append((name, None, None))
             continue
         before = givers.get(id(received[name]))
         after = takers.get(id(given[name]), [])
@@ -206,12 +225,6 @@ def _neighbours(
 
 def _largest(weight: Tensor, dim: int) -> Array:
     found: Array = weight.detach().abs().amax(dim=dim).double().cpu().numpy()
-    return found
-
-
-def _within(scales: Array) -> Array:
-    """Of rows or columns without weights: 1."""
-    found: Array = np.where(scales > 0, np.clip(scales, 1 / LARGEST, LARGEST), 1.0)
     return found
 
 

@@ -101,9 +101,9 @@ class Block(nn.Module):
             dropout=config.dropout,
             scale=scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale,
         )
-        self.ln_1 = _norm(config)
+        self.ln_1 = _norm(config, 2 * layer)
         self.attn = build_attention(attention, sizes)
-        self.ln_2 = _norm(config)
+        self.ln_2 = _norm(config, 2 * layer + 1)
         self.mlp = MLP(config, activation, settings)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,8 +117,9 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x)), present
 
 
-def _norm(config: GPT2Config) -> nn.Module:
-    return build_norm(config.norm_settings(), NormSizes(config.n_embd, config.layer_norm_epsilon, bias=config.bias))
+def _norm(config: GPT2Config, number: int) -> nn.Module:
+    sizes = NormSizes(config.n_embd, config.layer_norm_epsilon, bias=config.bias, number=number)
+    return build_norm(config.norm_settings(), sizes)
 
 
 class GPT2(nn.Module):
@@ -145,7 +146,7 @@ class GPT2(nn.Module):
                 "wpe": nn.Embedding(config.sequence_length, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config, layer, *parts) for layer, parts in enumerate(blocks)),
-                "ln_f": _norm(config),
+                "ln_f": _norm(config, 2 * config.n_layer),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.convert_options import Quantize
-from polytrope.models.equalize import EqualizedLayer, equalize_layers
+from polytrope.models.equalize import EqualizedLayer, UnequalizedLayer, equalize_layers
 from polytrope.models.factorize import Forward, choose_linear_layers, in_order, measure_inputs
 from polytrope.models.surgery import Choice
 
@@ -60,6 +60,7 @@ class Quantization:
         layers: rounded.
         left: as they were.
         equalized: activations that took up the scales of the rows before them.
+        unequalized: activations that did not, where that was asked for.
         bytes_before, bytes_after: of all parameters of the model, before as they are, afterwards with the rounded
             weights packed and their scales in 4 bytes each. The model itself is written with ordinary numbers.
     """
@@ -69,6 +70,7 @@ class Quantization:
     layers: tuple[QuantizedLayer, ...]
     left: tuple[UnquantizedLayer, ...]
     equalized: tuple[EqualizedLayer, ...]
+    unequalized: tuple[UnequalizedLayer, ...]
     bytes_before: int
     bytes_after: int
 
@@ -141,7 +143,7 @@ def quantize_layers(
         weight = module._parameters.get("weight")
         if name not in linears and name not in left and weight is not None and weight.dim() > 1:
             left[name] = f"a {type(module).__name__}, and weights of linear layers alone are rounded"
-    equalized = equalize_layers(model, linears, batches, forward) if options.equalize else ()
+    equalized, unequalized = equalize_layers(model, linears, batches, forward) if options.equalize else ((), ())
     grams = measure_inputs(model, linears, batches, forward, walk)
     before = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     after = before
@@ -162,7 +164,7 @@ def quantize_layers(
         said = reasons or "it has none"
         raise ValueError(f"quantize: no linear layer of {type(model).__name__} is rounded ({said})")
     rest = tuple(UnquantizedLayer(name, reason) for name, reason in in_order(model, left))
-    return Quantization(options.bits, options.per, tuple(layers), rest, equalized, before, after)
+    return Quantization(options.bits, options.per, tuple(layers), rest, equalized, unequalized, before, after)
 
 
 def _rounded(

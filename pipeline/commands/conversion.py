@@ -312,6 +312,8 @@ def _print_structure(conversion: ConversionRecord) -> None:
         )
         for equal in rounded.equalized:
             say(f"{equal.name} took up scales of {equal.rows} from {equal.smallest:.3g} to {equal.largest:.3g}")
+        for other in rounded.unequalized:
+            say(f"{other.name} took up no scales: {other.reason}")
         for stays in rounded.left:
             say(f"{stays.name} stays: {stays.reason}")
         say(f"{rounded.bytes_before:,} bytes of parameters before, {rounded.bytes_after:,} with these packed")

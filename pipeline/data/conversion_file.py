@@ -180,6 +180,13 @@ class EqualizedLayer(Record):
     largest: float
 
 
+class UnequalizedLayer(Record):
+    """An activation that takes up no scale, and why."""
+
+    name: str
+    reason: str
+
+
 class UnquantizedLayer(Record):
     """A layer with a matrix of weights that stays as it is, and why."""
 
@@ -195,6 +202,7 @@ class Quantization(Record):
     layers: list[QuantizedLayer]
     left: list[UnquantizedLayer]
     equalized: list[EqualizedLayer]
+    unequalized: list[UnequalizedLayer]
     bytes_before: int
     bytes_after: int
 

@@ -21,7 +21,7 @@ from polytrope.ops import Chebyshev, Hermite, Legendre
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.data.conversion_file import read_conversion
 from polytrope.pipeline.data.promised import PromisedModel
-from polytrope.pipeline.errors import EXIT_USER_ERROR
+from polytrope.pipeline.errors import EXIT_USER_ERROR, UserError
 from polytrope.pipeline.stage import Artifact, Resources, stage_context
 from polytrope.pipeline.stages.convert.convert import convert as convert_stage
 from polytrope.pipeline.stages.convert.convert import promise
@@ -161,6 +161,43 @@ def test_scales_go_only_where_they_are_taken_up() -> None:
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("degree", [3, 8, 16])
+def test_rounding_of_coefficients_stays_small_in_float32(degree: int) -> None:
+    """Rows of sizes from 1 to 1000, whose powers would be beyond what float32 holds apart."""
+    model = Layers(Hermite(degree, init="gelu")).float()
+    with torch.no_grad():
+        model.first.weight.mul_(torch.logspace(-1, 1, 12)[:, None])
+        model.first.weight.mul_(1 / model.first.weight.abs().amax())
+    few = [rows()[0].float()]
+    many = convert(model, few, quantize={"bits": 16, "exponent": 1.0, "per": "tensor", "equalize": True})
+    (equal,) = quantization(many).equalized
+    assert equal.largest**degree == pytest.approx(1e4) == pytest.approx(equal.smallest**-degree)
+    assert many.difference < 2e-3
+
+
+def test_what_is_equalised_and_what_is_not_is_told(tmp_path: Path) -> None:
+    model = own_model("gpt2", n_layer=2, activation=["gelu", "relu"])
+    made = convert(model, [tokens()], quantize={"bits": 4, "per": "tensor", "equalize": True})
+    assert [entry.name for entry in quantization(made).equalized] == ["transformer.h.1.mlp.activation"]
+    (stays,) = quantization(made).unequalized
+    assert (stays.name, stays.reason) == (
+        "transformer.h.0.mlp.activation",
+        "a GELU is another function after its input is scaled",
+    )
+    assert stays.reason in made.report()
+    made.save(tmp_path)
+    assert Conversion.load(tmp_path).quantization == made.quantization
+    with pytest.raises(ValueError, match="equalize changes the coefficients of activations, and there are new ones"):
+        convert(model, [tokens()], quantize={"bits": 4, "per": "tensor", "equalize": True}, family="hermite")
+
+
+@pytest.mark.parametrize("exponent", [0.2, 0.6, 1.0])
+def test_16_bits_change_weights_by_no_more_than_half_a_step(exponent: float) -> None:
+    weight = gaussian(1000)
+    bound = float(weight.abs().max()) / (2 * exponent * (2**15 - 1))  # where the grid is the widest
+    assert 0 < float((round_weight(weight, 16, exponent, "tensor") - weight).abs().max()) <= bound
+
+
 def test_the_search_goes_by_the_outputs_and_the_size_is_of_packed_weights() -> None:
     model = Layers(nn.GELU())
     found = quantization(convert(model, rows(), quantize={"bits": 4}))
@@ -237,6 +274,7 @@ def test_command_stage_and_python_do_the_same(model: Path, tmp_path: Path, capsy
         assert record.equalized[0].rows == "transformer.h.0.mlp.c_fc"
         page = " ".join((output / "conversion.html").read_text().split())
         assert "<h2>Rounded weights</h2>" in page
+        assert "takes up no scales" not in page
     assert metrics["bits"] == 4
     assert metrics["bytes"] == quantization(made).bytes_after < metrics["bytes_before"]
     assert "lm_head stays: part of a pooler or a head" in printed
@@ -281,14 +319,22 @@ def test_what_cannot_be_is_refused(
 
 
 def test_what_will_be_is_known_before_anything_starts() -> None:
-    settings = {"vocab_size": 97, "n_layer": 2, "activation": "gelu"}
+    settings = {"vocab_size": 97, "n_layer": 2}
 
-    def promised(quantize: dict[str, Any]) -> Any:
-        upstream = {"model": PromisedModel("gpt2", settings), "dataset": None}
+    def promised(quantize: dict[str, Any], activation: Any) -> Any:
+        upstream = {"model": PromisedModel("gpt2", {**settings, "activation": activation}), "dataset": None}
         return promise(ConvertParameters.model_validate({"quantize": quantize}), upstream, Resources(), Path())
 
-    assert promised({"bits": 4}).settings == settings
-    assert "activation" not in promised({"bits": 4, "per": "tensor", "equalize": True}).settings
+    equal = {"bits": 4, "per": "tensor", "equalize": True}
+    assert promised({"bits": 4}, "gelu").settings == {**settings, "activation": "gelu"}
+    for taking in ("hermite3", "relu", ["gelu", {"name": "legendre", "degree": 4}]):
+        assert promised(equal, taking).settings == settings
+    for other in ("gelu", "fourier5", {"name": "hermite", "degree": 3, "interval": [-4, 4]}):
+        with pytest.raises(UserError, match="quantize: equalize: no activation takes up a scale: the model has "):
+            promised(equal, other)
+    for more in ({"family": "hermite"}, {"polynomial_only": True}):
+        with pytest.raises(ValidationError, match="equalize changes the coefficients of activations"):
+            ConvertParameters.model_validate({"quantize": equal, **more})
     with pytest.raises(ValidationError) as caught:
         ConvertParameters.model_validate({"quantize": {"bits": "four"}})
     assert caught.value.errors()[0]["loc"] == ("quantize", "bits")

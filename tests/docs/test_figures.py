@@ -14,6 +14,7 @@ from benchmarks import (
     compiled,
     deep_nets,
     grokking,
+    norms,
     ops,
     polynomial_networks,
     private_inference,
@@ -399,8 +400,28 @@ def test_what_is_left_after_training_is_told_as_measured() -> None:
     assert written == (RESULTS / "after_training.md").read_text(encoding="utf-8")
     says("docs/after-training.md", " ".join(written.split()))
     ways = {row["way"]: row for row in result["ways"]}
-    for way in ("2 blocks dropped", "linear layers factored, 1.5 times smaller"):
+    rounded = [way for way in ways if way.startswith("4 bits")]
+    for way in ("2 blocks dropped", "linear layers factored, 1.5 times smaller", *rounded):
         assert result["nats_per_token"] < ways[way]["nats_per_token"] < ways[way]["naive_nats_per_token"]
     dropped = ways["2 blocks dropped"]
     saved = dropped["naive_nats_per_token"] - dropped["nats_per_token"]
     assert saved / (dropped["naive_nats_per_token"] - result["nats_per_token"]) == pytest.approx(0.75, abs=0.02)
+
+
+def test_norms_are_told_as_measured() -> None:
+    file = content("norms")
+    figures = {row: {name: one["values"] for name, one in found.items()} for row, found in file["digits"].items()}
+    assert json.loads(json.dumps(norms.compare(figures))) == file["digits"]
+    assert norms.markdown(file["digits"]) == (RESULTS / "norms.md").read_text(encoding="utf-8")
+    text = file["text"]
+    batch = content("private_inference")["steps"]["polynomial"]["nats_per_byte"]
+    assert text["batch"] == [batch[seed] for seed in text["seeds"]]
+    rms, other = (" ".join(f"{loss:.3f}" for loss in text[name]) for name in ("rms", "batch"))
+    says(
+        "docs/parts/norm.md",
+        f"{rms} nats per byte where batch norm has {other}",
+        f"depth {text['depth']} instead of {text['depth_of_batch']}",
+        f"{text['rows_outside']} of {text['rows']:,} vectors",
+        f"{text['circuit']:.3f} nats per byte with polynomials",
+        f"up to {100 * max(error for _, _, error in text['roots'].values()):.2g} percent",
+    )

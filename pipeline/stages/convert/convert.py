@@ -6,7 +6,7 @@ Parameters and flow; the mathematics is in `polytrope.ops.interpolate`, the work
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from polytrope.models.configurations import (
     block_series,
     without_blocks,
 )
-from polytrope.models.convert_options import possible_cuts
+from polytrope.models.convert_options import POLYNOMIALS, possible_cuts
 from polytrope.models.quadratic import quadratic_feedforward
 from polytrope.pipeline.data.lineage import read_lineage, write_lineage
 from polytrope.pipeline.data.misfits import refuse_misfit
@@ -86,6 +86,8 @@ def promise(
         except ValueError as error:
             raise UserError(str(error), "leave linear out, or convert another model") from error
     if parameters.quantize is not None and parameters.quantize.equalize:
+        if "activation" in known:
+            _refuse_idle_scales(activation_configs(config.activation, len(config.activation_widths())))
         known.pop("activation", None)  # it gets coefficients per channel where it takes up scales
     if parameters.replacement() is None:
         return _promised(model, known if smaller is not None else None, parameters)
@@ -93,7 +95,9 @@ def promise(
     names = {_name(entry) for entry in activation_configs(config.activation, blocks)} - {NO_ACTIVATION}
     if not names:
         raise UserError(
-            "inputs.model: the model has feedforward: mu in every block, and no activation to convert",
+            "inputs.model: the model has feedforward: mu in every block, and no activation to convert"
+            if not config.norm_settings().activates
+            else "inputs.model: the model has norm: evonorm, and no activation to convert but the sigmoid inside",
             "convert a model with activations",
         )
     if names == {parameters.replacement()}:
@@ -104,6 +108,23 @@ def promise(
     # which activations it has then depends on what is found in it
     known.pop("activation", None)
     return _promised(model, known if smaller is not None else None, parameters)
+
+
+def _refuse_idle_scales(activations: Sequence[Any]) -> None:
+    """Refuse equalisation where no activation takes up a scale.
+
+    Raises:
+        UserError: all are others.
+    """
+    names = [_name(entry) for entry in activations]
+    lines = [not (isinstance(entry, dict) and entry.get("interval") is not None) for entry in activations]
+    if any(name == "relu" or (name in POLYNOMIALS and whole) for name, whole in zip(names, lines, strict=True)):
+        return
+    raise UserError(
+        f"quantize: equalize: no activation takes up a scale: the model has {', '.join(dict.fromkeys(names))}, and "
+        f"relu does, or {', '.join(POLYNOMIALS)} without an interval",
+        "leave equalize out; per: row needs none",
+    )
 
 
 def _promised(

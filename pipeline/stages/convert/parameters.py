@@ -14,6 +14,7 @@ from polytrope.models.convert_options import (
     DropBlocks,
     Factorize,
     Quantize,
+    check_equalize,
     check_keep,
     check_polynomial_only,
     check_structural,
@@ -229,9 +230,19 @@ def _check_structure(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
+def _check_quantize(value: QuantizeParameters | None, info: ValidationInfo) -> QuantizeParameters | None:
+    if value is not None and fits_activations(info.data.get("family"), bool(info.data.get("polynomial_only")), True):
+        try:
+            check_equalize(value.options())
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("quantize: ")) from error
+    checked: QuantizeParameters | None = _check_structure(value, info)
+    return checked
+
+
 _DropBlocks = Annotated[DropBlocksParameters | None, BeforeValidator(_read_pair), AfterValidator(_check_structure)]
 _Factorize = Annotated[FactorizeParameters | None, BeforeValidator(_read_pair), AfterValidator(_check_structure)]
-_Quantize = Annotated[QuantizeParameters | None, BeforeValidator(_read_options), AfterValidator(_check_structure)]
+_Quantize = Annotated[QuantizeParameters | None, BeforeValidator(_read_options), AfterValidator(_check_quantize)]
 
 
 class ConvertParameters(BaseModel):
