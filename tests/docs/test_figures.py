@@ -12,6 +12,7 @@ import yaml
 from benchmarks import (
     after_training,
     compiled,
+    compressibility,
     deep_nets,
     grokking,
     norms,
@@ -425,3 +426,31 @@ def test_norms_are_told_as_measured() -> None:
         f"{text['circuit']:.3f} nats per byte with polynomials",
         f"up to {100 * max(error for _, _, error in text['roots'].values()):.2g} percent",
     )
+
+
+def test_how_learnable_activations_compress_is_told_as_measured() -> None:
+    result = content("compressibility")
+    assert compressibility.markdown(result["ways"], result["rows"]) == (RESULTS / "compressibility.md").read_text(
+        "utf-8"
+    )
+    assert json.loads(json.dumps(compressibility.compare(result["rows"]))) == result["ways"]
+    ways = {entry["way"]: entry["difference"] for entry in result["ways"]}
+    hermite, affine = compressibility.LEARNABLE
+    (less, more) = (ways[f"layers factored, {ratio} times smaller"] for ratio in ("1.5", "3"))
+    says(
+        "docs/after-training.md",
+        f"by {less[hermite]['mean']:.3f} nats at a ratio of 1.5 and {more[hermite]['mean']:.3f} at 3, on every seed",
+        f"the control as well, by {less[affine]['mean']:.3f} and {more[affine]['mean']:.3f}",
+    )
+    assert all(value > 0 for way in (less, more) for name in way for value in way[name]["values"])
+    for way, found in ways.items():
+        assert all((one["holm_p_value"] < 0.05) == way.startswith("layers factored") for one in found.values()), way
+    means = {key: {} for key in ("before", "1.5", "3")}
+    for name in (compressibility.BASELINE, hermite):
+        own = [row for row in result["rows"] if row["name"] == name]
+        means["before"][name] = sum(row["before"] for row in own) / len(own)
+        for ratio in ("1.5", "3"):
+            after = [row["after"] for row in own if row["way"] == f"layers factored, {ratio} times smaller"]
+            means[ratio][name] = sum(after) / len(after)
+    better = {key: of[hermite] < of[compressibility.BASELINE] for key, of in means.items()}
+    assert better == {"before": True, "1.5": True, "3": False}
