@@ -135,6 +135,7 @@ ENDLESS: tuple[dict[str, Any], ...] = (
     {"name": "rational", "degree": 5},
     {"name": "polyrelu", "degree": 3},
 )
+RELU_SQUARED = {"name": "polyrelu", "degree": 2, "init": "relu_squared"}  # as it is where its rate is 0
 RATES_ON = (0.0, 0.1, 0.5, 1.0, 5.0, 10.0)  # by the rule 0.5 (Hermite) and 1; from scratch it would be 5 and 10
 ON = {"steps": 100, "learning_rate": 1e-3, "warmup_steps": 10}
 PARTS: dict[str, tuple[Trainings, ...]] = {
@@ -149,6 +150,7 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
         Trainings(seeds=range(3), data="speeches", model={"n_embd": 64}, steps=960),
         Trainings(seeds=range(3), data="speeches", steps=960),
     ),
+    "baselines": (Trainings((RELU_SQUARED, "silu"), data="mnist", multiple=0.0),),
     "gated": (
         Trainings(("gelu_tanh", "silu", "affine", "hermite4"), range(3), "speeches", model={"feedforward": "gated"}),
     ),
@@ -170,6 +172,7 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
     ),
     "seeds": (Trainings(seeds=range(5, 10)),),
     "frozen": (Trainings(("affine", "hermite4"), seeds=range(3), frozen=True),),
+    "frozen-images": (Trainings(("affine", "hermite4"), range(3), "mnist", frozen=True),),
     "faster": (Trainings(("affine", "hermite4"), multiple=30.0),),
     "families": (
         Trainings(("gelu", *ENDED, *ENDLESS), range(3), "tiny"),
