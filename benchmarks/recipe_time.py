@@ -3,7 +3,8 @@
 The models of workflows/recipe.yaml take steps (forward, backward, AdamW) in turns, one thread, float32; what counts is
 processor time, which other programs on the machine disturb less than the clock. Each round gives a ratio to GELU's step
 of the same round; of these the median is reported, with the interval that holds the median of all rounds with 95 %
-(order statistics, no assumption about their distribution). The bar is 1.02. It writes results/recipe_time.json and .md.
+(order statistics, no assumption about their distribution). The bar is 1.02. A last row tells what of it is Python's:
+torch's own GELU, called by an autograd function in Python as ours is. It writes results/recipe_time.json and .md.
 """
 
 from __future__ import annotations
@@ -30,9 +31,32 @@ TEXT = {"vocab_size": 1024, "sequence_length": 128}
 IMAGES = {"num_classes": 10, "in_channels": 1}
 
 
+class GELUByPython(torch.autograd.Function):
+    """torch's GELU as it is, but called from Python, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, approximate: str) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.approximate = approximate
+        result: Tensor = torch.ops.aten.gelu(x, approximate=approximate)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.aten.gelu_backward(gradients[0], *ctx.saved_tensors, approximate=ctx.approximate), None
+
+
+def call_by_python(model: nn.Module) -> nn.Module:
+    """The model, whose GELUs now go through `GELUByPython`."""
+    for module in model.modules():
+        if isinstance(module, nn.GELU):
+            module.forward = lambda x, module=module: GELUByPython.apply(x, module.approximate)  # type: ignore[method-assign]
+    return model
+
+
 def stepper(model: nn.Module, batch: tuple[Tensor, Tensor], steps: int) -> Callable[[], float]:
     """A function that trains some steps and returns the processor seconds of one."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)  # as pipeline/stages/train has it
 
     def run() -> float:
         started = time.process_time()
@@ -89,6 +113,9 @@ def measure(stage: dict[str, Any], batch: tuple[Tensor, Tensor], sizes: dict[str
         torch.manual_seed(0)
         built = build_model(architecture, {**own, **sizes, "activation": activation})
         steppers[name_of(activation)] = stepper(built, batch, options.steps)
+    torch.manual_seed(0)
+    built = build_model(architecture, {**own, **sizes, "activation": activations[0]})
+    steppers[f"{name_of(activations[0])}, called by Python"] = stepper(call_by_python(built), batch, options.steps)
     seconds = in_turns(steppers, options.rounds)
     gelu = seconds[name_of(activations[0])]
     return {

@@ -35,19 +35,23 @@ from polytrope.models.conversion import (
 from polytrope.models.convert_options import (
     DropBlocks,
     Factorize,
+    Quantize,
     check_keep,
     check_structural,
     fits_activations,
     read_drop_blocks,
     read_factorize,
+    read_quantize,
 )
 from polytrope.models.drop_blocks import DroppedBlocks, drop_and_map
+from polytrope.models.equalize import EqualizedLayer
 from polytrope.models.factorize import FactoredLayer, Factorization, UnfactoredLayer, factor_layers
 from polytrope.models.formats import read_model, write_model
 from polytrope.models.formats.module import MODULE_FILE, load_module
 from polytrope.models.inputs import Data, read_batches, size_of
 from polytrope.models.modes import measuring
 from polytrope.models.polynomials import Polynomials, hold_out, measure_polynomials
+from polytrope.models.quantize import Quantization, QuantizedLayer, UnquantizedLayer, quantize_layers
 from polytrope.models.rewriting import FunctionalActivation
 from polytrope.models.selection import Left, Selection, select_activations
 from polytrope.models.sensitivity import sensitivities
@@ -107,6 +111,7 @@ class Conversion:
         polynomials: with `polynomial_only`, what they cost, and their inputs on samples that were kept aside.
         dropped: blocks that are gone.
         factorization: linear layers that are in two factors.
+        quantization: linear layers whose weights are rounded.
         parameters: numbers in the model before and after.
     """
 
@@ -121,6 +126,7 @@ class Conversion:
     polynomials: Polynomials | None = None
     dropped: DroppedBlocks | None = None
     factorization: Factorization | None = None
+    quantization: Quantization | None = None
     parameters: tuple[int, int] | None = None
 
     @property
@@ -129,21 +135,29 @@ class Conversion:
         return {entry.name: entry.certificate for entry in self.activations}
 
     def report(self) -> str:
-        """Tables as text: blocks that are gone, factored layers, every activation with its errors, and what stays."""
+        """Tables as text: blocks that are gone, factored and rounded layers, every activation with its errors, and what
+        stays."""
         parts = [] if self.dropped is None else [self.dropped.describe()]
         if self.factorization is not None:
             parts.append(_table(self.factorization.rows()))
+        if self.quantization is not None:
+            parts.append(_table(self.quantization.rows()))
         if self.activations or not parts:
             parts.append(_table(self._activation_rows()))
         parts.append(f"all together: the output moves by {self.difference:.2e}")
         text = "\n\n".join(parts)
         if self.parameters is not None and self.parameters[0] != self.parameters[1]:
             text += f"\n{self.parameters[0]:,} parameters before, {self.parameters[1]:,} now"
+        if self.quantization is not None:
+            before, after = self.quantization.bytes_before, self.quantization.bytes_after
+            text += f"\n{before:,} bytes of parameters, {after:,} with rounded weights packed"
         if self.polynomials is not None:
             text += f"\n{self.polynomials.describe()}"
         stays = [[entry.name, entry.kind, entry.reason] for entry in self.left]
         if self.factorization is not None:
             stays += [[entry.name, "Linear", entry.reason] for entry in self.factorization.left]
+        if self.quantization is not None:
+            stays += [[entry.name, "weights", entry.reason] for entry in self.quantization.left]
         return f"{text}\n\n{_table([['stays as it is', 'kind', 'reason'], *stays])}" if stays else text
 
     def _activation_rows(self) -> list[list[str]]:
@@ -195,6 +209,8 @@ class Conversion:
             content["dropped"] = asdict(self.dropped)
         if self.factorization is not None:
             content["factorization"] = asdict(self.factorization)
+        if self.quantization is not None:
+            content["quantization"] = asdict(self.quantization)
         if self.parameters is not None:
             content["parameters"] = list(self.parameters)
         with appearing(Path(directory), CERTIFICATES) as aside:
@@ -238,7 +254,7 @@ class Conversion:
 
 
 def _read_structure(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What `Conversion.save` wrote of dropped blocks, factored layers, and numbers of parameters."""
+    """What `Conversion.save` wrote of dropped blocks, factored and rounded layers, and numbers of parameters."""
     found: dict[str, Any] = {}
     if (dropped := content.get("dropped")) is not None:
         found["dropped"] = DroppedBlocks(**{**dropped, "blocks": tuple(dropped["blocks"])})
@@ -246,6 +262,10 @@ def _read_structure(content: Mapping[str, Any]) -> dict[str, Any]:
         layers = tuple(FactoredLayer(**entry) for entry in factored["layers"])
         left = tuple(UnfactoredLayer(**entry) for entry in factored["left"])
         found["factorization"] = Factorization(factored["energy"], layers, left)
+    if (rounded := content.get("quantization")) is not None:
+        kinds = {"layers": QuantizedLayer, "left": UnquantizedLayer, "equalized": EqualizedLayer}
+        parts = {name: tuple(kind(**entry) for entry in rounded[name]) for name, kind in kinds.items()}
+        found["quantization"] = Quantization(**{**rounded, **parts})
     if (counts := content.get("parameters")) is not None:
         found["parameters"] = (int(counts[0]), int(counts[1]))
     return found
@@ -257,6 +277,7 @@ def convert(
     *,
     drop_blocks: Mapping[str, Any] | None = None,
     factorize: Mapping[str, Any] | None = None,
+    quantize: Mapping[str, Any] | None = None,
     family: str | None = None,
     degree: int | None = None,
     target_error: float | None = None,
@@ -283,7 +304,8 @@ def convert(
 ) -> Conversion:
     """Replace a model's activations, modules and functions it calls, by learnable ones fitted on what they receive.
 
-    Before that it drops blocks, and puts linear layers in two factors, where that is asked for.
+    Before that it drops blocks, and puts linear layers in two factors; afterwards it rounds weights to few bits. All
+    of it where it is asked for.
 
     Args:
         model: any; it is in the mode it was in afterwards.
@@ -291,8 +313,9 @@ def convert(
             in by name; of a tuple as many entries as the model's `forward` requires, the others are labels.
         drop_blocks: `{"count": 2}` or `{"blocks": [3, 4]}`, as of `convert_options.DropBlocks`; the first step.
         factorize: `{"energy": 0.999}`, `{"ratio": 3}` or `{"rank": 16}`, as of `convert_options.Factorize`; the second.
+        quantize: `{"bits": 4}`, with `exponent`, `per` and `equalize` as of `convert_options.Quantize`; the last step.
         family, target_error, coverage, weight, derivative_weight, constraints, basis: as of `conversion.FitOptions`.
-            Without family activations become hermite, but beside `drop_blocks` or `factorize` they stay as they are.
+            Without family activations become hermite, but beside `drop_blocks`, `factorize` or `quantize` they stay.
         degree: 8 if not given; with `target_error` the highest one tried, 16 if not given.
         polynomial_only: sums and products alone, for encrypted inference and verification, on a certified range; a
             quarter of the samples is kept aside and checks it.
@@ -317,7 +340,7 @@ def convert(
         ValueError: an option that is not as described or does not go with another, nothing to convert, data the model
             cannot run on, a layer that cannot be fitted, a conversion that has no effect.
     """
-    drop, factor = read_drop_blocks(drop_blocks), read_factorize(factorize)
+    drop, factor, rounding = read_drop_blocks(drop_blocks), read_factorize(factorize), read_quantize(quantize)
     given: dict[str, Any] = {
         "family": family,
         "degree": degree,
@@ -333,12 +356,13 @@ def convert(
         "domain_margin": domain_margin,
     }
     options = None
-    if fits_activations(family, polynomial_only, drop is not None or factor is not None):
+    structural = any(step is not None for step in (drop, factor, rounding))
+    if fits_activations(family, polynomial_only, structural):
         options = fit_options(**given)
     else:
         given |= {"types": types, "rated_samples": rated_samples, "keep": keep, "output_error": output_error}
         given |= {"include": include, "exclude": exclude, "layers": layers}
-        check_structural(given, factors=factor is not None)
+        check_structural(given, factors=factor is not None or rounding is not None)
     if samples is not None and samples < 1:
         raise ValueError(f"samples: expected at least 1, or None for all, got {samples!r}")
     if rated_samples < 0:
@@ -368,6 +392,7 @@ def convert(
         output_error=output_error,
         drop=drop,
         factor=factor,
+        rounding=rounding,
     )
 
 
@@ -385,6 +410,7 @@ def convert_batches(
     output_error: float | None = None,
     drop: DropBlocks | None = None,
     factor: Factorize | None = None,
+    rounding: Quantize | None = None,
 ) -> Conversion:
     """What `convert` does, in place.
 
@@ -412,7 +438,7 @@ def convert_batches(
             output_error=output_error,
         )
 
-    if drop is None and factor is None:
+    if drop is None and factor is None and rounding is None:
         return activations()
     say = tell or (lambda _step, _text: None)
     total = sum(map(size_of, batches))
@@ -434,12 +460,19 @@ def convert_batches(
             say(0, f"factoring linear layers{said}")
             factored = factor_layers(model, batches, factor, choice, forward, walk=partial(going, "factoring"))
         made = Conversion(model, [], [], total, 0.0, rated=rated) if options is None else activations()
+        rounded = None
+        if rounding is not None:
+            say(2, f"rounding weights to {rounding.bits} bits{said}")
+            rounded = quantize_layers(
+                model, batches, rounding, choice, forward, walk=partial(going, "rounding weights")
+            )
         found = _output(model, rated, forward)
     return replace(
         made,
         difference=_moved(found, wanted),
         dropped=dropped,
         factorization=factored,
+        quantization=rounded,
         parameters=(before, sum(parameter.numel() for parameter in model.parameters())),
     )
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 # What `conversion.fit_options` takes.
 FIT_OPTIONS = frozenset(
@@ -68,6 +68,9 @@ class DropBlocks:
         return self.blocks[1] - self.blocks[0] + 1
 
 
+ENERGY = 0.999  # of which the utilised rank is told where nothing else is asked for
+
+
 @dataclass(frozen=True)
 class Factorize:
     """Which rank the two factors of a linear layer get; only layers that become smaller are factored.
@@ -99,6 +102,40 @@ class Factorize:
             raise ValueError(f"factorize: rank: expected at least 1, got {self.rank}")
 
 
+@dataclass(frozen=True)
+class Quantize:
+    """How the weights of linear layers are rounded.
+
+    Args:
+        bits: of a weight, its sign among them.
+        exponent: of the power grid; `search`: for each layer the one from 0.2 to 1 with the least error of its outputs;
+            1: uniform.
+        per: what has a scale of its own: each `row` of a matrix, or the whole matrix (`tensor`).
+        equalize: before that, rows are brought to one size where the activation behind them takes up the scales.
+
+    Raises:
+        ValueError: one that cannot be, or `equalize` beside scales per row, which it changes nothing for.
+    """
+
+    bits: int
+    exponent: float | Literal["search"] = "search"
+    per: str = "row"
+    equalize: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 16:
+            raise ValueError(f"quantize: bits: expected 2 to 16, got {self.bits}")
+        if self.exponent != "search" and not 0.1 <= float(self.exponent) <= 1:
+            raise ValueError(f"quantize: exponent: expected search, or a number from 0.1 to 1, got {self.exponent}")
+        if self.per not in ("row", "tensor"):
+            raise ValueError(f"quantize: per: expected row or tensor, got {self.per!r}")
+        if self.equalize and self.per == "row":
+            raise ValueError(
+                "quantize: equalize: every row has a scale of its own, so that bringing rows to one size changes "
+                "nothing; it is for per: tensor"
+            )
+
+
 def read_drop_blocks(given: Mapping[str, Any] | None) -> DropBlocks | None:
     """The options as they are written: `{count: 2}` or `{blocks: [3, 4]}`; None: not given.
 
@@ -123,6 +160,23 @@ def read_factorize(given: Mapping[str, Any] | None) -> Factorize | None:
     if given is None:
         return None
     return Factorize(**_checked("factorize", given, {"energy": float, "ratio": float, "rank": int}))
+
+
+def read_quantize(given: Mapping[str, Any] | None) -> Quantize | None:
+    """The options as they are written: `{bits: 4}`, with `exponent`, `per` and `equalize`; None: not given.
+
+    Raises:
+        ValueError: an unknown one, no bits, or as of `Quantize`.
+    """
+    if given is None:
+        return None
+    kinds: dict[str, type] = {"bits": int, "exponent": float, "per": str, "equalize": bool}
+    exponent = given.get("exponent")
+    rest = {name: value for name, value in given.items() if name != "exponent" or exponent != "search"}
+    values = _checked("quantize", rest, kinds)
+    if "bits" not in values:
+        raise ValueError("quantize: bits: how many a weight has left is not given; expected 2 to 16")
+    return Quantize(**values)
 
 
 def possible_cuts(lengths: Sequence[int], options: DropBlocks) -> list[tuple[int, int]]:
@@ -159,7 +213,7 @@ def possible_cuts(lengths: Sequence[int], options: DropBlocks) -> list[tuple[int
     return [(row, first - start - 1)]
 
 
-_WORDS = {int: "an integer", float: "a number", list: "a list"}
+_WORDS = {int: "an integer", float: "a number", list: "a list", str: "a word", bool: "true or false"}
 
 
 def _checked(place: str, given: Mapping[str, Any], kinds: Mapping[str, type]) -> dict[str, Any]:
@@ -169,7 +223,7 @@ def _checked(place: str, given: Mapping[str, Any], kinds: Mapping[str, type]) ->
         if name not in kinds:
             raise ValueError(f"{place}: there is no {name}; there are {', '.join(kinds)}")
         allowed = {float: (int, float), list: (list, tuple)}.get(kinds[name], kinds[name])
-        if not isinstance(value, allowed) or isinstance(value, bool):
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kinds[name] is not bool):
             raise ValueError(f"{place}: {name}: expected {_WORDS[kinds[name]]}, got {value!r}")
     return values
 
@@ -178,7 +232,7 @@ def fits_activations(family: str | None, polynomial_only: bool, structural: bool
     """Whether activations are replaced: always, but where only the structure changes and no family is given.
 
     Args:
-        structural: blocks are dropped, or linear layers factored.
+        structural: blocks are dropped, or linear layers factored or rounded.
     """
     return not structural or family is not None or polynomial_only
 
@@ -188,7 +242,7 @@ def check_structural(given: Mapping[str, Any], *, factors: bool) -> None:
 
     Args:
         given: all options by name; those that are absent or have their defaults were not given.
-        factors: linear layers are factored, and chosen by some of these options.
+        factors: linear layers are factored or rounded, and chosen by some of these options.
 
     Raises:
         ValueError: the first of them.

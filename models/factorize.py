@@ -13,24 +13,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polytrope.models.convert_options import Factorize
+from polytrope.models.convert_options import ENERGY, Factorize
 from polytrope.models.factors import FactoredLinear
 from polytrope.models.inputs import head, tensors_of, vectors
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import Choice, is_of_a_head, replace_module
 
-ENERGY = 0.999  # of which the utilised rank is told where the options name none
 Forward = Callable[[nn.Module, Any], Any]
 
 
 @dataclass(frozen=True)
-class FactoredLayer:
-    """One layer.
+class MeasuredLayer:
+    """What the data make use of in one layer.
 
     Args:
         name: of its module.
         inputs, outputs: numbers of channels.
         input_rank, output_rank: directions that hold the share `energy` of the squares of its inputs, of its outputs.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    input_rank: int
+    output_rank: int
+
+    @property
+    def utilised_rank(self) -> int:
+        """As many directions as the data make use of."""
+        return min(self.input_rank, self.output_rank)
+
+
+@dataclass(frozen=True)
+class FactoredLayer:
+    """One layer that is in two factors.
+
+    Args:
+        name, inputs, outputs, input_rank, output_rank: as of `MeasuredLayer`.
         rank: of its factors.
         relative_error: of its outputs without bias on the calibration data: root mean square, relative to theirs.
     """
@@ -99,6 +118,11 @@ def utilised_rank(squares: Tensor, energy: float) -> int:
     return min(len(squares), 1 + int((largest < energy * largest[-1]).sum()))
 
 
+def saved_numbers(inputs: int, outputs: int, rank: int) -> int:
+    """How many numbers two factors of this rank have less than the whole matrix; below 1: they are no smaller."""
+    return inputs * outputs - rank * (inputs + outputs)
+
+
 def ratio_rank(inputs: int, outputs: int, ratio: float) -> int:
     """The largest rank whose factors have at most 1 / ratio of the numbers of the whole matrix."""
     return int(inputs * outputs / (ratio * (inputs + outputs)))
@@ -134,6 +158,30 @@ def measure_spectra(weight: Tensor, gram: Tensor) -> Spectra:
     return Spectra(seen, values.square().flip(0), directions.flip(1))
 
 
+def utilised_ranks(
+    model: nn.Module, batches: Sequence[Any], energy: float, forward: Forward
+) -> tuple[tuple[MeasuredLayer, ...], tuple[UnfactoredLayer, ...]]:
+    """What the data make use of in the linear layers that `factor_layers` would look at; measured in float64.
+
+    Args:
+        batches, forward: as of `factor_layers`.
+        energy: the share of the squares that counts.
+
+    Returns:
+        The layers in the order of the model, and those without figures with the reason.
+    """
+    linears, left = choose_linear_layers(model, Choice())
+    grams = measure_inputs(model, linears, batches, forward, iter)
+    layers = []
+    for name, linear in linears.items():
+        found = _measured(name, linear, grams.pop(name, None), energy)
+        if isinstance(found, str):
+            left[name] = found
+        else:
+            layers.append(found[0])
+    return tuple(layers), _unfactored(model, left)
+
+
 def factor_layers(
     model: nn.Module,
     batches: Sequence[Any],
@@ -154,16 +202,13 @@ def factor_layers(
     Raises:
         ValueError: no layer becomes smaller.
     """
-    linears, left = _candidates(model, choice)
+    linears, left = choose_linear_layers(model, choice)
     few = head(batches, 8)
     calls = _count_calls(model, linears, few, forward)
-    grams = _measure_inputs(model, linears, batches, forward, walk)
+    grams = measure_inputs(model, linears, batches, forward, walk)
     layers = []
     for name, linear in linears.items():
-        if name not in grams:
-            left[name] = "the calibration data never reaches it"
-            continue
-        made = _factored(name, linear, grams.pop(name), options)
+        made = _factored(name, linear, grams.pop(name, None), options)
         if isinstance(made, str):
             left[name] = made
             continue
@@ -175,17 +220,31 @@ def factor_layers(
         said = reasons or "it has none"
         raise ValueError(f"factorize: no linear layer of {type(model).__name__} becomes smaller ({said})")
     _check_calls(model, calls, [layer.name for layer in layers], few, forward)
-    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    rest = [UnfactoredLayer(name, left[name]) for name in sorted(left, key=order.__getitem__)]
-    return Factorization(_energy(options), tuple(layers), tuple(rest))
+    return Factorization(_energy(options), tuple(layers), _unfactored(model, left))
+
+
+def in_order(model: nn.Module, left: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names and reasons in the order of `named_modules`."""
+    return [(name, left[name]) for name, _ in model.named_modules() if name in left]
+
+
+def _unfactored(model: nn.Module, left: Mapping[str, str]) -> tuple[UnfactoredLayer, ...]:
+    return tuple(UnfactoredLayer(name, reason) for name, reason in in_order(model, left))
 
 
 def _energy(options: Factorize) -> float:
     return ENERGY if options.energy is None else options.energy
 
 
-def _candidates(model: nn.Module, choice: Choice) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The layers that are meant, and why the others stay."""
+def choose_linear_layers(
+    model: nn.Module, choice: Choice, *, inside_factors: bool = False
+) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+    """The linear layers that are meant, by name, and why the others stay.
+
+    Args:
+        choice: by the patterns and numbers in their names.
+        inside_factors: both factors of a `FactoredLinear` are meant as well.
+    """
     choice = replace(choice, types=())
     holders: dict[int, int] = {}
     for module in model.modules():
@@ -195,7 +254,7 @@ def _candidates(model: nn.Module, choice: Choice) -> tuple[dict[str, nn.Linear],
     left: dict[str, str] = {}
     factored: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, FactoredLinear):
+        if isinstance(module, FactoredLinear) and not inside_factors:
             factored.append(f"{name}.")
             left[name] = f"in two factors of rank {module.rank} already"
         if type(module) is not nn.Linear or name.startswith(tuple(factored)):
@@ -210,7 +269,7 @@ def _candidates(model: nn.Module, choice: Choice) -> tuple[dict[str, nn.Linear],
     return linears, left
 
 
-def _measure_inputs(
+def measure_inputs(
     model: nn.Module,
     linears: dict[str, nn.Linear],
     batches: Sequence[Any],
@@ -290,24 +349,36 @@ def _check_calls(
             )
 
 
-def _factored(
-    name: str, linear: nn.Linear, gram: Tensor, options: Factorize
-) -> tuple[FactoredLayer, FactoredLinear] | str:
-    """The factors, or why there are none."""
+def _measured(name: str, linear: nn.Linear, gram: Tensor | None, energy: float) -> tuple[MeasuredLayer, Spectra] | str:
+    """What the data make use of, or why that cannot be said."""
+    if gram is None:
+        return "the calibration data never reaches it"
     if not bool(gram.isfinite().all()):
         return "it receives numbers that are not finite"
     weight = linear.weight.detach().double().cpu()
     outputs, inputs = weight.shape
     spectra = measure_spectra(weight, gram)
-    input_rank, output_rank = (utilised_rank(part, _energy(options)) for part in (spectra.inputs, spectra.outputs))
+    input_rank, output_rank = (utilised_rank(part, energy) for part in (spectra.inputs, spectra.outputs))
     if min(input_rank, output_rank) == 0:
         return "its outputs are all 0 on the calibration data"
-    rank = min(input_rank, output_rank)
+    return MeasuredLayer(name, inputs, outputs, input_rank, output_rank), spectra
+
+
+def _factored(
+    name: str, linear: nn.Linear, gram: Tensor | None, options: Factorize
+) -> tuple[FactoredLayer, FactoredLinear] | str:
+    """The factors, or why there are none."""
+    found = _measured(name, linear, gram, _energy(options))
+    if isinstance(found, str):
+        return found
+    measured, spectra = found
+    inputs, outputs = measured.inputs, measured.outputs
+    rank = measured.utilised_rank
     if options.rank is not None:
         rank = options.rank
     elif options.ratio is not None:
         rank = ratio_rank(inputs, outputs, options.ratio)
-    if rank < 1 or rank * (inputs + outputs) >= inputs * outputs:
+    if rank < 1 or saved_numbers(inputs, outputs, rank) <= 0:
         return f"{inputs} → {outputs} of rank {rank} would be no smaller"
     # U Uᵀ W with the first directions U of the outputs is, of all matrices of this rank, the one whose outputs are the
     # nearest to W's (Eckart & Young, 1936). A projection of the inputs as well could only take more away.
@@ -315,10 +386,10 @@ def _factored(
     factored = FactoredLinear(inputs, outputs, rank, bias=linear.bias is not None)
     factored.to(linear.weight.device, linear.weight.dtype)
     with torch.no_grad():
-        factored.inner.weight.copy_(directions.T @ weight)
+        factored.inner.weight.copy_(directions.T @ linear.weight.detach().double().cpu())
         factored.outer.weight.copy_(directions)
         if linear.bias is not None:
             factored.outer.bias.copy_(linear.bias)
     lost = float(spectra.outputs[:-rank].sum() / spectra.outputs.sum())
-    described = FactoredLayer(name, inputs, outputs, input_rank, output_rank, rank, lost**0.5)
+    described = FactoredLayer(name, inputs, outputs, measured.input_rank, measured.output_rank, rank, lost**0.5)
     return described, factored.train(linear.training)

@@ -31,12 +31,13 @@ if TYPE_CHECKING:
 _SINGULAR = {"constraints": "constraint", "types": "type", "calibration_samples": "samples", "ray_tasks": "ray"}
 _LEFT_OUT = ("page", "register_as", "register_alias")  # the page is always written; no run is there to register it
 _NOT_AS_IS = FIT_OPTIONS | {"include", "exclude", "types", "layers", "rated_samples", "keep", "output_error", "linear"}
-_NOT_AS_IS |= {"drop_blocks", "factorize"}
+_NOT_AS_IS |= {"drop_blocks", "factorize", "quantize"}
 _METAVARS = {"int": "N", "float": "X", "str": "TEXT"}
 _FIELD_METAVARS = {
     "domain": "LOW,HIGH",
     "drop_blocks": "count=N|blocks=FIRST,LAST",
     "factorize": "energy=X|ratio=X|rank=N",
+    "quantize": "bits=N[,NAME=VALUE…]",
 }
 _ADVICE = 8  # layers whose advice is printed
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a part of a module's name
@@ -138,6 +139,8 @@ def read_parameters(options: argparse.Namespace) -> ConvertParameters:
         problem = error.errors()[0]
         field = str(problem["loc"][0])
         text, near = words(problem, ConvertParameters, values, (field,))
+        if problem["type"] == "missing":  # a part of the option's value; what is wrong with others, they say themselves
+            text = f"{problem['loc'][-1]}: {text}"
         raise UserError(f"convert: {_option(field)}: {text}", near or "polytrope convert --help") from error
 
 
@@ -260,8 +263,9 @@ def print_record(conversion: ConversionRecord) -> None:
 
 
 def _print_structure(conversion: ConversionRecord) -> None:
-    """Blocks that are gone, layers in two factors, and what became of the model."""
-    dropped, factored, size = conversion.dropped, conversion.factorization, conversion.size
+    """Blocks that are gone, layers in two factors, rounded weights, and what became of the model."""
+    dropped, factored, rounded = conversion.dropped, conversion.factorization, conversion.quantization
+    size = conversion.size
     if dropped is not None:
         say(f"{len(dropped.blocks)} of {dropped.total} blocks dropped: {', '.join(dropped.blocks)}")
         say(
@@ -288,6 +292,29 @@ def _print_structure(conversion: ConversionRecord) -> None:
         )
         for left in factored.left:
             say(f"{left.name} stays: {left.reason}")
+    if rounded is not None:
+        print(f"weights of {rounded.bits} bits, and how far the layers' outputs are off:")
+        _print_grouped(
+            ["size", "exponent", "outputs", "uniform"],
+            [
+                (
+                    layer.name,
+                    "",
+                    [
+                        f"{layer.inputs} → {layer.outputs}",
+                        f"{layer.exponent:.3g}",
+                        f"{layer.relative_error:.2e}",
+                        f"{layer.uniform_error:.2e}",
+                    ],
+                )
+                for layer in rounded.layers
+            ],
+        )
+        for equal in rounded.equalized:
+            say(f"{equal.name} took up scales of {equal.rows} from {equal.smallest:.3g} to {equal.largest:.3g}")
+        for stays in rounded.left:
+            say(f"{stays.name} stays: {stays.reason}")
+        say(f"{rounded.bytes_before:,} bytes of parameters before, {rounded.bytes_after:,} with these packed")
     if size is not None:
         moved = f"the output moves by {size.difference:.2e} of its size"
         say(f"{size.before:,} parameters before, {size.after:,} now; {moved}")

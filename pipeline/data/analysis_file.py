@@ -301,6 +301,78 @@ class ArithmeticFigures(Record):
         return found if self.piecewise_loss is None else {**found, "piecewise_loss": self.piecewise_loss}
 
 
+class BilinearLayer(Record):
+    """What one block gives, rebuilt from products of two linear functions.
+
+    Args:
+        vectors, width: how many were seen, and their size.
+        latents: products f = (Lx) ∘ (Rx).
+        error: mean of ‖Σ f_j sym(l_j r_jᵀ) - xxᵀ‖² over vectors of length 1 that nothing was fitted to.
+        principal_error: the same of as many principal components of the xxᵀ as have no more numbers;
+            `principal_components`: how many.
+        linear_error: of as many components as there are latents.
+        density: mean Hoyer density of the latents: 0 where one alone is not 0, 1 where all are equally large.
+        squareness: mean of |l·r| / (‖l‖‖r‖) weighted by the latents' squares: 1 is the square of a linear function.
+        eigenvalues: both of each sym(l rᵀ), the latent with the largest mean square first.
+    """
+
+    name: str
+    vectors: int
+    width: int
+    latents: int
+    error: float
+    principal_error: float
+    principal_components: int
+    linear_error: float
+    density: float
+    squareness: float
+    eigenvalues: list[tuple[float, float]]
+
+
+class BilinearFigures(Record):
+    """Bilinear autoencoders of what the blocks give."""
+
+    layers: list[BilinearLayer]
+    missing: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        """Means over the blocks."""
+        names = ("error", "principal_error", "linear_error", "density", "squareness")
+        return {name: statistics.fmean(getattr(layer, name) for layer in self.layers) for name in names if self.layers}
+
+
+class RankLayer(Record):
+    """A linear layer: directions of its inputs and outputs in use, the smaller of both, its share of min(inputs,
+    outputs), and the numbers that two factors of that rank have less; 0 where they are no smaller."""
+
+    name: str
+    inputs: int
+    outputs: int
+    input_rank: int
+    output_rank: int
+    rank: int
+    utilisation: float
+    saved: int
+
+
+class RankFigures(Record):
+    """The linear layers, the share `energy` of whose squares counts; `parameters`: of the whole model, by `saved` fewer
+    if they were factored."""
+
+    energy: float
+    layers: list[RankLayer]
+    parameters: int
+    saved: int
+    missing: list[str]
+
+    def metrics(self) -> dict[str, float]:
+        """The mean utilisation, and the share of the parameters that factors would save."""
+        found = {"saved_share": self.saved / self.parameters}
+        if self.layers:
+            found["utilisation"] = statistics.fmean(layer.utilisation for layer in self.layers)
+        return found
+
+
 class AnalysedModel(Record):
     """One model: what each analysis found, or the `failure` that left nothing.
 
@@ -319,6 +391,8 @@ class AnalysedModel(Record):
     features: FeatureFigures | None = None
     merging: MergingFigures | None = None
     arithmetic: ArithmeticFigures | None = None
+    bilinear: BilinearFigures | None = None
+    rank: RankFigures | None = None
 
     def metrics(self) -> dict[str, float]:
         """`signal/largest_lipschitz`, `kernel/mean_frequency`, …"""

@@ -159,6 +159,46 @@ class Factorization(Record):
         return sum(shares) / len(shares)
 
 
+class QuantizedLayer(Record):
+    """A linear layer whose weights are rounded (`polytrope.models.quantize.QuantizedLayer`)."""
+
+    name: str
+    inputs: int
+    outputs: int
+    exponent: float
+    relative_error: float
+    uniform_error: float
+
+
+class EqualizedLayer(Record):
+    """An activation that took up the scales of rows (`polytrope.models.equalize.EqualizedLayer`)."""
+
+    name: str
+    rows: str
+    columns: str | None
+    smallest: float
+    largest: float
+
+
+class UnquantizedLayer(Record):
+    """A layer with a matrix of weights that stays as it is, and why."""
+
+    name: str
+    reason: str
+
+
+class Quantization(Record):
+    """What became of the matrices of weights (`polytrope.models.quantize.Quantization`)."""
+
+    bits: int
+    per: Literal["row", "tensor"]
+    layers: list[QuantizedLayer]
+    left: list[UnquantizedLayer]
+    equalized: list[EqualizedLayer]
+    bytes_before: int
+    bytes_after: int
+
+
 class Size(Record):
     """Numbers in the model before and after, and how far its output moved: |difference| / |output|."""
 
@@ -173,7 +213,8 @@ class ConversionRecord(Record):
     `onnx_failure`: why `model.onnx`, which was asked for, is not there.
     `polynomial`: of a conversion to polynomials only.
     `quadratic`: names of linear layers that became quadratic ones, with the same function.
-    `dropped`, `factorization`: blocks that are gone, linear layers in two factors; `size`: what both made of the model.
+    `dropped`, `factorization`, `quantization`: blocks that are gone, linear layers in two factors, rounded weights;
+    `size`: what all of it made of the model.
     """
 
     format: Literal[1] = 1
@@ -185,6 +226,7 @@ class ConversionRecord(Record):
     quadratic: list[str] | None = None
     dropped: DroppedBlocks | None = None
     factorization: Factorization | None = None
+    quantization: Quantization | None = None
     size: Size | None = None
 
     def metrics(self) -> dict[str, float]:
@@ -195,6 +237,11 @@ class ConversionRecord(Record):
         if self.factorization is not None:
             made["factored_layers"] = float(len(self.factorization.layers))
             made["utilisation"] = self.factorization.utilisation()
+        if self.quantization is not None:
+            made["bits"] = float(self.quantization.bits)
+            made["quantized_layers"] = float(len(self.quantization.layers))
+            made["bytes"] = float(self.quantization.bytes_after)
+            made["bytes_before"] = float(self.quantization.bytes_before)
         if self.size is not None:
             made["parameters"] = float(self.size.after)
             made["parameters_before"] = float(self.size.before)

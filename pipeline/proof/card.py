@@ -179,7 +179,7 @@ def _activation(store: Store, model: StoredArtifact) -> Section:
 
 
 def _conversion(store: Store, model: StoredArtifact) -> Section | None:
-    """What the stage `convert` did to blocks and linear layers."""
+    """What the stage `convert` did to blocks, linear layers and weights."""
     if not _holds(model, CONVERSION_FILE):
         return None
     made = read_conversion(store.materialize(model.key))
@@ -198,6 +198,13 @@ def _conversion(store: Store, model: StoredArtifact) -> Section | None:
             [layer.name, f"{layer.inputs} → {layer.outputs}", str(layer.utilised_rank), str(layer.rank)]
             for layer in layers
         ]
+    if made.quantization is not None:
+        rounded = made.quantization
+        said.append(
+            f"Weights of {len(rounded.layers)} linear layers have {rounded.bits} bits, with a scale for each "
+            f"{'row' if rounded.per == 'row' else 'layer'}: {rounded.bytes_after:,} bytes with these packed, "
+            f"{rounded.bytes_before:,} before."
+        )
     if made.quadratic is not None:
         said.append(f"{len(made.quadratic)} linear layers are quadratic, with the same function.")
     if made.size is not None:

@@ -15,6 +15,7 @@ from training_support import SEQUENCE_LENGTH, make_context, make_dataset
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import save_model
+from polytrope.models.factorize import utilised_rank
 from polytrope.pipeline.data.analysis_file import read_analysis
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.stage import Artifact
@@ -28,7 +29,6 @@ from polytrope.pipeline.stages.analyze.analyses.features import (
     condition_number,
     intrinsic_dimension,
     linear_information,
-    utilised_rank,
 )
 from polytrope.pipeline.stages.analyze.analyses.merging import Merger, acts_alone
 from polytrope.pipeline.stages.analyze.analyze import analyze
@@ -57,8 +57,8 @@ def test_the_dimension_is_that_of_the_data_wherever_they_lie(dimension: int) -> 
 def test_ranks_and_conditions_are_those_of_the_spectrum() -> None:
     basis = torch.linalg.qr(random(400, 6)).Q
     vectors = basis * torch.tensor([10.0, 5.0, 1.0, 0.1, 0.0, 0.0])
-    assert [utilised_rank(vectors, energy) for energy in (0.5, 0.9, 0.999, 0.99999)] == [1, 2, 3, 4]
-    assert utilised_rank(torch.zeros(5, 3, dtype=torch.float64), 0.999) == 0
+    squares = torch.linalg.eigvalsh(vectors.T @ vectors)
+    assert [utilised_rank(squares, energy) for energy in (0.5, 0.9, 0.999, 0.99999)] == [1, 2, 3, 4]
     assert condition_number(vectors) is None
     assert condition_number(vectors[:1]) is None
     centred = basis - basis.mean(0)
@@ -253,7 +253,7 @@ def test_the_stage_says_what_the_network_does_on_the_validation_samples(tmp_path
         loss = float(model.eval()(blocks[:, :-1], blocks[:, 1:]))
     assert found.features is not None
     assert [layer.vectors for layer in found.features.layers] == [6 * SEQUENCE_LENGTH] * 2
-    assert found.features.layers[0].rank == utilised_rank(outputs[0], 0.999)
+    assert found.features.layers[0].rank == utilised_rank(torch.linalg.svdvals(outputs[0]).square().flip(0), 0.999)
     assert found.features.layers[0].dimension == pytest.approx(intrinsic_dimension(outputs[0], 1000), rel=1e-5)
     information, unexplained = told(*outputs)
     assert found.features.layers[0].information == pytest.approx(information, rel=1e-4)

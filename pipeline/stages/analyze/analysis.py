@@ -134,7 +134,7 @@ def _missing(model: AnalysedModel) -> list[str]:
             reasons.setdefault(f"{layer.activation}: {layer.missing}", []).append(layer.name)
     said = [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
     said += model.failures.values()
-    for figures_ in (model.modular, model.features, model.merging, model.arithmetic):
+    for figures_ in (model.modular, model.features, model.merging, model.arithmetic, model.bilinear, model.rank):
         said += figures_.missing if figures_ is not None else []
     return said
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from polytrope.models import make_config
 from polytrope.models.configurations import MLPConfig
+from polytrope.models.convert_options import ENERGY
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.short_form import ShortForm
 
@@ -120,10 +121,39 @@ class ArithmeticOptions(BaseModel):
     )
 
 
+class BilinearOptions(BaseModel):
+    """Products of two linear functions of what the blocks give, which rebuild it."""
+
+    model_config = _STRICT
+    name: Literal["bilinear"]
+    latents: int | None = Field(None, ge=1, description="per block; default: four times its width")
+    sparsity: float = Field(0.1, ge=0, description="α: how much the density of the latents counts beside the error")
+    steps: int = Field(200, ge=1, description="of Adam")
+    learning_rate: float = Field(0.03, gt=0, description="of Adam")
+    vectors: int = Field(2000, ge=4, description="per block; fitted to every second one, measured on the others")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the start")
+
+
+class RankOptions(BaseModel):
+    """How many directions of every linear layer the data make use of."""
+
+    model_config = _STRICT
+    name: Literal["rank"]
+    energy: float = Field(ENERGY, gt=0, lt=1, description="share of the squares of inputs and outputs that counts")
+
+
 AnalysisOptions = (
-    SignalOptions | KernelOptions | ModularOptions | WidthOptions | FeaturesOptions | MergingOptions | ArithmeticOptions
+    SignalOptions
+    | KernelOptions
+    | ModularOptions
+    | WidthOptions
+    | FeaturesOptions
+    | MergingOptions
+    | ArithmeticOptions
+    | BilinearOptions
+    | RankOptions
 )
-NAMES = ("signal", "kernel", "modular", "width", "features", "merging", "arithmetic")
+NAMES = ("signal", "kernel", "modular", "width", "features", "merging", "arithmetic", "bilinear", "rank")
 
 
 def _spelled_out(value: Any) -> Any:

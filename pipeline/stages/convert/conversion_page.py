@@ -35,6 +35,7 @@ def write_page(directory: Path, conversion: ConversionRecord, title: str) -> Pat
             ("size", conversion.size),
             ("dropped", conversion.dropped),
             ("factorization", conversion.factorization),
+            ("quantization", conversion.quantization),
         )
     }
     content: dict[str, Any] = {

@@ -85,6 +85,8 @@ def promise(
             known["feedforward"] = quadratic_feedforward(config)
         except ValueError as error:
             raise UserError(str(error), "leave linear out, or convert another model") from error
+    if parameters.quantize is not None and parameters.quantize.equalize:
+        known.pop("activation", None)  # it gets coefficients per channel where it takes up scales
     if parameters.replacement() is None:
         return _promised(model, known if smaller is not None else None, parameters)
     blocks = len(config.activation_widths())
@@ -157,7 +159,7 @@ def convert(
     context: StageContext, model: Artifact, dataset: Artifact, parameters: ConvertParameters
 ) -> dict[str, float]:
     """Calibrate on training samples, fit every layer, write the converted model and `conversion.json`; or drop blocks,
-    put linear layers in two factors, make them quadratic.
+    put linear layers in two factors, make them quadratic, round their weights.
 
     `model`: of a train or import_model stage, or a Hugging Face directory. `dataset`: of a shard, shard_images or
     shard_numbers stage, or a directory with `calibration.txt` (one text per line), `calibration.npy` (images, token

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from polytrope.models.convert_options import (
     DropBlocks,
     Factorize,
+    Quantize,
     check_basis,
     check_keep,
     check_polynomial_only,
@@ -21,6 +22,7 @@ from polytrope.models.convert_options import (
     fits_activations,
     read_drop_blocks,
     read_factorize,
+    read_quantize,
     replacement,
 )
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
@@ -88,7 +90,7 @@ def _check_activations_stay(given: dict[str, Any], *, factors: bool, beside: tup
     """Refuse what is for new activations alone where there are none.
 
     Args:
-        factors: as of `check_structural`.
+        factors: linear layers are chosen, as of `check_structural`.
         beside: further parameters that are.
     """
     if fits_activations(given.get("family"), bool(given.get("polynomial_only")), structural=True):
@@ -172,6 +174,53 @@ class FactorizeParameters(BaseModel):
         return found
 
 
+def _read_options(value: Any) -> Any:
+    """`bits=4,exponent=0.5,per=tensor` as on the command line, or a mapping."""
+    if not isinstance(value, str):
+        return value
+    options: dict[str, Any] = {}
+    for part in value.split(","):
+        name, equals, text = (piece.strip() for piece in part.partition("="))
+        if not (name and equals and text):
+            raise ValueError("expected NAME=VALUE, such as bits=4 or bits=4,per=tensor,equalize=true")
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    return options
+
+
+class QuantizeParameters(BaseModel):
+    """How the weights of linear layers are rounded."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    bits: int = Field(description="of a weight, its sign among them: 2 to 16")
+    exponent: float | Literal["search"] = Field(
+        "search", description="of the power grid, 0.1 to 1 (uniform); search: each layer's best for its outputs"
+    )
+    per: Literal["row", "tensor"] = Field("row", description="what has a scale of its own")
+    equalize: bool = Field(
+        False,
+        description="with per: tensor, before: rows of a layer to one size, where the activation behind it (a "
+        "polynomial on the whole line, ReLU) takes up their scales",
+    )
+
+    @model_validator(mode="after")
+    def possible(self) -> QuantizeParameters:
+        self.options()
+        return self
+
+    def options(self) -> Quantize:
+        """The same for the conversion."""
+        try:
+            found = read_quantize(self.model_dump())
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("quantize: ")) from error
+        assert found is not None
+        return found
+
+
 def _check_structure(value: Any, info: ValidationInfo) -> Any:
     """Of a field behind all others: what does not go with it."""
     given = info.data
@@ -181,13 +230,14 @@ def _check_structure(value: Any, info: ValidationInfo) -> Any:
         raise ValueError("linear changes the same layers; use two convert stages, one after the other")
     if given.get("ray_tasks"):
         raise ValueError("ray_tasks read the model as it was before; leave ray_tasks out")
-    factors = info.field_name == "factorize" or given.get("factorize") is not None
+    factors = info.field_name != "drop_blocks" or any(given.get(name) is not None for name in ("factorize", "quantize"))
     _check_activations_stay(given, factors=factors)
     return value
 
 
 _DropBlocks = Annotated[DropBlocksParameters | None, BeforeValidator(_read_pair), AfterValidator(_check_structure)]
 _Factorize = Annotated[FactorizeParameters | None, BeforeValidator(_read_pair), AfterValidator(_check_structure)]
+_Quantize = Annotated[QuantizeParameters | None, BeforeValidator(_read_options), AfterValidator(_check_structure)]
 
 
 class ConvertParameters(BaseModel):
@@ -197,8 +247,9 @@ class ConvertParameters(BaseModel):
 
     family: Family | None = Field(
         None,
-        description="family of the new activations, hermite if not given; with linear, drop_blocks or factorize, "
-        "activations stay as they are if not given; auto: that of the fewest parameters that meets target_error",
+        description="family of the new activations, hermite if not given; with linear, drop_blocks, factorize or "
+        "quantize, activations stay as they are if not given; auto: that of the fewest parameters that meets "
+        "target_error",
     )
     degree: int | None = Field(
         None,
@@ -307,6 +358,11 @@ class ConvertParameters(BaseModel):
         description="what the linear layers around the activations become, with the same function at first: quadratic "
         "ones; for models of this package",
     )
+    quantize: _Quantize = Field(
+        None,
+        description="after all else: weights of linear layers rounded to few bits; include, exclude and layers are "
+        "about them as well; the model is written with ordinary numbers",
+    )
     factorize: _Factorize = Field(
         None,
         description="linear layers in two factors, where that makes them smaller; include, exclude and layers are "
@@ -320,17 +376,25 @@ class ConvertParameters(BaseModel):
 
     def replacement(self) -> str | None:
         """The family of the new activations; None where they stay as they are."""
-        structural = any(value is not None for value in (self.linear, self.drop_blocks, self.factorize))
+        structural = any(value is not None for value in self._structure().values())
         if not fits_activations(self.family, self.polynomial_only, structural):
             return None
         return replacement(self.family, self.polynomial_only)
 
     def title(self) -> str:
         """What becomes of the model, for people."""
-        named = {"fewer blocks": self.drop_blocks, "factored layers": self.factorize, "quadratic layers": self.linear}
-        parts = [name for name, given in named.items() if given is not None]
+        parts = [name for name, given in self._structure().items() if given is not None]
         family = self.replacement()
         return ", ".join(parts if family is None else [*parts, family])
+
+    def _structure(self) -> dict[str, Any]:
+        """What is said of anything but activations, by what becomes of it."""
+        return {
+            "fewer blocks": self.drop_blocks,
+            "factored layers": self.factorize,
+            "rounded weights": self.quantize,
+            "quadratic layers": self.linear,
+        }
 
     def layer_range(self) -> tuple[int, int] | None:
         """The numbers of the first and the last layer; None: all of them."""

@@ -104,7 +104,7 @@ def convert_model(
     if parameters.linear is not None:
         tell(1, "making linear layers quadratic")
         model, quadratic = _quadratic(model, head(batches, RATED_SAMPLES))
-    drop, factor = parameters.drop_blocks, parameters.factorize
+    drop, factor, rounding = parameters.drop_blocks, parameters.factorize, parameters.quantize
     if quadratic is not None and parameters.replacement() is None:
         return _written_quadratic(model, source, parameters, output, batches, quadratic)
     options = None
@@ -124,6 +124,7 @@ def convert_model(
         output_error=parameters.output_error,
         drop=None if drop is None else drop.options(),
         factor=None if factor is None else factor.options(),
+        rounding=None if rounding is None else rounding.options(),
     )
     costs = {entry.name: entry.cost for entry in made.activations if entry.cost is not None}
     written = record(made.layers, options, costs, made.left)

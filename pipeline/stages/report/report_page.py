@@ -194,6 +194,13 @@ _ANALYSIS = {  # figure → heading
     "merging/loss": "loss before merging",
     "arithmetic/loss": "loss, exact products",
     "arithmetic/piecewise_loss": "loss, piecewise affine products",
+    "bilinear/error": "error of a bilinear autoencoder",
+    "bilinear/principal_error": "of principal components, as many numbers",
+    "bilinear/linear_error": "of as many as latents",
+    "bilinear/density": "density of the latents",
+    "bilinear/squareness": "squareness of the latents",
+    "rank/utilisation": "utilisation of the linear layers",
+    "rank/saved_share": "parameters that factors save",
 }
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from polytrope.pipeline.data.records import Record
 from polytrope.pipeline.stages.analyze.analyses.arithmetic import analyse_arithmetic
+from polytrope.pipeline.stages.analyze.analyses.bilinear import analyse_bilinear
 from polytrope.pipeline.stages.analyze.analyses.features import analyse_features
 from polytrope.pipeline.stages.analyze.analyses.kernel import analyse_kernel
 from polytrope.pipeline.stages.analyze.analyses.merging import analyse_merging
 from polytrope.pipeline.stages.analyze.analyses.modular import analyse_modular
+from polytrope.pipeline.stages.analyze.analyses.rank import analyse_rank
 from polytrope.pipeline.stages.analyze.analyses.signal import analyse_signal
 from polytrope.pipeline.stages.analyze.analyses.width import analyse_width
 from polytrope.pipeline.stages.analyze.subject import Subject
@@ -24,4 +26,6 @@ ANALYSES: dict[str, Callable[[Subject, Any], Record]] = {
     "features": analyse_features,
     "merging": analyse_merging,
     "arithmetic": analyse_arithmetic,
+    "bilinear": analyse_bilinear,
+    "rank": analyse_rank,
 }

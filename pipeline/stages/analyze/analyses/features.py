@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from polytrope.models.factorize import utilised_rank
 from polytrope.pipeline.data.analysis_file import FeatureFigures, FeatureLayer
 from polytrope.pipeline.stages.analyze.parameters import FeaturesOptions
 from polytrope.pipeline.stages.analyze.subject import Subject, block_outputs
@@ -42,7 +43,7 @@ def analyse_features(subject: Subject, options: FeaturesOptions) -> FeatureFigur
         dimension = intrinsic_dimension(vectors, options.neighbours)
         if dimension is None:
             missing.append(f"{name}: fewer than three different vectors, or all equally far apart, have no dimension")
-        rank = utilised_rank(vectors, options.energy)
+        rank = utilised_rank(torch.linalg.eigvalsh(vectors.T @ vectors), options.energy)
         layers.append(
             FeatureLayer(
                 name=name,
@@ -80,19 +81,6 @@ def intrinsic_dimension(vectors: Tensor, most: int) -> float | None:
     nearest = distances.topk(3, largest=False).values[:, 1:]
     ratios = float((nearest[:, 1] / nearest[:, 0]).log().sum())
     return (len(chosen) - 1) / ratios if ratios > 0.0 else None
-
-
-def utilised_rank(vectors: Tensor, energy: float) -> int:
-    """The smallest k whose largest singular values have this share of the sum of all squares; 0 of vectors of 0.
-
-    Args:
-        vectors: `[n, width]` float64, not centred.
-    """
-    squares = torch.linalg.eigvalsh(vectors.T @ vectors).clamp(min=0.0).flip(0)
-    total = squares.sum()
-    if not total > 0.0:
-        return 0
-    return int((squares.cumsum(0) < energy * total).sum()) + 1
 
 
 def condition_number(vectors: Tensor) -> float | None:

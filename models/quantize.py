@@ -1,0 +1,193 @@
+"""Weights of linear layers rounded to few bits, on a grid whose power is chosen by what comes out of each layer.
+
+(Yvinec, Dapogny, Bailly, NUPES: Non-Uniform Post-Training Quantization via Power Exponent Search, 2023: that powers are
+maps that keep products, and the search; that it goes by the error of the outputs is ours.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polytrope.models.convert_options import Quantize
+from polytrope.models.equalize import EqualizedLayer, equalize_layers
+from polytrope.models.factorize import Forward, choose_linear_layers, in_order, measure_inputs
+from polytrope.models.surgery import Choice
+
+EXPONENTS = tuple(round(0.2 + 0.05 * step, 2) for step in range(17))  # 0.2 to 1
+SCALE_BYTES = 4  # of the largest weight of a row, or of a layer
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One layer.
+
+    Args:
+        name: of its module.
+        inputs, outputs: numbers of channels.
+        exponent: of the power; 1 is the uniform grid.
+        relative_error: of its outputs without bias on the calibration data: root mean square, relative to theirs.
+        uniform_error: the same, had the grid been uniform.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    exponent: float
+    relative_error: float
+    uniform_error: float
+
+
+@dataclass(frozen=True)
+class UnquantizedLayer:
+    """A layer with a matrix of weights that stays as it is, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What became of all layers with a matrix of weights.
+
+    Args:
+        bits: of a weight.
+        per: what has a scale of its own: a row of the matrix, or the whole matrix (`tensor`).
+        layers: rounded.
+        left: as they were.
+        equalized: activations that took up the scales of the rows before them.
+        bytes_before, bytes_after: of all parameters of the model, before as they are, afterwards with the rounded
+            weights packed and their scales in 4 bytes each. The model itself is written with ordinary numbers.
+    """
+
+    bits: int
+    per: str
+    layers: tuple[QuantizedLayer, ...]
+    left: tuple[UnquantizedLayer, ...]
+    equalized: tuple[EqualizedLayer, ...]
+    bytes_before: int
+    bytes_after: int
+
+    def rows(self) -> list[list[str]]:
+        """A table for people of what is rounded, its head first."""
+        table = [[f"linear layer, {self.bits} bits", "size", "exponent", "outputs off by", "on a uniform grid"]]
+        table += [
+            [
+                layer.name,
+                f"{layer.inputs} → {layer.outputs}",
+                f"{layer.exponent:.4g}",
+                f"{layer.relative_error:.2e}",
+                f"{layer.uniform_error:.2e}",
+            ]
+            for layer in self.layers
+        ]
+        return table
+
+
+def round_weight(weight: Tensor, bits: int, exponent: float, per: str) -> Tensor:
+    """sign(w) (round(|w|ᵃ / s · n) · s / n)^(1/a) with n = 2^(bits - 1) - 1 and s the largest |w|ᵃ.
+
+    Args:
+        weight: `[outputs, inputs]`.
+        bits: of a weight, its sign among them.
+        exponent: a; 1 gives the uniform grid.
+        per: `row`: s of each row; `tensor`: of the whole matrix.
+    """
+    levels = 2 ** (bits - 1) - 1
+    powers = weight.abs() ** exponent
+    largest = powers.amax(dim=1, keepdim=True) if per == "row" else powers.amax()
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    steps = (powers / largest * levels).round()
+    rounded: Tensor = weight.sign() * (steps * (largest / levels)) ** (1 / exponent)
+    return rounded
+
+
+def output_error(error: Tensor, gram: Tensor) -> float:
+    """Σ |E x|² over the inputs.
+
+    Args:
+        error: E `[outputs, inputs]` float64, of the weights.
+        gram: XᵀX `[inputs, inputs]` float64.
+    """
+    return max(0.0, float(((error @ gram) * error).sum()))
+
+
+def quantize_layers(
+    model: nn.Module,
+    batches: Sequence[Any],
+    options: Quantize,
+    choice: Choice,
+    forward: Forward,
+    *,
+    walk: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> Quantization:
+    """Round the weights of linear layers of `model`, in place; measured and rounded in float64.
+
+    Args:
+        batches: calibration data; positions that an `attention_mask` hides do not count.
+        choice: which layers, by the patterns and numbers in their names; heads, poolers and weights that modules share
+            stay.
+        walk: gives the batches, and may say how far it is.
+
+    Raises:
+        ValueError: no layer is rounded, or with `equalize` no activation takes up a scale.
+    """
+    linears, left = choose_linear_layers(model, choice, inside_factors=True)
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if name not in linears and name not in left and weight is not None and weight.dim() > 1:
+            left[name] = f"a {type(module).__name__}, and weights of linear layers alone are rounded"
+    equalized = equalize_layers(model, linears, batches, forward) if options.equalize else ()
+    grams = measure_inputs(model, linears, batches, forward, walk)
+    before = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    after = before
+    layers = []
+    for name, linear in linears.items():
+        made = _rounded(name, linear, grams.pop(name, None), options)
+        if isinstance(made, str):
+            left[name] = made
+            continue
+        described, weight = made
+        scales = len(weight) if options.per == "row" else 1
+        after += (weight.numel() * options.bits + 7) // 8 + scales * SCALE_BYTES
+        after -= weight.numel() * linear.weight.element_size()
+        linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+        layers.append(described)
+    if not layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:4])
+        said = reasons or "it has none"
+        raise ValueError(f"quantize: no linear layer of {type(model).__name__} is rounded ({said})")
+    rest = tuple(UnquantizedLayer(name, reason) for name, reason in in_order(model, left))
+    return Quantization(options.bits, options.per, tuple(layers), rest, equalized, before, after)
+
+
+def _rounded(
+    name: str, linear: nn.Linear, gram: Tensor | None, options: Quantize
+) -> tuple[QuantizedLayer, Tensor] | str:
+    """The rounded weights in the dtype of the layer, or why there are none."""
+    if gram is None:
+        return "the calibration data never reaches it"
+    if not bool(gram.isfinite().all()):
+        return "it receives numbers that are not finite"
+    weight = linear.weight.detach().double().cpu()
+    whole = output_error(weight, gram)
+    if not whole > 0:
+        return "its outputs are all 0 on the calibration data"
+
+    def attempt(exponent: float) -> tuple[float, float, Tensor]:
+        found = round_weight(weight, options.bits, exponent, options.per).to(linear.weight.dtype)
+        return output_error(found.double() - weight, gram), -exponent, found
+
+    uniform = attempt(1.0)
+    if options.exponent == "search":
+        best = min((uniform, *map(attempt, EXPONENTS[:-1])), key=lambda entry: entry[:2])
+    else:
+        best = attempt(float(options.exponent))
+    lost, negative, found = best
+    outputs, inputs = weight.shape
+    described = QuantizedLayer(name, inputs, outputs, -negative, (lost / whole) ** 0.5, (uniform[0] / whole) ** 0.5)
+    return described, found.to(linear.weight.device)

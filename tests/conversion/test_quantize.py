@@ -1,0 +1,294 @@
+"""Weights of few bits on a power grid, rows that an activation lets through scaled, and models that come back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conversion_support import LLAMA_SIZES, own_model, randomise, read_json, tokens
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from polytrope.models.checkpoint import save_model
+from polytrope.models.convert import Conversion, convert
+from polytrope.models.equalize import scaled_polynomial
+from polytrope.models.formats import read_model
+from polytrope.models.quantize import EXPONENTS, Quantization, round_weight
+from polytrope.ops import Chebyshev, Hermite, Legendre
+from polytrope.pipeline.commands.cli import main
+from polytrope.pipeline.data.conversion_file import read_conversion
+from polytrope.pipeline.data.promised import PromisedModel
+from polytrope.pipeline.errors import EXIT_USER_ERROR
+from polytrope.pipeline.stage import Artifact, Resources, stage_context
+from polytrope.pipeline.stages.convert.convert import convert as convert_stage
+from polytrope.pipeline.stages.convert.convert import promise
+from polytrope.pipeline.stages.convert.parameters import ConvertParameters
+
+
+def gaussian(count: int = 20_000) -> Tensor:
+    return torch.randn(1, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def student4(count: int = 20_000) -> Tensor:
+    """t with four degrees of freedom: a normal variable over the root of a mean of four squares."""
+    squares = torch.randn(4, count, generator=torch.Generator().manual_seed(1), dtype=torch.float64).square()
+    return gaussian(count) / squares.mean(dim=0).sqrt()
+
+
+def quantization(made: Conversion) -> Quantization:
+    assert made.quantization is not None
+    return made.quantization
+
+
+def mean_square(weight: Tensor, exponent: float) -> float:
+    return float((round_weight(weight, 4, exponent, "tensor") - weight).square().mean())
+
+
+def test_exponent_one_is_the_uniform_grid() -> None:
+    weight = gaussian(60).reshape(6, 10)
+    for per, largest in (("tensor", weight.abs().max()), ("row", weight.abs().amax(dim=1, keepdim=True))):
+        steps = np.round(weight.numpy() / np.asarray(largest) * 7)  # three bits and a sign: 7 steps on each side
+        expected = torch.from_numpy(steps) * largest / 7
+        assert round_weight(weight, 4, 1.0, per).sub(expected).abs().max() < 1e-15
+
+
+def test_a_grid_keeps_0_the_largest_weight_and_what_is_on_it() -> None:
+    weight = torch.cat([gaussian(59), torch.zeros(1, 1)], dim=1).reshape(6, 10)
+    for exponent in EXPONENTS:
+        rounded = round_weight(weight, 5, exponent, "row")
+        assert rounded[-1, -1] == 0
+        assert rounded.abs().amax(dim=1).sub(weight.abs().amax(dim=1)).abs().max() < 1e-13
+        assert round_weight(rounded, 5, exponent, "row").sub(rounded).abs().max() < 1e-13
+        assert len(torch.unique(rounded[0].abs())) <= 16
+    assert torch.equal(round_weight(torch.zeros(2, 3), 4, 0.5, "row"), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("weight", "uniform", "best", "exponent"), [(gaussian(), 3.9e-2, 2.5e-2, 0.6), (student4(), 0.56, 0.099, 0.4)]
+)
+def test_a_power_is_closer_than_the_uniform_grid(weight: Tensor, uniform: float, best: float, exponent: float) -> None:
+    """The figures are of a planning run with other draws, whose largest weight decides much of the uniform grid's."""
+    errors = {a: mean_square(weight, a) for a in EXPONENTS}
+    assert min(errors, key=errors.__getitem__) == pytest.approx(exponent, abs=0.101)
+    assert errors[1.0] == pytest.approx(uniform, rel=1.5)
+    assert min(errors.values()) == pytest.approx(best, rel=0.4)
+    assert min(errors.values()) < 0.75 * errors[1.0]
+
+
+def test_a_power_keeps_products() -> None:
+    x, y = gaussian(1000).reshape(2, 500)
+    for exponent in (0.2, 0.55):
+        assert ((x * y).abs() ** exponent - x.abs() ** exponent * y.abs() ** exponent).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("basis", [Hermite, Chebyshev, Legendre])
+@pytest.mark.parametrize("variable", [None, (0.7, 1.6)])
+@pytest.mark.parametrize("groups", [1, 5])
+def test_a_polynomial_takes_up_the_scale_of_its_input(basis: Any, variable: Any, groups: int) -> None:
+    torch.manual_seed(0)
+    function = basis(6, variable=variable, num_parameters=groups).double()
+    with torch.no_grad():
+        function.coefficients.add_(torch.randn_like(function.coefficients))
+    scales = np.array([0.3, 0.9, 1.0, 1.7, 4.0])
+    x = torch.randn(200, 5, dtype=torch.float64)
+    scaled = scaled_polynomial(function, scales)
+    expected = function(x)
+    assert (scaled(x * torch.from_numpy(scales)) - expected).norm() / expected.norm() < 1e-13
+
+
+class Layers(nn.Module):
+    """`[…, 8]` to `[…, 3]`; rows of very different sizes."""
+
+    def __init__(self, activation: nn.Module, *, elsewhere: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.activation, self.second = nn.Linear(8, 12), activation, nn.Linear(12, 3)
+        self.elsewhere = elsewhere
+        self.double()
+        with torch.no_grad():
+            self.first.weight.mul_(torch.logspace(-0.6, 0.6, 12, dtype=torch.float64)[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        result: Tensor = self.second(self.activation(hidden))
+        return result + hidden.sum(-1, keepdim=True) if self.elsewhere else result
+
+
+def rows() -> list[Tensor]:
+    return [torch.randn(50, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("activation", [Hermite(4, init="gelu"), nn.ReLU()])
+def test_equalised_is_the_same_function_and_closer_with_few_bits(activation: nn.Module) -> None:
+    model = Layers(activation)
+    many = convert(model, rows(), quantize={"bits": 16, "exponent": 1.0, "per": "tensor", "equalize": True})
+    (equal,) = quantization(many).equalized
+    assert (equal.name, equal.rows) == ("activation", "first")
+    assert equal.columns == ("second" if isinstance(activation, nn.ReLU) else None)
+    first = many.model.get_submodule("first")
+    sizes = first.weight.abs().amax(dim=1)  # type: ignore[operator, union-attr]
+    assert sizes.max() / sizes.min() < (1.001 if equal.columns is None else 40)
+    few = {"bits": 4, "exponent": 1.0, "per": "tensor"}
+    before = convert(model, rows(), quantize=few).difference
+    assert convert(model, rows(), quantize=few | {"equalize": True}).difference < 0.75 * before
+    assert many.difference < 2e-4
+
+
+def test_equalising_alone_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polytrope.models.quantize.round_weight", lambda weight, *_options: weight)
+    for activation in (Hermite(4, init="gelu"), nn.ReLU()):
+        made = convert(Layers(activation), rows(), quantize={"bits": 4, "per": "tensor", "equalize": True})
+        assert made.difference < 1e-15
+
+
+def test_scales_go_only_where_they_are_taken_up() -> None:
+    options = {"bits": 4, "per": "tensor", "equalize": True}
+    for activation, said in (
+        (nn.GELU(), "a GELU is another function after its input is scaled"),
+        (Hermite(4, init="gelu", interval=(-4, 4)), "its interval is one for all channels"),
+        (Hermite(3, num_parameters=3), "it has coefficients for groups of channels"),
+        (Hermite(3, learnable_recurrence=True), "its recurrence is one for all channels"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            convert(Layers(activation), rows(), quantize=options)
+    model = Layers(nn.ReLU(), elsewhere=True)
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="computes something else afterwards, off by"):
+        convert(model, rows(), quantize=options, in_place=True)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_search_goes_by_the_outputs_and_the_size_is_of_packed_weights() -> None:
+    model = Layers(nn.GELU())
+    found = quantization(convert(model, rows(), quantize={"bits": 4}))
+    inputs = {"first": rows()[0], "second": nn.functional.gelu(model.first(rows()[0]))}
+    for layer in found.layers:
+        linear = model.get_submodule(layer.name)
+        weight = linear.weight.detach()  # type: ignore[union-attr, operator]
+        x = inputs[layer.name].detach()
+        errors = {}
+        for exponent in EXPONENTS:
+            lost = x @ (round_weight(weight, 4, exponent, "row") - weight).T
+            errors[exponent] = float(lost.norm() / (x @ weight.T).norm())
+        assert layer.relative_error == pytest.approx(min(errors.values()))
+        assert layer.uniform_error == pytest.approx(errors[1.0])
+        assert layer.exponent == min(errors, key=lambda exponent: (errors[exponent], -exponent))
+    numbers = 8 * 12 + 12 + 12 * 3 + 3
+    assert found.bytes_before == 8 * numbers
+    assert found.bytes_after == (8 * 12 + 12 * 3) // 2 + (12 + 3) * 4 + (12 + 3) * 8
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "convnext"])
+def test_many_bits_change_little_and_few_more(architecture: str) -> None:
+    model = own_model(architecture)
+    data = [tokens() if architecture == "gpt2" else torch.randn(4, 3, 32, 32)]
+    moved = [convert(model, data, quantize={"bits": bits}).difference for bits in (16, 8, 4)]
+    assert moved[0] < 5e-4
+    assert moved[0] < moved[1] < moved[2]
+
+
+def test_factors_are_rounded_too_and_the_head_and_embeddings_stay() -> None:
+    model = own_model("gpt2")
+    made = convert(model, [tokens()], factorize={"ratio": 1.5}, quantize={"bits": 4}, exclude=["*.0.*"])
+    names = {layer.name for layer in quantization(made).layers}
+    assert {"transformer.h.1.mlp.c_fc.inner", "transformer.h.1.mlp.c_fc.outer"} <= names
+    assert not any(".0." in name for name in names)
+    reasons = {entry.name: entry.reason for entry in quantization(made).left}
+    assert reasons["lm_head"].startswith("part of a pooler or a head")
+    assert "weights of linear layers alone" in reasons["transformer.wte"]
+    weight = made.model.get_submodule("transformer.h.1.mlp.c_fc.outer").weight
+    for row in weight.detach():  # type: ignore[union-attr, operator]
+        assert len(torch.unique(row.abs())) <= 8
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    save_model(tmp_path / "model", own_model("gpt2", activation={"name": "hermite", "degree": 3, "init": "stable"}))
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data" / "calibration.npy", tokens().numpy())
+    return tmp_path / "model"
+
+
+def test_command_stage_and_python_do_the_same(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["convert", str(model), str(tmp_path / "out"), "--data", str(tmp_path / "data" / "calibration.npy")]
+    options = ["--samples", "6", "--batch-size", "6"]
+    assert main([*command, "--quantize", "bits=4,per=tensor,equalize=true", *options]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    given: dict[str, Any] = {"bits": 4, "per": "tensor", "equalize": True}
+    with_ = {"quantize": given, "page": True, "calibration_samples": 6}
+    context = stage_context(tmp_path / "stage", stage="rounded", resources=Resources())
+    artifacts = Artifact(model, "digest", "train"), Artifact(tmp_path / "data", "digest", "data")
+    metrics = convert_stage(context, *artifacts, ConvertParameters.model_validate(with_))
+    made = convert(read_model(model), [tokens()], quantize=given)
+    made.save(tmp_path / "python")
+    again = Conversion.load(tmp_path / "python")
+    assert again.quantization == made.quantization
+    expected = made.model.state_dict()
+    for output in (tmp_path / "out", context.output, tmp_path / "python"):
+        written = read_model(output)
+        assert all(torch.equal(tensor, written.state_dict()[name]) for name, tensor in expected.items())
+    for output in (tmp_path / "out", context.output):
+        record = read_conversion(output).quantization
+        assert record is not None
+        assert [layer.model_dump() for layer in record.layers] == [vars(layer) for layer in quantization(made).layers]
+        assert record.equalized[0].rows == "transformer.h.0.mlp.c_fc"
+        page = " ".join((output / "conversion.html").read_text().split())
+        assert "<h2>Rounded weights</h2>" in page
+    assert metrics["bits"] == 4
+    assert metrics["bytes"] == quantization(made).bytes_after < metrics["bytes_before"]
+    assert "lm_head stays: part of a pooler or a head" in printed
+    assert f"{quantization(made).bytes_after:,} with these packed" in printed
+    assert "bytes of parameters" in made.report()
+
+
+def test_a_llama_of_transformers_loads_as_it_is(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    llama = randomise(LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES)), 0.1)  # type: ignore[operator]
+    llama.save_pretrained(tmp_path / "llama")  # type: ignore[operator]
+    np.save(tmp_path / "calibration.npy", tokens().numpy() % 61)
+    command = ["convert", str(tmp_path / "llama"), str(tmp_path / "out"), "--data", str(tmp_path / "calibration.npy")]
+    assert main([*command, "--quantize", "bits=3"]) == 0
+    assert "auto_map" not in read_json(tmp_path / "out" / "config.json")
+    weight = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[0].mlp.up_proj.weight
+    assert all(len(torch.unique(row.abs())) <= 4 for row in weight.detach())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--quantize", "bits=1"], "--quantize: bits: expected 2 to 16, got 1"),
+        (["--quantize", "4"], "--quantize: expected NAME=VALUE, such as bits=4"),
+        (["--quantize", "per=row"], "--quantize: bits: this field is required"),
+        (["--quantize", "bits=4,exponent=2"], "exponent: expected search, or a number from 0.1 to 1, got 2"),
+        (["--quantize", "bits=4,equalize=true"], "every row has a scale of its own"),
+        (["--quantize", "bits=4", "--degree", "4"], "--quantize: degree is for new activations"),
+        (["--quantize", "bits=4", "--linear", "quadratic"], "--quantize: linear changes the same layers"),
+        (["--quantize", "bits=4", "--include", "nothing"], "no linear layer of GPT2 is rounded"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    command = ["convert", str(model), str(tmp_path / "out"), "--data", str(tmp_path / "data" / "calibration.npy")]
+    assert main([*command, *options]) == EXIT_USER_ERROR
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_will_be_is_known_before_anything_starts() -> None:
+    settings = {"vocab_size": 97, "n_layer": 2, "activation": "gelu"}
+
+    def promised(quantize: dict[str, Any]) -> Any:
+        upstream = {"model": PromisedModel("gpt2", settings), "dataset": None}
+        return promise(ConvertParameters.model_validate({"quantize": quantize}), upstream, Resources(), Path())
+
+    assert promised({"bits": 4}).settings == settings
+    assert "activation" not in promised({"bits": 4, "per": "tensor", "equalize": True}).settings
+    with pytest.raises(ValidationError) as caught:
+        ConvertParameters.model_validate({"quantize": {"bits": "four"}})
+    assert caught.value.errors()[0]["loc"] == ("quantize", "bits")
