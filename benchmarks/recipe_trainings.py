@@ -135,6 +135,8 @@ ENDLESS: tuple[dict[str, Any], ...] = (
     {"name": "rational", "degree": 5},
     {"name": "polyrelu", "degree": 3},
 )
+STEPS_OF_IMAGES = 500
+EQUAL_TIME = {"hermite4": 475, "affine": 394}  # of images: 500 / 1.052 and 500 / 1.27
 RELU_SQUARED = {"name": "polyrelu", "degree": 2, "init": "relu_squared"}  # as it is where its rate is 0
 RATES_ON = (0.0, 0.1, 0.5, 1.0, 5.0, 10.0)  # by the rule 0.5 (Hermite) and 1; from scratch it would be 5 and 10
 ON = {"steps": 100, "learning_rate": 1e-3, "warmup_steps": 10}
@@ -150,7 +152,11 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
         Trainings(seeds=range(3), data="speeches", model={"n_embd": 64}, steps=960),
         Trainings(seeds=range(3), data="speeches", steps=960),
     ),
-    "baselines": (Trainings((RELU_SQUARED, "silu"), data="mnist", multiple=0.0),),
+    "baselines": (
+        Trainings((RELU_SQUARED, "silu"), data="mnist", multiple=0.0),
+        Trainings((RELU_SQUARED,), data="speeches", multiple=0.0),
+        Trainings((RELU_SQUARED,), range(10), data="digits", multiple=0.0),
+    ),
     "gated": (
         Trainings(("gelu_tanh", "silu", "affine", "hermite4"), range(3), "speeches", model={"feedforward": "gated"}),
     ),
@@ -171,6 +177,10 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
         for rate in (3e-3, 1.5e-3, 6e-3)
     ),
     "seeds": (Trainings(seeds=range(5, 10)),),
+    # As many steps as fit in the time of GELU's 500 (results/recipe_time.json).
+    "equal-time": tuple(
+        Trainings((name,), data=data, steps=steps) for data in ("digits", "mnist") for name, steps in EQUAL_TIME.items()
+    ),
     "frozen": (Trainings(("affine", "hermite4"), seeds=range(3), frozen=True),),
     "frozen-images": (Trainings(("affine", "hermite4"), range(3), "mnist", frozen=True),),
     "faster": (Trainings(("affine", "hermite4"), multiple=30.0),),

@@ -14,6 +14,7 @@ from benchmarks import (
     compiled,
     deep_nets,
     grokking,
+    measured_basis,
     ops,
     polynomial_networks,
     private_inference,
@@ -55,7 +56,8 @@ def test_the_recipe_s_comparisons_follow_from_its_trainings() -> None:
     file = content("recipe")
     assert json.loads(json.dumps(recipe.compare(file["trainings"]))) == file["settings"]
     written = (RESULTS / "recipe.md").read_text(encoding="utf-8")
-    assert recipe.markdown(file["settings"], file["base_rates"], file["texts"]) == written
+    assert json.loads(json.dumps(recipe.equal_time(file["trainings"]))) == file["equal_time"]
+    assert recipe.markdown(file["settings"], file["base_rates"], file["texts"], file["equal_time"]) == written
 
 
 def test_the_first_text_is_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
@@ -210,6 +212,24 @@ def test_fine_tuning_is_told_as_measured() -> None:
         "docs/activations/study.md",
         f"| {' | '.join(rates)} | {gelu:.3f} |",
         f"ended at {ends[0]}, {ends[1]} and {ends[2]} (× 0.1, × 1, × 10;",
+    )
+
+
+def test_the_measured_basis_is_told_as_measured() -> None:
+    file = content("measured_basis")
+    assert measured_basis.markdown(file) == (RESULTS / "measured_basis.md").read_text(encoding="utf-8")
+    gained = {name: {rate: one["mean"] for rate, one in of.items()} for name, of in file["gained"].items()}
+    best = [
+        f"{max(gained[f'{name}, degree {degree}'].values()):.4f}"
+        for degree in (3, 8)
+        for name in ("measured", "as fitted")
+    ]
+    faster = [gained[f"{name}, degree {degree}"]["0.01"] for name in ("measured", "as fitted") for degree in (3, 8)]
+    says(
+        "docs/conversion.md",
+        f"({best[0]} against {best[1]} nats per byte at degree 3, {best[2]} against {best[3]} at degree 8;",
+        f"at a rate of 0.01 it still gains {faster[0]:.4f} and {faster[1]:.4f} where the family's",
+        f"basis loses {-faster[2]:.4f} and {-faster[3]:.4f}",
     )
 
 
