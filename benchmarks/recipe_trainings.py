@@ -259,7 +259,8 @@ def compose(part: str, sources: Sources, recorded: Sequence[Row] = ()) -> dict[s
                 continue
             if made:
                 train["matrix"]["exclude"] = made
-        stages["data"], stages[f"train{index}"] = data, {**train, "inputs": {"dataset": "data"}}
+        train["inputs"] = {"dataset": trainings.data}
+        stages[trainings.data], stages[f"train{index}"] = data, train
         if trainings.frozen:
             stages |= _frozen(index, train)
         if trainings.converted:
@@ -312,7 +313,7 @@ def _frozen(index: int, train: Mapping[str, Any]) -> dict[str, Any]:
     }
     again = {
         **train,
-        "inputs": {"dataset": "data", "initial": f"start{index}"},
+        "inputs": {**train["inputs"], "initial": f"start{index}"},
         "with": {**kept, "coefficient_learning_rate": 0.0},
     }
     return {f"start{index}": start, f"frozen{index}": again}
@@ -321,19 +322,19 @@ def _frozen(index: int, train: Mapping[str, Any]) -> dict[str, Any]:
 def _trained_on(index: int, train: Mapping[str, Any], families: Iterable[str]) -> dict[str, Any]:
     """The models of a stage trained on as they are, and converted, at every rate of their new coefficients."""
     kept = {key: value for key, value in train["with"].items() if key != "model"} | ON
-    inputs = {"dataset": "data", "initial": f"train{index}"}
+    inputs = {**train["inputs"], "initial": f"train{index}"}
     stages: dict[str, Any] = {f"on{index}": {**train, "inputs": inputs, "with": kept}}
     for family in families:
         stages[f"{family}{index}"] = {
             "uses": "convert",
             "matrix": train["matrix"],
-            "inputs": {"model": f"train{index}", "dataset": "data"},
+            "inputs": {**train["inputs"], "model": f"train{index}"},
             "with": {"family": family, "degree": 8},
         }
         stages[f"on_{family}{index}"] = {
             **train,
             "matrix": {**train["matrix"], "rate": [round(rate * ON["learning_rate"], 9) for rate in RATES_ON]},
-            "inputs": {"dataset": "data", "initial": f"{family}{index}"},
+            "inputs": {**train["inputs"], "initial": f"{family}{index}"},
             "with": {**kept, "coefficient_learning_rate": "${matrix.rate}"},
         }
     return stages
