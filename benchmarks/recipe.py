@@ -193,7 +193,9 @@ def equal_time(trainings: Sequence[Row]) -> list[Row]:
     return found
 
 
-def markdown(settings: Sequence[Row], rates: Sequence[Row], texts: Mapping[str, Row], in_time: Sequence[Row]) -> str:
+def markdown(
+    settings: Sequence[Row], rates: Sequence[Row], texts: Mapping[str, Row], in_time: Sequence[Row] = ()
+) -> str:
     """A table for each setting with two seeds or more to report on, and one of the base rates and of equal time."""
     lines: list[str] = []
     for setting in filter(is_reported, settings):
