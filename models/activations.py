@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ def make_activation(config: ActivationConfig) -> nn.Module:
 
 
 def project_activated(
-    activation: nn.Module, projection: nn.Module, x: Tensor, *, recomputes: bool, gated: bool = False
+    activation: Callable[[Tensor], Tensor], projection: nn.Module, x: Tensor, *, recomputes: bool, gated: bool = False
 ) -> Tensor:
     """`projection(activation(x))`, the second half of an MLP.
 
@@ -48,7 +48,7 @@ def project_activated(
     return checkpoint(project, x, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
-def standardize_inputs(linear: LinearAtStart, std: float) -> None:
+def standardize_inputs(linear: LinearAtStart | nn.Conv2d, std: float) -> None:
     """Scale freshly drawn weights so that the activation behind them sees inputs of variance 1.
 
     A normalised input and weights of deviation 1/√inputs give that; learnable activations start from it, and all learn
@@ -56,11 +56,12 @@ def standardize_inputs(linear: LinearAtStart, std: float) -> None:
     line (validation loss after 240 steps of the quickstart: GELU 5.14, with this scale 4.78).
 
     Args:
-        linear: the layer before the activation; its input is normalised.
+        linear: the layer before the activation; its input is normalised. Or a convolution before that layer, where no
+            norm stands between them.
         std: the deviation its weights were drawn with. They are scaled, not drawn again.
     """
     with torch.no_grad():
-        linear.weight.mul_(linear.in_features**-0.5 / std)
+        linear.weight.mul_(linear.weight[0].numel() ** -0.5 / std)
 
 
 def current_activations(

@@ -261,6 +261,8 @@ class _Watch(TorchFunctionMode):
         key = (name, frame.f_code, frame.f_lasti)
         if key not in self.seen:
             theirs = "another tool put a `forward` into the module" if name in self.patched else None
+            if type(owner).__module__.startswith("polytrope.models.parts."):
+                theirs = f"it is a part of {type(owner).__name__}, which is described by its own options alone"
             self.seen[key] = _Seen(name, owner, function, place, obstacle=theirs)
             _describe(self.seen[key], method, frame, new=True)
         elif self.seen[key].function is function:

@@ -6,7 +6,7 @@ Looking up embeddings and taking the largest logit stay with whoever has the key
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,9 @@ from polytrope.models.gpt2 import GPT2
 from polytrope.models.parts.attention import EPSILON, PowerAttention, Reciprocal
 from polytrope.models.parts.feedforward import QuadraticLinear
 from polytrope.models.parts.mu import MuLayer
-from polytrope.models.parts.norm import BatchNorm, fold_into_linear
-from polytrope.models.parts.reciprocal import PolynomialReciprocal
-from polytrope.models.parts.settings import ReciprocalSettings
+from polytrope.models.parts.norm import BatchNorm, InverseRoot, RMSNorm, fold_into_linear
+from polytrope.models.parts.reciprocal import INVERSE_ROOT, RECIPROCAL, NewtonPolynomial
+from polytrope.models.parts.settings import InverseRootSettings, ReciprocalSettings
 from polytrope.models.per_layer import Entry
 from polytrope.ops import Composition, LearnableActivation
 from polytrope.ops.circuit import Circuit, make_circuit
@@ -47,12 +47,14 @@ class CircuitForm(nn.Module):
         for number, block in enumerate(model.blocks):
             reach = None if activation_of(block) is None else ranges[number]
             self.add_module(f"block_{number}", _Block(block, reach, positions))
-        self.head = fold_into_linear(model.transformer["ln_f"], model.lm_head)  # type: ignore[arg-type]
+        last: Any = model.transformer["ln_f"]
+        self.last_norm = _normalisation(last)
+        self.head = fold_into_linear(last, model.lm_head)
 
     def forward(self, x: Tensor) -> Tensor:
         for number in range(self.blocks):
             x = getattr(self, f"block_{number}")(x)
-        logits: Tensor = self.head(x)
+        logits: Tensor = self.head(self.last_norm(x))
         return logits
 
 
@@ -79,33 +81,36 @@ def refuse_other_parts(model: GPT2, *, divisions: bool = False) -> None:
     """Raise `ValueError` for the first part of the model, in the order of its computation, that is no polynomial.
 
     Args:
-        divisions: those of attention are let pass.
+        divisions: those of attention, and roots in norms, are let pass.
     """
     for name in describe_factors(model):
         raise ValueError(f"{name}: two factors in a row are not folded; merge them first (merge_factors)")
     for number, block in enumerate(model.blocks):
         name = f"transformer.h.{number}"
-        _refuse_norm(f"{name}.ln_1", block.ln_1)
+        _refuse_norm(f"{name}.ln_1", block.ln_1, divisions)
         attention = block.attn
         if not isinstance(attention, PowerAttention):
             raise ValueError(
                 f"{name}.attn: {type(attention).__name__} is no polynomial; train with attention: "
                 "{name: power, power: 2}"
             )
-        if not (divisions or isinstance(attention.reciprocal, PolynomialReciprocal)):
+        if not (divisions or isinstance(attention.reciprocal, NewtonPolynomial)):
             raise ValueError(f"{name}.attn.reciprocal: {type(attention.reciprocal).__name__} divides")
-        _refuse_norm(f"{name}.ln_2", block.ln_2)
+        _refuse_norm(f"{name}.ln_2", block.ln_2, divisions)
         mlp: Any = block.mlp
         _refuse_layer(f"{name}.mlp.c_fc", mlp.c_fc)
         if (activation := activation_of(block)) is not None:
             _refuse_activation(f"{name}.mlp.activation", activation)
         _refuse_layer(f"{name}.mlp.c_proj", mlp.c_proj)
-    _refuse_norm("transformer.ln_f", model.transformer["ln_f"])
+    _refuse_norm("transformer.ln_f", model.transformer["ln_f"], divisions)
 
 
-def _refuse_norm(name: str, norm: Any) -> None:
-    if not isinstance(norm, BatchNorm):
-        raise ValueError(f"{name}: {type(norm).__name__} divides by a root; train with norm: batch")
+def _refuse_norm(name: str, norm: Any, divisions: bool) -> None:
+    if isinstance(norm, RMSNorm):
+        if not (divisions or isinstance(norm.inverse_root, NewtonPolynomial)):
+            raise ValueError(f"{name}.inverse_root: {type(norm.inverse_root).__name__} divides by a root")
+    elif not isinstance(norm, BatchNorm):
+        raise ValueError(f"{name}: {type(norm).__name__} divides by a root; train with norm: batch or norm: rms")
 
 
 def _refuse_layer(name: str, layer: Any) -> None:
@@ -151,8 +156,9 @@ class _Attention(nn.Module):
     shift: Tensor
     ones: Tensor
 
-    def __init__(self, norm: BatchNorm, attention: PowerAttention, positions: int) -> None:
+    def __init__(self, norm: BatchNorm | RMSNorm, attention: PowerAttention, positions: int) -> None:
         super().__init__()
+        self.normalised = _normalisation(norm)
         self.heads = attention.n_head
         self.power = attention.settings.power
         self.c_attn = fold_into_linear(norm, attention.c_attn)
@@ -170,12 +176,12 @@ class _Attention(nn.Module):
         self.register_buffer("shift", attention.beta.detach().float()[:, None, None].clone())
         self.register_buffer("ones", torch.ones(positions, 1))
         reciprocal = attention.reciprocal
-        assert isinstance(reciprocal, PolynomialReciprocal)
-        self.reciprocal = _Reciprocal(reciprocal)
+        assert isinstance(reciprocal, NewtonPolynomial)
+        self.reciprocal = _Newton(reciprocal)
 
     def forward(self, x: Tensor) -> Tensor:
         length, width = x.shape[1:]
-        split = [self._by_head(part, length, width) for part in _thirds(self.c_attn(x), width)]
+        split = [self._by_head(part, length, width) for part in _thirds(self.c_attn(self.normalised(x)), width)]
         query, key, value = split
         powers = query @ key.transpose(-1, -2) + self.shift
         for _ in range(self.power // 2):
@@ -194,22 +200,47 @@ def _thirds(x: Tensor, width: int) -> list[Tensor]:
     return [x[..., start : start + width] for start in (0, width, 2 * width)]
 
 
-class _Reciprocal(nn.Module):
-    def __init__(self, reciprocal: PolynomialReciprocal) -> None:
+class _Newton(nn.Module):
+    def __init__(self, polynomial: NewtonPolynomial) -> None:
         super().__init__()
-        self.circuit = reciprocal.polynomial.circuit()
-        self.newton = reciprocal.settings.newton
+        self.circuit = polynomial.polynomial.circuit()
+        self.newton = polynomial.settings.newton
+        self.step = polynomial.form.step
 
     def forward(self, d: Tensor) -> Tensor:
         r: Tensor = self.circuit.run(d)
         for _ in range(self.newton):
-            r = r * (2.0 - d * r)
+            r = self.step(d, r)
         return r
 
 
-class _MLP(nn.Module):
-    def __init__(self, norm: BatchNorm, mlp: Any, reach: tuple[float, float] | None) -> None:
+class _RootMeanSquare(nn.Module):
+    """x / √m of `RMSNorm`; its weight is folded into what follows."""
+
+    shares: Tensor
+
+    def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
+        width = norm.weight.numel()
+        self.register_buffer("shares", torch.full((width, 1), 1.0 / width))
+        self.epsilon = norm.epsilon
+        assert isinstance(norm.inverse_root, NewtonPolynomial)
+        self.inverse_root = _Newton(norm.inverse_root)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x * self.inverse_root((x * x) @ self.shares + self.epsilon)
+        return result
+
+
+def _normalisation(norm: BatchNorm | RMSNorm) -> nn.Module:
+    """What stands before the linear layer that the norm is folded into."""
+    return _RootMeanSquare(norm) if isinstance(norm, RMSNorm) else nn.Identity()
+
+
+class _MLP(nn.Module):
+    def __init__(self, norm: BatchNorm | RMSNorm, mlp: Any, reach: tuple[float, float] | None) -> None:
+        super().__init__()
+        self.normalised = _normalisation(norm)
         self.gated = mlp.gated
         self.inner: nn.Module
         if isinstance(mlp.c_fc, nn.Linear):
@@ -222,7 +253,7 @@ class _MLP(nn.Module):
         self.outer = mlp.c_proj if isinstance(mlp.c_proj, nn.Linear) else _Quadratic(mlp.c_proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.inner(x)
+        hidden = self.inner(self.normalised(x))
         if self.circuit is None:
             pass
         elif self.gated:
@@ -240,7 +271,7 @@ class _Affine(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, norm: BatchNorm) -> None:
+    def __init__(self, norm: BatchNorm | RMSNorm) -> None:
         super().__init__()
         for name, value in zip(("scale", "shift"), norm.affine(), strict=True):
             self.register_buffer(name, value.detach().float())
@@ -252,7 +283,7 @@ class _Affine(nn.Module):
 class _Mu(nn.Module):
     """`MuLayer` as one product of two linear maps: a + α · a ⊙ b = a ⊙ (1 + α b), where norms are affine."""
 
-    def __init__(self, norm: BatchNorm, layer: MuLayer) -> None:
+    def __init__(self, norm: BatchNorm | RMSNorm, layer: MuLayer) -> None:
         super().__init__()
         self.first = fold_into_linear(norm, layer.linear)
         self.reduce = fold_into_linear(norm, layer.reduce)
@@ -315,11 +346,32 @@ def activation_circuit(activation: Any, low: float, high: float) -> Circuit:
 
 
 def with_divisions(model: GPT2) -> None:
-    """Put divisions back where polynomials stand for them, as in a model that was exported before."""
+    """Put divisions and roots back where polynomials stand for them, as in a model that was exported before."""
     for block in model.blocks:
         attention = block.attn
         assert isinstance(attention, PowerAttention)
         attention.reciprocal = Reciprocal()
+    for norm in rms_norms(model).values():
+        norm.inverse_root = InverseRoot()
+
+
+def rms_norms(model: GPT2) -> dict[str, RMSNorm]:
+    """Those of a model, by name, in the order of their computation."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RMSNorm)}
+
+
+def with_inverse_roots(model: GPT2, domains: Sequence[tuple[float, float]], degree: int, newton: int) -> None:
+    """Put a polynomial in the place of every root in a norm, in the model and in its configuration.
+
+    Args:
+        domains: (low, high) of the mean squares of each norm, as of `rms_norms`.
+    """
+    root = InverseRootSettings(degree=degree, newton=newton, domains=tuple(domains))
+    settings = dataclasses.replace(model.config.norm_settings(), root=root)  # type: ignore[call-arg]
+    for number, norm in enumerate(rms_norms(model).values()):
+        norm.settings = settings  # type: ignore[assignment]
+        norm.inverse_root = NewtonPolynomial(root.of(number), INVERSE_ROOT).to(norm.weight.device).eval()
+    model.config = dataclasses.replace(model.config, norm=settings.config())
 
 
 def with_reciprocals(model: GPT2, domains: Mapping[int, tuple[float, float]], degree: int, newton: int) -> None:
@@ -334,6 +386,6 @@ def with_reciprocals(model: GPT2, domains: Mapping[int, tuple[float, float]], de
         assert isinstance(attention, PowerAttention)
         settings = ReciprocalSettings(degree=degree, newton=newton, domain=domains[number])
         attention.settings = dataclasses.replace(attention.settings, reciprocal=settings)
-        attention.reciprocal = PolynomialReciprocal(settings).to(attention.alpha.device).eval()
+        attention.reciprocal = NewtonPolynomial(settings, RECIPROCAL).to(attention.alpha.device).eval()
         entries.append(attention.settings.config())
     model.config = dataclasses.replace(model.config, attention=entries)

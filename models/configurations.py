@@ -8,11 +8,22 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Literal
 
-from polytrope.models.parts.settings import PARTS, Attention, FeedForward, Mixer, Norm, Part, read_part, read_parts
+from polytrope.models.parts.settings import (
+    PARTS,
+    Attention,
+    EvoNormSettings,
+    FeedForward,
+    Mixer,
+    Norm,
+    Part,
+    RMSNormSettings,
+    read_part,
+    read_parts,
+)
 from polytrope.models.per_layer import Entry, layer_configs
 
 ActivationConfig = Entry
-NO_ACTIVATION = "none"  # of a block whose feed-forward layers have none inside
+NO_ACTIVATION = "none"  # of a block whose feed-forward layers have none inside, or whose norm has its own
 CLASSICAL = ("gelu", "gelu_tanh", "relu", "silu", "tanh")  # activations without coefficients, none a polynomial
 FIXED = (*CLASSICAL, "identity")  # all that have no coefficients
 
@@ -47,16 +58,22 @@ def starts_as_siren(entry: ActivationConfig) -> bool:
 
 
 def _used_activations(
-    activation: ActivationConfig | list[ActivationConfig], parts: Sequence[FeedForward]
+    activation: ActivationConfig | list[ActivationConfig], parts: Sequence[FeedForward], norm: Norm
 ) -> ActivationConfig | list[ActivationConfig]:
     """What is said of the activations, with `none` for the blocks that have none, whatever is said for all.
 
     Raises:
-        ValueError: as `activation_configs`; `none` for a block that needs one.
+        ValueError: as `activation_configs`; `none` for a block that needs one; a norm that takes the place of one in a
+            block that has none.
     """
     entries = activation_configs(activation, len(parts))
     for number, (entry, part) in enumerate(zip(entries, parts, strict=True)):
-        if entry == NO_ACTIVATION and part.activated:
+        if norm.activates and not part.activated:
+            raise ValueError(
+                f"norm: {norm.name} takes the place of an activation, and layer {number} has feedforward: {part.name} "
+                "without one"
+            )
+        if entry == NO_ACTIVATION and part.activated and not norm.activates:
             raise ValueError(f"activation: none, but layer {number} has feedforward: {part.name}, which needs one")
     if all(part.activated for part in parts):
         return activation
@@ -128,14 +145,18 @@ def without_blocks(config: Any, gone: range) -> Any:
         ]
     else:
         changed["n_layer"] = config.n_layer - len(gone)
+        norm = config.norm_settings()
+        if isinstance(norm, RMSNormSettings) and norm.root is not None:
+            kept = tuple(ends for place, ends in enumerate(norm.root.domains) if place // 2 not in gone)
+            changed["norm"] = replace(norm, root=replace(norm.root, domains=kept)).config()
     return replace(config, **changed)
 
 
-def _norm_of_blocks(given: Entry) -> Norm:
-    """The norm. Raises ValueError for none."""
+def _norm(given: Entry, names: tuple[str, ...]) -> Norm:
+    """One of these. Raises ValueError for another one."""
     norm: Norm = read_part("norm", given)
-    if norm.name == "none":
-        raise ValueError("norm: none is for an mlp; this model has layer_norm, batch")
+    if norm.name not in names:
+        raise ValueError(f"norm: {norm.name} is for other models; this one has {', '.join(names)}")
     return norm
 
 
@@ -193,7 +214,7 @@ class GPT2Config:
         if not 0.0 < self.layer_norm_epsilon < math.inf:
             raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
         _refuse_for_layers_alone(self.activation)
-        self.activation = _used_activations(self.activation, self.feedforward_settings())
+        self.activation = _used_activations(self.activation, self.feedforward_settings(), self.norm_settings())
         attention = self.attention_settings()
         self.norm_settings()
         for part in attention:
@@ -208,7 +229,12 @@ class GPT2Config:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        return _norm_of_blocks(self.norm)
+        norm = _norm(self.norm, ("layer_norm", "batch", "rms"))
+        if isinstance(norm, RMSNormSettings) and norm.root is not None:
+            found, wanted = len(norm.root.domains), 2 * self.n_layer + 1
+            if found != wanted:
+                raise ValueError(f"norm.root.domains: expected one for each of the {wanted} norms, got {found}")
+        return norm
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
@@ -243,8 +269,10 @@ class ConvNeXtConfig:
         num_classes: outputs of the classifier.
         in_channels: channels of the images.
         patch_size: kernel and stride of the stem; each later stage halves the resolution.
-        activation: one activation of `polytrope.ops.build_activation`, or a list with one per block.
-        norm: part of the blocks, before each stage and before the classifier (`polytrope.models.parts`).
+        activation: one activation of `polytrope.ops.build_activation`, or a list with one per block. Left out: `gelu`,
+            or `none` with `norm: evonorm`, which has one of its own.
+        norm: part of the blocks, before each stage and before the classifier (`polytrope.models.parts`); `evonorm` of
+            the blocks alone.
         feedforward, mixer: parts of every block, or lists with one per block.
         drop_path: probability of skipping the last block's branch; it grows linearly from 0 at the first.
         layer_scale: initial value of the per-channel scale of each branch; 0 for no scale.
@@ -257,7 +285,7 @@ class ConvNeXtConfig:
     num_classes: int = 1000
     in_channels: int = 3
     patch_size: int = 4
-    activation: ActivationConfig | list[ActivationConfig] = "gelu"
+    activation: ActivationConfig | list[ActivationConfig] = None  # type: ignore[assignment]  # until it is known
     norm: Entry = "layer_norm"
     feedforward: Entry | list[Entry] = "mlp"
     mixer: Entry | list[Entry] = "depthwise"
@@ -280,8 +308,17 @@ class ConvNeXtConfig:
         if not 0.0 < self.final_norm_epsilon < math.inf:
             raise ValueError(f"final_norm_epsilon must be above 0 and finite, got {self.final_norm_epsilon}")
         _refuse_for_layers_alone(self.activation)
-        self.activation = _used_activations(self.activation, self.feedforward_settings())
-        self.norm_settings()
+        norm = self.norm_settings()
+        if self.activation is None:
+            self.activation = NO_ACTIVATION if norm.activates else "gelu"
+        self.activation = _used_activations(self.activation, self.feedforward_settings(), norm)
+        if isinstance(norm, EvoNormSettings):
+            for number, width in enumerate(self.activation_widths()):
+                if width % norm.groups:
+                    raise ValueError(
+                        f"norm.groups: {norm.groups} groups do not divide the {width} channels that the activation of "
+                        f"layer {number} sees"
+                    )
         self.mixer_settings()
 
     def block_widths(self) -> list[int]:
@@ -289,8 +326,8 @@ class ConvNeXtConfig:
         return [width for depth, width in zip(self.depths, self.dims, strict=True) for _ in range(depth)]
 
     def norm_settings(self) -> Norm:
-        """Of all norms."""
-        return _norm_of_blocks(self.norm)
+        """Of the blocks, and of all other norms but with `evonorm`, beside which these are layer norms."""
+        return _norm(self.norm, ("layer_norm", "batch", "evonorm"))
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each block."""
@@ -366,7 +403,7 @@ class MLPConfig:
             raise ValueError(f"loss: expected mse or cross_entropy, got {self.loss!r}")
         if not 0.0 < self.output_scale < math.inf:
             raise ValueError(f"output_scale: expected a number above 0, got {self.output_scale}")
-        self.activation = _used_activations(self.activation, self.feedforward_settings())
+        self.activation = _used_activations(self.activation, self.feedforward_settings(), self.norm_settings())
         norm = self.norm_settings().name
         activations = activation_configs(self.activation, len(self.widths))
         for entry, part in zip(activations, self.feedforward_settings(), strict=True):
@@ -379,8 +416,7 @@ class MLPConfig:
 
     def norm_settings(self) -> Norm:
         """Of all norms."""
-        norm: Norm = read_part("norm", self.norm)
-        return norm
+        return _norm(self.norm, ("none", "layer_norm", "batch"))
 
     def feedforward_settings(self) -> list[FeedForward]:
         """Of each layer before the last."""

@@ -29,18 +29,20 @@ from polytrope.models.configurations import (
 from polytrope.models.factors import restore_factors, saved_products
 from polytrope.models.foreign import read_activation_name, read_settings
 from polytrope.models.losses import Loss, cross_entropy
+from polytrope.models.parts.evonorm import EvoNorm
 from polytrope.models.parts.feedforward import FeedForwardSizes, LinearAtStart, build_feedforward
 from polytrope.models.parts.mixer import build_mixer
 from polytrope.models.parts.mu import MuLayer
 from polytrope.models.parts.norm import NormSizes, build_norm
 from polytrope.models.parts.ranges import RangePenalty
-from polytrope.models.parts.settings import FeedForward, Mixer
+from polytrope.models.parts.settings import FeedForward, LayerNormSettings, Mixer
 from polytrope.models.weights import load_renamed
 
 
 class Block(nn.Module):
     """Depthwise 7×7 convolution, norm, and a pointwise MLP of four times the width, on a residual branch; or others of
-    `polytrope.models.parts`. `act` is None where the configuration has `none` for this block.
+    `polytrope.models.parts`. `act` is None where the configuration has `none` for this block. An `EvoNorm` stands where
+    the activation does, around it if there is one.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class Block(nn.Module):
         super().__init__()
         self.dwconv = build_mixer(mixer, channels)
         layers = build_feedforward(settings, FeedForwardSizes(channels, bias=True, epsilon=1e-6))
-        self.norm = build_norm(config.norm_settings(), NormSizes(channels, 1e-6))
+        norm = config.norm_settings()
+        width = settings.hidden(channels) if norm.activates else channels
+        self.norm = build_norm(norm, NormSizes(width, 1e-6, activated=activation != NO_ACTIVATION))
         self.pwconv1 = layers.inner
         self.act = None if activation == NO_ACTIVATION else make_activation(activation)
         self.pwconv2 = layers.outer
@@ -67,16 +71,23 @@ class Block(nn.Module):
         self.ranges: RangePenalty | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1)))
-        if self.act is None:
+        mixed = self.dwconv(x).permute(0, 2, 3, 1)
+        branch = self.pwconv1(mixed if isinstance(self.norm, EvoNorm) else self.norm(mixed))
+        if self.act is not None and self.ranges is not None and self.training:
+            self.ranges.inputs(branch.chunk(2, dim=-1)[0] if self.gated else branch)
+        activation = self._activated if isinstance(self.norm, EvoNorm) else self.act
+        if activation is None:
             branch = self.pwconv2(branch)
         else:
-            if self.ranges is not None and self.training:
-                self.ranges.inputs(branch.chunk(2, dim=-1)[0] if self.gated else branch)
-            branch = project_activated(self.act, self.pwconv2, branch, recomputes=self.recomputes, gated=self.gated)
+            branch = project_activated(activation, self.pwconv2, branch, recomputes=self.recomputes, gated=self.gated)
         if self.gamma is not None:
             branch = self.gamma * branch
         return x + drop_samples(branch.permute(0, 3, 1, 2), self.drop_path, self.training)
+
+    def _activated(self, x: Tensor) -> Tensor:
+        """With an `EvoNorm`."""
+        result: Tensor = self.norm(x, None if self.act is None else self.act(x))
+        return result
 
 
 def drop_path_rates(config: ConvNeXtConfig) -> list[float]:
@@ -107,7 +118,7 @@ class ConvNeXt(nn.Module):
         self.label_smoothing = 0.0
         self.ranges: RangePenalty | None = None  # set by the trainer
         dims, depths = config.dims, config.depths
-        norm = config.norm_settings()
+        norm = LayerNormSettings() if config.norm_settings().activates else config.norm_settings()
         stem = nn.Sequential(
             nn.Conv2d(config.in_channels, dims[0], config.patch_size, config.patch_size),
             build_norm(norm, NormSizes(dims[0], 1e-6, channels_first=True)),
@@ -140,6 +151,8 @@ class ConvNeXt(nn.Module):
         for block in self.blocks:
             if isinstance(block.pwconv1, LinearAtStart):
                 standardize_inputs(block.pwconv1, 0.02)
+                if isinstance(block.norm, EvoNorm) and isinstance(block.dwconv, nn.Conv2d):
+                    standardize_inputs(block.dwconv, 0.02)
         restore_factors(self, config.factors)
 
     @property

@@ -101,9 +101,9 @@ class Block(nn.Module):
             dropout=config.dropout,
             scale=scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale,
         )
-        self.ln_1 = _norm(config)
+        self.ln_1 = _norm(config, 2 * layer)
         self.attn = build_attention(attention, sizes)
-        self.ln_2 = _norm(config)
+        self.ln_2 = _norm(config, 2 * layer + 1)
         self.mlp = MLP(config, activation, settings)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,8 +117,9 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x)), present
 
 
-def _norm(config: GPT2Config) -> nn.Module:
-    return build_norm(config.norm_settings(), NormSizes(config.n_embd, config.layer_norm_epsilon, bias=config.bias))
+def _norm(config: GPT2Config, number: int) -> nn.Module:
+    sizes = NormSizes(config.n_embd, config.layer_norm_epsilon, bias=config.bias, number=number)
+    return build_norm(config.norm_settings(), sizes)
 
 
 class GPT2(nn.Module):
@@ -145,7 +146,7 @@ class GPT2(nn.Module):
                 "wpe": nn.Embedding(config.sequence_length, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config, layer, *parts) for layer, parts in enumerate(blocks)),
-                "ln_f": _norm(config),
+                "ln_f": _norm(config, 2 * config.n_layer),
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -227,6 +228,7 @@ class GPT2(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        end: int | None = None,
     ) -> Tensor:
         """Continue `tokens` `[batch, positions]` by sampling; returns `[batch, positions + max_new_tokens]`.
 
@@ -234,6 +236,7 @@ class GPT2(nn.Module):
             temperature: divides the logits; 0 takes the most probable token.
             top_k: sample among the k most probable tokens only; None: among all.
             generator: makes the sample reproducible.
+            end: stop, with fewer new tokens, when every row has produced this one.
 
         Raises:
             ValueError: no token to begin with, a negative number of new ones, a temperature below 0, a top_k below 1.
@@ -250,10 +253,16 @@ class GPT2(nn.Module):
             if not right:
                 raise ValueError(f"{name}: expected {wanted}, got {value}")
         with evaluation_mode(self):
-            return self._generate(tokens, max_new_tokens, temperature, top_k, generator)
+            return self._generate(tokens, max_new_tokens, temperature, top_k, generator, end)
 
     def _generate(
-        self, tokens: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, generator: Any
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float,
+        top_k: int | None,
+        generator: Any,
+        end: int | None,
     ) -> Tensor:
         limit = self.config.sequence_length
         sequence = tokens
@@ -264,6 +273,8 @@ class GPT2(nn.Module):
             logits, cache = self.forward_with_cache(pending, cache)
             pending = sample_token(logits.float(), temperature, top_k, generator)
             sequence = torch.cat((sequence, pending), dim=1)
+            if end is not None and bool((sequence[:, tokens.size(1) :] == end).any(dim=1).all()):
+                break
         return sequence
 
     def flops_per_token(self) -> float:

@@ -29,6 +29,7 @@ from polytrope.models.parts.mu import MuLayer
 from polytrope.models.parts.pade import PadeLinear
 from polytrope.models.parts.pi import PiLinear
 from polytrope.models.parts.polynomial_mixer import CausalPolynomialMixer
+from polytrope.models.parts.reciprocal import root_error
 from polytrope.models.parts.settings import (
     KANSettings,
     MuSettings,
@@ -75,6 +76,7 @@ def part_plots() -> dict[str, str]:
             "mu": _mu(),
             "max_plus": _max_plus(),
             "mixer": _polynomial_mixer(),
+            "inverse_root": _inverse_root(),
             "kan": _kan(),
             "pi": _pi(),
             "siren": _siren(),
@@ -446,6 +448,21 @@ def _max_plus() -> str:
             mixed = build_mixer(read_part("mixer", {"name": "max_plus", "form": form}), 1)(image)
             axis.plot(places, mixed[0, 0, 24], label=form)
     _describe(axis, "pixel", "value")
+    return _svg(figure)
+
+
+def _inverse_root() -> str:
+    """Largest relative error of 1/√m by degree, on ranges of three ratios, without and with a step of Newton's."""
+    figure, axis = plt.subplots(figsize=(5, 2.8))
+    degrees = range(1, 33)
+    for number, ratio in enumerate((4, 16, 100)):
+        for newton, style in ((0, "-"), (1, "--")):
+            errors = [root_error(degree, newton, 1.0, float(ratio)) for degree in degrees]
+            label = f"b / a = {ratio}" if newton == 0 else None
+            axis.plot(degrees, errors, style, color=f"C{number}", label=label)
+    axis.set_ylim(1e-8, 1.0)
+    _logarithmic(axis)
+    _describe(axis, "degree (dashed: and one step of Newton's)", "largest relative error")
     return _svg(figure)
 
 

@@ -127,9 +127,9 @@ class PowerAttention(nn.Module):
         self.beta = nn.Parameter(torch.ones(sizes.heads))
         self.reciprocal: nn.Module = Reciprocal()
         if settings.reciprocal is not None:
-            from polytrope.models.parts.reciprocal import PolynomialReciprocal
+            from polytrope.models.parts.reciprocal import RECIPROCAL, NewtonPolynomial
 
-            self.reciprocal = PolynomialReciprocal(settings.reciprocal)
+            self.reciprocal = NewtonPolynomial(settings.reciprocal, RECIPROCAL)
         self.n_head = sizes.heads
         self.scale = sizes.scale
         self.ranges: RangePenalty | None = None

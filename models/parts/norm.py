@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
-from polytrope.models.parts.settings import BatchNormSettings, LayerNormSettings, NoNormSettings, Norm
+from polytrope.models.parts.evonorm import EvoNorm
+from polytrope.models.parts.ranges import RangePenalty
+from polytrope.models.parts.settings import (
+    BatchNormSettings,
+    EvoNormSettings,
+    LayerNormSettings,
+    NoNormSettings,
+    Norm,
+    RMSNormSettings,
+)
 from polytrope.models.per_layer import Entry
 
 MOMENTUM = 0.1  # share of a batch in the running statistics
@@ -28,12 +37,16 @@ class NormSizes:
         epsilon: added to the variance.
         bias: whether something is added to each channel.
         channels_first: of `[batch, channels, height, width]`, not `[…, channels]`.
+        activated: of `evonorm`: an activation comes with it, and it has none of its own.
+        number: of the norm among those of its model, in the order of computation.
     """
 
     width: int
     epsilon: float
     bias: bool = True
     channels_first: bool = False
+    activated: bool = False
+    number: int = 0
 
 
 class ChannelsFirstLayerNorm(nn.Module):
@@ -137,8 +150,49 @@ class BatchNorm(nn.Module):
         return self
 
 
-def fold_into_linear(norm: BatchNorm, linear: nn.Linear) -> nn.Linear:
-    """One linear layer, with a bias, for `linear(norm(x))` with the norm as it is in evaluation mode."""
+class InverseRoot(nn.Module):
+    """1/√m, as a module: whoever wants a polynomial in its place exchanges it."""
+
+    def forward(self, m: Tensor) -> Tensor:
+        return m.rsqrt()
+
+
+class RMSNorm(nn.Module):
+    """x / √m · weight, m the mean of x² + ε, of `[…, width]`; half precision is left for float32.
+
+    (Zhang, Sennrich, Root Mean Square Layer Normalization, 2019)
+    """
+
+    def __init__(self, settings: RMSNormSettings, sizes: NormSizes) -> None:
+        super().__init__()
+        self.settings = settings
+        self.epsilon = sizes.epsilon
+        self.weight = nn.Parameter(torch.ones(sizes.width))
+        self.inverse_root: nn.Module = InverseRoot()
+        if settings.root is not None:
+            from polytrope.models.parts.reciprocal import INVERSE_ROOT, NewtonPolynomial
+
+            self.inverse_root = NewtonPolynomial(settings.root.of(sizes.number), INVERSE_ROOT)
+        self.ranges: RangePenalty | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+        wide = x.to(dtype)
+        m = wide.square().mean(-1, keepdim=True) + self.epsilon
+        if self.ranges is not None and self.training:
+            self.ranges.mean_squares(m)
+        result: Tensor = wide * self.inverse_root(m) * self.weight.to(dtype)
+        return result.to(x.dtype)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift) in float64, `[width]` each: what it makes of x / √m."""
+        scale = self.weight.double()
+        return scale, torch.zeros_like(scale)
+
+
+def fold_into_linear(norm: BatchNorm | RMSNorm, linear: nn.Linear) -> nn.Linear:
+    """One linear layer, with a bias, for `linear(norm(x))` with the norm as it is in evaluation mode; it takes x, or in
+    the place of an `RMSNorm` x / √m."""
     scale, shift = norm.affine()
     folded = nn.Linear(linear.in_features, linear.out_features, device=linear.weight.device, dtype=linear.weight.dtype)
     with torch.no_grad():
@@ -155,6 +209,10 @@ def _layer_norm(_settings: LayerNormSettings, sizes: NormSizes) -> nn.Module:
     return nn.LayerNorm(sizes.width, sizes.epsilon, bias=sizes.bias)
 
 
+def _evonorm(settings: EvoNormSettings, sizes: NormSizes) -> nn.Module:
+    return EvoNorm(settings, sizes.width, activated=sizes.activated)
+
+
 def _none(_settings: NoNormSettings, _sizes: NormSizes) -> nn.Module:
     return nn.Identity()
 
@@ -162,6 +220,8 @@ def _none(_settings: NoNormSettings, _sizes: NormSizes) -> nn.Module:
 NORMS: dict[str, Callable[[Any, NormSizes], nn.Module]] = {
     "layer_norm": _layer_norm,
     "batch": BatchNorm,
+    "rms": RMSNorm,
+    "evonorm": _evonorm,
     "none": _none,
 }
 

@@ -18,7 +18,8 @@ class RangePenalty:
     Args:
         activation: weight of mean relu(|x| - beyond)² of the inputs x of activations.
         beyond: where that begins.
-        denominator: weight of mean (ln d)² of the denominators d of attention.
+        denominator: weight of mean (ln d)² of the denominators d of attention, and of the variance of ln m over a
+            sample, of the mean squares m of `norm: rms`, whose size does not matter.
     """
 
     activation: float
@@ -37,6 +38,11 @@ class RangePenalty:
     def denominators(self, d: Tensor) -> None:
         """What is divided by, positive, any shape."""
         self._add(self.denominator * d.float().log().square().mean())
+
+    def mean_squares(self, m: Tensor) -> None:
+        """What a norm divides by the root of, positive, `[batch, …]`."""
+        logarithms = m.float().log().flatten(1)
+        self._add(self.denominator * (logarithms - logarithms.mean(1, keepdim=True)).square().mean())
 
     def added_to(self, loss: Tensor, reduction: str) -> Tensor:
         """The loss with all penalties of this forward pass.

@@ -39,7 +39,11 @@ def _whole(usual: int, most: int, description: str) -> Any:
 
 def _plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """As JSON has it."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
+    return {name: _listed(value) for name, value in items}
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,8 @@ class Norm(Part):
 
     per_layer = False
     over_batch: ClassVar[bool] = False  # in training, a sample's result depends on the others
+    activates: ClassVar[bool] = False  # in a block it takes the place of the activation too
+    divides: ClassVar[bool] = False  # by roots of mean squares that `range_penalty` holds
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,70 @@ class BatchNormSettings(Norm):
 
     name = "batch"
     over_batch = True
+
+
+@dataclass(frozen=True)
+class InverseRootSettings:
+    """1/√m as a polynomial: what `export_circuit` puts in the place of the roots of all norms of a model.
+
+    Args:
+        degree, newton: as of `ReciprocalSettings`; a step makes an error e one of about -1.5 e².
+        domains: [low, high] of the mean squares of each norm, in the order of their computation.
+    """
+
+    degree: int
+    newton: int
+    domains: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        for number in range(len(self.domains)):
+            self.of(number)
+
+    def of(self, number: int) -> ReciprocalSettings:
+        """Of one norm."""
+        try:
+            return ReciprocalSettings(self.degree, self.newton, self.domains[number])
+        except ValueError as error:
+            raise ValueError(str(error).replace("reciprocal.", "root.", 1)) from error
+
+
+def _read_inverse_root(value: Any) -> InverseRootSettings | None:
+    if value is None:
+        return None
+    wanted = {item.name for item in fields(InverseRootSettings)}
+    if not isinstance(value, dict) or value.keys() != wanted:
+        raise ValueError(f"expected {', '.join(sorted(wanted))}, got {value!r}")
+    domains = value["domains"]
+    if not isinstance(domains, (list, tuple)) or not all(isinstance(entry, (list, tuple)) for entry in domains):
+        raise ValueError(f"root.domains: expected a list of [low, high], got {domains!r}")
+    return InverseRootSettings(**{**value, "domains": tuple(tuple(entry) for entry in domains)})
+
+
+@dataclass(frozen=True)
+class RMSNormSettings(Norm):
+    """Each vector by the root of its mean square."""
+
+    name = "rms"
+    divides = True
+
+    root: InverseRootSettings | None = field(
+        default=None,
+        metadata={
+            "read": _read_inverse_root,
+            "choices": (),
+            "description": "{degree, newton, domains}: polynomials instead of the roots, on a range per norm",
+        },
+    )
+
+
+@dataclass(frozen=True)
+class EvoNormSettings(Norm):
+    """Of a block: norm and activation in one, by the variance of groups of channels."""
+
+    name = "evonorm"
+    activates = True
+
+    groups: int = _choice(8, (1, 2, 4, 8, 16, 32, 64), "of channels, over which the variance is taken: 1 … 64")
 
 
 @dataclass(frozen=True)
@@ -421,7 +491,13 @@ class PADReSettings(Mixer):
 # By field of the configuration, then by name. The first is what a model has where nothing is said.
 PARTS: dict[str, dict[str, type[Part]]] = {
     "attention": {"softmax": SoftmaxSettings, "power": PowerSettings, "polynomial_mixer": PolynomialMixerSettings},
-    "norm": {"layer_norm": LayerNormSettings, "batch": BatchNormSettings, "none": NoNormSettings},
+    "norm": {
+        "layer_norm": LayerNormSettings,
+        "batch": BatchNormSettings,
+        "rms": RMSNormSettings,
+        "evonorm": EvoNormSettings,
+        "none": NoNormSettings,
+    },
     "feedforward": {
         "mlp": MLPSettings,
         "gated": GatedSettings,

@@ -19,13 +19,13 @@ class GraphCost(CircuitCost):
 
 
 class Division(Record):
-    """A division of attention, and the polynomial in its place.
+    """A division of attention, or by the root of a norm's mean square, and the polynomial in its place.
 
     Args:
         name: of the module.
-        measured: smallest and largest denominator of the calibration.
+        measured: smallest and largest denominator, or mean square, of the calibration.
         domain: the range of the polynomial.
-        relative_error: the largest |1 - d r(d)| there, in exact arithmetic.
+        relative_error: the largest |1 - d r(d)| there, of a root |1 - √d r(d)|, in exact arithmetic.
         inputs, outside: rows of the held-out samples, and those outside of the domain.
         minimum, maximum: of them.
     """

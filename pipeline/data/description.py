@@ -103,7 +103,8 @@ class ImageShape(_Record):
 
 class TextDataset(_Record):
     """A text data set. `digest`: sha256 over its shards' digests. `unigram_entropy`: nats per validation token under
-    the token counts of the training split. `left_out`: what of the source was not taken, and how often."""
+    the token counts of the training split. `left_out`: what of the source was not taken, and how often. `task`: what
+    each document, a line `question ; answer`, asks for; None: they are other text."""
 
     format: Literal[1] = 1
     kind: Literal["text"] = "text"
@@ -114,6 +115,7 @@ class TextDataset(_Record):
     unigram_entropy: float
     digest: str
     left_out: dict[str, int] = {}
+    task: Literal["derivative", "integral"] | None = None
 
 
 class ImageDataset(_Record):
@@ -178,7 +180,10 @@ _DATASET: TypeAdapter[Dataset] = TypeAdapter(Annotated[Dataset, Field(discrimina
 
 def write_dataset(directory: Path, dataset: Dataset) -> None:
     """Write `dataset.json`."""
-    (directory / DATASET_FILE).write_text(json.dumps(dataset.model_dump(mode="json"), indent=1), encoding="utf-8")
+    content = dataset.model_dump(mode="json")
+    if content.get("task") is None:  # few texts have one, and the files of the others are as they were
+        content.pop("task", None)
+    (directory / DATASET_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def read_dataset(directory: Path) -> Dataset:

@@ -49,6 +49,18 @@ class CertifiedDomain(Record):
     maximum: float | None
 
 
+class AnswerFigures(Record):
+    """Of so many held-out lines `question ; answer`, how many answers of the model are expressions (`valid`), right
+    (`correct`), and written as in the line (`exact`); `too_long`: lines among them that the context does not hold."""
+
+    task: Literal["derivative", "integral"]
+    lines: int
+    too_long: int
+    valid: int
+    correct: int
+    exact: int
+
+
 class EvaluatedModel(OpenRecord):
     """One model: its figures, or the `failure` that left none.
 
@@ -61,6 +73,7 @@ class EvaluatedModel(OpenRecord):
         layers: of each activation, the curve and the distribution of its inputs.
         domains: of each polynomial without tangents, the inputs outside of its certified range.
         sample: a text that the model wrote.
+        answers: what it answers to held-out questions.
         confusion: a matrix (class, prediction) of counts; of more than 100 classes `most_confused` has the most
             frequent [class, prediction, count].
     """
@@ -86,6 +99,7 @@ class EvaluatedModel(OpenRecord):
     layers: list[dict[str, Any]] | None = None
     domains: list[CertifiedDomain] | None = None
     sample: str | None = None
+    answers: AnswerFigures | None = None
     confusion: list[list[int]] | None = None
     most_confused: list[list[int]] | None = None
 

@@ -17,12 +17,14 @@ class PromisedText:
         sequence_length: tokens per sample.
         tokens: of the vocabulary; a BPE finds fewer in very little text; None where only its file tells.
         tokenizer: its kind.
+        task: what the lines of a symbolic source ask for; None: they are other text.
     """
 
     kind: ClassVar[Literal["text"]] = "text"
     sequence_length: int
     tokens: int | None
     tokenizer: str
+    task: Literal["derivative", "integral"] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,13 @@ from benchmarks import (
     deep_nets,
     grokking,
     measured_basis,
+    norms,
     ops,
     polynomial_networks,
     private_inference,
     recipe,
     recipe_time,
+    symbolic,
 )
 from polytrope.pipeline.stages.report.statistics import holm
 
@@ -423,6 +425,33 @@ def test_the_compiled_block_is_told_as_measured() -> None:
     says("README.md", f"Hermite 8 with an interval {span('hermite 8, interval')}](docs/ops.md#speed)")
 
 
+def test_derivatives_are_told_as_measured() -> None:
+    file = content("symbolic")
+    assert file["workflow"] == yaml.safe_load(symbolic.workflow())
+    assert symbolic.markdown(file) == (RESULTS / "symbolic.md").read_text(encoding="utf-8")
+    gelu, hermite = file["models"]["gelu"], file["models"]["hermite3"]
+    drawn = file["workflow"]["stages"]["lines"]["with"]["source"]["count"]
+    says(
+        "docs/symbolic.md",
+        f"{file['splits']['train']['documents']:,} training lines of depth 2 "
+        f"({file['left_out']['lines that were drawn before']:,} of {drawn:,} were drawn before)",
+        f"{gelu['parameters']:,} and {hermite['parameters']:,} parameters",
+        f"{gelu['answers']['correct']} of GELU's are right, of which one is written otherwise",
+        f"and {hermite['answers']['correct']} of `hermite3`'s",
+    )
+    assert gelu["answers"]["correct"] - gelu["answers"]["exact"] == 1
+    assert min(row["answers"]["valid"] for row in (gelu, hermite)) >= 0.9 * 200
+    used = [f"{100 * row['rank']['utilisation']:.0f} %" for row in (gelu, hermite)]
+    last = [row["rank"]["layers"][-1] for row in (gelu, hermite)]
+    assert {layer["name"] for layer in last} == {"transformer.h.1.mlp.c_proj"}
+    says(
+        "docs/analyses.md",
+        f"use {used[0]} (GELU) and {used[1]} (`hermite3`) of their layers",
+        f"{last[0]['inputs']} → {last[0]['outputs']}, has rank {last[0]['rank']} and {last[1]['rank']}",
+        f"would save {100 * gelu['rank']['saved_share']:.0f} % and {100 * hermite['rank']['saved_share']:.0f} % of all",
+    )
+
+
 def test_grokking_is_told_as_measured() -> None:
     file = content("grokking")
     workflow = yaml.safe_load((ROOT / "workflows" / "grokking.yaml").read_text(encoding="utf-8"))
@@ -463,3 +492,22 @@ def test_what_is_left_after_training_is_told_as_measured() -> None:
     dropped = ways["2 blocks dropped"]
     saved = dropped["naive_nats_per_token"] - dropped["nats_per_token"]
     assert saved / (dropped["naive_nats_per_token"] - result["nats_per_token"]) == pytest.approx(0.75, abs=0.02)
+
+
+def test_norms_are_told_as_measured() -> None:
+    file = content("norms")
+    figures = {row: {name: one["values"] for name, one in found.items()} for row, found in file["digits"].items()}
+    assert json.loads(json.dumps(norms.compare(figures))) == file["digits"]
+    assert norms.markdown(file["digits"]) == (RESULTS / "norms.md").read_text(encoding="utf-8")
+    text = file["text"]
+    batch = content("private_inference")["steps"]["polynomial"]["nats_per_byte"]
+    assert text["batch"] == [batch[seed] for seed in text["seeds"]]
+    rms, other = (" ".join(f"{loss:.3f}" for loss in text[name]) for name in ("rms", "batch"))
+    says(
+        "docs/parts/norm.md",
+        f"{rms} nats per byte where batch norm has {other}",
+        f"depth {text['depth']} instead of {text['depth_of_batch']}",
+        f"{text['rows_outside']} of {text['rows']:,} vectors",
+        f"{text['circuit']:.3f} nats per byte with polynomials",
+        f"up to {100 * max(error for _, _, error in text['roots'].values()):.2g} percent",
+    )

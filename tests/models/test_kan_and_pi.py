@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, read_description, save_model
+from polytrope.models.convert import convert
 from polytrope.models.parts.kan import KANLinear, _moments, basis
 from polytrope.models.parts.pi import PiLinear
 from polytrope.models.parts.settings import KANSettings, PiSettings
@@ -280,3 +281,9 @@ def test_models_of_blocks_refuse_them_by_name(architecture: str) -> None:
         TrainParameters.model_validate(
             {"model": {"architecture": "mlp", "activation": "identity"}, "steps": 1, "trainable": ["coefficients"]}
         )
+
+
+def test_the_rectifier_inside_of_a_product_is_not_converted() -> None:
+    model = build_model("mlp", {"widths": [4, 4], "feedforward": {"name": "pi", "activation": "leaky_relu"}})
+    with pytest.raises(ValueError, match="which is described by its own options alone"):
+        convert(model, [torch.randn(8, 1)], degree=6, types=["leaky_relu"])

@@ -116,7 +116,7 @@ def test_a_norm_stands_between_layer_and_activation(tmp_path: Any, norm: str) ->
 
 @pytest.mark.parametrize("architecture", ["gpt2", "convnext"])
 def test_the_other_models_have_a_norm(architecture: str) -> None:
-    with pytest.raises(ValueError, match="norm: none is for an mlp; this model has layer_norm, batch"):
+    with pytest.raises(ValueError, match="norm: none is for other models; this one has layer_norm, batch"):
         build_model(architecture, {"norm": "none"})
 
 

@@ -278,7 +278,7 @@ def test_what_cannot_be_is_refused_by_its_field(architecture: str, settings: dic
     [
         ({"trainable": ["coefficients"]}, "trainable: coefficients: none has none"),
         ({"trainable": ["multiplicative"]}, "only a model with .*feedforward: pade.* has them"),
-        ({"range_penalty": {"activation": 1.0}}, "range_penalty: the model has no activations, and only attention"),
+        ({"range_penalty": {"activation": 1.0}}, "range_penalty: the model has no activations outside of its norms"),
         ({"activation_checkpointing": "mlp"}, "mlp computes activations again, and the model has none"),
     ],
 )

@@ -199,7 +199,7 @@ def test_a_workflow_says_parts_as_the_configuration_takes_them() -> None:
         ({"trainable": ["multiplicative"]}, "trainable: multiplicative: only a model with .*feedforward: quadratic"),
         ({"range_penalty": {"activation": 0}}, "range_penalty: activation is 0, and only attention: power"),
         ({"range_penalty": {"activation": 0, "denominator": 0}}, "both 0: leave range_penalty out"),
-        ({"range_penalty": {"denominator": 0.1}}, "range_penalty.denominator: only attention: power has"),
+        ({"range_penalty": {"denominator": 0.1}}, "range_penalty.denominator: only attention: power and"),
         ({"range_penalty": {"activation": 0, "beyond": 2.0}}, "beyond: activation is 0, so that no input costs"),
     ):
         with pytest.raises(ValidationError, match=words):

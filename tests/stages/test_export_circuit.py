@@ -17,7 +17,7 @@ from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.circuit import embed
 from polytrope.models.gpt2 import GPT2
-from polytrope.models.parts.reciprocal import relative_error
+from polytrope.models.parts.reciprocal import relative_error, root_error
 from polytrope.pipeline.data.circuit_file import read_circuit
 from polytrope.pipeline.data.promised import PromisedImages, PromisedModel, PromisedText
 from polytrope.pipeline.data.reader import open_split
@@ -162,6 +162,41 @@ def test_a_coarse_reciprocal_is_said(tmp_path: Path, model: Artifact, dataset: A
     assert returned["reciprocal_error"] == max(errors)
 
 
+def test_roots_of_norms_become_polynomials_or_are_refused_with_what_was_measured(
+    tmp_path: Path, dataset: Artifact
+) -> None:
+    torch.manual_seed(0)
+    network = build_model("gpt2", {**SIZES, **PARTS, "norm": "rms"})
+    save_model(tmp_path / "model", network, tokenizer=dataset.path)
+    model = Artifact(tmp_path / "model", "digest of the model", "train")
+    returned = run(tmp_path / "run", model, dataset, inverse_root={"degree": 7, "newton": 1})
+    output = tmp_path / "run" / "output"
+    record = read_circuit(output)
+    names = [f"transformer.h.{number}.{part}" for number in range(2) for part in ("ln_1", "ln_2")]
+    names = [f"{name}.inverse_root" for name in [*names, "transformer.ln_f"]]
+    roots = record.divisions[2:]
+    assert [root.name for root in roots] == names
+    blocks = torch.from_numpy(open_split(dataset.path, "validation").samples(np.arange(6)).astype(np.int64))
+    with torch.no_grad():
+        squares = embed(network, blocks[:, :-1]).square().mean(-1) + 1e-5  # type: ignore[arg-type]
+    assert (roots[0].minimum, roots[0].maximum) == pytest.approx((float(squares.min()), float(squares.max())), rel=1e-5)
+    for root in roots:
+        assert root.domain == pytest.approx((root.measured[0] / 1.7, root.measured[1] * 1.7))
+        assert root.relative_error == root_error(7, 1, *root.domain) < 0.01
+        assert (root.inputs, root.outside) == (6 * SEQUENCE_LENGTH, 0)
+    # scores, power, reciprocal of degree 31, product: 8; activation 2; a norm 1 + 3 + 2 + 1
+    assert [record.layers[name].depth for name in ("block_0", "block_1", "head")] == [24, 48, 55]
+    assert returned["reciprocal_error"] == max(division.relative_error for division in record.divisions)
+    assert 0.0 < record.deviation < 20 * returned["reciprocal_error"]
+    again = run(tmp_path / "again", Artifact(output, "digest", "export_circuit"), dataset, inverse_root={"newton": 1})
+    assert again["reciprocal_error"] < returned["reciprocal_error"]
+    with pytest.raises(UserError, match=r"inverse_root\.target_error: 1e-06, but `transformer\.h\.0\.ln_1") as refused:
+        run(tmp_path / "refused", model, dataset, inverse_root={"degree": 3, "target_error": 1e-6})
+    low, high = roots[0].measured
+    assert f"received {low:.3g} … {high:.3g} in the calibration" in refused.value.message
+    assert not (tmp_path / "refused" / "output" / "circuit.onnx").exists()
+
+
 def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -> None:
     parameters, text = ExportCircuitParameters(), PromisedText(sequence_length=32, tokens=257, tokenizer="bytes")
 
@@ -180,6 +215,8 @@ def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -
     assert refused.value.hint == "train it with attention: {name: power, power: 2}"
     with pytest.raises(UserError, match=r"inputs\.model: the model has activation: gelu, which is no polynomial"):
         asked({**PARTS, "activation": [PARTS["activation"], "gelu"]})
+    root = {"degree": 3, "newton": 0, "domains": [[0.5, 2.0]] * 5}
+    assert asked({**PARTS, "norm": {"name": "rms", "root": root}}).settings["norm"] == "rms"
     with pytest.raises(UserError, match=r"inputs\.model: the model has norm: layer_norm"):
         asked({**PARTS, "norm": "layer_norm"})
     with pytest.raises(UserError, match=r"inputs\.model: the model has feedforward: pade, where a quotient is no sum"):

@@ -69,6 +69,9 @@ def make_layers(shift: float) -> list[dict[str, Any]]:
     ]
 
 
+ANSWERS = {"task": "derivative", "lines": 200, "too_long": 3, "valid": 190, "correct": 157, "exact": 120}
+
+
 def make_evaluation(directory: Path, losses: dict[str, float]) -> Artifact:
     directory.mkdir()
     content = {
@@ -100,6 +103,7 @@ def make_evaluation(directory: Path, losses: dict[str, float]) -> Artifact:
                 "sample": f"text of {label} <script>alert('&')</script>",
                 "layers": make_layers(loss),
             }
+            | ({"answers": ANSWERS} if label == "hermite" else {})
             if np.isfinite(loss)
             else {"stage": "train", "digest": "f" * 64, "failure": "diverged at step 7: gradient norm is nan"}
             for label, loss in losses.items()
@@ -276,6 +280,7 @@ def test_every_figure_of_the_table_is_on_the_page_in_the_json_and_in_the_metrics
         assert metrics[f"{row['label']}/val_loss"] == row["loss"]
         assert metrics[f"{row['label']}/perplexity"] == row["perplexity"]
     assert f"{ENTROPY:.4f}" in page.text
+    assert "157 of 200" in page.text
     assert "+0.2500" in page.text
     assert figures["table"][1]["difference"] == 0.25
     assert "GELU → Hermite" in page.text

@@ -140,8 +140,16 @@ def test_what_would_split_a_batch_is_refused_in_fine_tuning_too(changes: dict[st
     [
         ({"multiplicative_learning_rate": 1e-4}, "multiplicative_learning_rate: only for a model with", "quadratic"),
         ({"trainable": ["multiplicative"]}, "trainable: multiplicative: only a model with", "quadratic"),
-        ({"range_penalty": {"activation": 0}}, "range_penalty: activation is 0, and only attention: power", "power"),
-        ({"range_penalty": {"denominator": 0.1}}, "range_penalty.denominator: only attention: power has", "power"),
+        (
+            {"range_penalty": {"activation": 0}},
+            "range_penalty: activation is 0, and only attention: power and",
+            "power",
+        ),
+        (
+            {"range_penalty": {"denominator": 0.1}},
+            "range_penalty.denominator: only attention: power and norm: rms have",
+            "power",
+        ),
     ],
 )
 def test_what_the_initial_model_would_not_heed_is_refused(

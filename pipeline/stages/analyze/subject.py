@@ -16,6 +16,7 @@ from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.checkpoint import activation_modules
 from polytrope.models.factors import FactoredLinear
 from polytrope.models.inputs import forward
+from polytrope.models.parts.evonorm import EvoNorm
 from polytrope.models.parts.feedforward import QuadraticLinear
 from polytrope.models.surgery import Activation
 from polytrope.pipeline.data.analysis_file import InputStatistics
@@ -31,7 +32,7 @@ class AnalysedActivation:
         name: `block 1`, …
         title: its configuration in words.
         module: it.
-        linears: the linear layers of its MLP, before and after; none where it is gated or quadratic.
+        linears: the linear layers of its MLP, before and after; none where it is gated or quadratic, or in an EvoNorm.
         points, weights: its inputs, joined where they are close, and how often each was seen, float64 `[n]`.
         inputs: their statistics.
     """
@@ -137,7 +138,9 @@ def read_activations(model: nn.Module, dataset: Path, samples: int, batch_size: 
         if name.rpartition(".")[2] == record.activation
     ]
     if not found:
-        raise ValueError("the model has no activations to analyse: every block has feedforward: mu")
+        raise ValueError(
+            "the model has no activations to analyse: every block has feedforward: mu, or norm: evonorm without one"
+        )
     calibrations = calibrate(model, found, batches(), forward)
     return [
         _described(f"block {block + 1}", model, activation, calibrations[activation.name])
@@ -169,8 +172,10 @@ def _described(name: str, model: nn.Module, activation: Activation, seen: Calibr
 
 
 def _linears(owner: nn.Module) -> list[nn.Linear]:
-    """Of an MLP whose slope is at most their norms times the activation's; none where it multiplies inputs."""
-    if getattr(owner, "gated", False) or any(isinstance(module, QuadraticLinear) for module in owner.children()):
+    """Of an MLP whose slope is at most their norms times the activation's; none where it multiplies inputs, or divides
+    what the activation gives."""
+    others = any(isinstance(module, QuadraticLinear | EvoNorm) for module in owner.children())
+    if getattr(owner, "gated", False) or others:
         return []
     return [
         module.merged() if isinstance(module, FactoredLinear) else module

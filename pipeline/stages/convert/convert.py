@@ -93,7 +93,9 @@ def promise(
     names = {_name(entry) for entry in activation_configs(config.activation, blocks)} - {NO_ACTIVATION}
     if not names:
         raise UserError(
-            "inputs.model: the model has feedforward: mu in every block, and no activation to convert",
+            "inputs.model: the model has feedforward: mu in every block, and no activation to convert"
+            if not config.norm_settings().activates
+            else "inputs.model: the model has norm: evonorm, and no activation to convert but the sigmoid inside",
             "convert a model with activations",
         )
     if names == {parameters.replacement()}:

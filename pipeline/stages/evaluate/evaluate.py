@@ -13,7 +13,7 @@ from polytrope.pipeline.data.misfits import refuse_misfits
 from polytrope.pipeline.data.promised import PromisedEvaluation, PromisedImages, PromisedNumbers, PromisedText
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
-from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
+from polytrope.pipeline.stages.evaluate.parameters import NO_QUESTIONS, NO_QUESTIONS_HINT, EvaluateParameters
 
 
 def check(parameters: EvaluateParameters, upstream: Mapping[str, Any]) -> None:
@@ -40,8 +40,10 @@ def promise(
             f"stride: {parameters.stride} is longer than the dataset's sequences ({data.sequence_length})",
             "a stride of half the sequence length is usual",
         )
+    if isinstance(data, PromisedText) and parameters.answers is not None and data.task is None:
+        raise UserError(NO_QUESTIONS, NO_QUESTIONS_HINT)
     if isinstance(data, PromisedImages | PromisedNumbers):
-        for name in ("stride", "prompt"):
+        for name in ("stride", "prompt", "answers"):
             if getattr(parameters, name):
                 raise UserError(f"{name}: for text, and this dataset holds {data.kind}", "leave it out")
     predicts_numbers = isinstance(data, PromisedNumbers) and data.classes is None

@@ -28,14 +28,16 @@ from polytrope.pipeline.data.evaluation_file import (
     Protocol,
     write_evaluation,
 )
+from polytrope.pipeline.data.expressions import Task
 from polytrope.pipeline.data.model_inputs import read_tensors, refuse_other_data
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import Tokenizer, read_tokenizer
 from polytrope.pipeline.data.training_file import recorded_failure
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
+from polytrope.pipeline.stages.evaluate.answers import HeldOut, held_out_lines, measure_answers
 from polytrope.pipeline.stages.evaluate.drift import block_cosines
-from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
+from polytrope.pipeline.stages.evaluate.parameters import NO_QUESTIONS, NO_QUESTIONS_HINT, EvaluateParameters
 from polytrope.pipeline.stages.evaluate.scores import Errors, Scores, seeded_generator
 from polytrope.pipeline.stages.evaluate.shapes import measure_activations
 from polytrope.pipeline.stages.evaluate.token_bytes import byte_lengths
@@ -67,6 +69,7 @@ def evaluate_models(
     summary: dict[str, float] = {}
     for index, (label, model) in enumerate(models.items()):
         context.progress(index, len(models), label)
+        evaluator.place = (index, len(models))
         reference = models.get(parameters.drift.get(label, ""))
         if reference is not None and (why := recorded_failure(reference.path)):
             missing = f"no drift from `{parameters.drift[label]}`, whose training failed: {why}"
@@ -148,6 +151,9 @@ def metrics_of(label: str, model: EvaluatedModel) -> dict[str, float]:
     }
     figures = {key: getattr(model, key) for key in names}
     metrics = {f"{label}/{name}": figures[key] for key, name in names.items() if figures[key] is not None}
+    if model.answers is not None:
+        for name in ("valid", "correct", "exact"):
+            metrics[f"{label}/answers_{name}"] = getattr(model.answers, name) / model.answers.lines
     if model.domains:
         metrics[f"{label}/outside_probability"] = max(entry.probability for entry in model.domains)
     if model.drift is not None:
@@ -187,6 +193,7 @@ class Evaluator:
     ) -> None:
         self.context, self.dataset, self.description = context, dataset, description
         self.parameters, self.samples = parameters, samples
+        self.place = (0, 1)  # number of the model, and how many there are
         self.device = granted_device(context)
         self.reader = open_split(dataset.path, "validation")
         self.unit = UNITS[description.kind]
@@ -205,6 +212,15 @@ class Evaluator:
             if self.byte_lengths is None:
                 context.message("no bits per byte: the tokens of this tokenizer do not stand for bytes")
             self.outputs, self.of = self.tokenizer.vocab_size, "tokens"
+        self.held_out: HeldOut | None = None
+        if parameters.answers is not None:
+            if description.kind != "text" or description.task is None:
+                raise UserError(NO_QUESTIONS, NO_QUESTIONS_HINT)
+            assert self.tokenizer is not None
+            self.task: Task = description.task
+            self.held_out = held_out_lines(
+                dataset.path, self.reader, self.tokenizer, description.sequence_length, parameters.answers.count
+            )
 
     def evaluate(self, label: str, artifact: Artifact, reference: Artifact | None) -> EvaluatedModel:
         """All figures of one model."""
@@ -272,8 +288,23 @@ class Evaluator:
             if self.byte_lengths is not None:
                 result["bytes"] = bytes_scored
                 result["bits_per_byte"] = scores.loss / math.log(2) / bytes_scored if bytes_scored else None
+            if self.held_out is not None:
+                result["answers"] = measure_answers(
+                    model,
+                    self.held_out,
+                    self.task,
+                    self.tokenizer,
+                    self.parameters.batch_size,
+                    lambda done: self._answered(label, done),
+                )
             result["sample"] = self._sample(model, self.tokenizer)
         return EvaluatedModel.model_validate(result)
+
+    def _answered(self, label: str, done: int) -> None:
+        assert self.held_out is not None
+        of = len(self.held_out.lines)
+        index, total = self.place
+        self.context.progress(index + done / of, total, f"{label}: {done} of {of} answers")
 
     def _scores(self) -> Scores | Errors:
         if self.description.kind == "numbers" and self.description.targets is not None:

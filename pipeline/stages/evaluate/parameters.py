@@ -6,6 +6,17 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+NO_QUESTIONS = "answers: the lines of this dataset ask no questions"
+NO_QUESTIONS_HINT = "use a dataset of `shard` with `source: {kind: symbolic, …}`, or leave it out"
+
+
+class AnswersParameters(BaseModel):
+    """Held-out lines `question ; answer` whose questions the model answers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    count: int = Field(ge=1, description="lines of the validation split (the first ones that the context holds)")
+
 
 class EvaluateParameters(BaseModel):
     """What is measured, and on how much of the validation data."""
@@ -29,6 +40,11 @@ class EvaluateParameters(BaseModel):
     sample_tokens: int = Field(120, ge=0, description="text: length of the sampled text, 0 for none")
     temperature: float = Field(0.8, ge=0, description="text: of sampling; 0 takes the most probable token")
     top_k: int | None = Field(50, ge=1, description="text: sample among the k most probable tokens")
+    answers: AnswersParameters | None = Field(
+        None,
+        description="text of a `symbolic` source: let the model answer held-out questions, taking the most probable "
+        "token, and compute whether it is right",
+    )
     activation_samples: int = Field(8, ge=0, description="validation samples that measure the activations' inputs")
     calibration_bins: int = Field(15, ge=1, description="confidence bins of the calibration error")
     seed: int = Field(0, ge=0, lt=2**63, description="of sampling")

@@ -18,7 +18,9 @@ from polytrope.models.circuit import (
     embed,
     reciprocal_of,
     refuse_other_parts,
+    rms_norms,
     with_divisions,
+    with_inverse_roots,
     with_reciprocals,
 )
 from polytrope.models.domains import Seen, describe_outside, watching
@@ -27,7 +29,7 @@ from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.ring_graph import RingGraph, count, evaluate, read_ring_graph
 from polytrope.models.gpt2 import GPT2
 from polytrope.models.modes import measuring
-from polytrope.models.parts.reciprocal import relative_error
+from polytrope.models.parts.reciprocal import INVERSE_ROOT, RECIPROCAL, Form
 from polytrope.pipeline.data.circuit_file import (
     CIRCUIT_FILE,
     CIRCUIT_ONNX,
@@ -46,7 +48,11 @@ from polytrope.pipeline.data.records import finite
 from polytrope.pipeline.data.training_file import recorded_failure
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
-from polytrope.pipeline.stages.export_circuit.parameters import ExportCircuitParameters
+from polytrope.pipeline.stages.export_circuit.parameters import (
+    ExportCircuitParameters,
+    InverseRootParameters,
+    ReciprocalParameters,
+)
 
 _STEPS = 5
 _COARSE = 0.01  # relative error of a reciprocal that is said
@@ -97,10 +103,14 @@ def _export(
     context.progress(0, _STEPS, f"measuring ranges on {samples} samples")
     indices = sample_indices(0, 0, samples, len(training))
     calibration = [inputs for inputs, _ in _batches(training, indices, parameters.batch_size)]
-    divided = {f"{number}": reciprocal_of(block) for number, block in enumerate(model.blocks)}
-    activations = ((f"{number}", activation_of(block)) for number, block in enumerate(model.blocks))
-    activated = {number: activation for number, activation in activations if activation is not None}
+    names = [f"transformer.h.{number}" for number in range(len(model.blocks))]
+    blocks = list(zip(names, model.blocks, strict=True))
+    divided = {f"{name}.attn.reciprocal": reciprocal_of(block) for name, block in blocks}
+    roots = {f"{name}.inverse_root": norm.inverse_root for name, norm in rms_norms(model).items()}
+    activations = {f"{name}.mlp.activation": activation_of(block) for name, block in blocks}
+    activated = {name: activation for name, activation in activations.items() if activation is not None}
     denominators = _ranges(model, divided, calibration)
+    squares = _ranges(model, roots, calibration)
     inputs = _ranges(model, activated, calibration)
     first = calibration[0][:1]
     with measuring(model):
@@ -108,14 +118,19 @@ def _export(
     held = min(parameters.held_out_samples, len(held_out))
     context.progress(1, _STEPS, f"its loss on {held} samples")
     loss_with_divisions = _loss(model, held_out, held, parameters.batch_size)
-    chosen = parameters.reciprocal
-    domains = {int(number): (low / chosen.margin, high * chosen.margin) for number, (low, high) in denominators.items()}
-    with_reciprocals(model, domains, chosen.degree, chosen.newton)
+    reciprocal, root = parameters.reciprocal, parameters.inverse_root
+    divisions = [_division(name, ends, reciprocal, RECIPROCAL) for name, ends in denominators.items()]
+    of_roots = [_division(name, ends, root, INVERSE_ROOT) for name, ends in squares.items()]
+    _refuse_coarse(of_roots, root)
+    domains = {number: division.domain for number, division in enumerate(divisions)}
+    with_reciprocals(model, domains, reciprocal.degree, reciprocal.newton)
+    if of_roots:
+        with_inverse_roots(model, [division.domain for division in of_roots], root.degree, root.newton)
     context.progress(2, _STEPS, "writing the model")
     tokenizer = artifact.path if (artifact.path / "tokenizer.json").exists() else None
     save_model(context.output, model, tokenizer=tokenizer)
     context.progress(3, _STEPS, "writing the circuit")
-    reach = {int(number): ends for number, ends in inputs.items()}
+    reach = {number: inputs[name] for number, name in enumerate(activations) if name in inputs}
     form = CircuitForm(model, reach, positions).eval()
     with torch.no_grad():
         embedded = embed(model, first)
@@ -140,17 +155,14 @@ def _export(
         layers=costs,
         largest_constant=_largest_constant(graph),
         deviation=deviation,
-        divisions=[_division(number, denominators[number], parameters, domains, seen) for number in denominators],
-        activations=[
-            ActivationRange(name=f"transformer.h.{number}.mlp.activation", minimum=low, maximum=high)
-            for number, (low, high) in inputs.items()
-        ],
+        divisions=[_with_rows(division, seen[f"{division.name}.polynomial"]) for division in [*divisions, *of_roots]],
+        activations=[ActivationRange(name=name, minimum=low, maximum=high) for name, (low, high) in inputs.items()],
         calibration_samples=samples,
         held_out_samples=held,
         loss=loss,
         loss_with_divisions=loss_with_divisions,
     )
-    for division in record.divisions:
+    for division in divisions:
         if division.relative_error > _COARSE:
             context.note(_coarse(division))
     write_circuit(context.output, record)
@@ -188,7 +200,7 @@ def _ranges(model: nn.Module, modules: dict[str, nn.Module], batches: list[Tenso
 
     def add(name: str, arguments: tuple[Any, ...]) -> None:
         if not bool(torch.isfinite(arguments[0]).all()):
-            raise ValueError(f"transformer.h.{name}: NaN or infinity on the calibration data; train it to an end")
+            raise ValueError(f"{name}: NaN or infinity on the calibration data; train it to an end")
         found[name].add(arguments[0])
 
     handles = [
@@ -206,24 +218,38 @@ def _ranges(model: nn.Module, modules: dict[str, nn.Module], batches: list[Tenso
 
 
 def _division(
-    number: str,
-    measured: tuple[float, float],
-    parameters: ExportCircuitParameters,
-    domains: dict[int, tuple[float, float]],
-    seen: dict[str, Seen],
+    name: str, measured: tuple[float, float], chosen: ReciprocalParameters | InverseRootParameters, form: Form
 ) -> Division:
-    name = f"transformer.h.{number}.attn.reciprocal"
-    domain, chosen, rows = domains[int(number)], parameters.reciprocal, seen[f"{name}.polynomial"]
+    """Before rows were counted."""
+    domain = (measured[0] / chosen.margin, measured[1] * chosen.margin)
     return Division(
         name=name,
         measured=measured,
         domain=domain,
-        relative_error=relative_error(chosen.degree, chosen.newton, *domain),
-        inputs=rows.inputs,
-        outside=rows.outside,
-        minimum=finite(rows.minimum),
-        maximum=finite(rows.maximum),
+        relative_error=form.relative_error(chosen.degree, chosen.newton, *domain),
+        inputs=0,
+        outside=0,
+        minimum=None,
+        maximum=None,
     )
+
+
+def _with_rows(division: Division, rows: Seen) -> Division:
+    counted = {"inputs": rows.inputs, "outside": rows.outside}
+    return division.model_copy(update={**counted, "minimum": finite(rows.minimum), "maximum": finite(rows.maximum)})
+
+
+def _refuse_coarse(roots: list[Division], chosen: InverseRootParameters) -> None:
+    """Raise UserError for the first whose error is above `target_error`."""
+    for root in roots:
+        if root.relative_error > chosen.target_error:
+            low, high = root.measured
+            raise UserError(
+                f"inverse_root.target_error: {chosen.target_error:g}, but `{root.name}` received {low:.3g} … {high:.3g}"
+                f" in the calibration, where degree {chosen.degree} and {chosen.newton} Newton steps are off by up to "
+                f"{100 * root.relative_error:.2g} % with the margin",
+                "raise inverse_root.degree or newton, or train with a larger range_penalty.denominator",
+            )
 
 
 def _coarse(division: Division) -> str:

@@ -12,15 +12,16 @@ from typing import Any
 
 from polytrope.models import make_config
 from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, activation_configs
+from polytrope.models.parts.settings import RMSNormSettings
 from polytrope.pipeline.data.misfits import refuse_misfit
 from polytrope.pipeline.data.promised import PromisedModel, expect, expect_data
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.export_circuit.parameters import ExportCircuitParameters
 
-_NEEDED = {  # field of the model: the part that is a polynomial, and how it is asked for
-    "attention": ("power", "attention: {name: power, power: 2}"),
-    "norm": ("batch", "norm: batch"),
+_NEEDED = {  # field of the model: the parts that are or become polynomials, and how they are asked for
+    "attention": ({"power"}, "attention: {name: power, power: 2}"),
+    "norm": ({"batch", "rms"}, "norm: batch or norm: rms"),
 }
 
 
@@ -38,8 +39,8 @@ def promise(
         )
     config = make_config(MODEL_KINDS[model.architecture].config, model.settings)
     found = {"attention": {part.name for part in config.attention_settings()}, "norm": {config.norm_settings().name}}
-    for field, (name, way) in _NEEDED.items():
-        for other in sorted(found[field] - {name}):
+    for field, (names, way) in _NEEDED.items():
+        for other in sorted(found[field] - names):
             raise UserError(
                 f"inputs.model: the model has {field}: {other}, of which no circuit is written",
                 f"train it with {way}",
@@ -61,16 +62,19 @@ def promise(
                 )
     # on which ranges the polynomials are, only the calibration tells
     attention = [replace(part, reciprocal=None).config() for part in config.attention_settings()]
-    return replace(model, settings={**model.settings, "attention": attention}, figures=())
+    settings = {**model.settings, "attention": attention}
+    if isinstance(norm := config.norm_settings(), RMSNormSettings):
+        settings["norm"] = replace(norm, root=None).config()
+    return replace(model, settings=settings, figures=())
 
 
 @stage(cpu_only=True, promise=promise)
 def export_circuit(
     context: StageContext, model: Artifact, dataset: Artifact, parameters: ExportCircuitParameters
 ) -> dict[str, float]:
-    """Replace divisions by certified polynomials; write the model, `circuit.onnx` and `circuit.json`.
+    """Replace divisions and roots by certified polynomials; write the model, `circuit.onnx` and `circuit.json`.
 
-    `model`: a GPT-2 with `norm: batch`, `attention: power` and polynomial activations. The ranges are measured on
+    `model`: a GPT-2 with `norm: batch` or `rms`, `attention: power`, polynomial activations. The ranges are measured on
     training samples of `dataset`; what lies outside of them is counted on validation samples.
     """
     from polytrope.pipeline.stages.export_circuit.circuit_export import write_circuit_of

@@ -26,6 +26,29 @@ class ReciprocalParameters(BaseModel):
     )
 
 
+class InverseRootParameters(BaseModel):
+    """What stands for the roots in `norm: rms`."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    degree: int = Field(31, ge=1, le=128, description="of the Chebyshev polynomial, as of `reciprocal`")
+    newton: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="steps of Newton's iteration after it, of depth 2 each: an error e becomes one of about -1.5 e²",
+    )
+    margin: float = Field(
+        1.7,
+        gt=1,
+        description="the range is that of the calibration, from the smallest mean square divided by it to the largest "
+        "times it",
+    )
+    target_error: float = Field(
+        0.01, gt=0, lt=1, description="a polynomial with a larger relative error on its range is refused"
+    )
+
+
 class ExportCircuitParameters(BaseModel):
     """How divisions become polynomials, and on what the ranges are measured and checked."""
 
@@ -33,6 +56,9 @@ class ExportCircuitParameters(BaseModel):
 
     reciprocal: ReciprocalParameters = Field(
         default_factory=ReciprocalParameters, description="polynomials in the place of the divisions of attention"
+    )
+    inverse_root: InverseRootParameters = Field(
+        default_factory=InverseRootParameters, description="polynomials in the place of the roots in norm: rms"
     )
     calibration_samples: int = Field(512, ge=1, description="training samples that measure the ranges")
     held_out_samples: int = Field(256, ge=1, description="validation samples on which what lies outside is counted")

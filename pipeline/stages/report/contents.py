@@ -132,7 +132,7 @@ def _row(label: str, result: EvaluatedModel, parameters: ReportParameters, model
     row: Figures = {"label": label, "name": parameters.labels.get(label, label)}
     shown = _ACCURACY if result.tokens is not None else _ACCURACY - {"perplexity"}  # of text alone
     row["budget"] = None if model is None else budget(read_lineage(model.path))  # not every model need be an input
-    return row | result.model_dump(include={"activation"} | shown | _COUNTS, exclude_none=True)
+    return row | result.model_dump(include={"activation", "answers"} | shown | _COUNTS, exclude_none=True)
 
 
 def _training(label: str, artifact: Artifact, parameters: ReportParameters) -> Figures | None:

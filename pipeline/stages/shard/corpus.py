@@ -1,4 +1,6 @@
-"""Where documents come from: this machine's Python, local files or the hub, all through Hugging Face `datasets`."""
+"""Where documents come from: this machine's Python, local files or the hub, all through Hugging Face `datasets`.
+
+Or they are drawn, by `polytrope.pipeline.stages.shard.symbolic`."""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -64,11 +67,25 @@ class HubSource(BaseModel):
     max_bytes: int | None = Field(None, ge=1, description="stop after this many bytes of text")
 
 
-Source = Annotated[PythonSource | FilesSource | HubSource, Field(discriminator="kind")]
+class SymbolicSource(BaseModel):
+    """Expressions and their derivatives, or integrals, drawn at random; one line each."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["symbolic"]
+    task: Literal["derivative", "integral"] = Field(
+        description="derivative: `EXPRESSION ; DERIVATIVE`; integral: `DERIVATIVE ; EXPRESSION`"
+    )
+    count: int = Field(ge=1, description="lines to draw; those that come twice are taken once")
+    depth: int = Field(4, ge=1, le=4, description="of the expressions: operators within operators, at most")
+    seed: int = Field(0, ge=0, lt=2**64, description="of the draw")
+
+
+Source = Annotated[PythonSource | FilesSource | HubSource | SymbolicSource, Field(discriminator="kind")]
 
 
 def source_fingerprint(source: Source, directory: Path) -> dict[str, str]:
-    """What decides the documents beyond the parameters: a digest of the files' content, or the hub's revision.
+    """What decides the documents beyond the parameters: a digest of the files' content, the hub's revision, or the
+    version of sympy, which writes the derivatives.
 
     Raises:
         UserError: a file is missing, empty or unreadable, its first record lacks the field, or the hub is switched off.
@@ -76,6 +93,8 @@ def source_fingerprint(source: Source, directory: Path) -> dict[str, str]:
     if isinstance(source, HubSource):
         refuse_offline_hub(source.dataset)
         return {"hub": f"{source.dataset}@{source.revision or 'main'}"}
+    if isinstance(source, SymbolicSource):
+        return {"sympy": version("sympy")}
     files = _named_files(source, directory)
     if isinstance(source, FilesSource) and source.format == "jsonl":
         for _, path in files:
@@ -229,7 +248,7 @@ def is_validation(content: bytes, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") < fraction * 2**64
 
 
-def read_documents(source: Source, directory: Path, cache: Path) -> Documents:
+def read_documents(source: PythonSource | FilesSource | HubSource, directory: Path, cache: Path) -> Documents:
     """The documents of a source, through `datasets`, in a fixed order.
 
     Args:

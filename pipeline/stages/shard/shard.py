@@ -29,7 +29,7 @@ from polytrope.pipeline.data.tokenization import (
 )
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Resources, StageContext, stage
-from polytrope.pipeline.stages.shard.corpus import source_fingerprint
+from polytrope.pipeline.stages.shard.corpus import SymbolicSource, source_fingerprint
 from polytrope.pipeline.stages.shard.parameters import ShardParameters
 
 if TYPE_CHECKING:
@@ -52,7 +52,12 @@ def promise(
 ) -> PromisedText:
     """The data set's sizes."""
     tokens = getattr(parameters.tokenizer, "vocab_size", None)
-    return PromisedText(parameters.sequence_length, tokens, parameters.tokenizer.kind)
+    return PromisedText(parameters.sequence_length, tokens, parameters.tokenizer.kind, _task(parameters))
+
+
+def _task(parameters: ShardParameters) -> Literal["derivative", "integral"] | None:
+    """What the lines of a symbolic source ask for."""
+    return parameters.source.task if isinstance(parameters.source, SymbolicSource) else None
 
 
 @stage(
@@ -67,11 +72,21 @@ def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float
     from polytrope.pipeline.stages.shard.parallel import prepare_workers
 
     started = time.perf_counter()
-    prepare_workers(context, "polytrope.pipeline.stages.shard.token_shards", "pyarrow", "tokenizers")
+    drawn = isinstance(parameters.source, SymbolicSource)
+    modules = ["polytrope.pipeline.stages.shard.symbolic"] if drawn else []
+    prepare_workers(context, *modules, "polytrope.pipeline.stages.shard.token_shards", "pyarrow", "tokenizers")
     context.progress(0, 3, "reading documents")
     directory = Path.cwd()  # the workflow file's
-    documents = read_documents(parameters.source, directory, context.scratch / "huggingface")
-    splits, left_out = split_documents(documents, parameters.validation_fraction, parameters.source.max_bytes)
+    cache = context.scratch / "huggingface"
+    if isinstance(parameters.source, SymbolicSource):
+        from polytrope.pipeline.stages.shard.symbolic import draw_documents
+
+        documents, repeated = draw_documents(context, parameters.source, cache)
+        splits, left_out = split_documents(documents, parameters.validation_fraction, None)
+        left_out |= repeated
+    else:
+        documents = read_documents(parameters.source, directory, cache)
+        splits, left_out = split_documents(documents, parameters.validation_fraction, parameters.source.max_bytes)
     count = sum(len(rows) for rows, _ in splits.values())
     for name, (rows, _) in splits.items():
         if not len(rows):
@@ -190,4 +205,5 @@ def _describe(
         unigram_entropy=float((validation * surprise).sum() / validation.sum()),
         digest=digest,
         left_out=left_out,
+        task=_task(parameters),
     )

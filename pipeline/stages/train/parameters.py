@@ -50,6 +50,9 @@ class ActivationOptions(BaseModel):
     per_channel: bool = Field(False, description="coefficients of their own for every channel, not one set per block")
 
 
+_DENOMINATORS = "only attention: power and norm: rms have denominators"
+
+
 class ModelParameters(BaseModel):
     """The model to train from scratch. Fields that belong to another architecture are refused."""
 
@@ -73,7 +76,9 @@ class ModelParameters(BaseModel):
         "activation",
     )
     norm: Norm | None = Field(
-        None, description="layer_norm (the default) or batch; of an mlp: none (the default), layer_norm or batch"
+        None,
+        description="layer_norm (the default) or batch; of an mlp: none (the default), layer_norm or batch; of a gpt2 "
+        "also rms; of a convnext also evonorm, {name: evonorm, groups}, which has the place of the activation too",
     )
     feedforward: FeedForward | None = Field(
         None,
@@ -194,8 +199,8 @@ class RangePenaltyParameters(BaseModel):
     denominator: float | None = Field(
         None,
         ge=0,
-        description="weight of the mean of (ln d)², over the denominators d of attention: power; default: 0.1 where "
-        "the model has that",
+        description="weight of the mean of (ln d)², over the denominators d of attention: power, and of the variance "
+        "of ln m over a sample, of the mean squares m of norm: rms; default: 0.1 where the model has one of these",
     )
 
     @model_validator(mode="after")
@@ -415,17 +420,19 @@ class TrainParameters(BaseModel):
                 raise ValueError(f"trainable: {MULTIPLICATIVE}: only a model with {MULTIPLICATIVE_PARTS} has them")
         if "norms" in trainable and config.norm_settings().name == "none":
             raise ValueError("trainable: norms: the model has none (norm: none)")
-        if self.activation_checkpointing == "mlp" and config.activation == NO_ACTIVATION:
+        activated = config.activation != NO_ACTIVATION or config.norm_settings().activates
+        if self.activation_checkpointing == "mlp" and not activated:
             raise ValueError("activation_checkpointing: mlp computes activations again, and the model has none")
-        divides = architecture == "gpt2" and any(part.divides for part in config.attention_settings())
+        attentions = config.attention_settings() if architecture == "gpt2" else []
+        divides = config.norm_settings().divides or any(part.divides for part in attentions)
         if self.range_penalty is not None and not divides:
             if self.range_penalty.denominator:
-                raise ValueError("range_penalty.denominator: only attention: power has denominators; leave it out")
+                raise ValueError(f"range_penalty.denominator: {_DENOMINATORS}; leave it out")
             if not self.range_penalty.activation:
-                raise ValueError("range_penalty: activation is 0, and only attention: power has denominators")
+                raise ValueError(f"range_penalty: activation is 0, and {_DENOMINATORS}")
             if config.activation == NO_ACTIVATION:
                 raise ValueError(
-                    "range_penalty: the model has no activations, and only attention: power has denominators"
+                    f"range_penalty: the model has no activations outside of its norms, and {_DENOMINATORS}"
                 )
 
 
