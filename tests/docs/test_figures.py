@@ -198,8 +198,15 @@ def test_other_fixed_functions_and_frozen_ones_are_told_as_measured(settings: di
     (from_control,) = squared["differences_to_controls"].values()
     kept = images["affine gelu × 10, frozen as learned"]["difference"]
     learned = recipe.difference(*(losses_of("mnist-5k", name) for name in (frozen["name"], f"{HERMITE}10")))
+    text = settings["state-of-the-union"]["polyrelu2 relu_squared × 0"]["difference"]
+    recipe_to_it = recipe.difference(
+        *(losses_of("state-of-the-union", name) for name in (f"{HERMITE}10", "polyrelu2 relu_squared × 0"))
+    )
+    shown = recipe.plus_minus(text, "+.3f")
+    says("README.md", f"on both ({shown}, {recipe.plus_minus(squared['difference'], '+.4f')})")
     says(
         "docs/activations/study.md",
+        f"has {shown} (p {text['holm_p_value']:.4f}), and Hermite 4 {recipe.plus_minus(recipe_to_it, '+.4f')} from it",
         f"has {recipe.plus_minus(squared['difference'], '+.4f')} and {squared['accuracy']['mean']:.4f}, "
         f"and from the control {recipe.plus_minus(from_control, '+.4f')}:",
         f"SiLU is worse than GELU ({recipe.plus_minus(images['silu']['difference'], '+.4f')})",
@@ -213,7 +220,11 @@ def test_other_fixed_functions_and_frozen_ones_are_told_as_measured(settings: di
 def losses_of(corpus: str, name: str, key: str = "test_loss") -> dict[int, float]:
     """Of an activation with the study's steps and base rate, by seed."""
     rows = [row for row in content("recipe")["trainings"] if row["corpus"] == corpus and row["name"] == name]
-    return {row["seed"]: row[key] for row in rows if row["steps"] in (300, 500) and "trained on" not in row["model"]}
+    of_study = [
+        row for row in rows if row["learning_rate"] == 3e-3 and not row["model"].endswith(("gated", "trained on"))
+    ]
+    own = [row for row in of_study if corpus != "state-of-the-union" or row["model"].endswith("of 128")]
+    return {row["seed"]: row[key] for row in own if row["steps"] in (300, 480, 500)}
 
 
 def test_no_family_is_harmed_by_the_rule() -> None:
