@@ -44,7 +44,6 @@ WAYS: dict[str, dict[str, Any]] = {
         "rated_samples": 0,
     },
     "4 bits, a scale per row": {"quantize": {"bits": 4, "per": "row"}},
-    "4 bits, a scale per layer": {"quantize": {"bits": 4, "per": "tensor"}},
 }
 
 
