@@ -58,7 +58,7 @@ class LinearizedModel(nn.Module):
 
         # Fused attention has no forward-mode derivative.
         with sdpa_kernel(SDPBackend.MATH):
-            output, change = jvp(compute, (weights,), (dict(zip(self.names, self.tangents, strict=True)),))
+            output, change = jvp(compute, (weights,), (dict(zip(self.names, self.tangents, strict=True)),))[:2]
         return output + change  # type: ignore[no-any-return]
 
 

@@ -74,7 +74,9 @@ def test_the_change_is_the_derivative_and_linear(kind: str) -> None:
     torch.testing.assert_close(of_u, (8 * near - far) / (12 * step), rtol=0, atol=1e-9)
     mixed = [2.0 * a - 0.5 * b for a, b in zip(u, v, strict=True)]
     of_mixed = with_tangents(tangent, mixed)(x) - start
-    torch.testing.assert_close(of_mixed, 2.0 * of_u - 0.5 * of_v, rtol=0, atol=1e-13 * float(of_u.detach().abs().max() + 1))
+    torch.testing.assert_close(
+        of_mixed, 2.0 * of_u - 0.5 * of_v, rtol=0, atol=1e-13 * float(of_u.detach().abs().max() + 1)
+    )
 
 
 @each_model
