@@ -21,6 +21,7 @@ CONVNEXT: dict[str, Any] = {
     "in_channels": 1,
     "patch_size": 1,
     "layer_scale": 0.5,
+    "activation": {"name": "hermite", "degree": 4},
 }
 MODELS = {"gpt2": GPT2, "convnext": CONVNEXT}
 EXAMPLES = {
