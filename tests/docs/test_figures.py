@@ -21,6 +21,7 @@ from benchmarks import (
     recipe,
     recipe_time,
     symbolic,
+    tangent,
 )
 from polytrope.pipeline.stages.report.statistics import holm
 
@@ -424,3 +425,12 @@ def test_norms_are_told_as_measured() -> None:
         f"{text['circuit']:.3f} nats per byte with polynomials",
         f"up to {100 * max(error for _, _, error in text['roots'].values()):.2g} percent",
     )
+
+
+def test_merged_tangents_are_told_as_measured() -> None:
+    written = tangent.markdown(content("tangent")["seeds"])
+    assert written == (RESULTS / "tangent.md").read_text(encoding="utf-8")
+    for row in content("tangent")["seeds"]:
+        assert len(row["rates"]) == 2
+        assert all(rate["average of tangents"] < rate["average of weights"] for rate in row["rates"])
+    says("docs/after-training.md", "better than averaged weights in all three seeds, at both learning rates")
