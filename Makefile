@@ -48,7 +48,7 @@ chaos: install ## long fault-injection suites; figures in benchmarks/results/cha
 	$(BIN)/python -m pytest tests/integration tests/stages -m chaos
 
 bench: install ## all benchmarks, JSON below benchmarks/results
-	for name in ops conversion polynomial_only private_inference polynomial_networks grokking symbolic data train engine outbox quickstart; do $(BIN)/python -m benchmarks.$$name || exit 1; done
+	for name in ops conversion polynomial_only private_inference polynomial_networks grokking symbolic tangent data train engine outbox quickstart; do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 docs: install ## the documentation site in build/docs, every warning an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks import (
     after_training,
+    after_training_table,
     compiled,
     compressibility,
     deep_nets,
@@ -23,6 +24,7 @@ from benchmarks import (
     recipe,
     recipe_time,
     symbolic,
+    tangent,
 )
 from polytrope.pipeline.stages.report.statistics import holm
 
@@ -554,3 +556,21 @@ def test_how_learnable_activations_compress_is_told_as_measured() -> None:
             means[ratio][name] = sum(after) / len(after)
     better = {key: of[hermite] < of[compressibility.BASELINE] for key, of in means.items()}
     assert better == {"before": True, "1.5": True, "3": False}
+
+
+def test_merged_tangents_are_told_as_measured() -> None:
+    written = tangent.markdown(content("tangent")["seeds"])
+    assert written == (RESULTS / "tangent.md").read_text(encoding="utf-8")
+    for row in content("tangent")["seeds"]:
+        assert len(row["rates"]) == 2
+        assert all(rate["average of tangents"] < rate["average of weights"] for rate in row["rates"])
+    says("docs/after-training.md", "better than averaged weights in all three seeds, at both learning rates")
+
+
+def test_the_table_after_training_is_told_as_measured() -> None:
+    rows = content("after_training_table")["rows"]
+    assert after_training_table.markdown(rows) == (RESULTS / "after_training_table.md").read_text("utf-8")
+    loss = {row["name"]: row["loss"] for row in rows}
+    assert loss["recovered[by=all]"] < loss["gpt"] < loss["smaller[way=4 bits uniform]"] < loss["smaller[way=4 bits]"]
+    adapters = [loss[f"recovered[by={name}]"] for name in ("householder", "spectral", "lora")]
+    assert all(loss["gpt"] < value < loss["smaller[way=2 blocks dropped]"] for value in adapters)

@@ -1,0 +1,99 @@
+"""A model's tangent: linear in what learns, so that the loss is convex in it, and averages of models are exact."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from polytrope.models.parts.reciprocal import certified_modules
+
+
+class LinearizedModel(nn.Module):
+    """f(x; w₀) + J(x; w₀)·v, with J the derivative of a model's output by its parameters at w₀; v starts at 0.
+
+    v alone learns. w₀ is a frozen copy that always computes as in evaluation: no dropout, and batch norm with its
+    running statistics. w₀ + v are not the weights of this function: the model itself cannot compute it. (Liu, Golatkar,
+    Soatto, Tangent Transformers for Composition, Privacy and Removal, 2023)
+
+    Args:
+        model: of this package; what it computes is one tensor. Parameters that do not require gradients, and those of
+            certified reciprocals, have no tangent.
+
+    Raises:
+        ValueError: no parameter is left to learn.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        fixed = {id(parameter) for module in certified_modules(model) for parameter in module.parameters()}
+        self.names = tuple(
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and id(parameter) not in fixed
+        )
+        if not self.names:
+            raise ValueError("model: no parameter requires gradients, so that its tangent has nothing to learn")
+        self.initial = copy.deepcopy(model).requires_grad_(False)
+        self.tangents = nn.ParameterList(torch.zeros_like(self.initial.get_parameter(name)) for name in self.names)
+        self.train(model.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but for the frozen model, which stays in evaluation."""
+        super().train(mode)
+        self.initial.eval()
+        return self
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The model's output, of the same shape and dtype; costs about two of its forward passes."""
+        weights = {name: self.initial.get_parameter(name) for name in self.names}
+
+        def compute(weights: dict[str, Tensor]) -> Any:
+            return functional_call(self.initial, weights, inputs)
+
+        # Fused attention has no forward-mode derivative.
+        with sdpa_kernel(SDPBackend.MATH):
+            output, change = jvp(compute, (weights,), (dict(zip(self.names, self.tangents, strict=True)),))[:2]
+        return output + change  # type: ignore[no-any-return]
+
+
+def average_linearized(models: Sequence[LinearizedModel]) -> LinearizedModel:
+    """The tangent model whose output is the mean of theirs, to rounding: its v is the mean of theirs.
+
+    Args:
+        models: one or more tangents of the same model.
+
+    Raises:
+        ValueError: none is given, or what they are tangents of differs.
+    """
+    if not models:
+        raise ValueError("models: expected one or more, got none")
+    first = models[0]
+    for number, model in enumerate(models[1:], start=1):
+        difference = _difference(first, model)
+        if difference is not None:
+            raise ValueError(f"models[{number}]: not a tangent of the same model as models[0]: {difference} differs")
+    result = copy.deepcopy(first)
+    with torch.no_grad():
+        for mean, *tangents in zip(result.tangents, *(model.tangents for model in models), strict=True):
+            mean.copy_(torch.stack([tangent.double() for tangent in tangents]).mean(dim=0))
+    return result
+
+
+def _difference(first: LinearizedModel, second: LinearizedModel) -> str | None:
+    """What tells the models apart that they are tangents of; None: nothing."""
+    if repr(first.initial) != repr(second.initial):
+        return "the architecture"
+    if first.names != second.names:
+        return "which parameters have tangents"
+    own, other = (
+        {**dict(model.initial.named_parameters()), **dict(model.initial.named_buffers())} for model in (first, second)
+    )
+    if own.keys() != other.keys():
+        return f"`{min(own.keys() ^ other.keys())}`"
+    return next((f"`{name}`" for name, tensor in own.items() if not torch.equal(tensor, other[name])), None)
