@@ -146,6 +146,10 @@ def test_what_will_be_is_known_before_anything_starts() -> None:
         "activation": ["gelu", "gelu"],
     }
     assert promised({**settings, "activation": "gelu"}, drop_blocks={"count": 3}).settings["n_layer"] == 1
+    mixed = {**GPT2, "n_layer": 3, "feedforward": ["mlp", "gated", "pade"]}
+    assert promised(mixed, drop_blocks={"count": 1}) is None
+    mixed["feedforward"] = ["pade", "mlp", "gated"]  # the first cannot take in a map, so that the last block goes
+    assert promised(mixed, drop_blocks={"count": 1}).settings["feedforward"] == ["pade", "mlp"]
     assert promised(settings, drop_blocks={"count": 1}) is None  # which of the activations goes, only the data tell
     smaller = promised(settings, drop_blocks={"blocks": [1, 1]}, family="hermite", layers="0-2")
     assert smaller.settings["n_layer"] == 3
@@ -171,6 +175,12 @@ def test_what_will_be_is_known_before_anything_starts() -> None:
             "scale_attn_by_inverse_layer_idx",
         ),
         ({"inputs": 3}, "mlp", {"drop_blocks": {"count": 1}}, "mlp has no blocks"),
+        (
+            {"n_layer": 3, "feedforward": ["pade", "quadratic", "mlp"]},
+            "gpt2",
+            {"drop_blocks": {"count": 1}},
+            "block 0 has feedforward: pade; only a linear layer can take in a map",
+        ),
         ({}, "gpt2", {"factorize": {"rank": 2}, "format": "huggingface"}, "no gpt2 with factored layers"),
         ({"n_layer": 4}, "gpt2", {"drop_blocks": {"blocks": [1, 2]}, "family": "hermite", "layers": 2}, "has 2"),
     ],

@@ -136,9 +136,18 @@ def _with_fewer_blocks(model: PromisedModel, parameters: ConvertParameters) -> M
         cuts = possible_cuts(lengths, options)
     except ValueError as error:
         raise UserError(str(error), "leave drop_blocks out, or drop others") from error
+    parts = config.feedforward_settings()
+    befores = [sum(lengths[:row]) + after for row, after in cuts]
+    able = [before for before in befores if parts[before].ends_linear]
+    if not able:
+        raise UserError(
+            f"drop_blocks: block {befores[0]} has feedforward: {parts[befores[0]].name}; only a linear layer can take "
+            "in a map",
+            "leave drop_blocks out, or drop others",
+        )
     found = []
-    for row, after in cuts:
-        first = sum(lengths[:row]) + after + 1
+    for before in able:
+        first = before + 1
         changed = without_blocks(config, range(first, first + options.number))
         sizes = {"n_layer", "depths"} & set(type(config).__dataclass_fields__)
         found.append({name: getattr(changed, name) for name in set(model.settings) | sizes})
