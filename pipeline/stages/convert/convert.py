@@ -116,8 +116,9 @@ def _promised(
         return PromisedForeignModel(model.architecture)
     if settings is None:
         return None
-    # nor are ranks known before
-    known = {name: value for name, value in settings.items() if name != "factors"}
+    known = dict(settings)
+    if parameters.factorize is not None or parameters.drop_blocks is not None:
+        known.pop("factors", None)  # new ranks are known afterwards, and so are the numbers of the blocks that stay
     return replace(model, settings=known, figures=())
 
 
