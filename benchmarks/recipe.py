@@ -31,9 +31,11 @@ from benchmarks.recipe_trainings import (
     BASELINES,
     CONTROL,
     DEVELOPMENT,
+    EQUAL_TIME,
     FROZEN,
     PARTS,
     SETTING,
+    STEPS_OF_IMAGES,
     Row,
     Sources,
     compose,
@@ -171,8 +173,30 @@ def base_rates(trainings: Sequence[Row]) -> list[Row]:
     return found
 
 
-def markdown(settings: Sequence[Row], rates: Sequence[Row], texts: Mapping[str, Row]) -> str:
-    """A table for each setting with two seeds or more to report on, and one of the base rates."""
+def equal_time(trainings: Sequence[Row]) -> list[Row]:
+    """Of activations trained on images for as long as GELU takes for its steps: the paired difference in loss to it.
+
+    Not corrected for their number.
+    """
+    losses: dict[tuple[Any, ...], dict[int, float | None]] = {}
+    for row in trainings:
+        about = (row["corpus"], *(row[key] for key in SETTING if key != "steps"))
+        losses.setdefault((*about, row["name"], row["steps"]), {})[row["seed"]] = row["test_loss"]
+    steps = set(EQUAL_TIME.values())
+    found = []
+    for (*about, name, short), of in losses.items():
+        baseline = losses.get((*about, "gelu", STEPS_OF_IMAGES))
+        if short in steps and baseline is not None:
+            compared = difference(of, baseline)
+            entry = {"corpus": about[0], "name": name, "steps": short, "steps_of_gelu": STEPS_OF_IMAGES}
+            found.append({**entry, "loss": mean_of(list(of.values())), "difference": compared})
+    return found
+
+
+def markdown(
+    settings: Sequence[Row], rates: Sequence[Row], texts: Mapping[str, Row], in_time: Sequence[Row] = ()
+) -> str:
+    """A table for each setting with two seeds or more to report on, and one of the base rates and of equal time."""
     lines: list[str] = []
     for setting in filter(is_reported, settings):
         heads = ["activation × rate", "seeds", "loss", "for choosing", "Δ to GELU, paired", "p, Holm"]
@@ -215,6 +239,16 @@ def markdown(settings: Sequence[Row], rates: Sequence[Row], texts: Mapping[str, 
             ]
             rows.append(row + [plus_minus(entries[name]["difference"], "+.4f") for name in names])
         lines += [*table(["model", "steps", "seeds", "loss of GELU", *(f"Δ {name}" for name in names)], rows), ""]
+    if in_time:
+        lines += ["**Equal time**: as many steps as take GELU's time for its own", ""]
+        rows = []
+        for one in in_time:
+            compared = one["difference"]
+            pairs = "0" if compared is None else str(compared["pairs"])
+            row = [one["corpus"], one["name"], str(one["steps"]), str(one["steps_of_gelu"]), pairs]
+            rows.append([*row, plus_minus(one["loss"], ".4f"), plus_minus(compared, "+.4f")])
+        heads = ["images", "activation × rate", "steps", "GELU's steps", "seeds", "loss", "Δ to GELU, paired"]
+        lines += [*table(heads, rows), ""]
     if rates:
         lines += ["**Base learning rates**, by the documents and seeds for choosing", ""]
         rows = []
@@ -319,9 +353,10 @@ def main() -> None:
         raise SystemExit(f"no finished training in {', '.join(options.store)}: polytrope run workflows/recipe.yaml")
     options.output.mkdir(parents=True, exist_ok=True)
     content = {"format": 4, "development_seeds_from": DEVELOPMENT, "settings": settings, "base_rates": rates}
-    content |= {"texts": texts, "trainings": trainings}
+    in_time = equal_time(trainings)
+    content |= {"equal_time": in_time, "texts": texts, "trainings": trainings}
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text = markdown(settings, rates, texts)
+    text = markdown(settings, rates, texts, in_time)
     (options.output / "recipe.md").write_text(text, encoding="utf-8")
     largest: dict[str, Row] = {}
     for setting in filter(is_reported, settings):

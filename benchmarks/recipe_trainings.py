@@ -135,6 +135,9 @@ ENDLESS: tuple[dict[str, Any], ...] = (
     {"name": "rational", "degree": 5},
     {"name": "polyrelu", "degree": 3},
 )
+STEPS_OF_IMAGES = 500
+EQUAL_TIME = {"hermite4": 475, "affine": 394}  # of images: 500 / 1.052 and 500 / 1.27
+RELU_SQUARED = {"name": "polyrelu", "degree": 2, "init": "relu_squared"}  # as it is where its rate is 0
 RATES_ON = (0.0, 0.1, 0.5, 1.0, 5.0, 10.0)  # by the rule 0.5 (Hermite) and 1; from scratch it would be 5 and 10
 ON = {"steps": 100, "learning_rate": 1e-3, "warmup_steps": 10}
 PARTS: dict[str, tuple[Trainings, ...]] = {
@@ -149,17 +152,37 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
         Trainings(seeds=range(3), data="speeches", model={"n_embd": 64}, steps=960),
         Trainings(seeds=range(3), data="speeches", steps=960),
     ),
+    "baselines": (
+        Trainings((RELU_SQUARED, "silu"), data="mnist", multiple=0.0),
+        Trainings((RELU_SQUARED,), data="speeches", multiple=0.0),
+        Trainings((RELU_SQUARED,), range(10), data="digits", multiple=0.0),
+    ),
     "gated": (
         Trainings(("gelu_tanh", "silu", "affine", "hermite4"), range(3), "speeches", model={"feedforward": "gated"}),
     ),
+    # At 3e-3 several of them are spoilt.
+    "gated-slower": (
+        Trainings(
+            ("gelu_tanh", "silu", "affine", "hermite4"),
+            range(3),
+            "speeches",
+            learning_rate=1.5e-3,
+            model={"feedforward": "gated"},
+        ),
+    ),
     # On the text that has eleven documents for choosing, not one.
     "base-rates": tuple(
-        Trainings(("gelu_tanh",), (seed,), "speeches", learning_rate=rate)
+        Trainings(seeds=(seed,), data="speeches", learning_rate=rate)
         for seed in (DEVELOPMENT, DEVELOPMENT + 1)
         for rate in (3e-3, 1.5e-3, 6e-3)
     ),
     "seeds": (Trainings(seeds=range(5, 10)),),
+    # As many steps as fit in the time of GELU's 500 (results/recipe_time.json).
+    "equal-time": tuple(
+        Trainings((name,), data=data, steps=steps) for data in ("digits", "mnist") for name, steps in EQUAL_TIME.items()
+    ),
     "frozen": (Trainings(("affine", "hermite4"), seeds=range(3), frozen=True),),
+    "frozen-images": (Trainings(("affine", "hermite4"), range(3), "mnist", frozen=True),),
     "faster": (Trainings(("affine", "hermite4"), multiple=30.0),),
     "families": (
         Trainings(("gelu", *ENDED, *ENDLESS), range(3), "tiny"),
@@ -236,7 +259,8 @@ def compose(part: str, sources: Sources, recorded: Sequence[Row] = ()) -> dict[s
                 continue
             if made:
                 train["matrix"]["exclude"] = made
-        stages["data"], stages[f"train{index}"] = data, {**train, "inputs": {"dataset": "data"}}
+        train["inputs"] = {"dataset": trainings.data}
+        stages[trainings.data], stages[f"train{index}"] = data, train
         if trainings.frozen:
             stages |= _frozen(index, train)
         if trainings.converted:
@@ -289,7 +313,7 @@ def _frozen(index: int, train: Mapping[str, Any]) -> dict[str, Any]:
     }
     again = {
         **train,
-        "inputs": {"dataset": "data", "initial": f"start{index}"},
+        "inputs": {**train["inputs"], "initial": f"start{index}"},
         "with": {**kept, "coefficient_learning_rate": 0.0},
     }
     return {f"start{index}": start, f"frozen{index}": again}
@@ -298,19 +322,19 @@ def _frozen(index: int, train: Mapping[str, Any]) -> dict[str, Any]:
 def _trained_on(index: int, train: Mapping[str, Any], families: Iterable[str]) -> dict[str, Any]:
     """The models of a stage trained on as they are, and converted, at every rate of their new coefficients."""
     kept = {key: value for key, value in train["with"].items() if key != "model"} | ON
-    inputs = {"dataset": "data", "initial": f"train{index}"}
+    inputs = {**train["inputs"], "initial": f"train{index}"}
     stages: dict[str, Any] = {f"on{index}": {**train, "inputs": inputs, "with": kept}}
     for family in families:
         stages[f"{family}{index}"] = {
             "uses": "convert",
             "matrix": train["matrix"],
-            "inputs": {"model": f"train{index}", "dataset": "data"},
+            "inputs": {**train["inputs"], "model": f"train{index}"},
             "with": {"family": family, "degree": 8},
         }
         stages[f"on_{family}{index}"] = {
             **train,
             "matrix": {**train["matrix"], "rate": [round(rate * ON["learning_rate"], 9) for rate in RATES_ON]},
-            "inputs": {"dataset": "data", "initial": f"{family}{index}"},
+            "inputs": {**train["inputs"], "initial": f"{family}{index}"},
             "with": {**kept, "coefficient_learning_rate": "${matrix.rate}"},
         }
     return stages

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration
-from polytrope.models.convert_options import check_polynomial_only, check_weight, replacement
+from polytrope.models.convert_options import check_basis, check_polynomial_only, check_weight, replacement
 from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.sensitivity import Sensitivity
 from polytrope.models.surgery import Activation, replace_module, replaced
@@ -49,6 +49,8 @@ class FitOptions:
             polynomial without tangents is the projection (Peng et al., "AutoReP", 2023).
         derivative_weight: λ of the Sobolev norm, for inputs in units of their standard deviation.
         constraints: as of `fit`: `ends`, `end_values`, `origin`.
+        basis: of polynomials: that of the `family`, or the one that is orthonormal on the `measured` inputs in the
+            interval (`ops.fitting.measured_basis`): the same function, and the recurrence learns as well.
         polynomial_only: instead of all of the above but `target_error`: compositions of polynomials without tangents.
 
     Raises:
@@ -63,6 +65,7 @@ class FitOptions:
     derivative_weight: float = 0.01
     constraints: tuple[str, ...] = ()
     polynomial_only: PolynomialOnly | None = None
+    basis: str = "family"
 
     def __post_init__(self) -> None:
         known = (*FAMILIES, "auto")
@@ -131,6 +134,7 @@ def fit_options(
     weight: str,
     derivative_weight: float,
     constraints: Sequence[str],
+    basis: str,
     polynomial_only: bool,
     depth: int | None,
     domain: tuple[float, float] | None,
@@ -139,7 +143,7 @@ def fit_options(
     """The options as they are given in Python, on the command line and in a workflow; None: not given.
 
     Args:
-        family, degree, target_error, coverage, weight, derivative_weight, constraints: as of `FitOptions`.
+        family, degree, target_error, coverage, weight, derivative_weight, constraints, basis: as of `FitOptions`.
         polynomial_only: compositions of polynomials; depth, domain, domain_margin: of them, as of `PolynomialOnly`.
 
     Raises:
@@ -152,12 +156,14 @@ def fit_options(
         "weight": weight,
         "derivative_weight": derivative_weight,
         "constraints": list(constraints),
+        "basis": basis,
         "depth": depth,
         "domain": domain,
         "domain_margin": domain_margin,
     }
     check_polynomial_only(polynomial_only, given)
     check_weight(weight, given)
+    check_basis(basis, family)
     if degree is None:
         degree = 8 if target_error is None else MAX_DEGREE
     if depth is None:
@@ -171,6 +177,7 @@ def fit_options(
         derivative_weight,
         tuple(constraints),
         PolynomialOnly(depth, domain, domain_margin) if polynomial_only else None,
+        basis,
     )
 
 
@@ -242,6 +249,7 @@ def fit_layer(
         "derivative_weight": options.derivative_weight * _variance(measure),
         "constraints": options.constraints,
         "held_out": calibration.held_out,
+        "basis": measure if options.basis == "measured" else None,
         "dtype": calibration.dtype,
     }
     return replace(_fit(activation, calibration, options, settings), sensitivity=sensitivity)
@@ -277,6 +285,7 @@ def _project(activation: Activation, calibration: Calibration, options: FitOptio
             "derivative_weight": 0.0,
             "tails": False,
             "held_out": calibration.held_out,
+            "basis": (points, counts) if options.basis == "measured" else None,
             "dtype": calibration.dtype,
         },
     )

@@ -285,6 +285,7 @@ def convert(
     weight: str = "measured",
     derivative_weight: float = 0.01,
     constraints: Sequence[str] = (),
+    basis: str = "family",
     polynomial_only: bool = False,
     depth: int | None = None,
     domain: tuple[float, float] | None = None,
@@ -313,8 +314,8 @@ def convert(
         drop_blocks: `{"count": 2}` or `{"blocks": [3, 4]}`, as of `convert_options.DropBlocks`; the first step.
         factorize: `{"energy": 0.999}`, `{"ratio": 3}` or `{"rank": 16}`, as of `convert_options.Factorize`; the second.
         quantize: `{"bits": 4}`, with `exponent`, `per` and `equalize` as of `convert_options.Quantize`; the last step.
-        family, target_error, coverage, weight, derivative_weight, constraints: as of `conversion.FitOptions`. Without
-            family activations become hermite, but beside `drop_blocks`, `factorize` or `quantize` they stay.
+        family, target_error, coverage, weight, derivative_weight, constraints, basis: as of `conversion.FitOptions`.
+            Without family activations become hermite, but beside `drop_blocks`, `factorize` or `quantize` they stay.
         degree: 8 if not given; with `target_error` the highest one tried, 16 if not given.
         polynomial_only: sums and products alone, for encrypted inference and verification, on a certified range; a
             quarter of the samples is kept aside and checks it.
@@ -348,6 +349,7 @@ def convert(
         "weight": weight,
         "derivative_weight": derivative_weight,
         "constraints": constraints,
+        "basis": basis,
         "polynomial_only": polynomial_only,
         "depth": depth,
         "domain": domain,

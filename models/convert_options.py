@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 # What `conversion.fit_options` takes.
 FIT_OPTIONS = frozenset(
-    {"family", "degree", "target_error", "coverage", "weight", "derivative_weight", "constraints"}
+    {"family", "degree", "target_error", "coverage", "weight", "derivative_weight", "constraints", "basis"}
     | {"polynomial_only", "depth", "domain", "domain_margin"}
 )
 # What else is said of new activations alone, with what stands for "not given".
@@ -25,7 +25,7 @@ _WHY_NOT_POLYNOMIAL = {
 }
 _OF_POLYNOMIALS: dict[str, Any] = {"depth": None, "domain": None, "domain_margin": 0.25}
 _OF_TAILS: dict[str, Any] = {"coverage": None, "derivative_weight": 0.01, "constraints": []}
-_OF_OTHERS: dict[str, Any] = {"degree": None, "weight": "measured"} | _OF_TAILS
+_OF_OTHERS: dict[str, Any] = {"degree": None, "weight": "measured", "basis": "family"} | _OF_TAILS
 _POLYNOMIALS = ("hermite", "chebyshev", "legendre")
 
 
@@ -305,6 +305,24 @@ def check_weight(weight: str, given: Mapping[str, Any]) -> None:
     for name, default in _OF_TAILS.items():
         if given.get(name, default) != default:
             raise ValueError(f"{name} is not for weight normal, which has no interval and no slopes; leave it out")
+
+
+def check_basis(basis: str, family: str | None) -> None:
+    """Refuse a basis of measured inputs for what is no polynomial.
+
+    Args:
+        family: None: not given.
+
+    Raises:
+        ValueError: the basis, and what to use instead.
+    """
+    if basis not in ("family", "measured"):
+        raise ValueError(f"basis: expected family or measured, got {basis!r}")
+    if basis == "measured" and family not in (None, *_POLYNOMIALS):
+        raise ValueError(
+            f"basis measured is of polynomials, and family is {family}; expected {', '.join(_POLYNOMIALS)}, or leave "
+            "basis out"
+        )
 
 
 def check_keep(keep: int | None, output_error: float | None, rated_samples: int) -> None:

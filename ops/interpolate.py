@@ -24,6 +24,7 @@ from polytrope.ops.families import check_degree
 from polytrope.ops.fitting import placement, polynomial, quadrature
 from polytrope.ops.fitting.certificate import Built, Certificate, Inputs, certify, root_mean_square
 from polytrope.ops.fitting.curves import Array, Curve, with_tangents
+from polytrope.ops.fitting.measured_basis import in_measured_basis
 from polytrope.ops.fitting.refinement import Data, Ends
 from polytrope.ops.fitting.solvers import (
     LINEAR,
@@ -98,6 +99,7 @@ def fit(
     derivative: Target | None = None,
     tails: bool = True,
     held_out: Array | None = None,
+    basis: quadrature.Measure | None = None,
     dtype: torch.dtype = torch.float32,
     rounding_tolerance: float | None = 1e-3,
 ) -> Fit:
@@ -122,6 +124,8 @@ def fit(
         derivative: f', where autograd cannot give it.
         tails: tangent lines outside the interval, for families that can have them.
         held_out: raw inputs that are not in the weight; the certificate's root mean square counts them too.
+        basis: (points, counts): a polynomial is written in polynomials that are orthonormal on these inputs, as far as
+            they are in the interval: E[F²] there is the sum of squared coefficients. None: in the family's own.
         dtype: the floating-point format that the module is for: of its parameters and inputs.
         rounding_tolerance: largest rounding error of the formula in this format, relative to the largest |f| on the
             interval, beyond the rounding of any result in it; None: any. With measured inputs a degree that loses more
@@ -149,6 +153,7 @@ def fit(
         derivative=derivative,
         tails=tails,
         held_out=held_out,
+        basis=basis,
         dtype=dtype,
         rounding_tolerance=rounding_tolerance,
     )
@@ -274,6 +279,7 @@ class _Task:
     method: str
     nodes: Sequence[float] | None
     tails: bool
+    basis: quadrature.Measure | None
     dtype: torch.dtype
     rounding_tolerance: float | None
 
@@ -320,6 +326,7 @@ def _task(
     derivative: Target | None,
     tails: bool,
     held_out: Array | None,
+    basis: quadrature.Measure | None,
     dtype: torch.dtype,
     rounding_tolerance: float | None,
 ) -> _Task:
@@ -378,6 +385,7 @@ def _task(
         method=method,
         nodes=nodes,
         tails=tails,
+        basis=basis,
         dtype=dtype,
         rounding_tolerance=rounding_tolerance,
     )
@@ -389,6 +397,10 @@ def _check_family(task: _Task, family: str) -> None:
     is_polynomial = family in polynomial.FAMILIES
     if task.interval is None and not is_polynomial:
         raise ValueError("interval: None (the whole line) is for polynomials with weight='gaussian' by least squares")
+    if task.basis is not None and not is_polynomial:
+        raise ValueError(
+            f"basis: orthonormal on inputs are polynomials ({', '.join(polynomial.FAMILIES)}), not {family}"
+        )
     constrained = bool(task.constraints) and family not in LINEAR
     if constrained or (not is_polynomial and (task.method != "least_squares" or task.nodes is not None)):
         raise ValueError(f"constraints, nodes and interpolation are for polynomials, not for {family}")
@@ -510,7 +522,9 @@ def _candidate(task: _Task, problem: Problem, solution: Solution) -> _Candidate:
         # At or below 0 a PolyReLU is a constant, and so are its tangents: an interval there changes nothing.
         if problem.family != "polyrelu" or ends[1] > 0.0:
             config["interval"] = list(ends)
-    module = built_module(config, solution.parameters, task.dtype)
+    if task.basis is not None:
+        config["learnable_recurrence"] = True
+    module = built_module(config, _parameters(task, config, solution), task.dtype)
     built = Built.of(module, task.dtype)
     # On the whole line the maxima are those within four standard deviations: a polynomial leaves any bound further out.
     shown = ends or (-4.0, 4.0)
@@ -545,7 +559,22 @@ def _certified(task: _Task, found: _Candidate) -> Fit:
         task.data.derivative_weight,
         found.solution.condition,
     )
-    return Fit(found.config, found.solution.parameters, certificate, found.curve, task.dtype)
+    return Fit(found.config, _parameters(task, found.config, found.solution), certificate, found.curve, task.dtype)
+
+
+def _parameters(task: _Task, config: dict[str, Any], solution: Solution) -> dict[str, Array]:
+    """Of the module: the solution's, in the basis that is asked for."""
+    if task.basis is None:
+        return solution.parameters
+    ends, variable = config.get("interval"), config.get("variable")
+    return in_measured_basis(
+        solution.parameters["coefficients"],
+        config["name"],
+        task.basis,
+        None if ends is None else (ends[0], ends[1]),
+        None if variable is None else (variable[0], variable[1]),
+        task.dtype,
+    )
 
 
 def parameter_count(family: str, degree: int) -> int:

@@ -92,7 +92,7 @@ class Basis:
             powers = of_line(in_t, (shift - middle) / half, scale / half)
         if family == "powers":
             return np.array([float(value) for value in powers])
-        return np.array([float(value) for value in _from_powers(powers, _rows(family, self.degree))])
+        return np.array([float(value) for value in from_powers(powers, _rows(family, self.degree))])
 
 
 def of_line(powers: Sequence[Any] | Array, offset: Any, slope: Any) -> list[Any]:
@@ -136,8 +136,18 @@ def _rows(family: str, degree: int) -> tuple[tuple[Fraction, ...], ...]:
     return tuple(tuple(row) for row in rows)
 
 
-def _from_powers(powers: Sequence[Fraction], rows: Sequence[Sequence[Fraction]]) -> list[Fraction]:
-    """Solve the triangular system: the highest power belongs to the highest basis function alone."""
+def to_exact_powers(coefficients: Array, family: str) -> list[Fraction]:
+    """The polynomial with these coefficients in the family's basis, in powers of its variable."""
+    rows = _rows(family, len(coefficients) - 1)
+    weighed = [[Fraction(float(value)) * entry for entry in row] for value, row in zip(coefficients, rows, strict=True)]
+    return [sum(column, Fraction(0)) for column in zip(*weighed, strict=True)]
+
+
+def from_powers(powers: Sequence[Fraction], rows: Sequence[Sequence[Fraction]]) -> list[Fraction]:
+    """Coefficients in the basis whose functions in powers are the rows.
+
+    Solves the triangular system: the highest power belongs to the highest basis function alone.
+    """
     rest = list(powers)
     result = [Fraction(0)] * len(rows)
     for k in range(len(rows) - 1, -1, -1):

@@ -20,6 +20,7 @@ NAMED: dict[str, Target] = {
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
     "relu6": functional.relu6,
+    "relu_squared": lambda x: functional.relu(x) ** 2,
     "silu": functional.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,

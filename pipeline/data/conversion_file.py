@@ -229,6 +229,20 @@ class ConversionRecord(Record):
     quantization: Quantization | None = None
     size: Size | None = None
 
+    def structure(self) -> list[str]:
+        """What was done to blocks, linear layers and weights, for people; empty where nothing was."""
+        said = []
+        if self.dropped is not None:
+            said.append(f"{len(self.dropped.blocks)} of {self.dropped.total} blocks dropped")
+        if self.factorization is not None:
+            said.append(f"{len(self.factorization.layers)} layers in two factors")
+        if self.quadratic is not None:
+            said.append(f"{len(self.quadratic)} quadratic layers")
+        if self.quantization is not None:
+            megabytes = self.quantization.bytes_after / 1e6
+            said.append(f"{self.quantization.bits}-bit weights, {megabytes:.3g} MB packed")
+        return said
+
     def metrics(self) -> dict[str, float]:
         """The worst layer's figures; of polynomials those of the model."""
         made = {} if self.quadratic is None else {"quadratic_layers": float(len(self.quadratic))}

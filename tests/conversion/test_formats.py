@@ -354,7 +354,7 @@ def test_piecewise_linear_has_a_form_of_ordinary_operations() -> None:
     [
         {"name": "fourier", "degree": 5, "harmonic": True},
         {"name": "fourier", "degree": 5, "harmonic": True, "interval": [-2.0, 3.0]},
-        {"name": "hermite", "degree": 5, "learnable_recurrence": True, "interval": [-2.0, 3.0]},
+        {"name": "hermite", "degree": 5, "learnable_recurrence": True, "interval": [-2, 3], "variable": [0.5, 0.5]},
         {"name": "legendre", "degree": 4, "learnable_recurrence": True},
         {"name": "chebyshev", "degree": 6, "variable": [1.0, 3.0]},
         {"name": "hermite", "degree": 6, "variable": [1.0, 0.5], "interval": [-2.0, 3.0]},

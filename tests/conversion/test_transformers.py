@@ -350,7 +350,7 @@ FAMILIES: list[dict[str, Any]] = [
     {"name": "chebyshev", "degree": 4, "num_parameters": 2, "dim": 1},
     {"name": "legendre", "degree": 4, "glu": True},
     {"name": "legendre", "degree": 6, "interval": [-2, 6], "variable": [2, 4]},
-    {"name": "hermite", "degree": 4, "learnable_recurrence": True, "interval": [-2, 2]},
+    {"name": "hermite", "degree": 4, "learnable_recurrence": True, "interval": [-2, 4], "variable": [1, 0.5]},
     {"name": "fourier", "degree": 3, "num_parameters": 2},
     {"name": "fourier", "degree": 3, "harmonic": True},
     {"name": "tropical", "degree": 5},

@@ -14,6 +14,7 @@ from benchmarks import (
     compiled,
     deep_nets,
     grokking,
+    measured_basis,
     norms,
     ops,
     polynomial_networks,
@@ -27,6 +28,7 @@ from polytrope.pipeline.stages.report.statistics import holm
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 HERMITE = "hermite4 gelu [-4, 4] × "
+ENDED = ("affine", "tropical", "piecewise_linear", "polynorm")  # in straight lines, or held by a norm
 
 
 def content(name: str) -> Any:
@@ -57,7 +59,8 @@ def test_the_recipe_s_comparisons_follow_from_its_trainings() -> None:
     file = content("recipe")
     assert json.loads(json.dumps(recipe.compare(file["trainings"]))) == file["settings"]
     written = (RESULTS / "recipe.md").read_text(encoding="utf-8")
-    assert recipe.markdown(file["settings"], file["base_rates"], file["texts"]) == written
+    assert json.loads(json.dumps(recipe.equal_time(file["trainings"]))) == file["equal_time"]
+    assert recipe.markdown(file["settings"], file["base_rates"], file["texts"], file["equal_time"]) == written
 
 
 def test_the_first_text_is_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
@@ -157,9 +160,19 @@ def test_images_are_told_as_measured(settings: dict[str, dict[str, Any]]) -> Non
 
 def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
     file = content("recipe")
-    (rates,) = file["base_rates"]
-    mean = {rate["learning_rate"]: f"{rate['mean']:.3f}" for rate in rates["rates"]}
-    assert (rates["corpus"], rates["name"], rates["chosen"]) == ("state-of-the-union", "gelu_tanh", 3e-3)
+    means: dict[str, list[str]] = {}
+    for rates in file["base_rates"]:
+        assert (rates["corpus"], rates["chosen"]) == ("state-of-the-union", 3e-3)
+        means[rates["name"]] = [f"{rate['mean']:.3f}" for rate in rates["rates"]]  # 1.5e-3, 3e-3, 6e-3
+    told = [
+        "{} {}, {} and {}".format(who, *means[name])
+        for who, name in (
+            ("GELU has", "gelu_tanh"),
+            ("the control", "affine gelu_tanh × 10"),
+            ("Hermite 4", f"{HERMITE}10"),
+        )
+    ]
+    assert max(means, key=lambda name: means[name][2]) == "gelu_tanh"  # the most spoilt at twice the best rate
     models = {
         setting["model"].removeprefix("GPT-2, 4 layers of "): {one["name"]: one for one in setting["activations"]}
         for setting in file["settings"]
@@ -173,9 +186,76 @@ def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
     of_seed = [gated[name]["difference"]["values"][0] for name in (f"{HERMITE}10", "affine gelu_tanh × 10")]
     says(
         "docs/activations/study.md",
-        f"({mean[3e-3]} against {mean[1.5e-3]} and {mean[6e-3]},",
+        *told,
         f"Hermite 4 × 10 has {small[0]['mean']:+.3f}, the control {small[1]['mean']:+.3f};",
         f"Hermite 4 is {-of_seed[0]:.3f} below GEGLU, the control {-of_seed[1]:.3f}",
+    )
+
+
+def test_other_fixed_functions_and_frozen_ones_are_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
+    images = settings["mnist-5k"]
+    squared, frozen = images["polyrelu2 relu_squared × 0"], images[f"{HERMITE}10, frozen as learned"]
+    (from_control,) = squared["differences_to_controls"].values()
+    kept = images["affine gelu × 10, frozen as learned"]["difference"]
+    learned = recipe.difference(*(losses_of("mnist-5k", name) for name in (frozen["name"], f"{HERMITE}10")))
+    text = settings["state-of-the-union"]["polyrelu2 relu_squared × 0"]["difference"]
+    recipe_to_it = recipe.difference(
+        *(losses_of("state-of-the-union", name) for name in (f"{HERMITE}10", "polyrelu2 relu_squared × 0"))
+    )
+    shown = recipe.plus_minus(text, "+.3f")
+    says("README.md", f"on both ({shown}, {recipe.plus_minus(squared['difference'], '+.4f')})")
+    says(
+        "docs/activations/study.md",
+        f"has {shown} (p {text['holm_p_value']:.4f}), and Hermite 4 {recipe.plus_minus(recipe_to_it, '+.4f')} from it",
+        f"has {recipe.plus_minus(squared['difference'], '+.4f')} and {squared['accuracy']['mean']:.4f}, "
+        f"and from the control {recipe.plus_minus(from_control, '+.4f')}:",
+        f"SiLU is worse than GELU ({recipe.plus_minus(images['silu']['difference'], '+.4f')})",
+        f"fixed, Hermite 4 has {recipe.plus_minus(frozen['difference'], '+.4f')}: "
+        f"{recipe.plus_minus(learned, '+.4f')} from the one that learned them",
+        f"The control's are {recipe.plus_minus(kept, '+.4f')}",
+    )
+    assert frozen["difference"]["pairs"] == kept["pairs"] == 3
+
+
+def losses_of(corpus: str, name: str, key: str = "test_loss") -> dict[int, float]:
+    """Of an activation with the study's steps and base rate, by seed."""
+    rows = [row for row in content("recipe")["trainings"] if row["corpus"] == corpus and row["name"] == name]
+    of_study = [
+        row for row in rows if row["learning_rate"] == 3e-3 and not row["model"].endswith(("gated", "trained on"))
+    ]
+    own = [row for row in of_study if corpus != "state-of-the-union" or row["model"].endswith("of 128")]
+    return {row["seed"]: row[key] for row in own if row["steps"] in (300, 480, 500)}
+
+
+def test_no_family_is_harmed_by_the_rule() -> None:
+    found: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    names = {row["name"] for row in content("recipe")["trainings"] if row["corpus"] == "tiny"}
+    for slow in sorted(name for name in names if name.endswith("× 0.1") and "8 " not in name.replace("linear8", "")):
+        family = slow.removesuffix("0.1")
+        (fast,) = (name for name in names if name.startswith(family) and name != slow and not name.endswith("× 0"))
+        compared = recipe.difference(*(losses_of("tiny", name, "loss") for name in (fast, slow)))
+        assert compared is not None
+        assert compared["pairs"] == 3
+        has_ends = "[" in family or family.split()[0].startswith(ENDED)
+        found[has_ends].append({**compared, "family": family})
+    assert {has_ends: len(of) for has_ends, of in found.items()} == {True: 9, False: 5}
+    means = {has_ends: sorted(one["mean"] for one in of) for has_ends, of in found.items()}
+    told = {one["family"]: one for of in found.values() for one in of if one["mean"] + one["half_width"] < 0}
+    assert set(told) == {"affine gelu × ", "rational5 × "}
+    tuned = [
+        entry["difference"]["mean"]
+        for setting in content("recipe")["settings"]
+        if setting["corpus"] == "tiny" and "trained on" in setting["model"]
+        for entry in setting["activations"]
+        if entry["name"] != "gelu"
+    ]
+    says(
+        "docs/activations/study.md",
+        f"the differences are {means[True][0]:.3f} to {means[True][-1]:.3f}, of which only the control's "
+        f"({recipe.plus_minus(told['affine gelu × '], '+.4f')})",
+        f"Five without are {-means[False][-1]:.3f} to {-means[False][0]:.3f} better",
+        f"only rational's difference ({recipe.plus_minus(told['rational5 × '], '+.4f')})",
+        f"end between {max(tuned):.4f} above and {-min(tuned):.4f} below GELU",
     )
 
 
@@ -212,6 +292,24 @@ def test_fine_tuning_is_told_as_measured() -> None:
         "docs/activations/study.md",
         f"| {' | '.join(rates)} | {gelu:.3f} |",
         f"ended at {ends[0]}, {ends[1]} and {ends[2]} (× 0.1, × 1, × 10;",
+    )
+
+
+def test_the_measured_basis_is_told_as_measured() -> None:
+    file = content("measured_basis")
+    assert measured_basis.markdown(file) == (RESULTS / "measured_basis.md").read_text(encoding="utf-8")
+    gained = {name: {rate: one["mean"] for rate, one in of.items()} for name, of in file["gained"].items()}
+    best = [
+        f"{max(gained[f'{name}, degree {degree}'].values()):.4f}"
+        for degree in (3, 8)
+        for name in ("measured", "as fitted")
+    ]
+    faster = [gained[f"{name}, degree {degree}"]["0.01"] for name in ("measured", "as fitted") for degree in (3, 8)]
+    says(
+        "docs/conversion.md",
+        f"({best[0]} against {best[1]} nats per byte at degree 3, {best[2]} against {best[3]} at degree 8;",
+        f"at a rate of 0.01 it still gains {faster[0]:.4f} and {faster[1]:.4f} where the family's",
+        f"basis loses {-faster[2]:.4f} and {-faster[3]:.4f}",
     )
 
 

@@ -11,6 +11,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SMALL_GPT2 = "{architecture: gpt2, n_layer: 1, n_head: 2, n_embd: 32, activation: %s}"
 SMALL: dict[str, list[str]] = {
+    "after-training": [
+        "stages.text.with.source={kind: python, max_bytes: 200000}",
+        "stages.text.with.tokenizer={kind: bytes}",
+        "stages.text.with.sequence_length=16",
+        "stages.gpt.with.model={n_layer: 3, n_head: 2, n_embd: 16, activation: hermite4}",
+        "stages.gpt.with.warmup_steps=1",
+        "stages.gpt.with.validation_every=0",
+        "stages.smaller.with.calibration_samples=8",
+        "stages.recovered.matrix.by=[{label: lora, adapters: {name: lora, rank: 2}, rate: 0.001}]",
+        "stages.recovered.with.warmup_steps=1",
+        "stages.evaluate.with.samples=8",
+        "stages.speed.with.rounds=1",
+        "params.steps=2",
+        "params.recovery_steps=2",
+    ],
     "convnext-digits": [
         "params.activations=[gelu, tropical_rational]",
         "params.dims=[8, 16]",

@@ -193,7 +193,7 @@ def test_each_part_is_a_workflow_of_the_ready_one(part: str, tmp_path: Path) -> 
     assert composed is not None
     file = tmp_path / "workflow.yaml"
     file.write_text(yaml.safe_dump(composed), encoding="utf-8")
-    count = 1  # the data
+    count = len({trainings.data for trainings in recipe_trainings.PARTS[part]})
     for trainings in recipe_trainings.PARTS[part]:
         branches = len(trainings.activations) * len(trainings.seeds)
         conversions = len(trainings.converted) * (1 + len(recipe_trainings.RATES_ON))
@@ -205,19 +205,24 @@ def test_each_part_is_a_workflow_of_the_ready_one(part: str, tmp_path: Path) -> 
     rates = [stage["with"]["learning_rate"] for stage in composed["stages"].values() if stage["uses"] == "train"]
     if part == "families":
         multiples = [
-            stage["with"]["coefficient_learning_rate"] for name, stage in composed["stages"].items() if name != "data"
+            stage["with"]["coefficient_learning_rate"] for name, stage in composed["stages"].items() if name != "tiny"
         ]
         assert multiples == ["${params.coefficient_learning_rate}", 3e-4, 3e-2]
     if part == "base-rates":
         assert rates == [3e-3, 1.5e-3, 6e-3] * 2
     if part == "speeches":
-        assert composed["stages"]["data"]["with"]["source"]["paths"] == [f"{tmp_path}/*.txt"]
+        assert composed["stages"]["speeches"]["with"]["source"]["paths"] == [f"{tmp_path}/*.txt"]
     if part == "mnist":
-        assert composed["stages"]["data"]["with"]["source"] == {"kind": "folder", "path": str(tmp_path)}
+        assert composed["stages"]["mnist"]["with"]["source"] == {"kind": "folder", "path": str(tmp_path)}
     if part == "sizes":
-        sizes = [stage["with"] for name, stage in composed["stages"].items() if name != "data"]
+        sizes = [stage["with"] for name, stage in composed["stages"].items() if name != "speeches"]
         assert [(one["model"]["n_embd"], one["steps"]) for one in sizes] == [
             (64, "${params.steps}"), (64, 960), (128, 960)
+        ]  # fmt: skip
+    if part == "equal-time":
+        made = [(stage["inputs"], stage["with"]) for stage in composed["stages"].values() if stage["uses"] == "train"]
+        assert [(inputs["dataset"], own["model"]["patch_size"], own["steps"]) for inputs, own in made] == [
+            ("digits", 1, 475), ("digits", 1, 394), ("mnist", 4, 475), ("mnist", 4, 394)
         ]  # fmt: skip
     if part == "gated":
         assert composed["stages"]["train0"]["with"]["model"]["feedforward"] == "gated"

@@ -25,6 +25,7 @@ from polytrope.pipeline.data.analysis_file import (
     write_analysis,
 )
 from polytrope.pipeline.data.circuit_file import CircuitRecord, write_circuit
+from polytrope.pipeline.data.conversion_file import ConversionRecord, write_conversion
 from polytrope.pipeline.data.lineage import Lineage, write_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
@@ -361,6 +362,27 @@ def test_models_of_different_budgets_are_marked_and_their_lineage_is_told(tmp_pa
     write_lineage(models["tuned"].path, first)
     report(make_context(tmp_path / "same"), Artifact(tmp_path / "evaluate", "e", "e"), models, ReportParameters())
     assert "different amounts" not in read_page(tmp_path / "same" / "output" / "report.html").text
+
+
+def test_what_was_done_to_a_model_stands_below_its_name(tmp_path: Path) -> None:
+    losses = {"gelu": 4.0, "smaller": 4.1}
+    models = {label: make_model(tmp_path / label, label, loss) for label, loss in losses.items()}
+    dropped = {"blocks": ["h.1"], "into": "h.0.mlp", "total": 4, "distances": {}, "relative_error": 0.1}
+    rounded = {"bits": 4, "per": "row", "layers": [], "left": [], "equalized": []}
+    record = ConversionRecord.model_validate(
+        {
+            "layers": [],
+            "dropped": {**dropped, "relative_error_without": 0.2},
+            "quantization": {**rounded, "bytes_before": 4_000_000, "bytes_after": 612_345},
+        }
+    )
+    write_conversion(models["smaller"].path, record)
+    report(make_context(tmp_path), make_evaluation(tmp_path / "evaluate", losses), models, ReportParameters())
+    figures = json.loads((tmp_path / "output" / "report.json").read_text())
+    done = ["1 of 4 blocks dropped", "4-bit weights, 0.612 MB packed"]
+    assert [row.get("structure") for row in figures["table"]] == [None, done]
+    text = read_page(tmp_path / "output" / "report.html").text
+    assert all(part in text for part in done)
 
 
 def make_study(directory: Path, **parameters: Any) -> dict[str, Any]:

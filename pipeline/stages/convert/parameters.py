@@ -14,6 +14,7 @@ from polytrope.models.convert_options import (
     DropBlocks,
     Factorize,
     Quantize,
+    check_basis,
     check_keep,
     check_polynomial_only,
     check_structural,
@@ -67,6 +68,11 @@ Family = Literal[
 
 def _check_weight(value: str, info: ValidationInfo) -> str:
     check_weight(value, info.data)
+    return value
+
+
+def _check_basis(value: str, info: ValidationInfo) -> str:
+    check_basis(value, info.data.get("family"))
     return value
 
 
@@ -276,6 +282,11 @@ class ConvertParameters(BaseModel):
         "measured",
         description="what a fit is close on: the measured inputs, or the normal distribution of their mean and "
         "deviation, on which polynomials without tangents are a projection in closed form",
+    )
+    basis: Annotated[Literal["family", "measured"], AfterValidator(_check_basis)] = Field(
+        "family",
+        description="what the coefficients of a polynomial belong to: the family's polynomials, or, for the same "
+        "function, those that are orthonormal on the layer's measured inputs, whose recurrence learns as well",
     )
     depth: int | None = Field(
         None,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polytrope.pipeline.data.analysis_file import Analysis
-from polytrope.pipeline.data.conversion_file import ConversionRecord, read_conversion
+from polytrope.pipeline.data.conversion_file import CONVERSION_FILE, ConversionRecord, read_conversion
 from polytrope.pipeline.data.description import UNITS
 from polytrope.pipeline.data.evaluation_file import EvaluatedModel, Evaluation
 from polytrope.pipeline.data.lineage import Lineage, read_lineage
@@ -132,6 +132,8 @@ def _row(label: str, result: EvaluatedModel, parameters: ReportParameters, model
     row: Figures = {"label": label, "name": parameters.labels.get(label, label)}
     shown = _ACCURACY if result.tokens is not None else _ACCURACY - {"perplexity"}  # of text alone
     row["budget"] = None if model is None else budget(read_lineage(model.path))  # not every model need be an input
+    if model is not None and (model.path / CONVERSION_FILE).is_file():
+        row["structure"] = read_conversion(model.path).structure()
     return row | result.model_dump(include={"activation", "answers"} | shown | _COUNTS, exclude_none=True)
 
 

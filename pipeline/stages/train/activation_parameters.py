@@ -16,8 +16,8 @@ from polytrope.pipeline.support.short_form import ShortForm
 
 # What a learnable activation may start as: functions to imitate, and what its family has beside them.
 IMITATED = (
-    "gelu", "gelu_tanh", "relu", "relu6", "silu", "tanh", "sigmoid", "mish", "elu", "softplus", "hardswish",
-    "leaky_relu",
+    "gelu", "gelu_tanh", "relu", "relu6", "relu_squared", "silu", "tanh", "sigmoid", "mish", "elu", "softplus",
+    "hardswish", "leaky_relu",
 )  # fmt: skip
 _STARTS = ("variance_preserving", *IMITATED)
 
