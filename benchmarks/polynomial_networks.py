@@ -110,7 +110,7 @@ def gather(result: polytrope.RunResult, params: Mapping[str, Any]) -> dict[str, 
         there = [name for name in names if f"{stage}[{axis}={name},seed={seeds[0]}]" in result.stages]
         return {name: of_trainings(paths(stage, f"{axis}={name},")) for name in there}
 
-    images = groups("convnext", "feedforward", params["feedforwards"])
+    images = groups("convnext", "feedforward", [entry["label"] for entry in params["feedforwards"]])
     alone = groups("alone", "learns", ALONE)
     tuned = {"continued": of_trainings(paths("continued")), **groups("tuned", "learns", LEARNS)}
     whole, fewer = (read_evaluation(result[stage].path) for stage in ("evaluate_regression", "evaluate_samples"))

@@ -210,7 +210,7 @@ class ConvNeXt(nn.Module):
                 feedforward, mixer = next(parts)
                 products = mixer.products(channels) + feedforward.products(channels) - saved_products(block)
                 total += height * width * products
-        return 6.0 * (total + config.dims[-1] * config.num_classes)
+        return 6.0 * (total + config.dims[-1] * config.num_classes - saved_products(self.head))
 
 
 def _initialise(module: nn.Module) -> None:

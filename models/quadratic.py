@@ -3,6 +3,7 @@ Expressivity and Trainability of Quadratic Networks, 2021)"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 _LINEAR = ("mlp", "dense")  # parts made of linear layers alone
+# Names of the layers of a feed-forward part: of a GPT-2, a ConvNeXt, an MLP.
+_FEEDFORWARD = re.compile(r"transformer\.h\.\d+\.mlp\.c_(fc|proj)|stages\.\d+\.\d+\.pwconv[12]|blocks\.\d+\.layer")
 
 
 def quadratic_feedforward(config: Any) -> Entry | list[Entry]:
     """What `feedforward` of a configuration becomes, with quadratic layers in the place of linear ones.
 
     Raises:
-        ValueError: it has none but quadratic ones, or a part that has no quadratic form.
+        ValueError: it has none but quadratic ones, or a part or a layer in two factors, which have no quadratic form.
     """
     parts = config.feedforward_settings()
     for number, part in enumerate(parts):
@@ -30,6 +33,12 @@ def quadratic_feedforward(config: Any) -> Entry | list[Entry]:
     entries: list[Entry] = ["quadratic" if part.name in _LINEAR else part.config() for part in parts]
     if not any(part.name in _LINEAR for part in parts):
         raise ValueError("linear: the layers of the model are quadratic already")
+    for name in config.factors:
+        if _FEEDFORWARD.fullmatch(name):
+            raise ValueError(
+                f"linear: `{name}` is in two factors, which has no quadratic form; leave linear out, or convert the "
+                "model before it was factored"
+            )
     return "quadratic" if entries == ["quadratic"] * len(entries) else entries
 
 
@@ -38,7 +47,7 @@ def make_quadratic(model: nn.Module) -> tuple[nn.Module, list[str]]:
     were linear. The factors that multiply inputs by inputs are 0, so that every output is the same number.
 
     Raises:
-        ValueError: as of `quadratic_feedforward`, or a layer of the feedforward part that is in two factors.
+        ValueError: as of `quadratic_feedforward`.
     """
     import torch
 
@@ -48,7 +57,8 @@ def make_quadratic(model: nn.Module) -> tuple[nn.Module, list[str]]:
     from polytrope.models.parts.feedforward import QuadraticLinear
 
     factors = describe_factors(model)
-    config = model_config(model) | {"feedforward": quadratic_feedforward(model.config), "factors": {}}
+    changed = quadratic_feedforward(replace(model.config, factors=factors))  # type: ignore[type-var]
+    config = model_config(model) | {"feedforward": changed, "factors": {}}
     with torch.random.fork_rng(devices=[]):
         made: Any = build_model(str(model.architecture), config)
         names = [
@@ -56,12 +66,6 @@ def make_quadratic(model: nn.Module) -> tuple[nn.Module, list[str]]:
             for name, module in made.named_modules()
             if isinstance(module, QuadraticLinear) and not isinstance(model.get_submodule(name), QuadraticLinear)
         ]
-        for name in names:
-            if name in factors:
-                raise ValueError(
-                    f"linear: `{name}` is in two factors, which has no quadratic form; leave linear out, or convert "
-                    "the model before it was factored"
-                )
         restore_factors(made, factors)  # of other parts, such as attention
     made.config = replace(made.config, factors=factors)
     # A linear layer's weight and bias keep their names.

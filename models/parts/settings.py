@@ -255,6 +255,7 @@ class FeedForward(Part):
     """A linear layer, an activation, a linear layer back."""
 
     activated: ClassVar[bool] = True  # it has an activation inside
+    ends_linear: ClassVar[bool] = True  # the last layer of a block is a linear one
 
     def hidden(self, width: int) -> int:
         """Channels inside, which the activation sees."""
@@ -324,6 +325,7 @@ class QuadraticSettings(FeedForward):
 
     name = "quadratic"
     multiplicative = True
+    ends_linear = False
 
     square: bool = _choice(True, (False, True), "with a term of squared inputs: three matrices per layer, not two")
 
@@ -390,6 +392,7 @@ class PadeSettings(FeedForward):
 
     name = "pade"
     multiplicative = True
+    ends_linear = False
 
     # K of at least 2, for P_{K-1} is to start as the linear layer as well.
     numerator_degree: int = _choice(2, (2, 3, 4), "of the polynomials above, 2, 3 or 4")

@@ -315,3 +315,10 @@ def test_factors_have_the_dtype_and_the_mode_of_the_layer() -> None:
     assert factors.inner.weight.dtype == factors.outer.bias.dtype == torch.bfloat16
     assert factors.training
     assert factors.inner.training
+
+
+def test_operations_of_a_factored_head_are_those_of_its_factors() -> None:
+    sizes = {"depths": [1], "dims": [16], "num_classes": 8, "in_channels": 1, "patch_size": 1}
+    whole, factored = (build_model("convnext", {**sizes, "factors": ranks}) for ranks in ({}, {"head": 2}))
+    saved = 6.0 * (16 * 8 - 2 * (16 + 8))
+    assert whole.flops_per_image(4, 4) - factored.flops_per_image(4, 4) == saved  # type: ignore[operator]

@@ -146,17 +146,28 @@ def test_what_will_be_is_known_before_anything_starts() -> None:
         "activation": ["gelu", "gelu"],
     }
     assert promised({**settings, "activation": "gelu"}, drop_blocks={"count": 3}).settings["n_layer"] == 1
+    mixed = {**GPT2, "n_layer": 3, "feedforward": ["mlp", "gated", "pade"]}
+    assert promised(mixed, drop_blocks={"count": 1}) is None
+    mixed["feedforward"] = ["pade", "mlp", "gated"]  # the first cannot take in a map, so that the last block goes
+    assert promised(mixed, drop_blocks={"count": 1}).settings["feedforward"] == ["pade", "mlp"]
     assert promised(settings, drop_blocks={"count": 1}) is None  # which of the activations goes, only the data tell
     smaller = promised(settings, drop_blocks={"blocks": [1, 1]}, family="hermite", layers="0-2")
     assert smaller.settings["n_layer"] == 3
     assert "activation" not in smaller.settings
     assert promised({**settings, "factors": {}}, factorize={"rank": 2}).settings == settings
+    factored = {**settings, "factors": {"transformer.h.1.attn.c_attn": 2}}
+    assert promised(factored, linear="quadratic", family=None).settings == {**factored, "feedforward": "quadratic"}
+    assert promised(factored, drop_blocks={"blocks": [2, 2]}).settings["n_layer"] == 3
+    assert "factors" not in promised(factored, drop_blocks={"blocks": [2, 2]}).settings
     assert promised({"depths": [1, 3], "dims": [8, 16]}, "convnext", drop_blocks={"count": 1}).settings == {
         "depths": [1, 2],
         "dims": [8, 16],
     }
     assert promised({"depths": [2, 3], "dims": [8, 16]}, "convnext", drop_blocks={"count": 1}) is None
     assert promised(settings, drop_blocks={"blocks": [1, 1]}, format="huggingface") == PromisedForeignModel("gpt2")
+
+
+QUADRATIC: dict[str, Any] = {"linear": "quadratic", "family": None}
 
 
 @pytest.mark.parametrize(
@@ -171,6 +182,20 @@ def test_what_will_be_is_known_before_anything_starts() -> None:
             "scale_attn_by_inverse_layer_idx",
         ),
         ({"inputs": 3}, "mlp", {"drop_blocks": {"count": 1}}, "mlp has no blocks"),
+        *(
+            ({**sizes, "factors": {name: 2}}, architecture, QUADRATIC, f"`{name}` is in two factors")
+            for architecture, name, sizes in (
+                ("gpt2", "transformer.h.0.mlp.c_fc", {}),
+                ("convnext", "stages.0.0.pwconv2", {}),
+                ("mlp", "blocks.0.layer", {"inputs": 3}),
+            )
+        ),
+        (
+            {"n_layer": 3, "feedforward": ["pade", "quadratic", "mlp"]},
+            "gpt2",
+            {"drop_blocks": {"count": 1}},
+            "block 0 has feedforward: pade; only a linear layer can take in a map",
+        ),
         ({}, "gpt2", {"factorize": {"rank": 2}, "format": "huggingface"}, "no gpt2 with factored layers"),
         ({"n_layer": 4}, "gpt2", {"drop_blocks": {"blocks": [1, 2]}, "family": "hermite", "layers": 2}, "has 2"),
     ],

@@ -15,7 +15,7 @@ from polytrope.pipeline.data.training_file import read_training
 
 SMALL = {
     "params.seeds": "[0]",
-    "params.feedforwards": "[mlp]",
+    "params.feedforwards": "[{label: mlp, feedforward: mlp, activation: hermite3}]",
     "params.dims": "[4, 8]",
     "params.image_steps": "2",
     "params.tuning_steps": "2",
@@ -52,7 +52,7 @@ def test_the_small_form(tmp_path: Path) -> None:
     assert learned is not None
     assert learned.trainable_parameters == 8  # of two activations of degree 3
 
-    params = {"seeds": [0], "feedforwards": ["mlp"], "fewer_rows": [200]}
+    params = {"seeds": [0], "feedforwards": [{"label": "mlp"}], "fewer_rows": [200]}
     record = json.loads(json.dumps(polynomial_networks.gather(result, params)))
     assert record["drift"] == {"kl_divergence": 0.0, "agreement": 1.0}
     assert list(record["numbers"]) == ["relu", "pi"]

@@ -162,6 +162,15 @@ def test_a_block_has_no_activation_and_says_so(tmp_path: Path, architecture: str
     assert [entry if entry == "none" else entry["num_parameters"] for entry in options["activation"]] == ["none", 32]
 
 
+@pytest.mark.parametrize(("name", "value"), [("activation", "gelu"), ("activation_options", {"per_channel": True})])
+def test_what_is_said_of_activations_is_refused_where_no_block_has_one(name: str, value: Any) -> None:
+    given = {"architecture": "gpt2", **SIZES["gpt2"], name: value}
+    with pytest.raises(ValidationError, match=f"{name}: it has no effect: every block has feedforward: mu"):
+        ModelParameters.model_validate({**given, "feedforward": BATCH})
+    ModelParameters.model_validate({**given, "feedforward": BATCH, name: None})
+    ModelParameters.model_validate({**given, "feedforward": ["mu", "mlp"]})
+
+
 def test_activations_are_converted_where_there_are_some_and_onnx_takes_it(tmp_path: Path) -> None:
     shifted = {"name": "mu", "shift": True, "norm": "batch"}
     model = made("convnext", feedforward=[shifted, "mlp"], activation="gelu", layer_scale=0.5)

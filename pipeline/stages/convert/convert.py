@@ -135,8 +135,9 @@ def _promised(
         return PromisedForeignModel(model.architecture)
     if settings is None:
         return None
-    # nor are ranks known before
-    known = {name: value for name, value in settings.items() if name != "factors"}
+    known = dict(settings)
+    if parameters.factorize is not None or parameters.drop_blocks is not None:
+        known.pop("factors", None)  # new ranks are known afterwards, and so are the numbers of the blocks that stay
     return replace(model, settings=known, figures=())
 
 
@@ -155,9 +156,18 @@ def _with_fewer_blocks(model: PromisedModel, parameters: ConvertParameters) -> M
         cuts = possible_cuts(lengths, options)
     except ValueError as error:
         raise UserError(str(error), "leave drop_blocks out, or drop others") from error
+    parts = config.feedforward_settings()
+    befores = [sum(lengths[:row]) + after for row, after in cuts]
+    able = [before for before in befores if parts[before].ends_linear]
+    if not able:
+        raise UserError(
+            f"drop_blocks: block {befores[0]} has feedforward: {parts[befores[0]].name}; only a linear layer can take "
+            "in a map",
+            "leave drop_blocks out, or drop others",
+        )
     found = []
-    for row, after in cuts:
-        first = sum(lengths[:row]) + after + 1
+    for before in able:
+        first = before + 1
         changed = without_blocks(config, range(first, first + options.number))
         sizes = {"n_layer", "depths"} & set(type(config).__dataclass_fields__)
         found.append({name: getattr(changed, name) for name in set(model.settings) | sizes})

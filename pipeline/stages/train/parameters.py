@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from polytrope.models import make_config
 from polytrope.models.configurations import FIXED, MODEL_KINDS, NO_ACTIVATION, activation_configs, all_parts
+from polytrope.models.parts.settings import FeedForward as FeedForwardSettings
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.activation_parameters import (
@@ -143,7 +144,9 @@ class ModelParameters(BaseModel):
             if name not in known and getattr(self, name) is not None:
                 settable = ", ".join(field for field in known if field in type(self).model_fields)
                 raise ValueError(f"{name}: a {self.architecture} has no such setting; there are {settable}")
-        widths = make_config(kind.config, self.settings()).activation_widths()
+        config = make_config(kind.config, self.settings())
+        self._refuse_unused_activations(config.feedforward_settings())
+        widths = config.activation_widths()
         for entry, width in zip(self.activations(), widths, strict=True):
             groups = entry.get("num_parameters", 1)
             if entry.get("dim", -1) == -1 and width % groups:
@@ -151,6 +154,17 @@ class ModelParameters(BaseModel):
                     f"activation: num_parameters ({groups}) does not divide the {width} channels of a block"
                 )
         return self
+
+    def _refuse_unused_activations(self, parts: Sequence[FeedForwardSettings]) -> None:
+        """Raise ValueError for what is said of activations where no block has one."""
+        if any(part.activated for part in parts):
+            return  # what is said of all, or in a list, of a block without one is for the others
+        for name in ("activation", "activation_options"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: it has no effect: every block has feedforward: {parts[0].name}, and no activation; leave "
+                    "it out (null in a matrix)"
+                )
 
 
 class AugmentationParameters(BaseModel):
