@@ -1,8 +1,8 @@
-"""The table that workflows/after-training.yaml ends with: `python -m benchmarks.after_training_table --store DIRECTORY`.
+"""The table that workflows/after-training.yaml ends with: `python -m benchmarks.after_training_table`.
 
-It runs the workflow in the store (four minutes on two cores; what is there already is not made again) and writes the size,
-speed and loss of every model to results/after_training_table.json and .md. Losses are those of one seed; speeds are of
-this machine, with whatever else ran on it.
+It runs the workflow in the store (four minutes on two cores; what is there already is not made again) and writes the
+size, speed and loss of every model to results/after_training_table.json and .md. Losses are those of one seed; speeds
+are of this machine, with whatever else ran on it.
 """
 
 from __future__ import annotations
