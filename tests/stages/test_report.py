@@ -368,7 +368,7 @@ def test_what_was_done_to_a_model_stands_below_its_name(tmp_path: Path) -> None:
     losses = {"gelu": 4.0, "smaller": 4.1}
     models = {label: make_model(tmp_path / label, label, loss) for label, loss in losses.items()}
     dropped = {"blocks": ["h.1"], "into": "h.0.mlp", "total": 4, "distances": {}, "relative_error": 0.1}
-    rounded = {"bits": 4, "per": "row", "layers": [], "left": [], "equalized": []}
+    rounded = {"bits": 4, "per": "row", "layers": [], "left": [], "equalized": [], "unequalized": []}
     record = ConversionRecord.model_validate(
         {
             "layers": [],
