@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.recipe import RESULTS, correct, difference, mean_of, p_value, plus_minus, table
-from benchmarks.recipe_trainings import for_choosing
+from benchmarks.recipe_trainings import describe, for_choosing
 from polytrope.models.checkpoint import load_model
 from polytrope.models.convert import convert
 from polytrope.pipeline.data.reader import open_split
@@ -93,23 +93,24 @@ def read_models(store: Store) -> dict[str, dict[int, tuple[Path, Path]]]:
     Raises:
         SystemExit: a model that is not in the store.
     """
-    rows = json.loads((RESULTS / "recipe.json").read_text(encoding="utf-8"))["trainings"]
     present = [artifact for artifact in map(store.load, store.keys()) if artifact is not None]
     by_digest = {artifact.digest: artifact for artifact in present}
     found: dict[str, dict[int, tuple[Path, Path]]] = {name: {} for name in (BASELINE, *LEARNABLE)}
-    for row in rows:
-        if any(row[key] != value for key, value in SETTING.items()) or row["name"] not in found:
+    for artifact in present:
+        if artifact.components["uses"] != "train":
             continue
-        artifact = by_digest.get(row["digest"])
-        if row["seed"] in SEEDS and artifact is not None:
-            dataset = by_digest[artifact.components["inputs"]["dataset"]]
+        dataset = by_digest.get(artifact.components["inputs"]["dataset"])
+        row = None if dataset is None else describe(artifact, dataset, by_digest)
+        if row is None or dataset is None or any(row[key] != value for key, value in SETTING.items()):
+            continue
+        if row["name"] in found and row["seed"] in SEEDS:
             found[row["name"]][row["seed"]] = (store.materialize(artifact.key), store.materialize(dataset.key))
     for name, models in found.items():
         missing = sorted(set(SEEDS) - set(models))
         if missing:
             raise SystemExit(
-                f"{store.address}: no {name} of seeds {', '.join(map(str, missing))}; in an empty store the trainings "
-                "are made by `polytrope run workflows/recipe.yaml --set 'params.seeds=[5, 6, 7, 8, 9]'`"
+                f"{store.address}: no {name} of seeds {', '.join(map(str, missing))}; they are made by `polytrope run "
+                f"workflows/recipe.yaml --set 'params.seeds={list(SEEDS)}' --store {store.address}`"
             )
     return found
 
@@ -136,32 +137,31 @@ def loss_of(model: nn.Module, blocks: Tensor, reported: Tensor) -> float:
     return total / count
 
 
-def measure(models: Mapping[str, Mapping[int, tuple[Path, Path]]], earlier: Sequence[Row]) -> list[Row]:
-    """A row per model and way: the loss, and the loss before; what stands in `earlier` is not made again."""
-    known = {(row["name"], row["seed"], row["way"]): row for row in earlier}
+def measure(models: Mapping[str, Mapping[int, tuple[Path, Path]]]) -> list[Row]:
+    """A row per model and way: the loss before, and after."""
     rows: list[Row] = []
     data: dict[Path, tuple[list[Tensor], Tensor, Tensor]] = {}
     for name, seeds in models.items():
         for seed, (model_directory, dataset_directory) in seeds.items():
-            wanted = [way for way in WAYS if (name, seed, way) not in known]
-            rows += [known[name, seed, way] for way in WAYS if (name, seed, way) in known]
-            if not wanted:
-                continue
             if dataset_directory not in data:
                 data[dataset_directory] = read_data(dataset_directory)
             calibration, blocks, reported = data[dataset_directory]
             model = load_model(model_directory).eval()
             start = time.perf_counter()
             before = loss_of(model, blocks, reported)
-            for way in wanted:
-                after = loss_of(WAYS[way](model, calibration), blocks, reported)
+            for way, change in WAYS.items():
+                after = loss_of(change(model, calibration), blocks, reported)
                 rows.append({"name": name, "seed": seed, "way": way, "before": before, "after": after})
             print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
     return rows
 
 
 def compare(rows: Sequence[Row]) -> list[Row]:
-    """For each way how far the loss rises with GELU, and the paired differences of the others to that."""
+    """For each way how far the loss rises, and paired differences of the rises.
+
+    Of both others to GELU, and of Hermite 4 to the control, which is the shape's share; Holm's correction is over all
+    of the former, and over all of the latter.
+    """
     rises: dict[str, dict[str, dict[int, float | None]]] = {way: {} for way in WAYS}
     for row in rows:
         rises[row["way"]].setdefault(row["name"], {})[row["seed"]] = row["after"] - row["before"]
@@ -169,30 +169,29 @@ def compare(rows: Sequence[Row]) -> list[Row]:
     for way, by_name in rises.items():
         entry: Row = {"way": way, "rise": {name: mean_of(list(of.values())) for name, of in by_name.items()}}
         entry["difference"] = {name: difference(by_name[name], by_name[BASELINE]) for name in LEARNABLE}
+        entry["shape"] = difference(*(by_name[name] for name in LEARNABLE))
         found.append(entry)
+    correct([entry["shape"] for entry in found])
     correct([one for entry in found for one in entry["difference"].values()])
     return found
 
 
 def markdown(ways: Sequence[Row], rows: Sequence[Row]) -> str:
     """The rise with GELU, and for each other activation the difference and its corrected p-value."""
-    heads = [
-        "what is done",
-        "GELU",
-        *(part for title in LEARNABLE.values() for part in (f"{title} − GELU", "p (Holm)")),
-    ]
+    titles = [*(f"{title} − GELU" for title in LEARNABLE.values()), "Hermite 4 − affine"]
+    heads = ["what is done", "GELU", *(part for title in titles for part in (title, "p (Holm)"))]
     lines = []
     for entry in ways:
         cells = [entry["way"], plus_minus(entry["rise"][BASELINE], "+.4f")]
-        for name in LEARNABLE:
-            cells += [plus_minus(entry["difference"][name], "+.4f"), p_value(entry["difference"][name])]
+        for found in (*(entry["difference"][name] for name in LEARNABLE), entry["shape"]):
+            cells += [plus_minus(found, "+.4f"), p_value(found)]
         lines.append(cells)
     before = {
         name: mean_of([row["before"] for row in rows if row["name"] == name and row["way"] == next(iter(WAYS))])
         for name in (BASELINE, *LEARNABLE)
     }
-    titles = {BASELINE: "GELU", **LEARNABLE}
-    losses = "; ".join(f"{titles[name]} {plus_minus(loss, '.3f')}" for name, loss in before.items())
+    names = {BASELINE: "GELU", **LEARNABLE}
+    losses = "; ".join(f"{names[name]} {plus_minus(loss, '.3f')}" for name, loss in before.items())
     said = (
         f"Rise of the loss in nats per token, {len({row['seed'] for row in rows})} seeds, mean ± half of the 95 % "
         f"interval; differences paired by seed. Before: {losses}."
@@ -233,8 +232,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     path = options.output / "compressibility.json"
-    earlier = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    rows = measure(read_models(Store(options.store)), earlier)
+    rows = measure(read_models(Store(options.store)))
     ways = compare(rows)
     content = {"command": "python -m benchmarks.compressibility", "ways": ways, "rows": rows}
     options.output.mkdir(parents=True, exist_ok=True)

@@ -537,13 +537,23 @@ def test_how_learnable_activations_compress_is_told_as_measured() -> None:
     )
     assert json.loads(json.dumps(compressibility.compare(result["rows"]))) == result["ways"]
     ways = {entry["way"]: entry["difference"] for entry in result["ways"]}
-    hermite, affine = compressibility.LEARNABLE
+    gelu, (hermite, affine) = compressibility.BASELINE, compressibility.LEARNABLE
     (less, more) = (ways[f"layers factored, {ratio} times smaller"] for ratio in ("1.5", "3"))
+    shape = [entry["shape"] for entry in result["ways"] if entry["way"].startswith("layers factored")]
+    thirds = [row for row in result["rows"] if row["way"] == "layers factored, 3 times smaller"]
+    after = {name: {row["seed"]: row["after"] for row in thirds if row["name"] == name} for name in (gelu, hermite)}
+    worse = recipe.difference(after[hermite], after[gelu])
+    assert worse is not None
     says(
         "docs/after-training.md",
         f"by {less[hermite]['mean']:.3f} nats at a ratio of 1.5 and {more[hermite]['mean']:.3f} at 3, on every seed",
         f"the control as well, by {less[affine]['mean']:.3f} and {more[affine]['mean']:.3f}",
+        f"({shape[0]['mean']:.3f} ± {shape[0]['half_width']:.3f} at 1.5, p {shape[0]['holm_p_value']:.3f} after",
+        f"but p is {shape[1]['holm_p_value']:.2f})",
+        f"at 3 they are worse, by {worse['mean']:.3f} ± {worse['half_width']:.3f}",
+        f"by {max(ways['3 bits'][name]['mean'] for name in (hermite, affine)):.3f} at most",
     )
+    assert shape[1]["mean"] > shape[1]["half_width"]
     assert all(value > 0 for way in (less, more) for name in way for value in way[name]["values"])
     for way, found in ways.items():
         assert all((one["holm_p_value"] < 0.05) == way.startswith("layers factored") for one in found.values()), way
