@@ -187,7 +187,11 @@ class ConvNeXt(nn.Module):
         logits: Tensor = self.head(self.norm(x.mean((-2, -1))))
         if targets is None:
             return logits
-        if not self.training:
+        return self.loss(logits, targets, reduction=reduction, training=self.training)
+
+    def loss(self, logits: Tensor, targets: Tensor, *, reduction: str, training: bool) -> Tensor:
+        """What `forward` returns with `targets`, of its logits; `training`: as in training mode."""
+        if not training:
             return cross_entropy(logits.float(), targets, reduction=reduction)
         loss = self.training_loss(logits.float(), targets, reduction=reduction, label_smoothing=self.label_smoothing)
         return loss if self.ranges is None else self.ranges.added_to(loss, reduction)

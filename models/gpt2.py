@@ -194,9 +194,13 @@ class GPT2(nn.Module):
         logits: Tensor = self.lm_head(self.transformer["ln_f"](x))
         if targets is None:
             return logits
-        measure = self.training_loss if self.training else cross_entropy
+        return self.loss(logits, targets, reduction=reduction, training=self.training)
+
+    def loss(self, logits: Tensor, targets: Tensor, *, reduction: str, training: bool) -> Tensor:
+        """What `forward` returns with `targets`, of its logits; `training`: as in training mode."""
+        measure = self.training_loss if training else cross_entropy
         loss = measure(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
-        return loss if self.ranges is None or not self.training else self.ranges.added_to(loss, reduction)
+        return loss if self.ranges is None or not training else self.ranges.added_to(loss, reduction)
 
     def forward_with_cache(self, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """Logits of the last position `[batch, vocab_size]` and the extended cache, for sampling."""

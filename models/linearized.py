@@ -26,11 +26,14 @@ class LinearizedModel(nn.Module):
             certified reciprocals, have no tangent.
 
     Raises:
-        ValueError: no parameter is left to learn.
+        ValueError: no parameter is left to learn, or the model's loss has penalties of ranges: they are no function of
+            its output.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        if getattr(model, "ranges", None) is not None:
+            raise ValueError("model: its penalty of ranges is of its own activations, of which a tangent has none")
         fixed = {id(parameter) for module in certified_modules(model) for parameter in module.parameters()}
         self.names = tuple(
             name
@@ -49,17 +52,28 @@ class LinearizedModel(nn.Module):
         self.initial.eval()
         return self
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The model's output, of the same shape and dtype; costs about two of its forward passes."""
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, *, reduction: str = "mean") -> Tensor:
+        """The model's output, of the same shape and dtype, or with `targets` the model's loss of that output.
+
+        It is not the tangent of the loss, which no minimum bounds. Costs about two of the model's forward passes.
+
+        Args:
+            inputs, targets, reduction: what the model takes; in training mode the loss is that of training.
+        """
         weights = {name: self.initial.get_parameter(name) for name in self.names}
 
         def compute(weights: dict[str, Tensor]) -> Any:
-            return functional_call(self.initial, weights, inputs)
+            return functional_call(self.initial, weights, (inputs,))
 
         # Fused attention has no forward-mode derivative.
         with sdpa_kernel(SDPBackend.MATH):
             output, change = jvp(compute, (weights,), (dict(zip(self.names, self.tangents, strict=True)),))[:2]
-        return output + change  # type: ignore[no-any-return]
+        outputs: Tensor = output + change
+        if targets is None:
+            return outputs
+        model: Any = self.initial
+        loss: Tensor = model.loss(outputs, targets, reduction=reduction, training=self.training)
+        return loss
 
 
 def average_linearized(models: Sequence[LinearizedModel]) -> LinearizedModel:

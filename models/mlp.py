@@ -122,15 +122,18 @@ class MLP(nn.Module):
             else:
                 x = block(x)
         outputs: Tensor = self.head(x)
-        scale = self.config.output_scale
-        if scale != 1.0:
-            outputs = scale * outputs
+        if self.config.output_scale != 1.0:
+            outputs = self.config.output_scale * outputs
         if targets is None:
             return outputs
-        if not self.training:
+        return self.loss(outputs, targets, reduction=reduction, training=self.training)
+
+    def loss(self, outputs: Tensor, targets: Tensor, *, reduction: str, training: bool) -> Tensor:
+        """What `forward` returns with `targets`, of its outputs; `training`: as in training mode."""
+        if not training:
             return LOSSES[self.config.loss](outputs.float(), targets, reduction=reduction)
         loss = self.training_loss(outputs.float(), targets, reduction=reduction, label_smoothing=self.label_smoothing)
-        if scale != 1.0:
+        if (scale := self.config.output_scale) != 1.0:
             loss = loss / scale**2
         return loss if self.ranges is None else self.ranges.added_to(loss, reduction)
 

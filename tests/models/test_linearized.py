@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from polytrope.models import build_model
 from polytrope.models.linearized import LinearizedModel, average_linearized
+from polytrope.models.losses import make_loss
 
 GPT2: dict[str, Any] = {"vocab_size": 64, "sequence_length": 12, "n_layer": 2, "n_head": 2, "n_embd": 24}
 CONVNEXT: dict[str, Any] = {
@@ -29,6 +30,29 @@ EXAMPLES = {
     "convnext": torch.linspace(-2, 2, 128, dtype=torch.float64).sin().reshape(2, 1, 8, 8),
 }
 each_model = pytest.mark.parametrize("kind", MODELS)
+
+
+def loss_of_classes(outputs: Tensor, targets: Tensor, training: bool) -> Tensor:
+    outputs, targets = outputs.flatten(0, -2), targets.flatten()
+    loss = F.cross_entropy(outputs, targets, reduction="none")
+    return (loss + (2.0 * (1.0 - (-loss).exp()) if training else 0.0)).mean()
+
+
+def loss_of_numbers(outputs: Tensor, targets: Tensor, training: bool) -> Tensor:
+    return F.mse_loss(outputs, targets) / (4.0 if training else 1.0)
+
+
+# Configuration, inputs, targets, and the loss.
+LOSSES_OF: dict[str, Any] = {
+    "gpt2": (GPT2, EXAMPLES["gpt2"], EXAMPLES["gpt2"].flip(1), loss_of_classes),
+    "convnext": (CONVNEXT, EXAMPLES["convnext"], torch.tensor([2, 0]), loss_of_classes),
+    "mlp": (
+        {"inputs": 3, "widths": [8, 8], "output_scale": 2.0},
+        torch.linspace(-2, 2, 12, dtype=torch.float64).sin().reshape(4, 3),
+        torch.linspace(-1, 1, 4, dtype=torch.float64).reshape(4, 1),
+        loss_of_numbers,
+    ),
+}
 
 
 def initial_model(kind: str, **changes: Any) -> nn.Module:
@@ -116,6 +140,25 @@ def test_training_moves_all_tangents_and_nothing_else(kind: str) -> None:
         assert loss_of(middle) <= (loss_of(ends[0]) + loss_of(ends[1])) / 2
 
 
+@pytest.mark.parametrize("kind", LOSSES_OF)
+def test_with_targets_it_is_the_models_loss_of_the_tangents_outputs(kind: str) -> None:
+    changes, x, targets, expected = LOSSES_OF[kind]
+    torch.manual_seed(0)
+    model: Any = build_model(kind, changes).double()
+    if kind != "mlp":
+        model.training_loss = make_loss("poly", epsilon=2.0)
+    tangent = LinearizedModel(model)
+    tangent = with_tangents(tangent, [10 * direction for direction in directions(tangent, 1)])
+    outputs = tangent(x)
+    for training in (False, True):
+        of_outputs = expected(outputs, targets, training)
+        torch.testing.assert_close(tangent.train(training)(x, targets), of_outputs, check_dtype=False)
+        # The model itself takes the same way.
+        model.train(training)
+        torch.testing.assert_close(model(x, targets), expected(model(x), targets, training), check_dtype=False)
+    assert tangent(x, targets, reduction="none").numel() == outputs[..., 0].numel()
+
+
 def test_the_gradient_at_the_start_is_the_models_own() -> None:
     model, x = initial_model("gpt2").eval(), EXAMPLES["gpt2"]
     tangent = LinearizedModel(model)
@@ -130,6 +173,13 @@ def test_the_frozen_model_computes_as_in_evaluation() -> None:
     tangent = LinearizedModel(model.train()).train()
     assert tangent.training
     torch.testing.assert_close(tangent(x), model.eval()(x), rtol=0, atol=1e-13)
+
+
+def test_a_model_with_a_penalty_of_ranges_has_no_tangent() -> None:
+    model: Any = initial_model("gpt2")
+    model.ranges = object()
+    with pytest.raises(ValueError, match="penalty of ranges"):
+        LinearizedModel(model)
 
 
 def test_frozen_parameters_have_no_tangent() -> None:
