@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from polytrope.ops import functional, initialization, plain, tensors
+from polytrope.ops import functional, initialization, plain, rational_spline, tensors
 from polytrope.ops.circuit import Circuit, make_circuit
 from polytrope.ops.families import MAX_COMPOSED, MAX_PIECES, check_degree
 from polytrope.ops.fitting import composition, solvers
@@ -27,7 +27,7 @@ from polytrope.ops.fitting.polynomial import of_line
 from polytrope.ops.fitting.targets import NAMED, find_kinks, resolve_target, sample
 from polytrope.ops.functional import Interval, Variable, check_domain, check_variable
 from polytrope.ops.functional import check_interval as check_interval
-from polytrope.ops.moments import REACH, Moments, moments_of_hermite, moments_of_module
+from polytrope.ops.moments import REACH, Moments, gaussian_moments, moments_of_hermite, moments_of_module
 from polytrope.ops.plain import PlainForm
 
 Init = str | Callable[[Tensor], Tensor]
@@ -722,6 +722,99 @@ class Affine(LearnableActivation):
         return plain.rescaled(self.base, self._numbers())
 
 
+_SPLINE = ("widths", "start", "rises", "slopes", "line")  # what `_rational_spline` takes
+
+
+class RationalSpline(LearnableActivation):
+    """A rising rational-quadratic spline less a learned straight line, whose knots, values and slopes are learned.
+
+    It is the curve with these values and slopes at the knots, so it starts as any function without a fit. The outer
+    lines go on. Computed in plain torch, without a kernel.
+
+    Args:
+        degree: the number of pieces, 1…64.
+        interval: the first and the last knot.
+    """
+
+    starts = ("variance_preserving", "identity")
+
+    def __init__(self, degree: int = 8, *, interval: Any = (-4.0, 4.0), **options: Any) -> None:
+        super().__init__("rational_spline", 1, interval=interval, **options)
+        if self.interval is None:
+            raise ValueError("interval: expected (lo, hi), the first and the last knot, got None")
+        self.degree = check_degree(degree, MAX_PIECES)
+        self.learn(_rational_spline, options, **self._start())
+
+    widths: nn.Parameter
+    start: nn.Parameter
+    rises: nn.Parameter
+    slopes: nn.Parameter
+    line: nn.Parameter
+
+    def _start(self) -> dict[str, Array]:
+        if self.init == "identity":
+            return self._through(lambda x: x)
+        gelu = self._through(NAMED["gelu"])
+        given = {name: torch.from_numpy(np.array(value, ndmin=1)) for name, value in gelu.items()}
+
+        def curve(x: Tensor) -> Tensor:
+            return _rational_spline(x, *(given[name] for name in _SPLINE), interval=self.interval)
+
+        knots = _knots(self.interval, self.degree + 1, torch.device("cpu")).tolist()
+        scale, offset = initialization.scale_and_offset(*gaussian_moments(lambda x: sample(curve, x), knots))
+        return self._through(lambda x: scale * (NAMED["gelu"](x) + offset), margin=0.1 * scale)
+
+    def _through(self, target: Callable[[Tensor], Tensor], margin: float = 0.1) -> dict[str, Array]:
+        """Values and slopes of the target at equidistant knots; the line makes the least slope rise by `margin`."""
+        knots = _knots(self.interval, self.degree + 1, torch.device("cpu"))
+        values, slopes = (torch.from_numpy(part) for part in sample(target, knots.numpy()))
+        secants = values.diff() / knots.diff()
+        line = max(0.0, margin - float(torch.cat([slopes, secants]).min()))
+        widths, slopes, rises = rational_spline.free(knots, slopes + line, secants + line)
+        start = values[:1] + line * knots[:1]
+        found = {"widths": widths, "start": start, "rises": rises, "slopes": slopes}
+        return {name: part.numpy() for name, part in found.items()} | {"line": np.array([line])}
+
+    def imitate(self, init: Init) -> dict[str, Array]:
+        with self._naming_starts():
+            return self._through(resolve_target(init))
+
+    def _tied(self) -> dict[str, Tensor]:
+        assert self.interval is not None
+        numbers = {name: torch.from_numpy(value) for name, value in self._numbers().items() if name != "line"}
+        return dict(
+            zip(("knots", "heights", "slopes"), rational_spline.tied(**numbers, interval=self.interval), strict=True)
+        )
+
+    def kinks(self) -> list[float]:
+        """The knots: curvature jumps there, slopes do not."""
+        return [float(knot) for knot in self._tied()["knots"]]
+
+    def plain(self) -> PlainForm:
+        numbers = {name: part.numpy() for name, part in self._tied().items()}
+        return PlainForm(numbers | {"line": self._numbers()["line"]}, rational_spline.plain_spline, False)
+
+
+def _rational_spline(
+    x: Tensor,
+    widths: Tensor,
+    start: Tensor,
+    rises: Tensor,
+    slopes: Tensor,
+    line: Tensor,
+    *,
+    dim: int = -1,
+    interval: Interval | None = None,
+    glu: bool = False,
+) -> Tensor:
+    """`rational_spline.rational_spline` of numbers that may be any; they are tied in float64."""
+    assert interval is not None
+    knots, heights, rates = rational_spline.tied(
+        widths.double(), slopes.double(), rises.double(), start.double(), interval
+    )
+    return rational_spline.rational_spline(x, knots, heights, rates, line, dim=dim, glu=glu)
+
+
 @functools.cache
 def _preserving(base: str) -> tuple[float, float, list[float]]:
     """(s, o) such that s (f + o) preserves the variance, and where the slope of f jumps."""
@@ -860,6 +953,7 @@ LEARNABLE: dict[str, type[Any]] = {  # of LearnableActivation, whose subclasses 
     "polyrelu": PolyReLU,
     "polynorm": PolyNorm,
     "piecewise_linear": PiecewiseLinear,
+    "rational_spline": RationalSpline,
     "affine": Affine,
     "composition": Composition,
 }

@@ -57,6 +57,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "polyrelu": ({"degree": 3}, (2, 3, 5)),
     "piecewise_linear": ({"degree": 8}, ()),
     "polynorm": ({"degree": 3}, ()),
+    "rational_spline": ({"degree": 8}, ()),
 }
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 INTERVAL = (-4.0, 4.0)

@@ -70,7 +70,7 @@ def names() -> dict[str, tuple[type[Any], dict[str, Any]]]:
     """The class and its arguments for every name, in the form of `ACT2FN`."""
     found = {}
     for family, kind in _CLASSES.items():
-        largest = MAX_PIECES if family == "piecewise_linear" else MAX_DEGREE
+        largest = MAX_PIECES if family in ("piecewise_linear", "rational_spline") else MAX_DEGREE
         degrees = range(1, largest + 1) if kind.has_degree else []
         sizes: dict[str, dict[str, Any]] = {family: {}} | {
             f"{family}{degree}": {"degree": degree} for degree in degrees

@@ -361,6 +361,7 @@ def test_piecewise_linear_has_a_form_of_ordinary_operations() -> None:
         {"name": "rational", "degree": 3, "denominator_degree": 0, "interval": [-2.0, 3.0]},
         {"name": "polyrelu", "degree": 4, "interval": [-1.0, 2.0]},
         {"name": "affine", "base": "silu"},
+        {"name": "rational_spline", "degree": 6},
     ],
     ids=str,
 )

@@ -361,6 +361,7 @@ FAMILIES: list[dict[str, Any]] = [
     {"name": "polynorm", "degree": 3, "epsilon": 1e-4},
     {"name": "piecewise_linear", "degree": 12, "num_parameters": 2},
     {"name": "affine", "base": "gelu_tanh", "num_parameters": 2},
+    {"name": "rational_spline", "degree": 6, "num_parameters": 2},
     {"name": "composition", "degree": [7, 40], "domain": [-3, 5], "center": 0.0, "gate": True, "num_parameters": 2},
 ]
 

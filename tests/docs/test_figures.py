@@ -31,6 +31,7 @@ from polytrope.pipeline.stages.report.statistics import holm
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 HERMITE = "hermite4 gelu [-4, 4] × "
+_OF_IMAGES = ("hermite4 gelu [-4, 4]", "affine gelu")
 ENDED = ("affine", "tropical", "piecewise_linear", "polynorm")  # in straight lines, or held by a norm
 
 
@@ -182,7 +183,23 @@ def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
         if setting["corpus"] == "state-of-the-union" and (setting["steps"], setting["learning_rate"]) == (480, 3e-3)
     }
     small = [models["64"][name]["difference"] for name in (f"{HERMITE}10", "affine gelu_tanh × 10")]
-    assert {one["pairs"] for one in small} == {2}
+    assert {one["pairs"] for one in small} == {3}
+    longer = next(
+        {one["name"]: one for one in setting["activations"]}
+        for setting in file["settings"]
+        if setting["corpus"] == "state-of-the-union" and (setting["steps"], setting["model"][-3:]) == (960, " 64")
+    )
+    twice = [longer[name]["difference"] for name in (f"{HERMITE}10", "affine gelu_tanh × 10")]
+    shape = longer[f"{HERMITE}10"]["differences_to_controls"]["affine gelu_tanh × 10"]
+    faded = [recipe.plus_minus(one, "+.3f") for one in (small[0], twice[0])]
+    says("README.md", f"gained more ({faded[0]}), with twice the tokens less ({faded[1]})")
+    images = {(row["corpus"], row["name"]): recipe.plus_minus(row["difference"], "+.4f") for row in file["equal_time"]}
+    hermite, control = ([images[data, f"{name} × 10"] for data in ("digits", "mnist-5k")] for name in _OF_IMAGES)
+    says(
+        "docs/activations/study.md",
+        f"Hermite 4 has {hermite[0]} on the digits and {hermite[1]} on MNIST",
+        f"the control keeps {control[0]} and {control[1]}",
+    )
     gated = models["128, gated"]
     spoilt = {name: sum(loss > 4.3 for loss in one["loss"]["values"]) for name, one in gated.items()}
     assert spoilt == {"gelu_tanh": 1, "silu": 2, "affine gelu_tanh × 10": 1, f"{HERMITE}10": 1}
@@ -190,7 +207,9 @@ def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
     says(
         "docs/activations/study.md",
         *told,
-        f"Hermite 4 × 10 has {small[0]['mean']:+.3f}, the control {small[1]['mean']:+.3f};",
+        f"Hermite 4 × 10 has {faded[0]} and the control {recipe.plus_minus(small[1], '+.3f')} after the same 480",
+        f"twice the tokens, {faded[1]} and {recipe.plus_minus(twice[1], '+.3f')}.",
+        f"{recipe.plus_minus(shape, '+.3f')} beyond the control (p {shape['holm_p_value']:.3f}",
         f"Hermite 4 is {-of_seed[0]:.3f} below GEGLU, the control {-of_seed[1]:.3f}",
     )
 

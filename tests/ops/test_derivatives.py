@@ -119,7 +119,11 @@ def test_higher_derivatives_where_one_of_the_two_is_frozen(frozen: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, {"name": "affine"}, {"name": "composition", "degree": [3, 4]}], ids=label)
+@pytest.mark.parametrize(
+    "config",
+    [*CONFIGS, {"name": "affine"}, {"name": "rational_spline"}, {"name": "composition", "degree": [3, 4]}],
+    ids=label,
+)
 def test_forward_mode(config: dict[str, Any]) -> None:
     """Along a direction in x and in every parameter, also over reverse mode: a product with the Hessian."""
     module, x = activation(config), points()

@@ -70,6 +70,7 @@ def test_without_a_rate_of_their_own_each_activation_has_its_multiple_which_the_
         (RECIPE | {"degree": 12}, 10.0),
         (RECIPE | {"glu": True}, 10.0),
         ({"name": "affine", "init": "gelu_tanh"}, 10.0),
+        ({"name": "rational_spline", "init": "gelu"}, 10.0),
         (RECIPE | {"name": "chebyshev"}, 0.1),  # T_4 is 1,921 at 4
         (RECIPE | {"interval": [-8, 8]}, 1.0),  # He_4 is 16 times as large there
         ("hermite4", 0.1),  # nothing holds the formula outside

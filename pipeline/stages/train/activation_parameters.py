@@ -28,15 +28,17 @@ if TYPE_CHECKING:
     PolynomialStart = str
     PublishedStart = str
     FourierStart = str
+    SplineStart = str
     PublishedPolynomialStart = str
     ClassicalName = str
 else:
     ClassicalName = Literal[FIXED]
-    AnyStart = Literal["variance_preserving", "stable", "torchortho", *IMITATED]
+    AnyStart = Literal["variance_preserving", "stable", "torchortho", "identity", *IMITATED]
     Imitated = Literal[IMITATED]
     Start = Literal[_STARTS]
     PolynomialStart = Literal["variance_preserving", "stable", *IMITATED]
     PublishedStart = Literal["variance_preserving", "torchortho", *IMITATED]
+    SplineStart = Literal["variance_preserving", "identity", *IMITATED]
     FourierStart = Literal["variance_preserving", "siren", "torchortho", *IMITATED]
     PublishedPolynomialStart = Literal["variance_preserving", "stable", "torchortho", *IMITATED]
 
@@ -157,6 +159,13 @@ class _PiecewiseLinear(_Elementwise):
     init: Start = Field("variance_preserving", description="how it starts")
 
 
+class _RationalSpline(_Elementwise):
+    name: Literal["rational_spline"]
+    degree: int = Field(8, ge=1, le=64, description="number of pieces, 1…64")
+    interval: Interval = Field((-4.0, 4.0), description="the first and the last knot")
+    init: SplineStart = Field("variance_preserving", description="how it starts")
+
+
 class _PolyNorm(_Named):
     name: Literal["polynorm"]
     degree: int = Field(3, ge=1, le=16, description="1…16")
@@ -189,7 +198,7 @@ class _Composition(_Grouped):
 
 _Settings = Annotated[
     _Classical | _Hermite | _Chebyshev | _Legendre | _Fourier | _Tropical | _TropicalRational | _Rational | _PolyReLU
-    | _PiecewiseLinear | _PolyNorm | _Affine | _Composition,
+    | _PiecewiseLinear | _PolyNorm | _RationalSpline | _Affine | _Composition,
     Field(discriminator="name"),
 ]  # fmt: skip
 LEARNABLE_SETTINGS: dict[str, type[BaseModel]] = {
@@ -203,6 +212,7 @@ LEARNABLE_SETTINGS: dict[str, type[BaseModel]] = {
     "polyrelu": _PolyReLU,
     "polynorm": _PolyNorm,
     "piecewise_linear": _PiecewiseLinear,
+    "rational_spline": _RationalSpline,
     "affine": _Affine,
     "composition": _Composition,
 }

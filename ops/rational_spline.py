@@ -1,0 +1,137 @@
+"""Rational-quadratic splines: rising, with a continuous slope, given by values and slopes at knots, and invertible.
+
+(Durkan, Bekasov, Murray, Papamakarios, Neural Spline Flows, 2019; Gregory and Delbourgo, Piecewise Rational Quadratic
+Interpolation to Monotonic Data, 1982.) In plain torch, without a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from polytrope.ops import functional
+
+FLOOR = 1e-3  # of the width of a piece relative to the interval, and of slopes
+
+
+def rational_spline(
+    x: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor, line: Tensor, *, dim: int = -1, glu: bool = False
+) -> Tensor:
+    """S(x) - line · x: between two knots S(x) = y + r (s t² + d u) / (s + (d + d' - 2 s) u), u = t (1 - t).
+
+    t goes from 0 to 1, r is the rise of the piece, s its mean slope, d and d' are the slopes at its ends. Outside S
+    goes on as a straight line. bfloat16 and float16 are computed in float32 and rounded once.
+
+    Args:
+        x: any shape; with `glu` the last dimension holds [a, b], the result is F(a) · b.
+        knots, heights, slopes: `[(groups,) pieces + 1]`; knots and heights rise, slopes are above 0.
+        line: `[1]`, or `[groups, 1]`.
+        dim: the dimension of x whose channels are in groups.
+
+    Raises:
+        ValueError: groups that do not divide the channels, or halves that there are not.
+        TypeError: no floats.
+    """
+    groups, pieces = knots.numel() // knots.shape[-1], knots.shape[-1] - 1
+    dim = functional.check_input(x.dtype, x.shape, glu, groups, dim)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    argument, factor = x.chunk(2, dim=-1) if glu else (x, None)
+    argument = argument.to(wide)
+    if groups > 1:
+        argument = argument.unflatten(dim, (groups, argument.shape[dim] // groups)).movedim(dim - 1, 0)
+    flat = argument.reshape(groups, -1)
+    places, values, rates = (part.to(wide).reshape(groups, pieces + 1) for part in (knots, heights, slopes))
+    slant = line.to(wide).reshape(groups, 1)
+    low, high = places[:, :1], places[:, -1:]
+    inside = torch.where(flat < low, low, torch.where(flat > high, high, flat))  # at an end the whole slope is x's
+    with torch.no_grad():
+        piece = torch.searchsorted(places[:, 1:-1].contiguous(), inside)
+        piece = piece + pieces * torch.arange(groups, device=x.device)[:, None]
+    table = torch.stack(
+        [places[:, :-1], places.diff(), values[:, :-1], values.diff(), rates[:, :-1], rates[:, 1:]], dim=-1
+    )
+    knot, width, height, rise, rate, next_rate = F.embedding(piece, table.flatten(0, 1)).unbind(-1)
+    value = height + _rise((inside - knot) / width, rise, rise / width, rate, next_rate) - slant * inside
+    beyond = flat - inside
+    value = value + torch.where(flat < low, rates[:, :1] - slant, rates[:, -1:] - slant) * beyond
+    if groups > 1:
+        value = value.reshape(argument.shape).movedim(0, dim - 1).flatten(dim - 1, dim)
+    else:
+        value = value.reshape(argument.shape)
+    if factor is not None:
+        value = value * factor.to(wide)
+    return value.to(x.dtype)
+
+
+def invert(y: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor) -> Tensor:
+    """The x with S(x) = y, in closed form: t is a root of a quadratic equation.
+
+    Args:
+        y: any shape.
+        knots, heights, slopes: `[pieces + 1]`, as of `rational_spline`.
+    """
+    inside = y.clamp(float(heights[0]), float(heights[-1]))
+    piece = torch.searchsorted(heights[1:-1].contiguous(), inside.detach())
+    width, rise = knots.diff()[piece], heights.diff()[piece]
+    mean, rate, next_rate = rise / width, slopes[:-1][piece], slopes[1:][piece]
+    above = inside - heights[:-1][piece]
+    bend = above * (next_rate + rate - 2 * mean)
+    square, linear, constant = bend + rise * (mean - rate), rise * rate - bend, -mean * above
+    root = 2 * constant / (-linear - (linear * linear - 4 * square * constant).sqrt())
+    beyond = y - inside
+    return knots[:-1][piece] + root * width + beyond / torch.where(beyond < 0, slopes[0], slopes[-1])
+
+
+def free(knots: Tensor, slopes: Tensor, secants: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers from which `tied` makes these widths, slopes and rises.
+
+    Args:
+        knots: `[pieces + 1]`; pieces of at least `FLOOR` of the whole.
+        slopes: `[pieces + 1]`, above `FLOOR`.
+        secants: rises in units of the mean width, `[pieces]`, above `FLOOR`.
+    """
+    widths = knots.diff() / (knots[-1] - knots[0])
+    shares = (widths - FLOOR) / (1 - FLOOR * len(widths))
+    return shares.log(), _softplus_inverse(slopes - FLOOR), _softplus_inverse(secants - FLOOR)
+
+
+def tied(
+    widths: Tensor, slopes: Tensor, rises: Tensor, start: Tensor, interval: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Knots, heights and slopes `[(groups,) pieces + 1]` that rise for any numbers.
+
+    Args:
+        widths, rises: `[(groups,) pieces]`; slopes: `[(groups,) pieces + 1]`; start: `[(groups,) 1]`, the first height.
+        interval: the first and the last knot.
+    """
+    low, high = interval
+    pieces = widths.shape[-1]
+    shares = FLOOR + (1 - FLOOR * pieces) * torch.softmax(widths, dim=-1)
+    inner = low + (high - low) * shares[..., :-1].cumsum(-1)
+    ends = [torch.full_like(start, end) for end in interval]
+    knots = torch.cat([ends[0], inner, ends[1]], dim=-1)
+    steps = (F.softplus(rises) + FLOOR) * ((high - low) / pieces)
+    heights = torch.cat([start, start + steps.cumsum(-1)], dim=-1)
+    return knots, heights, F.softplus(slopes) + FLOOR
+
+
+def plain_spline(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
+    """The same sum without a search: each piece adds its rise up to x; for files that know only ordinary operations."""
+    knots, heights, slopes, line = (numbers[name] for name in ("knots", "heights", "slopes", "line"))
+    widths, rises = knots[1:] - knots[:-1], heights[1:] - heights[:-1]
+    t = ((x.unsqueeze(-1) - knots[:-1]) / widths).clamp(0.0, 1.0)
+    inside = heights[0] + _rise(t, rises, rises / widths, slopes[:-1], slopes[1:]).sum(-1)
+    below, above = torch.clamp(x - knots[0], max=0.0), torch.clamp(x - knots[-1], min=0.0)
+    return inside + slopes[0] * below + slopes[-1] * above - line * x
+
+
+def _rise(t: Tensor, rise: Tensor, mean: Tensor, rate: Tensor, next_rate: Tensor) -> Tensor:
+    u = t * (1 - t)
+    return rise * (mean * t * t + rate * u) / (mean + (next_rate + rate - 2 * mean) * u)
+
+
+def _softplus_inverse(value: Tensor) -> Tensor:
+    return value + (-torch.expm1(-value)).log()

@@ -1,0 +1,144 @@
+"""Rational-quadratic splines: rising, smooth, invertible, through values and slopes, and as activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from activation_support import inputs
+from torch import Tensor, nn
+
+from polytrope.ops import RationalSpline, build_activation, moments
+from polytrope.ops.rational_spline import FLOOR, invert, rational_spline, tied
+
+
+def random_spline(pieces: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Knots from -3 to 4, heights and slopes."""
+    generator = torch.Generator().manual_seed(seed)
+    widths, rises, slopes, start = (
+        torch.randn(count, generator=generator, dtype=torch.float64) for count in (pieces, pieces, pieces + 1, 1)
+    )
+    return tied(widths, slopes, rises, start, (-3.0, 4.0))
+
+
+def through(target: Any, pieces: int, line: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values and slopes of target(x) + line · x at equidistant knots on [-4, 4], and the line."""
+    knots = torch.linspace(-4, 4, pieces + 1, dtype=torch.float64, requires_grad=True)
+    values = target(knots) + line * knots
+    (slopes,) = torch.autograd.grad(values.sum(), knots)
+    return knots.detach(), values.detach(), slopes, torch.tensor([line], dtype=torch.float64)
+
+
+def test_it_rises_goes_through_its_numbers_and_is_inverted_in_closed_form() -> None:
+    for seed in range(5):
+        knots, heights, slopes = random_spline(seed=seed)
+        none = torch.zeros(1, dtype=torch.float64)
+        x = torch.linspace(-6, 7, 5001, dtype=torch.float64)
+        y = rational_spline(x, knots, heights, slopes, none)
+        assert bool((y.diff() > 0).all())
+        assert (rational_spline(knots, knots, heights, slopes, none) - heights).abs().max() < 1e-14
+        assert (invert(y, knots, heights, slopes) - x).abs().max() < 4e-14 * float(1 / slopes.min().clamp(max=1.0))
+
+
+def test_values_and_slopes_are_continuous_at_the_knots() -> None:
+    knots, heights, slopes = random_spline()
+    none = torch.zeros(1, dtype=torch.float64)
+    for side in (-1e-9, 0.0, 1e-9):
+        x = (knots + side).requires_grad_()
+        value = rational_spline(x, knots, heights, slopes, none)
+        (slope,) = torch.autograd.grad(value.sum(), x)
+        assert (value - heights).abs().max() < 1e-8
+        assert (slope - slopes).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("pieces", "error"), [(6, 1.6e-2), (8, 6.2e-3), (12, 1.3e-3), (16, 4.2e-4)])
+def test_gelu_is_met_without_a_fit(pieces: int, error: float) -> None:
+    """GELU falls, by .1289 at most, so that it needs a line."""
+    x = torch.linspace(-4, 4, 20_001, dtype=torch.float64)
+    parts = through(nn.functional.gelu, pieces, 0.25)
+    assert float((rational_spline(x, *parts) - nn.functional.gelu(x)).abs().max()) == pytest.approx(error, rel=0.05)
+    own = RationalSpline(pieces, init="gelu").double()
+    assert float((own(x) - nn.functional.gelu(x)).detach().abs().max()) < 1.2 * error
+
+
+def test_starts() -> None:
+    x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
+    same = RationalSpline(5, init="identity", dtype=torch.float64)
+    assert (same(x) - x).abs().max() < 1e-14
+    assert same.config() == {"name": "rational_spline", "degree": 5, "interval": [-4.0, 4.0], "init": "identity"}
+    for degree in (1, 8, 64):
+        start = moments(RationalSpline(degree, dtype=torch.float64))
+        assert (start.value, start.derivative) == (pytest.approx(1.0, abs=1e-6), pytest.approx(1.0, abs=1e-6))
+    for name in ("relu", "silu", "tanh"):
+        module = RationalSpline(16, init=name, dtype=torch.float64)
+        assert (module(x) - getattr(nn.functional, name)(x))[abs(x) < 4].abs().max() < 0.13
+
+
+def moved(module: RationalSpline) -> RationalSpline:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return module
+
+
+def test_any_numbers_give_a_rising_curve_beyond_its_line() -> None:
+    with torch.no_grad():
+        module = moved(moved(moved(RationalSpline(12, dtype=torch.float64))))
+        knots, _, slopes = tied(module.widths, module.slopes, module.rises, module.start, (-4.0, 4.0))
+        x = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+        assert bool(((module(x) + module.line * x).diff() > 0).all())
+    assert float(knots.diff().min()) > 8 * FLOOR
+    assert float(slopes.detach().min()) > FLOOR
+
+
+def test_gradients_are_those_of_the_formula() -> None:
+    module = moved(RationalSpline(4, dtype=torch.float64))
+    x = 2.5 * inputs(3, 4)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, *_: module(x), (x, *module.parameters()))
+    assert torch.autograd.gradgradcheck(lambda x, *_: module(x), (x, *module.parameters()))
+
+
+def test_each_group_of_channels_has_numbers_of_its_own() -> None:
+    for dim, glu in ((1, False), (-2, False), (-1, True)):
+        module = moved(RationalSpline(6, num_parameters=2, dim=dim, glu=glu, dtype=torch.float64))
+        x = 2 * inputs(3, 8, 16)
+        argument, factor = x.chunk(2, dim=-1) if glu else (x, torch.ones(()))
+        parts = []
+        for group, part in enumerate(argument.chunk(2, dim=dim)):
+            alone = RationalSpline(6, dtype=torch.float64)
+            alone.load_state_dict({name: tensor[group] for name, tensor in module.state_dict().items()})
+            parts.append(alone(part))
+        torch.testing.assert_close(module(x), torch.cat(parts, dim=dim) * factor, rtol=1e-13, atol=1e-13)
+
+
+def test_narrow_types_scalars_and_the_ends_of_the_line() -> None:
+    module = moved(RationalSpline(8, dtype=torch.float64)).float()
+    x = inputs(64, 64).float()
+    assert torch.equal(module(x.bfloat16()), module(x.bfloat16().float()).bfloat16())
+    assert module(torch.tensor(0.5)).shape == ()
+    ends = module(torch.tensor([-torch.inf, torch.inf, torch.nan]))
+    assert ends[:2].isinf().all()
+    assert ends[2].isnan()
+
+
+def test_it_compiles_and_its_plain_form_is_the_same_function() -> None:
+    module = moved(RationalSpline(8, dtype=torch.float64))
+    form, x = module.plain(), 3 * inputs(200)
+    numbers = {name: torch.from_numpy(value) for name, value in form.numbers.items()}
+    assert (form.formula(x, numbers) - module(x)).abs().max() < 1e-13
+    compiled = torch.compile(module.float(), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x.float()), module(x.float()))
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="interval: expected"):
+        build_activation({"name": "rational_spline", "interval": None})
+    with pytest.raises(ValueError, match="degree: expected an integer from 1 to 64, got 65"):
+        RationalSpline(65)
+    with pytest.raises(ValueError, match="2 groups do not divide the 7 channels"):
+        RationalSpline(num_parameters=2)(torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="init: expected variance_preserving, identity or a function"):
+        RationalSpline(init="step")
