@@ -292,6 +292,6 @@ def test_what_cannot_be_is_refused_by_its_field(architecture: str, settings: dic
     ],
 )
 def test_what_nothing_would_heed_is_refused(settings: dict[str, Any], words: str) -> None:
-    model = {**SIZES["gpt2"], "feedforward": "mu", "activation": "hermite2"}
+    model = {**SIZES["gpt2"], "feedforward": "mu"}
     with pytest.raises(ValidationError, match=words):
         TrainParameters.model_validate({"model": model, "steps": 1, **settings})
