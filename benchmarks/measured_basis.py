@@ -33,7 +33,7 @@ VARIANTS = {"as fitted": "family", "measured": "measured", "measured, recurrence
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 256, "sequence_length": LENGTH, "activation": "gelu"}
 
 
-def read_text() -> tuple[Tensor, Tensor]:
+def read_corpus() -> tuple[Tensor, Tensor]:
     """Rows of bytes `[rows, LENGTH + 1]`, int64: for training, and the last tenth."""
     text = torch.frombuffer(bytearray("\n".join(documentation_sentences()).encode()), dtype=torch.uint8).long()
     rows = text[: len(text) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1)
@@ -97,7 +97,7 @@ def learn(rows: Tensor, held_out: Tensor, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows, held_out = read_text()
+    rows, held_out = read_corpus()
     seeds = []
     for seed in SEEDS:
         seeds.append(learn(rows, held_out, seed))

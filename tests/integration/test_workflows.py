@@ -18,6 +18,9 @@ SMALL: dict[str, list[str]] = {
         "stages.gpt.with.model={n_layer: 3, n_head: 2, n_embd: 16, activation: hermite4}",
         "stages.gpt.with.warmup_steps=1",
         "stages.gpt.with.validation_every=0",
+        "stages.smaller.matrix.way=["
+        "{label: 2 blocks dropped, blocks: {count: 2}, factors: null, weights: null}, "
+        "{label: both, blocks: null, factors: {ratio: 1.5}, weights: {bits: 4}}]",
         "stages.smaller.with.calibration_samples=8",
         "stages.recovered.matrix.by=[{label: lora, adapters: {name: lora, rank: 2}, rate: 0.001}]",
         "stages.recovered.with.warmup_steps=1",

@@ -119,7 +119,7 @@ def test_what_would_split_a_batch_is_refused_in_fine_tuning_too(changes: dict[st
     data = PromisedText(sequence_length=32, tokens=257, tokenizer="bytes")
     resources = Resources(workers=1 if "global_batch_size" in changes else 2)
     initial = PromisedModel("gpt2", {**PARTS, "vocab_size": 320, "sequence_length": 32})
-    inside = {**MODEL, "feedforward": {"name": "mu", "norm": "batch"}}
+    inside = {**MODEL, "feedforward": {"name": "mu", "norm": "batch"}, "activation": None}
     for model, upstream, of in (
         (PARTS, {"dataset": data}, "norm: batch"),
         (None, {"dataset": data, "initial": initial}, "norm: batch"),
