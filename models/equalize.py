@@ -103,7 +103,7 @@ def equalize_layers(
     """
     made, left = [], []
     few = head(batches, 8)
-    wanted = _output(model, few, forward)
+    wanted = _outputs(model, few, forward)
     for name, before, behind in _neighbours(model, few, forward):
         activation = model.get_submodule(name)
         reason = _reason_to_stay(activation, before, behind, linears)
@@ -136,19 +136,45 @@ def equalize_layers(
             or "it has none that a forward pass calls once"
         )
         raise ValueError(f"quantize: equalize: no activation of {type(model).__name__} takes up a scale ({said})")
-    moved = float((_output(model, few, forward).double() - wanted.double()).norm() / wanted.double().norm())
-    if not moved <= torch.finfo(wanted.dtype).eps ** 0.5:
-        raise ValueError(
-            f"quantize: equalize: {type(model).__name__} computes something else afterwards, off by {moved:.3g}: what "
-            f"{', '.join(entry.rows for entry in made[:4])} gives is used elsewhere too. Leave such layers out: exclude"
-        )
+    scaled = {entry.rows for entry in made}
+    for name, found in _outputs(model, few, forward).items():
+        if name in scaled:
+            continue
+        was = wanted[name]
+        moved = float((found - was).norm() / was.norm().clamp(min=1e-300))
+        if not moved <= torch.finfo(next(model.parameters()).dtype).eps ** 0.5:
+            place = f"`{name}`" if name else "the model"
+            raise ValueError(
+                f"quantize: equalize: {place} gives something else afterwards, off by {moved:.3g}: what "
+                f"{', '.join(entry.rows for entry in made[:4])} gives is used elsewhere than by the activation too. "
+                "Leave such layers out: exclude"
+            )
     return tuple(made), tuple(left)
 
 
-def _output(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> Tensor:
-    with measuring(model), torch.random.fork_rng():
-        torch.manual_seed(0)
-        return next(tensors_of(forward(model, batch)))
+def _outputs(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> dict[str, Tensor]:
+    """Of every linear layer by its name, and of the model under "", float64.
+
+    Between them a layer scale may hide in the model's output what one of its blocks does.
+    """
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def seen(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            found[name] = output.detach().double()
+
+        return seen
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_hook(hook(name)) for name, module in layers]
+    try:
+        with measuring(model), torch.random.fork_rng():
+            torch.manual_seed(0)
+            found[""] = next(tensors_of(forward(model, batch))).double()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _reason_to_stay(

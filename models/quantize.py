@@ -142,7 +142,7 @@ def quantize_layers(
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
         if name not in linears and name not in left and weight is not None and weight.dim() > 1:
-            left[name] = f"a {type(module).__name__}, and weights of linear layers alone are rounded"
+            left[name] = f"weights of linear layers alone are rounded, not of {type(module).__name__}"
     equalized, unequalized = equalize_layers(model, linears, batches, forward) if options.equalize else ((), ())
     grams = measure_inputs(model, linears, batches, forward, walk)
     before = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -12,6 +12,7 @@ from conversion_support import LLAMA_SIZES, own_model, randomise, read_json, tok
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from polytrope.models import build_model
 from polytrope.models.checkpoint import save_model
 from polytrope.models.convert import Conversion, convert
 from polytrope.models.equalize import scaled_polynomial
@@ -156,7 +157,7 @@ def test_scales_go_only_where_they_are_taken_up() -> None:
             convert(Layers(activation), rows(), quantize=options)
     model = Layers(nn.ReLU(), elsewhere=True)
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match="computes something else afterwards, off by"):
+    with pytest.raises(ValueError, match="the model gives something else afterwards, off by"):
         convert(model, rows(), quantize=options, in_place=True)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
 
@@ -338,3 +339,14 @@ def test_what_will_be_is_known_before_anything_starts() -> None:
     with pytest.raises(ValidationError) as caught:
         ConvertParameters.model_validate({"quantize": {"bits": "four"}})
     assert caught.value.errors()[0]["loc"] == ("quantize", "bits")
+
+
+@pytest.mark.parametrize("layer_scale", [0, 1e-6])
+def test_a_scale_that_a_norm_behind_would_see_is_refused_however_little_of_it_reaches_the_output(
+    layer_scale: float,
+) -> None:
+    """EvoNorm divides F(x) by the deviation of x itself."""
+    settings = {"depths": [1, 1], "dims": [8, 16], "num_classes": 4, "layer_scale": layer_scale}
+    model = build_model("convnext", settings | {"norm": {"name": "evonorm", "groups": 4}, "activation": "hermite3"})
+    with pytest.raises(ValueError, match=r"equalize: .*gives something else afterwards"):
+        convert(model, [torch.randn(8, 3, 32, 32)], quantize={"bits": 8, "per": "tensor", "equalize": True})
