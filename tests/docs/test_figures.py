@@ -55,7 +55,8 @@ def p_shown(compared: dict[str, Any]) -> str:
 def settings() -> dict[str, dict[str, Any]]:
     """The reported settings of the recipe's study: corpus → activation → its figures."""
     found = [one for one in content("recipe")["settings"] if recipe.is_reported(one)]
-    main = [one for one in found if one["model"] in ("GPT-2, 4 layers of 128", "ConvNeXt [1, 1] of [32, 64]")]
+    models = ("GPT-2, 4 layers of 128", "ConvNeXt [1, 1] of [32, 64]")
+    main = [one for one in found if one["model"] in models and one["steps"] in (480, 500)]
     return {setting["corpus"]: {one["name"]: one for one in setting["activations"]} for setting in main}
 
 
@@ -184,15 +185,21 @@ def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
     }
     small = [models["64"][name]["difference"] for name in (f"{HERMITE}10", "affine gelu_tanh × 10")]
     assert {one["pairs"] for one in small} == {3}
-    longer = next(
-        {one["name"]: one for one in setting["activations"]}
+    longer = {
+        setting["model"].removeprefix("GPT-2, 4 layers of "): {one["name"]: one for one in setting["activations"]}
         for setting in file["settings"]
-        if setting["corpus"] == "state-of-the-union" and (setting["steps"], setting["model"][-3:]) == (960, " 64")
+        if setting["corpus"] == "state-of-the-union" and setting["steps"] == 960
+    }
+    twice, larger = (
+        [longer[size][name]["difference"] for name in (f"{HERMITE}10", "affine gelu_tanh × 10")]
+        for size in ("64", "128")
     )
-    twice = [longer[name]["difference"] for name in (f"{HERMITE}10", "affine gelu_tanh × 10")]
-    shape = longer[f"{HERMITE}10"]["differences_to_controls"]["affine gelu_tanh × 10"]
-    faded = [recipe.plus_minus(one, "+.3f") for one in (small[0], twice[0])]
-    says("README.md", f"gained more ({faded[0]}), with twice the tokens less ({faded[1]})")
+    shape = longer["64"][f"{HERMITE}10"]["differences_to_controls"]["affine gelu_tanh × 10"]
+    faded = [recipe.plus_minus(one, "+.3f") for one in (small[0], twice[0], larger[0])]
+    assert {one["pairs"] for one in (*twice, *larger)} == {3}
+    before = models["128"][f"{HERMITE}10"]["difference"]["mean"]
+    assert 0 > larger[0]["mean"] > before / 2  # "less than half"
+    says("README.md", f"with twice the tokens it is {faded[2]}, with a quarter of the size {faded[0]}")
     images = {(row["corpus"], row["name"]): recipe.plus_minus(row["difference"], "+.4f") for row in file["equal_time"]}
     hermite, control = ([images[data, f"{name} × 10"] for data in ("digits", "mnist-5k")] for name in _OF_IMAGES)
     says(
@@ -209,6 +216,8 @@ def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
         *told,
         f"Hermite 4 × 10 has {faded[0]} and the control {recipe.plus_minus(small[1], '+.3f')} after the same 480",
         f"twice the tokens, {faded[1]} and {recipe.plus_minus(twice[1], '+.3f')}.",
+        f"and is {faded[2]} and {recipe.plus_minus(larger[1], '+.3f')} after 960 (three seeds, p "
+        f"{larger[0]['holm_p_value']:.2f})",
         f"{recipe.plus_minus(shape, '+.3f')} beyond the control (p {shape['holm_p_value']:.3f}",
         f"Hermite 4 is {-of_seed[0]:.3f} below GEGLU, the control {-of_seed[1]:.3f}",
     )
