@@ -292,7 +292,7 @@ def piecewise_linear(knots: Array) -> Array:
         slope = (np.diff(gelu) / np.diff(knots))[piece]
         return gelu[piece] + slope * (x - knots[piece]), slope
 
-    scale, offset = scale_and_offset(*gaussian_moments(curve, list(knots)))
+    scale, offset = normalize(curve, (float(knots[0]), float(knots[-1])), list(knots))
     return scale * (gelu + offset)
 
 

@@ -27,7 +27,7 @@ from polytrope.ops.fitting.polynomial import of_line
 from polytrope.ops.fitting.targets import NAMED, find_kinks, resolve_target, sample
 from polytrope.ops.functional import Interval, Variable, check_domain, check_variable
 from polytrope.ops.functional import check_interval as check_interval
-from polytrope.ops.moments import REACH, Moments, gaussian_moments, moments_of_hermite, moments_of_module
+from polytrope.ops.moments import REACH, Moments, moments_of_hermite, moments_of_module
 from polytrope.ops.plain import PlainForm
 
 Init = str | Callable[[Tensor], Tensor]
@@ -286,8 +286,8 @@ class LearnableActivation(nn.Module):
 
 @contextlib.contextmanager
 def _ordinary_tensors() -> Iterator[None]:
-    """Inside, tensors are real and on the CPU, whatever modes (fake tensors) and default device are set."""
-    with torch.device("cpu"), _disable_current_modes():
+    """Inside, tensors are real, on the CPU and differentiable, whatever modes (fake tensors, inference) are set."""
+    with torch.device("cpu"), torch.inference_mode(False), _disable_current_modes():
         yield
 
 
@@ -743,7 +743,9 @@ class RationalSpline(LearnableActivation):
         if self.interval is None:
             raise ValueError("interval: expected (lo, hi), the first and the last knot, got None")
         self.degree = check_degree(degree, MAX_PIECES)
-        self.learn(_rational_spline, options, **self._start())
+        with _ordinary_tensors():
+            initial = self._start(options.get("init", self.init))
+        self.learn(_rational_spline, options, **initial)
 
     widths: nn.Parameter
     start: nn.Parameter
@@ -751,8 +753,8 @@ class RationalSpline(LearnableActivation):
     slopes: nn.Parameter
     line: nn.Parameter
 
-    def _start(self) -> dict[str, Array]:
-        if self.init == "identity":
+    def _start(self, init: Init) -> dict[str, Array]:
+        if init != "variance_preserving":  # a function to imitate comes in its place
             return self._through(lambda x: x)
         gelu = self._through(NAMED["gelu"])
         given = {name: torch.from_numpy(np.array(value, ndmin=1)) for name, value in gelu.items()}
@@ -761,7 +763,7 @@ class RationalSpline(LearnableActivation):
             return _rational_spline(x, *(given[name] for name in _SPLINE), interval=self.interval)
 
         knots = _knots(self.interval, self.degree + 1, torch.device("cpu")).tolist()
-        scale, offset = initialization.scale_and_offset(*gaussian_moments(lambda x: sample(curve, x), knots))
+        scale, offset = initialization.normalize(lambda x: sample(curve, x), self.interval, knots)
         return self._through(lambda x: scale * (NAMED["gelu"](x) + offset), margin=0.1 * scale)
 
     def _through(self, target: Callable[[Tensor], Tensor], margin: float = 0.1) -> dict[str, Array]:
@@ -771,7 +773,7 @@ class RationalSpline(LearnableActivation):
         secants = values.diff() / knots.diff()
         line = max(0.0, margin - float(torch.cat([slopes, secants]).min()))
         widths, slopes, rises = rational_spline.free(knots, slopes + line, secants + line)
-        start = values[:1] + line * knots[:1]
+        start = values[:1] + line * knots[:1] - knots[:1]
         found = {"widths": widths, "start": start, "rises": rises, "slopes": slopes}
         return {name: part.numpy() for name, part in found.items()} | {"line": np.array([line])}
 

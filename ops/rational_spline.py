@@ -6,13 +6,14 @@ Interpolation to Monotonic Data, 1982.) In plain torch, without a kernel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polytrope.ops import functional
+from polytrope.ops import functional, kernels
 
 FLOOR = 1e-3  # of the width of a piece relative to the interval, and of slopes
 
@@ -35,35 +36,56 @@ def rational_spline(
         ValueError: groups that do not divide the channels, or halves that there are not.
         TypeError: no floats.
     """
+    kernels.count_fallback("rational_spline")
     groups, pieces = knots.numel() // knots.shape[-1], knots.shape[-1] - 1
     dim = functional.check_input(x.dtype, x.shape, glu, groups, dim)
     wide = torch.promote_types(x.dtype, torch.float32)
     argument, factor = x.chunk(2, dim=-1) if glu else (x, None)
-    argument = argument.to(wide)
+    given = argument = argument.to(wide)
     if groups > 1:
         argument = argument.unflatten(dim, (groups, argument.shape[dim] // groups)).movedim(dim - 1, 0)
     flat = argument.reshape(groups, -1)
-    places, values, rates = (part.to(wide).reshape(groups, pieces + 1) for part in (knots, heights, slopes))
-    slant = line.to(wide).reshape(groups, 1)
-    low, high = places[:, :1], places[:, -1:]
-    inside = torch.where(flat < low, low, torch.where(flat > high, high, flat))  # at an end the whole slope is x's
+    places, values, rates = (part.reshape(groups, pieces + 1) for part in (knots, heights, slopes))
+    table = _pieces(places, values, rates, line.reshape(groups, 1)).to(wide)
+    places = places.to(wide)
     with torch.no_grad():
-        piece = torch.searchsorted(places[:, 1:-1].contiguous(), inside)
-        piece = piece + pieces * torch.arange(groups, device=x.device)[:, None]
-    table = torch.stack(
-        [places[:, :-1], places.diff(), values[:, :-1], values.diff(), rates[:, :-1], rates[:, 1:]], dim=-1
-    )
-    knot, width, height, rise, rate, next_rate = F.embedding(piece, table.flatten(0, 1)).unbind(-1)
-    value = height + _rise((inside - knot) / width, rise, rise / width, rate, next_rate) - slant * inside
-    beyond = flat - inside
-    value = value + torch.where(flat < low, rates[:, :1] - slant, rates[:, -1:] - slant) * beyond
+        piece = torch.searchsorted(places.contiguous(), flat)
+        piece = piece + (pieces + 2) * torch.arange(groups, device=x.device)[:, None]
+    intercept, slope, knot, width, mean, left, bend = F.embedding(piece, table.flatten(0, 1)).unbind(-1)
+    t = (torch.clamp(flat, places[:, :1], places[:, -1:]) - knot) / width  # at an end the whole slope is x's
+    u = t * (1 - t)
+    level = torch.where((slope == 0) & flat.isinf(), 0.0, flat)  # not 0 · ∞
+    value = intercept + slope * level + width * mean * u * (left - bend * t) / (mean + bend * u)
     if groups > 1:
         value = value.reshape(argument.shape).movedim(0, dim - 1).flatten(dim - 1, dim)
     else:
         value = value.reshape(argument.shape)
+    value = torch.where(given == given, value, given)  # as the value is already; in memory as x is
     if factor is not None:
         value = value * factor.to(wide)
     return value.to(x.dtype)
+
+
+def _pieces(knots: Tensor, heights: Tensor, slopes: Tensor, line: Tensor) -> Tensor:
+    """What a piece adds to its chord, `[groups, pieces + 2, 7]`: the lines outside, first and last, are pieces too.
+
+    With s the mean slope, p and r what the slopes at the ends are above it, and w the width, S is the chord plus
+    w s u (p - (p + r) t) / (s + (p + r) u): `_rise` again, but x itself where all slopes are 1.
+
+    Returns:
+        intercept and slope (less the line's) of the chord, first knot, w, s, p, p + r.
+    """
+    width = knots.diff()
+    mean = heights.diff() / width
+    one, none = torch.ones_like(slopes[:, :1]), torch.zeros_like(slopes[:, :1])
+    chord = torch.cat([slopes[:, :1], mean, slopes[:, -1:]], dim=-1)
+    first, height = (torch.cat([part[:, :1], part], dim=-1) for part in (knots, heights))
+    left = slopes[:, :-1] - mean
+    bend = left + slopes[:, 1:] - mean
+    inner = [
+        torch.cat([end, part, end], dim=-1) for end, part in ((one, width), (one, mean), (none, left), (none, bend))
+    ]
+    return torch.stack([height - chord * first, chord - line, first, *inner], dim=-1)
 
 
 def invert(y: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor) -> Tensor:
@@ -91,20 +113,22 @@ def free(knots: Tensor, slopes: Tensor, secants: Tensor) -> tuple[Tensor, Tensor
     Args:
         knots: `[pieces + 1]`; pieces of at least `FLOOR` of the whole.
         slopes: `[pieces + 1]`, above `FLOOR`.
-        secants: rises in units of the mean width, `[pieces]`, above `FLOOR`.
+        secants: mean slopes of the pieces, `[pieces]`, above `FLOOR`.
     """
     widths = knots.diff() / (knots[-1] - knots[0])
     shares = (widths - FLOOR) / (1 - FLOOR * len(widths))
-    return shares.log(), _softplus_inverse(slopes - FLOOR), _softplus_inverse(secants - FLOOR)
+    return shares.log(), _free_slope(slopes), _free_slope(secants)
 
 
 def tied(
     widths: Tensor, slopes: Tensor, rises: Tensor, start: Tensor, interval: tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Knots, heights and slopes `[(groups,) pieces + 1]` that rise for any numbers.
+    """Knots, heights and slopes `[(groups,) pieces + 1]` that rise for any numbers; all 0 are x itself, exactly.
 
     Args:
-        widths, rises: `[(groups,) pieces]`; slopes: `[(groups,) pieces + 1]`; start: `[(groups,) 1]`, the first height.
+        widths: `[(groups,) pieces]`, their softmax are the shares of the interval.
+        slopes, rises: `[(groups,) pieces + 1]` and `[(groups,) pieces]`, of the knots and in the mean of each piece.
+        start: `[(groups,) 1]`, the first height less the first knot.
         interval: the first and the last knot.
     """
     low, high = interval
@@ -113,9 +137,8 @@ def tied(
     inner = low + (high - low) * shares[..., :-1].cumsum(-1)
     ends = [torch.full_like(start, end) for end in interval]
     knots = torch.cat([ends[0], inner, ends[1]], dim=-1)
-    steps = (F.softplus(rises) + FLOOR) * ((high - low) / pieces)
-    heights = torch.cat([start, start + steps.cumsum(-1)], dim=-1)
-    return knots, heights, F.softplus(slopes) + FLOOR
+    above = ((_slope(rises) - 1.0) * knots.diff()).cumsum(-1)
+    return knots, knots + start + F.pad(above, (1, 0)), _slope(slopes)
 
 
 def plain_spline(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
@@ -133,5 +156,11 @@ def _rise(t: Tensor, rise: Tensor, mean: Tensor, rate: Tensor, next_rate: Tensor
     return rise * (mean * t * t + rate * u) / (mean + (next_rate + rate - 2 * mean) * u)
 
 
-def _softplus_inverse(value: Tensor) -> Tensor:
+def _slope(free: Tensor) -> Tensor:
+    """Above `FLOOR`; 0 stands for 1."""
+    return FLOOR + (1 - FLOOR) * (F.softplus(free) / math.log(2.0))
+
+
+def _free_slope(slope: Tensor) -> Tensor:
+    value = (slope - FLOOR) / (1 - FLOOR) * math.log(2.0)
     return value + (-torch.expm1(-value)).log()

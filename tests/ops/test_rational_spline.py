@@ -8,8 +8,9 @@ import pytest
 import torch
 from activation_support import inputs
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from polytrope.ops import RationalSpline, build_activation, moments
+from polytrope.ops import Affine, PiecewiseLinear, RationalSpline, build_activation, kernels, moments
 from polytrope.ops.rational_spline import FLOOR, invert, rational_spline, tied
 
 
@@ -64,8 +65,10 @@ def test_gelu_is_met_without_a_fit(pieces: int, error: float) -> None:
 
 def test_starts() -> None:
     x = torch.linspace(-9, 9, 1001, dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        exact = RationalSpline(7, init="identity", interval=(-3.3, 2.7), dtype=dtype)
+        assert torch.equal(exact(x.to(dtype)), x.to(dtype))
     same = RationalSpline(5, init="identity", dtype=torch.float64)
-    assert (same(x) - x).abs().max() < 1e-14
     assert same.config() == {"name": "rational_spline", "degree": 5, "interval": [-4.0, 4.0], "init": "identity"}
     for degree in (1, 8, 64):
         start = moments(RationalSpline(degree, dtype=torch.float64))
@@ -73,6 +76,17 @@ def test_starts() -> None:
     for name in ("relu", "silu", "tanh"):
         module = RationalSpline(16, init=name, dtype=torch.float64)
         assert (module(x) - getattr(nn.functional, name)(x))[abs(x) < 4].abs().max() < 0.13
+
+
+def test_it_is_made_in_any_mode_and_says_that_it_has_no_kernel() -> None:
+    with FakeTensorMode():
+        assert RationalSpline()(torch.zeros(3)).shape == RationalSpline(init="gelu")(torch.zeros(3)).shape == (3,)
+    with torch.inference_mode():
+        assert torch.equal(RationalSpline().rises, RationalSpline().rises)
+        assert Affine(base="silu").gain.shape == (1,)
+    module, before = RationalSpline(), kernels.fallbacks["rational_spline"]
+    module(torch.zeros(3))
+    assert kernels.fallbacks["rational_spline"] == before + 1
 
 
 def moved(module: RationalSpline) -> RationalSpline:
@@ -122,6 +136,13 @@ def test_narrow_types_scalars_and_the_ends_of_the_line() -> None:
     ends = module(torch.tensor([-torch.inf, torch.inf, torch.nan]))
     assert ends[:2].isinf().all()
     assert ends[2].isnan()
+    knots, line = torch.linspace(-1, 1, 3), torch.ones(1)
+    level = rational_spline(torch.tensor([-torch.inf, 2.0, torch.inf]), knots, knots, torch.ones(3), line)
+    assert torch.equal(level, torch.zeros(3))  # not 0 · ∞
+    image = inputs(2, 4, 3, 3).float().contiguous(memory_format=torch.channels_last)
+    for groups in (1, 2):
+        result = RationalSpline(5, num_parameters=groups, dim=1)(image)
+        assert result.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_it_compiles_and_its_plain_form_is_the_same_function() -> None:
@@ -142,3 +163,6 @@ def test_what_cannot_be_is_refused() -> None:
         RationalSpline(num_parameters=2)(torch.zeros(2, 7))
     with pytest.raises(ValueError, match="init: expected variance_preserving, identity or a function"):
         RationalSpline(init="step")
+    for family in (RationalSpline, PiecewiseLinear):
+        with pytest.raises(ValueError, match="interval: expected one where the initial function is not constant"):
+            family(interval=(-40, -30))
