@@ -192,6 +192,7 @@ def test_the_first_operator_that_is_no_sum_or_product_is_named_with_its_layer(tm
         ({"norm": "layer_norm"}, r"transformer\.h\.0\.ln_1: LayerNorm divides by a root; train with norm: batch or"),
         ({"attention": ["power", "softmax"]}, r"transformer\.h\.1\.attn: SoftmaxAttention is no polynomial"),
         ({"activation": "gelu"}, r"transformer\.h\.0\.mlp\.activation: GELU is no polynomial"),
+        ({"activation": "rational_spline8"}, r"transformer\.h\.0\.mlp\.activation: RationalSpline is no polynomial"),
         ({"activation": {**HERMITE, "interval": [-4.0, 4.0]}}, "Hermite with tangents is no polynomial"),
         ({"activation": {**HERMITE, "num_parameters": 4}}, "coefficients per channel"),
         ({}, r"transformer\.h\.0\.attn\.reciprocal: Reciprocal divides"),
