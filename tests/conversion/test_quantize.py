@@ -281,6 +281,17 @@ def test_weights_that_are_not_finite_are_named_as_the_reason(options: dict[str, 
         convert(model, [torch.randn(8, 6)], **options)
 
 
+@pytest.mark.filterwarnings("error")
+def test_rows_that_are_all_0_have_no_size_to_bring_them_to() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Hermite(3), nn.Linear(6, 6), Hermite(3), nn.Linear(6, 4))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    made = convert(model, [torch.randn(8, 6)], quantize={"bits": 4, "per": "tensor", "equalize": True})
+    assert [entry.rows for entry in quantization(made).equalized] == ["2"]
+    (stays,) = quantization(made).unequalized
+    assert (stays.name, stays.reason) == ("1", "the layer before it has weights that are all 0, or not finite")
+
+
 def test_the_bytes_before_are_of_the_model_that_was_given() -> None:
     model = own_model("gpt2")
     size = sum(4 * parameter.numel() for parameter in model.parameters())
