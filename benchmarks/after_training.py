@@ -27,7 +27,7 @@ from polytrope.models.convert import Conversion, convert
 from polytrope.models.factors import FactoredLinear
 from polytrope.models.formats import read_model
 from polytrope.models.inputs import Batch, forward
-from polytrope.models.quantize import round_weight
+from polytrope.models.quantize import parameter_bytes, round_weight
 from polytrope.pipeline.launch.environment import processor
 from polytrope.pipeline.stages.convert.calibration_data import documentation_sentences, text_batches, tokenizer_of
 
@@ -131,7 +131,7 @@ def measure(directory: Path, weights: str, calibration: int, held_out: int) -> d
                 "parameters": sum(parameter.numel() for parameter in made.model.parameters()),
                 "nats_per_token": after,
                 "naive_nats_per_token": None if other is None else nats_per_token(other, unknown),
-                "bytes": _bytes(made.model) if made.quantization is None else made.quantization.bytes_after,
+                "bytes": parameter_bytes(made.model) if made.quantization is None else made.quantization.bytes_after,
                 "dropped": None if made.dropped is None else made.dropped.blocks,
                 "utilisation": sum(utilised) / len(utilised) if utilised else None,
             }
@@ -145,14 +145,10 @@ def measure(directory: Path, weights: str, calibration: int, held_out: int) -> d
         "calibration_tokens": calibration * LENGTH,
         "held_out_tokens": held_out * LENGTH,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "bytes": _bytes(model),
+        "bytes": parameter_bytes(model),
         "nats_per_token": before,
         "ways": rows,
     }
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ from polytrope.models.formats.module import MODULE_FILE, load_module
 from polytrope.models.inputs import Data, read_batches, size_of
 from polytrope.models.modes import measuring
 from polytrope.models.polynomials import Polynomials, hold_out, measure_polynomials
-from polytrope.models.quantize import Quantization, QuantizedLayer, UnquantizedLayer, quantize_layers
+from polytrope.models.quantize import Quantization, QuantizedLayer, UnquantizedLayer, parameter_bytes, quantize_layers
 from polytrope.models.rewriting import FunctionalActivation
 from polytrope.models.selection import Left, Selection, select_activations
 from polytrope.models.sensitivity import sensitivities
@@ -453,6 +453,7 @@ def convert_batches(
 
     rated = inputs.head(batches, RATED_SAMPLES)
     before = sum(parameter.numel() for parameter in model.parameters())
+    bytes_before = parameter_bytes(model)
     with _unchanged_by_errors(model):
         with inputs.on_calibration_data():
             wanted = _output(model, rated, forward)
@@ -470,6 +471,7 @@ def convert_batches(
             rounded = quantize_layers(
                 model, batches, rounding, choice, forward, walk=partial(going, "rounding weights")
             )
+            rounded = replace(rounded, bytes_before=bytes_before)
         found = _output(model, rated, forward)
     return replace(
         made,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, inf
 from typing import Any
 
 import numpy as np
@@ -182,6 +182,8 @@ def _reason_to_stay(
 ) -> str | None:
     if before is None or before not in linears:
         return "what it receives, once, is not what a linear layer that is rounded gives to it alone"
+    if not 0 < float(linears[before].weight.detach().abs().max()) < inf:
+        return "the layer before it has weights that are all 0, or not finite"
     if isinstance(activation, OrthogonalPolynomial):
         if activation.interval is not None:
             return "its interval is one for all channels"

@@ -257,7 +257,13 @@ def choose_linear_layers(
         if isinstance(module, FactoredLinear) and not inside_factors:
             factored.append(f"{name}.")
             left[name] = f"in two factors of rank {module.rank} already"
-        if type(module) is not nn.Linear or name.startswith(tuple(factored)):
+        if not isinstance(module, nn.Linear) or name.startswith(tuple(factored)):
+            continue
+        if "weight" not in module._parameters:
+            left[name] = "its weight is computed from other parameters"
+            continue
+        if type(module) is not nn.Linear:
+            left[name] = f"a {type(module).__name__}, which may compute something else than a Linear"
             continue
         reason = choice.reason_to_stay(name, [], "part of a pooler or a head" if is_of_a_head(name) else None)
         if reason is None and holders[id(module.weight)] > 1:
@@ -349,13 +355,24 @@ def _check_calls(
             )
 
 
-def _measured(name: str, linear: nn.Linear, gram: Tensor | None, energy: float) -> tuple[MeasuredLayer, Spectra] | str:
-    """What the data make use of, or why that cannot be said."""
+def weight_and_inputs(linear: nn.Linear, gram: Tensor | None) -> tuple[Tensor, Tensor] | str:
+    """W `[outputs, inputs]` float64 and XᵀX `[inputs, inputs]` float64, or why nothing can be said of the layer."""
     if gram is None:
         return "the calibration data never reaches it"
+    weight = linear.weight.detach().double().cpu()
+    if not bool(weight.isfinite().all()):
+        return "it has weights that are not finite"
     if not bool(gram.isfinite().all()):
         return "it receives numbers that are not finite"
-    weight = linear.weight.detach().double().cpu()
+    return weight, gram
+
+
+def _measured(name: str, linear: nn.Linear, gram: Tensor | None, energy: float) -> tuple[MeasuredLayer, Spectra] | str:
+    """What the data make use of, or why that cannot be said."""
+    figures = weight_and_inputs(linear, gram)
+    if isinstance(figures, str):
+        return figures
+    weight, gram = figures
     outputs, inputs = weight.shape
     spectra = measure_spectra(weight, gram)
     input_rank, output_rank = (utilised_rank(part, energy) for part in (spectra.inputs, spectra.outputs))

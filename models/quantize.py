@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from polytrope.models.convert_options import Quantize
 from polytrope.models.equalize import EqualizedLayer, UnequalizedLayer, equalize_layers
-from polytrope.models.factorize import Forward, choose_linear_layers, in_order, measure_inputs
-from polytrope.models.surgery import Choice
+from polytrope.models.factorize import Forward, choose_linear_layers, in_order, measure_inputs, weight_and_inputs
+from polytrope.models.surgery import Choice, is_activation
 
 EXPONENTS = tuple(round(0.2 + 0.05 * step, 2) for step in range(17))  # 0.2 to 1
 SCALE_BYTES = 4  # of the largest weight of a row, or of a layer
@@ -61,8 +61,9 @@ class Quantization:
         left: as they were.
         equalized: activations that took up the scales of the rows before them.
         unequalized: activations that did not, where that was asked for.
-        bytes_before, bytes_after: of all parameters of the model, before as they are, afterwards with the rounded
-            weights packed and their scales in 4 bytes each. The model itself is written with ordinary numbers.
+        bytes_before, bytes_after: of all parameters of the model, as they were before anything was done to it, and
+            now with the rounded weights packed and their scales in 4 bytes each. The model itself is written with
+            ordinary numbers.
     """
 
     bits: int
@@ -118,6 +119,11 @@ def output_error(error: Tensor, gram: Tensor) -> float:
     return max(0.0, float(((error @ gram) * error).sum()))
 
 
+def parameter_bytes(model: nn.Module) -> int:
+    """What all parameters take as they are; one that modules share counts once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 def quantize_layers(
     model: nn.Module,
     batches: Sequence[Any],
@@ -140,12 +146,13 @@ def quantize_layers(
     """
     linears, left = choose_linear_layers(model, choice, inside_factors=True)
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if name not in linears and name not in left and weight is not None and weight.dim() > 1:
+        if name in linears or name in left or is_activation(module):
+            continue
+        if any(parameter is not None and parameter.dim() > 1 for parameter in module._parameters.values()):
             left[name] = f"weights of linear layers alone are rounded, not of {type(module).__name__}"
     equalized, unequalized = equalize_layers(model, linears, batches, forward) if options.equalize else ((), ())
     grams = measure_inputs(model, linears, batches, forward, walk)
-    before = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    before = parameter_bytes(model)
     after = before
     layers = []
     for name, linear in linears.items():
@@ -171,11 +178,10 @@ def _rounded(
     name: str, linear: nn.Linear, gram: Tensor | None, options: Quantize
 ) -> tuple[QuantizedLayer, Tensor] | str:
     """The rounded weights in the dtype of the layer, or why there are none."""
-    if gram is None:
-        return "the calibration data never reaches it"
-    if not bool(gram.isfinite().all()):
-        return "it receives numbers that are not finite"
-    weight = linear.weight.detach().double().cpu()
+    figures = weight_and_inputs(linear, gram)
+    if isinstance(figures, str):
+        return figures
+    weight, gram = figures
     whole = output_error(weight, gram)
     if not whole > 0:
         return "its outputs are all 0 on the calibration data"

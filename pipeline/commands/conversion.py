@@ -138,7 +138,8 @@ def read_parameters(options: argparse.Namespace) -> ConvertParameters:
     except ValidationError as error:
         problem = error.errors()[0]
         field = str(problem["loc"][0])
-        text, near = words(problem, ConvertParameters, values, (field,))
+        unknown = problem["type"] == "extra_forbidden"  # a part of the option's value as well
+        text, near = words(problem, ConvertParameters, values, problem["loc"] if unknown else (field,))
         if problem["type"] == "missing":  # a part of the option's value; what is wrong with others, they say themselves
             text = f"{problem['loc'][-1]}: {text}"
         raise UserError(f"convert: {_option(field)}: {text}", near or "polytrope convert --help") from error

@@ -242,6 +242,65 @@ def test_factors_are_rounded_too_and_the_head_and_embeddings_stay() -> None:
         assert len(torch.unique(row.abs())) <= 8
 
 
+class Mixed(nn.Module):
+    """Matrices of many kinds; one layer is plain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(8, 8)
+        self.activation = Hermite(3, num_parameters=8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.recurrent = nn.LSTM(8, 8, batch_first=True)
+        self.experts = nn.ParameterDict({"gates": nn.Parameter(torch.eye(8).expand(2, 8, 8).clone())})
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.plain(x))
+        x = self.recurrent(self.attention(x, x, x)[0])[0]
+        return self.normed(x @ self.experts["gates"][0])  # type: ignore[no-any-return]
+
+
+def test_every_matrix_that_stays_is_listed_whatever_its_parameter_is_called() -> None:
+    torch.manual_seed(0)
+    made = convert(Mixed(), [torch.randn(4, 5, 8)], quantize={"bits": 4})
+    assert [layer.name for layer in quantization(made).layers] == ["plain"]
+    reasons = {entry.name: entry.reason for entry in quantization(made).left}
+    assert {"attention", "attention.out_proj", "recurrent", "experts", "normed"} <= set(reasons)
+    assert "activation" not in reasons
+    assert reasons["attention.out_proj"].startswith("a NonDynamicallyQuantizableLinear")
+    assert reasons["recurrent"] == "weights of linear layers alone are rounded, not of LSTM"
+    assert reasons["normed"] == "its weight is computed from other parameters"
+
+
+@pytest.mark.parametrize("options", [{"quantize": {"bits": 4}}, {"factorize": {"rank": 1}}])
+def test_weights_that_are_not_finite_are_named_as_the_reason(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 4)))
+    with torch.no_grad():
+        model[0].weight[2, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"\(0: it has weights that are not finite; 1\.0: it receives numbers that"):
+        convert(model, [torch.randn(8, 6)], **options)
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_that_are_all_0_have_no_size_to_bring_them_to() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Hermite(3), nn.Linear(6, 6), Hermite(3), nn.Linear(6, 4))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    made = convert(model, [torch.randn(8, 6)], quantize={"bits": 4, "per": "tensor", "equalize": True})
+    assert [entry.rows for entry in quantization(made).equalized] == ["2"]
+    (stays,) = quantization(made).unequalized
+    assert (stays.name, stays.reason) == ("1", "the layer before it has weights that are all 0, or not finite")
+
+
+def test_the_bytes_before_are_of_the_model_that_was_given() -> None:
+    model = own_model("gpt2")
+    size = sum(4 * parameter.numel() for parameter in model.parameters())
+    made = convert(model, [tokens()], drop_blocks={"count": 1}, factorize={"ratio": 1.5}, quantize={"bits": 4})
+    assert made.parameters is not None
+    assert quantization(made).bytes_before == size == 4 * made.parameters[0]
+    assert quantization(made).bytes_after < 4 * made.parameters[1]
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     save_model(tmp_path / "model", own_model("gpt2", activation={"name": "hermite", "degree": 3, "init": "stable"}))
@@ -302,6 +361,8 @@ def test_a_llama_of_transformers_loads_as_it_is(tmp_path: Path) -> None:
     [
         (["--quantize", "bits=1"], "--quantize: bits: expected 2 to 16, got 1"),
         (["--quantize", "4"], "--quantize: expected NAME=VALUE, such as bits=4"),
+        (["--quantize", "bits=4,bits=3"], "--quantize: bits is given twice"),
+        (["--quantize", "bits=4,exponents=1"], "--quantize: unknown key `exponents` → did you mean `exponent`?"),
         (["--quantize", "per=row"], "--quantize: bits: this field is required"),
         (["--quantize", "bits=4,exponent=2"], "exponent: expected search, or a number from 0.1 to 1, got 2"),
         (["--quantize", "bits=4,equalize=true"], "every row has a scale of its own"),

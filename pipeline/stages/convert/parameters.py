@@ -184,6 +184,8 @@ def _read_options(value: Any) -> Any:
         name, equals, text = (piece.strip() for piece in part.partition("="))
         if not (name and equals and text):
             raise ValueError("expected NAME=VALUE, such as bits=4 or bits=4,per=tensor,equalize=true")
+        if name in options:
+            raise ValueError(f"{name} is given twice")
         try:
             options[name] = json.loads(text)
         except ValueError:
