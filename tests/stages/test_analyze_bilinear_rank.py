@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from training_support import SEQUENCE_LENGTH, make_context, make_dataset
+from training_support import SEQUENCE_LENGTH, make_context, make_dataset, read_events
 
 from polytrope.models import build_model, find_architecture
 from polytrope.models.checkpoint import load_model, save_model
@@ -146,6 +146,9 @@ def test_the_stage_says_both_of_every_architecture(
         assert layer.linear_error <= layer.principal_error + 1e-9
         assert all(low <= 1e-12 and high >= -1e-12 for low, high in layer.eigenvalues)
     assert metrics["model/bilinear/error"] > 0.0
+    # neither has a picture: MLflow is not told of one that it then misses
+    assert [event["path"] for event in read_events(tmp_path / "run", "artifact")] == ["analysis.json"]
+    assert not (tmp_path / "run" / "output" / "plots").exists()
 
     model = load_model(path)
     reader = open_split(dataset.path, "validation")
@@ -213,6 +216,12 @@ def test_what_has_no_figures_says_why(tmp_path: Path, subjects: dict[str, tuple[
     assert found.bilinear is not None
     assert [layer.name for layer in found.bilinear.layers] == ["block 1"]
     assert found.bilinear.missing == ["block 2: bilinear: 0 vectors other than 0 are too few; raise `samples`"]
+    # 17 components would have no more numbers than 40 latents, and three vectors have three
+    few = AnalyzeParameters.model_validate({"analyses": [{"name": "bilinear", "latents": 40}], "samples": 6})
+    analyze(make_context(tmp_path / "few"), dataset, models, few)
+    fitted = read_analysis(tmp_path / "few" / "output").models["dead"].bilinear
+    assert fitted is not None
+    assert fitted.layers[0].principal_components == 3
     large = AnalyzeParameters.model_validate({"analyses": [{"name": "bilinear", "latents": 10**6}]})
     with pytest.raises(UserError, match=r"block 1: bilinear: 1000000 latents of 8 features .* lower `latents`"):
         analyze(make_context(tmp_path / "large"), dataset, models, large)

@@ -259,7 +259,7 @@ def test_the_stage_counts_what_models_answer(tmp_path: Path, dataset: Artifact) 
         optimizer.step()
     save_model(tmp_path / "trained", model.eval(), tokenizer=dataset.path)
     models = {name: Artifact(tmp_path / name, name, "train") for name in ("trained", "untrained")}
-    settings = {"answers": {"count": 6}, "sample_tokens": 0, "activation_samples": 0}
+    settings: dict[str, Any] = {"answers": {"count": 6}, "sample_tokens": 0, "activation_samples": 0}
     metrics = evaluate(make_context(tmp_path / "run"), dataset, models, EvaluateParameters.model_validate(settings))
     found = read_evaluation(tmp_path / "run" / "output").models
     answers = found["trained"].answers
@@ -267,6 +267,17 @@ def test_the_stage_counts_what_models_answer(tmp_path: Path, dataset: Artifact) 
     assert (answers.task, answers.lines, answers.valid, answers.correct, answers.exact) == ("derivative", 6, 6, 4, 4)
     assert metrics["trained/answers_correct"] == pytest.approx(4 / 6)
     assert metrics["untrained/answers_valid"] == 0.0
+    assert not any("questions" in event["text"] for event in read_events(tmp_path / "run", "message"))
+
+    settings["answers"]["count"] = 10**5
+    untrained = {"untrained": models["untrained"]}
+    evaluate(make_context(tmp_path / "all"), dataset, untrained, EvaluateParameters.model_validate(settings))
+    answers = read_evaluation(tmp_path / "all" / "output").models["untrained"].answers
+    assert answers is not None
+    assert [event["text"] for event in read_events(tmp_path / "all", "message")] == [
+        f"answers: {answers.lines} questions instead of 100000: the validation split has no more whole lines that "
+        f"differ ({answers.too_long} others are too long for the context)"
+    ]
 
 
 def test_an_answer_without_end_or_with_tokens_that_are_none_is_no_expression() -> None:

@@ -30,7 +30,7 @@ from polytrope.pipeline.support import figures
 def analyze_models(
     context: StageContext, dataset: Artifact, models: dict[str, Artifact], parameters: AnalyzeParameters
 ) -> dict[str, float]:
-    """Write `analysis.json` and `plots/*.png`; returns `LABEL/signal/…` and the like of all models.
+    """Write `analysis.json` and, of what is drawn, `plots/*.png`; returns `LABEL/signal/…` and the like of all models.
 
     A model that cannot be analysed (it diverged, or does not fit the dataset) is a row with its `failure`; an analysis
     that says nothing of a model takes no other one's figures.
@@ -66,8 +66,8 @@ def analyze_models(
     analysis = Analysis(format=1, dataset=data, models=found)
     write_analysis(context.output, analysis)
     context.log_artifact(ANALYSIS_FILE)
-    _draw(context.output / "plots", analysis)
-    context.log_artifact("plots")
+    if _draw(context.output / "plots", analysis):
+        context.log_artifact("plots")
     summary = {f"{label}/{name}": value for label, entry in found.items() for name, value in entry.metrics().items()}
     context.log_metrics(summary)
     return summary
@@ -139,9 +139,10 @@ def _missing(model: AnalysedModel) -> list[str]:
     return said
 
 
-def _draw(directory: Path, analysis: Analysis) -> None:
-    directory.mkdir()
-    for name, draw in figures.analysis_drawings(
-        analysis.spectra(), analysis.variance_maps(), analysis.accuracies()
-    ).items():
+def _draw(directory: Path, analysis: Analysis) -> bool:
+    """Whether there was anything to draw: few analyses have pictures."""
+    drawings = figures.analysis_drawings(analysis.spectra(), analysis.variance_maps(), analysis.accuracies())
+    for name, draw in drawings.items():
+        directory.mkdir(exist_ok=True)
         (directory / f"{name}.png").write_bytes(figures.render(draw, "light"))
+    return bool(drawings)

@@ -221,6 +221,11 @@ class Evaluator:
             self.held_out = held_out_lines(
                 dataset.path, self.reader, self.tokenizer, description.sequence_length, parameters.answers.count
             )
+            if (found := len(self.held_out.lines)) < parameters.answers.count:
+                context.message(
+                    f"answers: {found} questions instead of {parameters.answers.count}: the validation split has no "
+                    f"more whole lines that differ ({self.held_out.too_long} others are too long for the context)"
+                )
 
     def evaluate(self, label: str, artifact: Artifact, reference: Artifact | None) -> EvaluatedModel:
         """All figures of one model."""

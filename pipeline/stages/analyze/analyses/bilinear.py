@@ -61,7 +61,8 @@ def _layer(name: str, outputs: Tensor, options: BilinearOptions) -> BilinearLaye
     features = encode(left, right, asked)
     if not bool(features.isfinite().all()):
         return f"{name}: bilinear: the fit is not finite; lower `learning_rate`"
-    components = max(1, 2 * latents * width // (width * (width + 1) // 2))
+    # n vectors have no more than n components
+    components = min(max(1, 2 * latents * width // (width * (width + 1) // 2)), len(fitted))
     order = features.square().mean(0).argsort(descending=True, stable=True)
     squares = features.square().sum(0)
     lengths = left.norm(dim=1) * right.norm(dim=1)
