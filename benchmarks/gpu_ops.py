@@ -1,12 +1,13 @@
 """The CUDA kernels in one command: build, time against a copy, GELU and Inductor, tests, compute-sanitizer.
 
-    python -m benchmarks.gpu_ops [--skip-tests] [--skip-compiled] [--repeats 50]
+    python -m benchmarks.gpu_ops [--skip-tests] [--skip-blocks] [--skip-inductor] [--repeats 50]
 
 bfloat16 on [12, 1024, 3072] and [48, 1024, 3072]. Bandwidth counts the bytes that must move: 4 an element forward
 (x, y), 6 backward (x, g, dx), and is given as a share of what a copy of the same tensor reaches in the same run. The
-contestants of a row take turns; medians. Inductor compiles its versions, for the first shape, several at a time, into
-its cache on the disk before. So are the blocks of `benchmarks.compiled`, at GPT-2's sizes. Writes
-benchmarks/results/ops-gpu.json and .png and prints tables. Needs a GPU, nvcc and, for that step, compute-sanitizer.
+contestants of a row take turns; medians. The blocks of `benchmarks.compiled`, at GPT-2's sizes, come first. They and
+Inductor's versions of a row, for the first shape, are compiled several at a time before, into its cache on the disk.
+Writes benchmarks/results/ops-gpu.json and .png and prints tables. Needs a GPU, nvcc and, for the tests,
+compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def check(console: Console) -> dict[str, Any]:
         few = [
             *tests,
             "-k",
-            "8-torch.bfloat16 or 3-torch.float32 or FOURIER-6-torch.bfloat16 or groups_and_gates or columns",
+            "8-torch.bfloat16 or 3-torch.float32 or FOURIER-6-torch.bfloat16 or groups_and_gates"
+            " or the_columns_of_channels and not launches",
             "--timeout",
             "1800",
         ]
@@ -235,7 +237,8 @@ def plot(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> Non
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skip-tests", action="store_true", help="measure only")
-    parser.add_argument("--skip-compiled", action="store_true", help="without torch.compile's versions")
+    parser.add_argument("--skip-blocks", action="store_true", help="without the compiled blocks")
+    parser.add_argument("--skip-inductor", action="store_true", help="rows without torch.compile's versions")
     parser.add_argument("--repeats", type=int, default=50, help="turns of each contestant")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ops-gpu.json")
     options = parser.parse_args()
@@ -260,7 +263,15 @@ def main() -> int:
         "compiled": [],
         "rows": rows,
     }
-    compilable = [] if options.skip_compiled else compile_all_ahead(ROWS, compile_ahead, console)
+    if not options.skip_blocks:
+        for config in compile_all_ahead(BLOCKS, compile_block_ahead, console):
+            calls = block_contestants(config)
+            document["compiled"].append(
+                blocks.compare(config, "GPT-2", blocks.GPU_SHAPE, "bfloat16", calls, turns, options.repeats)
+            )
+            write(document, options.out)
+        console.print(blocks.table(document["compiled"], label))
+    compilable = [] if options.skip_inductor else compile_all_ahead(ROWS, compile_ahead, console)
     for shape in SHAPES:
         for config in ROWS:
             row = measure(config, shape, options.repeats, shape == SHAPES[0] and config in compilable)
@@ -269,14 +280,6 @@ def main() -> int:
             write(document, options.out)
     plot(rows, machine, options.out.with_suffix(".png"))
     console.print(table(rows))
-    if not options.skip_compiled:
-        for config in compile_all_ahead(BLOCKS, compile_block_ahead, console):
-            calls = block_contestants(config)
-            document["compiled"].append(
-                blocks.compare(config, "GPT-2", blocks.GPU_SHAPE, "bfloat16", calls, turns, options.repeats)
-            )
-            write(document, options.out)
-        console.print(blocks.table(document["compiled"], label))
     if not options.skip_tests:
         document["checks"] = check(console)
         write(document, options.out)

@@ -177,8 +177,7 @@ count_fallback._dynamo_marked_constant = True  # type: ignore[attr-defined]  # t
 def activate(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Formula) -> Tensor:
     """F(x), differentiable in x and the parts of its parameters: the operator, or without a kernel the reference."""
     _check_devices(x, parts)
-    is_lowered = lowering.is_lowered(formula.family)
-    if is_lowered and _is_compiling() and not torch.compiler.is_exporting() and not _is_transformed():
+    if _is_lowered(x, formula):
         parameters = packing.side_by_side(parts)
         compiled: Tensor = torch.ops.polytrope.activation(x, parameters, *_listed(formula), lowering.version())
         return compiled
@@ -189,6 +188,17 @@ def activate(x: Tensor, parts: Sequence[Tensor], packing: Packing, formula: Form
     if not _is_transformed():
         count_fallback("activation")
     return reference.evaluate(x, parameters, formula)
+
+
+def _is_lowered(x: Tensor, formula: Formula) -> bool:
+    """Whether a compiler is about to get arithmetic. Not where there is a CUDA kernel, which adds up the gradients of
+    coefficients in the pass that computes that of x; the compiler reads both tensors again for them, and again.
+    """
+    if not (lowering.is_lowered(formula.family) and _is_compiling()):
+        return False
+    if torch.compiler.is_exporting() or _is_transformed():
+        return False
+    return x.device.type != "cuda" or not has_kernel("cuda", x.device.index, x.dtype, formula)
 
 
 def _listed(formula: Formula) -> tuple[Any, ...]:
