@@ -77,7 +77,12 @@ def on_engine(engine: Any, *, cpu: bool, zero_stage: int, precision: Literal["fp
         return
     if zero_stage == 0 and precision == "bf16":
         _undo_empty_step(engine.optimizer)
-    if cpu and zero_stage == 1 and precision == "fp32" and not engine.optimizer.cpu_offload:
+    alone = engine.dp_world_size == 1 and engine.gradient_accumulation_steps() == 1
+    if (
+        zero_stage == 1
+        and not engine.optimizer.cpu_offload
+        and ((cpu and precision == "fp32") or (alone and precision != "fp16"))
+    ):
         exchange_gradients_and_weights(engine.optimizer)
 
 
@@ -114,11 +119,12 @@ def _undo_empty_step(optimizer: Any) -> None:
 
 
 def exchange_gradients_and_weights(optimizer: Any) -> None:
-    """Let a ZeRO-1 optimizer on CPUs send each gradient and each weight once, in few messages.
+    """Let a ZeRO-1 optimizer on CPUs, or without others, send each gradient and each weight once, in few messages.
 
     DeepSpeed 0.19.8 copies each gradient into a new bucket, from there into its partition and from there into a flat
-    tensor, by a hook per parameter; over gloo it reduces all gradients on all ranks, and takes the norm tensor by
-    tensor with a reduction per parameter group. For small models that is a good part of a step. Here gradients are
+    tensor, by a hook per parameter; over gloo it reduces all gradients on all ranks, and looks for infinities and takes
+    the norm tensor by tensor with a reduction per parameter group. For small models that is a good part of a step, and
+    a fast GPU waits for it: on an H200, 24 ms of the 66 of a step of GPT-2 124M. Here gradients are
     copied once, into one buffer of a row per rank; each rank gets its row from all others and averages it (always in
     the order of ranks: bit for bit the same); and the norm is one reduction. The new weights go straight into place.
     """
@@ -166,9 +172,9 @@ def exchange_gradients_and_weights(optimizer: Any) -> None:
 
     def scaled_global_norm(norm_type: float = 2) -> Tensor:
         assert norm_type == 2
-        squares = torch.linalg.vector_norm(received[0]).square()
+        squares = torch.linalg.vector_norm(received[0], dtype=torch.float64).square()
         dist.all_reduce(squares, group=group)
-        norm = squares.sqrt()
+        norm = squares.sqrt().float()
         return torch.where(norm.isfinite(), norm, torch.full_like(norm, torch.inf))  # as DeepSpeed's: infinity is bad
 
     for hook in optimizer._grad_acc_hooks:  # `engine.backward` reduces when backward is done
