@@ -353,6 +353,11 @@ class TrainParameters(BaseModel):
         "the default, which is zero-0 … zero-3 by zero_stage; contradictions are refused",
     )
     compile: bool = Field(False, description="compile the model with torch.compile")
+    deterministic: bool = Field(
+        True,
+        description="on a GPU: of each operation the implementation that gives the same bits every time, so that an "
+        "interrupted training ends as it would have; false: the fastest. On a CPU all of them do",
+    )
     activation_checkpointing: Literal["none", "mlp", "block"] = Field(
         "none",
         description="what backward computes again to save memory: nothing, outputs of the activations, whole blocks",

@@ -30,7 +30,8 @@ def train_worker(task: dict[str, Any]) -> None:
     replace_json(directory / f"worker-{rank}.json", {"pid": os.getpid(), "node": _node(context)}, durable=False)
     try:
         _train(task["plan"], context, rank, task.get("rendezvous"))
-    except BaseException as error:
+    except BaseException as caught:
+        error = _explained(caught)
         failure = {
             "time": time.time(),
             "rank": rank,
@@ -49,6 +50,8 @@ def _train(plan: TrainingPlan, context: StageContext, rank: int, rendezvous: str
     on_cpu = plan.gpus == 0
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    elif plan.parameters.deterministic:
+        compute_deterministically()
     import torch
 
     torch.set_num_threads(plan.parameters.threads_per_worker)
@@ -64,6 +67,31 @@ def _train(plan: TrainingPlan, context: StageContext, rank: int, rendezvous: str
     from polytrope.pipeline.stages.train.loop import train_rank
 
     train_rank(plan, context, rank, device)
+
+
+def compute_deterministically() -> None:
+    """Of the GPU's algorithms those that give the same bits every time; an operation that has none fails.
+
+    Not with torch's `warn_only`, under which attention keeps the algorithms that add up in any order.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # read when Inductor is imported
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    # Costs a pass over every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+
+
+def _explained(error: BaseException) -> BaseException:
+    """With the way out where an operation has no deterministic implementation."""
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):
+        return UserError(
+            f"deterministic: {str(error).split(', but you set')[0]} on a GPU",
+            "set deterministic: false; an interrupted training then ends in other bytes than an undisturbed one",
+        )
+    return error
 
 
 def _failure_kind(error: BaseException) -> str:
