@@ -3,14 +3,14 @@
     python -m benchmarks.gpu_train prepare [DIRECTORY]     # where pip works, without a GPU: what must travel
     python -m benchmarks.gpu_train run [DIRECTORY]         # on the GPU machine; --small rehearses it on a CPU
 
-`prepare` fills the directory (default: .gpu, which git ignores) with a store that holds the sharded text, so that the
-GPU machine needs neither `datasets` nor time for it, and with wheels for its Python of what is missing there; MLflow,
-Ray and datasets are not needed. `run` goes through the steps in order of worth and writes the record after each, so
-that a cut loses nothing; a step that fails is written down with its error, and the exit code is 1. Everything goes
-through the product: workflows on the `local` executor, DeepSpeed, its own resume. The bars (`BARS`: a Hermite step
-≤ 1.02 × GELU's, MFU ≥ 0.45, resume in the same bytes, no call of an activation that the reference answered, a compiled
-block with a learnable activation ≤ 1.05 × the one with GELU) stand in the record with what was measured and whether
-they are met; null where their step has not come that far.
+`prepare` fills the directory (default: .gpu, which git ignores) with sharded text, so that the GPU machine needs
+neither `datasets` nor time for it, and with wheels for its Python of what is missing there; MLflow, Ray and datasets
+are not needed. `run` goes through the steps in order of worth and writes the record after each, so that a cut loses
+nothing; a step that fails is written down with its error, and the exit code is 1. Everything goes through the product:
+workflows on the `local` executor, DeepSpeed, its own resume. The bars (`BARS`: a Hermite step ≤ 1.02 × GELU's, MFU ≥
+0.45, resume in the same bytes, no call of an activation that the reference answered, a compiled block with a learnable
+activation ≤ 1.05 × the one with GELU) stand in the record with what was measured and whether they are met; null where
+their step has not come that far.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,39 +68,48 @@ BARS = (
     Bar("kernels", "compiled_block_over_gelu", "≤", 1.05),
 )
 RELATIONS: dict[str, Callable[[float, float], bool]] = {"≤": operator.le, "≥": operator.ge, "=": operator.eq}
+DATASET, SOURCES = "dataset", "sources.jsonl"  # in the directory
+BASELINES = ("gelu", "gelu_tanh")
 GELU_START = {"init": "gelu", "interval": [-4, 4]}
 FULL: dict[str, Any] = {
     "shard": {
-        "name": "python-documentation-and-source",
-        "source": {"kind": "python", "max_bytes": 30_000_000},
-        "tokenizer": {"kind": "bpe", "vocab_size": 50_257},
+        "name": "python-sources",
+        "tokenizer": {"kind": "bpe", "vocab_size": 50_304},  # a multiple of 64: rows that matrix units take
         "sequence_length": 1024,
         "validation_fraction": 0.02,
     },
     "model": {"preset": "gpt2", "bias": False},
     "training": {
-        "steps": 300,
+        "steps": 900,
         "global_batch_size": 32,
         "learning_rate": 6e-4,
-        "warmup_steps": 50,
+        "warmup_steps": 100,
         "precision": "bf16",
         "zero_stage": 1,
         "compile": True,
+        "deterministic": False,  # as the speed of others is measured; `resumed` is
         "log_every": 10,
-        "validation_every": 100,
-        "validation_samples": 64,
+        "validation_every": 300,
+        "validation_samples": 256,
         "checkpoint_every": 0,
         "data_threads": 4,
     },
-    "resumed": {"steps": 40, "checkpoint_every": 10, "validation_every": 0, "compile": False},
+    "resumed": {
+        "steps": 40,
+        "warmup_steps": 10,
+        "checkpoint_every": 10,
+        "validation_every": 0,
+        "compile": False,
+        "deterministic": True,
+    },
     "images": {"count": 512, "size": 224, "classes": 8, "batch": 128, "steps": 60, "preset": "convnext-tiny"},
-    "activations": ("gelu_tanh", "hermite3", "hermite8"),
+    "sources": ("", "sklearn"),  # Python's own library, and a package
+    "activations": {"gelu_tanh": {}, "hermite4": {}, "hermite8": {"steps": 200}},
     "gpus": 1,
 }
 SMALL: dict[str, Any] = {
     "shard": {
         **FULL["shard"],
-        "source": {"kind": "python", "max_bytes": 100_000},
         "tokenizer": {"kind": "bpe", "vocab_size": 300},
         "sequence_length": 32,
     },
@@ -117,7 +127,8 @@ SMALL: dict[str, Any] = {
     },
     "resumed": {"steps": 6, "checkpoint_every": 2, "validation_every": 0, "compile": False},
     "images": {"count": 16, "size": 32, "classes": 2, "batch": 4, "steps": 2, "preset": "convnext-atto"},
-    "activations": ("gelu_tanh", "hermite3"),
+    "sources": ("scipy/linalg",),
+    "activations": {"gelu_tanh": {}, "hermite4": {}, "hermite8": {"steps": 3}},
     "gpus": 0,
 }
 
@@ -142,9 +153,13 @@ def main() -> None:
 
 
 def prepare(directory: Path, scale: dict[str, Any], *, wheels: bool) -> None:
-    """Make the store with the data set, and fetch or build the wheels."""
-    run_workflow(directory, "data", {"shard": shard_stage(scale)})
-    shutil.rmtree(directory / "store" / "runs")  # the result is what travels, not how it came about
+    """Make the data set, and fetch or build the wheels."""
+    text = {"kind": "files", "format": "jsonl", "paths": [str(write_sources(directory, scale["sources"]))]}
+    made = run_workflow(directory, "data", {"shard": {"uses": "shard", "with": {**scale["shard"], "source": text}}})
+    shutil.rmtree(directory / DATASET, ignore_errors=True)
+    shutil.copytree(Path(directory / "store" / "artifacts" / str(made["shard"].key)) / "files", directory / DATASET)
+    (directory / SOURCES).unlink()
+    shutil.rmtree(directory / "store")  # the result is what travels: how it came about depends on this Python
     if wheels:
         place = directory / "wheels"
         pip = [sys.executable, "-m", "pip"]
@@ -159,6 +174,22 @@ def prepare(directory: Path, scale: dict[str, Any], *, wheels: bool) -> None:
     print(f"{directory}: {size / 2**20:.1f} MiB. There:")
     print(f"  python3 -m pip install -q --no-index --no-deps --target /tmp/site {directory.name}/wheels/*.whl")
     print(f"  PYTHONPATH=/tmp/site python3 -m benchmarks.gpu_train run {directory.name}")
+
+
+def write_sources(directory: Path, packages: Sequence[str]) -> Path:
+    """A JSON line for each Python file, not those without text, of installed packages, or of Python's library ("")."""
+    places = sysconfig.get_paths()
+    path = directory / SOURCES
+    directory.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for package in packages:
+            root = Path(places["purelib"], package) if package else Path(places["stdlib"])
+            for source in sorted(root.rglob("*.py")):
+                if package or "site-packages" not in source.parts:
+                    text = source.read_text(encoding="utf-8", errors="replace")
+                    if text.strip():
+                        file.write(json.dumps({"text": text}) + "\n")
+    return path
 
 
 def _installed(name: str) -> str:
@@ -246,16 +277,17 @@ def _number(value: Any) -> str:
     )
 
 
-def shard_stage(scale: dict[str, Any]) -> dict[str, Any]:
-    return {"uses": "shard", "with": scale["shard"]}
+def dataset_stage(directory: Path) -> dict[str, Any]:
+    return {"uses": "benchmarks.gpu_stages:prepared", "with": {"path": str(directory / DATASET)}}
 
 
 def train_stage(scale: dict[str, Any], activation: str, **changes: Any) -> dict[str, Any]:
-    """GPT-2 with one activation, which starts as GELU."""
-    model = {**scale["model"], "activation": activation, "activation_options": GELU_START}
+    """GPT-2 with one activation, by the recipe if it learns: it starts as GELU."""
+    options = {} if activation in BASELINES else {"activation_options": GELU_START}
+    model = {**scale["model"], "activation": activation, **options}
     return {
         "uses": "train",
-        "inputs": {"dataset": "shard"},
+        "inputs": {"dataset": "dataset"},
         "with": {"model": model, **scale["training"], "peak_flops": scale.get("peak_flops"), **changes},
         "resources": {"gpus": scale["gpus"]},
     }
@@ -286,7 +318,12 @@ def _polytrope(verb: str, workflow: Path, directory: Path, *options: str) -> str
     command = [sys.executable, "-m", "polytrope.pipeline.commands.cli", verb, str(workflow)]
     place = ["--executor", "local", "--concurrency", "1", "--store", str(directory / "store")]
     done = subprocess.run(
-        [*command, *place, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", check=False
+        [*command, *place, *options],
+        cwd=ROOT,  # where `benchmarks` is
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{verb} {workflow.name}: exit code {done.returncode}\n{done.stdout[-3000:]}")
@@ -306,13 +343,21 @@ def curves(directory: Path, name: str, stage: str) -> dict[str, dict[int, float]
     return found
 
 
+def training_workflows(directory: Path, scale: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Activation → stages."""
+    return {
+        activation: {"dataset": dataset_stage(directory), "train": train_stage(scale, activation, **changes)}
+        for activation, changes in scale["activations"].items()
+    }
+
+
 def training(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
-    """GPT-2 with GELU and two Hermite polynomials: speed, MFU, memory, curves, activations that the reference ran."""
+    """GPT-2 with GELU and Hermite polynomials: speed, MFU, memory, curves, activations that the reference ran."""
     figures: dict[str, Any] = {name: {} for name in ("tokens_per_second", "mfu", "peak_memory_gigabytes", "loss")}
     figures |= {"validation_loss": {}, "activation_fallbacks": {}, "curve": {}}
-    for activation in scale["activations"]:
+    for activation, stages in training_workflows(directory, scale).items():
         name = f"train-{activation}"
-        run_workflow(directory, name, {"shard": shard_stage(scale), "train": train_stage(scale, activation)})
+        run_workflow(directory, name, stages)
         seen = curves(directory, name, "train")
         steady = list(seen["tokens_per_second"].values())[len(seen["tokens_per_second"]) // 3 :]  # compiled by then
         figures["tokens_per_second"][activation] = statistics.median(steady)
@@ -321,7 +366,7 @@ def training(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
         figures["loss"][activation] = list(seen["train/loss"].values())[-1]
         figures["validation_loss"][activation] = list(seen["val/loss"].values())[-1]
         figures["activation_fallbacks"][activation] = sum(seen["activation_fallbacks"].values())
-        figures["curve"][activation] = [round(value, 4) for value in seen["train/loss"].values()]
+        figures["curve"][activation] = {step: round(value, 4) for step, value in seen["train/loss"].items()}
     speeds = figures["tokens_per_second"]
     figures["step_over_gelu"] = {
         name: speeds["gelu_tanh"] / speed for name, speed in speeds.items() if name != "gelu_tanh"
@@ -329,59 +374,70 @@ def training(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
+def resume_stages(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
+    return {"dataset": dataset_stage(directory), "train": train_stage(scale, "hermite4", **scale["resumed"])}
+
+
 def resume(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
     """Driver and worker killed at checkpoints, resumed: the same bytes as undisturbed (`polytrope verify-resume`)."""
     from polytrope.pipeline.proof.verify_resume import verify_resume
 
     place = directory / f"resume-{time.time_ns()}"
-    for side in ("undisturbed", "disturbed"):  # both find the data set stored
-        shutil.copytree(directory / "store" / "artifacts", place / side / "artifacts")
-    stages = {"shard": shard_stage(scale), "train": train_stage(scale, "hermite3", **scale["resumed"])}
-    workflow = write_workflow(directory, "resume", stages)
+    workflow = write_workflow(directory, "resume", resume_stages(directory, scale))
     command = [str(workflow), "--executor", "local", "--no-tracking"]
     compared = verify_resume(command, place, kill_workers=True, say=lambda text: print(f"  {text}", flush=True))
     return {"same_bytes": {comparison.stage: comparison.equal for comparison in compared}}
 
 
-def conversion(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
-    """GELU replaced by Hermite polynomials of degree 8 fitted to measured inputs; both evaluated."""
-    resources = {"gpus": scale["gpus"]}
-    stages = {
-        "shard": shard_stage(scale),
-        "train": train_stage(scale, "gelu_tanh"),
+def conversion_stages(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "dataset": dataset_stage(directory),
+        "train": train_stage(scale, "gelu_tanh"),  # that of `training`
         "convert": {
             "uses": "convert",
-            "inputs": {"model": "train", "dataset": "shard"},
+            "inputs": {"model": "train", "dataset": "dataset"},
             "with": {"family": "hermite", "degree": 8},
-            "resources": resources,
         },
         "evaluate": {
             "uses": "evaluate",
-            "inputs": {"dataset": "shard", "models": {"before": "train", "after": "convert"}},
+            "inputs": {"dataset": "dataset", "models": {"before": "train", "after": "convert"}},
             "with": {"sample_tokens": 0, "drift": {"after": "before"}},
-            "resources": resources,
+            "resources": {"gpus": scale["gpus"]},
         },
     }
-    done = run_workflow(directory, "convert", stages)
+
+
+def conversion(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
+    """GELU replaced by Hermite polynomials of degree 8 fitted to measured inputs, on the CPU; both evaluated."""
+    done = run_workflow(directory, "convert", conversion_stages(directory, scale))
     return {name: done[name].summary | {"seconds": done[name].duration} for name in ("convert", "evaluate")}
+
+
+def image_workflows(directory: Path, scale: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Activation → stages; the pictures are drawn."""
+    wanted = scale["images"]
+    folder = directory / "pictures"
+    _draw(folder, wanted["count"], wanted["size"], wanted["classes"])
+    shards = {"source": {"kind": "folder", "path": str(folder)}, "image_size": wanted["size"], "channels": 3}
+    options = {"steps": wanted["steps"], "global_batch_size": wanted["batch"], "warmup_steps": 1}
+    found = {}
+    for activation in ("gelu", "hermite4"):
+        changed = {**scale, "model": {"architecture": "convnext", "preset": wanted["preset"]}}
+        stage = train_stage(changed, activation, validation_samples=4, validation_every=0, **options)
+        found[activation] = {"dataset": {"uses": "shard_images", "with": shards}, "train": stage}
+    return found
 
 
 def images(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
     """ConvNeXt on random pictures, GELU and Hermite: images per second."""
-    wanted = scale["images"]
-    folder = directory / "pictures"
-    _draw(folder, wanted["count"], wanted["size"], wanted["classes"])
-    figures: dict[str, Any] = {"images_per_second": {}, "activation_fallbacks": {}}
-    for activation in ("gelu", "hermite3"):
-        model = {"architecture": "convnext", "preset": wanted["preset"], "activation": activation}
-        options = {"steps": wanted["steps"], "global_batch_size": wanted["batch"], "warmup_steps": 1}
-        shards = {"source": {"kind": "folder", "path": str(folder)}, "image_size": wanted["size"], "channels": 3}
-        stage = train_stage(scale, activation, model=model, validation_samples=4, validation_every=0, **options)
+    figures: dict[str, Any] = {"images_per_second": {}, "peak_memory_gigabytes": {}, "activation_fallbacks": {}}
+    for activation, stages in image_workflows(directory, scale).items():
         name = f"images-{activation}"
-        run_workflow(directory, name, {"shard": {"uses": "shard_images", "with": shards}, "train": stage})
+        run_workflow(directory, name, stages)
         seen = curves(directory, name, "train")
         rates = list(seen["images_per_second"].values())
         figures["images_per_second"][activation] = statistics.median(rates[len(rates) // 3 :])
+        figures["peak_memory_gigabytes"][activation] = max(seen["peak_memory"].values()) / 1e9
         figures["activation_fallbacks"][activation] = sum(seen["activation_fallbacks"].values())
     return figures
 

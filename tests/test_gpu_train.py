@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_train
+from polytrope.pipeline.commands.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = (
@@ -72,10 +73,29 @@ def test_a_bare_machine_trains_and_resumes_in_the_same_bytes(tmp_path: Path) -> 
     assert met[("training", "mfu")] is False  # of a GPU's peak
     assert met[("kernels", "compiled_block_over_gelu")] is None
     assert "training: mfu ≥ 0.45: missed" in said
-    assert steps["training"]["activation_fallbacks"] == {"gelu_tanh": 0.0, "hermite3": 0.0}
+    assert steps["training"]["activation_fallbacks"] == {"gelu_tanh": 0.0, "hermite4": 0.0, "hermite8": 0.0}
     assert all(speed > 0 for speed in steps["training"]["tokens_per_second"].values())
-    assert steps["resume"]["same_bytes"] == {"shard": True, "train": True}, said
+    assert steps["resume"]["same_bytes"] == {"dataset": True, "train": True}, said
     assert "driver killed after the checkpoint of step 2" in said
+
+
+def test_what_runs_on_a_gpu_would_be_accepted_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The workflows in full, and for a GPU: planning one looks at everything that is refused before it starts."""
+    (tmp_path / gpu_train.DATASET).mkdir()
+    (tmp_path / gpu_train.DATASET / "dataset.json").write_text("{}")
+    full = {**gpu_train.FULL, "images": {**gpu_train.FULL["images"], "count": 8}}
+    workflows = {
+        **gpu_train.training_workflows(tmp_path, full),
+        "resume": gpu_train.resume_stages(tmp_path, full),
+        "conversion": gpu_train.conversion_stages(tmp_path, full),
+        **gpu_train.image_workflows(tmp_path, full),
+    }
+    assert full["gpus"] == 1
+    for name, stages in workflows.items():
+        file = gpu_train.write_workflow(tmp_path, name, stages)
+        assert main(["plan", str(file), "--store", str(tmp_path / "store")]) == 0, capsys.readouterr()
+        assert f"{len(stages)} of {len(stages)} stages will run" in capsys.readouterr().out
+        assert stages["train"]["resources"] == {"gpus": 1}
 
 
 def test_a_step_that_fails_is_in_the_record_and_in_the_exit_code(tmp_path: Path) -> None:
