@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -260,6 +261,42 @@ class AdaptersParameters(BaseModel):
         return self
 
 
+class DistillationParameters(BaseModel):
+    """How a model becomes like its teacher: terms beside the loss of the data's own targets."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    outputs: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the divergence of the teacher's probabilities from the model's, in nats; of predicted "
+        "numbers: of the squared error relative to their variance",
+    )
+    features: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the squared error of the states behind the blocks, relative to the variance of the "
+        "teacher's; mean over the blocks",
+    )
+    blocks: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        description="features: which block of the teacher each block is to be like, from 0; default: as many as there "
+        "are, or those that the record of drop_blocks says are left",
+    )
+
+    @model_validator(mode="after")
+    def teaches(self) -> DistillationParameters:
+        if self.outputs == self.features == 0:
+            raise ValueError(
+                "outputs and features are both 0, so that nothing is learned from the teacher: leave it out"
+            )
+        if self.blocks is not None and self.features == 0:
+            raise ValueError("blocks: features is 0, so that no block is compared: leave it out")
+        if self.blocks is not None and any(a >= b for a, b in pairwise(self.blocks)):
+            raise ValueError(f"blocks: expected numbers that rise, got {self.blocks}")
+        return self
+
+
 class TrainParameters(BaseModel):
     """Everything that decides the result of a training."""
 
@@ -279,6 +316,11 @@ class TrainParameters(BaseModel):
     adapters: AdaptersParameters | None = Field(
         None,
         description="with an `initial` input: few numbers learn for its frozen linear layers, {name: lora, rank: 4}",
+    )
+    distillation: DistillationParameters | None = Field(
+        None,
+        description="with a `teacher` input: its outputs, and the states behind its blocks, are learned too, "
+        "{outputs: 1.0, features: 1.0}",
     )
     trainable: list[Annotated[str, AfterValidator(check_entry)]] | None = Field(
         None,
@@ -403,6 +445,12 @@ class TrainParameters(BaseModel):
             raise ValueError(f"trainable: with adapters name {ADAPTERS} too, or leave it out: then they alone learn")
         if self.adapters is not None and self.peak_flops is not None:
             raise ValueError("peak_flops: MFU counts the gradients of all weights; leave it out with `adapters`")
+        if self.distillation is not None and self.peak_flops is not None:
+            raise ValueError("peak_flops: MFU does not count the teacher; leave it out with `distillation`")
+        if self.distillation is not None and self.distillation.features and self.compile:
+            raise ValueError(
+                "compile: compiled code does not show the states behind blocks; leave it out with `features`"
+            )
         if self.adapters is None and ADAPTERS in (self.trainable or []):
             raise ValueError(f"trainable: {ADAPTERS}: there are none; say which under `adapters:`")
         if self.trainable is not None and self.peak_flops is not None:

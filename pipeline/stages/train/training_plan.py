@@ -19,6 +19,7 @@ from polytrope.pipeline.stages.train.batch_statistics import check_batch_statist
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
 from polytrope.pipeline.stages.train.numbers_options import check_of_numbers
 from polytrope.pipeline.stages.train.parameters import TrainParameters, check_heeded, split_batch
+from polytrope.pipeline.stages.train.teacher import check_teacher, matched_blocks
 
 
 class Diverged(ArithmeticError):
@@ -36,7 +37,8 @@ class TrainingPlan:
     Args:
         parameters: of the stage.
         architecture, model: what `build_model` takes.
-        dataset, initial: directories.
+        dataset, initial, teacher: directories.
+        matched: names of blocks of the model, and of those of the teacher that they are to be like.
         workers, gpus: number of workers, and of GPUs for each (0: CPU).
         micro_batch_size, accumulation_steps: global batch = micro batch × workers × accumulation.
         steps: optimizer steps.
@@ -51,6 +53,8 @@ class TrainingPlan:
     model: dict[str, Any]
     dataset: Path
     initial: Path | None
+    teacher: Path | None
+    matched: list[tuple[str, str]]
     workers: int
     gpus: float
     micro_batch_size: int
@@ -66,7 +70,11 @@ class TrainingPlan:
 
 
 def make_plan(
-    context: StageContext, dataset: Artifact, initial: Artifact | None, parameters: TrainParameters
+    context: StageContext,
+    dataset: Artifact,
+    initial: Artifact | None,
+    parameters: TrainParameters,
+    teacher: Artifact | None = None,
 ) -> TrainingPlan:
     """Resolve defaults from the dataset, the initial model and the granted resources.
 
@@ -81,6 +89,15 @@ def make_plan(
     check_heeded(architecture, settings, parameters)
     check_batch_statistics(architecture, settings, parameters, accumulation)
     check_of_numbers(architecture, settings, parameters)
+    matched = []
+    if teacher is not None:
+        assert parameters.distillation is not None  # `check` saw to it
+        imitated = _read_model("teacher", teacher)
+        _fits(imitated, teacher, description, dataset)
+        before = None if initial is None else _read_model("initial", initial).blocks_before
+        student = PromisedModel(architecture, settings, blocks_before=before)
+        check_teacher(parameters.distillation, student, imitated)
+        matched = matched_blocks(parameters.distillation, student, imitated, None if initial is None else initial.path)
     samples = description.splits["train"].samples
     if samples < 1:
         raise UserError(f"the dataset of `{dataset.stage}` has no training samples", "use a larger corpus")
@@ -102,6 +119,8 @@ def make_plan(
         model=model,
         dataset=dataset.path,
         initial=initial.path if initial else None,
+        teacher=teacher.path if teacher else None,
+        matched=matched,
         workers=workers,
         gpus=context.resources.gpus,
         micro_batch_size=micro,
@@ -136,12 +155,8 @@ def steps_of_epochs(epochs: float, samples: int, batch: int) -> int:
 def _resolve_model(
     description: Dataset, dataset: Artifact, initial: Artifact | None, parameters: TrainParameters
 ) -> tuple[str, dict[str, Any]]:
-    model = _read_initial(initial) if initial is not None else _given(parameters)
-    found = misfit(model, dataset_promise(description))
-    if found is not None:
-        raise UserError(f"{found.text} (`{dataset.stage}`)", found.hint)
-    if initial is not None and description.kind == "text":
-        _same_tokenizer(initial, dataset)
+    model = _read_model("initial", initial) if initial is not None else _given(parameters)
+    _fits(model, initial, description, dataset)
     settings = dict(model.trained_on(dataset_promise(description)).settings)
     if parameters.model is not None and parameters.model.activation_options is not None:
         settings["activation_options"] = parameters.model.activation_options.model_dump(exclude_none=True)
@@ -153,12 +168,21 @@ def _given(parameters: TrainParameters) -> PromisedModel:
     return PromisedModel(parameters.model.architecture, parameters.model.settings())
 
 
-def _read_initial(initial: Artifact) -> PromisedModel:
+def _fits(model: PromisedModel, origin: Artifact | None, description: Dataset, dataset: Artifact) -> None:
+    """Raise `UserError` for a model that cannot take the data, or comes with another tokenizer."""
+    found = misfit(model, dataset_promise(description))
+    if found is not None:
+        raise UserError(f"{found.text} (`{dataset.stage}`)", found.hint)
+    if origin is not None and description.kind == "text":
+        _same_tokenizer(origin, dataset)
+
+
+def _read_model(name: str, artifact: Artifact) -> PromisedModel:
     try:
-        return read_model_promise(initial.path)
+        return read_model_promise(artifact.path)
     except ValueError as error:
         raise UserError(
-            f"`initial` ({initial.stage}) holds no model that can be trained: {error}",
+            f"`{name}` ({artifact.stage}) holds no model that can be trained: {error}",
             "name a `train`, `convert` or `import_model` stage",
         ) from error
 
