@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.convert_options import ENERGY, Factorize
-from polytrope.models.factors import FactoredLinear
+from polytrope.models.factors import FactoredLinear, largest_change
 from polytrope.models.inputs import head, tensors_of, vectors
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import Choice, is_of_a_head, replace_module
@@ -52,6 +52,8 @@ class FactoredLayer:
         name, inputs, outputs, input_rank, output_rank: as of `MeasuredLayer`.
         rank: of its factors.
         relative_error: of its outputs without bias on the calibration data: root mean square, relative to theirs.
+        largest_change: of a number of its matrix: no output moves by more than this times the sum of the sizes of the
+            inputs, whatever they are. None: a record from before it was measured.
     """
 
     name: str
@@ -61,6 +63,7 @@ class FactoredLayer:
     output_rank: int
     rank: int
     relative_error: float
+    largest_change: float | None = None
 
     @property
     def utilised_rank(self) -> int:
@@ -408,5 +411,7 @@ def _factored(
         if linear.bias is not None:
             factored.outer.bias.copy_(linear.bias)
     lost = float(spectra.outputs[:-rank].sum() / spectra.outputs.sum())
-    described = FactoredLayer(name, inputs, outputs, measured.input_rank, measured.output_rank, rank, lost**0.5)
+    with torch.no_grad():
+        change = float(largest_change(factored, linear.weight))
+    described = FactoredLayer(name, inputs, outputs, measured.input_rank, measured.output_rank, rank, lost**0.5, change)
     return described, factored.train(linear.training)

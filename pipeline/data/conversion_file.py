@@ -132,6 +132,7 @@ class FactoredLayer(Record):
     output_rank: int
     rank: int
     relative_error: float
+    largest_change: float | None = None
 
     @property
     def utilised_rank(self) -> int:

@@ -16,6 +16,7 @@ from training_support import MODEL, make_dataset, make_initial, run_training, we
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.convert import convert
+from polytrope.models.factors import FactoredLinear, change_beyond, largest_change
 from polytrope.models.matching import feature_error, find_blocks, states_behind
 from polytrope.pipeline.data.promised import PromisedModel
 from polytrope.pipeline.errors import UserError
@@ -23,8 +24,15 @@ from polytrope.pipeline.stage import Artifact, Resources
 from polytrope.pipeline.stages.convert.convert import promise as promise_conversion
 from polytrope.pipeline.stages.convert.distillation import distill
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
-from polytrope.pipeline.stages.train.imitation import Imitation, divergence, output_error
-from polytrope.pipeline.stages.train.parameters import TrainParameters
+from polytrope.pipeline.stages.train.imitation import (
+    Imitation,
+    Perturbation,
+    divergence,
+    find_factors,
+    output_error,
+)
+from polytrope.pipeline.stages.train.parameters import DistillationParameters, TrainParameters
+from polytrope.pipeline.stages.train.teacher import check_factors
 from polytrope.pipeline.stages.train.train import check, promise
 
 GPT2: dict[str, Any] = {**MODEL, "n_layer": 3, "vocab_size": 320, "sequence_length": 32}
@@ -168,6 +176,12 @@ def promised(student: dict[str, Any], teacher: dict[str, Any], before: int | Non
         (GPT2, {**GPT2, "n_layer": 4}, {}, "features: the teacher has 4 blocks, the model 3, and nothing says"),
         (GPT2, {**GPT2, "n_layer": 4}, {"blocks": [0, 1]}, r"blocks: \[0, 1\] for 3 blocks of the model and 4"),
         (GPT2, {**GPT2, "n_layer": 4}, {"blocks": [0, 1, 4]}, r"blocks: \[0, 1, 4\] for 3"),
+        (
+            GPT2,
+            {**GPT2, "n_layer": 4},
+            {"perturbation": 1.0, "features": 0.0},
+            "perturbation: the teacher has 4 blocks",
+        ),
         (GPT2, {**GPT2, "n_embd": 64}, {}, "`transformer.h.0` of the model adds to states of width 32, .* to 64"),
         (GPT2, {**GPT2, "vocab_size": 257}, {}, r"outputs: the teacher has 257 \(vocab_size\), the model 320"),
         (CONVNEXT, {**CONVNEXT, "depths": [2, 2]}, {}, "`stages.0.1` of the teacher to 4"),
@@ -185,7 +199,10 @@ def test_what_cannot_be_compared_is_refused_before_anything_starts(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"distillation": {"outputs": 0.0}}, "outputs and features are both 0"),
+        ({"distillation": {"outputs": 0.0}}, "all weights are 0"),
+        ({"distillation": {"perturbation_bound": 0.1}}, "perturbation_bound: perturbation is 0"),
+        ({"distillation": {"perturbation": 1.0}, "zero_stage": 3}, "perturbation: zero_stage 3 leaves no worker"),
+        ({"distillation": {"perturbation": 1.0}, "model": MODEL}, "perturbation: a model that begins from nothing"),
         ({"distillation": {"blocks": [0]}}, "blocks: features is 0"),
         ({"distillation": {"features": 1.0, "blocks": [1, 1]}}, "blocks: expected numbers that rise"),
         ({"distillation": {"features": -1.0}}, "features"),
@@ -220,6 +237,71 @@ def test_a_conversion_in_the_same_workflow_promises_which_model_its_blocks_are_o
         Path(),
     )
     assert again.blocks_before is None  # its own record says nothing of blocks
+
+
+def factored(rank: int = 4) -> nn.Module:
+    """A GPT-2 whose first layers are in two factors, freshly drawn."""
+    torch.manual_seed(4)
+    return build_model("gpt2", {**GPT2, "factors": {f"transformer.h.{block}.mlp.c_fc": rank for block in range(3)}})
+
+
+def test_the_bound_is_what_outputs_can_move_by_and_is_reached() -> None:
+    layer = FactoredLinear(2, 2, 1, bias=False)
+    whole = torch.eye(2)
+    with torch.no_grad():  # B A = [[0.5, 0.5], [1, 1]]: off by 0.5, 0.5 and 1, 0
+        layer.inner.weight.copy_(torch.tensor([[1.0, 1.0]]))
+        layer.outer.weight.copy_(torch.tensor([[0.5], [1.0]]))
+        assert float(largest_change(layer, whole)) == 1.0
+        x = torch.tensor([3.0, 0.0])
+        assert float((layer(x) - whole @ x).abs().max()) == 3.0 == float(x.abs().sum())
+        for bound, expected in ((0.25, 0.75**2), (1.0, 0.0), (2.0, 0.0)):
+            assert float(change_beyond([layer], [whole], bound)) == expected
+        assert float(change_beyond([layer, layer], [whole, layer.product()], 0.5)) == 0.5**2 / 2
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        layer = FactoredLinear(7, 5, 2, bias=True)
+        merged = layer.merged()
+        with torch.no_grad():
+            merged.weight.add_(0.1 * torch.randn(5, 7, generator=generator))
+            x = torch.randn(7, generator=generator)
+            moved = (layer(x) - merged(x)).abs().max()
+            assert float(moved) <= float(largest_change(layer, merged.weight) * x.abs().sum()) * (1 + 1e-6)
+
+
+def test_factors_stay_within_the_bound_that_they_are_given() -> None:
+    torch.manual_seed(0)
+    teacher = build_model("gpt2", GPT2).eval()
+    batch = torch.randint(0, 320, (2, 8))
+
+    def beyond(weight: float) -> float:
+        student = factored(16)
+        layers, wholes = find_factors(student, teacher)
+        bounded = Perturbation(weight, 1e-3, layers, wholes)
+        imitation = Imitation(teacher, 1.0, 0.0, [], bounded)
+        optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            imitation.loss(Engine(student.train()), batch, batch).backward()
+            optimizer.step()
+        return float(bounded.penalty().detach())
+
+    assert beyond(30.0) < 0.5 * beyond(1e-9)
+
+
+def test_factors_that_do_not_learn_or_have_no_counterpart_are_refused() -> None:
+    teacher, student = build_model("gpt2", {**GPT2, "n_layer": 2}), factored()
+    with pytest.raises(
+        UserError, match=r"the teacher has no layer like `transformer\.h\.2\.mlp\.c_fc`, of 32 inputs and 128"
+    ):
+        find_factors(student, teacher)
+    student.requires_grad_(False)
+    with pytest.raises(UserError, match="perturbation: no factor learns"):
+        find_factors(student, build_model("gpt2", GPT2))
+    options = DistillationParameters(perturbation=1.0)
+    with pytest.raises(UserError, match="perturbation: `initial` has no factored layers"):
+        check_factors(options, PromisedModel("gpt2", GPT2), 1)
+    with pytest.raises(UserError, match="perturbation: zero_stage 3"):
+        check_factors(options, PromisedModel("gpt2", {**GPT2, "factors": {"a": 1}}), 3)
 
 
 @pytest.fixture(scope="module")

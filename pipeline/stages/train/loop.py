@@ -87,7 +87,7 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
         plan.steps,
         parameters.data_threads,
     )
-    imitation = make_imitation(plan, device)
+    imitation = make_imitation(plan, engine.module, device)
     run = _Run(plan, context, rank, device, engine, average, frozen, progress, modality, prefetcher, imitation)
     try:
         while progress.step < plan.steps:

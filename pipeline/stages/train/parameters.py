@@ -52,6 +52,7 @@ class ActivationOptions(BaseModel):
     per_channel: bool = Field(False, description="coefficients of their own for every channel, not one set per block")
 
 
+SHARDED = "zero_stage 3 leaves no worker the factors to multiply; use a lower one"
 _DENOMINATORS = "only attention: power and norm: rms have denominators"
 
 
@@ -284,14 +285,24 @@ class DistillationParameters(BaseModel):
         "are, or those that the record of drop_blocks says are left",
     )
 
+    perturbation: float = Field(
+        0.0,
+        ge=0,
+        description="weight of what the products of factored layers differ from the teacher's matrices by, beyond "
+        "perturbation_bound",
+    )
+    perturbation_bound: float = Field(
+        1e-3, ge=0, description="perturbation: by how much every number of such a product may differ for nothing"
+    )
+
     @model_validator(mode="after")
     def teaches(self) -> DistillationParameters:
-        if self.outputs == self.features == 0:
-            raise ValueError(
-                "outputs and features are both 0, so that nothing is learned from the teacher: leave it out"
-            )
+        if self.outputs == self.features == self.perturbation == 0:
+            raise ValueError("all weights are 0, so that nothing is learned from the teacher: leave it out")
         if self.blocks is not None and self.features == 0:
             raise ValueError("blocks: features is 0, so that no block is compared: leave it out")
+        if "perturbation_bound" in self.model_fields_set and self.perturbation == 0:
+            raise ValueError("perturbation_bound: perturbation is 0, so that nothing is bounded: leave it out")
         if self.blocks is not None and any(a >= b for a, b in pairwise(self.blocks)):
             raise ValueError(f"blocks: expected numbers that rise, got {self.blocks}")
         return self
@@ -451,6 +462,11 @@ class TrainParameters(BaseModel):
             raise ValueError(
                 "compile: compiled code does not show the states behind blocks; leave it out with `features`"
             )
+        if self.distillation is not None and self.distillation.perturbation:
+            if self.model is not None:
+                raise ValueError("distillation: perturbation: a model that begins from nothing has no factored layers")
+            if self.zero_stage == 3:
+                raise ValueError(f"distillation: perturbation: {SHARDED}")
         if self.adapters is None and ADAPTERS in (self.trainable or []):
             raise ValueError(f"trainable: {ADAPTERS}: there are none; say which under `adapters:`")
         if self.trainable is not None and self.peak_flops is not None:

@@ -10,7 +10,7 @@ from polytrope.models.configurations import MODEL_KINDS, residual_blocks
 from polytrope.pipeline.data.conversion_file import CONVERSION_FILE, read_conversion
 from polytrope.pipeline.data.promised import PromisedModel
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stages.train.parameters import DistillationParameters
+from polytrope.pipeline.stages.train.parameters import SHARDED, DistillationParameters
 
 _OUTPUTS = {"text": "vocab_size", "images": "num_classes", "numbers": "outputs"}  # by what a model takes
 
@@ -33,6 +33,12 @@ def check_teacher(options: DistillationParameters, student: PromisedModel | None
                 f"distillation: outputs: the teacher has {there} ({_OUTPUTS[kind]}), the model {here}",
                 "give the model as many, or name another teacher",
             )
+    if options.perturbation and _layers(student) != _layers(teacher):
+        raise UserError(
+            f"distillation: perturbation: the teacher has {_layers(teacher)} blocks, the model {_layers(student)}: its "
+            "layers are not those of the teacher, and a map may stand in one of them",
+            "leave it out",
+        )
     if not options.features:
         return
     own, others = _blocks("inputs.initial", student), _blocks("inputs.teacher", teacher)
@@ -83,6 +89,11 @@ def matched_blocks(
     return _pairs(own, others, range(len(others)) if numbers is None else numbers)
 
 
+def _layers(model: PromisedModel) -> int:
+    config: Any = make_config(MODEL_KINDS[model.architecture].config, model.settings)
+    return len(config.activation_widths())
+
+
 def _blocks(field: str, model: PromisedModel) -> dict[str, int]:
     config: Any = make_config(MODEL_KINDS[model.architecture].config, model.settings)
     try:
@@ -102,3 +113,23 @@ def _pairs(own: dict[str, int], others: dict[str, int], numbers: Any) -> list[tu
                 "leave features out, or name a teacher of the same width",
             )
     return found
+
+
+def check_factors(options: DistillationParameters, student: PromisedModel, zero_stage: int) -> None:
+    """Refuse a bound on factors that the model does not have, or that no worker could compute.
+
+    Args:
+        student: with all of its settings.
+
+    Raises:
+        UserError: naming the parameter.
+    """
+    if not options.perturbation:
+        return
+    if not student.settings.get("factors"):
+        raise UserError(
+            "distillation: perturbation: `initial` has no factored layers, whose products could be kept near anything",
+            "leave it out, or name a `convert` stage with `factorize`",
+        )
+    if zero_stage == 3:
+        raise UserError(f"distillation: perturbation: {SHARDED.split(';')[0]}", "use a lower zero_stage")

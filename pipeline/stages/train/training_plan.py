@@ -19,7 +19,7 @@ from polytrope.pipeline.stages.train.batch_statistics import check_batch_statist
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
 from polytrope.pipeline.stages.train.numbers_options import check_of_numbers
 from polytrope.pipeline.stages.train.parameters import TrainParameters, check_heeded, split_batch
-from polytrope.pipeline.stages.train.teacher import check_teacher, matched_blocks
+from polytrope.pipeline.stages.train.teacher import check_factors, check_teacher, matched_blocks
 
 
 class Diverged(ArithmeticError):
@@ -113,6 +113,9 @@ def make_plan(
             "warm up for fewer steps, or train longer",
         )
     deepspeed = read_configuration(parameters)  # a stage runs in the workflow's directory
+    zero_stage = zero_stage_of(deepspeed, parameters)
+    if parameters.distillation is not None:
+        check_factors(parameters.distillation, PromisedModel(architecture, settings), zero_stage)
     return TrainingPlan(
         parameters=parameters,
         architecture=architecture,
@@ -128,7 +131,7 @@ def make_plan(
         steps=steps,
         train_samples=samples,
         deepspeed=deepspeed,
-        zero_stage=zero_stage_of(deepspeed, parameters),
+        zero_stage=zero_stage,
         skipped_batches=[],
         skip_reasons=[],
         dataset_profile={
@@ -142,7 +145,7 @@ def make_plan(
             "workers": workers,
             "micro_batch_size": micro,
             "accumulation_steps": accumulation,
-            "zero_stage": zero_stage_of(deepspeed, parameters),
+            "zero_stage": zero_stage,
         },
     )
 
