@@ -333,10 +333,12 @@ def test_what_dropped_blocks_leave_is_taught_by_the_whole_model_and_a_resumed_tr
     initial = Artifact(tmp_path / "smaller", "digest", "convert")
     settings: dict[str, Any] = {
         "model": None, "steps": 4, "warmup_steps": 0, "checkpoint_every": 2, "validation_every": 4,
-        "distillation": {"outputs": 0.0, "features": 2.0}, **changes,
+        "distillation": {"outputs": 0.0, "features": 2.0}, "activation_basis": "measured", **changes,
     }  # fmt: skip
     run_training(tmp_path, dataset, workers=workers, initial=initial, teacher=teacher, **settings)
     whole = weights_hash(tmp_path)
+    activation = load_model(tmp_path / "output").config.activation
+    assert (activation["name"], activation["learnable_recurrence"]) == ("hermite", True)
     shutil.rmtree(tmp_path / "output")
     settings["distillation"] = {"outputs": 0.0, "features": 2.0, "blocks": [0, 2]}  # as the record says
     run_training(tmp_path, dataset, workers=workers, initial=initial, teacher=teacher, **settings)

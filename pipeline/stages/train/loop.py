@@ -38,6 +38,7 @@ from polytrope.pipeline.stages.train.deepspeed_engine import (
     unsharded_gradient_norm,
 )
 from polytrope.pipeline.stages.train.imitation import Imitation, make_imitation
+from polytrope.pipeline.stages.train.measured_basis import measure_basis
 from polytrope.pipeline.stages.train.modality import Modality, make_modality
 from polytrope.pipeline.stages.train.numbers_start import start_for_rows
 from polytrope.pipeline.stages.train.optimization import coefficient_rates, learning_rate_factor, set_learning_rate
@@ -321,6 +322,8 @@ def _create_model(plan: TrainingPlan) -> tuple[nn.Module, Adapted]:
             from safetensors.torch import load_file
 
             load_weights(model, load_file(plan.initial / "model.safetensors"))
+            if plan.parameters.activation_basis is not None:
+                measure_basis(model, plan)
         elif find_architecture(plan.architecture).data == "numbers":
             start_for_rows(model, plan.dataset)
         if plan.parameters.range_penalty is not None:

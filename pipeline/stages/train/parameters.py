@@ -333,6 +333,12 @@ class TrainParameters(BaseModel):
         description="with a `teacher` input: its outputs, and the states behind its blocks, are learned too, "
         "{outputs: 1.0, features: 1.0}",
     )
+    activation_basis: Literal["measured"] | None = Field(
+        None,
+        description="measured, with an `initial` input: its polynomials (hermite, chebyshev, legendre) are written in "
+        "the basis that is orthonormal on the inputs they get from training samples; the same functions, whose "
+        "recurrence learns as well",
+    )
     trainable: list[Annotated[str, AfterValidator(check_entry)]] | None = Field(
         None,
         min_length=1,
@@ -450,6 +456,11 @@ class TrainParameters(BaseModel):
             )
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
+        if self.activation_basis is not None and self.model is not None:
+            raise ValueError(
+                "activation_basis: measured is for an `initial` input: weights that begin from nothing give their "
+                "activations inputs that are others soon"
+            )
         if self.adapters is not None and self.model is not None:
             raise ValueError("adapters: they fine-tune an `initial` input, and this model begins from nothing")
         if self.adapters is not None and ADAPTERS not in (self.trainable or [ADAPTERS]):

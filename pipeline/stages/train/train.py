@@ -19,6 +19,7 @@ from polytrope.pipeline.data.training_file import figure_names, read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
+from polytrope.pipeline.stages.train.measured_basis import settings_in_measured_basis
 from polytrope.pipeline.stages.train.numbers_options import check_of_numbers, predicts_numbers
 from polytrope.pipeline.stages.train.parameters import TrainParameters, check_heeded, split_batch
 from polytrope.pipeline.stages.train.teacher import check_teacher
@@ -72,6 +73,8 @@ def promise(
         check_teacher(parameters.distillation, model, teacher)
     if model is None:
         return None
+    if parameters.activation_basis is not None:
+        model = replace(model, settings=settings_in_measured_basis(model.architecture, model.settings))
     check_heeded(model.architecture, model.settings, parameters)
     check_batch_statistics(model.architecture, model.settings, parameters, accumulation)
     trained = model if data is None else model.trained_on(data)

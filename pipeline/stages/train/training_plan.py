@@ -17,6 +17,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
+from polytrope.pipeline.stages.train.measured_basis import settings_in_measured_basis
 from polytrope.pipeline.stages.train.numbers_options import check_of_numbers
 from polytrope.pipeline.stages.train.parameters import TrainParameters, check_heeded, split_batch
 from polytrope.pipeline.stages.train.teacher import check_factors, check_teacher, matched_blocks
@@ -86,6 +87,8 @@ def make_plan(
     workers = context.resources.workers
     micro, accumulation = split_batch(parameters, workers)
     settings = {name: value for name, value in model.items() if name != "activation_options"}
+    if parameters.activation_basis is not None:
+        settings_in_measured_basis(architecture, settings)  # it refuses a model without
     check_heeded(architecture, settings, parameters)
     check_batch_statistics(architecture, settings, parameters, accumulation)
     check_of_numbers(architecture, settings, parameters)
