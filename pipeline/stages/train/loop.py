@@ -26,6 +26,7 @@ from polytrope.pipeline.data.training_file import INITIAL, Training, write_train
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train.activations import apply_activation_options
+from polytrope.pipeline.stages.train.basis_start import measure_basis
 from polytrope.pipeline.stages.train.batches import Batch, Prefetcher, validation_batches
 from polytrope.pipeline.stages.train.best_weights import load_best, save_best
 from polytrope.pipeline.stages.train.deepspeed_engine import (
@@ -38,7 +39,6 @@ from polytrope.pipeline.stages.train.deepspeed_engine import (
     unsharded_gradient_norm,
 )
 from polytrope.pipeline.stages.train.imitation import Imitation, make_imitation
-from polytrope.pipeline.stages.train.measured_basis import measure_basis
 from polytrope.pipeline.stages.train.modality import Modality, make_modality
 from polytrope.pipeline.stages.train.numbers_start import start_for_rows
 from polytrope.pipeline.stages.train.optimization import coefficient_rates, learning_rate_factor, set_learning_rate
