@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from polytrope.models.changes import DroppedBlocks, Factorization, Left, Quantization
 from polytrope.pipeline.data.records import OpenRecord, Record, read_record, write_record
 
 CONVERSION_FILE = "conversion.json"
@@ -101,113 +102,6 @@ class Advice(Record):
     advice: str | None = None
 
 
-class LeftActivation(Record):
-    """An activation that stays as it is, and why; `count`: how often a function was called at its `place`."""
-
-    name: str
-    kind: str
-    place: str
-    count: int | None
-    reason: str
-
-
-class DroppedBlocks(Record):
-    """Blocks that are gone, and what stands for them (`polytrope.models.drop_blocks.DroppedBlocks`)."""
-
-    blocks: list[str]
-    into: str
-    total: int
-    distances: dict[str, float]
-    relative_error: float
-    relative_error_without: float
-
-
-class FactoredLayer(Record):
-    """A linear layer in two factors (`polytrope.models.factorize.FactoredLayer`)."""
-
-    name: str
-    inputs: int
-    outputs: int
-    input_rank: int
-    output_rank: int
-    rank: int
-    relative_error: float
-    largest_change: float | None = None
-
-    @property
-    def utilised_rank(self) -> int:
-        """As many directions as the data make use of."""
-        return min(self.input_rank, self.output_rank)
-
-
-class UnfactoredLayer(Record):
-    """A linear layer that stays as it is, and why."""
-
-    name: str
-    reason: str
-
-
-class Factorization(Record):
-    """What became of the linear layers; `energy`: share of the squares that the ranks of inputs and outputs are of."""
-
-    energy: float
-    layers: list[FactoredLayer]
-    left: list[UnfactoredLayer]
-
-    def utilisation(self) -> float:
-        """Mean over the factored layers of the utilised rank relative to the largest that there could be."""
-        shares = [layer.utilised_rank / min(layer.inputs, layer.outputs) for layer in self.layers]
-        return sum(shares) / len(shares)
-
-
-class QuantizedLayer(Record):
-    """A linear layer whose weights are rounded (`polytrope.models.quantize.QuantizedLayer`)."""
-
-    name: str
-    inputs: int
-    outputs: int
-    exponent: float
-    relative_error: float
-    uniform_error: float
-
-
-class EqualizedLayer(Record):
-    """An activation that took up the scales of rows (`polytrope.models.equalize.EqualizedLayer`)."""
-
-    name: str
-    rows: str
-    columns: str | None
-    smallest: float
-    largest: float
-
-
-class UnequalizedLayer(Record):
-    """An activation that takes up no scale, and why."""
-
-    name: str
-    reason: str
-
-
-class UnquantizedLayer(Record):
-    """A layer with a matrix of weights that stays as it is, and why."""
-
-    name: str
-    reason: str
-
-
-class Quantization(Record):
-    """What became of the matrices of weights (`polytrope.models.quantize.Quantization`)."""
-
-    bits: int
-    per: Literal["row", "tensor"]
-    layers: list[QuantizedLayer]
-    left: list[UnquantizedLayer]
-    equalized: list[EqualizedLayer]
-    unequalized: list[UnequalizedLayer]
-    bytes_before: int
-    bytes_after: int
-
-
 class Size(Record):
     """Numbers in the model before and after, and how far its output moved: |difference| / |output|."""
 
@@ -229,7 +123,7 @@ class ConversionRecord(Record):
     format: Literal[1] = 1
     layers: list[ConvertedLayer]
     advice: list[Advice] | None = None
-    left: list[LeftActivation] | None = None
+    left: list[Left] | None = None
     onnx_failure: str | None = None
     polynomial: PolynomialModel | None = None
     quadratic: list[str] | None = None
