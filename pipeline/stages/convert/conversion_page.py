@@ -28,7 +28,7 @@ def write_page(directory: Path, conversion: ConversionRecord, title: str) -> Pat
         shown = {theme: render(draw, theme) for theme in THEMES}
         (plots / f"conversion-{number}.png").write_bytes(shown["light"])
         pictures.append((f"layers {start} to {min(len(layers), start + _LAYERS_PER_PLOT) - 1}", shown))
-    parts = ("polynomial", "size", "dropped", "factorization", "quantization")
+    parts = ("polynomial", "quadratic", "size", "dropped", "factorization", "quantization")
     content: dict[str, Any] = {name: getattr(conversion, name) for name in parts}
     page = render_page(_TEMPLATE, title=title, layers=layers, pictures=pictures, advice=advice, **content)
     path = directory / "conversion.html"
