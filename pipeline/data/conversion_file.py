@@ -1,93 +1,16 @@
-"""`conversion.json`: what the `convert` stage put in the place of every activation, and of linear layers."""
+"""`conversion.json`: what the `convert` stage put in the place of every activation, and of linear layers.
+
+Apart from `converted_layers`, which reports read, because its records are those of the models.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from polytrope.models.changes import DroppedBlocks, Factorization, Left, Quantization
-from polytrope.pipeline.data.records import OpenRecord, Record, read_record, write_record
-
-CONVERSION_FILE = "conversion.json"
-
-
-class Curves(Record):
-    """An activation and its replacement at the points `x`, and the density of the inputs there."""
-
-    x: list[float]
-    target: list[float]
-    fit: list[float]
-    density: list[float]
-
-
-class CircuitCost(Record):
-    """What one evaluation of a polynomial costs: `products` of two variable factors, `depth` of these alone, `levels`
-    with products by constants too (`polytrope.ops.circuit.Cost`)."""
-
-    depth: int
-    levels: int
-    products: int
-    constant_products: int
-    additions: int
-
-
-class OutsideDomain(Record):
-    """Inputs of a polynomial on data that its domain was not made of, and how many lay outside."""
-
-    inputs: int
-    below: int
-    above: int
-    probability: float
-    minimum: float | None
-    maximum: float | None
-
-
-class PolynomialModel(Record):
-    """All polynomials of a model together.
-
-    Args:
-        depth, levels: of the activations one after the other, each as often as a forward pass calls it; what the layers
-            between them cost is not in it.
-        products, constant_products: per sample.
-        samples: held-out ones, which these and the inputs outside are of.
-        inputs, outside: of all activations on them.
-    """
-
-    depth: int
-    levels: int
-    products: float
-    constant_products: float
-    samples: int
-    inputs: int
-    outside: int
-
-
-class ConvertedLayer(OpenRecord):
-    """One activation.
-
-    Args:
-        name: of the module; target: its class before.
-        family, degree, config, coefficients: of what replaces it.
-        interval: where the fit holds.
-        relative_error: root mean square over the inputs, relative to that of the target.
-        inputs: extremes and quantiles of what it receives.
-        certificate: bounds of the errors by name.
-        circuit, outside: of a polynomial without tangents.
-    """
-
-    name: str
-    target: str
-    family: str
-    degree: int | list[int]
-    interval: tuple[float, float]
-    config: dict[str, Any]
-    coefficients: list[Any]
-    relative_error: float | None
-    inputs: dict[str, Any]
-    certificate: dict[str, Any]
-    curve: Curves
-    circuit: CircuitCost | None = None
-    outside: OutsideDomain | None = None
+from polytrope.pipeline.data.converted_layers import CONVERSION_FILE, HINT, ConvertedLayer, PolynomialModel
+from polytrope.pipeline.data.records import Record, read_record, write_record
 
 
 class Advice(Record):
@@ -131,20 +54,6 @@ class ConversionRecord(Record):
     factorization: Factorization | None = None
     quantization: Quantization | None = None
     size: Size | None = None
-
-    def structure(self) -> list[str]:
-        """What was done to blocks, linear layers and weights, for people; empty where nothing was."""
-        said = []
-        if self.dropped is not None:
-            said.append(f"{len(self.dropped.blocks)} of {self.dropped.total} blocks dropped")
-        if self.factorization is not None:
-            said.append(f"{len(self.factorization.layers)} layers in two factors")
-        if self.quadratic is not None:
-            said.append(f"{len(self.quadratic)} quadratic layers")
-        if self.quantization is not None:
-            megabytes = self.quantization.bytes_after / 1e6
-            said.append(f"{self.quantization.bits}-bit weights, {megabytes:.3g} MB packed")
-        return said
 
     def metrics(self) -> dict[str, float]:
         """The worst layer's figures; of polynomials those of the model."""
@@ -192,4 +101,4 @@ def read_conversion(directory: Path) -> ConversionRecord:
     Raises:
         UserError: not there, damaged, or of another version.
     """
-    return read_record(directory / CONVERSION_FILE, ConversionRecord, "name a `convert` stage")
+    return read_record(directory / CONVERSION_FILE, ConversionRecord, HINT)

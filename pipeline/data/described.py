@@ -10,7 +10,8 @@ from pathlib import Path
 
 from polytrope.models import make_config
 from polytrope.models.configurations import MODEL_KINDS
-from polytrope.pipeline.data.conversion_file import CONVERSION_FILE, read_conversion
+from polytrope.pipeline.data.conversion_file import read_conversion
+from polytrope.pipeline.data.converted_layers import CONVERSION_FILE
 from polytrope.pipeline.data.description import Dataset
 from polytrope.pipeline.data.promised import PromisedData, PromisedImages, PromisedModel, PromisedNumbers, PromisedText
 

@@ -184,6 +184,7 @@ def promised(student: dict[str, Any], teacher: dict[str, Any], before: int | Non
         ),
         (GPT2, {**GPT2, "n_embd": 64}, {}, "`transformer.h.0` of the model adds to states of width 32, .* to 64"),
         (GPT2, {**GPT2, "vocab_size": 257}, {}, r"outputs: the teacher has 257 \(vocab_size\), the model 320"),
+        ({**GPT2, "factors": {}}, GPT2, {"perturbation": 1.0}, "perturbation: `initial` has no factored layers"),
         (CONVNEXT, {**CONVNEXT, "depths": [2, 2]}, {}, "`stages.0.1` of the teacher to 4"),
         ({"widths": [4, 4]}, {"widths": [4, 4]}, {}, "inputs.teacher: mlp has no blocks that add"),
     ],
@@ -299,7 +300,7 @@ def test_factors_that_do_not_learn_or_have_no_counterpart_are_refused() -> None:
         find_factors(student, build_model("gpt2", GPT2))
     options = DistillationParameters(perturbation=1.0)
     with pytest.raises(UserError, match="perturbation: `initial` has no factored layers"):
-        check_factors(options, PromisedModel("gpt2", GPT2), 1)
+        check_factors(options, PromisedModel("gpt2", {**GPT2, "factors": {}}), 1)
     with pytest.raises(UserError, match="perturbation: zero_stage 3"):
         check_factors(options, PromisedModel("gpt2", {**GPT2, "factors": {"a": 1}}), 3)
 

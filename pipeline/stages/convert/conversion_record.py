@@ -17,7 +17,8 @@ from polytrope.ops import circuit
 from polytrope.ops.families import MAX_DEGREE
 from polytrope.ops.fitting.targets import broken_line
 from polytrope.ops.polynomial_only import MAX_DEPTH
-from polytrope.pipeline.data.conversion_file import Advice, ConversionRecord, ConvertedLayer
+from polytrope.pipeline.data.conversion_file import Advice, ConversionRecord
+from polytrope.pipeline.data.converted_layers import ConvertedLayer
 from polytrope.pipeline.data.records import finite
 
 _CURVE_POINTS = 161

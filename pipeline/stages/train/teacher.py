@@ -7,7 +7,8 @@ from typing import Any
 
 from polytrope.models import make_config
 from polytrope.models.configurations import MODEL_KINDS, residual_blocks
-from polytrope.pipeline.data.conversion_file import CONVERSION_FILE, read_conversion
+from polytrope.pipeline.data.conversion_file import read_conversion
+from polytrope.pipeline.data.converted_layers import CONVERSION_FILE
 from polytrope.pipeline.data.promised import PromisedModel
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.parameters import SHARDED, DistillationParameters
@@ -119,14 +120,14 @@ def check_factors(options: DistillationParameters, student: PromisedModel, zero_
     """Refuse a bound on factors that the model does not have, or that no worker could compute.
 
     Args:
-        student: with all of its settings.
+        student: without `factors` among its settings nothing is known of them.
 
     Raises:
         UserError: naming the parameter.
     """
     if not options.perturbation:
         return
-    if not student.settings.get("factors"):
+    if not student.settings.get("factors", True):
         raise UserError(
             "distillation: perturbation: `initial` has no factored layers, whose products could be kept near anything",
             "leave it out, or name a `convert` stage with `factorize`",

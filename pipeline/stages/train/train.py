@@ -19,10 +19,11 @@ from polytrope.pipeline.data.training_file import figure_names, read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
+from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
 from polytrope.pipeline.stages.train.measured_basis import settings_in_measured_basis
 from polytrope.pipeline.stages.train.numbers_options import check_of_numbers, predicts_numbers
 from polytrope.pipeline.stages.train.parameters import TrainParameters, check_heeded, split_batch
-from polytrope.pipeline.stages.train.teacher import check_teacher
+from polytrope.pipeline.stages.train.teacher import check_factors, check_teacher
 
 
 def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
@@ -51,7 +52,7 @@ def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
 
 
 def promise(
-    parameters: TrainParameters, upstream: Mapping[str, Any], resources: Resources, _directory: Path
+    parameters: TrainParameters, upstream: Mapping[str, Any], resources: Resources, directory: Path
 ) -> PromisedModel | None:
     """The model that will be trained; refuses what does not fit the data set or the workers."""
     _, accumulation = split_batch(parameters, resources.workers)
@@ -63,7 +64,7 @@ def promise(
         model = expect("inputs.initial", upstream["initial"], PromisedModel)
         refuse_misfit("inputs.initial", model, data)
     else:
-        model = PromisedModel(parameters.model.architecture, parameters.model.settings())
+        model = PromisedModel(parameters.model.architecture, {**parameters.model.settings(), "factors": {}})
         found = None if data is None else misfit(model, data)
         if found is not None:
             raise UserError(f"model.{found.setting or 'architecture'}: {found.text}", found.hint)
@@ -73,6 +74,10 @@ def promise(
         check_teacher(parameters.distillation, model, teacher)
     if model is None:
         return None
+    if parameters.distillation is not None and parameters.distillation.perturbation:
+        check_factors(
+            parameters.distillation, model, zero_stage_of(read_configuration(parameters, directory), parameters)
+        )
     if parameters.activation_basis is not None:
         model = replace(model, settings=settings_in_measured_basis(model.architecture, model.settings))
     check_heeded(model.architecture, model.settings, parameters)
@@ -87,8 +92,6 @@ def promise(
 def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
     """The DeepSpeed configuration, which is part of the result's identity. Refuses contradictions."""
     import hashlib
-
-    from polytrope.pipeline.stages.train.deepspeed_config import read_configuration
 
     content = json.dumps(read_configuration(parameters, directory), sort_keys=True)
     return {"deepspeed": hashlib.sha256(content.encode()).hexdigest()}
