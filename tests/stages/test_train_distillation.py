@@ -18,12 +18,15 @@ from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.convert import convert
 from polytrope.models.factors import FactoredLinear, change_beyond, largest_change
 from polytrope.models.matching import feature_error, find_blocks, states_behind
+from polytrope.pipeline.data.described import read_model_promise
 from polytrope.pipeline.data.promised import PromisedModel
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources
 from polytrope.pipeline.stages.convert.convert import promise as promise_conversion
 from polytrope.pipeline.stages.convert.distillation import distill
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
+from polytrope.pipeline.stages.import_model.import_model import promise as promise_import
+from polytrope.pipeline.stages.import_model.parameters import ImportModelParameters
 from polytrope.pipeline.stages.train.imitation import (
     Imitation,
     Perturbation,
@@ -332,6 +335,9 @@ def test_what_dropped_blocks_leave_is_taught_by_the_whole_model_and_a_resumed_tr
     }}  # fmt: skip
     (tmp_path / "smaller/conversion.json").write_text(json.dumps(record))
     initial = Artifact(tmp_path / "smaller", "digest", "convert")
+    assert read_model_promise(initial.path).blocks_before == 3
+    imported: Any = promise_import(ImportModelParameters(path="smaller"), {}, Resources(), tmp_path)
+    assert imported.blocks_before is None
     settings: dict[str, Any] = {
         "model": None, "steps": 4, "warmup_steps": 0, "checkpoint_every": 2, "validation_every": 4,
         "distillation": {"outputs": 0.0, "features": 2.0}, "activation_basis": "measured", **changes,
