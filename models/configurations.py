@@ -117,15 +117,31 @@ def block_series(config: Any) -> list[int]:
     """
     if isinstance(config, ConvNeXtConfig):
         return list(config.depths)
-    if not isinstance(config, GPT2Config):
-        name = next(name for name, kind in MODEL_KINDS.items() if isinstance(config, kind.config))
-        raise ValueError(f"drop_blocks: {name} has no blocks that add to what they are given; leave it out")
+    try:
+        residual_blocks(config)
+    except ValueError as error:
+        raise ValueError(f"drop_blocks: {error}; leave it out") from error
     if config.scale_attn_by_inverse_layer_idx:
         raise ValueError(
             "drop_blocks: scale_attn_by_inverse_layer_idx divides by the number of a block, which would be another one "
             "behind a cut; leave it out"
         )
     return [config.n_layer]
+
+
+def residual_blocks(config: Any) -> dict[str, int]:
+    """The names of the blocks that each add to what they are given, in order, and the width of what they add to.
+
+    Raises:
+        ValueError: a model that has none.
+    """
+    if isinstance(config, GPT2Config):
+        return {f"transformer.h.{number}": config.n_embd for number in range(config.n_layer)}
+    if isinstance(config, ConvNeXtConfig):
+        sizes = enumerate(zip(config.depths, config.dims, strict=True))
+        return {f"stages.{stage}.{number}": width for stage, (depth, width) in sizes for number in range(depth)}
+    name = next(name for name, kind in MODEL_KINDS.items() if isinstance(config, kind.config))
+    raise ValueError(f"{name} has no blocks that add to what they are given")
 
 
 def without_blocks(config: Any, gone: range) -> Any:

@@ -23,6 +23,16 @@ from torch import Tensor, nn
 
 from polytrope.models import inputs
 from polytrope.models.calibration import Calibration, calibrate
+from polytrope.models.changes import (
+    DroppedBlocks,
+    EqualizedLayer,
+    FactoredLayer,
+    Factorization,
+    Left,
+    Quantization,
+    QuantizedLayer,
+    UnchangedLayer,
+)
 from polytrope.models.conversion import (
     FitOptions,
     LayerConversion,
@@ -44,17 +54,16 @@ from polytrope.models.convert_options import (
     read_factorize,
     read_quantize,
 )
-from polytrope.models.drop_blocks import DroppedBlocks, drop_and_map
-from polytrope.models.equalize import EqualizedLayer, UnequalizedLayer
-from polytrope.models.factorize import FactoredLayer, Factorization, UnfactoredLayer, factor_layers
+from polytrope.models.drop_blocks import drop_and_map
+from polytrope.models.factorize import factor_layers
 from polytrope.models.formats import read_model, write_model
 from polytrope.models.formats.module import MODULE_FILE, load_module
 from polytrope.models.inputs import Data, read_batches, size_of
 from polytrope.models.modes import measuring
 from polytrope.models.polynomials import Polynomials, hold_out, measure_polynomials
-from polytrope.models.quantize import Quantization, QuantizedLayer, UnquantizedLayer, parameter_bytes, quantize_layers
+from polytrope.models.quantize import parameter_bytes, quantize_layers
 from polytrope.models.rewriting import FunctionalActivation
-from polytrope.models.selection import Left, Selection, select_activations
+from polytrope.models.selection import Selection, select_activations
 from polytrope.models.sensitivity import sensitivities
 from polytrope.models.surgery import Choice, is_activation, replace_module
 from polytrope.models.writing import appearing
@@ -262,11 +271,11 @@ def _read_structure(content: Mapping[str, Any]) -> dict[str, Any]:
         found["dropped"] = DroppedBlocks(**{**dropped, "blocks": tuple(dropped["blocks"])})
     if (factored := content.get("factorization")) is not None:
         layers = tuple(FactoredLayer(**entry) for entry in factored["layers"])
-        left = tuple(UnfactoredLayer(**entry) for entry in factored["left"])
+        left = tuple(UnchangedLayer(**entry) for entry in factored["left"])
         found["factorization"] = Factorization(factored["energy"], layers, left)
     if (rounded := content.get("quantization")) is not None:
-        kinds = {"layers": QuantizedLayer, "left": UnquantizedLayer}
-        kinds |= {"equalized": EqualizedLayer, "unequalized": UnequalizedLayer}
+        kinds = {"layers": QuantizedLayer, "left": UnchangedLayer}
+        kinds |= {"equalized": EqualizedLayer, "unequalized": UnchangedLayer}
         parts = {name: tuple(kind(**entry) for entry in rounded[name]) for name, kind in kinds.items()}
         found["quantization"] = Quantization(**{**rounded, **parts})
     if (counts := content.get("parameters")) is not None:

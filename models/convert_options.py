@@ -119,7 +119,7 @@ class Quantize:
 
     bits: int
     exponent: float | Literal["search"] = "search"
-    per: str = "row"
+    per: Literal["row", "tensor"] = "row"
     equalize: bool = False
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models import is_own
+from polytrope.models.changes import DroppedBlocks
 from polytrope.models.configurations import block_series, without_blocks
 from polytrope.models.convert_options import DropBlocks, possible_cuts
 from polytrope.models.convnext import ConvNeXt, drop_path_rates
@@ -30,37 +31,6 @@ from polytrope.models.surgery import replace_module
 RIDGE = 1e-6  # of the mean square of the outputs that are mapped
 _FOREIGN_PROJECTION = "mlp.down_proj"  # Llama's name, and that of many after it
 Forward = Callable[[nn.Module, Any], Any]
-
-
-@dataclass(frozen=True)
-class DroppedBlocks:
-    """What was dropped, and what stands for it.
-
-    Args:
-        blocks: names of the blocks that are gone, as they were before.
-        into: the linear layer that took in the map.
-        total: blocks of the model before.
-        distances: mean cosine distance of the states before and after so many blocks, by the name of the block before
-            them: of every cut that was possible.
-        relative_error: how far the state behind the cut is from the one that the blocks gave, on the calibration data,
-            relative to that: root mean squares.
-        relative_error_without: the same if nothing stood for them.
-    """
-
-    blocks: tuple[str, ...]
-    into: str
-    total: int
-    distances: dict[str, float]
-    relative_error: float
-    relative_error_without: float
-
-    def describe(self) -> str:
-        """For people."""
-        return (
-            f"{len(self.blocks)} of {self.total} blocks dropped: {', '.join(self.blocks)}; a map in {self.into} stands "
-            f"for them\nthe state behind them is off by {self.relative_error:.3g} of its size "
-            f"({self.relative_error_without:.3g} without the map)"
-        )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ Equalization and Bias Correction, 2019); GELU does not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from math import comb, inf
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from polytrope.models.changes import EqualizedLayer, UnchangedLayer
 from polytrope.models.inputs import head, tensors_of
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import is_activation, replace_module
@@ -26,32 +26,6 @@ from polytrope.ops.modules import OrthogonalPolynomial
 
 LARGEST_POWER = 1e4  # of a scale, that goes into coefficients; they lose as many times the rounding of their dtype
 Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class UnequalizedLayer:
-    """An activation that takes up no scale, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class EqualizedLayer:
-    """An activation that took up scales.
-
-    Args:
-        name: of its module.
-        rows: the linear layer before it, whose rows are scaled.
-        columns: the linear layer behind it, whose columns are scaled; None where the activation takes up all.
-        smallest, largest: scale.
-    """
-
-    name: str
-    rows: str
-    columns: str | None
-    smallest: float
-    largest: float
 
 
 def scaled_polynomial(module: OrthogonalPolynomial, scales: Array) -> OrthogonalPolynomial:
@@ -88,7 +62,7 @@ def equalize_layers(
     linears: Mapping[str, nn.Linear],
     batches: Sequence[Any],
     forward: Callable[[nn.Module, Any], Any],
-) -> tuple[tuple[EqualizedLayer, ...], tuple[UnequalizedLayer, ...]]:
+) -> tuple[tuple[EqualizedLayer, ...], tuple[UnchangedLayer, ...]]:
     """Scale the rows of linear layers in place; but for rounding the model computes the same.
 
     Args:
@@ -108,7 +82,7 @@ def equalize_layers(
         activation = model.get_submodule(name)
         reason = _reason_to_stay(activation, before, behind, linears)
         if reason is not None:
-            left.append(UnequalizedLayer(name, reason))
+            left.append(UnchangedLayer(name, reason))
             continue
         assert before is not None
         first = linears[before]

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polytrope.models.changes import FactoredLayer, Factorization, UnchangedLayer
 from polytrope.models.convert_options import ENERGY, Factorize
-from polytrope.models.factors import FactoredLinear
+from polytrope.models.factors import FactoredLinear, largest_change
 from polytrope.models.inputs import head, tensors_of, vectors
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import Choice, is_of_a_head, replace_module
@@ -42,68 +43,6 @@ class MeasuredLayer:
     def utilised_rank(self) -> int:
         """As many directions as the data make use of."""
         return min(self.input_rank, self.output_rank)
-
-
-@dataclass(frozen=True)
-class FactoredLayer:
-    """One layer that is in two factors.
-
-    Args:
-        name, inputs, outputs, input_rank, output_rank: as of `MeasuredLayer`.
-        rank: of its factors.
-        relative_error: of its outputs without bias on the calibration data: root mean square, relative to theirs.
-    """
-
-    name: str
-    inputs: int
-    outputs: int
-    input_rank: int
-    output_rank: int
-    rank: int
-    relative_error: float
-
-    @property
-    def utilised_rank(self) -> int:
-        """As many directions as the data make use of."""
-        return min(self.input_rank, self.output_rank)
-
-
-@dataclass(frozen=True)
-class UnfactoredLayer:
-    """A linear layer that stays as it is, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Factorization:
-    """What became of all linear layers.
-
-    Args:
-        energy: share of the squares that the ranks of inputs and outputs are of.
-        layers: in two factors now.
-        left: as they were.
-    """
-
-    energy: float
-    layers: tuple[FactoredLayer, ...]
-    left: tuple[UnfactoredLayer, ...]
-
-    def rows(self) -> list[list[str]]:
-        """A table for people of what is in two factors, its head first."""
-        table = [["linear layer", "size", "utilised rank", "rank", "outputs off by"]]
-        table += [
-            [
-                layer.name,
-                f"{layer.inputs} → {layer.outputs}",
-                str(layer.utilised_rank),
-                str(layer.rank),
-                f"{layer.relative_error:.2e}",
-            ]
-            for layer in self.layers
-        ]
-        return table
 
 
 def utilised_rank(squares: Tensor, energy: float) -> int:
@@ -160,7 +99,7 @@ def measure_spectra(weight: Tensor, gram: Tensor) -> Spectra:
 
 def utilised_ranks(
     model: nn.Module, batches: Sequence[Any], energy: float, forward: Forward
-) -> tuple[tuple[MeasuredLayer, ...], tuple[UnfactoredLayer, ...]]:
+) -> tuple[tuple[MeasuredLayer, ...], tuple[UnchangedLayer, ...]]:
     """What the data make use of in the linear layers that `factor_layers` would look at; measured in float64.
 
     Args:
@@ -228,8 +167,8 @@ def in_order(model: nn.Module, left: Mapping[str, str]) -> list[tuple[str, str]]
     return [(name, left[name]) for name, _ in model.named_modules() if name in left]
 
 
-def _unfactored(model: nn.Module, left: Mapping[str, str]) -> tuple[UnfactoredLayer, ...]:
-    return tuple(UnfactoredLayer(name, reason) for name, reason in in_order(model, left))
+def _unfactored(model: nn.Module, left: Mapping[str, str]) -> tuple[UnchangedLayer, ...]:
+    return tuple(UnchangedLayer(name, reason) for name, reason in in_order(model, left))
 
 
 def _energy(options: Factorize) -> float:
@@ -408,5 +347,7 @@ def _factored(
         if linear.bias is not None:
             factored.outer.bias.copy_(linear.bias)
     lost = float(spectra.outputs[:-rank].sum() / spectra.outputs.sum())
-    described = FactoredLayer(name, inputs, outputs, measured.input_rank, measured.output_rank, rank, lost**0.5)
+    with torch.no_grad():
+        change = float(largest_change(factored, linear.weight))
+    described = FactoredLayer(name, inputs, outputs, measured.input_rank, measured.output_rank, rank, lost**0.5, change)
     return described, factored.train(linear.training)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from polytrope.models.surgery import replace_module
@@ -27,6 +28,12 @@ class FactoredLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # as nn.Linear calls it
         projected: Tensor = self.outer(self.inner(input))
         return projected
+
+    def product(self) -> Tensor:
+        """B A `[outputs, inputs]`, in float32 at least."""
+        inner, outer = self.inner.weight, self.outer.weight
+        wide = torch.promote_types(outer.dtype, torch.float32)
+        return outer.to(wide) @ inner.to(wide)
 
     def merged(self) -> nn.Linear:
         """The same layer with one matrix B A, multiplied in float64 and rounded to the dtype of the factors."""
@@ -70,6 +77,45 @@ def restore_factors(model: nn.Module, ranks: Mapping[str, int]) -> None:
             )
         factored = FactoredLinear(layer.in_features, layer.out_features, rank, bias=layer.bias is not None)
         replace_module(model, name, factored.to(layer.weight.dtype))
+
+
+def whole_weight(layer: nn.Module) -> Tensor:
+    """The matrix `[outputs, inputs]` of a linear layer, in factors or not.
+
+    Raises:
+        ValueError: it is no linear layer.
+    """
+    if isinstance(layer, FactoredLinear):
+        return layer.product()
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"a {type(layer).__name__} is no linear layer")
+    return layer.weight
+
+
+def largest_change(layer: nn.Module, whole: Tensor) -> Tensor:
+    """max |W - V| over the numbers of the layer's matrix W and another one, V: a scalar, in float32 at least.
+
+    No output of the layer is then further than this times Σ |x| from that with V, for inputs x.
+
+    Args:
+        whole: V `[outputs, inputs]`.
+    """
+    weight = whole_weight(layer)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) - whole.to(wide)).abs().max()
+
+
+def change_beyond(layers: Sequence[nn.Module], wholes: Sequence[Tensor], bound: float) -> Tensor:
+    """Mean over the layers of max(0, `largest_change` - bound)²: nothing where all are within the bound.
+
+    (Guo et al., PELA: Learning Parameter-Efficient Models with Low-Rank Approximation, 2023, whose code holds the
+    change at the bound from both sides; that less is free is ours.)
+
+    Args:
+        wholes: the matrices that the layers are to stay close to, `[outputs, inputs]` each.
+    """
+    changes = [largest_change(layer, whole) for layer, whole in zip(layers, wholes, strict=True)]
+    return (torch.stack(changes) - bound).clamp(min=0.0).square().mean()
 
 
 def merge_factors(model: nn.Module) -> None:

@@ -7,88 +7,19 @@ maps that keep products, and the search; that it goes by the error of the output
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from polytrope.models.changes import Quantization, QuantizedLayer, UnchangedLayer
 from polytrope.models.convert_options import Quantize
-from polytrope.models.equalize import EqualizedLayer, UnequalizedLayer, equalize_layers
+from polytrope.models.equalize import equalize_layers
 from polytrope.models.factorize import Forward, choose_linear_layers, in_order, measure_inputs, weight_and_inputs
 from polytrope.models.surgery import Choice, is_activation
 
 EXPONENTS = tuple(round(0.2 + 0.05 * step, 2) for step in range(17))  # 0.2 to 1
 SCALE_BYTES = 4  # of the largest weight of a row, or of a layer
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """One layer.
-
-    Args:
-        name: of its module.
-        inputs, outputs: numbers of channels.
-        exponent: of the power; 1 is the uniform grid.
-        relative_error: of its outputs without bias on the calibration data: root mean square, relative to theirs.
-        uniform_error: the same, had the grid been uniform.
-    """
-
-    name: str
-    inputs: int
-    outputs: int
-    exponent: float
-    relative_error: float
-    uniform_error: float
-
-
-@dataclass(frozen=True)
-class UnquantizedLayer:
-    """A layer with a matrix of weights that stays as it is, and why."""
-
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """What became of all layers with a matrix of weights.
-
-    Args:
-        bits: of a weight.
-        per: what has a scale of its own: a row of the matrix, or the whole matrix (`tensor`).
-        layers: rounded.
-        left: as they were.
-        equalized: activations that took up the scales of the rows before them.
-        unequalized: activations that did not, where that was asked for.
-        bytes_before, bytes_after: of all parameters of the model, as they were before anything was done to it, and
-            now with the rounded weights packed and their scales in 4 bytes each. The model itself is written with
-            ordinary numbers.
-    """
-
-    bits: int
-    per: str
-    layers: tuple[QuantizedLayer, ...]
-    left: tuple[UnquantizedLayer, ...]
-    equalized: tuple[EqualizedLayer, ...]
-    unequalized: tuple[UnequalizedLayer, ...]
-    bytes_before: int
-    bytes_after: int
-
-    def rows(self) -> list[list[str]]:
-        """A table for people of what is rounded, its head first."""
-        table = [[f"linear layer, {self.bits} bits", "size", "exponent", "outputs off by", "on a uniform grid"]]
-        table += [
-            [
-                layer.name,
-                f"{layer.inputs} → {layer.outputs}",
-                f"{layer.exponent:.4g}",
-                f"{layer.relative_error:.2e}",
-                f"{layer.uniform_error:.2e}",
-            ]
-            for layer in self.layers
-        ]
-        return table
 
 
 def round_weight(weight: Tensor, bits: int, exponent: float, per: str) -> Tensor:
@@ -170,7 +101,7 @@ def quantize_layers(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:4])
         said = reasons or "it has none"
         raise ValueError(f"quantize: no linear layer of {type(model).__name__} is rounded ({said})")
-    rest = tuple(UnquantizedLayer(name, reason) for name, reason in in_order(model, left))
+    rest = tuple(UnchangedLayer(name, reason) for name, reason in in_order(model, left))
     return Quantization(options.bits, options.per, tuple(layers), rest, equalized, unequalized, before, after)
 
 

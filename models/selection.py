@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.calls import Call, is_elementwise, lift, observe_calls, plain_kind
+from polytrope.models.changes import Left
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import (
     ACTIVATION_CLASSES,
@@ -25,25 +26,6 @@ from polytrope.models.surgery import (
     takes_class,
 )
 from polytrope.ops.fitting.targets import resolve_target
-
-
-@dataclass(frozen=True)
-class Left:
-    """An activation that was seen and is not converted.
-
-    Args:
-        name: of its module, or of its owner and the function.
-        kind: its class or function.
-        place: class, method and line of a call; the class of a module.
-        count: how often it was called on the data; None for a module.
-        reason: why it stays.
-    """
-
-    name: str
-    kind: str
-    place: str
-    count: int | None
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -104,11 +104,12 @@ def run_training(
     workers: int = 2,
     executor: str = "local",
     initial: Artifact | None = None,
+    teacher: Artifact | None = None,
     **changes: Any,
 ) -> dict[str, float]:
     """Run the stage function in this process, as the engine would."""
     context = make_context(directory, workers, executor, cpus=1.0 if executor == "local" else 0.5)
-    return train(context, dataset, TrainParameters.model_validate({**PARAMETERS, **changes}), initial)
+    return train(context, dataset, TrainParameters.model_validate({**PARAMETERS, **changes}), initial, teacher)
 
 
 def weights_hash(directory: Path) -> str:

@@ -38,9 +38,17 @@ def write_sentences(context: StageContext, held_out: int = 256) -> dict[str, flo
 
 
 def distill_coefficients(
-    context: StageContext, original: Artifact, converted: Artifact, sentences: Artifact, steps: int = 60
+    context: StageContext,
+    original: Artifact,
+    converted: Artifact,
+    sentences: Artifact,
+    steps: int = 60,
+    features: float = 0.0,
 ) -> dict[str, float]:
-    """Train the coefficients of the converted model on the calibration sentences, all weights frozen."""
+    """Train the coefficients of the converted model on the calibration sentences, all weights frozen.
+
+    `features`: weight of the states behind the blocks, against 1 of the token vectors.
+    """
     from polytrope.models.formats import read_model
     from polytrope.models.formats.huggingface import save_huggingface
     from polytrope.models.surgery import describe_activations
@@ -50,7 +58,7 @@ def distill_coefficients(
     student = read_model(converted.path)
     tokenizer = tokenizer_of(original.path)
     batches = text_batches(tokenizer, read_texts([sentences.path / "calibration.txt"]), 32, 128, True)
-    losses = distill(read_model(original.path), student, batches, steps=steps)
+    losses = distill(read_model(original.path), student, batches, steps=steps, features=features)
     for step, loss in enumerate(losses):
         context.log_metrics({"loss": loss}, step)
     save_huggingface(context.output, student, describe_activations(student), original.path)

@@ -130,9 +130,7 @@ def read_parameters(options: argparse.Namespace) -> ConvertParameters:
     """
     given = {name: getattr(options, name, None) for name in ConvertParameters.model_fields}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    values = {"threads": cores} | {name: value for name, value in given.items() if value is not None}
-    if given["linear"] is None or given["family"] is not None or given["polynomial_only"]:
-        values["page"] = True
+    values = {"threads": cores, "page": True} | {name: value for name, value in given.items() if value is not None}
     try:
         return ConvertParameters.model_validate(values)
     except ValidationError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from polytrope.pipeline.data.conversion_file import CircuitCost
+from polytrope.pipeline.data.converted_layers import CircuitCost
 from polytrope.pipeline.data.records import Record, read_record, write_record
 
 CIRCUIT_FILE = "circuit.json"

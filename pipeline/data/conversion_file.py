@@ -1,92 +1,16 @@
-"""`conversion.json`: what the `convert` stage put in the place of every activation, and of linear layers."""
+"""`conversion.json`: what the `convert` stage put in the place of every activation, and of linear layers.
+
+Apart from `converted_layers`, which reports read, because its records are those of the models.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from polytrope.pipeline.data.records import OpenRecord, Record, read_record, write_record
-
-CONVERSION_FILE = "conversion.json"
-
-
-class Curves(Record):
-    """An activation and its replacement at the points `x`, and the density of the inputs there."""
-
-    x: list[float]
-    target: list[float]
-    fit: list[float]
-    density: list[float]
-
-
-class CircuitCost(Record):
-    """What one evaluation of a polynomial costs: `products` of two variable factors, `depth` of these alone, `levels`
-    with products by constants too (`polytrope.ops.circuit.Cost`)."""
-
-    depth: int
-    levels: int
-    products: int
-    constant_products: int
-    additions: int
-
-
-class OutsideDomain(Record):
-    """Inputs of a polynomial on data that its domain was not made of, and how many lay outside."""
-
-    inputs: int
-    below: int
-    above: int
-    probability: float
-    minimum: float | None
-    maximum: float | None
-
-
-class PolynomialModel(Record):
-    """All polynomials of a model together.
-
-    Args:
-        depth, levels: of the activations one after the other, each as often as a forward pass calls it; what the layers
-            between them cost is not in it.
-        products, constant_products: per sample.
-        samples: held-out ones, which these and the inputs outside are of.
-        inputs, outside: of all activations on them.
-    """
-
-    depth: int
-    levels: int
-    products: float
-    constant_products: float
-    samples: int
-    inputs: int
-    outside: int
-
-
-class ConvertedLayer(OpenRecord):
-    """One activation.
-
-    Args:
-        name: of the module; target: its class before.
-        family, degree, config, coefficients: of what replaces it.
-        interval: where the fit holds.
-        relative_error: root mean square over the inputs, relative to that of the target.
-        inputs: extremes and quantiles of what it receives.
-        certificate: bounds of the errors by name.
-        circuit, outside: of a polynomial without tangents.
-    """
-
-    name: str
-    target: str
-    family: str
-    degree: int | list[int]
-    interval: tuple[float, float]
-    config: dict[str, Any]
-    coefficients: list[Any]
-    relative_error: float | None
-    inputs: dict[str, Any]
-    certificate: dict[str, Any]
-    curve: Curves
-    circuit: CircuitCost | None = None
-    outside: OutsideDomain | None = None
+from polytrope.models.changes import DroppedBlocks, Factorization, Left, Quantization
+from polytrope.pipeline.data.converted_layers import CONVERSION_FILE, HINT, ConvertedLayer, PolynomialModel
+from polytrope.pipeline.data.records import Record, read_record, write_record
 
 
 class Advice(Record):
@@ -99,112 +23,6 @@ class Advice(Record):
     relative_error: float | None
     degree: int | list[int]
     advice: str | None = None
-
-
-class LeftActivation(Record):
-    """An activation that stays as it is, and why; `count`: how often a function was called at its `place`."""
-
-    name: str
-    kind: str
-    place: str
-    count: int | None
-    reason: str
-
-
-class DroppedBlocks(Record):
-    """Blocks that are gone, and what stands for them (`polytrope.models.drop_blocks.DroppedBlocks`)."""
-
-    blocks: list[str]
-    into: str
-    total: int
-    distances: dict[str, float]
-    relative_error: float
-    relative_error_without: float
-
-
-class FactoredLayer(Record):
-    """A linear layer in two factors (`polytrope.models.factorize.FactoredLayer`)."""
-
-    name: str
-    inputs: int
-    outputs: int
-    input_rank: int
-    output_rank: int
-    rank: int
-    relative_error: float
-
-    @property
-    def utilised_rank(self) -> int:
-        """As many directions as the data make use of."""
-        return min(self.input_rank, self.output_rank)
-
-
-class UnfactoredLayer(Record):
-    """A linear layer that stays as it is, and why."""
-
-    name: str
-    reason: str
-
-
-class Factorization(Record):
-    """What became of the linear layers; `energy`: share of the squares that the ranks of inputs and outputs are of."""
-
-    energy: float
-    layers: list[FactoredLayer]
-    left: list[UnfactoredLayer]
-
-    def utilisation(self) -> float:
-        """Mean over the factored layers of the utilised rank relative to the largest that there could be."""
-        shares = [layer.utilised_rank / min(layer.inputs, layer.outputs) for layer in self.layers]
-        return sum(shares) / len(shares)
-
-
-class QuantizedLayer(Record):
-    """A linear layer whose weights are rounded (`polytrope.models.quantize.QuantizedLayer`)."""
-
-    name: str
-    inputs: int
-    outputs: int
-    exponent: float
-    relative_error: float
-    uniform_error: float
-
-
-class EqualizedLayer(Record):
-    """An activation that took up the scales of rows (`polytrope.models.equalize.EqualizedLayer`)."""
-
-    name: str
-    rows: str
-    columns: str | None
-    smallest: float
-    largest: float
-
-
-class UnequalizedLayer(Record):
-    """An activation that takes up no scale, and why."""
-
-    name: str
-    reason: str
-
-
-class UnquantizedLayer(Record):
-    """A layer with a matrix of weights that stays as it is, and why."""
-
-    name: str
-    reason: str
-
-
-class Quantization(Record):
-    """What became of the matrices of weights (`polytrope.models.quantize.Quantization`)."""
-
-    bits: int
-    per: Literal["row", "tensor"]
-    layers: list[QuantizedLayer]
-    left: list[UnquantizedLayer]
-    equalized: list[EqualizedLayer]
-    unequalized: list[UnequalizedLayer]
-    bytes_before: int
-    bytes_after: int
 
 
 class Size(Record):
@@ -228,7 +46,7 @@ class ConversionRecord(Record):
     format: Literal[1] = 1
     layers: list[ConvertedLayer]
     advice: list[Advice] | None = None
-    left: list[LeftActivation] | None = None
+    left: list[Left] | None = None
     onnx_failure: str | None = None
     polynomial: PolynomialModel | None = None
     quadratic: list[str] | None = None
@@ -236,20 +54,6 @@ class ConversionRecord(Record):
     factorization: Factorization | None = None
     quantization: Quantization | None = None
     size: Size | None = None
-
-    def structure(self) -> list[str]:
-        """What was done to blocks, linear layers and weights, for people; empty where nothing was."""
-        said = []
-        if self.dropped is not None:
-            said.append(f"{len(self.dropped.blocks)} of {self.dropped.total} blocks dropped")
-        if self.factorization is not None:
-            said.append(f"{len(self.factorization.layers)} layers in two factors")
-        if self.quadratic is not None:
-            said.append(f"{len(self.quadratic)} quadratic layers")
-        if self.quantization is not None:
-            megabytes = self.quantization.bytes_after / 1e6
-            said.append(f"{self.quantization.bits}-bit weights, {megabytes:.3g} MB packed")
-        return said
 
     def metrics(self) -> dict[str, float]:
         """The worst layer's figures; of polynomials those of the model."""
@@ -297,4 +101,4 @@ def read_conversion(directory: Path) -> ConversionRecord:
     Raises:
         UserError: not there, damaged, or of another version.
     """
-    return read_record(directory / CONVERSION_FILE, ConversionRecord, "name a `convert` stage")
+    return read_record(directory / CONVERSION_FILE, ConversionRecord, HINT)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from polytrope.models import make_config
 from polytrope.models.configurations import MODEL_KINDS
+from polytrope.pipeline.data.conversion_file import read_conversion
+from polytrope.pipeline.data.converted_layers import CONVERSION_FILE
 from polytrope.pipeline.data.description import Dataset
 from polytrope.pipeline.data.promised import PromisedData, PromisedImages, PromisedModel, PromisedNumbers, PromisedText
 
@@ -19,6 +21,7 @@ def read_model_promise(directory: Path) -> PromisedModel:
 
     Raises:
         ValueError: there is none, it cannot be read, or is of no model that this package has.
+        UserError: the record of its conversion beside it cannot be read.
     """
     from polytrope.models.checkpoint import read_description
 
@@ -30,7 +33,10 @@ def read_model_promise(directory: Path) -> PromisedModel:
         settings = asdict(make_config(MODEL_KINDS[architecture].config, content["config"]))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory / 'model.json'}: {error}") from error
-    return PromisedModel(architecture, settings, tokenizer.get("kind"))
+    before = None
+    if (directory / CONVERSION_FILE).exists() and (dropped := read_conversion(directory).dropped) is not None:
+        before = dropped.total
+    return PromisedModel(architecture, settings, tokenizer.get("kind"), blocks_before=before)
 
 
 def dataset_promise(description: Dataset) -> PromisedData:

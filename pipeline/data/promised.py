@@ -65,12 +65,15 @@ class PromisedModel:
         settings: fields of its configuration, as far as they are known.
         tokenizer: kind of the tokenizer of its training data; None: not known, or none.
         figures: names of those that its `training.json` may have; none where the model was not trained here.
+        blocks_before: of the model that it was; the record of its conversion, beside it, says which are left. None:
+            none were dropped, or it is not known.
     """
 
     architecture: str
     settings: Mapping[str, Any]
     tokenizer: str | None = None
     figures: tuple[str, ...] = ()
+    blocks_before: int | None = None
 
     def trained_on(self, data: PromisedData) -> PromisedModel:
         """With what the data set decides where the settings say nothing."""

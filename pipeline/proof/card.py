@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from polytrope.pipeline.data.conversion_file import CONVERSION_FILE, read_conversion
+from polytrope.pipeline.data.conversion_file import read_conversion
+from polytrope.pipeline.data.converted_layers import CONVERSION_FILE
 from polytrope.pipeline.data.evaluation_file import EVALUATION_FILE, Evaluation, read_evaluation
 from polytrope.pipeline.data.lineage import read_lineage
 from polytrope.pipeline.data.training_file import read_history

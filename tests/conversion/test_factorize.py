@@ -137,6 +137,9 @@ def test_a_factored_gpt2_comes_back_and_says_what_it_uses(tmp_path: Path) -> Non
         "lm_head": "part of a pooler or a head; it stays unless its type or its name is asked for",
     }
     assert describe_factors(model) == {}
+    for layer in made.factorization.layers:
+        whole, product = model.get_submodule(layer.name).weight, made.model.get_submodule(layer.name).merged().weight
+        assert layer.largest_change == pytest.approx(float((product - whole).detach().abs().max()), rel=1e-4)
     again = Conversion.load(tmp_path)
     assert again.factorization == made.factorization
     assert again.parameters == made.parameters

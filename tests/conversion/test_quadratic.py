@@ -91,8 +91,12 @@ def test_with_a_family_activations_are_converted_too(tmp_path: Path) -> None:
     both = read_json(tmp_path / "both" / "conversion.json")
     assert len(both["layers"]) == 2
     assert len(both["quadratic"]) == 4
-    assert (tmp_path / "both" / "conversion.html").exists()
-    assert not (tmp_path / "linear" / "conversion.html").exists()
+    for directory in ("both", "linear"):
+        page = (tmp_path / directory / "conversion.html").read_text()
+        assert "<h2>Quadratic layers</h2>" in page
+        assert page.count("c_fc") >= 2
+    assert read_json(tmp_path / "linear" / "conversion.json")["quadratic"] == both["quadratic"]
+    assert not (tmp_path / "linear" / "plots").exists()
     made = load_model(tmp_path / "both")
     plain = convert_activations(load_model(tmp_path / "model"), [tokens()], family="hermite", degree=4).model
     with torch.no_grad():
@@ -148,7 +152,6 @@ def test_what_will_be_is_known_before_anything_starts() -> None:
     ("given", "words"),
     [
         ({"degree": 4}, "degree is for new activations, and without family they stay as they are"),
-        ({"page": True}, "page: without family there are no new activations"),
         ({"tables": True}, "tables: without family there are no new activations"),
         ({"ray_tasks": 2}, "ray_tasks: without family there are no new activations"),
         ({"layers": "0"}, "layers is for new activations"),

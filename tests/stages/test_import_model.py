@@ -29,7 +29,7 @@ from polytrope.pipeline.stage import Artifact, load_stage, stage_context
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 from polytrope.pipeline.stages.import_model.import_model import fingerprint
 from polytrope.pipeline.stages.import_model.parameters import ImportModelParameters
-from polytrope.pipeline.stages.train.training_plan import _read_initial
+from polytrope.pipeline.stages.train.training_plan import _read_model
 from polytrope.pipeline.workflow.graph import build_graph
 from polytrope.pipeline.workflow.keys import explain, key_components, stage_key
 
@@ -75,7 +75,7 @@ def test_every_format_of_a_gpt2_becomes_a_model_that_stages_read(tmp_path: Path,
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(load_model(output)(tokens), model(tokens))
-    initial = _read_initial(Artifact(output, "digest", "pretrained"))
+    initial = _read_model("initial", Artifact(output, "digest", "pretrained"))
     assert (initial.architecture, initial.settings["n_embd"]) == ("gpt2", 16)
 
 
@@ -86,7 +86,7 @@ def test_another_architecture_stays_one_of_transformers_and_train_says_why_it_re
     assert (output / "LICENSE").read_text() == "free"
     assert type(read_model(output)).__name__ == "BertModel"
     with pytest.raises(UserError, match=r"`initial` \(pretrained\) holds no model that can be trained: .*transformers"):
-        _read_initial(Artifact(output, "digest", "pretrained"))
+        _read_model("initial", Artifact(output, "digest", "pretrained"))
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_a_factory_may_give_a_model_that_can_be_trained_or_one_of_transformers(p
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(load_model(output)(tokens), model(tokens))
-    assert _read_initial(Artifact(output, "digest", "pretrained")).architecture == "gpt2"
+    assert _read_model("initial", Artifact(output, "digest", "pretrained")).architecture == "gpt2"
     import import_test_models
 
     theirs = import_test_models.bert().eval()
@@ -438,7 +438,7 @@ def test_code_outside_of_the_key_is_not_run_and_other_stages_say_what_they_take(
     output = imported(tmp_path / "out", project / "weights.pt", **factory)
     pretrained = Artifact(output, "digest", "pretrained")
     with pytest.raises(UserError, match=r"`initial` \(pretrained\) holds no model that can be trained: .*build_model"):
-        _read_initial(pretrained)
+        _read_model("initial", pretrained)
     context = dataclasses.replace(stage_context(tmp_path / "convert"), modules=frozenset({"other"}))
     with pytest.raises(UserError, match="whose code is no part of its key"):
         load_stage("convert").call(

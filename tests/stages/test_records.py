@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from polytrope.pipeline.data.conversion_file import read_conversion
+from polytrope.models.changes import DroppedBlocks, EqualizedLayer, FactoredLayer, Factorization, Left, UnchangedLayer
+from polytrope.pipeline.data.conversion_file import read_conversion, write_conversion
 from polytrope.pipeline.data.evaluation_file import read_evaluation
 from polytrope.pipeline.data.lineage import read_lineage
 from polytrope.pipeline.data.records import OpenRecord, read_record, write_record
@@ -60,6 +61,52 @@ def test_a_file_that_is_something_else_is_refused_with_its_field(
         read(tmp_path)
     assert str(tmp_path / name) in caught.value.message
     assert "name a" in str(caught.value.hint)
+
+
+def test_a_conversion_from_before_comes_back_as_what_python_has(tmp_path: Path) -> None:
+    layer = {
+        "name": "a",
+        "inputs": 8,
+        "outputs": 4,
+        "input_rank": 3,
+        "output_rank": 2,
+        "rank": 1,
+        "relative_error": 0.1,
+    }
+    rounded = {"name": "b", "inputs": 8, "outputs": 4, "exponent": 0.5, "relative_error": 0.1, "uniform_error": 0.2}
+    stays = {"name": "c", "reason": "excluded"}
+    equal = {"name": "d", "rows": "a", "columns": None, "smallest": 0.5, "largest": 2}
+    content = {
+        "format": 1,
+        "layers": [],
+        "left": [{"name": "e", "kind": "Tanh", "place": "Pooler", "count": None, "reason": "excluded"}],
+        "dropped": {
+            "blocks": ["h.1"], "into": "h.0.out", "total": 3, "distances": {"h.0": 0.5},
+            "relative_error": 0.1, "relative_error_without": 0.2,
+        },
+        "factorization": {"energy": 0.999, "layers": [layer], "left": [stays]},
+        "quantization": {
+            "bits": 4, "per": "row", "layers": [rounded], "left": [stays], "equalized": [equal], "unequalized": [stays],
+            "bytes_before": 128, "bytes_after": 16,
+        },
+        "size": {"before": 32, "after": 12, "difference": 0.1},
+    }  # fmt: skip
+    (tmp_path / "conversion.json").write_text(json.dumps(content))
+    found = read_conversion(tmp_path)
+    assert found.left == [Left("e", "Tanh", "Pooler", None, "excluded")]
+    assert found.dropped == DroppedBlocks(("h.1",), "h.0.out", 3, {"h.0": 0.5}, 0.1, 0.2)
+    expected = FactoredLayer("a", 8, 4, 3, 2, 1, 0.1)
+    assert found.factorization == Factorization(0.999, (expected,), (UnchangedLayer("c", "excluded"),))
+    assert found.metrics()["utilisation"] == 2 / 4
+    assert found.quantization is not None
+    assert found.quantization.equalized == (EqualizedLayer("d", "a", None, 0.5, 2.0),)
+    write_conversion(tmp_path, found)
+    layer["largest_change"] = None
+    assert json.loads((tmp_path / "conversion.json").read_text()) == content
+    content["quantization"]["per"] = "column"  # type: ignore[index]
+    (tmp_path / "conversion.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"quantization\.per: Input should be 'row' or 'tensor'"):
+        read_conversion(tmp_path)
 
 
 def test_whole_numbers_stay_whole(tmp_path: Path) -> None:

@@ -656,7 +656,7 @@ def test_the_deepspeed_configuration_is_the_file_and_part_of_the_key(tmp_path: P
 
 def test_the_stage_is_found_by_name_with_its_inputs() -> None:
     definition = load_stage("train")
-    assert definition.inputs == {"dataset": "required", "initial": "optional"}
+    assert definition.inputs == {"dataset": "required", "initial": "optional", "teacher": "optional"}
     assert definition.parameters_model is TrainParameters
     assert definition.options.parallel
 

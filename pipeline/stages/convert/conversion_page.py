@@ -28,24 +28,9 @@ def write_page(directory: Path, conversion: ConversionRecord, title: str) -> Pat
         shown = {theme: render(draw, theme) for theme in THEMES}
         (plots / f"conversion-{number}.png").write_bytes(shown["light"])
         pictures.append((f"layers {start} to {min(len(layers), start + _LAYERS_PER_PLOT) - 1}", shown))
-    polynomial = None if conversion.polynomial is None else conversion.polynomial.model_dump()
-    structure = {
-        name: None if part is None else part.model_dump()
-        for name, part in (
-            ("size", conversion.size),
-            ("dropped", conversion.dropped),
-            ("factorization", conversion.factorization),
-            ("quantization", conversion.quantization),
-        )
-    }
-    content: dict[str, Any] = {
-        "layers": layers,
-        "pictures": pictures,
-        "advice": advice,
-        "polynomial": polynomial,
-        **structure,
-    }
-    page = render_page(_TEMPLATE, title=title, **content)
+    parts = ("polynomial", "quadratic", "size", "dropped", "factorization", "quantization")
+    content: dict[str, Any] = {name: getattr(conversion, name) for name in parts}
+    page = render_page(_TEMPLATE, title=title, layers=layers, pictures=pictures, advice=advice, **content)
     path = directory / "conversion.html"
     path.write_text(page, encoding="utf-8")
     return path

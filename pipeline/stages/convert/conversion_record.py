@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from polytrope.models.changes import Left
 from polytrope.models.conversion import FitOptions, LayerConversion, fit_layer
 from polytrope.models.convert import target_name
-from polytrope.models.selection import Left
 from polytrope.models.surgery import Activation
 from polytrope.ops import circuit
 from polytrope.ops.families import MAX_DEGREE
 from polytrope.ops.fitting.targets import broken_line
 from polytrope.ops.polynomial_only import MAX_DEPTH
-from polytrope.pipeline.data.conversion_file import Advice, ConversionRecord, ConvertedLayer, LeftActivation
+from polytrope.pipeline.data.conversion_file import Advice, ConversionRecord
+from polytrope.pipeline.data.converted_layers import ConvertedLayer
 from polytrope.pipeline.data.records import finite
 
 _CURVE_POINTS = 161
@@ -75,7 +76,7 @@ def record(
         format=1,
         layers=[describe(conversion) for conversion in conversions],
         advice=advise(conversions, costs, options) if costs and options is not None else None,
-        left=[LeftActivation.model_validate(asdict(entry)) for entry in left],
+        left=list(left),
     )
 
 

@@ -72,6 +72,11 @@ def promise(
             "leave format out",
         )
     smaller = _with_fewer_blocks(model, parameters)
+    if parameters.drop_blocks is None:
+        model = replace(model, blocks_before=None)
+    else:
+        whole = make_config(MODEL_KINDS[model.architecture].config, model.settings)
+        model = replace(model, blocks_before=len(whole.activation_widths()))
     config = make_config(MODEL_KINDS[model.architecture].config, model.settings if smaller is None else smaller)
     layers, numbers = parameters.layer_range(), config.layer_numbers()
     if layers is not None and (layers[0] >= numbers or sys.maxsize > layers[1] >= numbers):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from polytrope.models.calibration import input_of
 from polytrope.models.inputs import Batch, forward
+from polytrope.models.matching import feature_error, find_blocks, states_behind
 from polytrope.models.modes import evaluation_mode
 from polytrope.models.parts.reciprocal import certified_modules
 from polytrope.models.response import response
@@ -66,17 +67,35 @@ def received(model: nn.Module, batch: Batch) -> dict[LearnableActivation, Tensor
 
 
 def distill(
-    teacher: nn.Module, student: nn.Module, batches: Sequence[Batch], *, steps: int, learning_rate: float = 3e-3
+    teacher: nn.Module,
+    student: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    steps: int,
+    learning_rate: float = 3e-3,
+    features: float = 0.0,
 ) -> list[float]:
     """Train the student's coefficients so that its token vectors are those of the teacher; weights are frozen.
 
-    Adam with a cosine schedule on the squared distance of the outputs, relative to their size. Returns the losses.
-    Batches are taken in turn, in an order that depends on nothing but their number.
+    Adam with a cosine schedule on the squared distance of the outputs, relative to their size, and that of the states
+    behind each block, relative to their variance (`models.matching`). Returns the losses. Batches are taken in turn, in
+    an order that depends on nothing but their number. (A training of all weights after a teacher is the stage `train`
+    with its `distillation`.)
 
     Args:
+        features: weight of the states against that of the outputs, which is 1.
         learning_rate: by how much a step moves an activation at the start, root mean square over the inputs it gets.
             What that is for a coefficient depends on the basis, its variable, and where the straight lines begin.
+
+    Raises:
+        ValueError: with `features`, models whose blocks are not known, or not as many in both.
     """
+    here, there = (find_blocks(model) if features else [] for model in (teacher, student))
+    if len(here) != len(there):
+        raise ValueError(
+            f"features: the teacher has {len(here)} blocks and the student {len(there)}, and nothing says which belong "
+            "together"
+        )
     groups: list[dict[str, Any]] = [
         {"params": list(module.parameters(recurse=False)), "rate": learning_rate / response(module, inputs)}
         for module, inputs in received(student, batches[0]).items()
@@ -94,11 +113,15 @@ def distill(
                 batch = batches[order[step % len(order)]]
                 for group in optimizer.param_groups:
                     group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-                with torch.no_grad():
+                with torch.no_grad(), states_behind(teacher, here) as aims:
                     target = forward(teacher, batch)
-                output = forward(student, batch)
-                mask = batch["attention_mask"].unsqueeze(-1) if "attention_mask" in batch else torch.ones_like(target)
+                with states_behind(student, there) as states:
+                    output = forward(student, batch)
+                hidden = batch.get("attention_mask")
+                mask = torch.ones_like(target) if hidden is None else hidden.unsqueeze(-1)
                 loss = ((output - target) ** 2 * mask).sum() / (target**2 * mask).sum()
+                if features:
+                    loss = loss + features * feature_error(states, aims, hidden)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

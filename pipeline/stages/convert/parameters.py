@@ -87,17 +87,16 @@ def _check_polynomial_only(value: bool, info: ValidationInfo) -> bool:
     return value
 
 
-def _check_activations_stay(given: dict[str, Any], *, factors: bool, beside: tuple[str, ...] = ()) -> None:
+def _check_activations_stay(given: dict[str, Any], *, factors: bool) -> None:
     """Refuse what is for new activations alone where there are none.
 
     Args:
         factors: linear layers are chosen, as of `check_structural`.
-        beside: further parameters that are.
     """
     if fits_activations(given.get("family"), bool(given.get("polynomial_only")), structural=True):
         return
     check_structural(given, factors=factors)
-    for name in (*beside, "tables"):
+    for name in ("ray_tasks", "tables"):
         if given.get(name):
             raise ValueError(f"{name}: without family there are no new activations, which it is about; give family too")
 
@@ -108,7 +107,7 @@ def _check_linear(value: str | None, info: ValidationInfo) -> str | None:
         return value
     if given.get("format") == "huggingface":
         raise ValueError("transformers has no quadratic layers, and format is huggingface; leave format out")
-    _check_activations_stay(given, factors=False, beside=("ray_tasks", "page"))
+    _check_activations_stay(given, factors=False)
     return value
 
 

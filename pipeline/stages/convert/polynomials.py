@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 from polytrope.models.domains import Seen
 from polytrope.models.polynomials import Polynomials
-from polytrope.pipeline.data.conversion_file import CircuitCost, ConversionRecord, OutsideDomain, PolynomialModel
+from polytrope.pipeline.data.conversion_file import ConversionRecord
+from polytrope.pipeline.data.converted_layers import CircuitCost, OutsideDomain, PolynomialModel
 from polytrope.pipeline.data.records import finite
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from polytrope.models import ARCHITECTURES, is_own
 from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.conversion import fit_options
-from polytrope.models.convert import RATED_SAMPLES, convert_batches
+from polytrope.models.convert import RATED_SAMPLES, Conversion, convert_batches
 from polytrope.models.convert_options import FIT_OPTIONS
 from polytrope.models.formats import read_model, write_model
 from polytrope.models.formats.module import MODULE_FILE, Factory
@@ -105,27 +105,28 @@ def convert_model(
         tell(1, "making linear layers quadratic")
         model, quadratic = _quadratic(model, head(batches, RATED_SAMPLES))
     drop, factor, rounding = parameters.drop_blocks, parameters.factorize, parameters.quantize
-    if quadratic is not None and parameters.replacement() is None:
-        return _written_quadratic(model, source, parameters, output, batches, quadratic)
     options = None
     if parameters.replacement() is not None:
         options = fit_options(**parameters.model_dump(include=set(FIT_OPTIONS)))
     choice = Choice(parameters.types, parameters.include, parameters.exclude, parameters.layer_range())
     measure = partial(_on_ray, source, parameters.ray_tasks) if parameters.ray_tasks else None
-    made = convert_batches(
-        model,
-        batches,
-        options,
-        choice,
-        measure=measure,
-        tell=tell,
-        rated_samples=parameters.rated_samples,
-        keep=parameters.keep,
-        output_error=parameters.output_error,
-        drop=None if drop is None else drop.options(),
-        factor=None if factor is None else factor.options(),
-        rounding=None if rounding is None else rounding.options(),
-    )
+    if quadratic is not None and options is None:
+        made = Conversion(model, [], [], sum(map(size_of, batches)), 0.0, rated=head(batches, RATED_SAMPLES))
+    else:
+        made = convert_batches(
+            model,
+            batches,
+            options,
+            choice,
+            measure=measure,
+            tell=tell,
+            rated_samples=parameters.rated_samples,
+            keep=parameters.keep,
+            output_error=parameters.output_error,
+            drop=None if drop is None else drop.options(),
+            factor=None if factor is None else factor.options(),
+            rounding=None if rounding is None else rounding.options(),
+        )
     costs = {entry.name: entry.cost for entry in made.activations if entry.cost is not None}
     written = record(made.layers, options, costs, made.left)
     if made.polynomials is not None:
@@ -166,25 +167,6 @@ def _quadratic(model: nn.Module, inputs: Batch) -> tuple[nn.Module, list[str]]:
             "number that a layer takes is not finite"
         )
     return made, names
-
-
-def _written_quadratic(
-    model: nn.Module,
-    source: Source,
-    parameters: ConvertParameters,
-    output: Path | None,
-    batches: Sequence[Batch],
-    names: list[str],
-) -> Outcome:
-    """What became of a model whose activations stay."""
-    written = ConversionRecord(format=1, layers=[], quadratic=names)
-    outcome = Outcome(written, sum(map(size_of, batches)))
-    if output is None:
-        return outcome
-    inputs = head(batches, RATED_SAMPLES)
-    _write_model(model, source, parameters, output, inputs)
-    write_conversion(output, written)
-    return _write_extras(model, parameters, output, outcome, {}, inputs)
 
 
 def export_model(source: Source, parameters: ConvertParameters, output: Path) -> Outcome:

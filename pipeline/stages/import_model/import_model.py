@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def promise(
     if own == huggingface:  # neither: a state dict, DeepSpeed, nothing; both: refused when it is read
         return None
     try:
-        return read_model_promise(path) if own else _of_transformers(path)
+        if own:  # what is written has no record of a conversion beside it
+            return replace(read_model_promise(path), blocks_before=None)
+        return _of_transformers(path)
     except ValueError as error:
         raise UserError(f"path: {error}", "docs/conversion.md lists what is read") from error
 

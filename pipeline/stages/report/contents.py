@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polytrope.pipeline.data.analysis_file import Analysis
-from polytrope.pipeline.data.conversion_file import CONVERSION_FILE, ConversionRecord, read_conversion
+from polytrope.pipeline.data.converted_layers import CONVERSION_FILE, ShownConversion, read_shown_conversion
 from polytrope.pipeline.data.description import UNITS
 from polytrope.pipeline.data.evaluation_file import EvaluatedModel, Evaluation
 from polytrope.pipeline.data.lineage import Lineage, read_lineage
@@ -70,7 +70,7 @@ def collect(
         "analysis": [] if analysis is None else _analysis(analysis, parameters),
         "not_measured": _not_measured(results, speed, parameters),
         "training": [entry for label in models if (entry := _training(label, models[label], parameters))],
-        "conversion": [] if conversion is None else _conversion(read_conversion(conversion.path)),
+        "conversion": [] if conversion is None else _conversion(read_shown_conversion(conversion.path)),
         "converted": None if conversion is None else _label_of(conversion, models),
         "samples": {label: result.sample for label, result in results.items() if result.sample},
         "dataset": evaluation.dataset.model_dump(exclude_unset=True),
@@ -133,7 +133,7 @@ def _row(label: str, result: EvaluatedModel, parameters: ReportParameters, model
     shown = _ACCURACY if result.tokens is not None else _ACCURACY - {"perplexity"}  # of text alone
     row["budget"] = None if model is None else budget(read_lineage(model.path))  # not every model need be an input
     if model is not None and (model.path / CONVERSION_FILE).is_file():
-        row["structure"] = read_conversion(model.path).structure()
+        row["structure"] = read_shown_conversion(model.path).structure()
     return row | result.model_dump(include={"activation", "answers"} | shown | _COUNTS, exclude_none=True)
 
 
@@ -163,7 +163,7 @@ def _label_of(conversion: Artifact, models: Mapping[str, Artifact]) -> str | Non
     return next((label for label, model in models.items() if model.digest == conversion.digest), None)
 
 
-def _conversion(conversion: ConversionRecord) -> list[Figures]:
+def _conversion(conversion: ShownConversion) -> list[Figures]:
     """Per layer: how far the fit is from the activation it replaces, on the inputs that occur."""
     rows: list[Figures] = []
     for layer in conversion.layers:

@@ -11,7 +11,7 @@ from typing import Any
 
 from polytrope.pipeline.data.analysis_file import Analysis, read_analysis
 from polytrope.pipeline.data.circuit_file import read_circuit
-from polytrope.pipeline.data.conversion_file import read_conversion
+from polytrope.pipeline.data.converted_layers import read_shown_conversion
 from polytrope.pipeline.data.evaluation_file import Evaluation, read_evaluation
 from polytrope.pipeline.data.speed_file import read_speed
 from polytrope.pipeline.data.training_file import read_history, read_training
@@ -105,7 +105,7 @@ def _drawings(
             plots.draw_moments, moments=moments, blocks=plots.evenly(list(moments), min(4, parameters.maximum_layers))
         )
     if conversion is not None:
-        converted = [layer.model_dump() for layer in read_conversion(conversion.path).layers]
+        converted = [layer.model_dump() for layer in read_shown_conversion(conversion.path).layers]
         if converted:
             drawings["conversion"] = partial(
                 plots.draw_conversion, layers=plots.evenly(converted, min(8, parameters.maximum_layers))

@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from polytrope.pipeline.data.training_file import INITIAL, Training, write_train
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
 from polytrope.pipeline.stages.train.activations import apply_activation_options
+from polytrope.pipeline.stages.train.basis_start import measure_basis
 from polytrope.pipeline.stages.train.batches import Batch, Prefetcher, validation_batches
 from polytrope.pipeline.stages.train.best_weights import load_best, save_best
 from polytrope.pipeline.stages.train.deepspeed_engine import (
@@ -36,6 +38,7 @@ from polytrope.pipeline.stages.train.deepspeed_engine import (
     master_weights,
     unsharded_gradient_norm,
 )
+from polytrope.pipeline.stages.train.imitation import Imitation, make_imitation
 from polytrope.pipeline.stages.train.modality import Modality, make_modality
 from polytrope.pipeline.stages.train.numbers_start import start_for_rows
 from polytrope.pipeline.stages.train.optimization import coefficient_rates, learning_rate_factor, set_learning_rate
@@ -85,7 +88,8 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
         plan.steps,
         parameters.data_threads,
     )
-    run = _Run(plan, context, rank, device, engine, average, frozen, progress, modality, prefetcher)
+    imitation = make_imitation(plan, engine.module, device)
+    run = _Run(plan, context, rank, device, engine, average, frozen, progress, modality, prefetcher, imitation)
     try:
         while progress.step < plan.steps:
             run.step()
@@ -124,11 +128,13 @@ class _Run:
         progress: Progress,
         modality: Modality,
         prefetcher: Prefetcher,
+        imitation: Imitation | None,
     ) -> None:
         self.plan, self.context, self.rank, self.device = plan, context, rank, device
         self.engine, self.average, self.frozen = engine, average, frozen
         self.progress, self.modality = progress, modality
         self.prefetcher, self.meter, self.metrics = prefetcher, Meter(), MetricsLog(context, rank)
+        self.objective = engine if imitation is None else partial(imitation.loss, engine)
         parameters = plan.parameters
         self.checkpoints = CheckpointWriter(
             context,
@@ -154,7 +160,7 @@ class _Run:
         with watch_activations(self.engine.module, watched) if watch else contextlib.nullcontext():
             clipping = parameters.gradient_clipping if clips_itself(plan) else 0.0
             batches = self.prefetcher.next_step()
-            loss, norm, units = _train_step(self.engine, batches, self.device, clipping, self.stopwatch)
+            loss, norm, units = _train_step(self.engine, self.objective, batches, self.device, clipping, self.stopwatch)
         stop_if_diverged(plan, progress, loss, norm)
         if self.average is not None:
             self.average.update()
@@ -316,6 +322,8 @@ def _create_model(plan: TrainingPlan) -> tuple[nn.Module, Adapted]:
             from safetensors.torch import load_file
 
             load_weights(model, load_file(plan.initial / "model.safetensors"))
+            if plan.parameters.activation_basis is not None:
+                measure_basis(model, plan)
         elif find_architecture(plan.architecture).data == "numbers":
             start_for_rows(model, plan.dataset)
         if plan.parameters.range_penalty is not None:
@@ -349,11 +357,17 @@ def sizes_of(model: nn.Module) -> dict[str, int]:
 
 
 def _train_step(
-    engine: Any, micro_batches: list[Batch], device: torch.device, clipping: float, stopwatch: Stopwatch
+    engine: Any,
+    objective: Callable[[Tensor, Tensor], Tensor],
+    micro_batches: list[Batch],
+    device: torch.device,
+    clipping: float,
+    stopwatch: Stopwatch,
 ) -> tuple[float, float, int]:
     """One optimizer step.
 
     Args:
+        objective: of inputs and targets, what becomes small.
         clipping: the gradient norm to clip to here, where DeepSpeed does not; 0: none.
         stopwatch: measures the forward passes.
 
@@ -365,7 +379,7 @@ def _train_step(
     for inputs, targets in micro_batches:
         inputs, targets = to_model(inputs, engine.module, device), targets.to(device, non_blocking=True)
         with stopwatch:
-            loss = engine(inputs, targets)
+            loss = objective(inputs, targets)
         engine.backward(loss)
         if engine.is_gradient_accumulation_boundary() and not engine.zero_optimization():
             unsharded = unsharded_gradient_norm(engine, clipping)

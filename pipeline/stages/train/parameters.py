@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -51,6 +52,7 @@ class ActivationOptions(BaseModel):
     per_channel: bool = Field(False, description="coefficients of their own for every channel, not one set per block")
 
 
+SHARDED = "zero_stage 3 leaves no worker the factors to multiply; use a lower one"
 _DENOMINATORS = "only attention: power and norm: rms have denominators"
 
 
@@ -260,6 +262,52 @@ class AdaptersParameters(BaseModel):
         return self
 
 
+class DistillationParameters(BaseModel):
+    """How a model becomes like its teacher: terms beside the loss of the data's own targets."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    outputs: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the divergence of the teacher's probabilities from the model's, in nats; of predicted "
+        "numbers: of the squared error relative to their variance",
+    )
+    features: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the squared error of the states behind the blocks, relative to the variance of the "
+        "teacher's; mean over the blocks",
+    )
+    blocks: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        description="features: which block of the teacher each block is to be like, from 0; default: as many as there "
+        "are, or those that the record of drop_blocks says are left",
+    )
+
+    perturbation: float = Field(
+        0.0,
+        ge=0,
+        description="weight of what the products of factored layers differ from the teacher's matrices by, beyond "
+        "perturbation_bound",
+    )
+    perturbation_bound: float = Field(
+        1e-3, ge=0, description="perturbation: by how much every number of such a product may differ for nothing"
+    )
+
+    @model_validator(mode="after")
+    def teaches(self) -> DistillationParameters:
+        if self.outputs == self.features == self.perturbation == 0:
+            raise ValueError("all weights are 0, so that nothing is learned from the teacher: leave it out")
+        if self.blocks is not None and self.features == 0:
+            raise ValueError("blocks: features is 0, so that no block is compared: leave it out")
+        if "perturbation_bound" in self.model_fields_set and self.perturbation == 0:
+            raise ValueError("perturbation_bound: perturbation is 0, so that nothing is bounded: leave it out")
+        if self.blocks is not None and any(a >= b for a, b in pairwise(self.blocks)):
+            raise ValueError(f"blocks: expected numbers that rise, got {self.blocks}")
+        return self
+
+
 class TrainParameters(BaseModel):
     """Everything that decides the result of a training."""
 
@@ -279,6 +327,17 @@ class TrainParameters(BaseModel):
     adapters: AdaptersParameters | None = Field(
         None,
         description="with an `initial` input: few numbers learn for its frozen linear layers, {name: lora, rank: 4}",
+    )
+    distillation: DistillationParameters | None = Field(
+        None,
+        description="with a `teacher` input: its outputs, and the states behind its blocks, are learned too, "
+        "{outputs: 1.0, features: 1.0}",
+    )
+    activation_basis: Literal["measured"] | None = Field(
+        None,
+        description="measured, with an `initial` input: its polynomials (hermite, chebyshev, legendre) are written in "
+        "the basis that is orthonormal on the inputs they get from training samples; the same functions, whose "
+        "recurrence learns as well",
     )
     trainable: list[Annotated[str, AfterValidator(check_entry)]] | None = Field(
         None,
@@ -402,12 +461,28 @@ class TrainParameters(BaseModel):
             )
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) is more than steps ({self.steps})")
+        if self.activation_basis is not None and self.model is not None:
+            raise ValueError(
+                "activation_basis: measured is for an `initial` input: weights that begin from nothing give their "
+                "activations inputs that are others soon"
+            )
         if self.adapters is not None and self.model is not None:
             raise ValueError("adapters: they fine-tune an `initial` input, and this model begins from nothing")
         if self.adapters is not None and ADAPTERS not in (self.trainable or [ADAPTERS]):
             raise ValueError(f"trainable: with adapters name {ADAPTERS} too, or leave it out: then they alone learn")
         if self.adapters is not None and self.peak_flops is not None:
             raise ValueError("peak_flops: MFU counts the gradients of all weights; leave it out with `adapters`")
+        if self.distillation is not None and self.peak_flops is not None:
+            raise ValueError("peak_flops: MFU does not count the teacher; leave it out with `distillation`")
+        if self.distillation is not None and self.distillation.features and self.compile:
+            raise ValueError(
+                "compile: compiled code does not show the states behind blocks; leave it out with `features`"
+            )
+        if self.distillation is not None and self.distillation.perturbation:
+            if self.model is not None:
+                raise ValueError("distillation: perturbation: a model that begins from nothing has no factored layers")
+            if self.zero_stage == 3:
+                raise ValueError(f"distillation: perturbation: {SHARDED}")
         if self.adapters is None and ADAPTERS in (self.trainable or []):
             raise ValueError(f"trainable: {ADAPTERS}: there are none; say which under `adapters:`")
         if self.trainable is not None and self.peak_flops is not None:

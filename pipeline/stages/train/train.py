@@ -19,8 +19,11 @@ from polytrope.pipeline.data.training_file import figure_names, read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
+from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
+from polytrope.pipeline.stages.train.measured_basis import settings_in_measured_basis
 from polytrope.pipeline.stages.train.numbers_options import check_of_numbers, predicts_numbers
 from polytrope.pipeline.stages.train.parameters import TrainParameters, check_heeded, split_batch
+from polytrope.pipeline.stages.train.teacher import check_factors, check_teacher
 
 
 def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
@@ -36,10 +39,20 @@ def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
             "model: with an `initial` input, the architecture comes from `initial`",
             "remove `model` to fine-tune, or `initial` to train from scratch",
         )
+    taught = upstream.get("teacher") is not None
+    if parameters.distillation is not None and not taught:
+        raise UserError(
+            "distillation: there is no `teacher` input", "name the model that is to be imitated: `inputs: teacher:`"
+        )
+    if parameters.distillation is None and taught:
+        raise UserError(
+            "inputs.teacher: nothing is learned from it",
+            "say what under `with: distillation:`, such as {outputs: 1.0}, or remove it",
+        )
 
 
 def promise(
-    parameters: TrainParameters, upstream: Mapping[str, Any], resources: Resources, _directory: Path
+    parameters: TrainParameters, upstream: Mapping[str, Any], resources: Resources, directory: Path
 ) -> PromisedModel | None:
     """The model that will be trained; refuses what does not fit the data set or the workers."""
     _, accumulation = split_batch(parameters, resources.workers)
@@ -51,26 +64,34 @@ def promise(
         model = expect("inputs.initial", upstream["initial"], PromisedModel)
         refuse_misfit("inputs.initial", model, data)
     else:
-        model = PromisedModel(parameters.model.architecture, parameters.model.settings())
+        model = PromisedModel(parameters.model.architecture, {**parameters.model.settings(), "factors": {}})
         found = None if data is None else misfit(model, data)
         if found is not None:
             raise UserError(f"model.{found.setting or 'architecture'}: {found.text}", found.hint)
+    teacher = expect("inputs.teacher", upstream.get("teacher"), PromisedModel)
+    refuse_misfit("inputs.teacher", teacher, data)
+    if parameters.distillation is not None and teacher is not None:
+        check_teacher(parameters.distillation, model, teacher)
     if model is None:
         return None
+    if parameters.distillation is not None and parameters.distillation.perturbation:
+        check_factors(
+            parameters.distillation, model, zero_stage_of(read_configuration(parameters, directory), parameters)
+        )
+    if parameters.activation_basis is not None:
+        model = replace(model, settings=settings_in_measured_basis(model.architecture, model.settings))
     check_heeded(model.architecture, model.settings, parameters)
     check_batch_statistics(model.architecture, model.settings, parameters, accumulation)
     trained = model if data is None else model.trained_on(data)
     check_of_numbers(trained.architecture, trained.settings, parameters)
     kind = MODEL_KINDS[model.architecture].data
     names = figure_names(kind, predicts_numbers=predicts_numbers(trained.settings), fit=parameters.fit_samples > 0)
-    return replace(trained, figures=names)
+    return replace(trained, figures=names, blocks_before=None)
 
 
 def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
     """The DeepSpeed configuration, which is part of the result's identity. Refuses contradictions."""
     import hashlib
-
-    from polytrope.pipeline.stages.train.deepspeed_config import read_configuration
 
     content = json.dumps(read_configuration(parameters, directory), sort_keys=True)
     return {"deepspeed": hashlib.sha256(content.encode()).hexdigest()}
@@ -87,13 +108,16 @@ def train(
     dataset: Artifact,
     parameters: TrainParameters,
     initial: Artifact | None = None,
+    teacher: Artifact | None = None,
 ) -> dict[str, float]:
-    """Train a model on `dataset`, or fine-tune `initial`, and write the final weights."""
+    """Train a model on `dataset`, or fine-tune `initial`, and write the final weights; with `teacher` so that it comes
+    close to that model.
+    """
     from polytrope.pipeline.stages.train.training_plan import make_plan
     from polytrope.pipeline.stages.train.workers import run_workers
 
-    check(parameters, {"initial": initial})
-    plan = make_plan(context, dataset, initial, parameters)
+    check(parameters, {"initial": initial, "teacher": teacher})
+    plan = make_plan(context, dataset, initial, parameters, teacher)
     context.log_dataset("train", dataset.digest, str(dataset.path), plan.dataset_profile)
     context.log_params(plan.facts)
     run_workers(context, plan)

@@ -17,8 +17,10 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext
 from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
+from polytrope.pipeline.stages.train.measured_basis import settings_in_measured_basis
 from polytrope.pipeline.stages.train.numbers_options import check_of_numbers
 from polytrope.pipeline.stages.train.parameters import TrainParameters, check_heeded, split_batch
+from polytrope.pipeline.stages.train.teacher import check_factors, check_teacher, matched_blocks
 
 
 class Diverged(ArithmeticError):
@@ -36,7 +38,8 @@ class TrainingPlan:
     Args:
         parameters: of the stage.
         architecture, model: what `build_model` takes.
-        dataset, initial: directories.
+        dataset, initial, teacher: directories.
+        matched: names of blocks of the model, and of those of the teacher that they are to be like.
         workers, gpus: number of workers, and of GPUs for each (0: CPU).
         micro_batch_size, accumulation_steps: global batch = micro batch × workers × accumulation.
         steps: optimizer steps.
@@ -51,6 +54,8 @@ class TrainingPlan:
     model: dict[str, Any]
     dataset: Path
     initial: Path | None
+    teacher: Path | None
+    matched: list[tuple[str, str]]
     workers: int
     gpus: float
     micro_batch_size: int
@@ -66,7 +71,11 @@ class TrainingPlan:
 
 
 def make_plan(
-    context: StageContext, dataset: Artifact, initial: Artifact | None, parameters: TrainParameters
+    context: StageContext,
+    dataset: Artifact,
+    initial: Artifact | None,
+    parameters: TrainParameters,
+    teacher: Artifact | None = None,
 ) -> TrainingPlan:
     """Resolve defaults from the dataset, the initial model and the granted resources.
 
@@ -78,9 +87,20 @@ def make_plan(
     workers = context.resources.workers
     micro, accumulation = split_batch(parameters, workers)
     settings = {name: value for name, value in model.items() if name != "activation_options"}
+    if parameters.activation_basis is not None:
+        settings_in_measured_basis(architecture, settings)  # it refuses a model without
     check_heeded(architecture, settings, parameters)
     check_batch_statistics(architecture, settings, parameters, accumulation)
     check_of_numbers(architecture, settings, parameters)
+    matched = []
+    if teacher is not None:
+        assert parameters.distillation is not None  # `check` saw to it
+        imitated = _read_model("teacher", teacher)
+        _fits(imitated, teacher, description, dataset)
+        before = None if initial is None else _read_model("initial", initial).blocks_before
+        student = PromisedModel(architecture, settings, blocks_before=before)
+        check_teacher(parameters.distillation, student, imitated)
+        matched = matched_blocks(parameters.distillation, student, imitated, None if initial is None else initial.path)
     samples = description.splits["train"].samples
     if samples < 1:
         raise UserError(f"the dataset of `{dataset.stage}` has no training samples", "use a larger corpus")
@@ -96,12 +116,17 @@ def make_plan(
             "warm up for fewer steps, or train longer",
         )
     deepspeed = read_configuration(parameters)  # a stage runs in the workflow's directory
+    zero_stage = zero_stage_of(deepspeed, parameters)
+    if parameters.distillation is not None:
+        check_factors(parameters.distillation, PromisedModel(architecture, settings), zero_stage)
     return TrainingPlan(
         parameters=parameters,
         architecture=architecture,
         model=model,
         dataset=dataset.path,
         initial=initial.path if initial else None,
+        teacher=teacher.path if teacher else None,
+        matched=matched,
         workers=workers,
         gpus=context.resources.gpus,
         micro_batch_size=micro,
@@ -109,7 +134,7 @@ def make_plan(
         steps=steps,
         train_samples=samples,
         deepspeed=deepspeed,
-        zero_stage=zero_stage_of(deepspeed, parameters),
+        zero_stage=zero_stage,
         skipped_batches=[],
         skip_reasons=[],
         dataset_profile={
@@ -123,7 +148,7 @@ def make_plan(
             "workers": workers,
             "micro_batch_size": micro,
             "accumulation_steps": accumulation,
-            "zero_stage": zero_stage_of(deepspeed, parameters),
+            "zero_stage": zero_stage,
         },
     )
 
@@ -136,12 +161,8 @@ def steps_of_epochs(epochs: float, samples: int, batch: int) -> int:
 def _resolve_model(
     description: Dataset, dataset: Artifact, initial: Artifact | None, parameters: TrainParameters
 ) -> tuple[str, dict[str, Any]]:
-    model = _read_initial(initial) if initial is not None else _given(parameters)
-    found = misfit(model, dataset_promise(description))
-    if found is not None:
-        raise UserError(f"{found.text} (`{dataset.stage}`)", found.hint)
-    if initial is not None and description.kind == "text":
-        _same_tokenizer(initial, dataset)
+    model = _read_model("initial", initial) if initial is not None else _given(parameters)
+    _fits(model, initial, description, dataset)
     settings = dict(model.trained_on(dataset_promise(description)).settings)
     if parameters.model is not None and parameters.model.activation_options is not None:
         settings["activation_options"] = parameters.model.activation_options.model_dump(exclude_none=True)
@@ -153,12 +174,21 @@ def _given(parameters: TrainParameters) -> PromisedModel:
     return PromisedModel(parameters.model.architecture, parameters.model.settings())
 
 
-def _read_initial(initial: Artifact) -> PromisedModel:
+def _fits(model: PromisedModel, origin: Artifact | None, description: Dataset, dataset: Artifact) -> None:
+    """Raise `UserError` for a model that cannot take the data, or comes with another tokenizer."""
+    found = misfit(model, dataset_promise(description))
+    if found is not None:
+        raise UserError(f"{found.text} (`{dataset.stage}`)", found.hint)
+    if origin is not None and description.kind == "text":
+        _same_tokenizer(origin, dataset)
+
+
+def _read_model(name: str, artifact: Artifact) -> PromisedModel:
     try:
-        return read_model_promise(initial.path)
+        return read_model_promise(artifact.path)
     except ValueError as error:
         raise UserError(
-            f"`initial` ({initial.stage}) holds no model that can be trained: {error}",
+            f"`{name}` ({artifact.stage}) holds no model that can be trained: {error}",
             "name a `train`, `convert` or `import_model` stage",
         ) from error
 
