@@ -167,10 +167,18 @@ def test_activations_are_converted_and_the_sigmoid_is_none(tmp_path: Path) -> No
     for given in ({}, {"types": ["sigmoid"]}, {"include": ["*"]}):
         with pytest.raises(ValueError, match="it is a part of EvoNorm, which is described by its own options alone"):
             convert(moved(made(), 0.1).eval(), [IMAGES], degree=12, **given)  # type: ignore[arg-type]
+    for types, name in ((["EvoNorm"], "norm"), (["MaxPlusConvolution"], "dwconv")):
+        with pytest.raises(ValueError, match=rf"stages\.0\.0\.{name} \({types[0]}\): it is a part of {types[0]}"):
+            convert(made(activation="gelu", mixer="max_plus"), [IMAGES], family="hermite", types=types)
     images = PromisedImages(channels=1, size=8, classes=3)
     promised = PromisedModel("convnext", {**SIZES, "norm": "evonorm"})
     with pytest.raises(UserError, match="norm: evonorm, and no activation to convert but the sigmoid"):
         promise_conversion(ConvertParameters(), {"model": promised, "dataset": images}, Resources(), tmp_path)
+    equalized = ConvertParameters.model_validate({"quantize": {"bits": 4, "per": "tensor", "equalize": True}})
+    for settings in (promised.settings, {**promised.settings, "activation": "hermite3"}):
+        upstream = {"model": PromisedModel("convnext", settings), "dataset": images}
+        with pytest.raises(UserError, match="quantize: equalize: norm: evonorm divides what an activation gives by"):
+            promise_conversion(equalized, upstream, Resources(), tmp_path)
     with pytest.raises(UserError, match="a convnext has no circuit"):
         promise_circuit(ExportCircuitParameters(), {"model": promised, "dataset": images}, Resources(), tmp_path)
 

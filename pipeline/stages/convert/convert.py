@@ -86,6 +86,12 @@ def promise(
         except ValueError as error:
             raise UserError(str(error), "leave linear out, or convert another model") from error
     if parameters.quantize is not None and parameters.quantize.equalize:
+        if config.norm_settings().activates:
+            raise UserError(
+                f"quantize: equalize: norm: {config.norm_settings().name} divides what an activation gives by the "
+                "deviation of its inputs, which a scale would change",
+                "leave equalize out; per: row needs none",
+            )
         if "activation" in known:
             _refuse_idle_scales(activation_configs(config.activation, len(config.activation_widths())))
         known.pop("activation", None)  # it gets coefficients per channel where it takes up scales
