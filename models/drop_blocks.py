@@ -6,7 +6,6 @@ the bias is mapped too, and what is done about layer scales, is ours.)
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from polytrope.models.configurations import block_series, without_blocks
 from polytrope.models.convert_options import DropBlocks, possible_cuts
 from polytrope.models.convnext import ConvNeXt, drop_path_rates
 from polytrope.models.factors import FactoredLinear, describe_factors
+from polytrope.models.foreign_layers import config_without_blocks, refuse_other_blocks
 from polytrope.models.formats import of_transformers
 from polytrope.models.inputs import tensors_of, vectors
 from polytrope.models.modes import measuring
@@ -137,6 +137,7 @@ def drop_and_map(
     distances = _measure_distances(model, cuts, batches, forward, walk)
     cut = min(cuts, key=lambda entry: distances[entry.series.block(entry.after)])
     if not is_own(model):
+        refuse_other_blocks(model, cut.series.name, _gone(cut))
         _refuse_other_sums(model, cut, batches[0], forward)
     name = _projection(model, cut)
     try:
@@ -356,11 +357,17 @@ def _remove(model: nn.Module, cut: _Cut) -> None:
     new = nn.ModuleList(kept) if isinstance(blocks, nn.ModuleList) else nn.Sequential(*kept)
     new.training = blocks.training  # its own alone: parts may be frozen
     model.get_submodule(owner).add_module(child, new)
-    gone = range(cut.series.first + cut.after + 1, cut.series.first + cut.after + 1 + cut.count)
+    gone = _gone(cut)
     if is_own(model):
         _cut_own(model, gone)
     else:
         _cut_foreign(model, new, gone)
+
+
+def _gone(cut: _Cut) -> range:
+    """Numbers in the whole model."""
+    first = cut.series.first + cut.after + 1
+    return range(first, first + cut.count)
 
 
 def _cut_own(model: Any, gone: range) -> None:
@@ -371,13 +378,8 @@ def _cut_own(model: Any, gone: range) -> None:
 
 
 def _cut_foreign(model: Any, blocks: nn.Module, gone: range) -> None:
-    """transformers' settings of each layer are lists; modules know their number, for the cache of their attention."""
-    old = model.config
-    new = copy.deepcopy(old)
-    new.num_hidden_layers = old.num_hidden_layers - len(gone)
-    for name, value in vars(old).items():
-        if "layer" in name and isinstance(value, list) and len(value) == old.num_hidden_layers:
-            setattr(new, name, [entry for number, entry in enumerate(value) if number not in gone])
+    """Modules have the configuration, and know their number, for the cache of their attention."""
+    old, new = model.config, config_without_blocks(model.config, gone)
     for module in model.modules():
         if vars(module).get("config") is old:
             module.config = new
