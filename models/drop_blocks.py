@@ -23,7 +23,7 @@ from polytrope.models.convnext import ConvNeXt, drop_path_rates
 from polytrope.models.factors import FactoredLinear, describe_factors
 from polytrope.models.foreign_layers import config_without_blocks, refuse_other_blocks
 from polytrope.models.formats import of_transformers
-from polytrope.models.inputs import tensors_of, vectors
+from polytrope.models.inputs import mask_of, tensors_of, vectors
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import replace_module
 
@@ -231,7 +231,7 @@ def _measure_distances(
     held: dict[str, Tensor] = {}
 
     def see(batch: Any, name: str, series: _Series, state: Tensor) -> None:
-        rows = _rows(state, batch, series)
+        rows = _rows(state, mask_of(model, batch), series)
         if name in before:
             first = held.pop(before[name])
             sums[before[name]] += float((1.0 - nn.functional.cosine_similarity(first, rows, dim=-1)).sum())
@@ -302,10 +302,11 @@ def _fit_map(
             seen: dict[str, Tensor] = {}
             with _watching(model, {part: partial(seen.__setitem__, part) for part in (first, last, name)}):
                 forward(model, batch)
-            mapped = vectors(seen[name], batch)
+            mask = mask_of(model, batch)
+            mapped = vectors(seen[name], mask)
             if scale is not None:
                 mapped = mapped * scale
-            before, behind = (_rows(seen[part], batch, series) for part in (first, last))
+            before, behind = (_rows(seen[part], mask, series) for part in (first, last))
             rest = behind - (before - mapped)
             gram += (mapped.T @ mapped).cpu()
             cross += (mapped.T @ rest).cpu()
@@ -389,8 +390,8 @@ def _cut_foreign(model: Any, blocks: nn.Module, gone: range) -> None:
                 module.layer_idx = number  # type: ignore[assignment]
 
 
-def _rows(state: Tensor, batch: Any, series: _Series) -> Tensor:
-    return vectors(state.permute(0, 2, 3, 1) if series.channels_first else state, batch)
+def _rows(state: Tensor, mask: Tensor | None, series: _Series) -> Tensor:
+    return vectors(state.permute(0, 2, 3, 1) if series.channels_first else state, mask)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytrope.models.calibration import input_of
-from polytrope.models.inputs import Batch, forward
+from polytrope.models.inputs import Batch, counted, forward, mask_of
 from polytrope.models.modes import evaluation_mode
 from polytrope.models.parts.reciprocal import certified_modules
 from polytrope.models.response import response
@@ -41,7 +41,7 @@ def learned_activations(model: nn.Module) -> list[LearnableActivation]:
 
 
 def received(model: nn.Module, batch: Batch) -> dict[LearnableActivation, Tensor]:
-    """Some of the inputs `[n]` that each learnable activation gets, evenly taken from the first call.
+    """Some of the inputs `[n]` that each learnable activation gets, padding left out, evenly taken from the first call.
 
     Raises:
         ValueError: the model has none, or does not call one.
@@ -49,7 +49,8 @@ def received(model: nn.Module, batch: Batch) -> dict[LearnableActivation, Tensor
     seen: dict[nn.Module, Tensor] = {}
 
     def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        values = input_of((*arguments, *keywords.values())).detach().flatten()
+        x = input_of((*arguments, *keywords.values())).detach()
+        values = counted(x, mask_of(model, batch, module)).flatten()
         seen.setdefault(module, values[:: max(1, len(values) // _INPUTS)])
 
     modules = learned_activations(model)
@@ -94,11 +95,10 @@ def distill(
                 batch = batches[order[step % len(order)]]
                 for group in optimizer.param_groups:
                     group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+                mask = mask_of(student, batch)
                 with torch.no_grad():
-                    target = forward(teacher, batch)
-                output = forward(student, batch)
-                mask = batch["attention_mask"].unsqueeze(-1) if "attention_mask" in batch else torch.ones_like(target)
-                loss = ((output - target) ** 2 * mask).sum() / (target**2 * mask).sum()
+                    target = counted(forward(teacher, batch), mask)
+                loss = (counted(forward(student, batch), mask) - target).square().sum() / target.square().sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
