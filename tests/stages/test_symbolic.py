@@ -240,7 +240,9 @@ def test_held_out_lines_are_the_whole_documents_of_the_split(tmp_path: Path) -> 
         held_out_lines(output, reader, tokenizer, 3, 5)
 
 
-def test_the_stage_counts_what_models_answer(tmp_path: Path, dataset: Artifact) -> None:
+def test_the_stage_counts_what_models_answer(
+    tmp_path: Path, dataset: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer, reader = read_tokenizer(dataset.path), open_split(dataset.path, "validation")
     lines = held_out_lines(dataset.path, reader, tokenizer, LENGTH, 6).lines
     torch.manual_seed(0)
@@ -269,11 +271,23 @@ def test_the_stage_counts_what_models_answer(tmp_path: Path, dataset: Artifact) 
     assert metrics["untrained/answers_valid"] == 0.0
     assert not any("questions" in event["text"] for event in read_events(tmp_path / "run", "message"))
 
+    settings |= {"precision": "bf16"}
     settings["answers"]["count"] = 10**5
+    kinds: set[torch.dtype] = set()
+
+    def generate(network: Any, *arguments: Any, **keywords: Any) -> Any:
+        handle = network.lm_head.register_forward_hook(lambda _module, _inputs, logits: kinds.add(logits.dtype))
+        made = original(network, *arguments, **keywords)
+        handle.remove()
+        return made
+
+    original = type(model).generate
+    monkeypatch.setattr(type(model), "generate", generate)
     untrained = {"untrained": models["untrained"]}
     evaluate(make_context(tmp_path / "all"), dataset, untrained, EvaluateParameters.model_validate(settings))
     answers = read_evaluation(tmp_path / "all" / "output").models["untrained"].answers
     assert answers is not None
+    assert kinds == {torch.bfloat16}
     assert [event["text"] for event in read_events(tmp_path / "all", "message")] == [
         f"answers: {answers.lines} questions instead of 100000: the validation split has no more whole lines that "
         f"differ ({answers.too_long} others are too long for the context)"
