@@ -219,6 +219,29 @@ def test_the_text_is_the_same_whatever_the_tasks_workers_and_shards(
     assert told == [f"{done} of 300 lines" for done in (70, 140, 210, 280, 300)]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said", "way"),
+    [
+        (
+            {"source": {"kind": "symbolic", "task": "derivative", "count": 1}},
+            "1 lines, none for the",
+            "draw more lines",
+        ),
+        (
+            {"sequence_length": 5000},
+            "the validation split has too little text for one sample of 5000",
+            "draw more lines",
+        ),
+    ],
+)
+def test_too_few_lines_are_told_by_what_draws_more(
+    tmp_path: Path, changes: dict[str, Any], said: str, way: str
+) -> None:
+    with pytest.raises(UserError, match=rf"source\.count: {said}") as refused:
+        shard(make_context(tmp_path), parameters(**changes))
+    assert refused.value.hint.startswith(way)
+
+
 def test_held_out_lines_are_the_whole_documents_of_the_split(tmp_path: Path) -> None:
     shard(make_context(tmp_path), parameters(shard_bytes=400))
     output = tmp_path / "output"
