@@ -113,11 +113,13 @@ def test_value_and_slope_are_those_of_the_functions() -> None:
                 assert mpmath.almosteq(slope, mpmath.diff(function_of(text), x), rel_eps=1e-20)
     for text in (
         "/ 1 - x x", "log - x 5", "pow - x 5 / 1 2", "pow 5 pow 5 pow 5 5", "exp exp exp 5", "9" * 5000,
-        "pow - x x - x x", "/ x - 1 1",
+        "pow - x x - x x", "/ x - 1 1", "pow - * 7 x 3 / 1 2",
     ):  # fmt: skip
         assert is_expression(text)
         with pytest.raises(UndefinedError):
             value_and_slope(text, Fraction(3, 7))
+    for power, slope in ((1, 7), (2, 0)):  # of 7 x - 3 where it is 0
+        assert value_and_slope(f"pow - * 7 x 3 {power}", Fraction(3, 7)) == (0, slope)
 
 
 LINE = Line((0,), "* x x", "* 2 x")
