@@ -23,7 +23,7 @@ from polytrope.models.configurations import (
 )
 from polytrope.models.convert_options import POLYNOMIALS, possible_cuts
 from polytrope.models.quadratic import quadratic_feedforward
-from polytrope.pipeline.data.lineage import read_lineage, write_lineage
+from polytrope.pipeline.data.lineage import read_origin, write_lineage
 from polytrope.pipeline.data.misfits import refuse_misfit
 from polytrope.pipeline.data.promised import (
     AnyPromisedModel,
@@ -229,7 +229,7 @@ def convert(
     outside = None if outcome.record.polynomial is None else describe_outside(outside_of_record(outcome.record))
     if outside is not None:
         context.message(outside)
-    write_lineage(context.output, read_lineage(model.path).then(model.stage, model.digest))
+    write_lineage(context.output, read_origin(model.path).then(model.stage, model.digest))
     context.log_artifact("conversion.json")
     if parameters.page:
         context.log_artifact("conversion.html")

@@ -40,7 +40,7 @@ from polytrope.pipeline.data.circuit_file import (
     write_circuit,
 )
 from polytrope.pipeline.data.description import read_dataset
-from polytrope.pipeline.data.lineage import read_lineage, write_lineage
+from polytrope.pipeline.data.lineage import read_origin, write_lineage
 from polytrope.pipeline.data.model_inputs import read_tensors, refuse_other_data
 from polytrope.pipeline.data.order import sample_indices
 from polytrope.pipeline.data.reader import Reader, open_split
@@ -166,7 +166,7 @@ def _export(
         if division.relative_error > _COARSE:
             context.note(_coarse(division))
     write_circuit(context.output, record)
-    write_lineage(context.output, read_lineage(artifact.path).then(artifact.stage, artifact.digest))
+    write_lineage(context.output, read_origin(artifact.path).then(artifact.stage, artifact.digest))
     context.log_artifact(CIRCUIT_FILE)
     context.log_dataset("calibration", dataset.digest, str(dataset.path), {"samples": samples})
     context.progress(_STEPS, _STEPS, "")

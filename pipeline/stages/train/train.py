@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.models.configurations import MODEL_KINDS
-from polytrope.pipeline.data.lineage import Lineage, read_lineage, write_lineage
+from polytrope.pipeline.data.lineage import Lineage, read_origin, write_lineage
 from polytrope.pipeline.data.misfits import misfit, refuse_misfit
 from polytrope.pipeline.data.promised import PromisedModel, PromisedText, expect, expect_data
 from polytrope.pipeline.data.training_file import figure_names, read_training
@@ -96,13 +96,14 @@ def train(
     plan = make_plan(context, dataset, initial, parameters)
     context.log_dataset("train", dataset.digest, str(dataset.path), plan.dataset_profile)
     context.log_params(plan.facts)
+    origin = None if initial is None else read_origin(initial.path)  # now: it may be damaged
     run_workers(context, plan)
     training = read_training(context.output)
     assert training is not None  # rank 0 has written it
     samples = training.samples or 0
     lineage = Lineage(samples=samples, tokens=training.tokens)
-    if initial is not None:
-        lineage = read_lineage(initial.path).then(initial.stage, initial.digest, samples, training.tokens)
+    if initial is not None and origin is not None:
+        lineage = origin.then(initial.stage, initial.digest, samples, training.tokens)
     write_lineage(context.output, lineage)
     if parameters.register_as and training.failure is None:
         context.log_model(".", name=parameters.register_as, alias=parameters.register_alias)
