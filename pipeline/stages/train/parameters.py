@@ -146,6 +146,7 @@ class ModelParameters(BaseModel):
                 raise ValueError(f"{name}: a {self.architecture} has no such setting; there are {settable}")
         config = make_config(kind.config, self.settings())
         self._refuse_unused_activations(config.feedforward_settings())
+        self._refuse_unused_heads(config)
         widths = config.activation_widths()
         for entry, width in zip(self.activations(), widths, strict=True):
             groups = entry.get("num_parameters", 1)
@@ -165,6 +166,15 @@ class ModelParameters(BaseModel):
                     f"{name}: it has no effect: every block has feedforward: {parts[0].name}, and no activation; leave "
                     "it out (null in a matrix)"
                 )
+
+    def _refuse_unused_heads(self, config: Any) -> None:
+        """Raise ValueError for a number of heads where no block has any."""
+        parts = config.attention_settings() if self.n_head is not None else []
+        if parts and not any(part.heads for part in parts):
+            raise ValueError(
+                f"n_head: it has no effect: every block has attention: {parts[0].name}, and no heads; leave it out "
+                "(null in a matrix)"
+            )
 
 
 class AugmentationParameters(BaseModel):
