@@ -26,7 +26,7 @@ from polytrope.pipeline.stages.convert.convert import promise as promise_convers
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 from polytrope.pipeline.stages.export_circuit.export_circuit import promise as promise_circuit
 from polytrope.pipeline.stages.export_circuit.parameters import ExportCircuitParameters
-from polytrope.pipeline.stages.train.parameters import TrainParameters
+from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters
 
 SIZES: dict[str, Any] = {
     "depths": [1, 1],
@@ -156,6 +156,13 @@ def test_it_is_written_read_and_exported_with_and_without_an_activation(tmp_path
     assert _linears(learned.blocks[0]) == []
     assert model_config(made(activation="gelu"))["activation"] == "gelu"
     assert model_config(build_model("convnext", SIZES))["activation"] == "gelu"
+
+
+def test_options_of_activations_are_refused_where_there_is_none_but_the_one_inside() -> None:
+    given = {"architecture": "convnext", "norm": "evonorm", "activation_options": {"per_channel": True}}
+    with pytest.raises(ValueError, match="activation_options: it has no effect: every block has norm: evonorm alone"):
+        ModelParameters.model_validate(given)
+    ModelParameters.model_validate({**given, "activation": "hermite"})
 
 
 def test_activations_are_converted_and_the_sigmoid_is_none(tmp_path: Path) -> None:
