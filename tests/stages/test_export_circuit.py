@@ -15,7 +15,7 @@ from training_support import SEQUENCE_LENGTH, make_context, make_dataset, read_e
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
-from polytrope.models.circuit import embed
+from polytrope.models.circuit import embed, refuse_other_parts
 from polytrope.models.gpt2 import GPT2
 from polytrope.models.parts.reciprocal import relative_error, root_error
 from polytrope.pipeline.data.circuit_file import read_circuit
@@ -215,6 +215,20 @@ def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -
     assert refused.value.hint == "train it with attention: {name: power, power: 2}"
     with pytest.raises(UserError, match=r"inputs\.model: the model has activation: gelu, which is no polynomial"):
         asked({**PARTS, "activation": [PARTS["activation"], "gelu"]})
+    for activation, said in (
+        ("fourier", "fourier, which is no polynomial"),
+        ({"name": "rational", "degree": 3}, "rational, which is no polynomial"),
+        ({"name": "hermite", "interval": [-2.0, 2.0]}, "hermite with an interval, which is no polynomial beyond it"),
+        ({"name": "chebyshev", "num_parameters": 64}, "chebyshev with num_parameters, and coefficients per channel"),
+    ):
+        built = build_model("gpt2", {**SIZES, **PARTS, "activation": activation})
+        with pytest.raises(UserError, match=rf"inputs\.model: the model has activation: {said}"):
+            asked({**PARTS, "activation": [PARTS["activation"], activation]})
+        with pytest.raises(ValueError, match=r"activation: .*(no polynomial|coefficients per channel)"):
+            refuse_other_parts(built, divisions=True)
+    for usable in ("hermite3", {"name": "rational", "denominator_degree": 0}, {"name": "legendre", "degree": 2}):
+        refuse_other_parts(build_model("gpt2", {**SIZES, **PARTS, "activation": usable}), divisions=True)
+        assert asked({**PARTS, "activation": usable}) is not None
     root = {"degree": 3, "newton": 0, "domains": [[0.5, 2.0]] * 5}
     assert asked({**PARTS, "norm": {"name": "rms", "root": root}}).settings["norm"] == "rms"
     with pytest.raises(UserError, match=r"inputs\.model: the model has norm: layer_norm"):
