@@ -13,7 +13,7 @@ import pytest
 import torch
 from training_support import SEQUENCE_LENGTH, make_context, make_dataset, read_events
 
-from polytrope.models import build_model
+from polytrope.models import build_model, circuit
 from polytrope.models.checkpoint import load_model, save_model
 from polytrope.models.circuit import embed, refuse_other_parts
 from polytrope.models.gpt2 import GPT2
@@ -91,6 +91,23 @@ def test_the_file_computes_what_the_trained_model_does_up_to_the_certified_error
     assert logits == pytest.approx(before.numpy(), abs=10 * exported[1]["reciprocal_error"] * scale)
     assert 1e-5 < exported[1]["reciprocal_error"] < 1e-2
     assert 0.0 < exported[1]["deviation"] < 10 * exported[1]["reciprocal_error"]
+
+
+def test_a_file_that_computes_something_else_is_refused(
+    tmp_path: Path, model: Artifact, dataset: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold = circuit.fold_into_linear
+
+    def without_bias(norm: Any, linear: Any) -> Any:
+        folded = fold(norm, linear)
+        torch.nn.init.zeros_(folded.bias)
+        return folded
+
+    monkeypatch.setattr(circuit, "fold_into_linear", without_bias)
+    with pytest.raises(
+        UserError, match=r"export_circuit: circuit\.onnx does not compute what the model does: .* off by"
+    ):
+        run(tmp_path, model, dataset, reciprocal=SHORT)
 
 
 def loss_of(network: torch.nn.Module, dataset: Artifact) -> float:
