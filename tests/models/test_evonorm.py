@@ -178,7 +178,9 @@ def test_activations_are_converted_and_the_sigmoid_is_none(tmp_path: Path) -> No
         with pytest.raises(ValueError, match=rf"stages\.0\.0\.{name} \({types[0]}\): it is a part of {types[0]}"):
             convert(made(activation="gelu", mixer="max_plus"), [IMAGES], family="hermite", types=types)
     images = PromisedImages(channels=1, size=8, classes=3)
-    promised = PromisedModel("convnext", {**SIZES, "norm": "evonorm"})
+    promised = PromisedModel("convnext", {**SIZES, "norm": "evonorm", "activation": "none"})
+    unknown = PromisedModel("convnext", {**SIZES, "norm": "evonorm"})  # as after a conversion of one beside it
+    promise_conversion(ConvertParameters(), {"model": unknown, "dataset": images}, Resources(), tmp_path)
     with pytest.raises(UserError, match="norm: evonorm, and no activation to convert but the sigmoid"):
         promise_conversion(ConvertParameters(), {"model": promised, "dataset": images}, Resources(), tmp_path)
     equalized = ConvertParameters.model_validate({"quantize": {"bits": 4, "per": "tensor", "equalize": True}})

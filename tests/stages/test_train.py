@@ -461,6 +461,21 @@ def figures_promised(given: TrainParameters, dataset: Any) -> tuple[str, ...]:
     return found.figures
 
 
+def test_what_activations_a_model_will_have_is_promised_as_far_as_it_is_known() -> None:
+    options = {"activation_options": {"per_channel": True}}
+    for model, activation in (
+        ({}, "gelu_tanh"),
+        ({"activation": "gelu"}, "gelu"),
+        ({"feedforward": "mu"}, "none"),
+        ({"activation": "hermite", "activation_options": {"init": "stable"}}, "hermite"),
+        ({"activation": "hermite", **options}, None),
+    ):
+        sizes = {name: value for name, value in MODEL.items() if name != "activation"}
+        found = promised(parameters(model={**sizes, **model}), TEXT)
+        assert found is not None
+        assert found.settings.get("activation") == activation
+
+
 def test_what_cannot_work_is_refused_before_anything_starts() -> None:
     with pytest.raises(UserError, match="model: missing"):
         check(parameters(model=None), {"initial": None})

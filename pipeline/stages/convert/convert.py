@@ -99,7 +99,8 @@ def promise(
         return _promised(model, known if smaller is not None else None, parameters)
     blocks = len(config.activation_widths())
     names = {_name(entry) for entry in activation_configs(config.activation, blocks)} - {NO_ACTIVATION}
-    if not names:
+    unknown = "activation" not in known  # after a conversion, or with options of their own
+    if not names and not (unknown and config.norm_settings().activates):
         raise UserError(
             "inputs.model: the model has feedforward: mu in every block, and no activation to convert"
             if not config.norm_settings().activates

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from polytrope.models import make_config
 from polytrope.models.configurations import MODEL_KINDS
 from polytrope.pipeline.data.lineage import Lineage, read_origin, write_lineage
 from polytrope.pipeline.data.misfits import misfit, refuse_misfit
@@ -20,7 +21,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
 from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
 from polytrope.pipeline.stages.train.numbers_options import check_of_numbers, predicts_numbers
-from polytrope.pipeline.stages.train.parameters import TrainParameters, check_heeded, split_batch
+from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters, check_heeded, split_batch
 
 
 def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
@@ -63,7 +64,20 @@ def promise(
     check_of_numbers(trained.architecture, trained.settings, parameters)
     kind = MODEL_KINDS[model.architecture].data
     names = figure_names(kind, predicts_numbers=predicts_numbers(trained.settings), fit=parameters.fit_samples > 0)
+    if parameters.model is not None:
+        trained = replace(trained, settings=_with_activations(trained, parameters.model))
     return replace(trained, figures=names)
+
+
+def _with_activations(model: PromisedModel, given: ModelParameters) -> dict[str, Any]:
+    """The settings with the activations that the model will have, also where none are given: what promises leave out is
+    not known. That is so where `activation_options` say more of them, each family what it has."""
+    settings = dict(model.settings)
+    settings["activation"] = make_config(MODEL_KINDS[model.architecture].config, settings).activation
+    options = given.activation_options
+    if options is not None and (options.interval is not None or options.per_channel):
+        del settings["activation"]
+    return settings
 
 
 def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
