@@ -159,8 +159,7 @@ def forward(model: nn.Module, batch: Any) -> Tensor:
 def mask_of(model: nn.Module, batch: Any, module: nn.Module | None = None) -> Tensor | None:
     """Which positions of a batch are no padding, `[samples, positions]` bool, at a module; None: nothing says.
 
-    Where the batch has inputs of a decoder, that of its encoder is `attention_mask`, and that of its decoder
-    `decoder_attention_mask`.
+    In an encoder-decoder that of the encoder is `attention_mask`, and that of the decoder `decoder_attention_mask`.
 
     Args:
         batch: as it goes into the model.
@@ -169,7 +168,8 @@ def mask_of(model: nn.Module, batch: Any, module: nn.Module | None = None) -> Te
     if not isinstance(batch, Mapping):
         return None
     name = "attention_mask"
-    if any(entry.startswith("decoder_") for entry in batch):
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if two or any(str(entry).startswith("decoder_") for entry in batch):
         side = "decoder" if module is None else _side(model, module)
         if side is None:
             return None

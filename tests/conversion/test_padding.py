@@ -85,6 +85,9 @@ def test_the_two_sides_of_an_encoder_decoder_have_their_own_padding() -> None:
     for name, measured in calibrate(model, found, [batch], forward).items():
         seen[name.split(".")[0]] = measured.total
     assert seen == {"encoder": sum(LENGTHS) * 32, "decoder": (9 + 5 + 8) * 32}
+    labels = {**padded(), "labels": padded()["input_ids"]}  # nothing says which of them are padding
+    seen = {name.split(".")[0]: entry.total for name, entry in calibrate(model, found, [labels], forward).items()}
+    assert seen == {"encoder": sum(LENGTHS) * 32, "decoder": 3 * 9 * 32}
 
 
 def test_tokens_in_one_row_are_told_by_their_number_and_other_shapes_count() -> None:
