@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from polytrope.models.inputs import counted, mask_of
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import Activation
 
@@ -185,17 +186,19 @@ def calibrate(
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Any],
 ) -> dict[str, Calibration]:
-    """Run `forward(model, batch)` over all batches, in evaluation mode, and collect each activation's inputs.
+    """Run `forward(model, batch)` over all batches, in evaluation mode, and collect each activation's inputs, but for
+    those at padding.
 
     Raises:
         ValueError: data of the wrong shape or range; an activation that receives NaN or infinity, or nothing at all.
     """
     found: dict[str, Calibration] = {}
+    current: Any = None  # batch
     failures: list[Exception] = []  # of what is done here; they never pass through the model, which might catch them
 
-    def consume(name: str, arguments: Sequence[Any]) -> None:
+    def consume(name: str, module: nn.Module, arguments: Sequence[Any]) -> None:
         try:
-            measured = Calibration.of(input_of(arguments))
+            measured = Calibration.of(counted(input_of(arguments), mask_of(model, current, module)))
             found[name] = found[name] + measured if name in found else measured
         except ValueError as error:
             failures.append(ValueError(f"activation `{name}` receives {error} from the calibration data"))
@@ -204,7 +207,7 @@ def calibrate(
 
     handles = [
         activation.module.register_forward_pre_hook(
-            lambda _module, inputs, keywords, name=activation.name: consume(name, (*inputs, *keywords.values())),
+            lambda module, inputs, keywords, name=activation.name: consume(name, module, (*inputs, *keywords.values())),
             with_kwargs=True,
         )
         for activation in activations
@@ -212,6 +215,7 @@ def calibrate(
     try:
         with measuring(model):
             for batch in batches:
+                current = batch
                 try:
                     forward(model, batch)
                 except (RuntimeError, IndexError, TypeError, ValueError) as error:

@@ -31,7 +31,7 @@ from polytrope.models.rewriting import (
     route,
     subject,
 )
-from polytrope.models.surgery import is_activation, leave_fast_path
+from polytrope.models.surgery import is_activation, leave_fast_path, part_reason
 from polytrope.ops.fitting.targets import resolve_target
 
 # What counts as an activation, as torch hands it to a function mode. `erf` is the heart of a GELU written out.
@@ -260,9 +260,7 @@ class _Watch(TorchFunctionMode):
         place = f"{type(owner).__name__}.{method}, line {frame.f_lineno}"
         key = (name, frame.f_code, frame.f_lasti)
         if key not in self.seen:
-            theirs = "another tool put a `forward` into the module" if name in self.patched else None
-            if type(owner).__module__.startswith("polytrope.models.parts."):
-                theirs = f"it is a part of {type(owner).__name__}, which is described by its own options alone"
+            theirs = "another tool put a `forward` into the module" if name in self.patched else part_reason(owner)
             self.seen[key] = _Seen(name, owner, function, place, obstacle=theirs)
             _describe(self.seen[key], method, frame, new=True)
         elif self.seen[key].function is function:

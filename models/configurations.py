@@ -188,7 +188,7 @@ class GPT2Config:
         vocab_size: rows of the token embedding.
         sequence_length: the longest context, in tokens (learned absolute positions).
         n_layer: number of blocks.
-        n_head: attention heads; divides `n_embd`.
+        n_head: attention heads; divides `n_embd` where a block's attention has heads.
         n_embd: width of the residual stream; the MLP is four times as wide.
         activation: one activation of `polytrope.ops.build_activation`, or a list with one per block.
         attention, feedforward: parts of every block (`polytrope.models.parts`), or lists with one per block.
@@ -223,7 +223,8 @@ class GPT2Config:
         for name in ("vocab_size", "sequence_length", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_embd % self.n_head:
+        attention = self.attention_settings()
+        if self.n_embd % self.n_head and any(part.heads for part in attention):
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
@@ -231,7 +232,6 @@ class GPT2Config:
             raise ValueError(f"layer_norm_epsilon must be above 0 and finite, got {self.layer_norm_epsilon}")
         _refuse_for_layers_alone(self.activation)
         self.activation = _used_activations(self.activation, self.feedforward_settings(), self.norm_settings())
-        attention = self.attention_settings()
         self.norm_settings()
         for part in attention:
             if self.dropout and part.fixed_weights:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration
 from polytrope.models.convert_options import check_basis, check_polynomial_only, check_weight, replacement
+from polytrope.models.inputs import counted, mask_of
 from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.sensitivity import Sensitivity
 from polytrope.models.surgery import Activation, replace_module, replaced
@@ -395,6 +396,7 @@ def layer_costs(
 ) -> dict[str, float]:
     """How far the model's output moves when only this layer is converted: |difference| / |output|, per layer.
 
+    Padding does not count.
     One batch after the other: two outputs of one of them are all that is held. The model is as it was afterwards.
 
     Args:
@@ -408,12 +410,13 @@ def layer_costs(
     modules = {conversion.name: conversion.fit.build() for conversion in conversions}
     with measuring(model):
         for batch in batches:
+            mask = mask_of(model, batch)
             with _counting({conversion.name: conversion.module for conversion in conversions}) as before:
-                original = forward(model, batch)
+                original = counted(forward(model, batch), mask)
             size += _squares(original)
             for name, module in walk(list(modules.items())):
                 with replaced(model, name, module), _counting({name: module}) as after:
-                    moved = forward(model, batch)
+                    moved = counted(forward(model, batch), mask)
                 _check_effect(before, after, "before its conversion")
                 difference[name] += _squares(moved, original)
     return {name: math.sqrt(moved / size) if size else math.inf if moved else 0.0 for name, moved in difference.items()}

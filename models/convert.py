@@ -630,10 +630,10 @@ def _first_tensor_of(forward: Callable[[nn.Module, Any], Any]) -> Forward:
 
 
 def _output(model: nn.Module, batch: Any, forward: Forward) -> Tensor:
-    """In float64; a model that draws random numbers draws the same ones each time."""
+    """In float64, without padding; a model that draws random numbers draws the same ones each time."""
     with measuring(model), torch.random.fork_rng():
         torch.manual_seed(0)
-        return forward(model, batch).double()
+        return inputs.counted(forward(model, batch), inputs.mask_of(model, batch)).double()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polytrope.models.inputs import counted as without_padding
 from polytrope.ops import Composition
 
 
@@ -56,13 +57,19 @@ class Seen:
 
 
 @contextmanager
-def watching(model: nn.Module) -> Iterator[dict[str, Seen]]:
-    """Inside, what the compositions of the model receive is counted, by their names; empty if it has none."""
+def watching(
+    model: nn.Module, mask: Callable[[nn.Module], Tensor | None] = lambda _module: None
+) -> Iterator[dict[str, Seen]]:
+    """Inside, what the compositions of the model receive is counted, by their names; empty if it has none.
+
+    Args:
+        mask: of the batch that runs, at a module, as `inputs.mask_of` has it.
+    """
     found: dict[str, Seen] = {}
     handles = []
 
-    def counted(seen: Seen, module: Composition, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        x = next(iter((*arguments, *keywords.values())))
+    def count(seen: Seen, module: Composition, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        x = without_padding(next(iter((*arguments, *keywords.values()))), mask(module))
         seen.add(x.chunk(2, -1)[0] if module.glu else x)
 
     for name, module in model.named_modules():
@@ -70,7 +77,7 @@ def watching(model: nn.Module) -> Iterator[dict[str, Seen]]:
             seen = found[name] = Seen(module.domain)
             handles.append(
                 module.register_forward_pre_hook(
-                    lambda owner, inputs, keywords, seen=seen: counted(seen, owner, inputs, keywords), with_kwargs=True
+                    lambda owner, inputs, keywords, seen=seen: count(seen, owner, inputs, keywords), with_kwargs=True
                 )
             )
     try:

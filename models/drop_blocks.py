@@ -6,7 +6,6 @@ the bias is mapped too, and what is done about layer scales, is ours.)
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +22,9 @@ from polytrope.models.configurations import block_series, without_blocks
 from polytrope.models.convert_options import DropBlocks, possible_cuts
 from polytrope.models.convnext import ConvNeXt, drop_path_rates
 from polytrope.models.factors import FactoredLinear, describe_factors
+from polytrope.models.foreign_layers import config_without_blocks, refuse_other_blocks
 from polytrope.models.formats import of_transformers
-from polytrope.models.inputs import tensors_of, vectors
+from polytrope.models.inputs import mask_of, tensors_of, vectors
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import replace_module
 
@@ -107,6 +107,7 @@ def drop_and_map(
     distances = _measure_distances(model, cuts, batches, forward, walk)
     cut = min(cuts, key=lambda entry: distances[entry.series.block(entry.after)])
     if not is_own(model):
+        refuse_other_blocks(model, cut.series.name, _gone(cut))
         _refuse_other_sums(model, cut, batches[0], forward)
     name = _projection(model, cut)
     try:
@@ -200,7 +201,7 @@ def _measure_distances(
     held: dict[str, Tensor] = {}
 
     def see(batch: Any, name: str, series: _Series, state: Tensor) -> None:
-        rows = _rows(state, batch, series)
+        rows = _rows(state, mask_of(model, batch), series)
         if name in before:
             first = held.pop(before[name])
             sums[before[name]] += float((1.0 - nn.functional.cosine_similarity(first, rows, dim=-1)).sum())
@@ -271,10 +272,11 @@ def _fit_map(
             seen: dict[str, Tensor] = {}
             with _watching(model, {part: partial(seen.__setitem__, part) for part in (first, last, name)}):
                 forward(model, batch)
-            mapped = vectors(seen[name], batch)
+            mask = mask_of(model, batch)
+            mapped = vectors(seen[name], mask)
             if scale is not None:
                 mapped = mapped * scale
-            before, behind = (_rows(seen[part], batch, series) for part in (first, last))
+            before, behind = (_rows(seen[part], mask, series) for part in (first, last))
             rest = behind - (before - mapped)
             gram += (mapped.T @ mapped).cpu()
             cross += (mapped.T @ rest).cpu()
@@ -326,11 +328,17 @@ def _remove(model: nn.Module, cut: _Cut) -> None:
     new = nn.ModuleList(kept) if isinstance(blocks, nn.ModuleList) else nn.Sequential(*kept)
     new.training = blocks.training  # its own alone: parts may be frozen
     model.get_submodule(owner).add_module(child, new)
-    gone = range(cut.series.first + cut.after + 1, cut.series.first + cut.after + 1 + cut.count)
+    gone = _gone(cut)
     if is_own(model):
         _cut_own(model, gone)
     else:
         _cut_foreign(model, new, gone)
+
+
+def _gone(cut: _Cut) -> range:
+    """Numbers in the whole model."""
+    first = cut.series.first + cut.after + 1
+    return range(first, first + cut.count)
 
 
 def _cut_own(model: Any, gone: range) -> None:
@@ -341,13 +349,8 @@ def _cut_own(model: Any, gone: range) -> None:
 
 
 def _cut_foreign(model: Any, blocks: nn.Module, gone: range) -> None:
-    """transformers' settings of each layer are lists; modules know their number, for the cache of their attention."""
-    old = model.config
-    new = copy.deepcopy(old)
-    new.num_hidden_layers = old.num_hidden_layers - len(gone)
-    for name, value in vars(old).items():
-        if "layer" in name and isinstance(value, list) and len(value) == old.num_hidden_layers:
-            setattr(new, name, [entry for number, entry in enumerate(value) if number not in gone])
+    """Modules have the configuration, and know their number, for the cache of their attention."""
+    old, new = model.config, config_without_blocks(model.config, gone)
     for module in model.modules():
         if vars(module).get("config") is old:
             module.config = new
@@ -357,8 +360,8 @@ def _cut_foreign(model: Any, blocks: nn.Module, gone: range) -> None:
                 module.layer_idx = number  # type: ignore[assignment]
 
 
-def _rows(state: Tensor, batch: Any, series: _Series) -> Tensor:
-    return vectors(state.permute(0, 2, 3, 1) if series.channels_first else state, batch)
+def _rows(state: Tensor, mask: Tensor | None, series: _Series) -> Tensor:
+    return vectors(state.permute(0, 2, 3, 1) if series.channels_first else state, mask)
 
 
 @contextmanager

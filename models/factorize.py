@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from polytrope.models.changes import FactoredLayer, Factorization, UnchangedLayer
 from polytrope.models.convert_options import ENERGY, Factorize
 from polytrope.models.factors import FactoredLinear, largest_change
-from polytrope.models.inputs import head, tensors_of, vectors
+from polytrope.models.inputs import head, mask_of, tensors_of, vectors
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import Choice, is_of_a_head, replace_module
 
@@ -226,11 +226,11 @@ def measure_inputs(
     last: tuple[Tensor, int, Tensor] | None = None  # queries, keys and values have the same inputs
 
     def hook(name: str, batch: Any) -> Callable[..., None]:
-        def seen(_module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        def seen(module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
             nonlocal last
             x = next(tensors_of((*inputs, *keywords.values())))
             if last is None or last[0] is not x or last[1] != x._version:
-                rows = vectors(x, batch)
+                rows = vectors(x, mask_of(model, batch, module))
                 last = (x, x._version, (rows.T @ rows).cpu())
             grams[name] = grams[name] + last[2] if name in grams else last[2]
 

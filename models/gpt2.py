@@ -93,7 +93,8 @@ class Block(nn.Module):
         self, config: GPT2Config, layer: int, activation: ActivationConfig, attention: Attention, settings: FeedForward
     ) -> None:
         super().__init__()
-        scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        scaled = config.scale_attn_weights and attention.heads
+        scale = (config.n_embd // config.n_head) ** -0.5 if scaled else 1.0
         sizes = AttentionSizes(
             width=config.n_embd,
             heads=config.n_head,

@@ -156,17 +156,60 @@ def forward(model: nn.Module, batch: Any) -> Tensor:
     return first
 
 
-def vectors(states: Tensor, batch: Any) -> Tensor:
-    """The last dimension of states as float64 rows `[n, width]`, without positions that `attention_mask` hides.
+def mask_of(model: nn.Module, batch: Any, module: nn.Module | None = None) -> Tensor | None:
+    """Which positions of a batch are no padding, `[samples, positions]` bool, at a module; None: nothing says.
+
+    In an encoder-decoder that of the encoder is `attention_mask`, and that of the decoder `decoder_attention_mask`.
 
     Args:
-        states: `[…, width]` of the batch, at any place in the model.
-        batch: as it went into the model.
+        batch: as it goes into the model.
+        module: of the model; None: its output.
     """
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if isinstance(mask, Tensor) and mask.shape == states.shape[:-1]:
-        states = states[mask.to(states.device) != 0]
-    return states.reshape(-1, states.shape[-1]).double()
+    if not isinstance(batch, Mapping):
+        return None
+    name = "attention_mask"
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if two or any(str(entry).startswith("decoder_") for entry in batch):
+        side = "decoder" if module is None else _side(model, module)
+        if side is None:
+            return None
+        name = f"decoder_{name}" if side == "decoder" else name
+    mask = batch.get(name)
+    return mask != 0 if isinstance(mask, Tensor) else None
+
+
+def _side(model: nn.Module, module: nn.Module) -> str | None:
+    """`encoder` or `decoder`, whichever a module lies in; None: in both or neither, or the model does not tell."""
+    found = []
+    for side in ("encoder", "decoder"):
+        part = getattr(model, f"get_{side}", lambda: None)()
+        if isinstance(part, nn.Module) and part is not model and any(entry is module for entry in part.modules()):
+            found.append(side)
+    return found[0] if len(found) == 1 else None
+
+
+def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`x` without padding: `[rows, width]` of `[samples, positions, width]` or `[samples · positions, width]`.
+
+    Args:
+        x: anything; of another shape it is given back as it is.
+        mask: as of `mask_of`.
+    """
+    if mask is None or x.dim() < 2:
+        return x
+    if x.shape[:-1] == mask.shape:
+        return x[mask.to(x.device)]
+    return x[mask.to(x.device).flatten()] if x.dim() == 2 and len(x) == mask.numel() else x
+
+
+def vectors(states: Tensor, mask: Tensor | None) -> Tensor:
+    """The last dimension of states as float64 rows `[n, width]`, without padding.
+
+    Args:
+        states: `[…, width]` of a batch, at any place in the model.
+        mask: as of `mask_of`.
+    """
+    return counted(states, mask).reshape(-1, states.shape[-1]).double()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from polytrope.models.domains import Seen, describe_outside, watching
-from polytrope.models.inputs import part, size_of
+from polytrope.models.inputs import mask_of, part, size_of
 from polytrope.models.modes import measuring
 from polytrope.ops import Composition
 from polytrope.ops.circuit import Cost, count
@@ -147,8 +147,10 @@ def measure_polynomials(
         model: the converted one.
         names: of the activations that were converted, all of them compositions.
     """
-    with measuring(model), watching(model) as found:
+    current: Any = None  # batch
+    with measuring(model), watching(model, lambda module: mask_of(model, current, module)) as found:
         for batch in held_out:
+            current = batch
             forward(model, batch)
     costs = {}
     for name in names:

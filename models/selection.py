@@ -21,6 +21,8 @@ from polytrope.models.surgery import (
     gate_call,
     gate_module,
     kinds_of,
+    owners_of,
+    part_reason,
     refuse_idle,
     stays,
     takes_class,
@@ -81,7 +83,7 @@ def select_activations(
             kind = plain_kind(resolve_target(module))
             gate = gate_module(model, name) if kind is None else gate_call(name, kind)
             kinds[name] = [*kinds_of(module), *([kind] if kind is not None else [])]
-            reason = choice.reason_to_stay(name, kinds[name], gate)
+            reason = part_reason(*owners_of(model, name)) or choice.reason_to_stay(name, kinds[name], gate)
         elif takes_class(module, classes):
             kinds[name] = kinds_of(module)
             reason = stays(model, name, choice)

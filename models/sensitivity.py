@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration, input_of
+from polytrope.models.inputs import counted, mask_of
 from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.surgery import Activation
 
@@ -63,31 +64,26 @@ def sensitivities(
     bins = {activation.name: _Bins.of(calibrations[activation.name]) for activation in activations}
     modules = [(activation.name, activation.module) for activation in activations]
     generator = torch.Generator().manual_seed(0)
-    with measuring(model), _frozen(model), wrapped_forward(modules, lambda name, module: _seen(bins[name], module)):
+    current: Any = None  # batch
+
+    def wrap(name: str, module: nn.Module) -> Callable[..., Any]:
+        return _seen(bins[name], module, lambda: mask_of(model, current, module))
+
+    with measuring(model), _frozen(model), wrapped_forward(modules, wrap):
         for batch in batches:
+            current = batch
             try:
                 with torch.enable_grad():
-                    output = forward(model, batch)
+                    output = counted(forward(model, batch), mask_of(model, batch))
                 if output.requires_grad:
                     vector = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
-                    output.backward(vector * _read(batch, output))  # type: ignore[no-untyped-call]
+                    output.backward(vector)  # type: ignore[no-untyped-call]
             except RuntimeError as error:
                 raise ValueError(
                     f"how the model's output depends on its activations cannot be measured: {error}; rated_samples=0 "
                     "(--rated-samples 0) lets all inputs count alike"
                 ) from error
     return {name: entry.sensitivity() for name, entry in bins.items()}
-
-
-def _read(batch: Any, output: Tensor) -> Tensor | int:
-    """1 where somebody reads the output, 0 at padding: a position of a sequence that the attention mask leaves out."""
-    if not isinstance(batch, Mapping):
-        return 1
-    name = "decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask"
-    mask = batch.get(name)
-    if not isinstance(mask, Tensor) or output.dim() < 2 or mask.shape != output.shape[:2]:
-        return 1
-    return (mask != 0).to(output.device, output.dtype).reshape(*mask.shape, *[1] * (output.dim() - 2))
 
 
 @dataclass(frozen=True)
@@ -126,20 +122,21 @@ class _Bins:
         return Sensitivity(self.edges, rounded)
 
 
-def _seen(bins: _Bins, module: nn.Module) -> Callable[..., Any]:
-    """The module's forward, that notes the gradient of what it gives by what it receives."""
+def _seen(bins: _Bins, module: nn.Module, mask: Callable[[], Tensor | None]) -> Callable[..., Any]:
+    """The module's forward, that notes the gradient of what it gives by what it receives, but at padding."""
     function = module.forward
 
     def forward(*arguments: Any, **keywords: Any) -> Any:
         x = input_of((*arguments, *keywords.values())).detach()
         edges = torch.from_numpy(bins.edges).to(x.device, torch.float32)
-        where = torch.bucketize(x.float().contiguous(), edges, right=True).flatten()  # now: it may be written over
+        hidden = mask()
+        where = torch.bucketize(counted(x, hidden).float().contiguous(), edges, right=True)  # x may be written over
         output = function(*arguments, **keywords)
         if not torch.is_grad_enabled():
             return output
         if not output.requires_grad:
             output = output.detach().requires_grad_()
-        output.register_hook(lambda gradient: bins.add(where, gradient))
+        output.register_hook(lambda gradient: bins.add(where.flatten(), counted(gradient, hidden)))
         return output.clone()  # what follows may write to it
 
     return forward

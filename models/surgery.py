@@ -112,6 +112,25 @@ def gate_call(name: str, kind: str) -> str | None:
     return f"{kind} called as a function is mostly a gate or a soft cap" if kind in GATE_FUNCTIONS else None
 
 
+def part_reason(*owners: nn.Module) -> str | None:
+    """Why what is, or lies in, a part of this package's models stays, whatever is asked for: a model that is read again
+    is built by the options of its parts. None where no owner is one.
+
+    Args:
+        owners: outermost first.
+    """
+    for owner in owners:
+        if type(owner).__module__.startswith("polytrope.models.parts."):
+            return f"it is a part of {type(owner).__name__}, which is described by its own options alone"
+    return None
+
+
+def owners_of(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules around one and itself, outermost first."""
+    places = name.split(".") if name else []
+    return [model.get_submodule(".".join(places[:count])) for count in range(len(places) + 1)]
+
+
 def class_names(module: nn.Module) -> set[str]:
     """Of its class and all their parents."""
     return {parent.__name__ for parent in type(module).__mro__}
@@ -207,6 +226,8 @@ def _listed(names: Iterable[str]) -> str:
 
 def stays(model: nn.Module, name: str, choice: Choice) -> str | None:
     """Why an activation module is not converted; None if it is."""
+    if (part := part_reason(*owners_of(model, name))) is not None:
+        return part
     module = model.get_submodule(name)
     slopes = sum(parameter.numel() for parameter in module.parameters()) if "PReLU" in class_names(module) else 1
     if slopes > 1 and slopes_of(module) is None:  # a class of somebody's own, which may do anything with them

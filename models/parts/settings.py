@@ -68,6 +68,7 @@ class Attention(Part):
     fixed_weights: ClassVar[bool] = False  # no dropout of attention weights
     divides: ClassVar[bool] = False  # by denominators that `range_penalty` holds
     pairs: ClassVar[bool] = True  # it computes a product for each pair of positions
+    heads: ClassVar[bool] = True  # its channels are those of `n_head` heads
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ class PolynomialMixerSettings(Attention):
     name = "polynomial_mixer"
     fixed_weights = True
     pairs = False
+    heads = False
     multiplicative = True
 
     degree: int = _choice(2, (2, 3), "2 or 3")

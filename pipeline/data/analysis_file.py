@@ -281,10 +281,17 @@ class MergingFigures(Record):
         """Shares and losses by distance."""
         found = {"loss": self.loss}
         for entry in self.merged:
-            found[f"share_{entry.distance:g}"] = entry.share
+            distance = _distance(entry.distance)
+            found[f"share_{distance}"] = entry.share
             if entry.loss is not None:
-                found[f"loss_{entry.distance:g}"] = entry.loss
+                found[f"loss_{distance}"] = entry.loss
         return found
+
+
+def _distance(number: float) -> str:
+    """With as many digits as tell it from all others, `0` and not `0.0`."""
+    text = f"{number:g}"
+    return text if float(text) == number else repr(number)
 
 
 class ArithmeticFigures(Record):

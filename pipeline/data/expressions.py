@@ -118,7 +118,9 @@ def _integer(word: str) -> int:
 def _power(base: _Dual, exponent: _Dual) -> _Dual:
     value = _real_power(base.value, exponent.value)
     slope = mpmath.mpf(0)
-    if base.slope != 0:
+    if exponent.value == 1:  # of 0 too, where 0 to the power of 0 would be asked for
+        slope += base.slope
+    elif base.slope != 0:
         slope += exponent.value * _real_power(base.value, exponent.value - 1) * base.slope
     if exponent.slope != 0:
         slope += value * _logarithm(base.value) * exponent.slope

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from polytrope.pipeline.data.converted_layers import CONVERSION_FILE, read_shown_conversion
 from polytrope.pipeline.data.records import read_record
 
 LINEAGE_FILE = "lineage.json"
@@ -29,6 +30,7 @@ class Lineage(BaseModel):
         tokens: the same in tokens; None for images.
         unknown: an ancestor came from elsewhere, so the counts are what is known.
         base_model: the name on Hugging Face's hub of that ancestor, where it is known.
+        structure: what was done to blocks, linear layers and weights of its ancestors, for people, the oldest first.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,6 +40,7 @@ class Lineage(BaseModel):
     tokens: int | None = None
     unknown: bool = False
     base_model: str | None = None
+    structure: list[str] = []
 
     def then(self, stage: str, digest: str, samples: int = 0, tokens: int | None = None) -> Lineage:
         """Of a model that is made from this one, which lies in the artifact of `stage`, by so much training."""
@@ -47,6 +50,7 @@ class Lineage(BaseModel):
             tokens=None if self.tokens is None and tokens is None else (self.tokens or 0) + (tokens or 0),
             unknown=self.unknown,
             base_model=self.base_model,
+            structure=self.structure,
         )
 
 
@@ -60,6 +64,20 @@ def read_lineage(directory: Path) -> Lineage:
     return read_record(path, Lineage, "name a `train` or `convert` stage") if path.exists() else Lineage(unknown=True)
 
 
+def read_origin(directory: Path) -> Lineage:
+    """Of the model in a directory, for one that is made from it: what its own conversion did to it counts as done.
+
+    Raises:
+        UserError: damaged.
+    """
+    lineage = read_lineage(directory)
+    if not (Path(directory) / CONVERSION_FILE).is_file():
+        return lineage
+    done = read_shown_conversion(Path(directory)).structure()
+    return lineage.model_copy(update={"structure": [*lineage.structure, *done]})
+
+
 def write_lineage(directory: Path, lineage: Lineage) -> None:
-    """Beside the model in a directory."""
-    (directory / LINEAGE_FILE).write_text(lineage.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    """Beside the model in a directory; a structure that is as it was built is left out."""
+    text = lineage.model_dump_json(indent=1, exclude=None if lineage.structure else {"structure"})
+    (directory / LINEAGE_FILE).write_text(text + "\n", encoding="utf-8")

@@ -87,20 +87,21 @@ def launch(
             'put the call below `if __name__ == "__main__":`, or the stage into a module of its own',
         )
     graph = build_graph(workflow) if graph is None else graph
+    if not tracking:  # in the run's record too: `ui`, `open`, `sync` and `resume` go by it
+        untracked = workflow.tracking.model_copy(update={"enabled": False, "loggers": []})
+        workflow = workflow.model_copy(update={"tracking": untracked})
     place = Store(store if store is not None else workflow.store)
     place.create()
     options = options or RunOptions()
     if run_id is not None:
         with _complete_hints(place, run_id):
             _check_run(place, run_id, workflow, graph, options)
-    tracked = tracking and workflow.tracking.enabled
-    if tracked and workflow.tracking.required:
+    if workflow.tracking.enabled and workflow.tracking.required:
         _check_tracking(workflow, place)
-    if tracking:
-        _check_loggers(workflow)
+    _check_loggers(workflow)
     _check_resources(workflow, graph, executor or workflow.executor)
     notified = _notified(workflow)
-    session = _Session(workflow, graph, place, tracked, tracking, display, observer, stream)
+    session = _Session(workflow, graph, place, display, observer, stream)
     record = {
         "argv": sys.argv,
         "overrides": list(overrides),
@@ -197,15 +198,14 @@ class _Session:
         workflow: Workflow,
         graph: dict[str, StageNode],
         store: Store,
-        tracked: bool,
-        logged: bool,
         display: Display,
         observer: Observer | None,
         stream: TextIO | None,
     ) -> None:
         self.workflow, self.graph, self.store = workflow, graph, store
-        self.tracked, self.display = tracked, display
-        self.logger_names = list(workflow.tracking.loggers) if logged else []
+        self.display = display
+        self.tracked = workflow.tracking.enabled
+        self.logger_names = list(workflow.tracking.loggers)
         self.stream = cast(TextIO, Output(stream or sys.stdout))
         self.observer = observer
         self.state = RunState()

@@ -26,7 +26,7 @@ from polytrope.pipeline.workflow.loaded import stale_module
 from polytrope.pipeline.workflow.matrix import Branch, branches, node_name
 from polytrope.pipeline.workflow.reads import read_digests
 from polytrope.pipeline.workflow.references import environment_names, has_reference, resolve_environment, substitute
-from polytrope.pipeline.workflow.refusals import named_field, validation_error, value_at
+from polytrope.pipeline.workflow.refusals import named_field, refuse_booleans, validation_error, value_at
 from polytrope.pipeline.workflow.source import KeyPath
 from polytrope.pipeline.workflow.spec import StageSpec, Workflow
 
@@ -441,7 +441,9 @@ def _parameters(workflow: Workflow, name: str, definition: StageDefinition, valu
                 )
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what a validator prints is no part of a command's answer
-            return model.model_validate(values)
+            found = model.model_validate(values)
+        refuse_booleans(values, found)
+        return found
     except ValidationError as error:
 
         def where(path: KeyPath) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, InitErrorDetails
 
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.text import count, suggest
@@ -81,6 +81,37 @@ def validation_error(
     if len(lines) > 8:
         lines = [*lines[:8], f"… and {len(lines) - 8} more"]
     return UserError("\n".join(lines), "; ".join(hints))
+
+
+def refuse_booleans(given: Any, read: Any) -> None:
+    """Raise pydantic's error for every true or false of the file that was read as a number, as pydantic does.
+
+    Args:
+        given: as it stands in the file.
+        read: what was made of it.
+    """
+    found = list(_booleans(given, read, ()))
+    if found:
+        raise ValidationError.from_exception_data(
+            type(read).__name__, [InitErrorDetails(type=kind, loc=path, input=value) for path, value, kind in found]
+        )
+
+
+def _booleans(given: Any, read: Any, path: KeyPath) -> Iterator[tuple[KeyPath, bool, str]]:
+    if isinstance(given, bool) and isinstance(read, int | float) and not isinstance(read, bool):
+        yield path, given, "int_type" if isinstance(read, int) else "float_type"
+    elif isinstance(given, Mapping) and isinstance(read, BaseModel):
+        for name, info in type(read).model_fields.items():
+            for key in (name, info.alias):
+                if key is not None and key in given:
+                    yield from _booleans(given[key], getattr(read, name), (*path, key))
+    elif isinstance(given, Mapping) and isinstance(read, Mapping):
+        for key in given:
+            if key in read:
+                yield from _booleans(given[key], read[key], (*path, key))
+    elif isinstance(given, list | tuple) and isinstance(read, list | tuple) and len(given) == len(read):
+        for place, pair in enumerate(zip(given, read, strict=True)):
+            yield from _booleans(*pair, (*path, place))
 
 
 def named_field(message: str, fields: Any) -> tuple[KeyPath, str]:

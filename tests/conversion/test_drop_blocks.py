@@ -217,6 +217,59 @@ def test_a_smaller_llama_is_one_that_transformers_reads_as_it_is(tmp_path: Path)
     assert len(model.model.layers) == model.config.num_hidden_layers == 5
 
 
+def test_what_a_configuration_says_of_each_layer_stays_with_it(tmp_path: Path) -> None:
+    from transformers import (
+        AutoModelForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+    )
+
+    torch.manual_seed(0)
+    sliding = ["full_attention", "sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    rope = {"no_rope_layers": [1, 0, 0, 1, 0], "layer_types": sliding, "sliding_window": 4, "use_sliding_window": True}
+    smol = SmolLM3ForCausalLM(SmolLM3Config(**LLAMA_SIZES, **rope, pad_token_id=0))
+    experts = {"num_experts": 2, "moe_intermediate_size": 8, "decoder_sparse_step": 1}
+    dense = Qwen3MoeForCausalLM(Qwen3MoeConfig(**LLAMA_SIZES, **experts, mlp_only_layers=[0, 1, 2, 3, 4]))
+    for model, expected in (
+        (smol, {"no_rope_layers": [1, 0, 0], "layer_types": [sliding[0], sliding[1], sliding[4]]}),
+        (dense, {"mlp_only_layers": [0, 1, 2]}),
+    ):
+        data = [{"input_ids": batch} for batch in tokens()]
+        made = convert(randomise(model, 0.1), data, drop_blocks={"blocks": [2, 3]})
+        made.save(tmp_path / model.config.model_type)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / model.config.model_type).eval()
+        assert {name: getattr(loaded.config, name) for name in expected} == expected
+        with torch.no_grad():
+            assert torch.equal(loaded(tokens()[0]).logits, made.model(tokens()[0]).logits)
+
+
+def test_what_cannot_be_said_of_fewer_layers_is_refused_by_name() -> None:
+    from transformers import DiffLlamaConfig, DiffLlamaForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    data = [{"input_ids": batch} for batch in tokens()]
+    plain = (LlamaForCausalLM, LlamaConfig)
+    for (kind, settings), changes, said in (
+        (plain, {"layer_map": [0, 0, 2, 2, 4]}, r"layer_map = \[0, 0, 2, 2, 4\], and nothing says what that becomes"),
+        (plain, {"block_rows": {"1": 8}}, "block_rows = {'1': 8}, and nothing says"),
+        (plain, {"moe_layers": [1, 5]}, r"moe_layers = \[1, 5\], and it should be numbers of layers"),
+        (plain, {"no_rope_layers": [1]}, r"no_rope_layers = \[1\], and it should be one entry per layer"),
+        (
+            (DiffLlamaForCausalLM, DiffLlamaConfig),  # what it takes off its attention grows with the layer's number
+            {},
+            r"`model.layers.3` of DiffLlamaForCausalLM .*: `self_attn` would have lambda_init = 0.35\d*, and has 0.55",
+        ),
+    ):
+        config = settings(**LLAMA_SIZES | {"num_key_value_heads": 2})
+        for name, value in changes.items():
+            setattr(config, name, value)
+        given: Any = randomise(kind(config), 0.1)
+        with pytest.raises(ValueError, match=f"drop_blocks: .*{said}"):
+            convert(given, data, drop_blocks={"blocks": [1, 2]}, in_place=True)
+        assert len(given.model.layers) == given.config.num_hidden_layers == 5
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

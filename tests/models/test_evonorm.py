@@ -26,7 +26,7 @@ from polytrope.pipeline.stages.convert.convert import promise as promise_convers
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 from polytrope.pipeline.stages.export_circuit.export_circuit import promise as promise_circuit
 from polytrope.pipeline.stages.export_circuit.parameters import ExportCircuitParameters
-from polytrope.pipeline.stages.train.parameters import TrainParameters
+from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters
 
 SIZES: dict[str, Any] = {
     "depths": [1, 1],
@@ -158,6 +158,13 @@ def test_it_is_written_read_and_exported_with_and_without_an_activation(tmp_path
     assert model_config(build_model("convnext", SIZES))["activation"] == "gelu"
 
 
+def test_options_of_activations_are_refused_where_there_is_none_but_the_one_inside() -> None:
+    given = {"architecture": "convnext", "norm": "evonorm", "activation_options": {"per_channel": True}}
+    with pytest.raises(ValueError, match="activation_options: it has no effect: every block has norm: evonorm alone"):
+        ModelParameters.model_validate(given)
+    ModelParameters.model_validate({**given, "activation": "hermite"})
+
+
 def test_activations_are_converted_and_the_sigmoid_is_none(tmp_path: Path) -> None:
     model = moved(made(activation="gelu"), 0.1).eval()
     before = model(IMAGES).detach()
@@ -167,10 +174,20 @@ def test_activations_are_converted_and_the_sigmoid_is_none(tmp_path: Path) -> No
     for given in ({}, {"types": ["sigmoid"]}, {"include": ["*"]}):
         with pytest.raises(ValueError, match="it is a part of EvoNorm, which is described by its own options alone"):
             convert(moved(made(), 0.1).eval(), [IMAGES], degree=12, **given)  # type: ignore[arg-type]
+    for types, name in ((["EvoNorm"], "norm"), (["MaxPlusConvolution"], "dwconv")):
+        with pytest.raises(ValueError, match=rf"stages\.0\.0\.{name} \({types[0]}\): it is a part of {types[0]}"):
+            convert(made(activation="gelu", mixer="max_plus"), [IMAGES], family="hermite", types=types)
     images = PromisedImages(channels=1, size=8, classes=3)
-    promised = PromisedModel("convnext", {**SIZES, "norm": "evonorm"})
+    promised = PromisedModel("convnext", {**SIZES, "norm": "evonorm", "activation": "none"})
+    unknown = PromisedModel("convnext", {**SIZES, "norm": "evonorm"})  # as after a conversion of one beside it
+    promise_conversion(ConvertParameters(), {"model": unknown, "dataset": images}, Resources(), tmp_path)
     with pytest.raises(UserError, match="norm: evonorm, and no activation to convert but the sigmoid"):
         promise_conversion(ConvertParameters(), {"model": promised, "dataset": images}, Resources(), tmp_path)
+    equalized = ConvertParameters.model_validate({"quantize": {"bits": 4, "per": "tensor", "equalize": True}})
+    for settings in (promised.settings, {**promised.settings, "activation": "hermite3"}):
+        upstream = {"model": PromisedModel("convnext", settings), "dataset": images}
+        with pytest.raises(UserError, match="quantize: equalize: norm: evonorm divides what an activation gives by"):
+            promise_conversion(equalized, upstream, Resources(), tmp_path)
     with pytest.raises(UserError, match="a convnext has no circuit"):
         promise_circuit(ExportCircuitParameters(), {"model": promised, "dataset": images}, Resources(), tmp_path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from polytrope.models.circuit import (
     with_reciprocals,
 )
 from polytrope.models.configurations import without_blocks
+from polytrope.models.convert import convert
 from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.ring_graph import count, evaluate, read_ring_graph
 from polytrope.models.parts.norm import NormSizes, RMSNorm, build_norm
@@ -194,6 +196,29 @@ def test_a_model_with_polynomials_comes_back_and_loses_blocks_with_their_ranges(
     assert fewer.norm_settings().root.domains == tuple(DOMAINS[2:])
     with_divisions(model)
     assert torch.equal(model(TOKENS), exact)
+
+
+def test_only_activations_are_converted_and_what_divides_stays_whatever_is_asked_for(tmp_path: Path) -> None:
+    """A model with other modules in its parts would be written, and not read again."""
+    model = network(activation="gelu")
+    polynomials = copy.deepcopy(model)
+    with_inverse_roots(polynomials, DOMAINS, 15, 1)
+    with_reciprocals(polynomials, {0: (0.3, 12.0), 1: (0.4, 12.0)}, 7, 1)
+    activations = [f"transformer.h.{number}.mlp.activation" for number in range(2)]
+    given: dict[str, Any] = {"include": ["*"]}
+    for options in (given, {"types": ["Composition", "GELU"]}):
+        converted = convert(copy.deepcopy(polynomials), [TOKENS], family="hermite", degree=4, **options)
+        assert [entry.name for entry in converted.activations] == activations
+        save_model(tmp_path / "model", converted.model)
+        assert torch.equal(load_model(tmp_path / "model")(TOKENS), converted.model(TOKENS))
+    for which, kind, owner in (
+        (polynomials, "Composition", "RMSNorm"),
+        (polynomials, "Composition", "PowerAttention"),
+        (model, "Reciprocal", "PowerAttention"),
+        (model, "RMSNorm", "RMSNorm"),
+    ):
+        with pytest.raises(ValueError, match=rf"\({kind}\): it is a part of {owner}, which is described by its own"):
+            convert(copy.deepcopy(which), [TOKENS], family="hermite", types=[kind])
 
 
 # --- as a circuit

@@ -21,7 +21,7 @@ from polytrope.models.parts.mixer import build_mixer
 from polytrope.models.parts.polynomial_mixer import CausalPolynomialMixer
 from polytrope.models.parts.settings import read_part
 from polytrope.pipeline.stages.train.optimization import parameter_groups
-from polytrope.pipeline.stages.train.parameters import TrainParameters
+from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters
 
 CONVNEXT: dict[str, Any] = {"depths": [1, 1], "dims": [8, 16], "num_classes": 3, "in_channels": 1, "patch_size": 1}
 GPT2: dict[str, Any] = {"vocab_size": 64, "sequence_length": 24, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -207,6 +207,17 @@ def test_padre_mixes_images_as_its_definition_and_starts_linear() -> None:
         z = torch.nn.functional.conv2d(mixed, own.state_filters[i], padding=3, groups=4) * y[i + 1]
         expected = expected + z.movedim(1, -1) @ own.products[i]
     torch.testing.assert_close(part(x), expected.movedim(-1, 1), rtol=1e-12, atol=1e-13)
+
+
+def test_a_number_of_heads_is_for_blocks_that_have_heads() -> None:
+    sizes = {"n_layer": 2, "n_embd": 8, "vocab_size": 11, "sequence_length": 5, "attention": "polynomial_mixer"}
+    build_model("gpt2", sizes)(torch.zeros(1, 3, dtype=torch.long))  # 12 heads, the default, do not divide 8 channels
+    ModelParameters.model_validate(sizes)
+    with pytest.raises(ValueError, match="n_head: it has no effect: every block has attention: polynomial_mixer"):
+        ModelParameters.model_validate({**sizes, "n_head": 2})
+    ModelParameters.model_validate({**sizes, "n_head": 2, "attention": ["polynomial_mixer", "power"]})
+    with pytest.raises(ValueError, match=r"n_embd \(8\) must be a multiple of n_head \(12\)"):
+        build_model("gpt2", {**sizes, "attention": ["polynomial_mixer", "power"]})
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,38 @@ def test_a_cycle_is_named_with_its_path() -> None:
             "polytrope stages graph_test_stages:make",
         ),
         (
+            'a:\n  uses: "graph_test_stages:make"\n  with:\n    steps: true',
+            "w.yaml:7: stages.a.with.steps: expected a whole number, got True",
+            "polytrope stages graph_test_stages:make",
+        ),
+        (
+            "a:\n  uses: shard\n  with:\n    validation_fraction: 0.1\n    source:\n      kind: symbolic\n"
+            "      task: derivative\n      count: true",
+            "w.yaml:11: stages.a.with.source.count: expected a whole number, got True",
+            "polytrope stages shard",
+        ),
+        (
+            "a: {uses: sweep, with: {stage: {uses: shard}, ranges: {x: {low: false, high: 2}, y: [true]}, trials: 2, "
+            "metric: a, mode: min}}",
+            "stages.a.with.ranges.x.low: expected a whole number, got False",
+            "",
+        ),
+        (
+            "a: {uses: shard_images, with: {background: [1, true, 3]}}",
+            "stages.a.with.background.1: expected a whole number, got True",
+            "",
+        ),
+        (
+            "a: {uses: shard, with: {validation_fraction: true}}",
+            "stages.a.with.validation_fraction: expected less than 1, got True",
+            "",
+        ),
+        (
+            "a: {uses: shard_numbers, with: {source: {kind: circle, rows: 8, amplitudes: [1, true]}}}",
+            "stages.a.with.source.amplitudes.1: expected a number, got True",
+            "",
+        ),
+        (
             'a:\n  uses: "graph_test_stages:make"\n  with:\n    step: 3',
             "w.yaml:7: stages.a.with.step: stage `graph_test_stages:make` has no parameter `step`",
             "did you mean `steps`?",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import polytrope
+from polytrope.pipeline.commands.cli import main
 
 STAGES = '''
 """Stages of this test."""
@@ -53,6 +54,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_shows_its_progress_and_gives_results_by_stage(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = polytrope.run("w.yaml", overrides=["params.steps=4"], tracking=False)
     assert "make: succeeded" in capsys.readouterr().out
+    for words in (["sync", result.run_id], ["open", result.run_id, "mlflow", "--print"]):  # what is not sent stays so
+        main(words)
+        assert "was made without MLflow (`tracking.enabled: false`)" in "".join(capsys.readouterr())
+    assert not (project / "elsewhere" / "mlflow.db").exists()
     assert repr(result).startswith(f"<run {result.run_id} succeeded in ")
     assert repr(result).endswith(": 3 succeeded, 1 skipped>")
     assert repr(result["make"]) == "<stage make succeeded: lines 4>"

@@ -253,3 +253,13 @@ def test_models_that_cannot_be_analysed_are_named_and_if_none_is_left_it_ends(
         given = {label: Artifact(tmp_path / label, "digest", "train")}
         with pytest.raises(UserError, match=f"no model is left to analyse; `{label}`: (`{label}`: )?{words}"):
             analyze(make_context(tmp_path / "run" / label), dataset, given, parameters)
+    every = ["signal", "kernel", "merging", "rank", "features", "arithmetic"]
+    given = {"products": Artifact(tmp_path / "products", "digest", "train")}
+    analyze(make_context(tmp_path / "more"), dataset, given, AnalyzeParameters.model_validate({"analyses": every}))
+    found = read_analysis(tmp_path / "more" / "output").models["products"]
+    assert found.failure is None
+    assert list(found.failures) == ["signal", "kernel", "merging"]  # the others are not of activations
+    assert found.rank is not None
+    assert len(found.rank.layers) == 6  # two of attention, four of the MLP
+    assert found.features is not None
+    assert found.arithmetic is not None

@@ -16,7 +16,7 @@ from training_support import SEQUENCE_LENGTH, make_context, make_dataset
 from polytrope.models import build_model
 from polytrope.models.checkpoint import save_model
 from polytrope.models.factorize import utilised_rank
-from polytrope.pipeline.data.analysis_file import read_analysis
+from polytrope.pipeline.data.analysis_file import MergedUnits, MergingFigures, read_analysis
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.stages.analyze.analyses.arithmetic import (
@@ -284,3 +284,15 @@ def test_the_stage_says_what_the_network_does_on_the_validation_samples(tmp_path
     assert features.missing == [
         "block 1: 32 vectors are too few to tell how much 16 features say of the last block; raise `samples`"
     ]
+
+
+def test_distances_that_differ_have_figures_of_their_own() -> None:
+    distances = (0.0, 0.1, 0.25, 0.2500000001, 1e-7)
+    merged = [MergedUnits(distance=entry, left=[1], share=entry, loss=2 + entry) for entry in distances]
+    found = MergingFigures(names=["block 1"], units=[4], loss=2.0, merged=merged, missing=[]).metrics()
+    names = ("0", "0.1", "0.25", "0.2500000001", "1e-07")
+    assert {name: value for name, value in found.items() if name.startswith("share")} == {
+        f"share_{name}": distance for name, distance in zip(names, distances, strict=True)
+    }
+    assert found["loss_0.25"] == 2.25
+    assert len(found) == 11

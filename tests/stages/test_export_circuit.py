@@ -13,9 +13,9 @@ import pytest
 import torch
 from training_support import SEQUENCE_LENGTH, make_context, make_dataset, read_events
 
-from polytrope.models import build_model
+from polytrope.models import build_model, circuit
 from polytrope.models.checkpoint import load_model, save_model
-from polytrope.models.circuit import embed
+from polytrope.models.circuit import embed, refuse_other_parts
 from polytrope.models.gpt2 import GPT2
 from polytrope.models.parts.reciprocal import relative_error, root_error
 from polytrope.pipeline.data.circuit_file import read_circuit
@@ -91,6 +91,23 @@ def test_the_file_computes_what_the_trained_model_does_up_to_the_certified_error
     assert logits == pytest.approx(before.numpy(), abs=10 * exported[1]["reciprocal_error"] * scale)
     assert 1e-5 < exported[1]["reciprocal_error"] < 1e-2
     assert 0.0 < exported[1]["deviation"] < 10 * exported[1]["reciprocal_error"]
+
+
+def test_a_file_that_computes_something_else_is_refused(
+    tmp_path: Path, model: Artifact, dataset: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fold = circuit.fold_into_linear
+
+    def without_bias(norm: Any, linear: Any) -> Any:
+        folded = fold(norm, linear)
+        torch.nn.init.zeros_(folded.bias)
+        return folded
+
+    monkeypatch.setattr(circuit, "fold_into_linear", without_bias)
+    with pytest.raises(
+        UserError, match=r"export_circuit: circuit\.onnx does not compute what the model does: .* off by"
+    ):
+        run(tmp_path, model, dataset, reciprocal=SHORT)
 
 
 def loss_of(network: torch.nn.Module, dataset: Artifact) -> float:
@@ -215,6 +232,20 @@ def test_what_has_no_circuit_is_refused_before_anything_starts(tmp_path: Path) -
     assert refused.value.hint == "train it with attention: {name: power, power: 2}"
     with pytest.raises(UserError, match=r"inputs\.model: the model has activation: gelu, which is no polynomial"):
         asked({**PARTS, "activation": [PARTS["activation"], "gelu"]})
+    for activation, said in (
+        ("fourier", "fourier, which is no polynomial"),
+        ({"name": "rational", "degree": 3}, "rational, which is no polynomial"),
+        ({"name": "hermite", "interval": [-2.0, 2.0]}, "hermite with an interval, which is no polynomial beyond it"),
+        ({"name": "chebyshev", "num_parameters": 64}, "chebyshev with num_parameters, and coefficients per channel"),
+    ):
+        built = build_model("gpt2", {**SIZES, **PARTS, "activation": activation})
+        with pytest.raises(UserError, match=rf"inputs\.model: the model has activation: {said}"):
+            asked({**PARTS, "activation": [PARTS["activation"], activation]})
+        with pytest.raises(ValueError, match=r"activation: .*(no polynomial|coefficients per channel)"):
+            refuse_other_parts(built, divisions=True)
+    for usable in ("hermite3", {"name": "rational", "denominator_degree": 0}, {"name": "legendre", "degree": 2}):
+        refuse_other_parts(build_model("gpt2", {**SIZES, **PARTS, "activation": usable}), divisions=True)
+        assert asked({**PARTS, "activation": usable}) is not None
     root = {"degree": 3, "newton": 0, "domains": [[0.5, 2.0]] * 5}
     assert asked({**PARTS, "norm": {"name": "rms", "root": root}}).settings["norm"] == "rms"
     with pytest.raises(UserError, match=r"inputs\.model: the model has norm: layer_norm"):

@@ -26,7 +26,7 @@ from polytrope.pipeline.data.analysis_file import (
 )
 from polytrope.pipeline.data.circuit_file import CircuitRecord, write_circuit
 from polytrope.pipeline.data.conversion_file import ConversionRecord, write_conversion
-from polytrope.pipeline.data.lineage import Lineage, write_lineage
+from polytrope.pipeline.data.lineage import Lineage, read_origin, write_lineage
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.stages.analyze.analyses.kernel import analyse_kernel
@@ -364,29 +364,40 @@ def test_models_of_different_budgets_are_marked_and_their_lineage_is_told(tmp_pa
     assert "different amounts" not in read_page(tmp_path / "same" / "output" / "report.html").text
 
 
-def test_what_was_done_to_a_model_stands_below_its_name(tmp_path: Path) -> None:
-    losses = {"gelu": 4.0, "smaller": 4.1}
-    models = {label: make_model(tmp_path / label, label, loss) for label, loss in losses.items()}
+def smaller() -> ConversionRecord:
     dropped = {"blocks": ["h.1"], "into": "h.0.mlp", "total": 4, "distances": {}, "relative_error": 0.1}
     rounded = {"bits": 4, "per": "row", "layers": [], "left": [], "equalized": [], "unequalized": []}
-    record = ConversionRecord.model_validate(
+    return ConversionRecord.model_validate(
         {
             "layers": [],
             "dropped": {**dropped, "relative_error_without": 0.2},
             "quantization": {**rounded, "bytes_before": 4_000_000, "bytes_after": 612_345},
         }
     )
-    write_conversion(models["smaller"].path, record)
+
+
+DONE = ["1 of 4 blocks dropped", "4-bit weights, 0.612 MB packed"]
+
+
+def test_what_was_done_to_a_model_stands_below_its_name(tmp_path: Path) -> None:
+    losses = {"gelu": 4.0, "smaller": 4.1, "trained": 3.9}
+    models = {label: make_model(tmp_path / label, label, loss) for label, loss in losses.items()}
+    write_conversion(models["smaller"].path, smaller())
+    write_lineage(models["trained"].path, read_origin(models["smaller"].path).then("convert", "digest"))
     report(make_context(tmp_path), make_evaluation(tmp_path / "evaluate", losses), models, ReportParameters())
     figures = json.loads((tmp_path / "output" / "report.json").read_text())
-    done = ["1 of 4 blocks dropped", "4-bit weights, 0.612 MB packed"]
-    assert [row.get("structure") for row in figures["table"]] == [None, done]
+    before = [f"from a model with {part}" for part in DONE]
+    assert [row.get("structure") for row in figures["table"]] == [None, DONE, before]
     text = read_page(tmp_path / "output" / "report.html").text
-    assert all(part in text for part in done)
+    assert all(text.count(part) == 2 for part in DONE)
 
 
-def make_study(directory: Path, **parameters: Any) -> dict[str, Any]:
-    """Three activations, three seeds; the second is better than the baseline on every seed by nearly the same."""
+def make_study(directory: Path, record: ConversionRecord | None = None, **parameters: Any) -> dict[str, Any]:
+    """Three activations, three seeds; the second is better than the baseline on every seed by nearly the same.
+
+    Args:
+        record: of what was done to the models of the second.
+    """
     inputs = directory / "inputs"
     inputs.mkdir(parents=True)
     effects = {"gelu": 0.0, "hermite": -0.05, "relu": 0.01}
@@ -397,6 +408,9 @@ def make_study(directory: Path, **parameters: Any) -> dict[str, Any]:
         for seed in range(3)
     }
     models = {label: make_model(inputs / str(index), label, losses[label]) for index, label in enumerate(losses)}
+    for label in models if record is not None else ():
+        if "hermite" in label:
+            write_conversion(models[label].path, record)
     settings = ReportParameters(group_by="activation", baseline="gelu", **parameters)
     metrics = report(make_context(directory), make_evaluation(inputs / "evaluate", losses), models, settings)
     return {**json.loads((directory / "output" / "report.json").read_text()), "metrics": metrics}
@@ -417,6 +431,13 @@ def test_repeats_become_means_with_intervals_and_paired_differences(tmp_path: Pa
     text = read_page(tmp_path / "output" / "report.html").text
     assert "Outside the 95 % interval of the paired difference to gelu: better: hermite." in text
     assert (tmp_path / "output" / "plots" / "groups.png").exists()
+
+
+def test_what_was_done_to_the_models_of_a_group_stands_below_its_name(tmp_path: Path) -> None:
+    groups = make_study(tmp_path, smaller())["groups"]
+    assert {group["group"]: group.get("structure") for group in groups} == {"hermite": DONE, "gelu": None, "relu": None}
+    text = read_page(tmp_path / "output" / "report.html").text
+    assert all(text.count(part) == 1 for part in DONE)
 
 
 def test_a_control_is_compared_with_beside_the_baseline(tmp_path: Path) -> None:

@@ -113,11 +113,13 @@ def test_value_and_slope_are_those_of_the_functions() -> None:
                 assert mpmath.almosteq(slope, mpmath.diff(function_of(text), x), rel_eps=1e-20)
     for text in (
         "/ 1 - x x", "log - x 5", "pow - x 5 / 1 2", "pow 5 pow 5 pow 5 5", "exp exp exp 5", "9" * 5000,
-        "pow - x x - x x", "/ x - 1 1",
+        "pow - x x - x x", "/ x - 1 1", "pow - * 7 x 3 / 1 2",
     ):  # fmt: skip
         assert is_expression(text)
         with pytest.raises(UndefinedError):
             value_and_slope(text, Fraction(3, 7))
+    for power, slope in ((1, 7), (2, 0)):  # of 7 x - 3 where it is 0
+        assert value_and_slope(f"pow - * 7 x 3 {power}", Fraction(3, 7)) == (0, slope)
 
 
 LINE = Line((0,), "* x x", "* 2 x")
@@ -219,6 +221,29 @@ def test_the_text_is_the_same_whatever_the_tasks_workers_and_shards(
     assert told == [f"{done} of 300 lines" for done in (70, 140, 210, 280, 300)]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said", "way"),
+    [
+        (
+            {"source": {"kind": "symbolic", "task": "derivative", "count": 1}},
+            "1 lines, none for the",
+            "draw more lines",
+        ),
+        (
+            {"sequence_length": 5000},
+            "the validation split has too little text for one sample of 5000",
+            "draw more lines",
+        ),
+    ],
+)
+def test_too_few_lines_are_told_by_what_draws_more(
+    tmp_path: Path, changes: dict[str, Any], said: str, way: str
+) -> None:
+    with pytest.raises(UserError, match=rf"source\.count: {said}") as refused:
+        shard(make_context(tmp_path), parameters(**changes))
+    assert refused.value.hint.startswith(way)
+
+
 def test_held_out_lines_are_the_whole_documents_of_the_split(tmp_path: Path) -> None:
     shard(make_context(tmp_path), parameters(shard_bytes=400))
     output = tmp_path / "output"
@@ -240,7 +265,9 @@ def test_held_out_lines_are_the_whole_documents_of_the_split(tmp_path: Path) -> 
         held_out_lines(output, reader, tokenizer, 3, 5)
 
 
-def test_the_stage_counts_what_models_answer(tmp_path: Path, dataset: Artifact) -> None:
+def test_the_stage_counts_what_models_answer(
+    tmp_path: Path, dataset: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer, reader = read_tokenizer(dataset.path), open_split(dataset.path, "validation")
     lines = held_out_lines(dataset.path, reader, tokenizer, LENGTH, 6).lines
     torch.manual_seed(0)
@@ -269,11 +296,23 @@ def test_the_stage_counts_what_models_answer(tmp_path: Path, dataset: Artifact) 
     assert metrics["untrained/answers_valid"] == 0.0
     assert not any("questions" in event["text"] for event in read_events(tmp_path / "run", "message"))
 
+    settings |= {"precision": "bf16"}
     settings["answers"]["count"] = 10**5
+    kinds: set[torch.dtype] = set()
+
+    def generate(network: Any, *arguments: Any, **keywords: Any) -> Any:
+        handle = network.lm_head.register_forward_hook(lambda _module, _inputs, logits: kinds.add(logits.dtype))
+        made = original(network, *arguments, **keywords)
+        handle.remove()
+        return made
+
+    original = type(model).generate
+    monkeypatch.setattr(type(model), "generate", generate)
     untrained = {"untrained": models["untrained"]}
     evaluate(make_context(tmp_path / "all"), dataset, untrained, EvaluateParameters.model_validate(settings))
     answers = read_evaluation(tmp_path / "all" / "output").models["untrained"].answers
     assert answers is not None
+    assert kinds == {torch.bfloat16}
     assert [event["text"] for event in read_events(tmp_path / "all", "message")] == [
         f"answers: {answers.lines} questions instead of 100000: the validation split has no more whole lines that "
         f"differ ({answers.too_long} others are too long for the context)"

@@ -34,6 +34,8 @@ from polytrope.models.checkpoint import load_model
 from polytrope.models.configurations import FIXED, MODEL_KINDS
 from polytrope.ops.fitting.targets import NAMED
 from polytrope.ops.modules import CLASSICAL, LEARNABLE, LearnableActivation, build_activation
+from polytrope.pipeline.data.conversion_file import ConversionRecord, write_conversion
+from polytrope.pipeline.data.lineage import read_lineage
 from polytrope.pipeline.data.promised import PromisedImages, PromisedModel, PromisedText
 from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
@@ -209,8 +211,12 @@ def test_the_same_training_gives_the_same_weights_and_another_seed_others(
 
 
 def test_fine_tuning_continues_from_the_initial_model(tmp_path: Path, dataset: Artifact, trained: Path) -> None:
-    initial = Artifact(trained / "output", "digest", "train")
+    assert "structure" not in json.loads((trained / "output/lineage.json").read_text())
+    initial = Artifact(tmp_path / "quadratic", "digest", "convert")
+    shutil.copytree(trained / "output", initial.path)
+    write_conversion(initial.path, ConversionRecord(layers=[], quadratic=["h.0", "h.1"]))
     run_training(tmp_path, dataset, initial=initial, model=None, steps=4, warmup_steps=0, learning_rate=1e-4)
+    assert read_lineage(tmp_path / "output").structure == ["2 quadratic layers"]
     before = json.loads((trained / "output/training.json").read_text())["val/loss"]
     assert json.loads((tmp_path / "output/training.json").read_text())["val/loss"] < before
     ours, theirs = (json.loads((path / "output/model.json").read_text())["config"] for path in (tmp_path, trained))
@@ -453,6 +459,21 @@ def figures_promised(given: TrainParameters, dataset: Any) -> tuple[str, ...]:
     found = promised(given, dataset)
     assert found is not None
     return found.figures
+
+
+def test_what_activations_a_model_will_have_is_promised_as_far_as_it_is_known() -> None:
+    options = {"activation_options": {"per_channel": True}}
+    for model, activation in (
+        ({}, "gelu_tanh"),
+        ({"activation": "gelu"}, "gelu"),
+        ({"feedforward": "mu"}, "none"),
+        ({"activation": "hermite", "activation_options": {"init": "stable"}}, "hermite"),
+        ({"activation": "hermite", **options}, None),
+    ):
+        sizes = {name: value for name, value in MODEL.items() if name != "activation"}
+        found = promised(parameters(model={**sizes, **model}), TEXT)
+        assert found is not None
+        assert found.settings.get("activation") == activation
 
 
 def test_what_cannot_work_is_refused_before_anything_starts() -> None:

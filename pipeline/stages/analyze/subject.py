@@ -22,6 +22,7 @@ from polytrope.models.surgery import Activation
 from polytrope.pipeline.data.analysis_file import InputStatistics
 from polytrope.pipeline.data.model_inputs import read_tensors
 from polytrope.pipeline.data.reader import open_split
+from polytrope.pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -137,15 +138,24 @@ def read_activations(model: nn.Module, dataset: Path, samples: int, batch_size: 
         for name, module in model.named_modules(remove_duplicate=False)
         if name.rpartition(".")[2] == record.activation
     ]
-    if not found:
-        raise ValueError(
-            "the model has no activations to analyse: every block has feedforward: mu, or norm: evonorm without one"
-        )
     calibrations = calibrate(model, found, batches(), forward)
     return [
         _described(f"block {block + 1}", model, activation, calibrations[activation.name])
         for block, activation in zip(activation_modules(model), found, strict=True)
     ]
+
+
+def activations_of(subject: Subject) -> list[AnalysedActivation]:
+    """Of an analysis that is one of activations.
+
+    Raises:
+        UserError: the model has none.
+    """
+    if not subject.activations:
+        raise UserError(
+            "the model has no activations to analyse: every block has feedforward: mu, or norm: evonorm without one"
+        )
+    return subject.activations
 
 
 def _described(name: str, model: nn.Module, activation: Activation, seen: Calibration) -> AnalysedActivation:

@@ -287,11 +287,16 @@ def _with_decoder_inputs(model: nn.Module, batches: list[Batch], tell: Tell) -> 
             "give a file .npz with arrays by name (numpy.savez), decoder_input_ids [n, length] among them",
         )
     tell("calibration: the decoder reads the encoder's tokens, shifted by one")
+    takes_mask = "decoder_attention_mask" in inspect.signature(original_class(model).forward).parameters
     found = []
     for batch in batches:
         ids = batch["input_ids"]
         shifted = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
-        found.append({**batch, "decoder_input_ids": shifted})
+        read = {"decoder_input_ids": shifted}
+        if "attention_mask" in batch and takes_mask:
+            mask = batch["attention_mask"]
+            read["decoder_attention_mask"] = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
+        found.append({**batch, **read})
     return found
 
 

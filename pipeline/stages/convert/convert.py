@@ -23,7 +23,7 @@ from polytrope.models.configurations import (
 )
 from polytrope.models.convert_options import POLYNOMIALS, possible_cuts
 from polytrope.models.quadratic import quadratic_feedforward
-from polytrope.pipeline.data.lineage import read_lineage, write_lineage
+from polytrope.pipeline.data.lineage import read_origin, write_lineage
 from polytrope.pipeline.data.misfits import refuse_misfit
 from polytrope.pipeline.data.promised import (
     AnyPromisedModel,
@@ -91,6 +91,12 @@ def promise(
         except ValueError as error:
             raise UserError(str(error), "leave linear out, or convert another model") from error
     if parameters.quantize is not None and parameters.quantize.equalize:
+        if config.norm_settings().activates:
+            raise UserError(
+                f"quantize: equalize: norm: {config.norm_settings().name} divides what an activation gives by the "
+                "deviation of its inputs, which a scale would change",
+                "leave equalize out; per: row needs none",
+            )
         if "activation" in known:
             _refuse_idle_scales(activation_configs(config.activation, len(config.activation_widths())))
         known.pop("activation", None)  # it gets coefficients per channel where it takes up scales
@@ -98,7 +104,8 @@ def promise(
         return _promised(model, known if smaller is not None else None, parameters)
     blocks = len(config.activation_widths())
     names = {_name(entry) for entry in activation_configs(config.activation, blocks)} - {NO_ACTIVATION}
-    if not names:
+    unknown = "activation" not in known  # after a conversion, or with options of their own
+    if not names and not (unknown and config.norm_settings().activates):
         raise UserError(
             "inputs.model: the model has feedforward: mu in every block, and no activation to convert"
             if not config.norm_settings().activates
@@ -228,7 +235,7 @@ def convert(
     outside = None if outcome.record.polynomial is None else describe_outside(outside_of_record(outcome.record))
     if outside is not None:
         context.message(outside)
-    write_lineage(context.output, read_lineage(model.path).then(model.stage, model.digest))
+    write_lineage(context.output, read_origin(model.path).then(model.stage, model.digest))
     context.log_artifact("conversion.json")
     if parameters.page:
         context.log_artifact("conversion.html")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytrope.models.calibration import input_of
-from polytrope.models.inputs import Batch, forward
+from polytrope.models.inputs import Batch, counted, forward, mask_of
 from polytrope.models.matching import feature_error, find_blocks, states_behind
 from polytrope.models.modes import evaluation_mode
 from polytrope.models.parts.reciprocal import certified_modules
@@ -42,7 +42,7 @@ def learned_activations(model: nn.Module) -> list[LearnableActivation]:
 
 
 def received(model: nn.Module, batch: Batch) -> dict[LearnableActivation, Tensor]:
-    """Some of the inputs `[n]` that each learnable activation gets, evenly taken from the first call.
+    """Some of the inputs `[n]` that each learnable activation gets, padding left out, evenly taken from the first call.
 
     Raises:
         ValueError: the model has none, or does not call one.
@@ -50,7 +50,8 @@ def received(model: nn.Module, batch: Batch) -> dict[LearnableActivation, Tensor
     seen: dict[nn.Module, Tensor] = {}
 
     def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        values = input_of((*arguments, *keywords.values())).detach().flatten()
+        x = input_of((*arguments, *keywords.values())).detach()
+        values = counted(x, mask_of(model, batch, module)).flatten()
         seen.setdefault(module, values[:: max(1, len(values) // _INPUTS)])
 
     modules = learned_activations(model)
@@ -113,15 +114,14 @@ def distill(
                 batch = batches[order[step % len(order)]]
                 for group in optimizer.param_groups:
                     group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+                mask = mask_of(student, batch)
                 with torch.no_grad(), states_behind(teacher, here) as aims:
-                    target = forward(teacher, batch)
+                    target = counted(forward(teacher, batch), mask)
                 with states_behind(student, there) as states:
-                    output = forward(student, batch)
-                hidden = batch.get("attention_mask")
-                mask = torch.ones_like(target) if hidden is None else hidden.unsqueeze(-1)
-                loss = ((output - target) ** 2 * mask).sum() / (target**2 * mask).sum()
+                    output = counted(forward(student, batch), mask)
+                loss = (output - target).square().sum() / target.square().sum()
                 if features:
-                    loss = loss + features * feature_error(states, aims, hidden)
+                    loss = loss + features * feature_error(states, aims, mask)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -7,7 +7,7 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -294,14 +294,15 @@ class Evaluator:
                 result["bytes"] = bytes_scored
                 result["bits_per_byte"] = scores.loss / math.log(2) / bytes_scored if bytes_scored else None
             if self.held_out is not None:
-                result["answers"] = measure_answers(
-                    model,
-                    self.held_out,
-                    self.task,
-                    self.tokenizer,
-                    self.parameters.batch_size,
-                    lambda done: self._answered(label, done),
-                )
+                with self._arithmetic():
+                    result["answers"] = measure_answers(
+                        model,
+                        self.held_out,
+                        self.task,
+                        self.tokenizer,
+                        self.parameters.batch_size,
+                        lambda done: self._answered(label, done),
+                    )
             result["sample"] = self._sample(model, self.tokenizer)
         return EvaluatedModel.model_validate(result)
 
@@ -346,11 +347,15 @@ class Evaluator:
 
     @torch.no_grad()
     def _logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        narrow = self.parameters.precision == "bf16"
         inputs = find_architecture(str(model.architecture)).prepare(inputs)
-        with torch.autocast(self.device.type, torch.bfloat16) if narrow else nullcontext():
+        with self._arithmetic():
             logits: Tensor = model(inputs)
         return logits
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        """`precision` of all figures; a sample is drawn in fp32."""
+        narrow = self.parameters.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16) if narrow else nullcontext()
 
     def _sample(self, model: nn.Module, tokenizer: Tokenizer) -> str:
         """A seeded sample, up to the end of its document; on the CPU, so that every device draws the same."""

@@ -40,7 +40,7 @@ from polytrope.pipeline.data.circuit_file import (
     write_circuit,
 )
 from polytrope.pipeline.data.description import read_dataset
-from polytrope.pipeline.data.lineage import read_lineage, write_lineage
+from polytrope.pipeline.data.lineage import read_origin, write_lineage
 from polytrope.pipeline.data.model_inputs import read_tensors, refuse_other_data
 from polytrope.pipeline.data.order import sample_indices
 from polytrope.pipeline.data.reader import Reader, open_split
@@ -56,6 +56,7 @@ from polytrope.pipeline.stages.export_circuit.parameters import (
 
 _STEPS = 5
 _COARSE = 0.01  # relative error of a reciprocal that is said
+_ROUNDING = 0.01  # of logits in float32, from those of the file in float64, relative to the largest
 
 
 def write_circuit_of(
@@ -138,7 +139,9 @@ def _export(
     save_onnx(path, form, [embedded], ["x"], fixed=True)
     graph = read_ring_graph(path)
     computed = evaluate(graph, embedded.double().numpy())
-    deviation = float(np.abs(computed - before.double().numpy()).max() / max(1e-9, float(before.abs().max())))
+    with measuring(model):
+        _refuse_other_values(computed, model(first))
+    deviation = _deviation(computed, before)
     context.progress(4, _STEPS, "counting what lies outside of the ranges")
     with watching(model) as seen:
         loss = _loss(model, held_out, held, parameters.batch_size)
@@ -166,7 +169,7 @@ def _export(
         if division.relative_error > _COARSE:
             context.note(_coarse(division))
     write_circuit(context.output, record)
-    write_lineage(context.output, read_lineage(artifact.path).then(artifact.stage, artifact.digest))
+    write_lineage(context.output, read_origin(artifact.path).then(artifact.stage, artifact.digest))
     context.log_artifact(CIRCUIT_FILE)
     context.log_dataset("calibration", dataset.digest, str(dataset.path), {"samples": samples})
     context.progress(_STEPS, _STEPS, "")
@@ -215,6 +218,18 @@ def _ranges(model: nn.Module, modules: dict[str, nn.Module], batches: list[Tenso
         for handle in handles:
             handle.remove()
     return {name: (seen.minimum, seen.maximum) for name, seen in found.items()}
+
+
+def _deviation(computed: np.ndarray, logits: Tensor) -> float:
+    """The largest one, relative to the largest logit."""
+    return float(np.abs(computed - logits.double().numpy()).max() / max(1e-9, float(logits.abs().max())))
+
+
+def _refuse_other_values(computed: np.ndarray, logits: Tensor) -> None:
+    """Raise ValueError if the file gives other logits than the model with the same polynomials, but for rounding."""
+    off = _deviation(computed, logits)
+    if not off <= _ROUNDING:
+        raise ValueError(f"{CIRCUIT_ONNX} does not compute what the model does: its logits are off by {off:.3g}")
 
 
 def _division(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.models import make_config
-from polytrope.models.configurations import CLASSICAL, MODEL_KINDS, activation_configs
+from polytrope.models.configurations import MODEL_KINDS, NO_ACTIVATION, ActivationConfig, activation_configs
+from polytrope.models.convert_options import POLYNOMIALS
 from polytrope.models.parts.settings import RMSNormSettings
 from polytrope.pipeline.data.misfits import refuse_misfit
 from polytrope.pipeline.data.promised import PromisedModel, expect, expect_data
@@ -53,10 +54,9 @@ def promise(
             )
     if "activation" in model.settings:  # after a conversion, what they are is not known
         for entry in activation_configs(config.activation, config.n_layer):
-            name = entry if isinstance(entry, str) else str(entry.get("name"))
-            if name in CLASSICAL:
+            if (what := _no_circuit(entry)) is not None:
                 raise UserError(
-                    f"inputs.model: the model has activation: {name}, which is no polynomial",
+                    f"inputs.model: the model has activation: {what}",
                     "train it with activation: {name: hermite, degree: 3, init: stable}, or convert it with "
                     "polynomial_only",
                 )
@@ -66,6 +66,23 @@ def promise(
     if isinstance(norm := config.norm_settings(), RMSNormSettings):
         settings["norm"] = replace(norm, root=None).config()
     return replace(model, settings=settings, figures=())
+
+
+def _no_circuit(activation: ActivationConfig) -> str | None:
+    """Why an activation, as the model's settings have it, is not written as a circuit; None where it is."""
+    options: dict[str, Any] = {"name": activation} if isinstance(activation, str) else activation
+    given = str(options["name"])
+    name = given.rstrip("0123456789")
+    polynomial = name in (*POLYNOMIALS, "composition") or (
+        name == "rational" and options.get("denominator_degree") == 0
+    )
+    if name != NO_ACTIVATION and not polynomial:
+        return f"{given}, which is no polynomial"
+    if options.get("interval") is not None:
+        return f"{given} with an interval, which is no polynomial beyond it"
+    if options.get("num_parameters", 1) > 1:
+        return f"{given} with num_parameters, and coefficients per channel are not written as a circuit"
+    return None
 
 
 @stage(cpu_only=True, promise=promise)

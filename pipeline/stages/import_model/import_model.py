@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from polytrope.pipeline.data.described import read_model_promise
-from polytrope.pipeline.data.lineage import read_lineage, write_lineage
+from polytrope.pipeline.data.lineage import read_origin, write_lineage
 from polytrope.pipeline.data.promised import (
     AnyPromisedModel,
     PromisedBuiltModel,
@@ -109,7 +109,7 @@ def import_model(context: StageContext, parameters: ImportModelParameters) -> di
         write_model(context.output, model, source=path if path.is_dir() else None, factory=factory)
     except ValueError as error:
         raise UserError(f"import_model: path: {error}", "docs/conversion.md lists what is read") from error
-    lineage = read_lineage(path)
+    lineage = read_origin(path)
     write_lineage(context.output, lineage.model_copy(update={"base_model": lineage.base_model or hub_name(path)}))
     parameters_total = sum(parameter.numel() for parameter in model.parameters())
     context.log_params({"source": str(path), "format": kind, "class": type(model).__name__})

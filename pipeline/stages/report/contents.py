@@ -131,9 +131,13 @@ def _not_measured(
 def _row(label: str, result: EvaluatedModel, parameters: ReportParameters, model: Artifact | None) -> Figures:
     row: Figures = {"label": label, "name": parameters.labels.get(label, label)}
     shown = _ACCURACY if result.tokens is not None else _ACCURACY - {"perplexity"}  # of text alone
-    row["budget"] = None if model is None else budget(read_lineage(model.path))  # not every model need be an input
+    lineage = None if model is None else read_lineage(model.path)  # not every model need be an input
+    row["budget"] = None if lineage is None else budget(lineage)
+    structure = [] if lineage is None else [f"from a model with {part}" for part in lineage.structure]
     if model is not None and (model.path / CONVERSION_FILE).is_file():
-        row["structure"] = read_shown_conversion(model.path).structure()
+        structure += read_shown_conversion(model.path).structure()
+    if structure:
+        row["structure"] = structure
     return row | result.model_dump(include={"activation", "answers"} | shown | _COUNTS, exclude_none=True)
 
 
@@ -224,6 +228,9 @@ def compare_groups(
             "activation": next(iter(members.values()))["activation"],
         }
         entry["parameters"] = next(iter(members.values()))["parameters"]
+        done = dict.fromkeys(part for row in members.values() for part in row.get("structure", []))
+        if done:
+            entry["structure"] = list(done)
         for metric in metrics:
             values = [row[metric] for row in members.values() if row.get(metric) is not None]
             if values:

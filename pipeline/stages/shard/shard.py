@@ -91,8 +91,9 @@ def shard(context: StageContext, parameters: ShardParameters) -> dict[str, float
     for name, (rows, _) in splits.items():
         if not len(rows):
             raise UserError(
-                f"source: {count} documents with text, none for the {name} split",
-                "give more documents, or change validation_fraction",
+                f"source{'.count' * drawn}: {count} {'lines' if drawn else 'documents with text'}, none for the {name} "
+                "split",
+                f"{'draw more lines' if drawn else 'give more documents'}, or change validation_fraction",
             )
     for what, number in left_out.items():
         context.message(f"left out: {number} {what}")
@@ -158,9 +159,12 @@ def _write_shards(
             done += 1
             context.progress(2 + done / total, 3, f"{name}: {len(results[name])} of {len(members)} shards")
         if not sum(result.samples for result in results[name]):
+            drawn = isinstance(parameters.source, SymbolicSource)
             raise UserError(
-                f"source: the {name} split has too little text for one sample of {parameters.sequence_length} tokens",
-                "give more text, a shorter sequence_length, or another validation_fraction",
+                f"source{'.count' * drawn}: the {name} split has too little text for one sample of "
+                f"{parameters.sequence_length} tokens",
+                f"{'draw more lines' if drawn else 'give more text'}, a shorter sequence_length, or another "
+                "validation_fraction",
             )
         write_manifest(
             context.output / name,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,7 +10,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from polytrope.models import make_config
 from polytrope.models.configurations import FIXED, MODEL_KINDS, NO_ACTIVATION, activation_configs, all_parts
-from polytrope.models.parts.settings import FeedForward as FeedForwardSettings
 from polytrope.pipeline.data.registered import RegisteredAlias, RegisteredName
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stages.train.activation_parameters import (
@@ -147,7 +146,8 @@ class ModelParameters(BaseModel):
                 settable = ", ".join(field for field in known if field in type(self).model_fields)
                 raise ValueError(f"{name}: a {self.architecture} has no such setting; there are {settable}")
         config = make_config(kind.config, self.settings())
-        self._refuse_unused_activations(config.feedforward_settings())
+        self._refuse_unused_activations(config)
+        self._refuse_unused_heads(config)
         widths = config.activation_widths()
         for entry, width in zip(self.activations(), widths, strict=True):
             groups = entry.get("num_parameters", 1)
@@ -157,16 +157,26 @@ class ModelParameters(BaseModel):
                 )
         return self
 
-    def _refuse_unused_activations(self, parts: Sequence[FeedForwardSettings]) -> None:
+    def _refuse_unused_activations(self, config: Any) -> None:
         """Raise ValueError for what is said of activations where no block has one."""
-        if any(part.activated for part in parts):
+        if any(
+            entry != NO_ACTIVATION for entry in activation_configs(config.activation, len(config.activation_widths()))
+        ):
             return  # what is said of all, or in a list, of a block without one is for the others
+        part, norm = config.feedforward_settings()[0], config.norm_settings()
+        why = f"feedforward: {part.name}, and no activation" if not part.activated else f"norm: {norm.name} alone"
         for name in ("activation", "activation_options"):
             if getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}: it has no effect: every block has feedforward: {parts[0].name}, and no activation; leave "
-                    "it out (null in a matrix)"
-                )
+                raise ValueError(f"{name}: it has no effect: every block has {why}; leave it out (null in a matrix)")
+
+    def _refuse_unused_heads(self, config: Any) -> None:
+        """Raise ValueError for a number of heads where no block has any."""
+        parts = config.attention_settings() if self.n_head is not None else []
+        if parts and not any(part.heads for part in parts):
+            raise ValueError(
+                f"n_head: it has no effect: every block has attention: {parts[0].name}, and no heads; leave it out "
+                "(null in a matrix)"
+            )
 
 
 class AugmentationParameters(BaseModel):

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from polytrope.models import make_config
 from polytrope.models.configurations import MODEL_KINDS
-from polytrope.pipeline.data.lineage import Lineage, read_lineage, write_lineage
+from polytrope.pipeline.data.lineage import Lineage, read_origin, write_lineage
 from polytrope.pipeline.data.misfits import misfit, refuse_misfit
 from polytrope.pipeline.data.promised import PromisedModel, PromisedText, expect, expect_data
 from polytrope.pipeline.data.training_file import figure_names, read_training
@@ -22,7 +23,7 @@ from polytrope.pipeline.stages.train.batch_statistics import check_batch_statist
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
 from polytrope.pipeline.stages.train.measured_basis import settings_in_measured_basis
 from polytrope.pipeline.stages.train.numbers_options import check_of_numbers, predicts_numbers
-from polytrope.pipeline.stages.train.parameters import TrainParameters, check_heeded, split_batch
+from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters, check_heeded, split_batch
 from polytrope.pipeline.stages.train.teacher import check_factors, check_teacher
 
 
@@ -86,7 +87,20 @@ def promise(
     check_of_numbers(trained.architecture, trained.settings, parameters)
     kind = MODEL_KINDS[model.architecture].data
     names = figure_names(kind, predicts_numbers=predicts_numbers(trained.settings), fit=parameters.fit_samples > 0)
+    if parameters.model is not None:
+        trained = replace(trained, settings=_with_activations(trained, parameters.model))
     return replace(trained, figures=names, blocks_before=None)
+
+
+def _with_activations(model: PromisedModel, given: ModelParameters) -> dict[str, Any]:
+    """The settings with the activations that the model will have, also where none are given: what promises leave out is
+    not known. That is so where `activation_options` say more of them, each family what it has."""
+    settings = dict(model.settings)
+    settings["activation"] = make_config(MODEL_KINDS[model.architecture].config, settings).activation
+    options = given.activation_options
+    if options is not None and (options.interval is not None or options.per_channel):
+        del settings["activation"]
+    return settings
 
 
 def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
@@ -120,13 +134,14 @@ def train(
     plan = make_plan(context, dataset, initial, parameters, teacher)
     context.log_dataset("train", dataset.digest, str(dataset.path), plan.dataset_profile)
     context.log_params(plan.facts)
+    origin = None if initial is None else read_origin(initial.path)  # now: it may be damaged
     run_workers(context, plan)
     training = read_training(context.output)
     assert training is not None  # rank 0 has written it
     samples = training.samples or 0
     lineage = Lineage(samples=samples, tokens=training.tokens)
-    if initial is not None:
-        lineage = read_lineage(initial.path).then(initial.stage, initial.digest, samples, training.tokens)
+    if initial is not None and origin is not None:
+        lineage = origin.then(initial.stage, initial.digest, samples, training.tokens)
     write_lineage(context.output, lineage)
     if parameters.register_as and training.failure is None:
         context.log_model(".", name=parameters.register_as, alias=parameters.register_alias)

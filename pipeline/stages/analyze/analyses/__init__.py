@@ -15,12 +15,12 @@ from polytrope.pipeline.stages.analyze.analyses.modular import analyse_modular
 from polytrope.pipeline.stages.analyze.analyses.rank import analyse_rank
 from polytrope.pipeline.stages.analyze.analyses.signal import analyse_signal
 from polytrope.pipeline.stages.analyze.analyses.width import analyse_width
-from polytrope.pipeline.stages.analyze.subject import Subject
+from polytrope.pipeline.stages.analyze.subject import Subject, activations_of
 
 # A model and the analysis's options → the field of this name of `AnalysedModel`.
 ANALYSES: dict[str, Callable[[Subject, Any], Record]] = {
-    "signal": lambda subject, options: analyse_signal(subject.activations, options),
-    "kernel": lambda subject, options: analyse_kernel(subject.activations, options),
+    "signal": lambda subject, options: analyse_signal(activations_of(subject), options),
+    "kernel": lambda subject, options: analyse_kernel(activations_of(subject), options),
     "modular": analyse_modular,
     "width": analyse_width,
     "features": analyse_features,

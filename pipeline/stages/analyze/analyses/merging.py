@@ -17,7 +17,7 @@ from torch import nn
 from polytrope.models import find_architecture
 from polytrope.pipeline.data.analysis_file import MergedUnits, MergingFigures
 from polytrope.pipeline.stages.analyze.parameters import MergingOptions
-from polytrope.pipeline.stages.analyze.subject import Subject, validation_loss
+from polytrope.pipeline.stages.analyze.subject import Subject, activations_of, validation_loss
 
 
 def analyse_merging(subject: Subject, options: MergingOptions) -> MergingFigures:
@@ -35,7 +35,8 @@ def analyse_merging(subject: Subject, options: MergingOptions) -> MergingFigures
     ]
     missing: list[str] = []
     names, mergers, places = [], [], []
-    for entry, owner in zip(subject.activations, owners, strict=True):
+    activations = activations_of(subject)
+    for entry, owner in zip(activations, owners, strict=True):
         between = [name for name, child in owner.named_children() if isinstance(child, nn.Linear)]
         if not len(entry.linears) == len(between) == 2:
             missing.append(f"{entry.name}: its activation does not stand between two linear layers")
@@ -45,7 +46,7 @@ def analyse_merging(subject: Subject, options: MergingOptions) -> MergingFigures
             names.append(entry.name)
             mergers.append(Merger(*entry.linears))
             places.append(between)
-    owners = [owner for owner, entry in zip(owners, subject.activations, strict=True) if entry.name in names]
+    owners = [owner for owner, entry in zip(owners, activations, strict=True) if entry.name in names]
     units = [merger.left for merger in mergers]
     loss = validation_loss(subject.network, subject)
     merged = []

@@ -1,0 +1,119 @@
+"""Positions that an attention mask hides: nothing that is measured on calibration data knows of them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conversion_support import LLAMA_SIZES, randomise
+from torch import Tensor, nn
+
+from polytrope.models.calibration import calibrate
+from polytrope.models.conversion import layer_costs
+from polytrope.models.convert import convert
+from polytrope.models.inputs import counted, forward
+from polytrope.models.surgery import Activation
+from polytrope.pipeline.stages.convert.calibration_data import _with_decoder_inputs
+from polytrope.pipeline.stages.convert.distillation import distill, received
+
+LENGTHS = (9, 4, 7)
+PADDING = 60  # a token
+
+
+def llama() -> Any:
+    """In float64, its padding far from all else."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = randomise(LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES)).double(), 0.2)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[PADDING] = 300.0
+        model.model.layers[0].mlp.gate_proj.weight += 1.0
+    return model
+
+
+def padded() -> dict[str, Tensor]:
+    ids = torch.randint(3, 59, (3, max(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[int(place < length) for place in range(max(LENGTHS))] for length in LENGTHS])
+    return {"input_ids": torch.where(mask == 1, ids, PADDING), "attention_mask": mask}
+
+
+def rows() -> list[dict[str, Tensor]]:
+    """The same, without padding."""
+    ids = padded()["input_ids"]
+    return [{"input_ids": ids[row : row + 1, :length]} for row, length in enumerate(LENGTHS)]
+
+
+def test_histograms_are_those_of_the_samples_without_padding() -> None:
+    model = llama()
+    found = [Activation(name, module) for name, module in model.named_modules() if name.endswith("act_fn")]
+    with_padding, without = (calibrate(model, found, batches, forward) for batches in ([padded()], rows()))
+    everything = calibrate(model, found, [{"input_ids": padded()["input_ids"]}], forward)
+    for name, expected in without.items():
+        measured = with_padding[name]
+        assert measured.total == expected.total == sum(LENGTHS) * 32
+        assert (measured.minimum, measured.maximum) == pytest.approx((expected.minimum, expected.maximum), rel=1e-9)
+        assert abs(measured.counts - expected.counts).sum() <= 4  # a number at the edge of two bins
+    first = found[0].name
+    assert everything[first].maximum > 1.5 * without[first].maximum  # what would have counted
+
+
+@pytest.mark.parametrize("options", [{"family": "hermite"}, {"polynomial_only": True, "depth": 3, "family": None}])
+def test_a_conversion_is_that_of_the_samples_without_padding(options: dict[str, Any]) -> None:
+    made, expected = (convert(llama(), batches, **options) for batches in ([padded()] * 4, rows() * 4))
+    for mine, theirs in zip(made.activations, expected.activations, strict=True):
+        assert mine.relative_error == pytest.approx(theirs.relative_error, rel=0.3)  # other raw inputs are kept aside
+        assert mine.inputs["maximum"] == pytest.approx(theirs.inputs["maximum"], rel=1e-9)
+    costs, wanted = (layer_costs(llama(), made.layers, batches, forward) for batches in ([padded()], rows()))
+    assert costs == pytest.approx(wanted, rel=1e-6)
+    if made.polynomials is not None:
+        assert {seen.inputs for seen in made.polynomials.seen.values()} == {sum(LENGTHS) * 32}
+
+
+def test_the_two_sides_of_an_encoder_decoder_have_their_own_padding() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1}
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(vocab_size=61, **sizes, decoder_start_token_id=0)).eval()
+    (batch,) = _with_decoder_inputs(model, [padded()], lambda _text: None)
+    assert batch["decoder_attention_mask"].sum(1).tolist() == [9, 5, 8]  # a start, and the tokens before the last place
+    seen: dict[str, int] = {}
+    found = [Activation(name, module) for name, module in model.named_modules() if name.endswith(".act")]
+    for name, measured in calibrate(model, found, [batch], forward).items():
+        seen[name.split(".")[0]] = measured.total
+    assert seen == {"encoder": sum(LENGTHS) * 32, "decoder": (9 + 5 + 8) * 32}
+    labels = {**padded(), "labels": padded()["input_ids"]}  # nothing says which of them are padding
+    seen = {name.split(".")[0]: entry.total for name, entry in calibrate(model, found, [labels], forward).items()}
+    assert seen == {"encoder": sum(LENGTHS) * 32, "decoder": 3 * 9 * 32}
+
+
+def test_tokens_in_one_row_are_told_by_their_number_and_other_shapes_count() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    kept = torch.tensor([[0.0, 1], [2, 3], [6, 7]])
+    assert torch.equal(counted(x, mask), kept)
+    assert torch.equal(counted(x.flatten(0, 1), mask), kept)
+    for other in (torch.zeros(2, 3), torch.zeros(2, 4, 5), torch.zeros(7), torch.zeros(5, 2)):
+        assert counted(other, mask) is other
+
+
+def test_a_recovery_learns_nothing_from_padding() -> None:
+    student = convert(llama(), [padded()], family="hermite", degree=4).model
+    inputs, everything = (
+        next(iter(received(student, batch).values())) for batch in (padded(), {"input_ids": padded()["input_ids"]})
+    )
+    assert float(everything.max()) > 1.5 * float(inputs.max())
+    other = padded()
+    other["input_ids"] = torch.where(other["attention_mask"] == 1, other["input_ids"], 59)
+    first, second = (distill(llama(), copy.deepcopy(student), [batch], steps=1) for batch in (padded(), other))
+    assert first == pytest.approx(second, rel=1e-9)
+
+
+def test_a_model_that_is_told_of_padding_by_other_words_counts_all() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    x = torch.randn(2, 3, 4)
+    found = calibrate(model, [Activation("1", model[1])], [x], forward)
+    assert found["1"].total == x.numel()
