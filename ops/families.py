@@ -44,6 +44,11 @@ def check_degree(degree: Any, largest: int = MAX_DEGREE, name: str = "degree") -
     return degree
 
 
+def largest_degree(name: str) -> int:
+    """Of the elementwise families by name: most pieces of those that have pieces, else the highest degree."""
+    return MAX_PIECES if name in ("piecewise_linear", "rational_spline") else MAX_DEGREE
+
+
 class Formula(NamedTuple):
     """One activation function without its parameters.
 

@@ -44,7 +44,7 @@ def rational_spline(
     given = argument = argument.to(wide)
     if groups > 1:
         argument = argument.unflatten(dim, (groups, argument.shape[dim] // groups)).movedim(dim - 1, 0)
-    flat = argument.reshape(groups, -1)
+    flat = argument.reshape(groups, -1).contiguous()
     places, values, rates = (part.reshape(groups, pieces + 1) for part in (knots, heights, slopes))
     table = _pieces(places, values, rates, line.reshape(groups, 1)).to(wide)
     places = places.to(wide)

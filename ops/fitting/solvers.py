@@ -2,7 +2,7 @@
 
 Polynomials are solved by SVD in Legendre polynomials of the interval, in float64, and written in the family's basis by
 exact rational arithmetic. The other families are linear problems with a few Gauss-Newton steps for what enters
-nonlinearly; broken lines are found by dynamic programming.
+nonlinearly; broken lines are found by dynamic programming; splines go through the function at knots.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from polytrope.ops.fitting import fourier, placement, polynomial, quadrature, rational, tropical
+from polytrope.ops.fitting import fourier, placement, polynomial, quadrature, rational, spline, tropical
 from polytrope.ops.fitting.curves import Array, Curve
 from polytrope.ops.fitting.refinement import Data, Ends
 from polytrope.ops.fitting.targets import Target, find_kinks, resolve_target, sample
@@ -31,6 +32,7 @@ class Problem:
         free_ends: the interval is one to start from.
         denominator_degree: of a rational function; default: one less than the numerator's.
         variable: of a polynomial: (shift, scale), the coefficients then are of its basis in (x - shift) / scale.
+        dtype: of the module.
     """
 
     family: str
@@ -43,6 +45,7 @@ class Problem:
     free_ends: bool
     denominator_degree: int | None = None
     variable: polynomial.Variable | None = None
+    dtype: torch.dtype = torch.float64
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,12 @@ def _fit_rational(problem: Problem) -> Iterator[Solution]:
         yield Solution(quotient.evaluate, parameters, condition, ends)
 
 
+def _fit_rational_spline(problem: Problem) -> Iterator[Solution]:
+    intervals, data, _ = _starting_points(problem)
+    for curve, ends in spline.fit_splines(problem.exact, data, problem.degree, intervals, problem.dtype):
+        yield Solution(curve.evaluate, curve.parameters(), 1.0, ends)
+
+
 def _starting_points(problem: Problem) -> tuple[list[Ends], Data, bool]:
     """Intervals to start from, the points that count, and whether the ends of the intervals are refined."""
     assert problem.interval is not None
@@ -250,10 +259,14 @@ NONLINEAR: dict[str, Callable[[Problem], Iterator[Solution]]] = {
     "tropical": _fit_tropical,
     "tropical_rational": _fit_tropical_rational,
     "rational": _fit_rational,
+    "rational_spline": _fit_rational_spline,
 }
+# Those that are solved, or written down, once: at all points, where a search takes fewer.
+DIRECT = (*LINEAR, "rational_spline")
 
-# Families that contain their members of lower degree; of a tropical activation every degree has slopes of its own.
-NESTED = tuple(family for family in (*LINEAR, *NONLINEAR) if family not in ("tropical", "harmonic"))
+# Families that contain their members of lower degree; of a tropical activation every degree has slopes of its own, of a
+# spline every number of pieces its knots.
+NESTED = tuple(family for family in (*LINEAR, *NONLINEAR) if family not in ("tropical", "harmonic", "rational_spline"))
 
 
 def raised(family: str, parameters: dict[str, Array], degree: int) -> dict[str, Array]:
