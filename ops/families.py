@@ -27,6 +27,7 @@ class Family(IntEnum):
     POLYRELU = 9
     PIECEWISE_LINEAR = 10
     POLYNORM = 11
+    RATIONAL_SPLINE = 12
 
 
 # Families that may be functions of a scaled variable.
@@ -54,7 +55,7 @@ class Formula(NamedTuple):
 
     Args:
         family: which.
-        degree: n (piecewise linear: the number of pieces).
+        degree: n (piecewise linear, rational spline: the number of pieces).
         second_degree: m, of a denominator.
         interval: `()`, or `(lo, hi)`: outside it F goes on along its tangents.
         dim: negative; the dimension of x along which groups of channels have parameters of their own.
@@ -82,6 +83,7 @@ def parameter_count(formula: Formula) -> int:
         Family.TROPICAL_RATIONAL: 4 * (n + 1),
         Family.RATIONAL: n + 1 + m,
         Family.PIECEWISE_LINEAR: 3 * n - 1,
+        Family.RATIONAL_SPLINE: 3 * n + 4,
     }.get(Family(formula.family), n + 1)
 
 

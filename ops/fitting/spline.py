@@ -30,7 +30,7 @@ _MARGINS = (
 
 @dataclass(frozen=True)
 class RationalQuadratic:
-    """S(x) - line · x, with `polytrope.ops.rational_spline.rational_spline`'s formula, between the first and last knot.
+    """S(x) - line · x, with the formula of `polytrope.ops.functional.rational_spline`, between the first and last knot.
 
     Args:
         knots, heights, slopes: `[pieces + 1]`, float64; of S.
