@@ -594,7 +594,7 @@ def _parameters(task: _Task, config: dict[str, Any], solution: Solution) -> dict
 
 def parameter_count(family: str, degree: int) -> int:
     """Learnable numbers of one activation."""
-    if family == "rational_spline":
+    if family == "rational_spline":  # whose knots have fixed ends, which the packed ones do not say
         return 3 * degree + 3
     below = degree - 1 if family == "rational" else 0
     return families.parameter_count(families.Formula(families.Family[family.upper()], degree, below))

@@ -23,7 +23,8 @@ def invert(y: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor) -> Tensor:
         y: any shape.
         knots, heights, slopes: `[pieces + 1]`, as of `functional.rational_spline`.
     """
-    inside = y.clamp(float(heights[0]), float(heights[-1]))
+    low, high = heights.detach()[[0, -1]].tolist()
+    inside = y.clamp(low, high)
     piece = torch.searchsorted(heights[1:-1].contiguous(), inside.detach())
     width, rise = knots.diff()[piece], heights.diff()[piece]
     mean, rate, next_rate = rise / width, slopes[:-1][piece], slopes[1:][piece]

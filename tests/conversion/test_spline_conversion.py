@@ -152,15 +152,8 @@ def test_learned_splines_become_polynomials_where_they_are_asked_for() -> None:
         upstream = {"model": promised, "dataset": None}
         return promise(ConvertParameters(**parameters), upstream, Resources(), Path())
 
-    with pytest.raises(
-        UserError, match=r"types: the model's activations are learned already \(rational_spline\)"
-    ) as error:
-        plan(polynomial_only=True)
-    assert "or fit these again: types: [rational_spline]" in str(error.value.hint)
     for parameters in ({"polynomial_only": True}, {"family": "rational_spline"}, {"family": "hermite"}):
-        with pytest.raises(
-            UserError, match=r"types: the model's activations are learned already \(rational_spline\)"
-        ) as error:
+        with pytest.raises(UserError, match=r"types: .* are learned already \(rational_spline\)") as error:
             plan(**parameters)
         assert "or fit these again: types: [rational_spline]" in str(error.value.hint)
         plan(**parameters, types=["rational_spline"])
