@@ -36,6 +36,7 @@ from polytrope.ops.fitting.solvers import (
     Solution,
     columns_of,
     fit_linear,
+    fit_nonlinear,
     interpolate,
     raised,
 )
@@ -433,8 +434,7 @@ def _only(task: _Task, family: str, degree: int) -> _Candidate:
     """The fit of this very degree."""
     problem = task.problem(family, degree, task.interval)
     if family not in LINEAR:
-        *_, solution = NONLINEAR[family](problem)
-        return _candidate(task, problem, solution)
+        return _candidate(task, problem, fit_nonlinear(problem))
     return _candidate(task, problem, _linear(task, problem))
 
 

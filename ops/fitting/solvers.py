@@ -8,7 +8,7 @@ nonlinearly; broken lines are found by dynamic programming; splines go through t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -195,7 +195,14 @@ def imitate(
         return fit_linear(problem, [])
     if family not in NONLINEAR:
         raise ValueError(f"a {family} activation imitates no function")
-    *_, found = NONLINEAR[family](problem)
+    return fit_nonlinear(problem)
+
+
+def fit_nonlinear(problem: Problem) -> Solution:
+    """The member of a family of `NONLINEAR` of this very degree."""
+    if problem.family == "rational_spline":  # which needs none of a lower degree
+        return _fit_rational_spline(problem)
+    *_, found = NONLINEAR[problem.family](problem)
     return found
 
 
@@ -234,10 +241,15 @@ def _fit_rational(problem: Problem) -> Iterator[Solution]:
         yield Solution(quotient.evaluate, parameters, condition, ends)
 
 
-def _fit_rational_spline(problem: Problem) -> Iterator[Solution]:
+def _fit_rational_splines(problem: Problem) -> Iterator[Solution]:
+    for pieces in range(1, problem.degree + 1):
+        yield _fit_rational_spline(replace(problem, degree=pieces))
+
+
+def _fit_rational_spline(problem: Problem) -> Solution:
     intervals, data, _ = _starting_points(problem)
-    for curve, ends in spline.fit_splines(problem.exact, data, problem.degree, intervals, problem.dtype):
-        yield Solution(curve.evaluate, curve.parameters(), 1.0, ends)
+    curve, ends = spline.fit_spline(problem.exact, data, problem.degree, intervals, problem.dtype)
+    return Solution(curve.evaluate, curve.parameters(), 1.0, ends)
 
 
 def _starting_points(problem: Problem) -> tuple[list[Ends], Data, bool]:
@@ -259,7 +271,7 @@ NONLINEAR: dict[str, Callable[[Problem], Iterator[Solution]]] = {
     "tropical": _fit_tropical,
     "tropical_rational": _fit_tropical_rational,
     "rational": _fit_rational,
-    "rational_spline": _fit_rational_spline,
+    "rational_spline": _fit_rational_splines,
 }
 # Those that are solved, or written down, once: at all points, where a search takes fewer.
 DIRECT = (*LINEAR, "rational_spline")

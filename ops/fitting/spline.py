@@ -8,7 +8,7 @@ knots", 1973, with a weight). Which interval, and how much of a line keeps the c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,22 +85,21 @@ def through(exact: Curve, knots: Array, margin: float) -> RationalQuadratic:
     return RationalQuadratic(knots, value + line * knots, slope + line, line)
 
 
-def fit_splines(
-    exact: Curve, data: Data, highest: int, intervals: Sequence[Ends], dtype: torch.dtype
-) -> Iterator[tuple[RationalQuadratic, Ends]]:
-    """For 1, 2, … `highest` pieces the curve and the interval, of those given, with the least error over the data.
+def fit_spline(
+    exact: Curve, data: Data, pieces: int, intervals: Sequence[Ends], dtype: torch.dtype
+) -> tuple[RationalQuadratic, Ends]:
+    """The curve and the interval, of those given, with the least error over the data.
 
     Args:
         data: what counts, on the straight lines outside too.
         dtype: of the module, whose parameters are rounded to it.
     """
     places = [(ends, *_density(exact, data, ends)) for ends in intervals]
-    for pieces in range(1, highest + 1):
-        tried = [
-            (through(exact, _knots(grid, reached, pieces), margin), ends)
-            for (ends, grid, reached), margin in itertools.product(places, _MARGINS)
-        ]
-        yield min(tried, key=lambda entry: _missed(entry[0].rounded(dtype), entry[1], data))
+    tried = [
+        (through(exact, _knots(grid, reached, pieces), margin), ends)
+        for (ends, grid, reached), margin in itertools.product(places, _MARGINS)
+    ]
+    return min(tried, key=lambda entry: _missed(entry[0].rounded(dtype), entry[1], data))
 
 
 def _missed(curve: RationalQuadratic, ends: Ends, data: Data) -> float:
