@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from benchmarks import compiled as blocks
 from polytrope.ops import build_activation
+from polytrope.ops.rational_spline import tied
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = (1, 1024, 3072)
@@ -55,6 +56,7 @@ ROWS: list[tuple[dict[str, Any], str | None, float | None, float | None]] = [
     ({"name": "polyrelu", "degree": 3}, None, None, None),
     ({"name": "polynorm", "degree": 3}, None, None, None),
     ({"name": "piecewise_linear", "degree": 8}, None, None, None),
+    ({"name": "rational_spline", "degree": 8}, None, None, None),
     ({"name": "hermite", "degree": 8, "interval": [-3.0, 3.0]}, None, None, None),
     ({"name": "hermite", "degree": 3, "num_parameters": SHAPE[-1]}, None, None, None),
 ]
@@ -133,6 +135,19 @@ def by_hand(config: dict[str, Any]) -> Callable[..., Tensor]:
         left, right = values[index], values[index + 1]
         return left + (right - left) * ((x + 4.0) / step - piece)
 
+    def rational_spline(
+        x: Tensor, widths: Tensor, start: Tensor, rises: Tensor, slopes: Tensor, line: Tensor
+    ) -> Tensor:
+        knots, heights, rates = tied(widths, slopes, rises, start, (-4.0, 4.0))
+        inside = x.clamp(-4.0, 4.0)
+        index = torch.searchsorted(knots[1:-1], inside)
+        width, rise, rate, next_rate = knots.diff()[index], heights.diff()[index], rates[:-1][index], rates[1:][index]
+        t, mean = (inside - knots[:-1][index]) / width, rise / width
+        u = t * (1 - t)
+        curve = rise * (mean * t * t + rate * u) / (mean + (rate + next_rate - 2 * mean) * u)
+        beyond = x - inside
+        return heights[:-1][index] + curve + beyond * torch.where(beyond < 0, rates[0], rates[-1]) - line * x
+
     def polynorm(x: Tensor, coefficients: Tensor, bias: Tensor) -> Tensor:
         value, power = bias, torch.ones_like(x)
         for k in range(degree):
@@ -147,6 +162,7 @@ def by_hand(config: dict[str, Any]) -> Callable[..., Tensor]:
         "rational": lambda x, a, b: powers(x, a) / (1 + (x * powers(x, b)).abs()),
         "polyrelu": lambda x, a: powers(x.clamp(min=0), a),
         "piecewise_linear": piecewise_linear,
+        "rational_spline": rational_spline,
         "polynorm": polynorm,
     }
     return functions.get(name, hermite_with_tails if "interval" in config else series)

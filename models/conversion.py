@@ -27,7 +27,7 @@ from polytrope.ops.channels import (
     smallest_mean_square,
     steepest,
 )
-from polytrope.ops.families import MAX_DEGREE, check_degree
+from polytrope.ops.families import MAX_DEGREE, check_degree, largest_degree
 from polytrope.ops.fitting.targets import Target, find_kinks, resolve_target, sample
 from polytrope.ops.interpolate import FAMILIES, Fit, fit, fit_to_error
 from polytrope.ops.moments import REACH, gaussian_nodes
@@ -72,7 +72,7 @@ class FitOptions:
         known = (*FAMILIES, "auto")
         if self.polynomial_only is None and self.family not in known:
             raise ValueError(f"family: expected one of {', '.join(known)}, got {self.family!r}")
-        check_degree(self.degree)
+        check_degree(self.degree, largest_degree(self.family))
         if self.target_error is None and self.family == "auto":
             raise ValueError("family: auto chooses by target_error; give it (0.01 is 1 %), or name a family")
         if self.target_error is not None and not 0 < self.target_error < math.inf:

@@ -22,11 +22,14 @@ _WHY_NOT_POLYNOMIAL = {
     "tropical": "compares",
     "tropical_rational": "compares",
     "polyrelu": "compares x with 0",
+    "rational_spline": "divides",
 }
 _OF_POLYNOMIALS: dict[str, Any] = {"depth": None, "domain": None, "domain_margin": 0.25}
 _OF_TAILS: dict[str, Any] = {"coverage": None, "derivative_weight": 0.01, "constraints": []}
 _OF_OTHERS: dict[str, Any] = {"degree": None, "weight": "measured", "basis": "family"} | _OF_TAILS
 POLYNOMIALS = ("hermite", "chebyshev", "legendre")
+_LARGEST_DEGREE = 16  # these two of `polytrope.ops.families`, which a plan does not import
+_MOST_PIECES = 64
 
 
 @dataclass(frozen=True)
@@ -336,6 +339,19 @@ def check_basis(basis: str, family: str | None) -> None:
             f"basis measured is of polynomials, and family is {family}; expected {', '.join(POLYNOMIALS)}, or leave "
             "basis out"
         )
+
+
+def check_family_degree(degree: int | None, family: str | None) -> None:
+    """Refuse a degree that only a family of pieces has.
+
+    Args:
+        degree, family: None: not given.
+
+    Raises:
+        ValueError: the degree.
+    """
+    if degree is not None and degree > _LARGEST_DEGREE and family != "rational_spline":
+        raise ValueError(f"expected at most {_LARGEST_DEGREE} (family rational_spline: {_MOST_PIECES} pieces)")
 
 
 def check_keep(keep: int | None, output_error: float | None, rated_samples: int) -> None:

@@ -116,8 +116,9 @@ def _nothing(model: nn.Module, left: Sequence[Left], calls: Sequence[Call], type
     if left and all(entry.reason.startswith("learned already") for entry in left):
         names = ", ".join(entry.name for entry in left[:8]) + ", …" * (len(left) > 8)
         return (
-            f"{name} is converted already: its {len(left)} activations are learned ({names}). Convert the model of "
-            f"before, or fit them again by their type: types={sorted({entry.kind for entry in left})} (--type)"
+            f"{name} has no classical activation: its {len(left)} are learned already ({names}), by a training or a "
+            f"conversion. Convert the model of before, or fit them again by their type: "
+            f"types={sorted({entry.kind for entry in left})} (--type)"
         )
     if left:
         lines = [f"{entry.name} ({entry.place}): {entry.reason}" for entry in left[:12]]

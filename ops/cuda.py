@@ -134,8 +134,7 @@ def largest_error(loaded: ctypes.CDLL, device: torch.device, dtype: torch.dtype,
         width, count = shape[1] * (2 if formula.gated else 1), parameter_count(formula)
         rows = torch.arange(groups, device=device, dtype=torch.float64)[:, None]
         parameters = 0.4 * torch.cos(1.7 * torch.arange(count, device=device, dtype=torch.float64) + rows) + 0.05
-        if formula.family == Family.PIECEWISE_LINEAR:
-            parameters[:, : formula.degree - 1] = parameters[:, : formula.degree - 1].sort(dim=-1).values
+        parameters = possible(parameters, formula)
         place = torch.arange(shape[0] * width, device=device, dtype=torch.float64).view(shape[0], width)
         x = (1.05 * torch.sin(0.7318 * place)).to(dtype)
         leaves = (x.double().requires_grad_(), parameters.requires_grad_())
@@ -154,6 +153,22 @@ def largest_error(loaded: ctypes.CDLL, device: torch.device, dtype: torch.dtype,
             difference = (ours.double() - theirs.detach()).abs().max() / theirs.detach().abs().max().clamp(min=1e-30)
             worst = max(worst, float(difference) if bool(difference.isfinite()) else float("inf"))
     return worst
+
+
+def possible(parameters: Tensor, formula: Formula) -> Tensor:
+    """Packed parameters of the same size that the family can have: breakpoints rise, and so does a spline.
+
+    Args:
+        parameters: `[groups, parameter_count(formula)]`, any numbers of about 1.
+    """
+    if formula.family == Family.PIECEWISE_LINEAR:
+        breaks = parameters[:, : formula.degree - 1].sort(dim=-1).values
+        return torch.cat([breaks, parameters[:, formula.degree - 1 :]], dim=-1)
+    if formula.family == Family.RATIONAL_SPLINE:
+        steps = (parameters[:, :-1].square() + 0.3).unflatten(-1, (3, formula.degree + 1))
+        places = steps[:, :2].cumsum(-1) * (2.0 / formula.degree) - 1.0
+        return torch.cat([places.flatten(1), steps[:, 2], parameters[:, -1:]], dim=-1)
+    return parameters
 
 
 class Call(NamedTuple):

@@ -27,6 +27,7 @@ class Family(IntEnum):
     POLYRELU = 9
     PIECEWISE_LINEAR = 10
     POLYNORM = 11
+    RATIONAL_SPLINE = 12
 
 
 # Families that may be functions of a scaled variable.
@@ -44,12 +45,17 @@ def check_degree(degree: Any, largest: int = MAX_DEGREE, name: str = "degree") -
     return degree
 
 
+def largest_degree(name: str) -> int:
+    """Of the elementwise families by name: most pieces of those that have pieces, else the highest degree."""
+    return MAX_PIECES if name in ("piecewise_linear", "rational_spline") else MAX_DEGREE
+
+
 class Formula(NamedTuple):
     """One activation function without its parameters.
 
     Args:
         family: which.
-        degree: n (piecewise linear: the number of pieces).
+        degree: n (piecewise linear, rational spline: the number of pieces).
         second_degree: m, of a denominator.
         interval: `()`, or `(lo, hi)`: outside it F goes on along its tangents.
         dim: negative; the dimension of x along which groups of channels have parameters of their own.
@@ -77,6 +83,7 @@ def parameter_count(formula: Formula) -> int:
         Family.TROPICAL_RATIONAL: 4 * (n + 1),
         Family.RATIONAL: n + 1 + m,
         Family.PIECEWISE_LINEAR: 3 * n - 1,
+        Family.RATIONAL_SPLINE: 3 * n + 4,
     }.get(Family(formula.family), n + 1)
 
 

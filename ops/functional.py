@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from polytrope.ops import cuda, kernels, native
-from polytrope.ops.families import MAX_DEGREE, MAX_PIECES, Family, Formula
+from polytrope.ops.families import MAX_DEGREE, MAX_PIECES, Family, Formula, largest_degree
 from polytrope.ops.packing import PLAIN, Packing
 
 Interval = tuple[float, float]
@@ -34,6 +34,7 @@ _EQUALLY_LONG: dict[Family, tuple[int, tuple[str, ...]]] = {
         0,
         ("numerator_slopes", "numerator_intercepts", "denominator_slopes", "denominator_intercepts"),
     ),
+    Family.RATIONAL_SPLINE: (0, ("knots", "heights", "slopes")),
 }
 
 
@@ -308,6 +309,24 @@ def piecewise_linear(x: Tensor, knots: Tensor, values: Tensor, *, dim: int = -1,
     return _apply(Family.PIECEWISE_LINEAR, x, (packed,), dim, None, glu)
 
 
+def rational_spline(
+    x: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor, line: Tensor, *, dim: int = -1, glu: bool = False
+) -> Tensor:
+    """S(x) - line · x: between two knots S(x) = y + r (s t² + d u) / (s + (d + d' - 2 s) u), u = t (1 - t).
+
+    t goes from 0 to 1, r is the rise of the piece, s its mean slope, d and d' are the slopes at its ends. Outside S
+    goes on as a straight line (Durkan et al., "Neural Spline Flows", 2019).
+
+    knots, heights and slopes `[(groups,) pieces + 1]`: knots and heights rise, slopes are above 0; line `[1]` or
+    `[groups, 1]`.
+    """
+    for name, part in (("knots", knots), ("line", line)):
+        if part.dim() not in (1, 2) or (name == "line" and part.shape[-1] != 1):
+            expected = "[1] or [groups, 1]" if name == "line" else "[count] or [groups, count]"
+            raise ValueError(f"{name}: expected {expected}, got {list(part.shape)}")
+    return _apply(Family.RATIONAL_SPLINE, x, (knots, heights, slopes, line), dim, None, glu)
+
+
 def polynorm(x: Tensor, coefficients: Tensor, bias: Tensor, *, epsilon: float = 1e-6) -> Tensor:
     """bias + sum_k coefficients[k] x^k / rms(x^k), k = 1…degree, root mean squares over the last dimension of x.
 
@@ -432,7 +451,9 @@ def describe(
     """The formula and the packing for an x and parts of these shapes, which are checked."""
     degree, second_degree, packing = _count(family, part_shapes)
     where = check_input(dtype, shape, glu, packing.groups(part_shapes), dim)
-    if family != Family.PIECEWISE_LINEAR:
+    if family in (Family.PIECEWISE_LINEAR, Family.RATIONAL_SPLINE):
+        _check_degree("knots", degree, largest_degree(family.name.lower()), "pieces")
+    else:
         _check_degree("coefficients", degree)
     if family == Family.RATIONAL:
         _check_degree("denominator", second_degree)
@@ -464,6 +485,6 @@ def _count(family: Family, shapes: tuple[torch.Size, ...]) -> tuple[int, int, Pa
     return degree, second_degree, packing
 
 
-def _check_degree(name: str, degree: int) -> None:
-    if not 1 <= degree <= MAX_DEGREE:
-        raise ValueError(f"{name}: expected a degree from 1 to {MAX_DEGREE}, got {degree}")
+def _check_degree(name: str, degree: int, largest: int = MAX_DEGREE, of: str = "a degree") -> None:
+    if not 1 <= degree <= largest:
+        raise ValueError(f"{name}: expected {of} from 1 to {largest}, got {degree}")

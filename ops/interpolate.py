@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 from polytrope.ops import families
-from polytrope.ops.families import check_degree
+from polytrope.ops.families import check_degree, largest_degree
 from polytrope.ops.fitting import placement, polynomial, quadrature
 from polytrope.ops.fitting.certificate import Built, Certificate, Inputs, certify, root_mean_square
 from polytrope.ops.fitting.curves import Array, Curve, with_tangents
 from polytrope.ops.fitting.measured_basis import in_measured_basis
 from polytrope.ops.fitting.refinement import Data, Ends
 from polytrope.ops.fitting.solvers import (
+    DIRECT,
     LINEAR,
     NESTED,
     NONLINEAR,
@@ -35,6 +36,7 @@ from polytrope.ops.fitting.solvers import (
     Solution,
     columns_of,
     fit_linear,
+    fit_nonlinear,
     interpolate,
     raised,
 )
@@ -110,6 +112,7 @@ def fit(
             activation module.
         family: one of `FAMILIES`.
         degree: 1…16. `rational`: of the numerator, the denominator has one less. Tropical families: lines less one.
+            `rational_spline`: pieces, 1…64.
         interval: where to fit. None: the whole line (polynomials with `weight="gaussian"`), or all measured inputs.
             `best`, for measured inputs: where polynomial and tangent lines together fit best.
         weight: `uniform`, `gaussian` (standard normal), a density as a function of an array, or measured inputs as
@@ -132,13 +135,14 @@ def fit(
             is given up for a wider interval, or the best lower degree.
 
     With measured inputs no degree has a larger root mean square error (under the importance, where there is one) than a
-    lower one, tropical and interpolation excepted: where it would have, the lower one is returned, further terms 0.
+    lower one, tropical, splines and interpolation excepted: where it would have, the lower one is returned, further
+    terms 0.
 
     Raises:
         ValueError: an argument that is not as described; a target that is not finite or not elementwise; more
             constraints than coefficients; a degree too high for the format on this interval.
     """
-    degree = check_degree(degree)
+    degree = check_degree(degree, largest_degree(family))
     if family == "auto":
         raise ValueError("family: auto chooses by an error: fit_to_error(target, 'auto', error)")
     task = _task(
@@ -158,7 +162,7 @@ def fit(
         rounding_tolerance=rounding_tolerance,
     )
     _check_family(task, family)
-    if not task.is_measured:
+    if not task.is_measured or family not in NESTED:
         return _certified(task, _only(task, family, degree))
     best: _Candidate | None = None
     refusals: dict[int, ValueError] = {}
@@ -228,7 +232,7 @@ def _search(
     if len(degrees) == 0:
         raise ValueError("degrees: expected at least one, got none")
     for degree in degrees:
-        check_degree(degree, name="degrees")
+        check_degree(degree, largest_degree(family), name="degrees")
     of_fit = inspect.signature(fit).parameters.values()
     defaults = {option.name: option.default for option in of_fit if option.kind is option.KEYWORD_ONLY}
     task = _task(target, **defaults | options)
@@ -288,10 +292,18 @@ class _Task:
         return self.reach is not None
 
     def problem(self, family: str, degree: int, interval: Ends | None) -> Problem:
-        data = self.data if family in LINEAR or not self.is_measured else self.few
-        variable = polynomial.natural_variable(family, interval)
+        data = self.data if family in DIRECT or not self.is_measured else self.few
         return Problem(
-            family, degree, interval, self.exact, data, self.kinks, self.tails, self.free_ends, variable=variable
+            family,
+            degree,
+            interval,
+            self.exact,
+            data,
+            self.kinks,
+            self.tails,
+            self.free_ends,
+            variable=polynomial.natural_variable(family, interval),
+            dtype=self.dtype,
         )
 
 
@@ -401,6 +413,10 @@ def _check_family(task: _Task, family: str) -> None:
         raise ValueError(
             f"basis: orthonormal on inputs are polynomials ({', '.join(polynomial.FAMILIES)}), not {family}"
         )
+    if family == "rational_spline" and not task.tails:
+        raise ValueError(
+            "tails: a rational_spline goes on along straight lines; leave tails out, or fit another family"
+        )
     constrained = bool(task.constraints) and family not in LINEAR
     if constrained or (not is_polynomial and (task.method != "least_squares" or task.nodes is not None)):
         raise ValueError(f"constraints, nodes and interpolation are for polynomials, not for {family}")
@@ -418,8 +434,7 @@ def _only(task: _Task, family: str, degree: int) -> _Candidate:
     """The fit of this very degree."""
     problem = task.problem(family, degree, task.interval)
     if family not in LINEAR:
-        *_, solution = NONLINEAR[family](problem)
-        return _candidate(task, problem, solution)
+        return _candidate(task, problem, fit_nonlinear(problem))
     return _candidate(task, problem, _linear(task, problem))
 
 
@@ -579,6 +594,8 @@ def _parameters(task: _Task, config: dict[str, Any], solution: Solution) -> dict
 
 def parameter_count(family: str, degree: int) -> int:
     """Learnable numbers of one activation."""
+    if family == "rational_spline":  # whose knots have fixed ends, which the packed ones do not say
+        return 3 * degree + 3
     below = degree - 1 if family == "rational" else 0
     return families.parameter_count(families.Formula(families.Family[family.upper()], degree, below))
 

@@ -729,7 +729,7 @@ class RationalSpline(LearnableActivation):
     """A rising rational-quadratic spline less a learned straight line, whose knots, values and slopes are learned.
 
     It is the curve with these values and slopes at the knots, so it starts as any function without a fit. The outer
-    lines go on. Computed in plain torch, without a kernel.
+    lines go on.
 
     Args:
         degree: the number of pieces, 1…64.
@@ -809,12 +809,12 @@ def _rational_spline(
     interval: Interval | None = None,
     glu: bool = False,
 ) -> Tensor:
-    """`rational_spline.rational_spline` of numbers that may be any; they are tied in float64."""
+    """`functional.rational_spline` of numbers that may be any; they are tied in float64."""
     assert interval is not None
     knots, heights, rates = rational_spline.tied(
         widths.double(), slopes.double(), rises.double(), start.double(), interval
     )
-    return rational_spline.rational_spline(x, knots, heights, rates, line, dim=dim, glu=glu)
+    return functional.rational_spline(x, knots, heights, rates, line, dim=dim, glu=glu)
 
 
 @functools.cache

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from polytrope.ops.families import (
     MAX_DEGREE,
-    MAX_PIECES,
     WITH_VARIABLE,
     Family,
     Formula,
+    largest_degree,
     parameter_count,
     result_shape,
 )
@@ -89,7 +89,13 @@ _Addresses = ctypes.c_void_p * MOST_PARTS
 
 
 Strides = tuple[int, ...]
-_NEVER_WITH_INTERVAL = (Family.TROPICAL, Family.TROPICAL_RATIONAL, Family.PIECEWISE_LINEAR, Family.POLYNORM)
+WITHOUT_INTERVAL = (
+    Family.TROPICAL,
+    Family.TROPICAL_RATIONAL,
+    Family.PIECEWISE_LINEAR,
+    Family.POLYNORM,
+    Family.RATIONAL_SPLINE,
+)
 
 
 def check(formula: Formula, dtype: torch.dtype, shape: torch.Size, widths: Sequence[int], groups: int) -> None:
@@ -104,7 +110,7 @@ def check(formula: Formula, dtype: torch.dtype, shape: torch.Size, widths: Seque
     if formula.family not in list(Family):
         raise ValueError(f"family: expected 0 to {max(Family)}, got {formula.family}")
     family, dims = Family(formula.family), len(shape)
-    largest = MAX_PIECES if family == Family.PIECEWISE_LINEAR else MAX_DEGREE
+    largest = largest_degree(family.name.lower())
     if not 1 <= formula.degree <= largest:
         raise ValueError(f"coefficients: expected a degree from 1 to {largest}, got {formula.degree}")
     low, high = (1, MAX_DEGREE) if family == Family.RATIONAL else (0, 0)
@@ -112,7 +118,7 @@ def check(formula: Formula, dtype: torch.dtype, shape: torch.Size, widths: Seque
         raise ValueError(f"denominator: expected a degree from {low} to {high}, got {formula.second_degree}")
     if formula.interval:
         ends = formula.interval
-        if family in _NEVER_WITH_INTERVAL or len(ends) != 2 or not -math.inf < ends[0] < ends[1] < math.inf:
+        if family in WITHOUT_INTERVAL or len(ends) != 2 or not -math.inf < ends[0] < ends[1] < math.inf:
             raise ValueError(f"interval: expected none, or finite lo < hi of a family that has one, got {list(ends)}")
     if formula.variable:
         numbers = formula.variable

@@ -1,7 +1,7 @@
 """Rational-quadratic splines: rising, with a continuous slope, given by values and slopes at knots, and invertible.
 
 (Durkan, Bekasov, Murray, Papamakarios, Neural Spline Flows, 2019; Gregory and Delbourgo, Piecewise Rational Quadratic
-Interpolation to Monotonic Data, 1982.) In plain torch, without a kernel.
+Interpolation to Monotonic Data, 1982.) Their numbers and their inverse; values: `functional.rational_spline`.
 """
 
 from __future__ import annotations
@@ -13,79 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from polytrope.ops import functional, kernels
-
 FLOOR = 1e-3  # of the width of a piece relative to the interval, and of slopes
-
-
-def rational_spline(
-    x: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor, line: Tensor, *, dim: int = -1, glu: bool = False
-) -> Tensor:
-    """S(x) - line · x: between two knots S(x) = y + r (s t² + d u) / (s + (d + d' - 2 s) u), u = t (1 - t).
-
-    t goes from 0 to 1, r is the rise of the piece, s its mean slope, d and d' are the slopes at its ends. Outside S
-    goes on as a straight line. bfloat16 and float16 are computed in float32 and rounded once.
-
-    Args:
-        x: any shape; with `glu` the last dimension holds [a, b], the result is F(a) · b.
-        knots, heights, slopes: `[(groups,) pieces + 1]`; knots and heights rise, slopes are above 0.
-        line: `[1]`, or `[groups, 1]`.
-        dim: the dimension of x whose channels are in groups.
-
-    Raises:
-        ValueError: groups that do not divide the channels, or halves that there are not.
-        TypeError: no floats.
-    """
-    kernels.count_fallback("rational_spline")
-    groups, pieces = knots.numel() // knots.shape[-1], knots.shape[-1] - 1
-    dim = functional.check_input(x.dtype, x.shape, glu, groups, dim)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    argument, factor = x.chunk(2, dim=-1) if glu else (x, None)
-    given = argument = argument.to(wide)
-    if groups > 1:
-        argument = argument.unflatten(dim, (groups, argument.shape[dim] // groups)).movedim(dim - 1, 0)
-    flat = argument.reshape(groups, -1)
-    places, values, rates = (part.reshape(groups, pieces + 1) for part in (knots, heights, slopes))
-    table = _pieces(places, values, rates, line.reshape(groups, 1)).to(wide)
-    places = places.to(wide)
-    with torch.no_grad():
-        piece = torch.searchsorted(places.contiguous(), flat)
-        piece = piece + (pieces + 2) * torch.arange(groups, device=x.device)[:, None]
-    intercept, slope, knot, width, mean, left, bend = F.embedding(piece, table.flatten(0, 1)).unbind(-1)
-    t = (torch.clamp(flat, places[:, :1], places[:, -1:]) - knot) / width  # at an end the whole slope is x's
-    u = t * (1 - t)
-    level = torch.where((slope == 0) & flat.isinf(), 0.0, flat)  # not 0 · ∞
-    value = intercept + slope * level + width * mean * u * (left - bend * t) / (mean + bend * u)
-    if groups > 1:
-        value = value.reshape(argument.shape).movedim(0, dim - 1).flatten(dim - 1, dim)
-    else:
-        value = value.reshape(argument.shape)
-    value = torch.where(given == given, value, given)  # as the value is already; in memory as x is
-    if factor is not None:
-        value = value * factor.to(wide)
-    return value.to(x.dtype)
-
-
-def _pieces(knots: Tensor, heights: Tensor, slopes: Tensor, line: Tensor) -> Tensor:
-    """What a piece adds to its chord, `[groups, pieces + 2, 7]`: the lines outside, first and last, are pieces too.
-
-    With s the mean slope, p and r what the slopes at the ends are above it, and w the width, S is the chord plus
-    w s u (p - (p + r) t) / (s + (p + r) u): `_rise` again, but x itself where all slopes are 1.
-
-    Returns:
-        intercept and slope (less the line's) of the chord, first knot, w, s, p, p + r.
-    """
-    width = knots.diff()
-    mean = heights.diff() / width
-    one, none = torch.ones_like(slopes[:, :1]), torch.zeros_like(slopes[:, :1])
-    chord = torch.cat([slopes[:, :1], mean, slopes[:, -1:]], dim=-1)
-    first, height = (torch.cat([part[:, :1], part], dim=-1) for part in (knots, heights))
-    left = slopes[:, :-1] - mean
-    bend = left + slopes[:, 1:] - mean
-    inner = [
-        torch.cat([end, part, end], dim=-1) for end, part in ((one, width), (one, mean), (none, left), (none, bend))
-    ]
-    return torch.stack([height - chord * first, chord - line, first, *inner], dim=-1)
 
 
 def invert(y: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor) -> Tensor:
@@ -93,9 +21,10 @@ def invert(y: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor) -> Tensor:
 
     Args:
         y: any shape.
-        knots, heights, slopes: `[pieces + 1]`, as of `rational_spline`.
+        knots, heights, slopes: `[pieces + 1]`, as of `functional.rational_spline`.
     """
-    inside = y.clamp(float(heights[0]), float(heights[-1]))
+    low, high = heights.detach()[[0, -1]].tolist()
+    inside = y.clamp(low, high)
     piece = torch.searchsorted(heights[1:-1].contiguous(), inside.detach())
     width, rise = knots.diff()[piece], heights.diff()[piece]
     mean, rate, next_rate = rise / width, slopes[:-1][piece], slopes[1:][piece]

@@ -259,6 +259,40 @@ def piecewise_linear(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
     return torch.where(flat, intercept, slope * torch.where(flat, torch.zeros_like(x), x) + intercept)
 
 
+def rational_spline(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
+    """S(x) - c x: between two knots S = chord + w s u (p - (p + r) t) / (s + (p + r) u), and lines outside.
+
+    t goes from 0 to 1, u = t (1 - t), w is the width of the piece, s its mean slope, p and r what the slopes at its
+    ends are above that: x itself where heights are knots and all slopes 1. Packed: knots[n + 1], heights[n + 1],
+    slopes[n + 1], c; a knot belongs to the piece on its left. Computed in float64, as pieces may be narrow.
+    """
+    dtype, x, p = x.dtype, x.double(), [number.double() for number in p]
+    knots, heights, slopes, line = p[: n + 1], p[n + 1 : 2 * n + 2], p[2 * n + 2 : 3 * n + 3], p[3 * n + 3]
+    one, none = torch.ones_like(line), torch.zeros_like(line)
+
+    def row(k: int, chord: Tensor, *own: Tensor) -> list[Tensor]:
+        return [heights[k] - chord * knots[k], chord - line, knots[k], *own]
+
+    found = [part + torch.zeros_like(x) for part in row(0, slopes[0], one, one, none, none)]
+    for k in range(n + 1):
+        if k < n:
+            width = knots[k + 1] - knots[k]
+            mean = (heights[k + 1] - heights[k]) / width
+            left = slopes[k] - mean
+            following = row(k, mean, width, mean, left, left + slopes[k + 1] - mean)
+        else:
+            following = row(n, slopes[n], one, one, none, none)
+        beyond = x > knots[k]
+        found = [torch.where(beyond, new, old) for new, old in zip(following, found, strict=True)]
+    intercept, slope, knot, width, mean, left, bend = found
+    inside = torch.where(x < knots[0], knots[0], torch.where(x > knots[n], knots[n], x))
+    t = (inside - knot) / width
+    u = t * (1 - t)
+    level = torch.where((slope == 0) & torch.isinf(x), torch.zeros_like(x), x)
+    value = intercept + slope * level + width * mean * u * (left - bend * t) / (mean + bend * u)
+    return value.to(dtype)
+
+
 FORMULAS: dict[Family, Callable[[Tensor, Numbers, int, int], Tensor]] = {
     Family.POLYNOMIAL: polynomial,
     Family.HERMITE: hermite,
@@ -271,6 +305,7 @@ FORMULAS: dict[Family, Callable[[Tensor, Numbers, int, int], Tensor]] = {
     Family.RATIONAL: rational,
     Family.POLYRELU: polyrelu,
     Family.PIECEWISE_LINEAR: piecewise_linear,
+    Family.RATIONAL_SPLINE: rational_spline,
 }
 SLOPES: dict[Family, Callable[[Tensor, Numbers, int, int], Tensor]] = {
     Family.POLYNOMIAL: polynomial_slope,
@@ -297,7 +332,7 @@ def evaluate(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
     argument, factor = x.chunk(2, dim=-1) if formula.gated else (x, None)
     wide = argument.to(compute)
     groups = len(parameters)
-    shaped = parameters.to(compute)
+    shaped = parameters if formula.family == Family.RATIONAL_SPLINE else parameters.to(compute)
     if groups == 1:
         numbers = list(shaped[0].unbind())
     else:

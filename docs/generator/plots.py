@@ -57,7 +57,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "polyrelu": ({"degree": 3}, (2, 3, 5)),
     "piecewise_linear": ({"degree": 8}, ()),
     "polynorm": ({"degree": 3}, ()),
-    "rational_spline": ({"degree": 8}, ()),
+    "rational_spline": ({"degree": 8}, (4, 8, 16)),
 }
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 INTERVAL = (-4.0, 4.0)
@@ -242,6 +242,7 @@ def _errors() -> str:
         "polyrelu": (2, 3, 5),
         "tropical": (2, 4, 8),
         "tropical_rational": (2, 4, 6),
+        "rational_spline": (1, 2, 4, 6, 8),
     }
     for name, (_, fitted) in FAMILIES.items():
         if not fitted or name in ("chebyshev", "legendre"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from polytrope.ops.families import MAX_DEGREE, MAX_PIECES
+from polytrope.ops.families import largest_degree
 from polytrope.ops.fitting.targets import NAMED
 from polytrope.ops.modules import LEARNABLE
 
@@ -70,7 +70,7 @@ def names() -> dict[str, tuple[type[Any], dict[str, Any]]]:
     """The class and its arguments for every name, in the form of `ACT2FN`."""
     found = {}
     for family, kind in _CLASSES.items():
-        largest = MAX_PIECES if family in ("piecewise_linear", "rational_spline") else MAX_DEGREE
+        largest = largest_degree(family)
         degrees = range(1, largest + 1) if kind.has_degree else []
         sizes: dict[str, dict[str, Any]] = {family: {}} | {
             f"{family}{degree}": {"degree": degree} for degree in degrees

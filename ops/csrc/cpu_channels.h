@@ -133,6 +133,7 @@ ChannelKernel<S> find_channel_kernel(const Problem& problem) {
     case family_polyrelu: return channel_kernel_of<PolyReLU, S>();
     case family_rational: return channel_kernel_of<Rational, S>();
     case family_piecewise_linear: return channel_kernel_of<PiecewiseLinear, S>();
+    case family_rational_spline: return channel_kernel_of<RationalSpline, S>();
     default: return {};
   }
 }

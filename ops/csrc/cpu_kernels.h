@@ -231,8 +231,7 @@ inline bool may_be_by_channel(const Problem& problem) { return problem.groups > 
 template <class S>
 Kernel<S> find_kernel(const Problem& problem) {
   const int n = problem.degree, m = problem.second_degree;
-  // What tables have room for.
-  if (n < 1 || n > (problem.family == family_piecewise_linear ? max_pieces : max_degree)) return {};
+  if (n < 1 || n > largest_degree(problem.family)) return {};
   if (m < (problem.family == family_rational ? 1 : 0) || m > (problem.family == family_rational ? max_degree : 0)) return {};
   switch (problem.family) {
     case family_polynomial: return kernel_of_degree<Polynomial, S>(n, m);
@@ -258,14 +257,15 @@ Kernel<S> find_kernel(const Problem& problem) {
       if (n == 3 && m == 2) return kernel_of<Rational, S, 3, 2>(n, m);
       return kernel_of<Rational, S>(n, m);
     case family_piecewise_linear: return kernel_of<PiecewiseLinear, S>(n, m);
+    case family_rational_spline: return kernel_of<RationalSpline, S>(n, m);
     default: return {};
   }
 }
 
 // ---- passes ----
 
-constexpr int largest_table = 384, largest_sums = 2 * max_pieces;  // of HarmonicPieces and of PiecewiseLinear
-constexpr int largest_channel_table = PiecewiseLinear::largest_table;
+constexpr int largest_table = padded(RationalSpline::largest_table, 16), largest_sums = RationalSpline::largest_sums;
+constexpr int largest_channel_table = RationalSpline::largest_table;
 constexpr int tail_sums = 4;
 
 // x limited to the interval, and the family's variable of that. A copy of the problem's numbers, as the compiler reads

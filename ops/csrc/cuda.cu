@@ -6,8 +6,7 @@ namespace {
 
 int dispatch(const Problem& p, const Call& c) {
   if (p.data_type == type_float64) return 1;
-  // What tables have room for.
-  if (p.degree < 1 || p.degree > (p.family == family_piecewise_linear ? max_pieces : max_degree)) return 1;
+  if (p.degree < 1 || p.degree > largest_degree(p.family)) return 1;
   if (p.second_degree < 0 || p.second_degree > max_degree) return 1;
   switch (p.family) {
     case family_polynomial:
@@ -20,6 +19,7 @@ int dispatch(const Problem& p, const Call& c) {
     case family_tropical_rational:
     case family_piecewise_linear: return launch_lines(p, c);
     case family_rational:
+    case family_rational_spline:
     case family_polyrelu: return launch_quotients(p, c);
     case family_polynorm: return launch_polynorm(p, c);
     default: return 1;
@@ -27,7 +27,7 @@ int dispatch(const Problem& p, const Call& c) {
 }
 
 // No family has more parameters.
-static_assert(TropicalRational::largest_table <= most_parameters);
+static_assert(RationalSpline::parameters(max_pieces, 0) <= most_parameters);
 
 Parameters with_pointers(const Parts& parts, const void* const* pointers) {
   Parameters parameters{parts, {}};
@@ -40,12 +40,13 @@ Parameters with_pointers(const Parts& parts, const void* const* pointers) {
 
 extern "C" {
 
-// Bytes that backward needs beside its tensors, for the sums of each block: no family has more sums than parameters.
+// Bytes that backward needs beside its tensors, for the sums of each block: only splines have more sums than parameters.
 int64_t polytrope_cuda_workspace(const polytrope::Task* task) {
   using namespace polytrope;
   const Problem& p = task->problem;
   if (p.family == family_polynorm) return polynorm_partial_bytes(p);
-  const int64_t sums = width_of(task->parts) + tail_sums;
+  const int64_t own = p.family == family_rational_spline ? RationalSpline::sums(p.degree, 0) : width_of(task->parts);
+  const int64_t sums = own + tail_sums;
   if (is_by_column(p)) return columns_partial_bytes(p, sums);
   return p.groups * columns_of(p, most_blocks()) * sums * 8;
 }

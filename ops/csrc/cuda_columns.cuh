@@ -12,7 +12,13 @@ namespace polytrope {
 constexpr int most_across = 32;  // owners side by side in a block
 constexpr int few_channels = 32;  // in a group, from which on each group is a sequence for itself
 
-inline bool is_by_column(const Problem& p) { return p.groups > 1 && p.inner < few_channels; }
+// The tables of a spline leave no room for those of other channels.
+template <class Family>
+constexpr bool never_by_column = std::is_same_v<Family, RationalSpline>;
+
+inline bool is_by_column(const Problem& p) {
+  return p.groups > 1 && p.inner < few_channels && p.family != family_rational_spline;
+}
 
 // How many channels a thread owns: what it keeps of them must leave registers for 8 elements and the next 8. 1: only in
 // kernels where degree, tails and gates are read at run time.

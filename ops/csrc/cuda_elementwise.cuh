@@ -336,7 +336,8 @@ int launch_form(const Problem& p, const Call& c) {
 
 template <class Family, class Inner, int D, int E>
 int launch(const Problem& p, const Call& c) {
-  if (is_by_column(p)) return launch_columns<Family, Inner, D, E>(p, c);
+  if constexpr (!never_by_column<Inner>)
+    if (is_by_column(p)) return launch_columns<Family, Inner, D, E>(p, c);
   if constexpr (D > 0) {  // kernels of any degree have one form
     const Form form = form_of(p);
     if (form == plain) return launch_form<Family, Inner, D, E, plain>(p, c);

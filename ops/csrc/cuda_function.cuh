@@ -15,12 +15,12 @@ struct Call {
   cudaStream_t stream;
 };
 
-constexpr int most_parameters = 3 * max_pieces;  // of any family
+constexpr int most_parameters = 3 * max_pieces + 4;  // of any family
 
 // Families that know no interval.
 template <class Family>
 constexpr bool never_has_tails = std::is_same_v<Family, Tropical> || std::is_same_v<Family, TropicalRational> ||
-                                 std::is_same_v<Family, PiecewiseLinear>;
+                                 std::is_same_v<Family, PiecewiseLinear> || std::is_same_v<Family, RationalSpline>;
 
 // Families whose derivative may jump at an end of the interval, where `backward` takes the one side, tangents the other.
 template <class Family>

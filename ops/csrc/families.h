@@ -54,7 +54,13 @@ enum FamilyNumber {
   family_polyrelu = 9,
   family_piecewise_linear = 10,
   family_polynorm = 11,
+  family_rational_spline = 12,
 };
+
+// What tables have room for.
+POLYTROPE_FUNCTION constexpr int largest_degree(int family) {
+  return family == family_piecewise_linear || family == family_rational_spline ? max_pieces : max_degree;
+}
 
 // An element of a vector; of a number, itself.
 template <class T, class = void>
@@ -194,6 +200,18 @@ POLYTROPE_FUNCTION Float16 entry(Float16 index, const float* table, int n) {
   __builtin_memcpy(&low, table, sizeof(low));
   __asm__("vpermps %2, %1, %0" : "=v"(found) : "v"(__builtin_convertvector(index, Int16)), "v"(low));
   return n < 16 ? found : (index == 16.0f ? broadcast<Float16>(table[16]) : found);
+}
+// The same of a table of any length, with room for whole vectors: a permutation for each 16 entries.
+POLYTROPE_FUNCTION Float16 entry_of_many(Float16 index, const float* table, int n) {
+  Float16 found = entry(index, table, 0);
+  const Int16 whole = __builtin_convertvector(index, Int16);
+  for (int first = 16; first <= n; first += 16) {
+    Float16 low;
+    __builtin_memcpy(&low, table + first, sizeof(low));
+    __asm__("vpermps %1, %2, %0" : "=v"(low) : "v"(low), "v"(whole));  // by the last four bits of each number
+    found = index >= float(first) ? low : found;
+  }
+  return found;
 }
 #endif
 
@@ -1120,6 +1138,176 @@ struct PiecewiseLinear {
   }
   POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share share = {}) {
     for (int k = share.first; k < 3 * n - 1; k += share.step) gradient[k] = k < n - 1 ? 0 : sums[k - n + 1];
+  }
+};
+
+// S(x) - c x: between knots x_k < x_{k+1}, with t = (x - x_k) / w from 0 to 1, u = t (1 - t), w = x_{k+1} - x_k, the rise
+// r = y_{k+1} - y_k, p = d_k w / r - 1 and q = (d_k + d_{k+1}) w / r - 2,
+//   S = chord + r u (p - q t) / B,  B = 1 + q u,
+// and straight lines outside; packed: knots[n + 1], heights y[n + 1], slopes d[n + 1], c. A knot belongs to the piece on its
+// left. Whatever a piece's parameters are, the derivative of S by them is a combination of t^j / B², j = 0…4, so sums over
+// elements are of these.
+struct RationalSpline {
+  enum Entry { intercept, slope, knot, inverse, rise, left, bend, entries };  // of the chord less c x; x_k, 1 / w, r, p, q
+  static constexpr int moments = 5;  // for each piece
+  static constexpr int largest_table = entries * (max_pieces + 2) + 16, largest_sums = moments * (max_pieces + 1);
+  POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 3 * n + 4; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return entries * (n + 2); }
+  // After the moments: of g and g (x - x_0) below the knots, of g and g (x - x_n) above them, of g x.
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return moments * n + 5; }
+  // The lines outside, first and last, are pieces too, at the end of which x is stopped.
+  template <class S>
+  POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
+    const double *x = raw, *y = raw + n + 1, *d = raw + 2 * (n + 1), c = raw[3 * (n + 1)];
+    for (int k = share.first; k < n + 2; k += share.step) {
+      const bool inside = k > 0 && k <= n;
+      const int at = k > 0 ? k - 1 : 0;
+      const double width = inside ? x[k] - x[at] : 1, height = inside ? y[k] - y[at] : 0;
+      const double chord = inside ? height / width : d[at], p = inside ? (d[at] - chord) / chord : 0;
+      const double row[entries] = {y[at] - chord * x[at], chord - c, x[at], 1 / width, height, p,
+                                   inside ? p + (d[k] - chord) / chord : 0};
+      for (int entry = 0; entry < entries; ++entry) t[entry * (n + 2) + k] = S(row[entry]);
+    }
+  }
+  template <class V>
+  struct Piece {
+    V index, row[entries];
+  };
+  template <class V, class T>
+  POLYTROPE_FUNCTION static Piece<V> piece_of(V x, const T* t, int n) {
+    using S = Number<T>;
+    const int count = n + 2;
+    const T* const knots = t + knot * count + 1;
+    Piece<V> found;
+    if constexpr (!is_vector<V>) {
+      int k = 0;
+      for (int j = 0; j <= n; ++j) k += x > knots[j] ? 1 : 0;
+      found.index = broadcast<V>(S(k));
+      for (int entry = 0; entry < entries; ++entry) found.row[entry] = broadcast<V>(t[entry * count + k]);
+      return found;
+    } else {
+      found.index = V{};
+#if defined(__AVX512F__) && !defined(__CUDACC__)
+      if constexpr (std::is_same_v<T, float>) {
+        for (int j = 0; j <= n; ++j) found.index += x > knots[j] ? broadcast<V>(1.0f) : V{};
+        for (int entry = 0; entry < entries; ++entry) found.row[entry] = entry_of_many(found.index, t + entry * count, n + 1);
+        return found;
+      }
+#endif
+      for (int entry = 0; entry < entries; ++entry) found.row[entry] = broadcast<V>(t[entry * count]);
+      for (int k = 1; k < count; ++k) {
+        const auto beyond = x > knots[k - 1];
+        found.index = beyond ? broadcast<V>(S(k)) : found.index;
+        for (int entry = 0; entry < entries; ++entry)
+          found.row[entry] = beyond ? broadcast<V>(t[entry * count + k]) : found.row[entry];
+      }
+      return found;
+    }
+  }
+  // t, of x stopped at the first and the last knot.
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V place(V x, const Piece<V>& piece, const T* t, int n) {
+    const T* const knots = t + knot * (n + 2);
+    const V inside = smaller(broadcast<V>(knots[n + 1]), larger(broadcast<V>(knots[0]), x));
+    return (inside - piece.row[knot]) * piece.row[inverse];
+  }
+  template <class V, class T>
+  POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
+    using S = Number<T>;
+    const Piece<V> piece = piece_of(x, t, n);
+    const V at = place(x, piece, t, n), u = at - at * at, below = piece.row[bend] * u + S(1);
+    const V above = piece.row[rise] * u * (piece.row[left] - piece.row[bend] * at) / below;
+    const V level = piece.row[slope] == 0 ? V{} : piece.row[slope] * x;  // not 0 times infinity
+    return x == x ? level + piece.row[intercept] + above : x;
+  }
+  template <class V, class T, class Sums>
+  POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int) {
+    using S = Number<T>;
+    const Piece<V> piece = piece_of(x, t, n);
+    const V at = place(x, piece, t, n), u = at - at * at, below = piece.row[bend] * u + S(1);
+    const V scale = S(1) / (below * below);
+    const V turn = (S(1) - (at + at)) * (piece.row[left] - piece.row[bend] * at) - piece.row[bend] * u * below;
+    const V rate = piece.row[slope] + piece.row[rise] * piece.row[inverse] * turn * scale;
+    const T* const knots = t + knot * (n + 2);
+    const V m0 = g * scale, m1 = m0 * at, m2 = m1 * at, m3 = m2 * at, m4 = m3 * at;
+    const V low = g * (x - knots[0]), high = g * (x - knots[n + 1]);
+    if constexpr (!is_vector<V> && !std::is_same_v<V, Dual>) {
+      const int k = int(piece.index);
+      const auto own = sums + moments * (k - 1), outer = sums + moments * n;
+      if (k > 0 && k <= n) {
+        own[0] += m0;
+        own[1] += m1;
+        own[2] += m2;
+        own[3] += m3;
+        own[4] += m4;
+      } else if (k == 0) {
+        outer[0] += g;
+        outer[1] += low;
+      } else {
+        outer[2] += g;
+        outer[3] += high;
+      }
+    } else {
+      for (int k = 1; k <= n; ++k) {
+        const auto own = sums + moments * (k - 1);
+        add_where(piece.index, S(k), m0, own[0]);
+        add_where(piece.index, S(k), m1, own[1]);
+        add_where(piece.index, S(k), m2, own[2]);
+        add_where(piece.index, S(k), m3, own[3]);
+        add_where(piece.index, S(k), m4, own[4]);
+      }
+      const auto outer = sums + moments * n;
+      add_where(piece.index, S(0), g, outer[0]);
+      add_where(piece.index, S(0), low, outer[1]);
+      add_where(piece.index, S(n + 1), g, outer[2]);
+      add_where(piece.index, S(n + 1), high, outer[3]);
+    }
+    sums[moments * n + 4] += g * x;
+    return x == x ? g * rate : x;
+  }
+  // The derivatives of the sum of g S over a piece's elements by what stands at its left and its right end.
+  struct Ends {
+    double knots[2], heights[2], slopes[2];
+    POLYTROPE_HOST_DEVICE Ends(const double* raw, const double* sums, int k, int n) {
+      const double *x = raw + k, *y = x + n + 1, *d = y + n + 1, *m = sums + moments * k;
+      const double width = x[1] - x[0], height = y[1] - y[0], mean = height / width;
+      const double p = d[0] / mean - 1, q = d[0] / mean + d[1] / mean - 2;
+      // Of g; of g h with S = y + r h; of g times the derivatives of h by p, by q, by t; of the last times t.
+      const double all = m[0] + 2 * q * m[1] + (q * q - 2 * q) * m[2] - 2 * q * q * m[3] + q * q * m[4];
+      const double h = (1 + p) * m[1] + (q * (1 + p) - p) * m[2] - q * (1 + 2 * p) * m[3] + p * q * m[4];
+      const double by_p = m[1] + (q - 1) * m[2] - 2 * q * m[3] + q * m[4];
+      const double by_q = (1 + 2 * p) * m[3] - (1 + p) * m[2] - p * m[4];
+      const double by_t = (1 + p) * m[0] - 2 * p * m[1] + q * m[2];
+      const double by_t_t = (1 + p) * m[1] - 2 * p * m[2] + q * m[3];
+      const double by_mean = -(d[0] * (by_p + by_q) + d[1] * by_q) * width / mean;
+      slopes[0] = width * (by_p + by_q);
+      slopes[1] = width * by_q;
+      heights[1] = h + by_mean / width;
+      heights[0] = all - heights[1];
+      knots[0] = mean * (by_t_t - by_t) + by_mean * mean / width;
+      knots[1] = -mean * by_t_t - by_mean * mean / width;
+    }
+  };
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double* raw, double* gradient, int n, int,
+                                        Share share = {}) {
+    const double *d = raw + 2 * (n + 1), *outer = sums + moments * n;
+    for (int k = share.first; k <= n; k += share.step) {
+      double knots = 0, heights = 0, slopes = 0;
+      if (k > 0) {
+        const Ends piece(raw, sums, k - 1, n);
+        knots += piece.knots[1], heights += piece.heights[1], slopes += piece.slopes[1];
+      }
+      if (k < n) {
+        const Ends piece(raw, sums, k, n);
+        knots += piece.knots[0], heights += piece.heights[0], slopes += piece.slopes[0];
+      }
+      if (k == 0) knots -= d[0] * outer[0], heights += outer[0], slopes += outer[1];
+      if (k == n) knots -= d[n] * outer[2], heights += outer[2], slopes += outer[3];
+      gradient[k] = knots;
+      gradient[n + 1 + k] = heights;
+      gradient[2 * (n + 1) + k] = slopes;
+      if (k == 0) gradient[3 * (n + 1)] = -outer[4];
+    }
   }
 };
 

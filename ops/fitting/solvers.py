@@ -2,18 +2,19 @@
 
 Polynomials are solved by SVD in Legendre polynomials of the interval, in float64, and written in the family's basis by
 exact rational arithmetic. The other families are linear problems with a few Gauss-Newton steps for what enters
-nonlinearly; broken lines are found by dynamic programming.
+nonlinearly; broken lines are found by dynamic programming; splines go through the function at knots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from polytrope.ops.fitting import fourier, placement, polynomial, quadrature, rational, tropical
+from polytrope.ops.fitting import fourier, placement, polynomial, quadrature, rational, spline, tropical
 from polytrope.ops.fitting.curves import Array, Curve
 from polytrope.ops.fitting.refinement import Data, Ends
 from polytrope.ops.fitting.targets import Target, find_kinks, resolve_target, sample
@@ -31,6 +32,7 @@ class Problem:
         free_ends: the interval is one to start from.
         denominator_degree: of a rational function; default: one less than the numerator's.
         variable: of a polynomial: (shift, scale), the coefficients then are of its basis in (x - shift) / scale.
+        dtype: of the module.
     """
 
     family: str
@@ -43,6 +45,7 @@ class Problem:
     free_ends: bool
     denominator_degree: int | None = None
     variable: polynomial.Variable | None = None
+    dtype: torch.dtype = torch.float64
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,14 @@ def imitate(
         return fit_linear(problem, [])
     if family not in NONLINEAR:
         raise ValueError(f"a {family} activation imitates no function")
-    *_, found = NONLINEAR[family](problem)
+    return fit_nonlinear(problem)
+
+
+def fit_nonlinear(problem: Problem) -> Solution:
+    """The member of a family of `NONLINEAR` of this very degree."""
+    if problem.family == "rational_spline":  # which needs none of a lower degree
+        return _fit_rational_spline(problem)
+    *_, found = NONLINEAR[problem.family](problem)
     return found
 
 
@@ -231,6 +241,17 @@ def _fit_rational(problem: Problem) -> Iterator[Solution]:
         yield Solution(quotient.evaluate, parameters, condition, ends)
 
 
+def _fit_rational_splines(problem: Problem) -> Iterator[Solution]:
+    for pieces in range(1, problem.degree + 1):
+        yield _fit_rational_spline(replace(problem, degree=pieces))
+
+
+def _fit_rational_spline(problem: Problem) -> Solution:
+    intervals, data, _ = _starting_points(problem)
+    curve, ends = spline.fit_spline(problem.exact, data, problem.degree, intervals, problem.dtype)
+    return Solution(curve.evaluate, curve.parameters(), 1.0, ends)
+
+
 def _starting_points(problem: Problem) -> tuple[list[Ends], Data, bool]:
     """Intervals to start from, the points that count, and whether the ends of the intervals are refined."""
     assert problem.interval is not None
@@ -250,10 +271,14 @@ NONLINEAR: dict[str, Callable[[Problem], Iterator[Solution]]] = {
     "tropical": _fit_tropical,
     "tropical_rational": _fit_tropical_rational,
     "rational": _fit_rational,
+    "rational_spline": _fit_rational_splines,
 }
+# Those that are solved, or written down, once: at all points, where a search takes fewer.
+DIRECT = (*LINEAR, "rational_spline")
 
-# Families that contain their members of lower degree; of a tropical activation every degree has slopes of its own.
-NESTED = tuple(family for family in (*LINEAR, *NONLINEAR) if family not in ("tropical", "harmonic"))
+# Families that contain their members of lower degree; of a tropical activation every degree has slopes of its own, of a
+# spline every number of pieces its knots.
+NESTED = tuple(family for family in (*LINEAR, *NONLINEAR) if family not in ("tropical", "harmonic", "rational_spline"))
 
 
 def raised(family: str, parameters: dict[str, Array], degree: int) -> dict[str, Array]:

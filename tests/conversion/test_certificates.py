@@ -23,7 +23,8 @@ TARGETS = {
     "relu6": nn.ReLU6(),
     "hardswish": nn.Hardswish(),
 }
-FAMILIES = ("hermite", "chebyshev", "legendre", "fourier", "rational", "tropical", "tropical_rational", "polyrelu")
+POLYNOMIALS = ("hermite", "chebyshev", "legendre")
+FAMILIES = (*POLYNOMIALS, "fourier", "rational", "tropical", "tropical_rational", "polyrelu", "rational_spline")
 
 
 def drawn(seed: int, scale: float, shift: float, dtype: torch.dtype) -> Tensor:

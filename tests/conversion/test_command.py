@@ -183,7 +183,10 @@ def test_calibration_in_ray_tasks_counts_the_same(tmp_path: Path) -> None:
         (["{model}", "{out}", "--data", "{out}.txt"], "out.txt: there is no such file or directory"),
         (["{model}", "{out}", "--data", "{model}"], "cannot be read as text"),
         (["{model}", "{out}", "--data", "{nan}"], "an array of shape"),
-        (["{model}", "{out}", "--degree", "17"], "--degree: expected at most 16, got '17'"),
+        (
+            ["{model}", "{out}", "--degree", "17"],
+            "--degree: expected at most 16 (family rational_spline: 64 pieces) (got '17')",
+        ),
         (["{model}", "{out}", "--degree", "0"], "--degree: expected at least 1, got '0'"),
         (["{model}", "{out}", "--samples", "0"], "--samples: expected at least 1, got '0'"),
         (["{model}", "{out}", "--target-error", "-1"], "--target-error: expected more than 0, got '-1'"),

@@ -329,7 +329,8 @@ def learned(family: str) -> nn.Module:
     return fit("gelu", family, 5, interval=(-4, 4)).build()
 
 
-FAMILIES = ("hermite", "chebyshev", "legendre", "fourier", "rational", "polyrelu", "tropical", "tropical_rational")
+POLYNOMIALS = ("hermite", "chebyshev", "legendre")
+FAMILIES = (*POLYNOMIALS, "fourier", "rational", "polyrelu", "tropical", "tropical_rational", "rational_spline")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -97,7 +97,9 @@ def test_nothing_found_says_what_there_is_and_what_would_take_it() -> None:
 
 def test_a_model_that_is_converted_already_says_so() -> None:
     model = convert(network(nn.GELU(), nn.Linear(8, 8), nn.SiLU()), [X], degree=4, types=["GELU"]).model
-    with pytest.raises(ValueError, match=r"converted already: its 2 activations are learned \(1, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"no classical activation: its 2 are learned already \(1, 3\), by a training or a conv"
+    ):
         convert(convert(model, [X], degree=4).model, [X])
     left = convert(model, [X], degree=5).left
     assert [(entry.name, entry.reason) for entry in left] == [

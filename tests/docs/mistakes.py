@@ -38,7 +38,7 @@ stages:
   convert:
     uses: convert
     inputs: {model: train, dataset: shard}
-    with: {family: chebyshev, degree: 8}
+    with: {family: chebyshev, degree: 8, types: [Hermite]}
   evaluate:
     uses: evaluate
     inputs: {dataset: shard, models: {trained: train, converted: convert}}
@@ -267,7 +267,7 @@ SECTIONS: dict[str, list[Mistake]] = {
     "Conversion, evaluation, report": [
         Mistake("a family that there is not", "family: chebyshev", "family: chebychev"),
         Mistake("layers that the model does not have", "degree: 8", "degree: 8, layers: 2-5"),
-        Mistake("activations that are so already", "family: chebyshev", "family: hermite"),
+        Mistake("activations that are so already", ", types: [Hermite]", ""),
         Mistake("a drift from no model", "{converted: trained}", "{converted: baseline}"),
         Mistake("a stride longer than the samples", "{drift: {converted: trained}}", "{stride: 100}"),
         Mistake("a baseline that there is not", "baseline: trained", "baseline: gelu"),
@@ -285,7 +285,7 @@ SECTIONS: dict[str, list[Mistake]] = {
         ),
         Mistake(
             "options of another weight",
-            "{family: chebyshev, degree: 8}",
+            "{family: chebyshev, degree: 8, types: [Hermite]}",
             "{family: chebyshev, degree: 2, weight: normal, coverage: 0.99}",
         ),
         Mistake(

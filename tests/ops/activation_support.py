@@ -34,6 +34,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"name": "polyrelu", "degree": 3},
     {"name": "polynorm", "degree": 3},
     {"name": "piecewise_linear", "degree": 8},
+    {"name": "rational_spline", "degree": 6},
 ]
 CONTROL: dict[str, Any] = {"name": "affine", "base": "silu"}  # without a kernel
 

@@ -49,7 +49,7 @@ def test_what_the_benchmark_of_the_machine_code_replaces_is_in_the_sources() -> 
 def readable(name: str) -> str:
     kind = re.search(r"(forward|backward|finish)_(kernel|rows|columns)", name)
     families = "Polynomial|Hermite|Chebyshev|Legendre|Fourier|Harmonic|TropicalRational|Tropical|PiecewiseLinear|"
-    families += "Rational|PolyReLU"
+    families += "RationalSpline|Rational|PolyReLU"
     family, degree = re.search(families, name), re.search(r"Li(\d+)E", name)
     form = re.search(r"FormE(\d)", name)
     assert kind is not None, name
@@ -122,6 +122,8 @@ CASES = [
     Formula(Family.FOURIER, 4, 0, (-0.9, 0.8)),
     Formula(Family.LEGENDRE, 8, 0, (), -1, True),
     Formula(Family.PIECEWISE_LINEAR, 40),
+    Formula(Family.RATIONAL_SPLINE, 8, 0, (), -1, True),
+    Formula(Family.RATIONAL_SPLINE, 64),
     Formula(Family.CHEBYSHEV, 16),
     Formula(Family.CHEBYSHEV, 8, 0, (-0.9, 0.8), variable=(0.1, 1.2)),
     Formula(Family.HERMITE, 5, 0, (), -1, True, variable=(-0.1, 0.7)),

@@ -233,7 +233,7 @@ def test_the_operators_refuse_what_does_not_belong_together(name: str) -> None:
         (torch.zeros(2, 6), table, (6, 3, 0, [0.0, 0.5], -1, False, 0.0), "interval"),
         (torch.zeros(2, 6), torch.zeros(2, 4), (11, *plain), "polynorm"),
         (torch.zeros(()), table, (11, *plain), "polynorm"),
-        (torch.zeros(2, 6), table, (12, *plain), "family"),
+        (torch.zeros(2, 6), table, (13, *plain), "family"),
         (torch.zeros(2, 6), torch.zeros(0, 4), (1, *plain), "group"),
         (torch.zeros(2, 6), torch.zeros(2, 2, 4), (1, *plain), "expected"),
         (torch.zeros(2, 6), table.long(), (1, *plain), "float"),
@@ -254,7 +254,7 @@ def test_the_library_itself_refuses_degrees_that_its_tables_have_no_room_for() -
     from polytrope.ops.families import Family, Formula
     from polytrope.ops.packing import PLAIN
 
-    for family, degree, second in ((Family.HERMITE, 17, 0), (Family.PIECEWISE_LINEAR, 65, 0), (Family.RATIONAL, 3, 17)):
+    for family, degree, second in ((Family.HERMITE, 17, 0), (Family.RATIONAL_SPLINE, 65, 0), (Family.RATIONAL, 3, 17)):
         call = native.prepare_for(x, parameters, PLAIN, Formula(Family.HERMITE, 3))
         problem = native._Call.from_buffer_copy(call.structure)
         problem.task.problem.family, problem.task.problem.degree = family, degree

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from polytrope.ops import build_activation, functional, native
+from polytrope.ops import build_activation, cuda, functional, native
 from polytrope.ops.families import Family, Formula, parameter_count
 from polytrope.ops.packing import PLAIN
 
@@ -22,6 +22,7 @@ CONFIGS: list[dict[str, Any]] = [
     {"name": "legendre", "degree": 4, "glu": True},
     {"name": "polynorm", "degree": 3},
     {"name": "piecewise_linear", "degree": 8, "num_parameters": 4, "dim": 1},
+    {"name": "rational_spline", "degree": 5, "num_parameters": 4, "dim": 1},
 ]
 
 
@@ -124,9 +125,7 @@ def test_a_row_has_the_same_bits_whatever_else_is_in_the_batch(family: Family, g
     """Groups of several channels: from 256 rows on they are computed by channel."""
     for degree in (4, 8):
         formula = Formula(family, degree, 4 if family == Family.RATIONAL else 0, (), -1, gated)
-        parameters = numbers(6, parameter_count(formula)) * 0.3
-        if family == Family.PIECEWISE_LINEAR:
-            parameters[:, : degree - 1] = parameters[:, : degree - 1].sort(dim=-1).values
+        parameters = cuda.possible(numbers(6, parameter_count(formula)) * 0.3, formula)
         x = numbers(300, 6 * 20 * (2 if gated else 1), dtype=dtype)
         x[7, ::5] *= 40
         results = []

@@ -19,7 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from polytrope.ops import Hermite, build_activation, kernels, lowering
 from polytrope.ops.families import Family, Formula
 
-OPERATORS = ("fourier", "tropical", "tropical_rational", "rational", "polynorm", "piecewise_linear")  # for the compiler
+OPERATORS = (  # for the compiler
+    "fourier",
+    "tropical",
+    "tropical_rational",
+    "rational",
+    "polynorm",
+    "piecewise_linear",
+    "rational_spline",
+)
 MORE: list[dict[str, Any]] = [
     {"name": "legendre", "degree": 4, "num_parameters": 3, "interval": [-1.0, 1.5]},
     {"name": "chebyshev", "degree": 3, "num_parameters": 6, "dim": 1},

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from activation_support import inputs
+from kernels_support import without_kernels
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from polytrope.ops import Affine, PiecewiseLinear, RationalSpline, build_activation, kernels, moments
-from polytrope.ops.rational_spline import FLOOR, invert, rational_spline, tied
+from polytrope.ops import Affine, PiecewiseLinear, RationalSpline, build_activation, kernels, moments, reference
+from polytrope.ops.families import Family, Formula
+from polytrope.ops.functional import rational_spline
+from polytrope.ops.rational_spline import FLOOR, invert, tied
 
 
 def random_spline(pieces: int = 7, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,15 +81,12 @@ def test_starts() -> None:
         assert (module(x) - getattr(nn.functional, name)(x))[abs(x) < 4].abs().max() < 0.13
 
 
-def test_it_is_made_in_any_mode_and_says_that_it_has_no_kernel() -> None:
+def test_it_is_made_in_any_mode() -> None:
     with FakeTensorMode():
         assert RationalSpline()(torch.zeros(3)).shape == RationalSpline(init="gelu")(torch.zeros(3)).shape == (3,)
     with torch.inference_mode():
         assert torch.equal(RationalSpline().rises, RationalSpline().rises)
         assert Affine(base="silu").gain.shape == (1,)
-    module, before = RationalSpline(), kernels.fallbacks["rational_spline"]
-    module(torch.zeros(3))
-    assert kernels.fallbacks["rational_spline"] == before + 1
 
 
 def moved(module: RationalSpline) -> RationalSpline:
@@ -143,6 +143,47 @@ def test_narrow_types_scalars_and_the_ends_of_the_line() -> None:
     for groups in (1, 2):
         result = RationalSpline(5, num_parameters=groups, dim=1)(image)
         assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("pieces", [1, 7, 14, 15, 30, 31, 64])
+def test_kernels_agree_with_the_reference_at_knots_and_beyond(pieces: int) -> None:
+    """Permutations of 16 entries end at 14 and 30 pieces. float32: derivatives of one part, relative to its largest."""
+    knots, heights, slopes = random_spline(pieces, seed=2)
+    numbers = torch.cat([knots, heights, slopes, torch.tensor([0.4], dtype=torch.float64)])[None]
+    formula = Formula(Family.RATIONAL_SPLINE, pieces)
+    between = torch.linspace(-5, 6, 3000, dtype=torch.float64)
+    for dtype, digits in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+        own = knots.to(dtype)  # a rounded knot is on the other side, where the slope is the same
+        x = torch.cat([own, torch.nextafter(own, own + 1), torch.nextafter(own, own - 1), between.to(dtype)])
+        seed = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+        leaves = (x.double().requires_grad_(), numbers.clone().requires_grad_())
+        expected = reference.evaluate(*leaves, formula)
+        ours = (x.requires_grad_(), numbers.clone().requires_grad_())
+        parts = ours[1].split([pieces + 1, pieces + 1, pieces + 1, 1], dim=-1)
+        found = rational_spline(ours[0], *parts)
+        assert (found - expected).abs().max() < digits
+        exact_gradients = torch.autograd.grad(expected, leaves, seed.double())
+        gradients = torch.autograd.grad(found, ours, seed)
+        for mine, its in zip(gradients, exact_gradients, strict=True):
+            assert (mine - its).abs().max() < 10 * digits * its.abs().max()
+        assert torch.equal(torch.autograd.grad(rational_spline(ours[0], *parts), ours, seed)[1], gradients[1])
+
+
+def test_what_the_function_takes_is_checked() -> None:
+    knots, line = torch.linspace(-1, 1, 4), torch.zeros(1)
+    x = torch.zeros(3)
+    with pytest.raises(ValueError, match="slopes: expected 4 per group"):
+        rational_spline(x, knots, knots, torch.ones(3), line)
+    with pytest.raises(ValueError, match="knots: expected pieces from 1 to 64, got 65"):
+        rational_spline(x, *[torch.arange(66.0)] * 3, line)
+    with pytest.raises(ValueError, match=r"line: expected \[1\] or \[groups, 1\], got \[4\]"):
+        rational_spline(x, knots, knots, knots, knots)
+    before = kernels.fallbacks["activation"]
+    rational_spline(x, knots, knots, torch.ones(4), line)
+    assert kernels.fallbacks["activation"] == before
+    with without_kernels():
+        assert torch.equal(rational_spline(knots, knots, knots, torch.ones(4), line), knots)
+    assert kernels.fallbacks["activation"] == before + 1
 
 
 def test_it_compiles_and_its_plain_form_is_the_same_function() -> None:

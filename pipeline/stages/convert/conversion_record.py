@@ -14,7 +14,7 @@ from polytrope.models.conversion import FitOptions, LayerConversion, fit_layer
 from polytrope.models.convert import target_name
 from polytrope.models.surgery import Activation
 from polytrope.ops import circuit
-from polytrope.ops.families import MAX_DEGREE
+from polytrope.ops.families import largest_degree
 from polytrope.ops.fitting.targets import broken_line
 from polytrope.ops.polynomial_only import MAX_DEPTH
 from polytrope.pipeline.data.conversion_file import Advice, ConversionRecord
@@ -131,7 +131,7 @@ def _suggestion(conversion: LayerConversion, share: float, options: FitOptions) 
         degree = int(conversion.fit.config["degree"]) + 2
         what = f"degree {degree}"
         family = conversion.fit.config["name"]
-        changed = {"family": family, "degree": degree} if degree <= MAX_DEGREE else {}
+        changed = {"family": family, "degree": degree} if degree <= largest_degree(family) else {}
     if not changed:
         return f"{opening}; leave this layer as it is if that is too much"
     higher = replace(options, target_error=None, **changed)

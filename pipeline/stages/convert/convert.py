@@ -15,6 +15,7 @@ from typing import Any
 from polytrope.models import make_config
 from polytrope.models.configurations import (
     CLASSICAL,
+    FIXED,
     MODEL_KINDS,
     NO_ACTIVATION,
     activation_configs,
@@ -112,10 +113,12 @@ def promise(
             else "inputs.model: the model has norm: evonorm, and no activation to convert but the sigmoid inside",
             "convert a model with activations",
         )
-    if names == {parameters.replacement()}:
+    if not (names & {*FIXED} or parameters.types or parameters.include):
+        listed = ", ".join(sorted(names))
         raise UserError(
-            f"family: the model was trained with `{parameters.replacement()}` activations already",
-            f"convert a model with a classical activation ({', '.join(CLASSICAL)})",
+            f"types: the model's activations are learned already ({listed}), and such stay unless they are named",
+            f"convert a model with a classical activation ({', '.join(CLASSICAL)}), or fit these again: "
+            f"types: [{listed}]",
         )
     # which activations it has then depends on what is found in it
     known.pop("activation", None)

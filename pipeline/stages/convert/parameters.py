@@ -16,6 +16,7 @@ from polytrope.models.convert_options import (
     Quantize,
     check_basis,
     check_equalize,
+    check_family_degree,
     check_keep,
     check_polynomial_only,
     check_structural,
@@ -63,8 +64,22 @@ def _read_domain(value: Any) -> Any:
 
 
 Family = Literal[
-    "hermite", "chebyshev", "legendre", "fourier", "tropical", "tropical_rational", "rational", "polyrelu", "auto"
+    "hermite",
+    "chebyshev",
+    "legendre",
+    "fourier",
+    "tropical",
+    "tropical_rational",
+    "rational",
+    "polyrelu",
+    "rational_spline",
+    "auto",
 ]
+
+
+def _check_degree(value: int | None, info: ValidationInfo) -> int | None:
+    check_family_degree(value, info.data.get("family"))
+    return value
 
 
 def _check_weight(value: str, info: ValidationInfo) -> str:
@@ -263,11 +278,12 @@ class ConvertParameters(BaseModel):
         "quantize, activations stay as they are if not given; auto: that of the fewest parameters that meets "
         "target_error",
     )
-    degree: int | None = Field(
+    degree: Annotated[int | None, AfterValidator(_check_degree)] = Field(
         None,
         ge=1,
-        le=16,
-        description="degree, 8 if not given; with target_error the highest one tried, 16 if not given",
+        le=64,
+        description="degree, at most 16, or the pieces of a rational_spline; 8 if not given; with target_error the "
+        "highest one tried, 16 if not given",
     )
     target_error: Annotated[float | None, AfterValidator(_check_auto)] = Field(
         None,
