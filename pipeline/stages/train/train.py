@@ -14,7 +14,7 @@ from typing import Any
 from polytrope.models.configurations import MODEL_KINDS
 from polytrope.pipeline.data.lineage import Lineage, read_lineage, write_lineage
 from polytrope.pipeline.data.misfits import misfit, refuse_misfit
-from polytrope.pipeline.data.promised import PromisedModel, PromisedText, expect, expect_data
+from polytrope.pipeline.data.promised import PromisedModel, PromisedTangent, PromisedText, expect, expect_data
 from polytrope.pipeline.data.training_file import figure_names, read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
@@ -40,7 +40,7 @@ def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
 
 def promise(
     parameters: TrainParameters, upstream: Mapping[str, Any], resources: Resources, _directory: Path
-) -> PromisedModel | None:
+) -> PromisedModel | PromisedTangent | None:
     """The model that will be trained; refuses what does not fit the data set or the workers."""
     _, accumulation = split_batch(parameters, resources.workers)
     data = expect_data("inputs.dataset", upstream["dataset"])
@@ -63,7 +63,8 @@ def promise(
     check_of_numbers(trained.architecture, trained.settings, parameters)
     kind = MODEL_KINDS[model.architecture].data
     names = figure_names(kind, predicts_numbers=predicts_numbers(trained.settings), fit=parameters.fit_samples > 0)
-    return replace(trained, figures=names)
+    promised = replace(trained, figures=names)
+    return PromisedTangent(promised) if parameters.linearize else promised
 
 
 def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
