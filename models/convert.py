@@ -59,6 +59,7 @@ from polytrope.models.factorize import factor_layers
 from polytrope.models.formats import read_model, write_model
 from polytrope.models.formats.module import MODULE_FILE, load_module
 from polytrope.models.inputs import Data, read_batches, size_of
+from polytrope.models.linearized import refuse_tangent
 from polytrope.models.modes import measuring
 from polytrope.models.polynomials import Polynomials, hold_out, measure_polynomials
 from polytrope.models.quantize import parameter_bytes, quantize_layers
@@ -385,6 +386,7 @@ def convert(
     if output_error is not None and not 0 < output_error < math.inf:
         raise ValueError(f"output_error: expected a number > 0, got {output_error!r}")
     check_keep(keep, output_error, rated_samples)
+    refuse_tangent(model, "convert the model that it is a tangent of")
     batches = read_batches(data, samples)
     if not in_place:
         try:

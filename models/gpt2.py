@@ -224,7 +224,6 @@ class GPT2(nn.Module):
         )
         return embedded
 
-    @torch.no_grad()
     def generate(
         self,
         tokens: Tensor,
@@ -245,42 +244,16 @@ class GPT2(nn.Module):
 
         Raises:
             ValueError: no token to begin with, a negative number of new ones, a temperature below 0, a top_k below 1.
-
-        Past `sequence_length` the window slides by half of it, since learned absolute positions make the cache of a
-        shifted window worthless.
         """
-        for name, right, wanted, value in (
-            ("tokens", tokens.size(1) >= 1, "at least one position to continue", list(tokens.shape)),
-            ("max_new_tokens", max_new_tokens >= 0, "a number of at least 0", max_new_tokens),
-            ("temperature", 0.0 <= temperature < math.inf, "a finite number of at least 0", temperature),
-            ("top_k", top_k is None or top_k >= 1, "None or a number of at least 1", top_k),
-        ):
-            if not right:
-                raise ValueError(f"{name}: expected {wanted}, got {value}")
-        with evaluation_mode(self):
-            return self._generate(tokens, max_new_tokens, temperature, top_k, generator, end)
-
-    def _generate(
-        self,
-        tokens: Tensor,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        generator: Any,
-        end: int | None,
-    ) -> Tensor:
-        limit = self.config.sequence_length
-        sequence = tokens
-        pending, cache = tokens[:, -limit:], None
-        for _ in range(max_new_tokens):
-            if (cache.positions if cache else 0) + pending.size(1) > limit:
-                pending, cache = sequence[:, -max(1, limit // 2) :], None
-            logits, cache = self.forward_with_cache(pending, cache)
-            pending = sample_token(logits.float(), temperature, top_k, generator)
-            sequence = torch.cat((sequence, pending), dim=1)
-            if end is not None and bool((sequence[:, tokens.size(1) :] == end).any(dim=1).all()):
-                break
-        return sequence
+        return sample_sequence(
+            self,
+            tokens,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            generator=generator,
+            end=end,
+        )
 
     def flops_per_token(self) -> float:
         """Floating-point operations of forward and backward per token: 6 N + 12 L H Q T (PaLM, appendix B), L the
@@ -293,6 +266,45 @@ class GPT2(nn.Module):
         parameters = sum(parameter.numel() for parameter in self.parameters()) - looked_up * config.n_embd
         pairs = sum(part.pairs for part in config.attention_settings())
         return 6.0 * parameters + 12.0 * pairs * config.n_embd * config.sequence_length
+
+
+@torch.no_grad()
+def sample_sequence(
+    model: Any,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+    end: int | None = None,
+) -> Tensor:
+    """What `GPT2.generate` does, with any model that has its `config` and `forward_with_cache`.
+
+    Past `sequence_length` the window slides by half of it, since learned absolute positions make the cache of a
+    shifted window worthless.
+    """
+    for name, right, wanted, value in (
+        ("tokens", tokens.size(1) >= 1, "at least one position to continue", list(tokens.shape)),
+        ("max_new_tokens", max_new_tokens >= 0, "a number of at least 0", max_new_tokens),
+        ("temperature", 0.0 <= temperature < math.inf, "a finite number of at least 0", temperature),
+        ("top_k", top_k is None or top_k >= 1, "None or a number of at least 1", top_k),
+    ):
+        if not right:
+            raise ValueError(f"{name}: expected {wanted}, got {value}")
+    limit = model.config.sequence_length
+    sequence = tokens
+    pending, cache = tokens[:, -limit:], None
+    with evaluation_mode(model):
+        for _ in range(max_new_tokens):
+            if (cache.positions if cache else 0) + pending.size(1) > limit:
+                pending, cache = sequence[:, -max(1, limit // 2) :], None
+            logits, cache = model.forward_with_cache(pending, cache)
+            pending = sample_token(logits.float(), temperature, top_k, generator)
+            sequence = torch.cat((sequence, pending), dim=1)
+            if end is not None and bool((sequence[:, tokens.size(1) :] == end).any(dim=1).all()):
+                break
+    return sequence
 
 
 def sample_token(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from polytrope.models.gpt2 import Cache, sample_sequence
 from polytrope.models.parts.reciprocal import certified_modules
+
+_INITIAL = "initial."  # before the names of the frozen model
 
 
 class LinearizedModel(nn.Module):
@@ -46,6 +49,37 @@ class LinearizedModel(nn.Module):
         self.tangents = nn.ParameterList(torch.zeros_like(self.initial.get_parameter(name)) for name in self.names)
         self.train(model.training)
 
+    @property
+    def architecture(self) -> str:
+        """Of the frozen model."""
+        return str(self.initial.architecture)
+
+    @property
+    def config(self) -> Any:
+        """Of the frozen model."""
+        return self.initial.config
+
+    @property
+    def tied_weights(self) -> dict[str, str]:
+        """Names in `state_dict` of the frozen model's tied weights, and of those that they share."""
+        tied: Mapping[str, str] = getattr(self.initial, "tied_weights", {})
+        return {_INITIAL + name: _INITIAL + source for name, source in tied.items()}
+
+    def pairs(self) -> Iterator[tuple[str, Tensor, nn.Parameter]]:
+        """Name and value of each weight that has a tangent, and the tangent, in the order of `names`."""
+        for name, tangent in zip(self.names, self.tangents, strict=True):
+            yield name, self.initial.get_parameter(name), tangent
+
+    def separated(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Tensors by their names in `state_dict`, as those of the frozen model and the tangents, by its own names."""
+        frozen = {name.removeprefix(_INITIAL): value for name, value in state.items() if name.startswith(_INITIAL)}
+        return frozen, {name: state[f"tangents.{number}"] for number, name in enumerate(self.names)}
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """Weights and running statistics of the frozen model by their names in `state_dict`; not its counters."""
+        state = self.initial.state_dict()
+        return {_INITIAL + name: value for name, value in state.items() if value.is_floating_point()}
+
     def train(self, mode: bool = True) -> Self:
         """As of any module, but for the frozen model, which stays in evaluation."""
         super().train(mode)
@@ -74,6 +108,21 @@ class LinearizedModel(nn.Module):
         model: Any = self.initial
         loss: Tensor = model.loss(outputs, targets, reduction=reduction, training=self.training)
         return loss
+
+    def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Of a text model: what `GPT2.generate` does. Every token takes a forward pass of the whole window."""
+        return sample_sequence(self, tokens, max_new_tokens, **options)
+
+    def forward_with_cache(self, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """Logits of the last position `[batch, vocab_size]`; what is kept for the next ones are the tokens alone."""
+        seen = tokens if cache is None else torch.cat((*cache.layers, tokens), dim=1)
+        return self(seen)[:, -1], Cache(seen.size(1), [seen])
+
+
+def refuse_tangent(model: nn.Module, why: str) -> None:
+    """Raise ValueError where `model` is a tangent model; `why`: what it cannot be."""
+    if isinstance(model, LinearizedModel):
+        raise ValueError(f"model: a tangent model, which no weights alone compute: {why}")
 
 
 def average_linearized(models: Sequence[LinearizedModel]) -> LinearizedModel:

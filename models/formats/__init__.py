@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from polytrope.models import ARCHITECTURES, find_architecture, is_own
+from polytrope.models.linearized import refuse_tangent
 
 if TYPE_CHECKING:
     from polytrope.models.formats.module import Factory
@@ -95,8 +96,9 @@ def read_model(path: str | Path, config: Mapping[str, Any] | None = None, model:
     if config and kind not in ("deepspeed", "state"):
         raise ValueError(f"{path}: its configuration is in the directory; leave out {', '.join(config)}")
     if kind == "own":
-        from polytrope.models.checkpoint import load_model
+        from polytrope.models.checkpoint import load_model, read_description
 
+        read_description(path)  # refuses what is no model of weights alone
         return load_model(path)
     if kind == "huggingface":
         from polytrope.models.formats.huggingface import load_huggingface
@@ -148,6 +150,8 @@ def write_model(
     """
     directory, source = Path(directory), None if source is None else Path(source)
     ours = is_own(model)
+    if format == "huggingface":
+        refuse_tangent(model, "transformers has none")
     if format == "own" and not ours:
         titles = ", ".join(find_architecture(name).title for name in ARCHITECTURES)
         raise ValueError(f"format: own is for {titles}; this architecture is written as huggingface")

@@ -19,6 +19,7 @@ from polytrope.pipeline.data.promised import (
     PromisedText,
     expect,
     expect_data,
+    expect_evaluable,
 )
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.text import count
@@ -133,13 +134,18 @@ def refuse_misfit(field: str, model: PromisedModel | None, data: PromisedData | 
         raise UserError(f"{field}: {found.text}", found.hint)
 
 
-def refuse_misfits(upstream: Mapping[str, Any]) -> PromisedData | None:
+def refuse_misfits(upstream: Mapping[str, Any], *, tangents: bool = False) -> PromisedData | None:
     """What is known of the data set of a stage with the inputs `dataset` and `models`.
+
+    Args:
+        tangents: the stage takes tangent models too.
 
     Raises:
         UserError: an input of another kind, or a model that cannot take the data.
     """
     data = expect_data("inputs.dataset", upstream["dataset"])
     for label, promise in upstream["models"].items():
-        refuse_misfit(f"inputs.models.{label}", expect(f"inputs.models.{label}", promise, PromisedModel), data)
+        field = f"inputs.models.{label}"
+        model = expect_evaluable(field, promise) if tangents else expect(field, promise, PromisedModel)
+        refuse_misfit(field, model, data)
     return data

@@ -110,6 +110,17 @@ class PromisedBuiltModel:
     factory: str
 
 
+@dataclass(frozen=True)
+class PromisedTangent:
+    """A tangent model, which no weights alone compute: what takes models does not take it unless it says so.
+
+    Args:
+        of: as of an ordinary model.
+    """
+
+    of: PromisedModel
+
+
 AnyPromisedModel = PromisedModel | PromisedForeignModel | PromisedBuiltModel
 
 
@@ -144,6 +155,7 @@ _TITLES: dict[type[Any], str] = {
     PromisedNumbers: "a data set",
     PromisedModel: "a model",
     PromisedForeignModel: "a model of transformers, for the stage `convert` alone",
+    PromisedTangent: "a tangent model (`linearize: true`), for `evaluate`, `measure_speed` and `report` alone",
     PromisedEvaluation: "an evaluation",
     PromisedSpeed: "a measurement of speed",
     PromisedAnalysis: "an analysis",
@@ -175,6 +187,15 @@ def expect(field: str, promise: Any, kind: type[_Promise]) -> _Promise | None:
             f"name {_MAKERS[kind]}",
         )
     return None
+
+
+def expect_evaluable(field: str, promise: Any) -> PromisedModel | None:
+    """The same for a model of this package, or what a tangent model has of one.
+
+    Raises:
+        UserError: it will be something else.
+    """
+    return expect(field, promise.of if isinstance(promise, PromisedTangent) else promise, PromisedModel)
 
 
 def expect_data(field: str, promise: Any) -> PromisedData | None:

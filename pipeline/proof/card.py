@@ -164,9 +164,12 @@ def _data(store: Store, artifacts: Artifacts, model: StoredArtifact) -> Section 
 
 
 def _architecture(store: Store, model: StoredArtifact) -> Section:
+    from polytrope.models.checkpoint import TANGENT_FILE
+
     description = _read(store, model, "model.json")
     config = {key: value for key, value in description["config"].items() if key not in ("activation", "factors")}
-    text = f"{description['architecture']} with {description.get('parameters', 0):,} parameters."
+    tangent = "a tangent model of " if _holds(model, TANGENT_FILE) else ""
+    text = f"{tangent}{description['architecture']} with {description.get('parameters', 0):,} parameters."
     return Section("Model", text, _rows(config))
 
 

@@ -91,7 +91,7 @@ def signature_and_example(model_directory: Path) -> tuple[ModelSignature, Any]:
     from polytrope.models import find_architecture
     from polytrope.models.checkpoint import read_description
 
-    description = read_description(model_directory)
+    description = read_description(model_directory, tangents=True)
     record = find_architecture(description["architecture"])
     if record.data == "text":
         parameters = [

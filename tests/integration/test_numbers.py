@@ -72,12 +72,24 @@ stages:
     uses: train
     inputs: {dataset: pairs, initial: upgraded}
     with: {steps: 4, global_batch_size: 16, trainable: [multiplicative]}
+  tangent:
+    uses: train
+    inputs: {dataset: polynomials, initial: regression}
+    with: {steps: 20, global_batch_size: 64, linearize: true, validation_samples: 1000}
   scores:
     uses: evaluate
-    inputs: {dataset: polynomials, models: {regression: regression}}
+    inputs: {dataset: polynomials, models: {regression: regression, tangent: tangent}}
+  speed:
+    uses: measure_speed
+    inputs: {dataset: polynomials, models: {tangent: tangent}}
+    with: {rounds: 1, steps: 1}
   page:
     uses: report
-    inputs: {evaluation: scores, models: {regression: regression}, dataset: polynomials}
+    inputs:
+      evaluation: scores
+      models: {regression: regression, tangent: tangent}
+      dataset: polynomials
+      speed: speed
 """
 
 
@@ -106,6 +118,11 @@ def test_numbers_from_rows_to_a_report(tmp_path: Path) -> None:
     assert result["r2"] > 0.95  # a polynomial of degree 2, learned by one of degree 16
     assert result["rows"] == len(inputs)
     assert result.get("top1") is None
+    tangent = scores["models"]["tangent"]
+    assert tangent["loss"] == pytest.approx(read(files["tangent"], "training.json")["val/loss"], rel=1e-6)
+    assert 0.0 < tangent["loss"] < 2 * result["loss"]
+    assert tangent["loss"] != result["loss"]
+    assert read(files["speed"], "speed.json")["models"]["tangent"]["step_milliseconds"] > 0.0
     training = read(files["regression"], "training.json")
     assert "val/accuracy" not in training
     page = (files["page"] / "report.html").read_text()
@@ -113,6 +130,8 @@ def test_numbers_from_rows_to_a_report(tmp_path: Path) -> None:
     assert "mean square per row" in page
     assert "nats" not in page
     card = tmp_path / "card.md"
+    assert main(["card", "--stage", "tangent", "--store", str(store), "--output", str(card)]) == 0
+    assert "a tangent model of mlp" in card.read_text()
     assert main(["card", "--stage", "regression", "--store", str(store), "--output", str(card)]) == 0
     front = yaml.safe_load(card.read_text().split("---")[1])
     assert front["pipeline_tag"] == "tabular-regression"

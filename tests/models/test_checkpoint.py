@@ -76,6 +76,6 @@ def test_what_is_no_model_is_refused_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-10])
     with pytest.raises(ValueError, match="cannot be read"):
         load_model(tmp_path)
-    (tmp_path / "model.json").write_text(json.dumps({**description, "format": 2}))
-    with pytest.raises(ValueError, match="format 2"):
+    (tmp_path / "model.json").write_text(json.dumps({**description, "format": 3}))
+    with pytest.raises(ValueError, match="format 3, this version reads 1 and 2"):
         load_model(tmp_path)

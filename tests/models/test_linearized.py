@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polytrope.models import build_model
 from polytrope.models.linearized import LinearizedModel, average_linearized
@@ -105,6 +106,14 @@ def test_the_change_is_the_derivative_and_linear(kind: str) -> None:
 
 
 @each_model
+def test_without_changes_it_is_the_model_bit_for_bit(kind: str) -> None:
+    model, x = initial_model(kind, activation="gelu").eval(), EXAMPLES[kind]
+    with sdpa_kernel(SDPBackend.MATH):  # the form that has a derivative
+        expected = model(x)
+    assert torch.equal(LinearizedModel(model)(x), expected)
+
+
+@each_model
 def test_training_moves_all_tangents_and_nothing_else(kind: str) -> None:
     model, x = initial_model(kind), EXAMPLES[kind]
     before = copy.deepcopy(model.state_dict())
@@ -166,6 +175,23 @@ def test_the_gradient_at_the_start_is_the_models_own() -> None:
         each(x).square().sum().backward()
     for name, v in zip(tangent.names, tangent.tangents, strict=True):
         torch.testing.assert_close(v.grad, model.get_parameter(name).grad, rtol=1e-9, atol=1e-10, msg=name)
+
+
+def test_it_continues_texts_as_its_whole_forward_pass_says() -> None:
+    tangent = LinearizedModel(initial_model("gpt2"))
+    tangent = with_tangents(tangent, [10 * direction for direction in directions(tangent, 1)]).train()
+    start = EXAMPLES["gpt2"][:, :3]
+    expected = start
+    for _ in range(9):
+        expected = torch.cat((expected, tangent(expected)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    plain: Any = tangent.initial
+    with torch.inference_mode():
+        assert torch.equal(tangent.generate(start, 9, temperature=0.0), expected)
+        assert not torch.equal(plain.generate(start, 9, temperature=0.0), expected)
+        assert tangent.generate(start, 30).shape == (2, 33)  # beyond the window of 12
+    assert tangent.training
+    with pytest.raises(ValueError, match="temperature: expected a finite number"):
+        tangent.generate(start, 1, temperature=-1.0)
 
 
 def test_the_frozen_model_computes_as_in_evaluation() -> None:

@@ -34,7 +34,7 @@ def promise(
     parameters: EvaluateParameters, upstream: Mapping[str, Any], _resources: Resources, _directory: Path
 ) -> PromisedEvaluation:
     """The labels of the figures; refuses a model that cannot take the data, and a stride longer than the context."""
-    data = refuse_misfits(upstream)
+    data = refuse_misfits(upstream, tangents=True)
     if isinstance(data, PromisedText) and parameters.stride is not None and parameters.stride > data.sequence_length:
         raise UserError(
             f"stride: {parameters.stride} is longer than the dataset's sequences ({data.sequence_length})",

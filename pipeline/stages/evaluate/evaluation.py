@@ -18,6 +18,7 @@ from polytrope.models import find_architecture
 from polytrope.models.activations import describe_activation
 from polytrope.models.checkpoint import load_model, read_description
 from polytrope.models.domains import describe_outside, watching
+from polytrope.models.linearized import LinearizedModel
 from polytrope.pipeline.data.description import UNITS, Dataset, read_dataset
 from polytrope.pipeline.data.evaluation_file import (
     EVALUATION_FILE,
@@ -229,7 +230,7 @@ class Evaluator:
 
     def evaluate(self, label: str, artifact: Artifact, reference: Artifact | None) -> EvaluatedModel:
         """All figures of one model."""
-        about = read_description(artifact.path)
+        about = read_description(artifact.path, tangents=True)
         unsure = refuse_other_data(label, artifact.path, about, self.description, self.dataset)
         if unsure is not None:
             self.context.message(unsure)
@@ -258,6 +259,9 @@ class Evaluator:
             return _failed(artifact, f"its validation loss is {scores.loss}" + (f"; {outside}" if outside else ""))
         if outside is not None:
             self.context.message(f"{label}: {outside}")
+        is_tangent = isinstance(model, LinearizedModel)
+        if is_tangent and self.parameters.activation_samples:
+            self.context.message(f"{label}: a tangent model, whose activations are those of the model it began as")
         self.context.log_metrics({f"{label}/{self.unit}_per_second": scores.count / seconds})
         figures = scores.figures()
         result: dict[str, Any] = {"stage": artifact.stage, "digest": artifact.digest, **figures}
@@ -277,10 +281,10 @@ class Evaluator:
                 )
                 for name, seen in domains.items()
             ]
-        if self.parameters.activation_samples:
+        if self.parameters.activation_samples and not is_tangent:
             inputs = next(iter(self._batches(min(self.samples, self.parameters.activation_samples))))[0]
             result["layers"] = measure_activations(model, lambda: self._logits(model, inputs))
-            if other is not None:
+            if other is not None and not isinstance(other, LinearizedModel):
                 cosines = block_cosines(
                     model,
                     other,

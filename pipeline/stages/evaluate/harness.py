@@ -47,7 +47,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             )
         self.tokenizer = read_tokenizer(directory)
         self.model: Any = load_model(directory, device).eval()
-        self.length = int(read_description(directory)["config"]["sequence_length"])
+        self.length = int(read_description(directory, tangents=True)["config"]["sequence_length"])
         self.max_gen_toks = int(max_gen_toks)
         self._device = torch.device(device)
 

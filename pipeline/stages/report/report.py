@@ -16,6 +16,7 @@ from polytrope.pipeline.data.promised import (
     PromisedSpeed,
     expect,
     expect_data,
+    expect_evaluable,
     expect_model,
 )
 from polytrope.pipeline.errors import UserError
@@ -49,7 +50,7 @@ def promise(parameters: ReportParameters, upstream: Mapping[str, Any], _resource
     expect("inputs.analysis", upstream["analysis"], PromisedAnalysis)
     expect("inputs.circuit", upstream["circuit"], PromisedModel)
     for label, model in upstream["models"].items():
-        expect(f"inputs.models.{label}", model, PromisedModel)
+        expect_evaluable(f"inputs.models.{label}", model)
         if evaluation is not None and label not in evaluation.labels:
             raise UserError(
                 f"inputs.models.{label}: `{label}` is not a label of the evaluation",

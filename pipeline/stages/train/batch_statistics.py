@@ -23,6 +23,8 @@ def check_batch_statistics(
     Raises:
         UserError: naming the parameter.
     """
+    if parameters.linearize:
+        return  # its norms take their running statistics
     config = make_config(MODEL_KINDS[architecture].config, settings)
     norm = config.norm_settings()
     if norm.over_batch:

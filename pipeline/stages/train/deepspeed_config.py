@@ -104,6 +104,8 @@ def refuse_contradictions(configuration: Mapping[str, Any], parameters: TrainPar
         )
     if parameters.ema_decay is not None and zero_stage_of(configuration, parameters) == 3:
         raise UserError("ema_decay: needs whole weights on each worker", "use zero_stage 0, 1 or 2")
+    if parameters.linearize and zero_stage_of(configuration, parameters) == 3:
+        raise UserError("linearize: needs whole weights on each worker", "use zero_stage 0, 1 or 2")
     if parameters.statistics_every and zero_stage_of(configuration, parameters) == 3:
         raise UserError("statistics_every: needs whole coefficients on each worker", "use zero_stage 0, 1 or 2")
 

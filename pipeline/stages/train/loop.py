@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from polytrope.models import build_model, find_architecture
 from polytrope.models.adapters import Adapted, AdapterSettings, adapter_parameters, add_adapters
 from polytrope.models.checkpoint import load_weights, save_model
+from polytrope.models.linearized import LinearizedModel
 from polytrope.models.losses import make_loss
 from polytrope.models.parts.ranges import RangePenalty, penalise_ranges
 from polytrope.ops import kernels
@@ -74,6 +75,8 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
             whole = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
             initial = adapted.merged(whole, model)
         frozen = {name: weight.detach() for name, weight in model.named_parameters() if not weight.requires_grad}
+        if isinstance(model, LinearizedModel):
+            frozen |= model.frozen_state()
     chosen = choose_checkpoint(context, rank, plan.workers, plan.zero_stage)
     engine = create_engine(plan, model, on_cpu, universal=chosen is not None and chosen.universal)
     average = None
@@ -187,7 +190,8 @@ class _Run:
         """What the model would be now: whole, fp32, averaged if `ema_decay` is set; a collective under ZeRO-3."""
         weights = full_weights(self.engine, self.frozen)
         if self.average is not None:
-            weights |= {name: tensor.cpu() for name, tensor in self.average.averages.items()}
+            averages = self.average.averages.items()
+            weights |= {name: tensor.cpu() for name, tensor in averages if name not in self.frozen}
         return weights
 
     def _log_training(self, factor: float, norm: float) -> None:
@@ -345,6 +349,11 @@ def _create_model(plan: TrainingPlan) -> tuple[nn.Module, Adapted]:
         freeze(model, plan.architecture, learning)
     if plan.parameters.augmentation is not None:
         model.label_smoothing = plan.parameters.augmentation.label_smoothing  # type: ignore[assignment]
+    if plan.parameters.linearize:
+        try:
+            model = LinearizedModel(model)
+        except ValueError as error:
+            raise UserError(f"linearize: {error}", "see `trainable` of this stage") from error
     return model, adapted
 
 

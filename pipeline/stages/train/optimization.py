@@ -21,11 +21,14 @@ def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict
     The last two have their own rates: what multiplies inputs by inputs learns at `MULTIPLICATIVE_SHARE` of the base
     rate where `multiplicative_learning_rate` does not say.
 
+    The tangent of a weight (`linearize`) is in the group that the weight would be in.
+
     Coefficients are one group, `coefficients`, where `coefficient_learning_rate` is given; else one for each multiple
     of the base rate that `coefficient_multiple` says: `coefficients_x10`; parameters without a model are those of
     fine-tuning. `peak` is a group's peak learning rate; the schedule scales it.
     """
     from polytrope.models.adapters import adapter_parameters
+    from polytrope.models.linearized import LinearizedModel
     from polytrope.models.parts.feedforward import multiplicative_parameters
     from polytrope.ops import is_learnable_activation
     from polytrope.pipeline.stages.train.coefficient_rates import coefficient_multiple
@@ -49,6 +52,12 @@ def parameter_groups(model: nn.Module, parameters: TrainParameters) -> list[dict
         peaks[ADAPTERS] = parameters.learning_rate
         group_of |= {id(parameter): ADAPTERS for parameter in adapters}
     added = {id(getattr(module, name)) for module in model.modules() for name in getattr(module, "added", ())}
+    if isinstance(model, LinearizedModel):
+        for _, weight, tangent in model.pairs():
+            if id(weight) in group_of:
+                group_of[id(tangent)] = group_of[id(weight)]
+            if id(weight) in added:
+                added.add(id(tangent))
     members: dict[str, list[nn.Parameter]] = {name: [] for name in peaks}
     for parameter in model.parameters():  # names a tied parameter once
         if parameter.requires_grad:

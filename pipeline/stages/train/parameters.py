@@ -18,6 +18,7 @@ from polytrope.pipeline.stages.train.activation_parameters import (
     Interval,
     spelled_out,
 )
+from polytrope.pipeline.stages.train.linearize_options import refuse_with_linearize
 from polytrope.pipeline.stages.train.part_parameters import Attention, FeedForward, Mixer, Norm
 from polytrope.pipeline.stages.train.trainable import (
     ADAPTERS,
@@ -349,6 +350,11 @@ class TrainParameters(BaseModel):
         "the basis that is orthonormal on the inputs they get from training samples; the same functions, whose "
         "recurrence learns as well",
     )
+    linearize: bool = Field(
+        False,
+        description="with an `initial` input: its tangent model learns, f(x; w) + J(x; w) v with fixed w, whose loss "
+        "is convex in v; the result is a tangent model, for evaluate, measure_speed and report",
+    )
     trainable: list[Annotated[str, AfterValidator(check_entry)]] | None = Field(
         None,
         min_length=1,
@@ -476,6 +482,7 @@ class TrainParameters(BaseModel):
                 "activation_basis: measured is for an `initial` input: weights that begin from nothing give their "
                 "activations inputs that are others soon"
             )
+        refuse_with_linearize(self)
         if self.adapters is not None and self.model is not None:
             raise ValueError("adapters: they fine-tune an `initial` input, and this model begins from nothing")
         if self.adapters is not None and ADAPTERS not in (self.trainable or [ADAPTERS]):

@@ -15,7 +15,7 @@ from polytrope.models import make_config
 from polytrope.models.configurations import MODEL_KINDS
 from polytrope.pipeline.data.lineage import Lineage, read_origin, write_lineage
 from polytrope.pipeline.data.misfits import misfit, refuse_misfit
-from polytrope.pipeline.data.promised import PromisedModel, PromisedText, expect, expect_data
+from polytrope.pipeline.data.promised import PromisedModel, PromisedTangent, PromisedText, expect, expect_data
 from polytrope.pipeline.data.training_file import figure_names, read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
@@ -54,7 +54,7 @@ def check(parameters: TrainParameters, upstream: Mapping[str, Any]) -> None:
 
 def promise(
     parameters: TrainParameters, upstream: Mapping[str, Any], resources: Resources, directory: Path
-) -> PromisedModel | None:
+) -> PromisedModel | PromisedTangent | None:
     """The model that will be trained; refuses what does not fit the data set or the workers."""
     _, accumulation = split_batch(parameters, resources.workers)
     data = expect_data("inputs.dataset", upstream["dataset"])
@@ -89,7 +89,8 @@ def promise(
     names = figure_names(kind, predicts_numbers=predicts_numbers(trained.settings), fit=parameters.fit_samples > 0)
     if parameters.model is not None:
         trained = replace(trained, settings=_with_activations(trained, parameters.model))
-    return replace(trained, figures=names, blocks_before=None)
+    promised = replace(trained, figures=names, blocks_before=None)
+    return PromisedTangent(promised) if parameters.linearize else promised
 
 
 def _with_activations(model: PromisedModel, given: ModelParameters) -> dict[str, Any]:
