@@ -235,7 +235,7 @@ def test_a_conversion_in_the_same_workflow_promises_which_model_its_blocks_are_o
     assert (smaller.settings["n_layer"], smaller.blocks_before) == (2, 3)
     assert promised(smaller.settings, GPT2, smaller.blocks_before).blocks_before is None
     again: Any = promise_conversion(
-        ConvertParameters.model_validate({"family": "fourier"}),
+        ConvertParameters.model_validate({"family": "fourier", "types": ["hermite"]}),
         {"model": smaller, "dataset": None},
         Resources(),
         Path(),
