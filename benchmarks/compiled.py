@@ -39,6 +39,7 @@ ROWS: list[dict[str, Any]] = [
     {"name": "rational", "degree": 5},
     {"name": "affine"},
 ]
+_AS = {"operator": "as an operator", "arithmetic": "as arithmetic"}
 Turns = Callable[[dict[str, Callable[[], object]], int], dict[str, list[float]]]
 
 
@@ -129,10 +130,14 @@ def compare(
     return row | {"bar_times_gelu": BAR, "meets_bar": row["times_gelu"] <= BAR}
 
 
+def _other(rows: list[dict[str, Any]]) -> str:
+    return "arithmetic" if any("arithmetic_times_gelu" in row for row in rows) else "operator"
+
+
 def table(rows: list[dict[str, Any]], label: Callable[[dict[str, Any]], str]) -> Table:
     shown = Table(title=f"compiled linear - activation - linear, forward + backward: × GELU (bar: ≤ {BAR:g})")
-    other = "arithmetic" if any("arithmetic_times_gelu" in row for row in rows) else "operator"
-    for heading in ("activation", "block", "dtype", "GELU, ms", "× GELU", f"as {other}"):
+    other = _other(rows)
+    for heading in ("activation", "block", "dtype", "GELU, ms", "× GELU", _AS[other]):
         shown.add_column(heading, justify="left" if heading == "activation" else "right")
     for row in rows:
         shown.add_row(
@@ -147,19 +152,20 @@ def table(rows: list[dict[str, Any]], label: Callable[[dict[str, Any]], str]) ->
 
 
 def markdown(rows: list[dict[str, Any]], label: Callable[[dict[str, Any]], str]) -> str:
-    """The tables of docs/ops.md, one per dtype: × GELU as lowered, and as an operator, for each block."""
+    """The tables of docs/ops.md, one per dtype: × GELU as the compiler gets it, and the other way, for each block."""
+    other = _other(rows)
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     lines = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         own = {(label(row["config"]), row["size"]): row for row in rows if row["dtype"] == dtype}
-        headings = [cell for size in sizes for cell in (f"{dtype}, {size}", "as an operator")]
+        headings = [cell for size in sizes for cell in (f"{dtype}, {size}", _AS[other])]
         lines += ["| " + " | ".join(("activation", *headings)) + " |", "|---" * (1 + len(headings)) + "|"]
         for name in dict.fromkeys(label(row["config"]) for row in rows):
             cells = [name]
             for size in sizes:
                 row = own[name, size]
                 cells.append(f"{row['times_gelu']:.2f}" + ("" if row["meets_bar"] else " ✗"))
-                cells.append(f"{row['operator_times_gelu']:.2f}" if "operator_times_gelu" in row else "")
+                cells.append(f"{row[f'{other}_times_gelu']:.2f}" if f"{other}_times_gelu" in row else "")
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)

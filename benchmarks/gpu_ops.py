@@ -212,6 +212,27 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return shown
 
 
+def markdown(document: dict[str, Any]) -> str:
+    """The tables of docs/ops.md: kernels, for both shapes, and compiled blocks."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        found.setdefault(label(row["config"]), []).append(row)
+    bars = document["bars"]
+    lines = [
+        f"| activation | forward, share of a copy (bar: ≥ {bars['forward_share']}) "
+        f"| backward (≥ {bars['backward_share']}) | both, × `nn.GELU` (≤ {bars['times_gelu']}) |",
+        "|---|---|---|---|",
+    ]
+    for name, rows in found.items():
+        cells = [", ".join(_cell(row[key], bars[key]) for row in rows) for key in bars]
+        lines.append(" | ".join((f"| {name}", *cells)) + " |")
+    return "\n".join([*lines, "", blocks.markdown(document["compiled"], label)])
+
+
+def _cell(value: float, bar: float) -> str:
+    return f"{value:.2f}" + ("" if (value >= bar if bar < 1 else value <= bar) else " ✗")
+
+
 def plot(rows: list[dict[str, Any]], machine: dict[str, Any], path: Path) -> None:
     import matplotlib
 

@@ -15,6 +15,7 @@ from benchmarks import (
     compiled,
     compressibility,
     deep_nets,
+    gpu_ops,
     grokking,
     measured_basis,
     norms,
@@ -522,6 +523,55 @@ def test_the_compiled_block_is_told_as_measured() -> None:
 
     says("README.md", f"Hermite 3 takes [{span('hermite 3')} of GELU's time")
     says("README.md", f"Hermite 8 with an interval {span('hermite 8, interval')}](docs/ops.md#speed)")
+
+
+def test_the_kernels_on_a_gpu_are_told_as_measured() -> None:
+    document = content("ops-gpu")
+    for table in gpu_ops.markdown(document).strip().split("\n\n"):
+        assert table in (ROOT / "docs" / "ops.md").read_text(encoding="utf-8")
+    own: dict[str, list[float]] = {"hermite": [], "per channel": [], "both": []}
+    for row in document["rows"]:
+        config = row["config"]
+        kind = "hermite" if set(config) == {"name", "degree"} and config["name"] == "hermite" else None
+        if "num_parameters" in config:
+            kind = "both" if "interval" in config else "per channel"
+        if kind is not None:
+            own[kind].append(row["times_gelu"])
+    blocks = [row["times_gelu"] for row in document["compiled"] if row["config"]["name"] == "hermite"]
+    low, high = (f"{end(own['hermite']):.2f}" for end in (min, max))
+    says("README.md", f"Hermite 1 to 8 take {low} to {high} of GELU's time")
+    low, high = (f"{end(own['per channel']):.2f}" for end in (min, max))
+    says("README.md", f"coefficients per channel {low} to {high} (with an interval too {max(own['both']):.2f})")
+    low, high = (f"{end(blocks):.2f}" for end in (min, max))
+    says("README.md", f"a compiled block with Hermite {low} to {high}")
+
+
+def test_the_trainings_on_a_gpu_are_told_as_measured() -> None:
+    document = content("gpu-train-2026-11-27")
+    first, second, third = (run["steps"] for run in document["runs"])
+    speeds = second["training"]["tokens_per_second"]
+    shares = [f"{value:.3f}" for value in second["training"]["mfu"].values()]
+    rounded = [f"{round(value, -3):,.0f}" for value in speeds.values()]
+    ratio = speeds["gelu_tanh"] / speeds["hermite4"]
+    says("docs/training.md", f"| {rounded[0]} | {rounded[1]} | step ≤ 1.02 × GELU's: {ratio:.2f} ✗ |")
+    says("docs/training.md", f"| {shares[0]} | {shares[1]} | ≥ 0.45 ✗ |")
+    earlier = [f"{round(first['training']['tokens_per_second'][name], -3):,.0f}" for name in speeds]
+    says("docs/training.md", f"tokens per second | {earlier[0]} | {earlier[1]} | |")
+    images = [f"{value:.0f}" for value in third["images"]["images_per_second"].values()]
+    says("docs/training.md", f"its own start) | {images[0]} | {images[1]} | |")
+    assert second["resume"]["same_bytes"] == {"dataset": True, "train": False}
+    steps = [document["phases_in_milliseconds"][name]["step"] for name in speeds]
+    says("docs/training.md", f"{steps[0]:.0f} ms with GELU and {steps[1]:.0f} with twelve")
+    losses = first["training"]["validation_curve"]
+    for step in ("300", "600", "900"):
+        gelu, hermite = (losses[name][step] for name in speeds)
+        says("docs/activations/study.md", f"M | {gelu:.4f} | {hermite:.4f} | {hermite - gelu:+.4f} |")
+    gelu, hermite = (second["training"]["validation_loss"][name] for name in speeds)
+    says("docs/activations/study.md", f"| {gelu:.4f} | {hermite:.4f} | {hermite - gelu:+.4f} |")
+    gelu, hermite = (first["training"]["loss"][name] for name in speeds)
+    says(
+        "docs/activations/study.md", f"it is {gelu - hermite:.4f} ahead at step 900 ({hermite:.4f} against {gelu:.4f})"
+    )
 
 
 def test_derivatives_are_told_as_measured() -> None:
