@@ -106,6 +106,7 @@ FULL: dict[str, Any] = {
     "sources": ("", "sklearn"),  # Python's own library, and a package
     "activations": {"gelu_tanh": {}, "hermite4": {}, "hermite8": {"steps": 200}},
     "gpus": 1,
+    "cpus": 8,
 }
 SMALL: dict[str, Any] = {
     "shard": {
@@ -130,6 +131,7 @@ SMALL: dict[str, Any] = {
     "sources": ("scipy/linalg",),
     "activations": {"gelu_tanh": {}, "hermite4": {}, "hermite8": {"steps": 3}},
     "gpus": 0,
+    "cpus": 1,
 }
 
 
@@ -396,7 +398,8 @@ def conversion_stages(directory: Path, scale: dict[str, Any]) -> dict[str, Any]:
         "convert": {
             "uses": "convert",
             "inputs": {"model": "train", "dataset": "dataset"},
-            "with": {"family": "hermite", "degree": 8},
+            "with": {"family": "hermite", "degree": 8, "calibration_samples": 32},
+            "resources": {"cpus": scale["cpus"]},  # one core took minutes for this
         },
         "evaluate": {
             "uses": "evaluate",
