@@ -82,6 +82,7 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     average = None
     if parameters.ema_decay is not None:
         average = WeightAverage(model, parameters.ema_decay, lambda: master_weights(engine))
+    imitation = make_imitation(plan, engine.module, device)  # now: building it draws random numbers
     _seed((parameters.seed * 1_000_003 + 1 + rank) % 2**63)  # dropout differs between ranks
     progress = restore(engine, average, chosen, context, rank, plan.workers)
     modality = make_modality(plan, rank, pin=not on_cpu)
@@ -91,7 +92,6 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
         plan.steps,
         parameters.data_threads,
     )
-    imitation = make_imitation(plan, engine.module, device)
     run = _Run(plan, context, rank, device, engine, average, frozen, progress, modality, prefetcher, imitation)
     try:
         while progress.step < plan.steps:
