@@ -55,7 +55,7 @@ from polytrope.pipeline.stages.train.deepspeed_engine import import_deepspeed
 deepspeed = import_deepspeed(True)
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 64, "sequence_length": 16, "activation": "hermite3"}
 
-def train(precision, patched, clipping):
+def train(precision, patched, clipping, accumulated=None):
     torch.manual_seed(0)
     model = build_model("gpt2", SIZES)
     vectors = [weight for weight in model.parameters() if weight.dim() < 2]
@@ -67,10 +67,12 @@ def train(precision, patched, clipping):
         "gradient_clipping": clipping, "zero_optimization": {"stage": 1}, "bf16": {"enabled": precision == "bf16"},
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
     }
+    if accumulated is not None:
+        config["data_types"] = {"grad_accum_dtype": accumulated}
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
     if patched:
         patches.on_engine(engine, cpu=True, zero_stage=1, precision=precision)
-        assert engine.optimizer._coalesce_grad_reduction, precision
+        assert getattr(engine.optimizer, "_coalesce_grad_reduction", False) == (accumulated is None), precision
     generator, norms = torch.Generator().manual_seed(1), []
     for _ in range(4):
         tokens = torch.randint(0, 64, (4, 17), generator=generator)
@@ -87,11 +89,15 @@ for precision in ("fp32", "bf16"):
     clipped, norms = train(precision, True, 0.1)
     assert norms[0] == our_norms[0]
     assert not any(torch.equal(a, b) for a, b in zip(clipped[:1], ours[:1]))
+    other = {"fp32": "bf16", "bf16": "fp32"}[precision]  # of bf16 that is another class of optimizer
+    theirs, ours = (train(precision, patched, 0.0, other)[0] for patched in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)), f"{precision}, accumulated in {other}"
 """
 
 
 def test_gradients_handed_over_at_once_are_those_of_deepspeed(tmp_path: Path) -> None:
-    """By one worker without accumulation: the same bits in fp32 and bf16, and the norm of them all."""
+    """By one worker without accumulation: the same bits in fp32 and bf16, and the norm of them all; DeepSpeed keeps
+    those that it is told to add up in another type."""
     command = [sys.executable, "-W", "ignore", "-c", HANDED_OVER, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -78,12 +78,20 @@ def on_engine(engine: Any, *, cpu: bool, zero_stage: int, precision: Literal["fp
     if zero_stage == 0 and precision == "bf16":
         _undo_empty_step(engine.optimizer)
     alone = engine.dp_world_size == 1 and engine.gradient_accumulation_steps() == 1
-    if (
-        zero_stage == 1
-        and not engine.optimizer.cpu_offload
-        and ((cpu and precision == "fp32") or (alone and precision != "fp16"))
-    ):
+    suited = (cpu and precision == "fp32") or (alone and precision != "fp16")
+    if zero_stage == 1 and suited and _hands_over(engine.optimizer):
         exchange_gradients_and_weights(engine.optimizer)
+
+
+def _hands_over(optimizer: Any) -> bool:
+    """Whether an optimizer of ZeRO-1 takes gradients from `grad`, on the device. `data_types.grad_accum_dtype` says
+    that they are added up elsewhere, and for bf16 in fp32 DeepSpeed takes another class of optimizer.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return False
+    return not (optimizer.cpu_offload or optimizer.use_grad_accum_attribute)
 
 
 def _leave_out_compiler() -> None:
