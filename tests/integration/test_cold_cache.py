@@ -32,12 +32,12 @@ class Finished:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    """A run that was computed on another machine and not sent to MLflow yet."""
+    """A run that was computed on another machine while MLflow was away."""
     directory = tmp_path_factory.mktemp("cold")
     with pytest.MonkeyPatch.context() as monkeypatch, contextlib.ExitStack() as servers:
         s3 = S3Server()
         servers.callback(s3.end)
-        mlflow = Server(directory).start()
+        mlflow = Server(directory)
         servers.callback(mlflow.kill)
         monkeypatch.syspath_prepend(str(HERE))
         address = bucket_on(s3, directory, monkeypatch)
@@ -48,12 +48,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
             "train": {"uses": "cold_cache_stages:train", "inputs": {"dataset": "data"}},
             "nested": {"uses": "subworkflow", "with": {"path": "inner.yaml"}},
         }
-        content = {"name": "cold", "executor": "local", "tracking": {"uri": mlflow.uri}, "stages": stages}
+        tracking = {"uri": mlflow.uri, "required": False}
+        content = {"name": "cold", "executor": "local", "tracking": tracking, "stages": stages}
         (directory / "w.yaml").write_text(yaml.safe_dump(content))
         monkeypatch.chdir(directory)
-        state = launch(load_workflow(directory / "w.yaml"), store=address, run_id="first", tracking=False)
+        state = launch(load_workflow(directory / "w.yaml"), store=address, run_id="first")
         assert state.status == "succeeded", {name: stage.error for name, stage in state.stages.items()}
         (directory / "cache").rename(directory / "gone")
+        mlflow.start()
         yield Finished(address, state, mlflow)
 
 
@@ -76,7 +78,9 @@ def test_sync_sends_pages_and_data_sets(cold: Finished) -> None:
 def test_sync_says_what_it_cannot_send(cold: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     """The artifact went to quarantine: its page is missing in MLflow, and the exit code says so."""
     workflow = load_workflow("w.yaml", ["stages.train.with.note=again", "name=again"])
-    state = launch(workflow, store=cold.address, run_id="again", tracking=False)
+    cold.mlflow.kill()
+    state = launch(workflow, store=cold.address, run_id="again")
+    cold.mlflow.start()
     store = Store(cold.address)
     assert store.quarantine(state.stages["train"].key or "", ["on purpose"])
     assert main(["sync", "again", "--store", cold.address]) == 1

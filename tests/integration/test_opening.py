@@ -15,10 +15,11 @@ from mlflow.tracking import MlflowClient
 from quickstart_support import Run
 
 from polytrope.pipeline.commands.cli import main
-from polytrope.pipeline.launch.launch import launch
+from polytrope.pipeline.engine.run import run_workflow
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.tracking.lock import locked
 from polytrope.pipeline.tracking.process import free_port
+from polytrope.pipeline.workflow.graph import build_graph
 from polytrope.pipeline.workflow.spec import Workflow
 
 POLYTROPE = str(Path(sys.executable).with_name("polytrope"))
@@ -102,7 +103,7 @@ def test_a_run_that_mlflow_has_not_received_is_sent_before_it_is_shown(
     store = Store(tmp_path / "store")
     stages = {"train": {"uses": "mlflow_stages:train", "with": {"steps": 1}}}
     workflow = Workflow.from_dict({"name": "shown", "executor": "local", "stages": stages}, directory=tmp_path)
-    launch(workflow, store=store.address, run_id="mine", tracking=False)
+    run_workflow(workflow, build_graph(workflow), store, run_id="mine")  # without what sends it
     database = tmp_path / "store" / "mlflow.db"
     shutil.copy(Path(local_quickstart.store.address) / "mlflow.db", database)  # that MLflow would take seconds to make
     command = [POLYTROPE, "ui", "--store", store.address, "--port", str(free_port())]

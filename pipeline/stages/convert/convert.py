@@ -113,7 +113,7 @@ def promise(
             else "inputs.model: the model has norm: evonorm, and no activation to convert but the sigmoid inside",
             "convert a model with activations",
         )
-    if not (names & {*FIXED} or parameters.types or parameters.include):
+    if names and not (names & {*FIXED} or parameters.types or parameters.include):
         listed = ", ".join(sorted(names))
         raise UserError(
             f"types: the model's activations are learned already ({listed}), and such stay unless they are named",
