@@ -241,10 +241,11 @@ def test_relations_between_stages_are_checked_before_anything_starts(tmp_path: P
         return found
 
     model = trained(numbers, {})
-    assert model.settings == {"inputs": 4, "outputs": 1, "loss": "mse"}
+    built = {"activation": "gelu", "factors": {}}  # promised where nothing is said of it
+    assert model.settings == {"inputs": 4, "outputs": 1, "loss": "mse", **built}
     assert "val/accuracy" not in model.figures
     classifier = trained(pairs, {})
-    assert classifier.settings == {"inputs": 14, "outputs": 7, "loss": "cross_entropy"}
+    assert classifier.settings == {"inputs": 14, "outputs": 7, "loss": "cross_entropy", **built}
     assert "val/accuracy" in classifier.figures
     assert misfit(model, numbers) is None
     for data, settings, more, expected in (
