@@ -231,6 +231,7 @@ def test_an_operator_that_does_not_name_its_arithmetic_stays_one() -> None:
 
 def test_inductor_compiles_a_block_of_them_to_the_same_bits_each_time() -> None:
     torch._dynamo.reset()
+    torch.manual_seed(0)  # what ran before drew other weights, and once a sum of cancelling numbers
     names = ("hermite", "chebyshev", "legendre", "polyrelu")
     parts = [
         build_activation({"name": name, "degree": 3} | ({"interval": [-2, 2]} if name == "hermite" else {}))
