@@ -251,6 +251,20 @@ def test_other_fixed_functions_and_frozen_ones_are_told_as_measured(settings: di
         f"The control's are {recipe.plus_minus(kept, '+.4f')}",
     )
     assert frozen["difference"]["pairs"] == kept["pairs"] == 3
+    first = "python-documentation-and-source"
+    own = [f"{HERMITE}10", "affine gelu_tanh × 10"]
+    fixed = [settings[first][f"{name}, frozen as learned"]["difference"] for name in own]
+    apart = [
+        recipe.difference(*(losses_of(first, label) for label in (f"{name}, frozen as learned", name))) for name in own
+    ]
+    assert all(len(one["values"]) == 3 and max(one["values"]) < 0.0 for one in apart if one is not None)
+    of_gelu = [recipe.plus_minus(one, "+.3f") for one in fixed]
+    learned_too = [recipe.plus_minus(one, "+.3f") for one in apart]
+    says(
+        "docs/activations/study.md",
+        f"Hermite 4 has {of_gelu[0]} from GELU, the control {of_gelu[1]}: "
+        f"{learned_too[0]} and {learned_too[1]} from those that learned theirs",
+    )
 
 
 def losses_of(corpus: str, name: str, key: str = "test_loss") -> dict[int, float]:
