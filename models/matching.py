@@ -71,11 +71,13 @@ def feature_error(states: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tens
         mask: `[batch, positions]`, 0 where a position does not count; None: all count.
 
     Raises:
-        ValueError: other numbers of blocks, or other shapes.
+        ValueError: other numbers of blocks, other shapes, or a single number, which has no variance.
     """
     if [state.shape for state in states] != [target.shape for target in wanted]:
         shapes = (f"{[tuple(state.shape) for state in part]}" for part in (states, wanted))
         raise ValueError(f"features: states of {' and '.join(shapes)} cannot be compared")
+    if any(target.numel() < 2 for target in wanted):
+        raise ValueError("features: one number alone has no variance to compare with: compute more samples at once")
     errors = []
     for state, target in zip(states, wanted, strict=True):
         wide = torch.promote_types(state.dtype, torch.float32)

@@ -40,6 +40,15 @@ def run(module: nn.Module, x: Tensor, seed: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, [leaf, *module.parameters()], seed)]
 
 
+def launches(module: nn.Module, x: Tensor, seed: Tensor) -> list[str]:
+    """Kernels and copies of a forward and a backward pass, the second of their kind."""
+    run(module, x, seed)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(module, x, seed)
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("degree", [1, 2, 3, 4, 5, 6, 7, 8, 12])
 @pytest.mark.parametrize("family", list(Family), ids=lambda family: family.name)
@@ -95,11 +104,7 @@ def test_groups_and_gates(options: dict[str, Any], shape: tuple[int, ...]) -> No
 def test_a_forward_is_one_launch_and_a_backward_two(config: dict[str, Any]) -> None:
     module = activation(config, torch.float32).cuda()
     x, seed = (torch.randn(64, 512, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    run(module, x, seed)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run(module, x, seed)
-        torch.cuda.synchronize()
-    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    launched = launches(module, x, seed)
     assert len(launched) == 3, launched
 
 
@@ -123,11 +128,7 @@ def test_the_columns_of_channels_take_as_many_launches() -> None:
     """As one function for all, and no copy. Apart: under compute-sanitizer torch's profiler sees nothing."""
     module = activation({"name": "hermite", "degree": 3, "num_parameters": 768}, torch.float32).cuda()
     x, seed = (torch.randn(2000, 768, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    run(module, x, seed)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run(module, x, seed)
-        torch.cuda.synchronize()
-    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    launched = launches(module, x, seed)
     assert len(launched) == 3, launched
 
 

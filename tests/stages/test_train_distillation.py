@@ -102,6 +102,8 @@ def test_the_error_of_states_is_relative_to_each_and_leaves_out_what_does_not_co
     p = 1 / (1 + float(torch.tensor(3.0**0.5).exp()))
     by_hand = p * torch.tensor(2 * p).log() + (1 - p) * torch.tensor(2 * (1 - p)).log()
     assert float(divergence(*logits)) == pytest.approx(float(by_hand), rel=1e-5)
+    with pytest.raises(ValueError, match="one number alone has no variance"):
+        feature_error([torch.ones(1, 1)], [torch.ones(1, 1)])
     with pytest.raises(ValueError, match="cannot be compared"):
         feature_error([t], [t, t])
 

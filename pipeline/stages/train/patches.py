@@ -132,7 +132,8 @@ def exchange_gradients_and_weights(optimizer: Any) -> None:
     DeepSpeed 0.19.8 copies each gradient into a new bucket, from there into its partition and from there into a flat
     tensor, by a hook per parameter; over gloo it reduces all gradients on all ranks, and looks for infinities and takes
     the norm tensor by tensor with a reduction per parameter group. For small models that is a good part of a step, and
-    a fast GPU waits for it: on an H200, 24 ms of the 66 of a step of GPT-2 124M. Here gradients are
+    a fast GPU waits for it: on an H200, 24 ms of the 83 of a step of GPT-2 124M
+    (benchmarks/results/gpu-train-2026-11-27.json). Here gradients are
     copied once, into one buffer of a row per rank; each rank gets its row from all others and averages it (always in
     the order of ranks: bit for bit the same); and the norm is one reduction. The new weights go straight into place.
     """
