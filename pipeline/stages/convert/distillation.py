@@ -89,7 +89,8 @@ def distill(
             What that is for a coefficient depends on the basis, its variable, and where the straight lines begin.
 
     Raises:
-        ValueError: with `features`, models whose blocks are not known, or not as many in both.
+        ValueError: with `features`, models whose blocks are not known, or not as many in both, or a block of the
+            teacher whose states are all the same number.
     """
     here, there = (find_blocks(model) if features else [] for model in (teacher, student))
     if len(here) != len(there):
@@ -121,7 +122,7 @@ def distill(
                     output = counted(forward(student, batch), mask)
                 loss = (output - target).square().sum() / target.square().sum()
                 if features:
-                    loss = loss + features * feature_error(states, aims, mask)
+                    loss = loss + features * feature_error(states, aims, mask, here)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

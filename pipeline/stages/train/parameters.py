@@ -318,6 +318,11 @@ class DistillationParameters(BaseModel):
             raise ValueError(f"blocks: expected numbers that rise, got {self.blocks}")
         return self
 
+    def weights(self) -> dict[str, float]:
+        """Term of the loss, by its name in `DISTILLATION_TERMS` → weight; those that are 0 are left out."""
+        given = {"targets": 1.0, "outputs": self.outputs, "features": self.features, "perturbation": self.perturbation}
+        return {f"distillation/{name}": weight for name, weight in given.items() if weight}
+
 
 class TrainParameters(BaseModel):
     """Everything that decides the result of a training."""

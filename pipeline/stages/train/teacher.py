@@ -16,14 +16,26 @@ from polytrope.pipeline.stages.train.parameters import SHARDED, DistillationPara
 _OUTPUTS = {"text": "vocab_size", "images": "num_classes", "numbers": "outputs"}  # by what a model takes
 
 
-def check_teacher(options: DistillationParameters, student: PromisedModel | None, teacher: PromisedModel) -> None:
+def check_teacher(
+    options: DistillationParameters, student: PromisedModel | None, teacher: PromisedModel, micro_batch: int
+) -> None:
     """Refuse a teacher whose outputs or blocks cannot be compared with those of the model, as far as they are known.
+
+    Args:
+        micro_batch: samples that a worker computes at once, over which the variance of predicted numbers is taken.
 
     Raises:
         UserError: naming the parameter or the input.
     """
     if options.features:
         _blocks("inputs.teacher", teacher)
+    one = teacher.settings.get("loss") == "mse" and teacher.settings.get("outputs") == 1
+    if options.outputs and one and micro_batch == 1:
+        raise UserError(
+            "distillation: outputs: the teacher predicts one number (outputs: 1), and each worker computes one sample "
+            "at once: one number has no variance that its error could be relative to",
+            "set global_batch_size to at least twice the workers without a micro_batch_size of 1, or outputs: 0.0",
+        )
     if student is None:
         return
     kind = MODEL_KINDS[teacher.architecture].data
