@@ -20,6 +20,7 @@ from polytrope.models.convert import convert
 from polytrope.models.factors import FactoredLinear, change_beyond, largest_change
 from polytrope.models.matching import feature_error, find_blocks, states_behind
 from polytrope.pipeline.data.described import read_model_promise
+from polytrope.pipeline.data.lineage import Lineage, Teacher, read_lineage, write_lineage
 from polytrope.pipeline.data.order import sample_indices
 from polytrope.pipeline.data.promised import PromisedModel
 from polytrope.pipeline.data.reader import open_split
@@ -410,7 +411,8 @@ def test_the_teacher_of_a_rounded_model_gets_what_is_not_rounded_and_the_terms_a
     torch.manual_seed(5)
     sizes = {"inputs": 2, "outputs": 1, "widths": [16], "activation": {"name": "fourier", "degree": 1, "init": "siren"}}
     save_model(tmp_path / "teacher", build_model("mlp", sizes))
-    teacher = Artifact(tmp_path / "teacher", "digest", "train")
+    write_lineage(tmp_path / "teacher", Lineage(samples=640))
+    teacher = Artifact(tmp_path / "teacher", "digest of it", "large")
     run_training(
         tmp_path, dataset, workers=1, teacher=teacher, model={"architecture": "mlp", "widths": [8]}, steps=1,
         warmup_steps=0, precision="bf16", keep_initial=True, distillation={"outputs": 3.0},
@@ -429,6 +431,8 @@ def test_the_teacher_of_a_rounded_model_gets_what_is_not_rounded_and_the_terms_a
     assert logged["train/loss"] == pytest.approx(usual + 3.0 * term, rel=1e-5)
     rounded = float(output_error(outputs, load_model(teacher.path)(x.bfloat16().float()).detach()))
     assert abs(rounded - term) > 1e-3 * term
+    lineage = read_lineage(tmp_path / "output")
+    assert (lineage.samples, lineage.teachers) == (8, [Teacher(stage="large", digest="digest of it", samples=640)])
     training = read_training(tmp_path / "output")
     assert training is not None
     assert training.metrics()["train/distillation/outputs"] == logged["train/distillation/outputs"]

@@ -141,6 +141,7 @@ def train(
     context.log_dataset("train", dataset.digest, str(dataset.path), plan.dataset_profile)
     context.log_params(plan.facts)
     origin = None if initial is None else read_origin(initial.path)  # now: it may be damaged
+    taught = None if teacher is None else read_origin(teacher.path)
     run_workers(context, plan)
     training = read_training(context.output)
     assert training is not None  # rank 0 has written it
@@ -148,6 +149,8 @@ def train(
     lineage = Lineage(samples=samples, tokens=training.tokens)
     if initial is not None and origin is not None:
         lineage = origin.then(initial.stage, initial.digest, samples, training.tokens)
+    if teacher is not None and taught is not None:
+        lineage = lineage.taught_by(teacher.stage, teacher.digest, taught)
     write_lineage(context.output, lineage)
     if parameters.register_as and training.failure is None:
         context.log_model(".", name=parameters.register_as, alias=parameters.register_alias)
