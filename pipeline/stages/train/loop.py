@@ -43,7 +43,7 @@ from polytrope.pipeline.stages.train.imitation import Imitation, make_imitation
 from polytrope.pipeline.stages.train.modality import Modality, make_modality
 from polytrope.pipeline.stages.train.numbers_start import start_for_rows
 from polytrope.pipeline.stages.train.optimization import coefficient_rates, learning_rate_factor, set_learning_rate
-from polytrope.pipeline.stages.train.trainable import ADAPTERS, freeze
+from polytrope.pipeline.stages.train.trainable import ADAPTERS, COEFFICIENTS, RATES, freeze, learns_of
 from polytrope.pipeline.stages.train.training_metrics import (
     Meter,
     MetricsLog,
@@ -70,6 +70,10 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     import_deepspeed(on_cpu, parameters.compile)
     _seed(parameters.seed)
     model, adapted = _create_model(plan)
+    for group, field in RATES.items():
+        given = getattr(parameters, field)
+        if rank == 0 and given is not None and not learns_of(group, model, plan.architecture):
+            context.message(f"{field} ({given:g}) has no effect: none of the {group} parameters learns")
     sizes = sizes_of(model)  # now: ZeRO-3 leaves nothing of most parameters here
     frozen, initial = {}, {}
     if rank == 0:  # which writes the model
@@ -351,6 +355,11 @@ def _create_model(plan: TrainingPlan) -> tuple[nn.Module, Adapted]:
     learning = plan.parameters.trainable or (None if adapters is None else [ADAPTERS])
     if learning is not None:
         freeze(model, plan.architecture, learning)
+    if plan.parameters.activation_basis is not None and not learns_of(COEFFICIENTS, model, plan.architecture):
+        raise UserError(
+            f"activation_basis: measured: trainable is {learning}, and nothing learns in that basis",
+            f"name {COEFFICIENTS} under `trainable` too, or leave activation_basis out",
+        )
     if plan.parameters.augmentation is not None:
         model.label_smoothing = plan.parameters.augmentation.label_smoothing  # type: ignore[assignment]
     if plan.parameters.linearize:

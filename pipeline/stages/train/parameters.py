@@ -23,8 +23,10 @@ from polytrope.pipeline.stages.train.part_parameters import Attention, FeedForwa
 from polytrope.pipeline.stages.train.trainable import (
     ADAPTERS,
     COEFFICIENTS,
+    GROUPS,
     MULTIPLICATIVE,
     MULTIPLICATIVE_PARTS,
+    RATES,
     check_entry,
 )
 
@@ -378,13 +380,13 @@ class TrainParameters(BaseModel):
         ge=0,
         description="peak learning rate of activation coefficients; default: a multiple of learning_rate that moves "
         "every activation equally fast (10 for Hermite polynomials on [-4, 4]; a tenth of that in fine-tuning, and a "
-        "tenth without an interval)",
+        "tenth without an interval). Without effect, which is logged, where no coefficient learns",
     )
     multiplicative_learning_rate: float | None = Field(
         None,
         ge=0,
         description="peak learning rate of what multiplies inputs by inputs (`trainable: [multiplicative]`); default: "
-        "a tenth of learning_rate",
+        "a tenth of learning_rate. Without effect, which is logged, where none of it learns",
     )
     minimum_learning_rate: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of the peak")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up before the cosine")
@@ -487,6 +489,11 @@ class TrainParameters(BaseModel):
                 "activation_basis: measured is for an `initial` input: weights that begin from nothing give their "
                 "activations inputs that are others soon"
             )
+        if self.activation_basis is not None and (why := self.still_coefficients()) is not None:
+            raise ValueError(f"activation_basis: measured: {why}; otherwise leave it out: nothing learns in that basis")
+        if self.trainable is not None and set(self.trainable) <= self.rates_of_zero().keys():
+            fields = " and ".join(f"{self.rates_of_zero()[name]} is 0" for name in dict.fromkeys(self.trainable))
+            raise ValueError(f"trainable: nothing learns: {fields}; name what learns, or give a rate above 0")
         refuse_with_linearize(self)
         if self.adapters is not None and self.model is not None:
             raise ValueError("adapters: they fine-tune an `initial` input, and this model begins from nothing")
@@ -519,6 +526,20 @@ class TrainParameters(BaseModel):
                 )
         return self
 
+    def rates_of_zero(self) -> dict[str, str]:
+        """Group of `trainable` that does not learn → the rate that says so."""
+        return {group: field for group, field in RATES.items() if getattr(self, field) == 0}
+
+    def still_coefficients(self) -> str | None:
+        """Why no coefficient of an activation learns, and what to do if they are to; None where some may."""
+        if COEFFICIENTS in self.rates_of_zero():
+            return "coefficient_learning_rate is 0: give a rate above 0"
+        learning = [ADAPTERS] if self.trainable is None and self.adapters is not None else self.trainable
+        if learning is None or any(entry == COEFFICIENTS or entry not in GROUPS for entry in learning):
+            return None
+        given = "adapters alone learn" if self.trainable is None else f"trainable is {learning}"
+        return f"{given}, and no coefficient: name {COEFFICIENTS} under `trainable` too"
+
     def refuse_unheeded(self, architecture: str, settings: Mapping[str, Any]) -> None:
         """Refuse what nothing in this model would heed.
 
@@ -541,6 +562,11 @@ class TrainParameters(BaseModel):
             raise ValueError("activation_checkpointing: mlp computes activations again, and the model has none")
         attentions = config.attention_settings() if architecture == "gpt2" else []
         divides = config.norm_settings().divides or any(part.divides for part in attentions)
+        if self.range_penalty is not None and set(trainable) == {"head"} and architecture != "gpt2":
+            raise ValueError(
+                "range_penalty: trainable is ['head'], which comes after all activations and denominators: it has no "
+                "effect; leave it out"
+            )
         if self.range_penalty is not None and not divides:
             if self.range_penalty.denominator:
                 raise ValueError(f"range_penalty.denominator: {_DENOMINATORS}; leave it out")
