@@ -45,7 +45,7 @@ from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
 from polytrope.pipeline.stages.shard.parameters import ShardImagesParameters
 from polytrope.pipeline.stages.shard.shard_images import shard_images
 from polytrope.pipeline.stages.train.activation_parameters import IMITATED, LEARNABLE_SETTINGS
-from polytrope.pipeline.stages.train.activations import apply_activation_options
+from polytrope.pipeline.stages.train.activations import apply_activation_options, options_without_effect
 from polytrope.pipeline.stages.train.best_weights import load_best
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, shipped_names, zero_stage_of
 from polytrope.pipeline.stages.train.parameters import ModelParameters, TrainParameters
@@ -402,6 +402,12 @@ def test_options_of_activations_go_to_the_families_that_have_them() -> None:
         {"name": "rational", "interval": [-5, 5], "num_parameters": 64},
     ]
     assert build_model("gpt2", model).blocks[1].mlp.activation.coefficients.shape == (64, 4)
+    unused = options_without_effect("gpt2", {**sizes, "activation": activations, "activation_options": options})
+    assert unused == (
+        "gelu has no init, interval, per_channel; tropical has no interval; "
+        "polynorm has no init, interval, per_channel; rational has no init"
+    )
+    assert options_without_effect("gpt2", {**sizes, "activation": activations}) == ""
     every = ["legendre2", "fourier2", "polynorm3", "piecewise_linear8", "relu"]
     for init, having in (("stable", {"legendre2"}), ("gelu", set(every) - {"relu"}), ("torchortho", {"fourier2"})):
         given = apply_activation_options("gpt2", {**sizes, "activation": every, "activation_options": {"init": init}})

@@ -198,7 +198,11 @@ def test_the_rest_stays_bit_for_bit_sharded_rounded_and_resumed(
             "nothing learns: coefficient_learning_rate is 0",
         ),
         (
-            {"trainable": ["head"], "range_penalty": {}, "model": {"architecture": "convnext", "depths": [1], "dims": [4]}},
+            {
+                "trainable": ["head"],
+                "range_penalty": {},
+                "model": {"architecture": "convnext", "depths": [1], "dims": [4]},
+            },
             "range_penalty: trainable is .*, which comes after all activations",
         ),
         ({"trainable": ["norms"], "peak_flops": 1e12}, "peak_flops: MFU counts the gradients of all weights"),

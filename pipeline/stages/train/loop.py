@@ -26,7 +26,7 @@ from polytrope.ops import kernels
 from polytrope.pipeline.data.training_file import INITIAL, Training, write_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
-from polytrope.pipeline.stages.train.activations import apply_activation_options
+from polytrope.pipeline.stages.train.activations import apply_activation_options, options_without_effect
 from polytrope.pipeline.stages.train.basis_start import measure_basis
 from polytrope.pipeline.stages.train.batches import Batch, Prefetcher, as_weights, validation_batches
 from polytrope.pipeline.stages.train.best_weights import load_best, save_best
@@ -74,6 +74,8 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
         given = getattr(parameters, field)
         if rank == 0 and given is not None and not learns_of(group, model, plan.architecture):
             context.message(f"{field} ({given:g}) has no effect: none of the {group} parameters learns")
+    if rank == 0 and (unused := options_without_effect(plan.architecture, plan.model)):
+        context.message(f"activation_options: without effect: {unused}")
     sizes = sizes_of(model)  # now: ZeRO-3 leaves nothing of most parameters here
     frozen, initial = {}, {}
     if rank == 0:  # which writes the model

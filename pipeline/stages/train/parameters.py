@@ -73,7 +73,9 @@ class ModelParameters(BaseModel):
         "or a list of {layers: 0-5, name: …}",
     )
     activation_options: ActivationOptions | None = Field(
-        None, description="init, interval, per_channel of all learnable activations that have such an option"
+        None,
+        description="init, interval, per_channel of the learnable activations that have such an option; the log says "
+        "which have none",
     )
     attention: Attention | None = Field(
         None,
