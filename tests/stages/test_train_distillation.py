@@ -230,6 +230,7 @@ def promised(
         (GPT2, {**GPT2, "vocab_size": 257}, {}, r"outputs: the teacher has 257 \(vocab_size\), the model 320"),
         ({**GPT2, "factors": {}}, GPT2, {"perturbation": 1.0}, "perturbation: `initial` has no factored layers"),
         (CONVNEXT, {**CONVNEXT, "depths": [2, 2]}, {}, "`stages.0.1` of the teacher to 4"),
+        (CONVNEXT, {**CONVNEXT, "patch_size": 4}, {}, "the model has patch_size 2, the teacher 4: their states have"),
         ({"widths": [4, 4]}, {"widths": [4, 4]}, {}, "inputs.teacher: mlp has no blocks that add"),
     ],
     ids=str,

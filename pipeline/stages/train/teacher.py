@@ -55,6 +55,13 @@ def check_teacher(
     if not options.features:
         return
     own, others = _blocks("inputs.initial", student), _blocks("inputs.teacher", teacher)
+    here, there = (getattr(_config(model), "patch_size", None) for model in (student, teacher))
+    if here != there:
+        raise UserError(
+            f"distillation: features: the model has patch_size {here}, the teacher {there}: their states have other "
+            "positions",
+            "leave features out, or give the model the teacher's patch_size",
+        )
     recorded = student.blocks_before == len(others)
     if options.blocks is None and len(own) != len(others) and not recorded:
         raise UserError(
@@ -102,15 +109,17 @@ def matched_blocks(
     return _pairs(own, others, range(len(others)) if numbers is None else numbers)
 
 
+def _config(model: PromisedModel) -> Any:
+    return make_config(MODEL_KINDS[model.architecture].config, model.settings)
+
+
 def _layers(model: PromisedModel) -> int:
-    config: Any = make_config(MODEL_KINDS[model.architecture].config, model.settings)
-    return len(config.activation_widths())
+    return len(_config(model).activation_widths())
 
 
 def _blocks(field: str, model: PromisedModel) -> dict[str, int]:
-    config: Any = make_config(MODEL_KINDS[model.architecture].config, model.settings)
     try:
-        return residual_blocks(config)
+        return residual_blocks(_config(model))
     except ValueError as error:
         raise UserError(f"distillation: features: {field}: {error}", "leave features out") from error
 
