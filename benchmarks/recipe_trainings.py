@@ -141,6 +141,11 @@ LARGER: tuple[Mapping[str, Any], ...] = (  # 3.7 and 12.6 million parameters
     {"n_layer": 8, "n_head": 4, "n_embd": 192},
     {"n_layer": 10, "n_head": 5, "n_embd": 320},
 )
+STARTS: tuple[dict[str, Any], ...] = tuple(
+    {"name": "hermite", "degree": 4, "init": init, **interval}
+    for init in ("variance_preserving", "stable", "gelu")
+    for interval in ({}, {"interval": [-4, 4]})
+)
 STEPS_OF_IMAGES = 500
 EQUAL_TIME = {"hermite4": 475, "affine": 394}  # of images: 500 / 1.052 and 500 / 1.27
 RELU_SQUARED = {"name": "polyrelu", "degree": 2, "init": "relu_squared"}  # as it is where its rate is 0
@@ -177,6 +182,7 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
         for model, rate in zip(LARGER, (3e-3, 3e-3), strict=True)
         for steps in (240, 480, 960)
     ),
+    "starts": (Trainings(STARTS, range(3), "speeches"), Trainings(STARTS, range(3), "mnist")),
     "shorter": (Trainings(data="speeches", steps=240),),
     "baselines": (
         Trainings((RELU_SQUARED, "silu"), data="mnist", multiple=0.0),
