@@ -89,7 +89,7 @@ def feature_error(
     if [state.shape for state in states] != [target.shape for target in wanted]:
         shapes = (f"{[tuple(state.shape) for state in part]}" for part in (states, wanted))
         raise ValueError(f"features: states of {' and '.join(shapes)} cannot be compared")
-    errors, constant = [], []
+    errors, constant, counts = [], [], []
     for state, target in zip(states, wanted, strict=True):
         wide = torch.promote_types(state.dtype, torch.float32)
         h, t = state.to(wide), target.to(wide)
@@ -97,6 +97,7 @@ def feature_error(
             h, t = h[mask != 0], t[mask != 0]
         if not t.numel():
             raise ValueError("features: no position counts, so that nothing is compared")
+        counts.append(t.numel())
         least, most = t.aminmax()
         variance = t.var(correction=0)
         constant.append((least == most) | (variance == 0))  # the variance of one number many times is rounding, not 0
@@ -104,7 +105,7 @@ def feature_error(
     if (found := torch.stack(constant)).any():
         number = int(found.nonzero()[0])
         raise NoVariance(
-            f"`{names[number] if names else number}`: the {wanted[number].numel()} numbers that are wanted at once are "
-            "all the same, and have no variance that errors could be relative to"
+            f"`{names[number] if names else number}`: the {counts[number]} numbers that are wanted at once are all "
+            "the same, and have no variance that errors could be relative to"
         )
     return torch.stack(errors).mean()

@@ -119,6 +119,8 @@ def test_the_error_of_states_is_relative_to_each_and_leaves_out_what_does_not_co
     assert float(divergence(*logits)) == pytest.approx(float(by_hand), rel=1e-5)
     with pytest.raises(ValueError, match="`0`: the 1 numbers that are wanted at once are all the same"):
         feature_error([torch.ones(1, 1)], [torch.ones(1, 1)])
+    with pytest.raises(ValueError, match=r"`1`: the 2 numbers .* are all the same"):  # those that count
+        feature_error([t, t], [t, 0 * t + torch.tensor([[[4.0], [5.0]]])], torch.tensor([[1, 0]]))
     with pytest.raises(ValueError, match="no position counts"):
         feature_error([t], [t], torch.tensor([[0, 0]]))
     with pytest.raises(ValueError, match="cannot be compared"):
