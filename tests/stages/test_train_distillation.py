@@ -101,8 +101,8 @@ def test_the_loss_is_its_three_terms_written_by_hand() -> None:
     torch.testing.assert_close(feature_error([own[0]], [t]), features, rtol=1e-12, atol=0)
     by_hand = {"targets": usual, "outputs": outputs, "features": features}
     assert list(terms) == [f"distillation/{name}" for name in by_hand]
-    for name, value in by_hand.items():
-        torch.testing.assert_close(terms[f"distillation/{name}"], value.detach(), rtol=2e-6, atol=0, check_dtype=False)
+    for name, value in by_hand.items():  # logits are compared in float32
+        torch.testing.assert_close(terms[f"distillation/{name}"], value.detach(), rtol=2e-5, atol=0, check_dtype=False)
 
 
 def test_the_error_of_states_is_relative_to_each_and_leaves_out_what_does_not_count() -> None:
