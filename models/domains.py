@@ -58,18 +58,19 @@ class Seen:
 
 @contextmanager
 def watching(
-    model: nn.Module, mask: Callable[[nn.Module], Tensor | None] = lambda _module: None
+    model: nn.Module, mask: Callable[[nn.Module, Tensor], Tensor | None] = lambda _module, _x: None
 ) -> Iterator[dict[str, Seen]]:
     """Inside, what the compositions of the model receive is counted, by their names; empty if it has none.
 
     Args:
-        mask: of the batch that runs, at a module, as `inputs.mask_of` has it.
+        mask: of the batch that runs, at a module and its input, as `inputs.masks` has it.
     """
     found: dict[str, Seen] = {}
     handles = []
 
     def count(seen: Seen, module: Composition, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        x = without_padding(next(iter((*arguments, *keywords.values()))), mask(module))
+        x = next(iter((*arguments, *keywords.values())))
+        x = without_padding(x, mask(module, x))
         seen.add(x.chunk(2, -1)[0] if module.glu else x)
 
     for name, module in model.named_modules():

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from polytrope.models.domains import Seen, describe_outside, watching
-from polytrope.models.inputs import mask_of, part, size_of
+from polytrope.models.inputs import masks, part, size_of
 from polytrope.models.modes import measuring
 from polytrope.ops import Composition
 from polytrope.ops.circuit import Cost, count
@@ -148,7 +148,11 @@ def measure_polynomials(
         names: of the activations that were converted, all of them compositions.
     """
     current: Any = None  # batch
-    with measuring(model), watching(model, lambda module: mask_of(model, current, module)) as found:
+    with (
+        measuring(model),
+        masks(model) as mask_at,
+        watching(model, lambda module, x: mask_at(current, module, x)) as found,
+    ):
         for batch in held_out:
             current = batch
             forward(model, batch)
