@@ -23,7 +23,7 @@ from polytrope.models.circuit import (
     with_inverse_roots,
     with_reciprocals,
 )
-from polytrope.models.domains import Seen, describe_outside, watching
+from polytrope.models.domains import DomainInputs, describe_outside, watching
 from polytrope.models.factors import merge_factors
 from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.ring_graph import RingGraph, count, evaluate, read_ring_graph
@@ -199,7 +199,7 @@ def _ranges(model: nn.Module, modules: dict[str, nn.Module], batches: list[Tenso
     Raises:
         ValueError: one that is not finite.
     """
-    found = {name: Seen((-float("inf"), float("inf"))) for name in modules}
+    found = {name: DomainInputs((-float("inf"), float("inf"))) for name in modules}
 
     def add(name: str, arguments: tuple[Any, ...]) -> None:
         if not bool(torch.isfinite(arguments[0]).all()):
@@ -249,7 +249,7 @@ def _division(
     )
 
 
-def _with_rows(division: Division, rows: Seen) -> Division:
+def _with_rows(division: Division, rows: DomainInputs) -> Division:
     counted = {"inputs": rows.inputs, "outside": rows.outside}
     return division.model_copy(update={**counted, "minimum": finite(rows.minimum), "maximum": finite(rows.maximum)})
 
