@@ -144,6 +144,16 @@ def test_equalised_is_the_same_function_and_closer_with_few_bits(activation: nn.
     first = many.model.get_submodule("first")
     sizes = first.weight.abs().amax(dim=1)  # type: ignore[operator, union-attr]
     assert sizes.max() / sizes.min() < (1.001 if equal.columns is None else 40)
+    largest = [
+        float(of.get_submodule(name).weight.detach().abs().max())  # type: ignore[operator, union-attr]
+        for name in ("first", "second")
+        for of in (model, many.model)
+    ]
+    assert [equal.rows_before, equal.rows_after] == pytest.approx(largest[:2])
+    assert [equal.columns_before, equal.columns_after] == (
+        [None, None] if equal.columns is None else pytest.approx(largest[2:])
+    )
+    assert f"the largest weight of first was {equal.rows_before:.3g} and is {equal.rows_after:.3g}" in many.report()
     few = {"bits": 4, "exponent": 1.0, "per": "tensor"}
     before = convert(model, rows(), quantize=few).difference
     assert convert(model, rows(), quantize=few | {"equalize": True}).difference < 0.75 * before
