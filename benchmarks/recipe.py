@@ -206,7 +206,7 @@ def markdown(
         heads += ["accuracy", "Δ to GELU", "p, Holm", "failed"] if images else ["failed"]
         lines += [
             f"**{setting['corpus']}** ({setting['data']}): {setting['model']}, {setting['steps']} steps of "
-            f"{setting['batch']} samples, base learning rate {setting['learning_rate']:g}",
+            f"{setting['batch']} samples, base learning rate {setting['learning_rate']:g}, {setting['precision']}",
             "",
         ]
         if setting["data"] in texts:
@@ -233,12 +233,20 @@ def markdown(
             pairs = min(entries[name]["difference"]["pairs"] for name in names)
             row = [
                 setting["model"],
+                setting["precision"],
+                f"{setting['learning_rate']:g}",
                 str(setting["steps"]),
                 str(pairs),
                 plus_minus(entries[group[0]["baseline"]]["loss"], ".4f"),
             ]
             rows.append(row + [plus_minus(entries[name]["difference"], "+.4f") for name in names])
-        lines += [*table(["model", "steps", "seeds", "loss of GELU", *(f"Δ {name}" for name in names)], rows), ""]
+        lines += [
+            *table(
+                ["model", "precision", "base rate", "steps", "seeds", "loss of GELU", *(f"Δ {name}" for name in names)],
+                rows,
+            ),
+            "",
+        ]
     if in_time:
         lines += ["**Equal time**: as many steps as take GELU's time for its own", ""]
         rows = []
@@ -256,10 +264,10 @@ def markdown(
             for rate in one["rates"]:
                 shown = " · ".join(f"{seed}: {_shown(loss)}" for seed, loss in sorted(rate["losses"].items()))
                 mark = "chosen" if rate["learning_rate"] == one["chosen"] else ""
-                rows.append(
-                    [one["corpus"], one["name"], f"{rate['learning_rate']:g}", shown, _shown(rate["mean"]), mark]
-                )
-        lines += [*table(["text", "activation × rate", "base rate", "seeds", "mean", ""], rows), ""]
+                about = [one["corpus"], one["model"], str(one["steps"]), one["precision"], one["name"]]
+                rows.append([*about, f"{rate['learning_rate']:g}", shown, _shown(rate["mean"]), mark])
+        heads = ["text", "model", "steps", "precision", "activation × rate", "base rate", "seeds", "mean", ""]
+        lines += [*table(heads, rows), ""]
     return "\n".join(lines)
 
 
@@ -352,7 +360,7 @@ def main() -> None:
     if not settings:
         raise SystemExit(f"no finished training in {', '.join(options.store)}: polytrope run workflows/recipe.yaml")
     options.output.mkdir(parents=True, exist_ok=True)
-    content = {"format": 4, "development_seeds_from": DEVELOPMENT, "settings": settings, "base_rates": rates}
+    content = {"format": 5, "development_seeds_from": DEVELOPMENT, "settings": settings, "base_rates": rates}
     in_time = equal_time(trainings)
     content |= {"equal_time": in_time, "texts": texts, "trainings": trainings}
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

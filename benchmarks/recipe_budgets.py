@@ -17,19 +17,28 @@ FEWEST = 3  # settings that are worth a table of their own
 
 
 def budgets(settings: Iterable[Row]) -> dict[str, list[Row]]:
-    """Text → its settings of plain GPT-2 with one batch and base rate, by model and steps; texts with few are left out.
+    """Text → its settings of plain GPT-2 with one batch, by model and steps; texts with few are left out.
 
-    Of several batches or base rates those with the most settings are taken.
+    Of several batches those with the most settings are taken; of several base rates or precisions of one model and
+    number of steps the one with the most pairs.
     """
-    groups: dict[tuple[Any, ...], list[Row]] = {}
+    groups: dict[tuple[str, int], dict[tuple[str, int], Row]] = {}
     for setting in settings:
-        if PLAIN.fullmatch(setting["model"]) and any(one.get("difference") for one in setting["activations"]):
-            groups.setdefault(tuple(setting[key] for key in ("corpus", "batch", "learning_rate")), []).append(setting)
+        if PLAIN.fullmatch(setting["model"]) and _pairs(setting):
+            group = groups.setdefault((setting["corpus"], setting["batch"]), {})
+            budget = (setting["model"], setting["steps"])
+            if budget not in group or _pairs(setting) > _pairs(group[budget]):
+                group[budget] = setting
     found: dict[str, list[Row]] = {}
-    for (corpus, *_), group in groups.items():
+    for (corpus, _), group in groups.items():
         if len(group) >= max(FEWEST, len(found.get(corpus, ()))):
-            found[corpus] = sorted(group, key=lambda one: (_width(one), one["model"], one["steps"]))
+            found[corpus] = sorted(group.values(), key=lambda one: (_width(one), one["model"], one["steps"]))
     return found
+
+
+def _pairs(setting: Row) -> int:
+    """Of all its comparisons with GELU."""
+    return sum(one["difference"]["pairs"] for one in setting["activations"] if one.get("difference"))
 
 
 def _width(setting: Row) -> int:

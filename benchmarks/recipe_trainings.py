@@ -33,7 +33,7 @@ BASELINES = ("gelu_tanh", "gelu")  # GPT-2's, ConvNeXt's
 CONTROL = "affine"
 FROZEN = "frozen as learned"
 LEARNED_START = "benchmarks.recipe_stages:learned_start"
-SETTING = ("data", "model", "steps", "batch", "learning_rate")
+SETTING = ("data", "model", "steps", "batch", "learning_rate", "precision")
 ASKED = ("corpus", *SETTING[1:], "name", "seed")  # what a training is known by before its data exist
 FEEDFORWARDS = {None: "", "mlp": "", "gated": ", gated"}  # in the name of the model
 Row = dict[str, Any]
@@ -49,6 +49,7 @@ class Trainings:
         learning_rate, multiple: the base rate, and that of the coefficients in units of it; None: as in the workflow.
         steps: None: as in the workflow.
         model: changes of the workflow's model.
+        precision: of the arithmetic; the weights that the optimizer keeps, and the measured losses, are float32.
         frozen: also from the coefficients each of them ends with, which do not learn then.
         converted: families of degree 8 that each model is converted to; then both are trained on for 100 steps at 1e-3,
             the coefficients at each of `RATES_ON` in units of that.
@@ -61,6 +62,7 @@ class Trainings:
     multiple: float | None = None
     steps: int | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
     frozen: bool = False
     converted: tuple[str, ...] = ()
 
@@ -135,6 +137,15 @@ ENDLESS: tuple[dict[str, Any], ...] = (
     {"name": "rational", "degree": 5},
     {"name": "polyrelu", "degree": 3},
 )
+LARGER: tuple[Mapping[str, Any], ...] = (  # 3.7 and 12.6 million parameters
+    {"n_layer": 8, "n_head": 4, "n_embd": 192},
+    {"n_layer": 10, "n_head": 5, "n_embd": 320},
+)
+STARTS: tuple[dict[str, Any], ...] = tuple(
+    {"name": "hermite", "degree": 4, "init": init, **interval}
+    for init in ("variance_preserving", "stable", "gelu")
+    for interval in ({}, {"interval": [-4, 4]})
+)
 STEPS_OF_IMAGES = 500
 EQUAL_TIME = {"hermite4": 475, "affine": 394}  # of images: 500 / 1.052 and 500 / 1.27
 RELU_SQUARED = {"name": "polyrelu", "degree": 2, "init": "relu_squared"}  # as it is where its rate is 0
@@ -152,6 +163,27 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
         Trainings(seeds=range(3), data="speeches", model={"n_embd": 64}, steps=960),
         Trainings(seeds=range(3), data="speeches", steps=960),
     ),
+    # Four and fourteen times the parameters, in bfloat16, which is what makes them fit in hours of two cores.
+    "larger-rates": tuple(
+        Trainings(
+            ("gelu_tanh", "hermite4"),
+            (DEVELOPMENT,),
+            "speeches",
+            learning_rate=rate,
+            steps=240,
+            model=model,
+            precision="bf16",
+        )
+        for model in LARGER
+        for rate in (3e-3, 1.5e-3)
+    ),
+    "larger": tuple(
+        Trainings(seeds=range(3), data="speeches", learning_rate=rate, steps=steps, model=model, precision="bf16")
+        for model, rate in zip(LARGER, (3e-3, 3e-3), strict=True)
+        for steps in (240, 480, 960)
+    ),
+    "starts": (Trainings(STARTS, range(3), "speeches"), Trainings(STARTS, range(3), "mnist")),
+    "shorter": (Trainings(data="speeches", steps=240),),
     "baselines": (
         Trainings((RELU_SQUARED, "silu"), data="mnist", multiple=0.0),
         Trainings((RELU_SQUARED,), data="speeches", multiple=0.0),
@@ -246,6 +278,7 @@ def compose(part: str, sources: Sources, recorded: Sequence[Row] = ()) -> dict[s
         train["matrix"] = {"seed": list(trainings.seeds), "activation": chosen}
         settings = train["with"]
         settings["model"] |= trainings.model
+        settings["precision"] = trainings.precision
         if trainings.steps is not None:
             settings["steps"] = trainings.steps
         if trainings.learning_rate is not None:
@@ -289,6 +322,7 @@ def _made_before(
         "steps": given["steps"],
         "batch": given["global_batch_size"],
         "learning_rate": given["learning_rate"],
+        "precision": given["precision"],
     }
     known = {tuple(row[key] for key in ASKED) for row in recorded}
     made = []
@@ -432,6 +466,7 @@ def describe(artifact: StoredArtifact, dataset: StoredArtifact, others: Mapping[
         "steps": parameters["steps"],
         "batch": parameters["global_batch_size"],
         "learning_rate": parameters["learning_rate"],
+        "precision": parameters["precision"],
         "activation": start.activation,
         "name": f"{name}, {FROZEN}" if start.kind == LEARNED_START else name,
         "seed": parameters["seed"],
@@ -444,9 +479,9 @@ def describe(artifact: StoredArtifact, dataset: StoredArtifact, others: Mapping[
 
 
 def is_unusual(parameters: Mapping[str, Any]) -> bool:
-    """Whether a training has what `SETTING` and its activation's name do not tell: other blocks, losses, numbers."""
+    """Whether a training has what `SETTING` and its activation's name do not tell: other blocks, losses."""
     model = parameters["model"] or {}
-    if isinstance(model.get("activation"), list) or parameters.get("precision", "fp32") != "fp32":
+    if isinstance(model.get("activation"), list):
         return True
     if model.get("feedforward") not in tuple(FEEDFORWARDS):  # one with options is no key
         return True

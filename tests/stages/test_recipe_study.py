@@ -29,7 +29,14 @@ LOSSES = {
     "affine gelu_tanh × 10, frozen as learned": {0: 4.15, 1: 4.2},
     "hermite4 gelu [-4, 4] × 10": {0: 4.05, 1: 4.17, 2: 4.05, 10: None},
 }
-SETTING = {"corpus": "text", "data": "a", "model": "GPT-2, 4 layers of 128", "steps": 480, "batch": 8}
+SETTING = {
+    "corpus": "text",
+    "data": "a",
+    "model": "GPT-2, 4 layers of 128",
+    "steps": 480,
+    "batch": 8,
+    "precision": "fp32",
+}
 
 
 def rows() -> list[dict[str, Any]]:
@@ -95,20 +102,22 @@ def test_the_picture_compares_with_the_control_at_the_same_rate(monkeypatch: pyt
 
 
 def test_gains_are_told_by_size_and_steps_where_one_text_has_several() -> None:
-    about = {"corpus": "text", "data": "a", "batch": 8, "learning_rate": 3e-3, "accuracy": None}
+    about = {"corpus": "text", "data": "a", "batch": 8, "learning_rate": 3e-3, "precision": "fp32", "accuracy": None}
     trainings = []
     for model, steps, gain in (("128", 480, 0.3), ("64", 960, 0.2), ("64", 480, 0.1), ("64, gated", 480, 0.9)):
         for seed in (0, 1):
             for name, loss in (("gelu_tanh", 4.0 + seed), ("hermite4 × 10", 4.0 + seed - gain * (1 + 0.1 * seed))):
                 own = {"model": f"GPT-2, 4 layers of {model}", "steps": steps, "name": name, "seed": seed}
                 trainings.append({**about, **own, "test_loss": loss})
-    settings = recipe.compare(trainings)
+    again = [row | {"precision": "bf16"} for row in trainings if row["seed"] == 0]  # fewer pairs of the same budgets
+    settings = recipe.compare(trainings + again)
     (group,) = recipe_budgets.budgets(settings).values()
+    assert {one["precision"] for one in group} == {"fp32"}
     assert [(one["model"][-3:].strip(), one["steps"]) for one in group] == [("64", 480), ("64", 960), ("128", 480)]
     assert recipe_budgets.compared(group) == ["hermite4 × 10"]
     text = recipe.markdown(settings, [], {})
-    assert "| model | steps | seeds | loss of GELU | Δ hermite4 × 10 |" in text
-    assert "| GPT-2, 4 layers of 64 | 960 | 2 | 4.5000 ± 6.3531 | -0.2100 ± 0.1271 |" in text
+    assert "| model | precision | base rate | steps | seeds | loss of GELU | Δ hermite4 × 10 |" in text
+    assert "| GPT-2, 4 layers of 64 | fp32 | 0.003 | 960 | 2 | 4.5000 ± 6.3531 | -0.2100 ± 0.1271 |" in text
     assert recipe_budgets.picture(group).startswith(b"\x89PNG")
     assert recipe_budgets.budgets([one for one in settings if one["steps"] == 480]) == {}
 
@@ -159,7 +168,10 @@ def test_a_base_rate_is_chosen_on_seeds_that_all_rates_have_and_not_where_one_fa
     (chosen,) = recipe.base_rates(trainings)
     assert (chosen["chosen"], chosen["seeds"]) == (3e-3, [10, 11])
     assert [rate["mean"] for rate in chosen["rates"]] == [pytest.approx(4.1), pytest.approx(4.05), None]
-    assert "| text | gelu_tanh | 0.006 | 10: 3.0000 · 11: failed | failed |  |" in recipe.markdown([], [chosen], {})
+    assert (
+        "| text | GPT-2, 4 layers of 128 | 480 | fp32 | gelu_tanh | 0.006 | 10: 3.0000 · 11: failed | failed |  |"
+        in recipe.markdown([], [chosen], {})
+    )
     assert recipe.base_rates([row for row in trainings if row["learning_rate"] == 3e-3]) == []
 
 
@@ -235,7 +247,7 @@ def test_each_part_is_a_workflow_of_the_ready_one(part: str, tmp_path: Path) -> 
 def test_what_is_recorded_is_not_trained_again(tmp_path: Path) -> None:
     about = {
         "corpus": "state-of-the-union", "model": "GPT-2, 4 layers of 128", "steps": 480, "batch": 8,
-        "learning_rate": 3e-3,
+        "learning_rate": 3e-3, "precision": "fp32",
     }  # fmt: skip
     names = {
         "gelu_tanh": "gelu_tanh",
@@ -275,7 +287,7 @@ def test_a_part_says_which_data_it_needs() -> None:
 
 
 def test_the_record_stays_whatever_becomes_of_the_store(tmp_path: Path) -> None:
-    about = {"data": "a", "model": "m", "steps": 1, "batch": 1, "learning_rate": 1e-3}
+    about = {"data": "a", "model": "m", "steps": 1, "batch": 1, "learning_rate": 1e-3, "precision": "fp32"}
     rows = [about | {"corpus": "text", "name": name, "seed": 0, "digest": name, "loss": 1.0} for name in ("b", "a")]
     Store(str(tmp_path / "store"))
     assert recipe_trainings.read_trainings([str(tmp_path / "store")], rows) == [rows[1], rows[0]]
@@ -374,6 +386,7 @@ def test_a_training_says_its_rate_and_where_its_coefficients_came_from() -> None
         "seed": 3,
         "validation_samples": 10,
         "learning_rate": 3e-3,
+        "precision": "fp32",
         "coefficient_learning_rate": None,
     }
 
@@ -406,7 +419,7 @@ def test_a_training_says_its_rate_and_where_its_coefficients_came_from() -> None
         assert row(model=parameters["model"] | {"feedforward": other}) is None
     assert row(model=parameters["model"] | {"activation": ["gelu", "relu"]}) is None
     assert row(loss={"name": "poly"}) is None
-    assert row(precision="bf16") is None
+    assert (row(precision="bf16") or {})["precision"] == "bf16"  # a setting of its own
     frozen = {"initial": "s", "model": None, "coefficient_learning_rate": 0.0}
     assert (row(**frozen) or {})["name"] == "hermite4 gelu [-4, 4] × 10, frozen as learned"
     assert row(**frozen | {"coefficient_learning_rate": 3e-3}) is None
@@ -427,7 +440,7 @@ def test_images_are_measured_whole_and_by_the_training_itself() -> None:
     model = {"activation": "gelu", "activation_options": None, "depths": [1, 1], "dims": [8, 16]}
     parameters = {
         "model": model, "steps": 10, "global_batch_size": 4, "seed": 0, "learning_rate": 3e-3,
-        "coefficient_learning_rate": None,
+        "precision": "fp32", "coefficient_learning_rate": None,
     }  # fmt: skip
 
     def row(samples: int) -> dict[str, Any] | None:
