@@ -79,7 +79,7 @@ def equalize_layers(
     made, left = [], []
     few = head(batches, 8)
     wanted = _outputs(model, few, forward)
-    before_all = {name: float(linear.weight.detach().abs().max()) for name, linear in linears.items()}
+    before_all = _ranges(linears)
     for name, before, behind in _neighbours(model, few, forward):
         activation = model.get_submodule(name)
         reason = _reason_to_stay(activation, before, behind, linears)
@@ -125,7 +125,7 @@ def equalize_layers(
                 f"{', '.join(entry.rows for entry in made[:4])} gives is used elsewhere than by the activation too. "
                 "Leave such layers out: exclude"
             )
-    after_all = {name: float(linear.weight.detach().abs().max()) for name, linear in linears.items()}
+    after_all = _ranges(linears)
     ranged = [
         replace(
             entry,
@@ -137,6 +137,11 @@ def equalize_layers(
         for entry in made
     ]
     return tuple(ranged), tuple(left)
+
+
+def _ranges(linears: Mapping[str, nn.Linear]) -> dict[str, float]:
+    """The largest size of a weight of each layer."""
+    return {name: float(_largest(linear.weight, 1).max(initial=0.0)) for name, linear in linears.items()}
 
 
 def _outputs(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> dict[str, Tensor]:
