@@ -18,6 +18,7 @@ from polytrope.pipeline.stages.train.activation_parameters import (
     Interval,
     spelled_out,
 )
+from polytrope.pipeline.stages.train.default_start import with_start
 from polytrope.pipeline.stages.train.linearize_options import refuse_with_linearize
 from polytrope.pipeline.stages.train.part_parameters import Attention, FeedForward, Mixer, Norm
 from polytrope.pipeline.stages.train.trainable import (
@@ -47,7 +48,9 @@ class ActivationOptions(BaseModel):
         "published, where there is one), or a function to imitate: gelu, relu, silu, …",
     )
     interval: Interval | None = Field(
-        None, description="beyond it the function goes on along its tangents; default: its formula everywhere"
+        None,
+        description="beyond it the function goes on along its tangents; default: as each activation says, [-4, 4] for "
+        "a polynomial that starts as a function",
     )
     per_channel: bool = Field(False, description="coefficients of their own for every channel, not one set per block")
 
@@ -125,8 +128,16 @@ class ModelParameters(BaseModel):
     )
 
     def settings(self) -> dict[str, Any]:
-        """Fields of the architecture's configuration that are given, those of the preset below them."""
+        """Fields of the architecture's configuration that are given, those of the preset below them. How a polynomial
+        starts stands there, also where it is not given."""
         given = self.model_dump(exclude_none=True, exclude={"architecture", "preset", "activation_options"})
+        if self.activation is not None:
+            options = {} if self.activation_options is None else self.activation_options.model_dump()
+            given["activation"] = (
+                [with_start(entry, options) for entry in self.activation]
+                if isinstance(self.activation, list)
+                else with_start(self.activation, options)
+            )
         return {**MODEL_KINDS[self.architecture].presets.get(self.preset or "", {}), **given}
 
     def activations(self) -> list[dict[str, Any]]:
