@@ -36,7 +36,10 @@ def find_blocks(model: nn.Module) -> list[str]:
         raise ValueError(
             f"a {kind} is neither of this package nor of transformers, and nothing says what its blocks are"
         )
-    number = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} has an encoder and a decoder, whose states are not at the same positions")
+    number = getattr(config, "num_hidden_layers", None)
     lists = [
         name
         for name, module in model.named_modules()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytrope.models.calibration import input_of
-from polytrope.models.inputs import Batch, counted, forward, mask_of
+from polytrope.models.inputs import Batch, counted, forward, mask_of, masks
 from polytrope.models.matching import feature_error, find_blocks, states_behind
 from polytrope.models.modes import evaluation_mode
 from polytrope.models.parts.reciprocal import certified_modules
@@ -50,14 +50,14 @@ def received(model: nn.Module, batch: Batch) -> dict[LearnableActivation, Tensor
     seen: dict[nn.Module, Tensor] = {}
 
     def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        x = input_of((*arguments, *keywords.values())).detach()
-        values = counted(x, mask_of(model, batch, module)).flatten()
+        x = input_of((*arguments, *keywords.values()))
+        values = counted(x.detach(), mask_at(batch, module, x)).flatten()
         seen.setdefault(module, values[:: max(1, len(values) // _INPUTS)])
 
     modules = learned_activations(model)
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     try:
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.no_grad(), evaluation_mode(model), masks(model) as mask_at:
             forward(model, batch)
     finally:
         for hook in hooks:
