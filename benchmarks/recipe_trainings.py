@@ -143,7 +143,7 @@ LARGER: tuple[Mapping[str, Any], ...] = (  # 3.7 and 12.6 million parameters
     {"n_layer": 8, "n_head": 4, "n_embd": 192},
     {"n_layer": 10, "n_head": 5, "n_embd": 320},
 )
-LARGER_RATE = 1.5e-3  # the best of three for GELU
+LARGER_RATES = (1.5e-3, 7.5e-4)  # the best of three for GELU
 STARTS: tuple[dict[str, Any], ...] = tuple(
     {"name": "hermite", "degree": 4, "init": init, **interval}
     for init in ("variance_preserving", "stable", "gelu")
@@ -187,11 +187,9 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
         for rate in (3e-3, 1.5e-3, 7.5e-4)
     ),
     "larger": tuple(
-        Trainings(
-            seeds=range(3), data="speeches", learning_rate=LARGER_RATE, steps=steps, model=model, precision="bf16"
-        )
-        for steps, models in ((240, LARGER), (480, LARGER), (960, LARGER[:1]))
-        for model in models
+        Trainings(seeds=range(3), data="speeches", learning_rate=rate, steps=steps, model=model, precision="bf16")
+        for steps in (240, 480, 960)
+        for model, rate in zip(LARGER, LARGER_RATES, strict=True)
     ),
     "starts": (Trainings(STARTS, range(3), "speeches"), Trainings(STARTS, range(3), "mnist")),
     "shorter": (Trainings(data="speeches", steps=240),),

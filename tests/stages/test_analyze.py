@@ -30,7 +30,7 @@ from polytrope.pipeline.stages.analyze.parameters import NAMES, AnalyzeParameter
 from polytrope.pipeline.stages.analyze.subject import AnalysedActivation, read_activations, spectral_norm
 
 ACTIVATIONS: dict[str, Any] = {
-    "hermite": {"name": "hermite", "degree": 3},
+    "hermite": {"name": "hermite", "degree": 3, "init": "variance_preserving"},
     "gelu": "gelu",
     "composed": [{"name": "composition", "degree": 4, "domain": [-8.0, 8.0]}, "gelu"],
 }

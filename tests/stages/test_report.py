@@ -202,7 +202,7 @@ def make_circuit_record(directory: Path) -> Artifact:
 def make_analysis(directory: Path) -> Artifact:
     """Of a model with all figures, one with a part of them, and one that failed."""
     directory.mkdir()
-    activation = build_activation("hermite3")
+    activation = build_activation({"name": "hermite", "degree": 3, "init": "variance_preserving"})
     inputs = InputStatistics(count=9, mean=0.0, deviation=1.0, minimum=-3.0, maximum=3.0)
     subject = AnalysedActivation("block 1", "hermite, degree 3", activation, [], np.zeros(1), np.ones(1), inputs)
     kernel = analyse_kernel([subject], KernelOptions(name="kernel", frequencies=4))
