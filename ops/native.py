@@ -357,8 +357,10 @@ def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
         RuntimeError: out of memory, or no kernel for this family and degree.
     """
     strides, result_strides, returned = call.layout
-    x, parts = placed(x, strides), [part.contiguous() for part in parts]
-    result = empty_for(x, call.shape, call.formula, result_strides)
+    x = x.contiguous() if strides is None else placed(x, strides)
+    parts = [part.contiguous() for part in parts]
+    whole = result_strides is None and not call.formula.gated
+    result = torch.empty_like(x) if whole else empty_for(x, call.shape, call.formula, result_strides)
     if result.numel() > 0:
         status = call.forward(
             call.structure, x.data_ptr(), addresses(parts), result.data_ptr(), torch.get_num_threads()
@@ -403,7 +405,7 @@ def backward(
 
 def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     """Of each tensor's first element, as a C array."""
-    return _Addresses(*[tensor.data_ptr() for tensor in tensors])
+    return _Addresses(*map(Tensor.data_ptr, tensors))
 
 
 def _check(status: int, call: Call) -> None:
