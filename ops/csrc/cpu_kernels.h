@@ -135,11 +135,12 @@ struct Tails {
   }
   // What of g is inside; the rest is added to sums: of g and of g (x - low) below, then the same above.
   POLYTROPE_FUNCTION V split(V x, V g, V* sums) const {
-    sums[0] += x < low ? g : V{};
-    sums[2] += x > high ? g : V{};
-    sums[1] += x < low ? g * (x - low) : V{};
-    sums[3] += x > high ? g * (x - high) : V{};
-    return x < low ? V{} : (x > high ? V{} : g);
+    const auto below = x < low, above = x > high;
+    sums[0] = below ? sums[0] + g : sums[0];
+    sums[1] += below ? g * (x - low) : V{};
+    sums[2] = above ? sums[2] + g : sums[2];
+    sums[3] += above ? g * (x - high) : V{};
+    return below ? V{} : (above ? V{} : g);
   }
 };
 
