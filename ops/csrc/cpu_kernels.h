@@ -55,6 +55,9 @@ POLYTROPE_FUNCTION void each_vector(const void* __restrict x, const void* __rest
       return;
     }
   for (int i = 0; i < count; i += lanes<S>) {
+    __builtin_prefetch(xs + i + prefetch_distance, 0);
+    if (g) __builtin_prefetch(gs + i + prefetch_distance, 0);
+    if (y && !past_cache) __builtin_prefetch(ys + i + prefetch_distance, 1);
     const V value = body(load<V>(xs + i), g ? load<V>(gs + i) : V{}, i);
     if (y && past_cache) store_past_cache(ys + i, value);
     else if (y) store(ys + i, value);
