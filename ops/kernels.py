@@ -153,8 +153,8 @@ class _Direct(torch.autograd.Function):
         return (x_gradient, None, *([None] * len(parts) if frozen else part_gradients))
 
 
-# F(x) of (x, call, *parts), for tensors that `is_plain` says yes to, where there is a kernel. It is not Function.apply of
-# Python, which looks for transforms and for what they leave behind; so does `is_plain`.
+# F(x) of (x, call, *parts), for tensors that `is_plain` says yes to, where there is a kernel. It is not Function.apply
+# of Python, which looks for transforms and for what they leave behind; so does `is_plain`.
 call_directly: Callable[..., Tensor] = super(torch.autograd.Function, _Direct).apply
 
 
