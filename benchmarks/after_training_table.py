@@ -11,9 +11,11 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from typing import Any
 
 from benchmarks.recipe import RESULTS, ROOT, table
+from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.store.store import Store
 
 WORKFLOW = "workflows/after-training.yaml"
@@ -21,14 +23,14 @@ KEPT = ("name", "structure", "parameters", "loss", "difference", "budget", "spee
 
 
 def run(store: str) -> list[dict[str, Any]]:
-    """Rows of the report's table, in its order."""
+    """Rows of the table of this run's report, in its order."""
+    run_id = f"after-training-table-{time.strftime('%Y%m%d-%H%M%S')}"
     command = [sys.executable, "-m", "polytrope.pipeline.commands.cli", "run", WORKFLOW, "--store", store]
-    subprocess.run([*command, "--executor", "local", "--no-tracking"], cwd=ROOT, check=True)
+    subprocess.run([*command, "--run-id", run_id, "--executor", "local", "--no-tracking"], cwd=ROOT, check=True)
     opened = Store(store)
-    runs = [artifact for artifact in map(opened.load, opened.keys()) if artifact is not None]
-    reports = [artifact for artifact in runs if artifact.components["uses"] == "report"]
-    newest = max(reports, key=lambda artifact: artifact.committed)
-    content = json.loads((opened.materialize(newest.key) / "report.json").read_text(encoding="utf-8"))
+    key = fold(read(opened.run_directory(run_id))).stages["report"].key
+    assert key is not None  # the run has ended
+    content = json.loads((opened.materialize(key) / "report.json").read_text(encoding="utf-8"))
     return [{key: row.get(key) for key in KEPT} for row in content["table"]]
 
 

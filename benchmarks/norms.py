@@ -30,7 +30,7 @@ WORKFLOWS = ROOT / "workflows"
 SEEDS = [0, 1, 2, 3, 4]
 TEXT_SEEDS = [0, 1, 2]
 BASELINE = "gelu"
-HERMITE = {"name": "hermite", "degree": 3}
+HERMITE = {"name": "hermite", "degree": 3, "init": "variance_preserving"}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     BASELINE: ("layer norm, GELU", {"activation": "gelu"}),
     "hermite": ("layer norm, Hermite 3", {"activation": HERMITE}),

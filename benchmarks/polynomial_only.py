@@ -25,11 +25,10 @@ import torch
 from benchmarks.conversion import cosines, minilm_directory
 from polytrope.models.calibration import calibrate
 from polytrope.models.conversion import FitOptions, PolynomialOnly, apply, fit_layers
-from polytrope.models.domains import watching
 from polytrope.models.formats import read_model
 from polytrope.models.inputs import forward
+from polytrope.models.polynomials import measure_polynomials
 from polytrope.models.surgery import find_activations
-from polytrope.ops import Composition
 from polytrope.ops.circuit import count, make_circuit
 from polytrope.ops.fitting.composition import fit_chain
 from polytrope.ops.fitting.targets import NAMED, sample
@@ -159,16 +158,15 @@ def embeddings(depths: Sequence[int]) -> list[dict[str, Any]]:
         seconds = time.perf_counter() - started
         converted = copy.deepcopy(model)
         apply(converted, fits)
-        with watching(converted) as seen:
-            cosine = cosines(converted, held_out, before)
-        cost = [count(module.circuit()) for module in converted.modules() if isinstance(module, Composition)]
+        polynomials = measure_polynomials(converted, [entry.name for entry in fits], held_out, forward)
+        seen = polynomials.seen.values()
         rows.append(
             {
                 "depth": depth,
-                "cosine": cosine,
-                "products": [part.products for part in cost],
-                "inputs": sum(part.inputs for part in seen.values()),
-                "outside": sum(part.outside for part in seen.values()),
+                "cosine": cosines(converted, held_out, before),
+                "products": [cost.products for cost in polynomials.costs.values()],
+                "inputs": sum(part.inputs for part in seen),
+                "outside": sum(part.outside for part in seen),
                 "fit_seconds_per_layer": round(seconds / len(fits), 2),
             }
         )
@@ -199,9 +197,11 @@ def main() -> None:
     parser.add_argument("--depths", nargs="+", type=int, default=DEPTHS, metavar="DEPTH")
     parser.add_argument("--model-depths", nargs="+", type=int, default=(4, 5, 6, 7), metavar="DEPTH", help="MiniLM's")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIRECTORY", help="default benchmarks/results")
+    parser.add_argument("--only", choices=("minilm",), help="measure this only, and keep the functions' rows")
     arguments = parser.parse_args()
-    rows = []
-    for name in arguments.functions:
+    kept = arguments.output / "polynomial_only.json"
+    rows = json.loads(kept.read_text(encoding="utf-8"))["results"] if arguments.only else []
+    for name in () if arguments.only else arguments.functions:
         for half in arguments.ranges:
             for depth in arguments.depths:
                 rows.append(compare(name, half, depth))

@@ -24,6 +24,7 @@ from polytrope.ops import LearnableActivation, build_activation
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import read_tokenizer
 from polytrope.pipeline.stages.train.coefficient_rates import coefficient_multiple
+from polytrope.pipeline.stages.train.default_start import with_start
 from polytrope.pipeline.store.manifest import StoredArtifact
 from polytrope.pipeline.store.store import Store
 
@@ -47,7 +48,7 @@ class Trainings:
         activations: labels of the workflow's matrix, or any other activation.
         data: a name in `DATA`.
         learning_rate, multiple: the base rate, and that of the coefficients in units of it; None: as in the workflow.
-        steps: None: as in the workflow.
+        steps, batch: None: as in the workflow; batch: samples of a step.
         model: changes of the workflow's model.
         precision: of the arithmetic; the weights that the optimizer keeps, and the measured losses, are float32.
         frozen: also from the coefficients each of them ends with, which do not learn then.
@@ -61,6 +62,7 @@ class Trainings:
     learning_rate: float | None = None
     multiple: float | None = None
     steps: int | None = None
+    batch: int | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     frozen: bool = False
@@ -121,7 +123,7 @@ DATA = {
 }
 ENDED: tuple[dict[str, Any], ...] = (  # straight lines follow outside an interval
     {"name": "hermite", "degree": 4, "init": "gelu", "interval": [-4, 4]},
-    {"name": "hermite", "degree": 3, "interval": [-4, 4]},
+    {"name": "hermite", "degree": 3, "init": "variance_preserving", "interval": [-4, 4]},
     {"name": "affine", "init": "gelu"},
     {"name": "tropical_rational", "degree": 6},
     {"name": "tropical", "degree": 5},
@@ -131,8 +133,8 @@ ENDED: tuple[dict[str, Any], ...] = (  # straight lines follow outside an interv
     {"name": "rational", "degree": 5, "init": "gelu", "interval": [-4, 4]},
 )
 ENDLESS: tuple[dict[str, Any], ...] = (
-    {"name": "hermite", "degree": 3},
-    {"name": "hermite", "degree": 5},
+    {"name": "hermite", "degree": 3, "init": "variance_preserving"},
+    {"name": "hermite", "degree": 5, "init": "variance_preserving"},
     {"name": "fourier", "degree": 5},
     {"name": "rational", "degree": 5},
     {"name": "polyrelu", "degree": 3},
@@ -141,10 +143,17 @@ LARGER: tuple[Mapping[str, Any], ...] = (  # 3.7 and 12.6 million parameters
     {"n_layer": 8, "n_head": 4, "n_embd": 192},
     {"n_layer": 10, "n_head": 5, "n_embd": 320},
 )
+LARGER_RATE = 1.5e-3  # the best of three for GELU
 STARTS: tuple[dict[str, Any], ...] = tuple(
     {"name": "hermite", "degree": 4, "init": init, **interval}
     for init in ("variance_preserving", "stable", "gelu")
     for interval in ({}, {"interval": [-4, 4]})
+)
+RULE: tuple[dict[str, Any], ...] = (
+    {"learning_rate": 1e-3},
+    {"learning_rate": 6e-3},
+    {"batch": 64},
+    {"precision": "bf16"},
 )
 STEPS_OF_IMAGES = 500
 EQUAL_TIME = {"hermite4": 475, "affine": 394}  # of images: 500 / 1.052, as the step took then, and 500 / 1.27
@@ -175,12 +184,14 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
             precision="bf16",
         )
         for model in LARGER
-        for rate in (3e-3, 1.5e-3)
+        for rate in (3e-3, 1.5e-3, 7.5e-4)
     ),
     "larger": tuple(
-        Trainings(seeds=range(3), data="speeches", learning_rate=rate, steps=steps, model=model, precision="bf16")
-        for model, rate in zip(LARGER, (3e-3, 3e-3), strict=True)
-        for steps in (240, 480, 960)
+        Trainings(
+            seeds=range(3), data="speeches", learning_rate=LARGER_RATE, steps=steps, model=model, precision="bf16"
+        )
+        for steps, models in ((240, LARGER), (480, LARGER), (960, LARGER[:1]))
+        for model in models
     ),
     "starts": (Trainings(STARTS, range(3), "speeches"), Trainings(STARTS, range(3), "mnist")),
     "shorter": (Trainings(data="speeches", steps=240),),
@@ -215,6 +226,12 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
     ),
     "frozen": (Trainings(("affine", "hermite4"), seeds=range(3), frozen=True),),
     "frozen-images": (Trainings(("affine", "hermite4"), range(3), "mnist", frozen=True),),
+    # Does the rule of the rates harm where it was not found?
+    "rule": tuple(
+        Trainings((baseline, "hermite4"), range(3), data, **changes)
+        for data, baseline in (("digits", "gelu"), ("tiny", "gelu_tanh"))
+        for changes in RULE
+    ),
     "faster": (Trainings(("affine", "hermite4"), multiple=30.0),),
     "families": (
         Trainings(("gelu", *ENDED, *ENDLESS), range(3), "tiny"),
@@ -281,6 +298,8 @@ def compose(part: str, sources: Sources, recorded: Sequence[Row] = ()) -> dict[s
         settings["precision"] = trainings.precision
         if trainings.steps is not None:
             settings["steps"] = trainings.steps
+        if trainings.batch is not None:
+            settings["global_batch_size"] = trainings.batch
         if trainings.learning_rate is not None:
             settings["learning_rate"] = trainings.learning_rate
         if trainings.multiple is not None:
@@ -327,7 +346,10 @@ def _made_before(
     known = {tuple(row[key] for key in ASKED) for row in recorded}
     made = []
     for activation in train["matrix"]["activation"]:
-        plain = activation if isinstance(activation, str) else {k: v for k, v in activation.items() if k != "label"}
+        unlabelled = (
+            activation if isinstance(activation, str) else {k: v for k, v in activation.items() if k != "label"}
+        )
+        plain = with_start(unlabelled, {})
         name = f"{name_of(plain)}{rate_name(plain, rate, given['learning_rate'], fine_tuning=False)}"
         for seed in train["matrix"]["seed"]:
             if tuple((about | {"name": name, "seed": seed})[key] for key in ASKED) in known:
@@ -515,7 +537,7 @@ def where_it_started(artifact: StoredArtifact, others: Mapping[str, StoredArtifa
     own = parameters["coefficient_learning_rate"]
     initial = artifact.components["inputs"]["initial"]
     if initial is None:
-        return Start("scratch", parameters, parameters["model"]["activation"], own)
+        return Start("scratch", parameters, with_start(parameters["model"]["activation"], {}), own)
     start = others.get(initial)
     kind = None if start is None else start.components["uses"]
     source = {"train": initial}
@@ -527,7 +549,7 @@ def where_it_started(artifact: StoredArtifact, others: Mapping[str, StoredArtifa
     scratch = learned.components["parameters"]
     if learned.components["inputs"]["initial"] is not None or scratch["seed"] != parameters["seed"]:
         return None
-    activation = scratch["model"]["activation"]
+    activation = with_start(scratch["model"]["activation"], {})
     if kind == "convert":
         conversion = start.components["parameters"]
         activation = {"name": conversion["family"], "degree": conversion["degree"]}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from polytrope.models.inputs import counted, mask_of
+from polytrope.models.inputs import counted, masks
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import Activation
 
@@ -198,7 +198,8 @@ def calibrate(
 
     def consume(name: str, module: nn.Module, arguments: Sequence[Any]) -> None:
         try:
-            measured = Calibration.of(counted(input_of(arguments), mask_of(model, current, module)))
+            x = input_of(arguments)
+            measured = Calibration.of(counted(x, mask_at(current, module, x)))
             found[name] = found[name] + measured if name in found else measured
         except ValueError as error:
             failures.append(ValueError(f"activation `{name}` receives {error} from the calibration data"))
@@ -213,7 +214,7 @@ def calibrate(
         for activation in activations
     ]
     try:
-        with measuring(model):
+        with measuring(model), masks(model) as mask_at:
             for batch in batches:
                 current = batch
                 try:

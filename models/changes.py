@@ -138,6 +138,8 @@ class EqualizedLayer:
         rows: the linear layer before it, whose rows are scaled.
         columns: the linear layer behind it, whose columns are scaled; None where the activation takes up all.
         smallest, largest: scale.
+        rows_before, rows_after, columns_before, columns_after: the largest size of a weight of either layer, before any
+            scale and after all of them. None: of no layer, or a record from before they were measured.
     """
 
     name: str
@@ -145,6 +147,22 @@ class EqualizedLayer:
     columns: str | None
     smallest: float
     largest: float
+    rows_before: float | None = None
+    rows_after: float | None = None
+    columns_before: float | None = None
+    columns_after: float | None = None
+
+    def describe(self) -> str:
+        """For people."""
+        said = f"{self.name} took up scales of {self.rows} from {self.smallest:.3g} to {self.largest:.3g}"
+        ranges = (
+            (self.rows, self.rows_before, self.rows_after),
+            (self.columns, self.columns_before, self.columns_after),
+        )
+        for layer, before, after in ranges:
+            if before is not None:
+                said += f"; the largest weight of {layer} was {before:.3g} and is {after:.3g}"
+        return said
 
 
 @dataclass(frozen=True)

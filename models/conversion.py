@@ -209,6 +209,22 @@ class LayerConversion:
         certificate = self.fit.certificate
         return certificate.rms / _size(certificate.target_mean_square, self.fit.dtype)
 
+    @property
+    def weighted_error(self) -> float:
+        """The same with every input counted as the fit counted it; where channels have their own functions, of
+        `one_function`.
+        """
+        if self.sensitivity is None:
+            return self.relative_error
+        points, counts = self.calibration.measure()
+        weights = counts * self.sensitivity(points)
+        weights = weights / weights.sum()
+        target, one = self.one_function()
+        values, _ = sample(target, points)
+        with torch.no_grad():
+            fitted = one.build(torch.float64)(torch.from_numpy(points)).numpy()
+        return math.sqrt(weights @ (fitted - values) ** 2) / _size(float(weights @ values**2), self.fit.dtype)
+
     def one_function(self) -> tuple[Target, Fit]:
         """The target and the fit as functions of a number; where channels have their own, those of the one that bends
         most.

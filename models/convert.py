@@ -162,6 +162,7 @@ class Conversion:
         if self.quantization is not None:
             before, after = self.quantization.bytes_before, self.quantization.bytes_after
             text += f"\n{before:,} bytes of parameters, {after:,} with rounded weights packed"
+            text += "".join(f"\n{entry.describe()}" for entry in self.quantization.equalized)
         if self.polynomials is not None:
             text += f"\n{self.polynomials.describe()}"
         stays = [[entry.name, entry.kind, entry.reason] for entry in self.left]

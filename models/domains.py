@@ -15,7 +15,7 @@ from polytrope.ops import Composition
 
 
 @dataclass
-class Seen:
+class DomainInputs:
     """The inputs of one activation.
 
     Args:
@@ -58,23 +58,24 @@ class Seen:
 
 @contextmanager
 def watching(
-    model: nn.Module, mask: Callable[[nn.Module], Tensor | None] = lambda _module: None
-) -> Iterator[dict[str, Seen]]:
+    model: nn.Module, mask: Callable[[nn.Module, Tensor], Tensor | None] = lambda _module, _x: None
+) -> Iterator[dict[str, DomainInputs]]:
     """Inside, what the compositions of the model receive is counted, by their names; empty if it has none.
 
     Args:
-        mask: of the batch that runs, at a module, as `inputs.mask_of` has it.
+        mask: of the batch that runs, at a module and its input, as `inputs.masks` has it.
     """
-    found: dict[str, Seen] = {}
+    found: dict[str, DomainInputs] = {}
     handles = []
 
-    def count(seen: Seen, module: Composition, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        x = without_padding(next(iter((*arguments, *keywords.values()))), mask(module))
+    def count(seen: DomainInputs, module: Composition, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        x = next(iter((*arguments, *keywords.values())))
+        x = without_padding(x, mask(module, x))
         seen.add(x.chunk(2, -1)[0] if module.glu else x)
 
     for name, module in model.named_modules():
         if isinstance(module, Composition):
-            seen = found[name] = Seen(module.domain)
+            seen = found[name] = DomainInputs(module.domain)
             handles.append(
                 module.register_forward_pre_hook(
                     lambda owner, inputs, keywords, seen=seen: count(seen, owner, inputs, keywords), with_kwargs=True
@@ -87,7 +88,7 @@ def watching(
             handle.remove()
 
 
-def describe_outside(found: dict[str, Seen]) -> str | None:
+def describe_outside(found: dict[str, DomainInputs]) -> str | None:
     """One sentence that says which activations received inputs outside of their domains; None: none did."""
     left = {name: seen for name, seen in found.items() if seen.outside}
     if not left:
@@ -98,7 +99,7 @@ def describe_outside(found: dict[str, Seen]) -> str | None:
     return f"INPUTS OUTSIDE OF THE CERTIFIED RANGE, where nothing holds: {shown}{more}"
 
 
-def _described(seen: Seen) -> str:
+def _described(seen: DomainInputs) -> str:
     low, high = seen.domain
     share = f"{seen.outside} of {seen.inputs} (probability {seen.probability:.2g})"
     extremes = f"{seen.minimum:.4g} … {seen.maximum:.4g}" if seen.minimum <= seen.maximum else "none of them a number"

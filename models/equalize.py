@@ -8,6 +8,7 @@ Equalization and Bias Correction, 2019); GELU does not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import comb, inf
 from typing import Any
 
@@ -78,6 +79,7 @@ def equalize_layers(
     made, left = [], []
     few = head(batches, 8)
     wanted = _outputs(model, few, forward)
+    before_all = _ranges(linears)
     for name, before, behind in _neighbours(model, few, forward):
         activation = model.get_submodule(name)
         reason = _reason_to_stay(activation, before, behind, linears)
@@ -123,7 +125,23 @@ def equalize_layers(
                 f"{', '.join(entry.rows for entry in made[:4])} gives is used elsewhere than by the activation too. "
                 "Leave such layers out: exclude"
             )
-    return tuple(made), tuple(left)
+    after_all = _ranges(linears)
+    ranged = [
+        replace(
+            entry,
+            rows_before=before_all[entry.rows],
+            rows_after=after_all[entry.rows],
+            columns_before=None if entry.columns is None else before_all[entry.columns],
+            columns_after=None if entry.columns is None else after_all[entry.columns],
+        )
+        for entry in made
+    ]
+    return tuple(ranged), tuple(left)
+
+
+def _ranges(linears: Mapping[str, nn.Linear]) -> dict[str, float]:
+    """The largest size of a weight of each layer."""
+    return {name: float(_largest(linear.weight, 1).max(initial=0.0)) for name, linear in linears.items()}
 
 
 def _outputs(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any]) -> dict[str, Tensor]:

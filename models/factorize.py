@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from polytrope.models.changes import FactoredLayer, Factorization, UnchangedLayer
 from polytrope.models.convert_options import ENERGY, Factorize
 from polytrope.models.factors import FactoredLinear, largest_change
-from polytrope.models.inputs import head, mask_of, tensors_of, vectors
+from polytrope.models.inputs import head, masks, tensors_of, vectors
 from polytrope.models.modes import measuring
 from polytrope.models.surgery import Choice, is_of_a_head, replace_module
 
@@ -230,13 +230,13 @@ def measure_inputs(
             nonlocal last
             x = next(tensors_of((*inputs, *keywords.values())))
             if last is None or last[0] is not x or last[1] != x._version:
-                rows = vectors(x, mask_of(model, batch, module))
+                rows = vectors(x, mask_at(batch, module, x))
                 last = (x, x._version, (rows.T @ rows).cpu())
             grams[name] = grams[name] + last[2] if name in grams else last[2]
 
         return seen
 
-    with measuring(model):
+    with measuring(model), masks(model) as mask_at:
         for batch in walk(batches):
             handles = [
                 linear.register_forward_pre_hook(hook(name, batch), with_kwargs=True)

@@ -18,6 +18,8 @@ _Item = TypeVar("_Item")
 Batch = dict[str, Tensor]
 # Batches (a DataLoader, a list of tensors, tuples or dicts), one batch, or a function that runs the model.
 Data = Iterable[Any] | Callable[[nn.Module], Any]
+MaskAt = Callable[[Any, nn.Module, Tensor], Tensor | None]
+_ENCODED = "_polytrope_encoded"  # note on a tensor: its positions are the encoder's
 
 
 def read_batches(data: Data, samples: int | None) -> list[Any]:
@@ -156,21 +158,22 @@ def forward(model: nn.Module, batch: Any) -> Tensor:
     return first
 
 
-def mask_of(model: nn.Module, batch: Any, module: nn.Module | None = None) -> Tensor | None:
-    """Which positions of a batch are no padding, `[samples, positions]` bool, at a module; None: nothing says.
-
-    In an encoder-decoder that of the encoder is `attention_mask`, and that of the decoder `decoder_attention_mask`.
+def mask_of(model: nn.Module, batch: Any) -> Tensor | None:
+    """Which positions of a model's output are no padding, `[samples, positions]` bool; None: nothing says.
 
     Args:
         batch: as it goes into the model.
-        module: of the model; None: its output.
     """
+    return _mask_of_side(model, batch, "decoder")
+
+
+def _mask_of_side(model: nn.Module, batch: Any, side: str | None) -> Tensor | None:
+    """That of an encoder-decoder's decoder is `decoder_attention_mask`, and that of all else `attention_mask`."""
     if not isinstance(batch, Mapping):
         return None
     name = "attention_mask"
     two = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     if two or any(str(entry).startswith("decoder_") for entry in batch):
-        side = "decoder" if module is None else _side(model, module)
         if side is None:
             return None
         name = f"decoder_{name}" if side == "decoder" else name
@@ -178,14 +181,49 @@ def mask_of(model: nn.Module, batch: Any, module: nn.Module | None = None) -> Te
     return mask != 0 if isinstance(mask, Tensor) else None
 
 
-def _side(model: nn.Module, module: nn.Module) -> str | None:
-    """`encoder` or `decoder`, whichever a module lies in; None: in both or neither, or the model does not tell."""
-    found = []
-    for side in ("encoder", "decoder"):
-        part = getattr(model, f"get_{side}", lambda: None)()
-        if isinstance(part, nn.Module) and part is not model and any(entry is module for entry in part.modules()):
-            found.append(side)
-    return found[0] if len(found) == 1 else None
+@contextmanager
+def masks(model: nn.Module) -> Iterator[MaskAt]:
+    """Inside, a function gives the mask of what a module of `model` receives, by the batch, the module and that.
+
+    The side of an encoder-decoder is the one that the module lies in; but what is computed from the encoder's states
+    alone, by whichever module, has the encoder's positions: the keys and values of cross-attention.
+    """
+    parts: dict[str, Any] = {side: getattr(model, f"get_{side}", lambda: None)() for side in ("encoder", "decoder")}
+    sides = {
+        side: set(part.modules()) if isinstance(part, nn.Module) and part is not model else set()
+        for side, part in parts.items()
+    }
+    encoder, decoder = sides.values()
+
+    def mark(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        for tensor in tensors_of(output):
+            vars(tensor)[_ENCODED] = True
+
+    def follow(module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any], output: Any) -> None:
+        given = list(tensors_of((*inputs, *keywords.values())))
+        if given and all(map(_is_encoded, given)):
+            mark(module, inputs, output)
+
+    def mask_at(batch: Any, module: nn.Module, x: Tensor) -> Tensor | None:
+        if _is_encoded(x):
+            return _mask_of_side(model, batch, "encoder")
+        found = [side for side, modules in sides.items() if module in modules]
+        return _mask_of_side(model, batch, found[0] if len(found) == 1 else None)
+
+    handles = []
+    if encoder and decoder and parts["encoder"] is not parts["decoder"]:
+        handles = [parts["encoder"].register_forward_hook(mark)]
+        others = (module for module in model.modules() if module not in encoder)
+        handles += [module.register_forward_hook(follow, with_kwargs=True) for module in others]
+    try:
+        yield mask_at
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_encoded(x: Tensor) -> bool:
+    return _ENCODED in vars(x)
 
 
 def counted(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -193,7 +231,7 @@ def counted(x: Tensor, mask: Tensor | None) -> Tensor:
 
     Args:
         x: anything; of another shape it is given back as it is.
-        mask: as of `mask_of`.
+        mask: as of `mask_of` and `masks`.
     """
     if mask is None or x.dim() < 2:
         return x
@@ -207,7 +245,7 @@ def vectors(states: Tensor, mask: Tensor | None) -> Tensor:
 
     Args:
         states: `[…, width]` of a batch, at any place in the model.
-        mask: as of `mask_of`.
+        mask: as of `mask_of` and `masks`.
     """
     return counted(states, mask).reshape(-1, states.shape[-1]).double()
 

@@ -19,6 +19,10 @@ from polytrope.models.formats import of_transformers
 from polytrope.models.inputs import tensors_of
 
 
+class NoVariance(ValueError):
+    """Numbers that are all the same, so that no error can be relative to their variance."""
+
+
 def find_blocks(model: nn.Module) -> list[str]:
     """The names of the blocks that each add to what they are given, in the order of the forward pass.
 
@@ -32,7 +36,10 @@ def find_blocks(model: nn.Module) -> list[str]:
         raise ValueError(
             f"a {kind} is neither of this package nor of transformers, and nothing says what its blocks are"
         )
-    number = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} has an encoder and a decoder, whose states are not at the same positions")
+    number = getattr(config, "num_hidden_layers", None)
     lists = [
         name
         for name, module in model.named_modules()
@@ -62,27 +69,46 @@ def states_behind(model: nn.Module, blocks: Sequence[str]) -> Iterator[list[Tens
             handle.remove()
 
 
-def feature_error(states: Sequence[Tensor], wanted: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+def feature_error(
+    states: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    mask: Tensor | None = None,
+    names: Sequence[str] = (),
+) -> Tensor:
     """Mean over the blocks of mean (h - t)² / var t, in float32 at least; the variance is that of all numbers in t.
+
+    Whether there are differences among the numbers in t is read on the host, once for all blocks.
 
     Args:
         states: h of each block, any shape.
         wanted: t of each block, in the same shapes.
         mask: `[batch, positions]`, 0 where a position does not count; None: all count.
+        names: of the blocks, for the error; default: their numbers.
 
     Raises:
-        ValueError: other numbers of blocks, other shapes, or a single number, which has no variance.
+        ValueError: other numbers of blocks, other shapes, no position that counts.
+        NoVariance: wanted numbers that are all the same, as a single one is.
     """
     if [state.shape for state in states] != [target.shape for target in wanted]:
         shapes = (f"{[tuple(state.shape) for state in part]}" for part in (states, wanted))
         raise ValueError(f"features: states of {' and '.join(shapes)} cannot be compared")
-    if any(target.numel() < 2 for target in wanted):
-        raise ValueError("features: one number alone has no variance to compare with: compute more samples at once")
-    errors = []
+    errors, constant, counts = [], [], []
     for state, target in zip(states, wanted, strict=True):
         wide = torch.promote_types(state.dtype, torch.float32)
         h, t = state.to(wide), target.to(wide)
         if mask is not None:
             h, t = h[mask != 0], t[mask != 0]
-        errors.append((h - t).square().mean() / t.var(correction=0))
+        if not t.numel():
+            raise ValueError("features: no position counts, so that nothing is compared")
+        counts.append(t.numel())
+        least, most = t.aminmax()
+        variance = t.var(correction=0)
+        constant.append((least == most) | (variance == 0))  # the variance of one number many times is rounding, not 0
+        errors.append((h - t).square().mean() / variance)
+    if (found := torch.stack(constant)).any():
+        number = int(found.nonzero()[0])
+        raise NoVariance(
+            f"`{names[number] if names else number}`: the {counts[number]} numbers that are wanted at once are all "
+            "the same, and have no variance that errors could be relative to"
+        )
     return torch.stack(errors).mean()

@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from polytrope.models.domains import Seen, describe_outside, watching
-from polytrope.models.inputs import mask_of, part, size_of
+from polytrope.models.domains import DomainInputs, describe_outside, watching
+from polytrope.models.inputs import masks, part, size_of
 from polytrope.models.modes import measuring
 from polytrope.ops import Composition
 from polytrope.ops.circuit import Cost, count
 
 _HELD_OUT = 4  # one in so many samples
-_EXTREMES = ("minimum", "maximum")  # fields of `Seen`
+_EXTREMES = ("minimum", "maximum")  # fields of `DomainInputs`
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Polynomials:
     """
 
     costs: dict[str, Cost]
-    seen: dict[str, Seen]
+    seen: dict[str, DomainInputs]
     samples: int
     batches: int
 
@@ -78,7 +78,7 @@ class Polynomials:
         seen = {}
         for name, entry in content["seen"].items():
             known = {key: value for key, value in entry.items() if key not in _EXTREMES or value is not None}
-            seen[name] = Seen(**{**known, "domain": tuple(entry["domain"])})
+            seen[name] = DomainInputs(**{**known, "domain": tuple(entry["domain"])})
         costs = {name: Cost(**entry) for name, entry in content["costs"].items()}
         return cls(costs, seen, int(content["samples"]), int(content["batches"]))
 
@@ -148,7 +148,11 @@ def measure_polynomials(
         names: of the activations that were converted, all of them compositions.
     """
     current: Any = None  # batch
-    with measuring(model), watching(model, lambda module: mask_of(model, current, module)) as found:
+    with (
+        measuring(model),
+        masks(model) as mask_at,
+        watching(model, lambda module, x: mask_at(current, module, x)) as found,
+    ):
         for batch in held_out:
             current = batch
             forward(model, batch)

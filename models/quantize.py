@@ -32,12 +32,11 @@ def round_weight(weight: Tensor, bits: int, exponent: float, per: str) -> Tensor
         per: `row`: s of each row; `tensor`: of the whole matrix.
     """
     levels = 2 ** (bits - 1) - 1
-    powers = weight.abs() ** exponent
+    powers = weight.abs().pow_(exponent)
     largest = powers.amax(dim=1, keepdim=True) if per == "row" else powers.amax()
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-    steps = (powers / largest * levels).round()
-    rounded: Tensor = weight.sign() * (steps * (largest / levels)) ** (1 / exponent)
-    return rounded
+    steps = powers.div_(largest).mul_(levels).round_()  # in place: a search spends half its time on new memory
+    return steps.mul_(largest / levels).pow_(1 / exponent).copysign_(weight)
 
 
 def output_error(error: Tensor, gram: Tensor) -> float:
@@ -47,7 +46,7 @@ def output_error(error: Tensor, gram: Tensor) -> float:
         error: E `[outputs, inputs]` float64, of the weights.
         gram: XᵀX `[inputs, inputs]` float64.
     """
-    return max(0.0, float(((error @ gram) * error).sum()))
+    return max(0.0, float((error @ gram).mul_(error).sum()))
 
 
 def parameter_bytes(model: nn.Module) -> int:

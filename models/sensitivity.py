@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration, input_of
-from polytrope.models.inputs import counted, mask_of
+from polytrope.models.inputs import counted, mask_of, masks
 from polytrope.models.modes import measuring, wrapped_forward
 from polytrope.models.surgery import Activation
 
@@ -67,9 +67,9 @@ def sensitivities(
     current: Any = None  # batch
 
     def wrap(name: str, module: nn.Module) -> Callable[..., Any]:
-        return _seen(bins[name], module, lambda: mask_of(model, current, module))
+        return _seen(bins[name], module, lambda x: mask_at(current, module, x))
 
-    with measuring(model), _frozen(model), wrapped_forward(modules, wrap):
+    with measuring(model), _frozen(model), masks(model) as mask_at, wrapped_forward(modules, wrap):
         for batch in batches:
             current = batch
             try:
@@ -122,14 +122,15 @@ class _Bins:
         return Sensitivity(self.edges, rounded)
 
 
-def _seen(bins: _Bins, module: nn.Module, mask: Callable[[], Tensor | None]) -> Callable[..., Any]:
+def _seen(bins: _Bins, module: nn.Module, mask: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     """The module's forward, that notes the gradient of what it gives by what it receives, but at padding."""
     function = module.forward
 
     def forward(*arguments: Any, **keywords: Any) -> Any:
-        x = input_of((*arguments, *keywords.values())).detach()
+        given = input_of((*arguments, *keywords.values()))
+        x = given.detach()
         edges = torch.from_numpy(bins.edges).to(x.device, torch.float32)
-        hidden = mask()
+        hidden = mask(given)
         where = torch.bucketize(counted(x, hidden).float().contiguous(), edges, right=True)  # x may be written over
         output = function(*arguments, **keywords)
         if not torch.is_grad_enabled():

@@ -60,7 +60,8 @@ class LearnableActivation(nn.Module):
         init: `variance_preserving` (E[F²] = E[F'²] = 1 under N(0, 1), tangents included), `stable` (polynomials: the
             same, and deep nets without normalisation stay there), `siren` (Fourier of degree 1: sin(30 x), for an
             `mlp`), `torchortho` (the published one, where there is one), or a function to imitate: a name of
-            `fitting.targets.NAMED`, a callable or a module.
+            `fitting.targets.NAMED`, a callable or a module. Default: `stable` where there is one, otherwise
+            `variance_preserving`.
         device: of the parameters; default: torch's.
         dtype: of the parameters; default: torch's.
     """
@@ -69,7 +70,7 @@ class LearnableActivation(nn.Module):
     accepts_groups: ClassVar[bool] = True  # of channels, and gated use
     has_degree: ClassVar[bool] = True
     published: bool = False  # whether torchortho has this family
-    starts: ClassVar[tuple[str, ...]] = ("variance_preserving",)  # beside torchortho and functions to imitate
+    starts: ClassVar[tuple[str, ...]] = ("variance_preserving",)  # beside torchortho and functions; first: the default
     variable: Variable | None = None  # of a polynomial
 
     def __init__(
@@ -81,7 +82,7 @@ class LearnableActivation(nn.Module):
         dim: int = -1,
         interval: Any = None,
         glu: bool = False,
-        init: Init = "variance_preserving",
+        init: Init | None = None,
         device: torch.device | str | None = None,  # noqa: ARG002 (`learn` reads it)
         dtype: torch.dtype | None = None,  # noqa: ARG002
     ) -> None:
@@ -100,14 +101,16 @@ class LearnableActivation(nn.Module):
         self.dim = dim
         self.interval: Interval | None = check_interval(interval)
         self.glu = glu
-        self.init = self._named_start(init) or "variance_preserving"
+        self.init = self._named_start(init) or self.starts[0]
         self._learned: tuple[str, ...] = ()
         self._initial: dict[str, Array] = {}
 
     function: Callable[..., Tensor]  # of `functional`
 
-    def _named_start(self, init: Init) -> str | None:
+    def _named_start(self, init: Init | None) -> str | None:
         """`init` where it is the name of an initialisation that this family has; None for a function to imitate."""
+        if init is None:
+            return self.starts[0]
         if init == "torchortho":
             if not self.published:
                 raise ValueError(f"init: torchortho has no {self.name} activation; use variance_preserving")
@@ -128,8 +131,8 @@ class LearnableActivation(nn.Module):
         self.function = function
         self._learned = tuple(initial)
         self._initial = {name: np.array(value, dtype=np.float64, ndmin=1) for name, value in initial.items()}
-        init = options.get("init", self.init)
-        if self._named_start(init) is None:
+        init = options.get("init")
+        if init is not None and self._named_start(init) is None:
             with _ordinary_tensors():
                 self._initial |= {name: np.array(value, ndmin=1) for name, value in self.imitate(init).items()}
         for name, value in self._initial.items():
@@ -204,7 +207,7 @@ class LearnableActivation(nn.Module):
             config["degree"] = self.degree
         if self.interval is not None:
             config["interval"] = list(self.interval)
-        defaults = {"num_parameters": 1, "dim": -1, "glu": False, "init": "variance_preserving"}
+        defaults = {"num_parameters": 1, "dim": -1, "glu": False, "init": self.starts[0]}
         own = {name: getattr(self, name) for name in defaults}
         return config | {name: value for name, value in own.items() if value != defaults[name]}
 
@@ -302,7 +305,7 @@ class OrthogonalPolynomial(LearnableActivation):
             changes the coordinates only: the function that `init` names is the same in any variable.
     """
 
-    starts = ("variance_preserving", "stable")
+    starts = ("stable", "variance_preserving")
 
     def __init__(
         self, name: str, degree: int = 3, *, learnable_recurrence: bool = False, variable: Any = None, **options: Any

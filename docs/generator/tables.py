@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 def moments(name: str, *degrees: str) -> str:
     """E[F²] and E[F'²] under N(0, 1) for each degree and start."""
-    inits = [init for init in plots.initializations(name) if init != "stable"]  # which has those of the first one
+    inits = [init for init in plots.initializations(name) if init != "stable"]  # which has those of variance_preserving
     heads = ["degree"] + [f"{what}, `{init}`" for init in inits for what in ("E[F²]", "E[F′²]")]
     rows = []
     for degree in degrees:

@@ -310,7 +310,7 @@ def _print_structure(conversion: ConversionRecord) -> None:
             ],
         )
         for equal in rounded.equalized:
-            say(f"{equal.name} took up scales of {equal.rows} from {equal.smallest:.3g} to {equal.largest:.3g}")
+            say(equal.describe())
         for other in rounded.unequalized:
             say(f"{other.name} took up no scales: {other.reason}")
         for stays in rounded.left:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from polytrope.pipeline.data.converted_layers import CircuitCost
+from polytrope.pipeline.data.converted_layers import Cost
 from polytrope.pipeline.data.records import Record, read_record, write_record
 
 CIRCUIT_FILE = "circuit.json"
 CIRCUIT_ONNX = "circuit.onnx"
 
 
-class GraphCost(CircuitCost):
+class GraphCost(Cost):
     """The same with the degree of the result as a polynomial of the input, by the product rule: an upper bound."""
 
     degree: int

@@ -1,4 +1,7 @@
-"""The activations in `conversion.json`, and what a report shows of it: none is made anew for a change of a model."""
+"""The activations in `conversion.json`, and what a report shows of it: none is made anew for a change of a model.
+
+What the mathematics measures has the same name here, with the fields that are written of it.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ class Curves(Record):
     density: list[float]
 
 
-class CircuitCost(Record):
+class Cost(Record):
     """What one evaluation of a polynomial costs: `products` of two variable factors, `depth` of these alone, `levels`
-    with products by constants too (`polytrope.ops.circuit.Cost`)."""
+    with products by constants too (of `polytrope.ops.circuit.Cost`)."""
 
     depth: int
     levels: int
@@ -31,8 +34,9 @@ class CircuitCost(Record):
     additions: int
 
 
-class OutsideDomain(Record):
-    """Inputs of a polynomial on data that its domain was not made of, and how many lay outside."""
+class DomainInputs(Record):
+    """Inputs of a polynomial on data that its domain was not made of, and how many lay outside
+    (of `polytrope.models.domains.DomainInputs`)."""
 
     inputs: int
     below: int
@@ -43,7 +47,7 @@ class OutsideDomain(Record):
 
 
 class PolynomialModel(Record):
-    """All polynomials of a model together.
+    """All polynomials of a model together: the sums of `polytrope.models.polynomials.Polynomials`.
 
     Args:
         depth, levels: of the activations one after the other, each as often as a forward pass calls it; what the layers
@@ -86,8 +90,8 @@ class ConvertedLayer(OpenRecord):
     inputs: dict[str, Any]
     certificate: dict[str, Any]
     curve: Curves
-    circuit: CircuitCost | None = None
-    outside: OutsideDomain | None = None
+    circuit: Cost | None = None
+    outside: DomainInputs | None = None
 
 
 class _Dropped(Record):

@@ -10,6 +10,7 @@ from polytrope.pipeline.data.converted_layers import CONVERSION_FILE, read_shown
 from polytrope.pipeline.data.records import read_record
 
 LINEAGE_FILE = "lineage.json"
+_IF_ANY = ("structure", "teachers")
 
 
 class Ancestor(BaseModel):
@@ -19,6 +20,22 @@ class Ancestor(BaseModel):
 
     stage: str
     digest: str
+
+
+class Teacher(BaseModel):
+    """A model that another one was trained to be like: where it lies, and what it and its ancestors have seen.
+
+    Args:
+        samples, tokens, unknown: as of its `Lineage`.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    digest: str
+    samples: int = 0
+    tokens: int | None = None
+    unknown: bool = False
 
 
 class Lineage(BaseModel):
@@ -31,6 +48,8 @@ class Lineage(BaseModel):
         unknown: an ancestor came from elsewhere, so the counts are what is known.
         base_model: the name on Hugging Face's hub of that ancestor, where it is known.
         structure: what was done to blocks, linear layers and weights of its ancestors, for people, the oldest first.
+        teachers: models that it or its ancestors, or these models themselves, were trained to be like, each once. What
+            they have seen is not in `samples` and `tokens`.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -41,6 +60,7 @@ class Lineage(BaseModel):
     unknown: bool = False
     base_model: str | None = None
     structure: list[str] = []
+    teachers: list[Teacher] = []
 
     def then(self, stage: str, digest: str, samples: int = 0, tokens: int | None = None) -> Lineage:
         """Of a model that is made from this one, which lies in the artifact of `stage`, by so much training."""
@@ -51,7 +71,16 @@ class Lineage(BaseModel):
             unknown=self.unknown,
             base_model=self.base_model,
             structure=self.structure,
+            teachers=self.teachers,
         )
+
+    def taught_by(self, stage: str, digest: str, teacher: Lineage) -> Lineage:
+        """Of a model that was trained to be like the one in the artifact of `stage`, whose lineage is `teacher`."""
+        seen = Teacher(
+            stage=stage, digest=digest, samples=teacher.samples, tokens=teacher.tokens, unknown=teacher.unknown
+        )
+        each = {found.digest: found for found in (*self.teachers, *teacher.teachers, seen)}
+        return self.model_copy(update={"teachers": list(each.values())})
 
 
 def read_lineage(directory: Path) -> Lineage:
@@ -78,6 +107,7 @@ def read_origin(directory: Path) -> Lineage:
 
 
 def write_lineage(directory: Path, lineage: Lineage) -> None:
-    """Beside the model in a directory; a structure that is as it was built is left out."""
-    text = lineage.model_dump_json(indent=1, exclude=None if lineage.structure else {"structure"})
+    """Beside the model in a directory; a structure that is as it was built, and teachers that there are none of, are
+    left out."""
+    text = lineage.model_dump_json(indent=1, exclude={name for name in _IF_ANY if not getattr(lineage, name)})
     (directory / LINEAGE_FILE).write_text(text + "\n", encoding="utf-8")

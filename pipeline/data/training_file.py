@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from polytrope.pipeline.support.text import suggest
 TRAINING_FILE = "training.json"
 HISTORY_FILE = "history.json"
 INITIAL = "initial"  # the directory of the model before the first step, where `keep_initial` was asked for
+# What the loss after a teacher is the weighted sum of, without the weights; `targets` is the loss of the data.
+DISTILLATION_TERMS = tuple(f"distillation/{name}" for name in ("targets", "outputs", "features", "perturbation"))
 _HINT = "name a `train` stage"
 _MEASURED = {"text": ("loss",), "images": ("loss", "accuracy"), "numbers": ("loss", "accuracy")}  # in validation
 
@@ -57,18 +59,24 @@ class Training(OpenRecord):
 
 
 def figure_names(
-    kind: Literal["text", "images", "numbers"], *, predicts_numbers: bool = False, fit: bool = False
+    kind: Literal["text", "images", "numbers"],
+    *,
+    predicts_numbers: bool = False,
+    fit: bool = False,
+    terms: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """Names of the figures that a training on such data may have: its counts and its metrics.
 
     Args:
         predicts_numbers: the model has no classes to be right about.
         fit: training samples are measured too (`fit_samples`).
+        terms: of the loss, that `train/loss` is the weighted sum of: `distillation/outputs`.
     """
     measured = ("loss",) if predicts_numbers else _MEASURED[kind]
     counts = [name for name, field in Training.model_fields.items() if field.annotation in (int, int | None)]
-    of_training = [f"fit/{name}" for name in measured] if fit else []
-    return (*counts, "train/loss", *of_training, *(f"val/{name}" for name in measured), "val/best_loss")
+    of_training = [f"train/{name}" for name in ("loss", *terms)]
+    of_training += [f"fit/{name}" for name in measured] if fit else []
+    return (*counts, *of_training, *(f"val/{name}" for name in measured), "val/best_loss")
 
 
 def write_training(directory: Path, training: Training, history: Sequence[Mapping[str, Any]]) -> None:

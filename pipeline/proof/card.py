@@ -13,7 +13,7 @@ from typing import Any
 from polytrope.pipeline.data.conversion_file import read_conversion
 from polytrope.pipeline.data.converted_layers import CONVERSION_FILE
 from polytrope.pipeline.data.evaluation_file import EVALUATION_FILE, Evaluation, read_evaluation
-from polytrope.pipeline.data.lineage import read_lineage
+from polytrope.pipeline.data.lineage import Lineage, Teacher, read_lineage
 from polytrope.pipeline.data.training_file import read_history
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import RunState, fold, read
@@ -266,12 +266,19 @@ def _training(store: Store, model: StoredArtifact) -> Section:
 def _lineage(store: Store, model: StoredArtifact) -> Section:
     """What it was made from, and what all of that was trained on."""
     lineage = read_lineage(store.materialize(model.key))
-    seen = f"{count(lineage.tokens)} tokens" if lineage.tokens is not None else f"{count(lineage.samples)} samples"
+    seen = _seen(lineage)
     text = f"Trained on {seen} in all, those of the models it was made from included."
     if lineage.unknown:
         text = f"Made from a model from elsewhere; {seen} are what it was trained on here."
+    for teacher in lineage.teachers:
+        of_it = "more than is known here" if teacher.unknown else _seen(teacher)
+        text += f" Trained to be like `{teacher.stage}` ({teacher.digest[:12]}), which has seen {of_it}."
     rows = [["made from", "digest"], *([ancestor.stage, ancestor.digest] for ancestor in lineage.ancestors)]
     return Section("Lineage", text, rows if lineage.ancestors else [])
+
+
+def _seen(trained: Lineage | Teacher) -> str:
+    return f"{count(trained.samples)} samples" if trained.tokens is None else f"{count(trained.tokens)} tokens"
 
 
 def _front_matter(store: Store, artifacts: Artifacts, model: StoredArtifact, title: str, license: str | None) -> str:

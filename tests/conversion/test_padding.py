@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from polytrope.models.calibration import calibrate
 from polytrope.models.conversion import layer_costs
 from polytrope.models.convert import convert
+from polytrope.models.factorize import measure_inputs
 from polytrope.models.inputs import counted, forward
+from polytrope.models.matching import find_blocks
+from polytrope.models.sensitivity import sensitivities
 from polytrope.models.surgery import Activation
 from polytrope.pipeline.stages.convert.calibration_data import _with_decoder_inputs
 from polytrope.pipeline.stages.convert.distillation import distill, received
@@ -88,6 +91,52 @@ def test_the_two_sides_of_an_encoder_decoder_have_their_own_padding() -> None:
     labels = {**padded(), "labels": padded()["input_ids"]}  # nothing says which of them are padding
     seen = {name.split(".")[0]: entry.total for name, entry in calibrate(model, found, [labels], forward).items()}
     assert seen == {"encoder": sum(LENGTHS) * 32, "decoder": 3 * 9 * 32}
+
+
+def bart(**sizes: int) -> Any:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    config = BartConfig(vocab_size=61, d_model=16, max_position_embeddings=32, **heads, **sizes)
+    return BartForConditionalGeneration(config).double().eval()
+
+
+def test_the_keys_of_cross_attention_have_the_padding_of_the_encoder() -> None:
+    model = bart(encoder_layers=1, decoder_layers=1)
+    (batch,) = _with_decoder_inputs(model, [padded()], lambda _text: None)
+    states = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+    real = states[batch["attention_mask"] == 1]
+    assert batch["decoder_attention_mask"].sum() != batch["attention_mask"].sum()  # as long, one place off
+    shorter = {**batch, **{name: batch[name][:, :6] for name in ("decoder_input_ids", "decoder_attention_mask")}}
+    keys, values, queries = (f"model.decoder.layers.0.encoder_attn.{part}_proj" for part in "kvq")
+
+    def grams(of: Any, given: Any) -> dict[str, Tensor]:
+        linears = {name: module for name, module in of.named_modules() if isinstance(module, nn.Linear)}
+        return measure_inputs(of, linears, [given], forward, iter)
+
+    for given in (batch, shorter):
+        found = grams(model, given)
+        for name in (keys, values):
+            assert torch.allclose(found[name], real.T @ real, rtol=1e-9)
+        assert not torch.allclose(found[queries], found[keys])
+    factored = convert(model, [batch], factorize={"rank": 3}, include=[keys]).model
+    inner = factored.get_submodule(f"{keys}.inner")(real)
+    assert torch.allclose(grams(factored, batch)[f"{keys}.outer"], inner.T @ inner, rtol=1e-9)
+    # An activation on the way to the keys, and what an error of it does to the output.
+    attention = model.get_submodule("model.decoder.layers.0.encoder_attn")
+    attention.k_proj = nn.Sequential(attention.k_proj, nn.GELU())
+    (found_activation,) = (Activation(n, m) for n, m in model.named_modules() if isinstance(m, nn.GELU))
+    calibrations = calibrate(model, [found_activation], [batch], forward)
+    assert calibrations[found_activation.name].total == sum(LENGTHS) * 16
+    assert sensitivities(model, [found_activation], calibrations, [batch], forward)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_recovery_by_states_is_refused_where_half_of_the_blocks_are_the_encoders() -> None:
+    model = bart(encoder_layers=1, decoder_layers=2)
+    with pytest.raises(ValueError, match="BartForConditionalGeneration has an encoder and a decoder"):
+        find_blocks(model)
 
 
 def test_tokens_in_one_row_are_told_by_their_number_and_other_shapes_count() -> None:

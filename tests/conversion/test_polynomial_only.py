@@ -27,7 +27,7 @@ from polytrope.models.conversion import FitOptions, PolynomialOnly, fit_layer, f
 from polytrope.models.convert import Conversion
 from polytrope.models.convert import convert as polytrope_convert
 from polytrope.models.convert_options import FIT_OPTIONS
-from polytrope.models.domains import Seen, describe_outside, watching
+from polytrope.models.domains import DomainInputs, describe_outside, watching
 from polytrope.models.formats import read_model
 from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.onnx_operators import check_polynomial
@@ -345,7 +345,9 @@ def test_the_largest_depth_and_degree_are_advised_without_a_larger_one() -> None
 
 
 def test_a_polynomial_that_received_nothing_has_no_extremes_in_json() -> None:
-    found = Polynomials({}, {"a": Seen((-1.0, 1.0)), "b": Seen((-1.0, 1.0), 2, 0, 1, 0.5, 2.0, 1)}, 1, 1)
+    found = Polynomials(
+        {}, {"a": DomainInputs((-1.0, 1.0)), "b": DomainInputs((-1.0, 1.0), 2, 0, 1, 0.5, 2.0, 1)}, 1, 1
+    )
     content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert (content["seen"]["a"]["minimum"], content["seen"]["a"]["maximum"]) == (None, None)
     assert (content["seen"]["b"]["minimum"], content["seen"]["b"]["maximum"]) == (0.5, 2.0)
@@ -357,7 +359,7 @@ def test_a_polynomial_that_received_nothing_has_no_extremes_in_the_record_and_on
     fitted = fit_layer(Activation("a", nn.GELU()), Calibration.of(torch.linspace(-3, 3, 1000)), options)
     module = fitted.fit.build()
     assert isinstance(module, Composition)
-    idle = Polynomials({"a": count(module.circuit())}, {"a": Seen(module.domain)}, 1, 1)
+    idle = Polynomials({"a": count(module.circuit())}, {"a": DomainInputs(module.domain)}, 1, 1)
     made = with_polynomials(record([fitted], options, {}, []), idle)
     (layer,) = made.layers
     assert layer.outside is not None
@@ -390,7 +392,7 @@ def test_a_quarter_of_the_samples_is_kept_aside() -> None:
 
 
 def test_extremes_of_what_lay_outside_are_those_of_numbers() -> None:
-    seen = Seen((-1.0, 1.0))
+    seen = DomainInputs((-1.0, 1.0))
     seen.add(torch.tensor([math.nan, math.nan]))
     assert describe_outside({"a": seen}).endswith("`a` 2 of 2 (probability 1), none of them a number for -1 … 1")  # type: ignore[union-attr]
     seen.add(torch.tensor([math.nan, 3.0, -0.5]))

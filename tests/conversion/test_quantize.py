@@ -56,6 +56,18 @@ def test_exponent_one_is_the_uniform_grid() -> None:
         assert round_weight(weight, 4, 1.0, per).sub(expected).abs().max() < 1e-15
 
 
+@pytest.mark.parametrize("per", ["row", "tensor"])
+def test_rounding_in_place_gives_the_bits_of_the_formula(per: str) -> None:
+    weight = torch.randn(29, 37, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given = weight.clone()
+    for exponent in EXPONENTS:
+        powers = weight.abs() ** exponent
+        largest = powers.amax(dim=1, keepdim=True) if per == "row" else powers.amax()
+        expected = weight.sign() * ((powers / largest * 7).round() * (largest / 7)) ** (1 / exponent)
+        assert torch.equal(round_weight(weight, 4, exponent, per), expected)
+    assert torch.equal(weight, given)
+
+
 def test_a_grid_keeps_0_the_largest_weight_and_what_is_on_it() -> None:
     weight = torch.cat([gaussian(59), torch.zeros(1, 1)], dim=1).reshape(6, 10)
     for exponent in EXPONENTS:
@@ -132,6 +144,16 @@ def test_equalised_is_the_same_function_and_closer_with_few_bits(activation: nn.
     first = many.model.get_submodule("first")
     sizes = first.weight.abs().amax(dim=1)  # type: ignore[operator, union-attr]
     assert sizes.max() / sizes.min() < (1.001 if equal.columns is None else 40)
+    largest = [
+        float(of.get_submodule(name).weight.detach().abs().max())  # type: ignore[operator, union-attr]
+        for name in ("first", "second")
+        for of in (model, many.model)
+    ]
+    assert [equal.rows_before, equal.rows_after] == pytest.approx(largest[:2])
+    assert [equal.columns_before, equal.columns_after] == (
+        [None, None] if equal.columns is None else pytest.approx(largest[2:])
+    )
+    assert f"the largest weight of first was {equal.rows_before:.3g} and is {equal.rows_after:.3g}" in many.report()
     few = {"bits": 4, "exponent": 1.0, "per": "tensor"}
     before = convert(model, rows(), quantize=few).difference
     assert convert(model, rows(), quantize=few | {"equalize": True}).difference < 0.75 * before
@@ -201,7 +223,8 @@ def test_16_bits_change_weights_by_no_more_than_half_a_step(exponent: float) -> 
 
 def test_the_search_goes_by_the_outputs_and_the_size_is_of_packed_weights() -> None:
     model = Layers(nn.GELU())
-    found = quantization(convert(model, rows(), quantize={"bits": 4}))
+    made = convert(model, rows(), quantize={"bits": 4})
+    found = quantization(made)
     inputs = {"first": rows()[0], "second": nn.functional.gelu(model.first(rows()[0]))}
     for layer in found.layers:
         linear = model.get_submodule(layer.name)
@@ -214,6 +237,8 @@ def test_the_search_goes_by_the_outputs_and_the_size_is_of_packed_weights() -> N
         assert layer.relative_error == pytest.approx(min(errors.values()))
         assert layer.uniform_error == pytest.approx(errors[1.0])
         assert layer.exponent == min(errors, key=lambda exponent: (errors[exponent], -exponent))
+        rounded = made.model.get_submodule(layer.name).weight
+        assert torch.equal(rounded, round_weight(weight, 4, layer.exponent, "row"))  # type: ignore[arg-type]
     numbers = 8 * 12 + 12 + 12 * 3 + 3
     assert found.bytes_before == 8 * numbers
     assert found.bytes_after == (8 * 12 + 12 * 3) // 2 + (12 + 3) * 4 + (12 + 3) * 8

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from polytrope.models.calibration import Calibration, calibrate
-from polytrope.models.conversion import FitOptions, fit_layers
+from polytrope.models.conversion import FitOptions, fit_layer, fit_layers
 from polytrope.models.convert import convert
 from polytrope.models.inputs import forward
 from polytrope.models.sensitivity import Sensitivity, sensitivities
 from polytrope.models.surgery import Activation, find_activations
 from polytrope.ops.interpolate import fit
+from polytrope.pipeline.stages.convert.conversion_record import advise
 
 
 class Units(nn.Module):
@@ -199,3 +200,26 @@ def test_an_importance_is_of_measured_inputs_and_a_number() -> None:
     for wrong in (np.zeros_like, lambda x: -np.ones_like(x), lambda x: x * np.nan, lambda x: x[:3] ** 2):
         with pytest.raises(ValueError, match="importance: expected finite, non-negative values"):
             fit("gelu", weight=(points, np.ones(50)), interval="best", importance=wrong)
+
+
+def test_a_higher_degree_is_advised_by_the_error_that_fits_go_by() -> None:
+    """Degree 4 is three times as far off as degree 2 at the inputs as they are, and nearer where they matter."""
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    sensitivity = Sensitivity(np.array([-1.0]), np.array([1e4, 1.0]))
+    weights = torch.where(x < -1.0, 1e4, 1.0)
+    layers, errors = [], []
+    for degree in (2, 4):
+        layer = fit_layer(Activation("a", nn.GELU()), Calibration.of(x), FitOptions(degree=degree), sensitivity)
+        off = layer.fit.build(torch.float64)(x.double()).detach() - nn.functional.gelu(x.double())
+        square = (weights * off.square()).sum() / (weights * nn.functional.gelu(x.double()).square()).sum()
+        layers.append(layer)
+        errors.append(float(square.sqrt()))
+        assert layer.weighted_error == pytest.approx(errors[-1], rel=0.02)  # by bins, and other samples held out
+    assert layers[1].relative_error > 3 * layers[0].relative_error
+    assert layers[1].weighted_error < 0.1 * layers[0].weighted_error
+    (entry,) = advise(layers[:1], {"a": 1.0}, FitOptions(degree=2))
+    before, after = (f"{layer.weighted_error:.2g}" for layer in layers)
+    assert entry.advice is not None
+    assert entry.advice.endswith(f"degree 4 would lower its error weighted by effect from {before} to {after}")
+    plain = fit_layer(Activation("a", nn.GELU()), Calibration.of(x), FitOptions(degree=2))
+    assert plain.weighted_error == plain.relative_error

@@ -732,6 +732,46 @@ def test_merged_tangents_are_told_as_measured() -> None:
     says("docs/after-training.md", "better than averaged weights in all three seeds, at both learning rates")
 
 
+def test_what_minilm_loses_is_told_as_measured() -> None:
+    result = content("conversion")
+    hermite = {row["degree"]: row["cosine"] for row in result["conversion"]}
+    distilled = {row["degree"]: row["after"] for row in result["distillation"]}
+    places = {4: 5, 6: 5, 8: 5, 12: 7}
+
+    def cell(value: float, digits: int) -> str:
+        return f"{value:.{digits}f}".removeprefix("0")
+
+    mean = " | ".join(cell(hermite[degree]["mean"], digits) for degree, digits in places.items())
+    minima = zip(hermite.values(), (4, 4, 5, 7), strict=True)
+    smallest = " | ".join(cell(row["minimum"], digits) for row, digits in minima)
+    last = " | ".join(cell(distilled[degree]["mean"], 5) for degree in (4, 6))
+    says(
+        "README.md",
+        f"| degree | 4 | 6 | 8 | 12 | |---|---|---|---|---| | mean cosine | {mean} |",
+        f"| mean cosine | {mean} | | smallest | {smallest} |",
+        f"| mean, distilled | {last} | – | – |",
+    )
+    families = {(row["family"], row["degree"]): row["cosine"]["mean"] for row in result["families"]}
+    shown = [
+        ("Chebyshev 8 {}", ("chebyshev", 8), 5),
+        ("Fourier 2 (7) {}", ("fourier", 2), 5),
+        ("Fourier 3 (10) {}", ("fourier", 3), 6),
+        ("rational 4 (8) {}", ("rational", 4), 6),
+        ("rational 5 (10) {}", ("rational", 5), 6),
+        ("tropical rational 1 (8) {}", ("tropical_rational", 1), 3),
+        ("tropical rational 2 (12) {}", ("tropical_rational", 2), 3),
+        ("PolyReLU 8 (9) {}", ("polyrelu", 8), 3),
+    ]
+    says("README.md", *(name.format(cell(families[key], digits)) for name, key, digits in shown))
+    rows = {f"Hermite {degree}": cosine["mean"] for degree, cosine in hermite.items()}
+    rows |= {f"{name.partition(' (')[0].removesuffix(' {}')}": families[key] for name, key, _ in shown}
+    rows |= {f"Hermite {degree}, distilled": cosine["mean"] for degree, cosine in distilled.items()}
+    page = (ROOT / "docs/conversion.md").read_text(encoding="utf-8")
+    for name, value in rows.items():
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| {name} |"))
+        assert line.endswith(f"| {f'{1 - value:.1e}'.replace('e-0', 'e-')} |"), (line, value)
+
+
 def test_the_table_after_training_is_told_as_measured() -> None:
     rows = content("after_training_table")["rows"]
     assert after_training_table.markdown(rows) == (RESULTS / "after_training_table.md").read_text("utf-8")

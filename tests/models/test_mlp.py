@@ -160,7 +160,7 @@ def test_sines_are_written_and_read(tmp_path: Any) -> None:
             build_model("mlp", {"activation": SIREN | options})
         with pytest.raises(ValidationError, match="init: siren is one sine: degree: 1, without harmonic and interval"):
             ModelParameters.model_validate({"architecture": "mlp", "activation": SIREN | options})
-    with pytest.raises(ValueError, match="init: expected variance_preserving, stable"):
+    with pytest.raises(ValueError, match="init: expected stable, variance_preserving"):
         build_model("mlp", {"activation": SIREN | {"name": "legendre"}})
     for architecture in ("gpt2", "convnext"):
         with pytest.raises(ValueError, match="activation: init: siren needs weights that start to match; only an mlp"):

@@ -86,7 +86,7 @@ def test_gradients_of_a_loss_on_derivatives_up_to_the_fourth(config: dict[str, A
 
 def test_the_gradient_of_a_loss_on_the_second_derivative_has_these_values() -> None:
     """Worked out with the polynomials He_k / k! and autograd through plain torch."""
-    module = Hermite(5).double()
+    module = Hermite(5, init="variance_preserving").double()
     x = torch.tensor([0.7, 0.2], dtype=torch.float64, requires_grad=True)
     u = module(x) * torch.sin(x)
     for _ in range(2):

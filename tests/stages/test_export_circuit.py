@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources
 from polytrope.pipeline.stages.evaluate.evaluate import evaluate
 from polytrope.pipeline.stages.evaluate.parameters import EvaluateParameters
+from polytrope.pipeline.stages.export_circuit.circuit_export import _refuse_other_values
 from polytrope.pipeline.stages.export_circuit.export_circuit import export_circuit, promise
 from polytrope.pipeline.stages.export_circuit.parameters import ExportCircuitParameters
 
@@ -91,6 +93,27 @@ def test_the_file_computes_what_the_trained_model_does_up_to_the_certified_error
     assert logits == pytest.approx(before.numpy(), abs=10 * exported[1]["reciprocal_error"] * scale)
     assert 1e-5 < exported[1]["reciprocal_error"] < 1e-2
     assert 0.0 < exported[1]["deviation"] < 10 * exported[1]["reciprocal_error"]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e6])
+@pytest.mark.parametrize("offset", [0.0, 40.0])
+def test_a_file_is_compared_by_the_spread_of_the_logits(size: float, offset: float) -> None:
+    numbers = torch.randn(1, 5, 7, generator=torch.Generator().manual_seed(0))
+    logits = (numbers + offset) * size
+    spread = float((logits.amax(-1) - logits.amin(-1)).max())
+    computed = logits.double().numpy()
+    _refuse_other_values(computed + 0.009 * spread, logits)
+    with pytest.raises(ValueError, match=re.escape(f"of a position are up to {spread:.3g} apart")):
+        _refuse_other_values(computed + 0.011 * spread, logits)
+
+
+def test_logits_that_are_all_the_same_are_compared_by_their_size() -> None:
+    same = torch.full((1, 5, 7), 3.0)
+    for logits in (same, 0 * same):
+        _refuse_other_values(logits.double().numpy() * (1 + 5e-5), logits)
+    for computed, logits in ((same * 1.001, same), (same, 0 * same), (same * float("nan"), same)):
+        with pytest.raises(ValueError, match="does not compute what the model does"):
+            _refuse_other_values(computed.double().numpy(), logits)
 
 
 def test_a_file_that_computes_something_else_is_refused(

@@ -364,6 +364,28 @@ def test_models_of_different_budgets_are_marked_and_their_lineage_is_told(tmp_pa
     assert "different amounts" not in read_page(tmp_path / "same" / "output" / "report.html").text
 
 
+def test_what_a_teacher_has_seen_is_told_beside_what_a_model_has(tmp_path: Path) -> None:
+    losses = {"gelu": 4.0, "taught": 3.9, "after": 3.8}
+    models = {label: make_model(tmp_path / label, label, loss) for label, loss in losses.items()}
+    plain, large = Lineage(samples=480, tokens=61_440), Lineage(samples=9600, tokens=1_228_800)
+    taught = plain.taught_by("large", "digest of large", large)
+    after = large.then("large", "digest of large", 10, 1280).taught_by("large", "digest of large", large)
+    for label, lineage in (("gelu", plain), ("taught", taught), ("after", after)):
+        write_lineage(models[label].path, lineage)
+    report(make_context(tmp_path), make_evaluation(tmp_path / "evaluate", losses), models, ReportParameters())
+    figures = json.loads((tmp_path / "output" / "report.json").read_text())
+    budgets = ["61.4 k tokens", "61.4 k tokens; taught by large: 1.23 M tokens"]
+    assert [row["budget"] for row in figures["table"][:2]] == budgets
+    assert figures["table"][2]["budget"] == "1.23 M tokens; taught by large: which it was made from"
+    assert [entry.get("teachers") for entry in figures["training"][:2]] == [None, "large: 1.23 M tokens"]
+    text = read_page(tmp_path / "output" / "report.html").text
+    assert "These models were trained on different amounts of data, their own or their teachers'" in text
+    assert text.count("large: 1.23 M tokens") == 2
+    [twice, once] = taught.then("taught", "of it").taught_by("taught", "of it", taught).teachers
+    assert (twice.stage, once.stage, once.tokens) == ("large", "taught", 61_440), "its own teacher once"
+    assert "teachers" not in json.loads((models["gelu"].path / "lineage.json").read_text())
+
+
 def smaller() -> ConversionRecord:
     dropped = {"blocks": ["h.1"], "into": "h.0.mlp", "total": 4, "distances": {}, "relative_error": 0.1}
     rounded = {"bits": 4, "per": "row", "layers": [], "left": [], "equalized": [], "unequalized": []}
@@ -396,7 +418,7 @@ def make_study(directory: Path, record: ConversionRecord | None = None, **parame
     """Three activations, three seeds; the second is better than the baseline on every seed by nearly the same.
 
     Args:
-        record: of what was done to the models of the second.
+        record: of what was done to the models of the second, which have seen other samples than the first.
     """
     inputs = directory / "inputs"
     inputs.mkdir(parents=True)
@@ -411,6 +433,8 @@ def make_study(directory: Path, record: ConversionRecord | None = None, **parame
     for label in models if record is not None else ():
         if "hermite" in label:
             write_conversion(models[label].path, record)
+        if "relu" not in label:
+            write_lineage(models[label].path, Lineage(samples=480 if "hermite" in label else 960))
     settings = ReportParameters(group_by="activation", baseline="gelu", **parameters)
     metrics = report(make_context(directory), make_evaluation(inputs / "evaluate", losses), models, settings)
     return {**json.loads((directory / "output" / "report.json").read_text()), "metrics": metrics}
@@ -436,6 +460,11 @@ def test_repeats_become_means_with_intervals_and_paired_differences(tmp_path: Pa
 def test_what_was_done_to_the_models_of_a_group_stands_below_its_name(tmp_path: Path) -> None:
     groups = make_study(tmp_path, smaller())["groups"]
     assert {group["group"]: group.get("structure") for group in groups} == {"hermite": DONE, "gelu": None, "relu": None}
+    budgets = {"hermite": ["480 samples"], "gelu": ["960 samples"], "relu": ["trained elsewhere"]}
+    assert {group["group"]: group.get("budgets") for group in groups} == budgets
+    text = read_page(tmp_path / "output" / "report.html").text
+    assert "These models were trained on different amounts of data" in text
+    assert all(text.count(budget) == 1 for [budget] in budgets.values())
     text = read_page(tmp_path / "output" / "report.html").text
     assert all(text.count(part) == 1 for part in DONE)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
@@ -342,3 +343,17 @@ def test_a_classifier_of_numbers_is_a_model_as_any_other(tmp_path: Path) -> None
     page = context("page")
     report(page, Artifact(scoring.output, "digest", "scores"), both, ReportParameters(), dataset=pairs)
     assert "nats per row" in (page.output / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"kind": "circle", "amplitudes": [1.0]},
+        {"kind": "hierarchical", "dimension": 2, "inner": {"rank": 1}, "outer": [1]},
+    ],
+    ids=str,
+)
+def test_one_row_cannot_be_two_splits(source: dict[str, Any]) -> None:
+    ShardNumbersParameters.model_validate({"source": {**source, "rows": 2}})
+    with pytest.raises(ValidationError, match=r"rows\n.*greater than or equal to 2"):
+        ShardNumbersParameters.model_validate({"source": {**source, "rows": 1}})

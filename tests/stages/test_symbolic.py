@@ -225,8 +225,8 @@ def test_the_text_is_the_same_whatever_the_tasks_workers_and_shards(
     ("changes", "said", "way"),
     [
         (
-            {"source": {"kind": "symbolic", "task": "derivative", "count": 1}},
-            "1 lines, none for the",
+            {"source": {"kind": "symbolic", "task": "derivative", "count": 2}},
+            "2 lines, none for the",
             "draw more lines",
         ),
         (
@@ -344,7 +344,7 @@ def test_generation_ends_where_every_row_has_ended() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"count": 0}, {"depth": 5}, {"depth": 0}, {"seed": -1}, {"task": "limit"}, {"operators": ["+"]}], ids=str
+    "wrong", [{"count": 1}, {"depth": 5}, {"depth": 0}, {"seed": -1}, {"task": "limit"}, {"operators": ["+"]}], ids=str
 )
 def test_bad_sources_are_refused_by_their_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=rf"source\.symbolic\.{next(iter(wrong))}"):

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from training_support import MODEL, make_dataset, make_initial, run_training, weights_hash
+from training_support import MODEL, history, make_dataset, make_initial, run_training, weights_hash
 
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
@@ -19,14 +20,20 @@ from polytrope.models.convert import convert
 from polytrope.models.factors import FactoredLinear, change_beyond, largest_change
 from polytrope.models.matching import feature_error, find_blocks, states_behind
 from polytrope.pipeline.data.described import read_model_promise
+from polytrope.pipeline.data.lineage import Lineage, Teacher, read_lineage, write_lineage
+from polytrope.pipeline.data.order import sample_indices
 from polytrope.pipeline.data.promised import PromisedModel
+from polytrope.pipeline.data.reader import open_split
+from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
-from polytrope.pipeline.stage import Artifact, Resources
+from polytrope.pipeline.stage import Artifact, Resources, stage_context
 from polytrope.pipeline.stages.convert.convert import promise as promise_conversion
 from polytrope.pipeline.stages.convert.distillation import distill
 from polytrope.pipeline.stages.convert.parameters import ConvertParameters
 from polytrope.pipeline.stages.import_model.import_model import promise as promise_import
 from polytrope.pipeline.stages.import_model.parameters import ImportModelParameters
+from polytrope.pipeline.stages.shard.parameters import ShardNumbersParameters
+from polytrope.pipeline.stages.shard.shard_numbers import shard_numbers
 from polytrope.pipeline.stages.train.imitation import (
     Imitation,
     Perturbation,
@@ -53,6 +60,10 @@ class Engine:
         return found
 
 
+def weights(**given: float) -> dict[str, float]:
+    return DistillationParameters(**given).weights()
+
+
 def perturbed(model: nn.Module, by: float = 0.3) -> nn.Module:
     """The blocks' matrices with noise of this share of their size."""
     generator = torch.Generator().manual_seed(1)
@@ -68,8 +79,8 @@ def test_the_loss_is_its_three_terms_written_by_hand() -> None:
     torch.manual_seed(0)
     teacher, student = (build_model("gpt2", GPT2).double() for _ in range(2))
     tokens, targets = torch.randint(0, 320, (2, 3, 8)).unbind()
-    imitation = Imitation(teacher.eval(), 0.7, 0.4, [("transformer.h.0", "transformer.h.1")])
-    found = imitation.loss(Engine(student.train()), tokens, targets)
+    imitation = Imitation(teacher.eval(), weights(outputs=0.7, features=0.4), [("transformer.h.0", "transformer.h.1")])
+    found, terms = imitation.loss(Engine(student.train()), tokens, targets)
 
     def run(model: Any) -> tuple[Tensor, list[Tensor]]:
         x = model.transformer["wte"](tokens) + model.transformer["wpe"](torch.arange(8))
@@ -88,6 +99,10 @@ def test_the_loss_is_its_three_terms_written_by_hand() -> None:
     features = ((own[0] - t) ** 2).mean() / ((t - t.mean()) ** 2).mean()
     torch.testing.assert_close(found, usual + 0.7 * outputs + 0.4 * features, rtol=2e-6, atol=0)
     torch.testing.assert_close(feature_error([own[0]], [t]), features, rtol=1e-12, atol=0)
+    by_hand = {"targets": usual, "outputs": outputs, "features": features}
+    assert list(terms) == [f"distillation/{name}" for name in by_hand]
+    for name, value in by_hand.items():  # logits are compared in float32
+        torch.testing.assert_close(terms[f"distillation/{name}"], value.detach(), rtol=2e-5, atol=0, check_dtype=False)
 
 
 def test_the_error_of_states_is_relative_to_each_and_leaves_out_what_does_not_count() -> None:
@@ -102,10 +117,33 @@ def test_the_error_of_states_is_relative_to_each_and_leaves_out_what_does_not_co
     p = 1 / (1 + float(torch.tensor(3.0**0.5).exp()))
     by_hand = p * torch.tensor(2 * p).log() + (1 - p) * torch.tensor(2 * (1 - p)).log()
     assert float(divergence(*logits)) == pytest.approx(float(by_hand), rel=1e-5)
-    with pytest.raises(ValueError, match="one number alone has no variance"):
+    with pytest.raises(ValueError, match="`0`: the 1 numbers that are wanted at once are all the same"):
         feature_error([torch.ones(1, 1)], [torch.ones(1, 1)])
+    with pytest.raises(ValueError, match=r"`1`: the 2 numbers .* are all the same"):  # those that count
+        feature_error([t, t], [t, 0 * t + torch.tensor([[[4.0], [5.0]]])], torch.tensor([[1, 0]]))
+    with pytest.raises(ValueError, match="no position counts"):
+        feature_error([t], [t], torch.tensor([[0, 0]]))
     with pytest.raises(ValueError, match="cannot be compared"):
         feature_error([t], [t, t])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])  # of many times 0.1 the computed variance is more than 0: rounding
+def test_what_has_no_variance_ends_the_training_with_the_name_of_the_block(value: float) -> None:
+    teacher, student = build_model("gpt2", GPT2), build_model("gpt2", GPT2)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.zero_()
+        teacher.get_submodule("transformer.wte").weight.fill_(value)  # type: ignore[union-attr, operator]
+    tokens = torch.randint(0, 320, (2, 8))
+    imitation = Imitation(teacher.eval(), weights(features=1.0), [("transformer.h.0", "transformer.h.2")])
+    with pytest.raises(UserError, match=r"features: of the teacher, `transformer\.h\.2`: the 512 numbers") as caught:
+        imitation.loss(Engine(student.train()), tokens, tokens)
+    assert "leave features out" in caught.value.hint
+    with pytest.raises(ValueError, match=r"`transformer\.h\.0`: the 512 numbers .* are all the same"):
+        distill(teacher, student, [{"tokens": tokens}], steps=1, features=1.0)
+    with pytest.raises(UserError, match="outputs: of the teacher, `outputs`: the 7 numbers") as caught:
+        output_error(torch.randn(7, 1), torch.full((7, 1), value))
+    assert "set outputs: 0.0" in caught.value.hint
 
 
 def test_states_behind_blocks_come_closer_with_features_than_without() -> None:
@@ -113,17 +151,17 @@ def test_states_behind_blocks_come_closer_with_features_than_without() -> None:
     teacher = build_model("gpt2", GPT2).eval()
     batches = [torch.randint(0, 320, (4, 8)) for _ in range(4)]
 
-    def trained(**weights: float) -> float:
+    def trained(**given: float) -> float:
         torch.manual_seed(2)
         student = build_model("gpt2", GPT2)
         student.load_state_dict(teacher.state_dict())
         perturbed(student).train()
         pairs = [(name, name) for name in find_blocks(student)]
-        imitation = Imitation(teacher, weights["outputs"], weights["features"], pairs)
+        imitation = Imitation(teacher, weights(**given), pairs)
         optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
         for step in range(30):
             optimizer.zero_grad()
-            imitation.loss(Engine(student), batches[step % 4], batches[step % 4]).backward()
+            imitation.loss(Engine(student), batches[step % 4], batches[step % 4])[0].backward()
             optimizer.step()
         names = find_blocks(student)
         with torch.no_grad(), states_behind(teacher, names) as wanted, states_behind(student, names) as states:
@@ -165,9 +203,12 @@ def test_the_blocks_of_a_bert_are_found() -> None:
         find_blocks(bert)
 
 
-def promised(student: dict[str, Any], teacher: dict[str, Any], before: int | None = None, **options: Any) -> Any:
+def promised(
+    student: dict[str, Any], teacher: dict[str, Any], before: int | None = None, batch: int = 32, **options: Any
+) -> Any:
     """What the stage says before anything starts."""
-    parameters = TrainParameters.model_validate({"steps": 1, "distillation": {"features": 1.0, **options}})
+    given = {"steps": 1, "global_batch_size": batch, "distillation": {"features": 1.0, **options}}
+    parameters = TrainParameters.model_validate(given)
     kind = "convnext" if "dims" in student else "mlp" if "widths" in student else "gpt2"
     initial = PromisedModel(kind, student, blocks_before=before)
     upstream = {"dataset": None, "initial": initial, "teacher": PromisedModel(kind, teacher)}
@@ -191,6 +232,7 @@ def promised(student: dict[str, Any], teacher: dict[str, Any], before: int | Non
         (GPT2, {**GPT2, "vocab_size": 257}, {}, r"outputs: the teacher has 257 \(vocab_size\), the model 320"),
         ({**GPT2, "factors": {}}, GPT2, {"perturbation": 1.0}, "perturbation: `initial` has no factored layers"),
         (CONVNEXT, {**CONVNEXT, "depths": [2, 2]}, {}, "`stages.0.1` of the teacher to 4"),
+        (CONVNEXT, {**CONVNEXT, "patch_size": 4}, {}, "the model has patch_size 2, the teacher 4: their states have"),
         ({"widths": [4, 4]}, {"widths": [4, 4]}, {}, "inputs.teacher: mlp has no blocks that add"),
     ],
     ids=str,
@@ -200,6 +242,15 @@ def test_what_cannot_be_compared_is_refused_before_anything_starts(
 ) -> None:
     with pytest.raises(UserError, match=words):
         promised(student, teacher, **options)
+
+
+def test_one_number_of_one_sample_is_refused_before_anything_starts() -> None:
+    one = {"widths": [4, 4], "inputs": 2, "outputs": 1, "loss": "mse"}
+    with pytest.raises(UserError, match=r"outputs: the teacher predicts one number \(outputs: 1\)") as caught:
+        promised(one, one, features=0.0, batch=1)
+    assert "global_batch_size" in caught.value.hint
+    for settings, batch in (({**one, "outputs": 2}, 1), (one, 2)):
+        assert promised(settings, settings, features=0.0, batch=batch) is not None
 
 
 @pytest.mark.parametrize(
@@ -282,12 +333,12 @@ def test_factors_stay_within_the_bound_that_they_are_given() -> None:
     def beyond(weight: float) -> float:
         student = factored(16)
         layers, wholes = find_factors(student, teacher)
-        bounded = Perturbation(weight, 1e-3, layers, wholes)
-        imitation = Imitation(teacher, 1.0, 0.0, [], bounded)
+        bounded = Perturbation(1e-3, layers, wholes)
+        imitation = Imitation(teacher, weights(perturbation=weight), [], bounded)
         optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
         for _ in range(60):
             optimizer.zero_grad()
-            imitation.loss(Engine(student.train()), batch, batch).backward()
+            imitation.loss(Engine(student.train()), batch, batch)[0].backward()
             optimizer.step()
         return float(bounded.penalty().detach())
 
@@ -352,3 +403,42 @@ def test_what_dropped_blocks_leave_is_taught_by_the_whole_model_and_a_resumed_tr
     settings["distillation"] = {"outputs": 0.0, "features": 2.0, "blocks": [0, 2]}  # as the record says
     run_training(tmp_path, dataset, workers=workers, initial=initial, teacher=teacher, **settings)
     assert weights_hash(tmp_path) == whole, "from the checkpoint of step 2"
+
+
+def test_the_teacher_of_a_rounded_model_gets_what_is_not_rounded_and_the_terms_are_logged(tmp_path: Path) -> None:
+    source = {"kind": "circle", "rows": 64, "amplitudes": [1.0, 0.5]}
+    shard_numbers(
+        stage_context(tmp_path / "numbers", stage="numbers"), ShardNumbersParameters.model_validate({"source": source})
+    )
+    dataset = Artifact(tmp_path / "numbers/output", "digest", "shard")
+    torch.manual_seed(5)
+    sizes = {"inputs": 2, "outputs": 1, "widths": [16], "activation": {"name": "fourier", "degree": 1, "init": "siren"}}
+    save_model(tmp_path / "teacher", build_model("mlp", sizes))
+    write_lineage(tmp_path / "teacher", Lineage(samples=640))
+    teacher = Artifact(tmp_path / "teacher", "digest of it", "large")
+    run_training(
+        tmp_path, dataset, workers=1, teacher=teacher, model={"architecture": "mlp", "widths": [8]}, steps=1,
+        warmup_steps=0, precision="bf16", keep_initial=True, distillation={"outputs": 3.0},
+    )  # fmt: skip
+    samples = len(open_split(dataset.path, "train"))
+    rows, targets = open_split(dataset.path, "train").numbers(np.asarray(sample_indices(0, 0, 8, samples)))
+    student: Any = load_model(tmp_path / "output/initial").bfloat16()
+    x, y = torch.from_numpy(rows), torch.from_numpy(targets)
+    with torch.no_grad():
+        wanted, outputs = load_model(teacher.path)(x), student(x.bfloat16())
+        usual = float(student.loss(outputs, y, reduction="mean", training=True))
+    [logged] = [entry for entry in history(tmp_path) if "train/loss" in entry]
+    term = float(output_error(outputs, wanted))
+    assert logged["train/distillation/outputs"] == pytest.approx(term, rel=1e-5)
+    assert logged["train/distillation/targets"] == pytest.approx(usual, rel=1e-5)
+    assert logged["train/loss"] == pytest.approx(usual + 3.0 * term, rel=1e-5)
+    rounded = float(output_error(outputs, load_model(teacher.path)(x.bfloat16().float()).detach()))
+    assert abs(rounded - term) > 1e-3 * term
+    lineage = read_lineage(tmp_path / "output")
+    assert (lineage.samples, lineage.teachers) == (8, [Teacher(stage="large", digest="digest of it", samples=640)])
+    training = read_training(tmp_path / "output")
+    assert training is not None
+    assert training.metrics()["train/distillation/outputs"] == logged["train/distillation/outputs"]
+    assert {"train/distillation/targets", "train/distillation/outputs"} < set(
+        promised(sizes, sizes, features=0.0).figures
+    )

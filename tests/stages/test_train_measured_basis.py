@@ -91,3 +91,32 @@ def test_what_has_no_such_basis_is_refused_before_anything_starts() -> None:
             promised({**SIZES, "activation": activation})
     with pytest.raises(ValidationError, match="activation_basis: measured is for an `initial` input"):
         TrainParameters.model_validate({**PARAMETERS, "model": MODEL, "activation_basis": "measured"})
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"adapters": {"name": "lora", "rank": 2}}, "adapters alone learn, and no coefficient: name coefficients"),
+        ({"trainable": ["norms", "head"]}, r"trainable is \['norms', 'head'\], and no coefficient: name coefficients"),
+        ({"coefficient_learning_rate": 0}, "coefficient_learning_rate is 0: give a rate above 0"),
+    ],
+    ids=str,
+)
+def test_a_basis_in_which_nothing_learns_is_refused_before_anything_starts(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=f"activation_basis: measured: {words}.*; otherwise leave it out"):
+        TrainParameters.model_validate({"steps": 1, "activation_basis": "measured", **given})
+    TrainParameters.model_validate({"steps": 1, **given})
+    learning = {"adapters": {"name": "lora", "rank": 2}, "trainable": ["adapters", "coefficients"]}
+    TrainParameters.model_validate({"steps": 1, "activation_basis": "measured", **learning})
+
+
+def test_patterns_that_mean_no_coefficient_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "dataset")
+    initial = make_initial(tmp_path / "initial", dataset, GPT2)
+    parameters = TrainParameters(steps=1, activation_basis="measured", trainable=["*.attn.*"])
+    plan = make_plan(make_context(tmp_path), dataset, initial, parameters)
+    with pytest.raises(
+        UserError, match=r"activation_basis: measured: trainable is \['\*.attn.\*'\], and nothing"
+    ) as caught:
+        _create_model(plan)
+    assert "name coefficients under `trainable` too" in caught.value.hint

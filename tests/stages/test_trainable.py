@@ -24,6 +24,7 @@ from training_support import (
 )
 
 from polytrope.models import build_model
+from polytrope.models.linearized import LinearizedModel
 from polytrope.models.parts.norm import ChannelsFirstLayerNorm
 from polytrope.ops import is_learnable_activation
 from polytrope.pipeline.errors import UserError
@@ -32,7 +33,7 @@ from polytrope.pipeline.stages.convert.distillation import distill
 from polytrope.pipeline.stages.train.loop import sizes_of
 from polytrope.pipeline.stages.train.optimization import parameter_groups
 from polytrope.pipeline.stages.train.parameters import TrainParameters
-from polytrope.pipeline.stages.train.trainable import GROUPS, freeze
+from polytrope.pipeline.stages.train.trainable import GROUPS, freeze, learns_of
 
 GPT2 = {**MODEL, "n_layer": 2, "vocab_size": 320, "sequence_length": SEQUENCE_LENGTH}
 CONVNEXT = {"depths": [1, 1, 2], "dims": [4, 8, 8], "num_classes": 3, "in_channels": 1, "patch_size": 2}
@@ -121,7 +122,16 @@ def test_what_does_not_learn_has_no_gradient_and_no_optimizer_state() -> None:
     ("changes", "trained", "resumed_on"),
     [
         ({"zero_stage": 1, "trainable": ["coefficients"], "ema_decay": 0.5}, COEFFICIENTS, [2]),
-        ({"zero_stage": 3, "precision": "bf16", "trainable": ["transformer.h.1.attn.*"]}, ATTENTION, [1]),
+        (
+            {
+                "zero_stage": 3,
+                "precision": "bf16",
+                "trainable": ["transformer.h.1.attn.*"],
+                "coefficient_learning_rate": 0.5,
+            },
+            ATTENTION,
+            [1],
+        ),
         *(
             pytest.param(
                 {"zero_stage": stage, "precision": precision, "trainable": [entry]},
@@ -156,6 +166,9 @@ def test_the_rest_stays_bit_for_bit_sharded_rounded_and_resumed(
     assert [entry["trainable_parameters"] for entry in facts if "trainable_parameters" in entry] == [
         str(summary["trainable_parameters"])
     ]
+    said = [event["text"] for event in read_events(tmp_path, "message")]
+    idle = "coefficient_learning_rate (0.5) has no effect: none of the coefficients parameters learns"
+    assert said.count(idle) == ("coefficient_learning_rate" in changes), said
     if "ema_decay" in changes:
         state = torch.load(tmp_path / "scratch/checkpoints/step-00000002/average.pt")
         assert state.keys() == {"updates", *(f"average.{name}" for name in trained)}
@@ -180,6 +193,18 @@ def test_the_rest_stays_bit_for_bit_sharded_rounded_and_resumed(
             r"expected a group \(adapters, coefficients, multiplicative, head, norms\) or a pattern.*coefs",
         ),
         ({"trainable": ["coefficients"], "model": {**MODEL, "activation": "gelu"}}, "coefficients: gelu has none"),
+        (
+            {"trainable": ["coefficients"], "coefficient_learning_rate": 0},
+            "nothing learns: coefficient_learning_rate is 0",
+        ),
+        (
+            {
+                "trainable": ["head"],
+                "range_penalty": {},
+                "model": {"architecture": "convnext", "depths": [1], "dims": [4]},
+            },
+            "range_penalty: trainable is .*, which comes after all activations",
+        ),
         ({"trainable": ["norms"], "peak_flops": 1e12}, "peak_flops: MFU counts the gradients of all weights"),
     ],
 )
@@ -199,6 +224,13 @@ def test_a_pattern_that_names_nothing_is_refused_with_names_that_are_there(entry
     with pytest.raises(UserError, match=r"trainable: `transformer\..*` names no parameter of this gpt2") as caught:
         freeze(build_model("gpt2", GPT2), "gpt2", ["norms", entry])
     assert hint in caught.value.hint
+
+
+def test_a_tangent_of_a_coefficient_counts_as_learning() -> None:
+    for entry, learns in (("coefficients", True), ("transformer.h.1.attn.*", False)):
+        model = build_model("gpt2", GPT2)
+        freeze(model, "gpt2", [entry])
+        assert [learns_of("coefficients", found, "gpt2") for found in (model, LinearizedModel(model))] == [learns] * 2
 
 
 def test_a_model_without_coefficients_is_refused() -> None:

@@ -140,8 +140,8 @@ def _suggestion(conversion: LayerConversion, share: float, options: FitOptions) 
         better = fit_layer(activation, conversion.calibration, higher, conversion.sensitivity)
     except ValueError:
         return f"{opening}; {what} cannot be fitted, leave this layer as it is if that is too much"
-    if better.relative_error >= conversion.relative_error:
-        return f"{opening}; {what} does not lower its error of {conversion.relative_error:.2g}"
-    return (
-        f"{opening}; {what} would lower its error from {conversion.relative_error:.2g} to {better.relative_error:.2g}"
-    )
+    weighted = " weighted by effect" if conversion.sensitivity is not None else ""  # as the fits are
+    before, after = conversion.weighted_error, better.weighted_error
+    if after >= before:
+        return f"{opening}; {what} does not lower its error{weighted} of {before:.2g}"
+    return f"{opening}; {what} would lower its error{weighted} from {before:.2g} to {after:.2g}"

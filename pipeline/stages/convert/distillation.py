@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytrope.models.calibration import input_of
-from polytrope.models.inputs import Batch, counted, forward, mask_of
+from polytrope.models.inputs import Batch, counted, forward, mask_of, masks
 from polytrope.models.matching import feature_error, find_blocks, states_behind
 from polytrope.models.modes import evaluation_mode
 from polytrope.models.parts.reciprocal import certified_modules
@@ -50,14 +50,14 @@ def received(model: nn.Module, batch: Batch) -> dict[LearnableActivation, Tensor
     seen: dict[nn.Module, Tensor] = {}
 
     def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        x = input_of((*arguments, *keywords.values())).detach()
-        values = counted(x, mask_of(model, batch, module)).flatten()
+        x = input_of((*arguments, *keywords.values()))
+        values = counted(x.detach(), mask_at(batch, module, x)).flatten()
         seen.setdefault(module, values[:: max(1, len(values) // _INPUTS)])
 
     modules = learned_activations(model)
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     try:
-        with torch.no_grad(), evaluation_mode(model):
+        with torch.no_grad(), evaluation_mode(model), masks(model) as mask_at:
             forward(model, batch)
     finally:
         for hook in hooks:
@@ -89,7 +89,8 @@ def distill(
             What that is for a coefficient depends on the basis, its variable, and where the straight lines begin.
 
     Raises:
-        ValueError: with `features`, models whose blocks are not known, or not as many in both.
+        ValueError: with `features`, models whose blocks are not known, or not as many in both, or a block of the
+            teacher whose states are all the same number.
     """
     here, there = (find_blocks(model) if features else [] for model in (teacher, student))
     if len(here) != len(there):
@@ -121,7 +122,7 @@ def distill(
                     output = counted(forward(student, batch), mask)
                 loss = (output - target).square().sum() / target.square().sum()
                 if features:
-                    loss = loss + features * feature_error(states, aims, mask)
+                    loss = loss + features * feature_error(states, aims, mask, here)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from polytrope.models.domains import Seen
+from polytrope.models.domains import DomainInputs
 from polytrope.models.polynomials import Polynomials
+from polytrope.pipeline.data import converted_layers
 from polytrope.pipeline.data.conversion_file import ConversionRecord
-from polytrope.pipeline.data.converted_layers import CircuitCost, OutsideDomain, PolynomialModel
 from polytrope.pipeline.data.records import finite
 
 
@@ -15,9 +15,9 @@ def with_polynomials(made: ConversionRecord, polynomials: Polynomials) -> Conver
     """The record with costs of every polynomial and of all together, and the inputs outside of their domains."""
     layers = []
     for layer in made.layers:
-        circuit = CircuitCost(**asdict(polynomials.costs[layer.name]))
+        circuit = converted_layers.Cost(**asdict(polynomials.costs[layer.name]))
         layers.append(layer.model_copy(update={"circuit": circuit, "outside": _outside(polynomials.seen[layer.name])}))
-    whole = PolynomialModel(
+    whole = converted_layers.PolynomialModel(
         depth=polynomials.depth,
         levels=polynomials.levels,
         products=polynomials.products,
@@ -29,8 +29,8 @@ def with_polynomials(made: ConversionRecord, polynomials: Polynomials) -> Conver
     return made.model_copy(update={"layers": layers, "polynomial": whole})
 
 
-def _outside(seen: Seen) -> OutsideDomain:
-    return OutsideDomain(
+def _outside(seen: DomainInputs) -> converted_layers.DomainInputs:
+    return converted_layers.DomainInputs(
         inputs=seen.inputs,
         below=seen.below,
         above=seen.above,
@@ -40,10 +40,10 @@ def _outside(seen: Seen) -> OutsideDomain:
     )
 
 
-def outside_of_record(made: ConversionRecord) -> dict[str, Seen]:
+def outside_of_record(made: ConversionRecord) -> dict[str, DomainInputs]:
     """The counts of a record again, by name."""
     return {
-        layer.name: Seen(
+        layer.name: DomainInputs(
             layer.interval,
             layer.outside.inputs,
             layer.outside.below,

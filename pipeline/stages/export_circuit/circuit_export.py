@@ -23,7 +23,7 @@ from polytrope.models.circuit import (
     with_inverse_roots,
     with_reciprocals,
 )
-from polytrope.models.domains import Seen, describe_outside, watching
+from polytrope.models.domains import DomainInputs, describe_outside, watching
 from polytrope.models.factors import merge_factors
 from polytrope.models.formats.onnx import save_onnx
 from polytrope.models.formats.ring_graph import RingGraph, count, evaluate, read_ring_graph
@@ -56,7 +56,8 @@ from polytrope.pipeline.stages.export_circuit.parameters import (
 
 _STEPS = 5
 _COARSE = 0.01  # relative error of a reciprocal that is said
-_ROUNDING = 0.01  # of logits in float32, from those of the file in float64, relative to the largest
+_OFF = 0.01  # of a position's spread of logits; what the file computes in float64 is nearer than that
+_ROUNDING = 1e-4  # of the largest logit in float32
 
 
 def write_circuit_of(
@@ -199,7 +200,7 @@ def _ranges(model: nn.Module, modules: dict[str, nn.Module], batches: list[Tenso
     Raises:
         ValueError: one that is not finite.
     """
-    found = {name: Seen((-float("inf"), float("inf"))) for name in modules}
+    found = {name: DomainInputs((-float("inf"), float("inf"))) for name in modules}
 
     def add(name: str, arguments: tuple[Any, ...]) -> None:
         if not bool(torch.isfinite(arguments[0]).all()):
@@ -222,14 +223,28 @@ def _ranges(model: nn.Module, modules: dict[str, nn.Module], batches: list[Tenso
 
 def _deviation(computed: np.ndarray, logits: Tensor) -> float:
     """The largest one, relative to the largest logit."""
-    return float(np.abs(computed - logits.double().numpy()).max() / max(1e-9, float(logits.abs().max())))
+    size = max(torch.finfo(torch.float32).tiny, float(logits.abs().max()))
+    return float(np.abs(computed - logits.double().numpy()).max()) / size
 
 
 def _refuse_other_values(computed: np.ndarray, logits: Tensor) -> None:
-    """Raise ValueError if the file gives other logits than the model with the same polynomials, but for rounding."""
-    off = _deviation(computed, logits)
-    if not off <= _ROUNDING:
-        raise ValueError(f"{CIRCUIT_ONNX} does not compute what the model does: its logits are off by {off:.3g}")
+    """Raise ValueError if the file gives other logits than the model with the same polynomials, but for rounding.
+
+    A prediction depends on how far a position's logits are from one another, not on their size.
+
+    Args:
+        computed: `[1, positions, vocabulary]` float64 of the file.
+        logits: the same of the model, float32.
+    """
+    given = logits.double().numpy()
+    off = float(np.abs(computed - given).max())
+    spread = float(np.ptp(given, axis=-1).max())
+    largest = float(np.abs(given).max())
+    if not off <= max(_OFF * spread, _ROUNDING * largest):
+        raise ValueError(
+            f"{CIRCUIT_ONNX} does not compute what the model does: its logits are off by {off:.3g}, and those of a "
+            f"position are up to {spread:.3g} apart (the largest is {largest:.3g})"
+        )
 
 
 def _division(
@@ -249,7 +264,7 @@ def _division(
     )
 
 
-def _with_rows(division: Division, rows: Seen) -> Division:
+def _with_rows(division: Division, rows: DomainInputs) -> Division:
     counted = {"inputs": rows.inputs, "outside": rows.outside}
     return division.model_copy(update={**counted, "minimum": finite(rows.minimum), "maximum": finite(rows.maximum)})
 

@@ -12,7 +12,7 @@ from polytrope.pipeline.data.analysis_file import Analysis
 from polytrope.pipeline.data.converted_layers import CONVERSION_FILE, ShownConversion, read_shown_conversion
 from polytrope.pipeline.data.description import UNITS
 from polytrope.pipeline.data.evaluation_file import EvaluatedModel, Evaluation
-from polytrope.pipeline.data.lineage import Lineage, read_lineage
+from polytrope.pipeline.data.lineage import Lineage, Teacher, read_lineage
 from polytrope.pipeline.data.speed_file import Speed
 from polytrope.pipeline.data.training_file import read_training
 from polytrope.pipeline.errors import UserError
@@ -150,17 +150,31 @@ def _training(label: str, artifact: Artifact, parameters: ReportParameters) -> F
         "total_samples": lineage.samples,
         "total_tokens": lineage.tokens,
         "lineage": [ancestor.stage for ancestor in lineage.ancestors],
+        **({"teachers": "; ".join(taught_by(lineage))} if lineage.teachers else {}),
     }
     return {"label": label, "name": parameters.labels.get(label, label), **training.figures(), **made_from}
 
 
 def budget(lineage: Lineage) -> str:
-    """What a model and all it was made from were trained on, for people: `1.2 M tokens`."""
-    if lineage.unknown:
-        return "trained on more than is known here" if lineage.samples else "trained elsewhere"
-    if lineage.tokens is not None:
-        return f"{count(lineage.tokens)} tokens"
-    return f"{count(lineage.samples)} samples"
+    """What a model and all it was made from were trained on, and its teachers, for people: `1.2 M tokens`,
+    `1.2 M tokens; taught by train: 5 M tokens`."""
+    return "; ".join([_seen(lineage), *(f"taught by {teacher}" for teacher in taught_by(lineage))])
+
+
+def taught_by(lineage: Lineage) -> list[str]:
+    """Each teacher's stage with what it was trained on, for people; of one that the model was made from, whose samples
+    are among its own, that."""
+    own = {ancestor.digest for ancestor in lineage.ancestors}
+    return [
+        f"{teacher.stage}: {'which it was made from' if teacher.digest in own else _seen(teacher)}"
+        for teacher in lineage.teachers
+    ]
+
+
+def _seen(seen: Lineage | Teacher) -> str:
+    if seen.unknown:
+        return "trained on more than is known here" if seen.samples else "trained elsewhere"
+    return f"{count(seen.samples)} samples" if seen.tokens is None else f"{count(seen.tokens)} tokens"
 
 
 def _label_of(conversion: Artifact, models: Mapping[str, Artifact]) -> str | None:
@@ -231,6 +245,9 @@ def compare_groups(
         done = dict.fromkeys(part for row in members.values() for part in row.get("structure", []))
         if done:
             entry["structure"] = list(done)
+        budgets = dict.fromkeys(row["budget"] for row in members.values() if row.get("budget"))
+        if budgets:
+            entry["budgets"] = list(budgets)
         for metric in metrics:
             values = [row[metric] for row in members.values() if row.get(metric) is not None]
             if values:

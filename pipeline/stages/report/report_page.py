@@ -258,6 +258,7 @@ _TRAINING = {  # figure → heading
     "total_samples": "samples in all",
     "total_tokens": "tokens in all",
     "lineage": "lineage",
+    "teachers": "teachers",
     "train/loss": "train/loss",
     "val/loss": "val/loss",
     "val/best_loss": "val/best_loss",
@@ -278,4 +279,6 @@ def _number(value: Any) -> str:
         return "–"
     if isinstance(value, list):
         return " → ".join(value)
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -75,7 +75,9 @@ class SymbolicSource(BaseModel):
     task: Literal["derivative", "integral"] = Field(
         description="derivative: `EXPRESSION ; DERIVATIVE`; integral: `DERIVATIVE ; EXPRESSION`"
     )
-    count: int = Field(ge=1, description="lines to draw; those that come twice are taken once")
+    count: int = Field(
+        ge=2, description="lines to draw, one for each split at least; those that come twice are taken once"
+    )
     depth: int = Field(4, ge=1, le=4, description="of the expressions: operators within operators, at most")
     seed: int = Field(0, ge=0, lt=2**64, description="of the draw")
 

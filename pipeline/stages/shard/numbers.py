@@ -24,7 +24,7 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _FUNCTION = 2**64 - 1  # the place of a function's own random numbers: no row has this number
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Rows = Annotated[int, Field(ge=1, lt=2**63)]
+Rows = Annotated[int, Field(ge=2, lt=2**63)]  # one for each split at least
 
 
 class InnerPolynomial(BaseModel):

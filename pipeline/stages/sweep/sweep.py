@@ -24,7 +24,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from polytrope.pipeline.data.training_file import figure_names, figure_of_training
+from polytrope.pipeline.data.training_file import DISTILLATION_TERMS, figure_names, figure_of_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, StageContext, Stages, load_stage, stage
 from polytrope.pipeline.stages.sweep.parameters import (
@@ -57,7 +57,7 @@ def check(parameters: SweepParameters, _upstream: Mapping[str, Any]) -> None:
             field = f"ranges.{name}" if name in parameters.ranges else "halving.parameter"
             raise UserError(f"{field}: stage `{uses}` has no parameter `{first}`", suggest(first, model.model_fields))
     kinds: tuple[Literal["text", "images", "numbers"], ...] = ("text", "images", "numbers")
-    figures = {name for kind in kinds for name in figure_names(kind, fit=True)}
+    figures = {name for kind in kinds for name in figure_names(kind, fit=True, terms=DISTILLATION_TERMS)}
     if uses == "train" and parameters.metric not in figures:
         raise UserError(f"metric: a training has no figure `{parameters.metric}`", suggest(parameters.metric, figures))
     if parameters.sampler == "tpe" and importlib.util.find_spec("optuna") is None:

@@ -92,25 +92,44 @@ class _Tailed(_Elementwise):
 
 
 class _Polynomial(_Tailed):
+    interval: Interval | None = Field(
+        None,
+        description="beyond it the function goes on along its tangents; null: its formula everywhere; default: [-4, 4] "
+        "where it starts as a function, otherwise null",
+    )
     learnable_recurrence: bool = Field(False, description="learn the recurrence of the basis as well")
     variable: Annotated[tuple[_End, _Positive], Field(strict=False)] | None = Field(
-        None, description="[shift, scale]: polynomials of (x - shift) / scale; default: of x"
+        None,
+        description="[shift, scale]: polynomials of (x - shift) / scale; default: of x, for chebyshev and legendre "
+        "what takes the interval to [-1, 1]",
     )
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    del schema["default"]
+
+
+# Any: without a default of its own, for `train` decides (default_start.py).
+_POLYNOMIAL_START: Any = Field(
+    None,
+    description="how it starts; default: gelu, with `interval: null` stable",
+    json_schema_extra=_without_default,
+)
 
 
 class _Hermite(_Polynomial):
     name: Literal["hermite"]
-    init: PublishedPolynomialStart = Field("variance_preserving", description="how it starts")
+    init: PublishedPolynomialStart = _POLYNOMIAL_START
 
 
 class _Chebyshev(_Polynomial):
     name: Literal["chebyshev"]
-    init: PolynomialStart = Field("variance_preserving", description="how it starts")
+    init: PolynomialStart = _POLYNOMIAL_START
 
 
 class _Legendre(_Polynomial):
     name: Literal["legendre"]
-    init: PolynomialStart = Field("variance_preserving", description="how it starts")
+    init: PolynomialStart = _POLYNOMIAL_START
 
 
 class _Fourier(_Tailed):

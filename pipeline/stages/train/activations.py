@@ -23,34 +23,63 @@ def apply_activation_options(architecture: str, model: dict[str, Any]) -> dict[s
         ValueError: whatever the model's own configuration refuses.
     """
     model = dict(model)
-    given = model.pop("activation_options", None) or {}
-    if not any(value not in (None, False) for value in given.values()):
+    given = _given(model.pop("activation_options", None))
+    if not given:
         return model
+    entries = [_with_options(activation, given, width) for activation, width in _activations(architecture, model)]
+    return {**model, "activation": entries[0] if all(entry == entries[0] for entry in entries) else entries}
+
+
+def options_without_effect(architecture: str, model: dict[str, Any]) -> str:
+    """Which of a model's `activation_options` which of its activations do not have, for people; empty: none.
+
+    Args:
+        architecture, model: as of `apply_activation_options`.
+    """
+    model = dict(model)
+    given = _given(model.pop("activation_options", None))
+    unused: dict[str, list[str]] = {}
+    for activation, width in _activations(architecture, model) if given else ():
+        if activation != NO_ACTIVATION:
+            name, _ = read_activation(activation)
+            unused[name] = [option for option in given if not _settings(name, {option: given[option]}, width)]
+    return "; ".join(f"{name} has no {', '.join(options)}" for name, options in unused.items() if options)
+
+
+def _given(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Those that say something."""
+    return {name: value for name, value in (options or {}).items() if value not in (None, False)}
+
+
+def _activations(architecture: str, model: dict[str, Any]) -> list[tuple[ActivationConfig, int]]:
+    """The activation of each block and the channels that it sees."""
     record = find_architecture(architecture)
     config = make_config(record.config, model)
     widths = record.activation_widths(config)
-    entries = [
-        _with_options(activation, given, width)
-        for activation, width in zip(activation_configs(config.activation, len(widths)), widths, strict=True)
-    ]
-    return {**model, "activation": entries[0] if all(entry == entries[0] for entry in entries) else entries}
+    return list(zip(activation_configs(config.activation, len(widths)), widths, strict=True))
 
 
 def _with_options(config: ActivationConfig, given: dict[str, Any], width: int) -> ActivationConfig:
     if config == NO_ACTIVATION:
         return config
     name, own = read_activation(config)
+    options = _settings(name, given, width)
+    return {"name": name, **options, **own} if options else config
+
+
+def _settings(name: str, given: dict[str, Any], width: int) -> dict[str, Any]:
+    """The options that an activation has, as its own settings."""
     if name not in LEARNABLE:
-        return config
+        return {}
     family: type[LearnableActivation] = LEARNABLE[name]
     options: dict[str, Any] = {}
-    if given.get("init") is not None and _starts_from(family, given["init"]):
+    if "init" in given and _starts_from(family, given["init"]):
         options["init"] = given["init"]
-    if given.get("interval") is not None and family.accepts_interval:
+    if "interval" in given and family.accepts_interval:
         options["interval"] = list(given["interval"])
-    if given.get("per_channel") and family.accepts_groups:
+    if "per_channel" in given and family.accepts_groups:
         options["num_parameters"] = width
-    return {"name": name, **options, **own} if options else config
+    return options
 
 
 def _starts_from(family: type[LearnableActivation], init: str) -> bool:

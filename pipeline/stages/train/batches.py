@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]  # inputs, targets
 
@@ -24,6 +24,11 @@ def text_batch(blocks: np.ndarray) -> Batch:
     """Inputs and targets `[samples, sequence_length]` int64 from blocks `[samples, sequence_length + 1]`."""
     tokens = torch.from_numpy(blocks.astype(np.int64))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def as_weights(inputs: Tensor, module: nn.Module) -> Tensor:
+    """Images and rows in the type of a model's weights, token ids as they are."""
+    return inputs.to(next(module.parameters()).dtype) if inputs.is_floating_point() else inputs
 
 
 class Prefetcher:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch.nn import functional as F
 
 from polytrope.models.checkpoint import load_model
 from polytrope.models.factors import FactoredLinear, change_beyond, whole_weight
-from polytrope.models.matching import feature_error, states_behind
+from polytrope.models.matching import NoVariance, feature_error, states_behind
 from polytrope.pipeline.errors import UserError
+from polytrope.pipeline.stages.train.batches import as_weights
 from polytrope.pipeline.stages.train.training_plan import TrainingPlan
 
 
@@ -22,12 +24,10 @@ class Perturbation:
     """Factored layers whose products are to stay near the matrices of the teacher.
 
     Args:
-        weight: of the term.
         bound: what every number of a product may be off by.
         layers, wholes: as of `change_beyond`.
     """
 
-    weight: float
     bound: float
     layers: Sequence[nn.Module]
     wholes: Sequence[Tensor]
@@ -43,38 +43,77 @@ class Imitation:
 
     Args:
         teacher: in evaluation mode, in float32, on the device of the training; the same on every rank.
-        outputs, features: weights of the two terms.
+        weights: of the terms of the loss, as of `DistillationParameters.weights`.
         matched: names of blocks of the model and of the teacher.
         bounded: factored layers that are kept near the teacher's.
     """
 
     teacher: nn.Module
-    outputs: float
-    features: float
+    weights: Mapping[str, float]
     matched: Sequence[tuple[str, str]]
     bounded: Perturbation | None = None
 
-    def loss(self, engine: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The model's training loss with both terms.
+    def loss(self, engine: Any, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the weighted terms, the first of which is the model's training loss; and the terms, without their
+        weights and without gradients.
+
+        The teacher gets the inputs as they are, the model in the type of its weights.
 
         Args:
             engine: runs the model; `engine.module` is the model.
             inputs, targets: a micro-batch, on the device.
+
+        Raises:
+            UserError: what the teacher computes is one number many times, so that no error is relative to it.
         """
-        like = next(self.teacher.parameters()).dtype if inputs.is_floating_point() else inputs.dtype
-        with torch.no_grad(), states_behind(self.teacher, [there for _, there in self.matched]) as wanted:
-            target = self.teacher(inputs.to(like))
+        theirs = [there for _, there in self.matched]
+        with torch.no_grad(), states_behind(self.teacher, theirs) as wanted:
+            target = self.teacher(as_weights(inputs, self.teacher))
         with states_behind(engine.module, [here for here, _ in self.matched]) as states:
-            outputs = engine(inputs)
-        loss: Tensor = engine.module.loss(outputs, targets, reduction="mean", training=True)
-        if self.outputs:
-            numbers = getattr(self.teacher.config, "loss", None) == "mse"
-            loss = loss + self.outputs * (output_error if numbers else divergence)(outputs, target)
-        if self.features:
-            loss = loss + self.features * feature_error(states, wanted)
+            outputs = engine(as_weights(inputs, engine.module))
+        compute: dict[str, Callable[[], Tensor]] = {
+            "targets": lambda: engine.module.loss(outputs, targets, reduction="mean", training=True),
+            "outputs": lambda: output_error(outputs, target) if self._numbers else divergence(outputs, target),
+            "features": lambda: state_error(states, wanted, theirs),
+        }
         if self.bounded is not None:
-            loss = loss + self.bounded.weight * self.bounded.penalty()
-        return loss
+            compute["perturbation"] = self.bounded.penalty
+        terms = {name: compute[name.partition("/")[2]]() for name in self.weights}
+        loss, *others = (weight * terms[name] for name, weight in self.weights.items())
+        for term in others:
+            loss = loss + term
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    @property
+    def _numbers(self) -> bool:
+        """Whether outputs are numbers, not logits of classes."""
+        return getattr(self.teacher.config, "loss", None) == "mse"
+
+
+def state_error(states: Sequence[Tensor], wanted: Sequence[Tensor], names: Sequence[str]) -> Tensor:
+    """Mean squared error of the states behind blocks, relative to the variance of the teacher's.
+
+    Args:
+        names: of the teacher's blocks.
+
+    Raises:
+        UserError: those of a block are one number many times.
+    """
+    with varied("features", "leave features out, or use more samples at once (micro_batch_size)"):
+        return feature_error(states, wanted, names=names)
+
+
+@contextmanager
+def varied(term: str, hint: str) -> Iterator[None]:
+    """Errors relative to a variance of the teacher's, that there may not be.
+
+    Raises:
+        UserError: naming the term of `distillation`, for NoVariance inside.
+    """
+    try:
+        yield
+    except NoVariance as error:
+        raise UserError(f"distillation: {term}: of the teacher, {error}", hint) from error
 
 
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -90,8 +129,13 @@ def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
 
 
 def output_error(outputs: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared error of predicted numbers, relative to the variance of those that are wanted."""
-    return feature_error([outputs], [wanted])
+    """Mean squared error of predicted numbers, relative to the variance of those that are wanted.
+
+    Raises:
+        UserError: those are all the same, and have none.
+    """
+    with varied("outputs", "set outputs: 0.0, or use more samples at once (micro_batch_size)"):
+        return feature_error([outputs], [wanted], names=["outputs"])
 
 
 def find_factors(student: nn.Module, teacher: nn.Module) -> tuple[list[FactoredLinear], list[Tensor]]:
@@ -134,6 +178,5 @@ def make_imitation(plan: TrainingPlan, student: nn.Module, device: torch.device)
     teacher = load_model(plan.teacher, device).float().requires_grad_(False)
     bounded = None
     if options.perturbation:
-        found = find_factors(student, teacher)
-        bounded = Perturbation(options.perturbation, options.perturbation_bound, *found)
-    return Imitation(teacher, options.outputs, options.features, plan.matched, bounded)
+        bounded = Perturbation(options.perturbation_bound, *find_factors(student, teacher))
+    return Imitation(teacher, options.weights(), plan.matched, bounded)

@@ -26,9 +26,9 @@ from polytrope.ops import kernels
 from polytrope.pipeline.data.training_file import INITIAL, Training, write_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import StageContext
-from polytrope.pipeline.stages.train.activations import apply_activation_options
+from polytrope.pipeline.stages.train.activations import apply_activation_options, options_without_effect
 from polytrope.pipeline.stages.train.basis_start import measure_basis
-from polytrope.pipeline.stages.train.batches import Batch, Prefetcher, validation_batches
+from polytrope.pipeline.stages.train.batches import Batch, Prefetcher, as_weights, validation_batches
 from polytrope.pipeline.stages.train.best_weights import load_best, save_best
 from polytrope.pipeline.stages.train.deepspeed_engine import (
     clips_itself,
@@ -43,7 +43,7 @@ from polytrope.pipeline.stages.train.imitation import Imitation, make_imitation
 from polytrope.pipeline.stages.train.modality import Modality, make_modality
 from polytrope.pipeline.stages.train.numbers_start import start_for_rows
 from polytrope.pipeline.stages.train.optimization import coefficient_rates, learning_rate_factor, set_learning_rate
-from polytrope.pipeline.stages.train.trainable import ADAPTERS, freeze
+from polytrope.pipeline.stages.train.trainable import ADAPTERS, COEFFICIENTS, RATES, freeze, learns_of
 from polytrope.pipeline.stages.train.training_metrics import (
     Meter,
     MetricsLog,
@@ -58,6 +58,8 @@ from polytrope.pipeline.stages.train.training_plan import Diverged, TrainingPlan
 from polytrope.pipeline.stages.train.training_state import CheckpointWriter, Progress, choose_checkpoint, restore
 from polytrope.pipeline.stages.train.weight_average import WeightAverage
 
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]  # of inputs and targets: loss, its terms
+
 SPIKE_WINDOW = 32  # steps whose median gradient norm a spike is measured against
 
 
@@ -68,6 +70,12 @@ def train_rank(plan: TrainingPlan, context: StageContext, rank: int, device: tor
     import_deepspeed(on_cpu, parameters.compile)
     _seed(parameters.seed)
     model, adapted = _create_model(plan)
+    for group, field in RATES.items():
+        given = getattr(parameters, field)
+        if rank == 0 and given is not None and not learns_of(group, model, plan.architecture):
+            context.message(f"{field} ({given:g}) has no effect: none of the {group} parameters learns")
+    if rank == 0 and (unused := options_without_effect(plan.architecture, plan.model)):
+        context.message(f"activation_options: without effect: {unused}")
     sizes = sizes_of(model)  # now: ZeRO-3 leaves nothing of most parameters here
     frozen, initial = {}, {}
     if rank == 0:  # which writes the model
@@ -137,7 +145,7 @@ class _Run:
         self.engine, self.average, self.frozen = engine, average, frozen
         self.progress, self.modality = progress, modality
         self.prefetcher, self.meter, self.metrics = prefetcher, Meter(), MetricsLog(context, rank)
-        self.objective = engine if imitation is None else partial(imitation.loss, engine)
+        self.objective = partial(_loss if imitation is None else imitation.loss, engine)
         parameters = plan.parameters
         self.checkpoints = CheckpointWriter(
             context,
@@ -163,13 +171,15 @@ class _Run:
         with watch_activations(self.engine.module, watched) if watch else contextlib.nullcontext():
             clipping = parameters.gradient_clipping if clips_itself(plan) else 0.0
             batches = self.prefetcher.next_step()
-            loss, norm, units = _train_step(self.engine, self.objective, batches, self.device, clipping, self.stopwatch)
-        stop_if_diverged(plan, progress, loss, norm)
+            losses, norm, units = _train_step(
+                self.engine, self.objective, batches, self.device, clipping, self.stopwatch
+            )
+        stop_if_diverged(plan, progress, losses["loss"], norm)
         if self.average is not None:
             self.average.update()
         progress.step += 1
-        progress.loss_sum += loss
-        progress.loss_steps += 1
+        progress.sums = {name: progress.sums.get(name, 0.0) + value for name, value in losses.items()}
+        progress.summed_steps += 1
         self.meter.add(units * plan.workers)
         last = progress.step == plan.steps
         logs = last or _due(parameters.log_every, progress.step)
@@ -198,12 +208,12 @@ class _Run:
         plan, progress = self.plan, self.progress
         rate, seconds = self.meter.read()
         wait, self.prefetcher.wait_seconds = self.prefetcher.wait_seconds, 0.0
-        forward, steps = self.stopwatch.read(), progress.loss_steps
-        own = [progress.loss_sum / steps, forward / steps, wait / steps]
+        forward, steps, names = self.stopwatch.read(), progress.summed_steps, list(progress.sums)
+        own = [forward / steps, wait / steps, *(progress.sums[name] / steps for name in names)]
         ranks = gather(own, plan.workers, self.device)
-        progress.loss_sum, progress.loss_steps = 0.0, 0
+        progress.sums, progress.summed_steps = {}, 0
         values = {
-            "train/loss": sum(row[0] for row in ranks) / plan.workers,
+            **{f"train/{name}": sum(row[index] for row in ranks) / plan.workers for index, name in enumerate(names, 2)},
             "learning_rate": plan.parameters.learning_rate * factor,
             **coefficient_rates(self.engine.optimizer.param_groups),
             "gradient_norm": norm,
@@ -214,7 +224,7 @@ class _Run:
             "data_wait_fraction": min(1.0, wait / seconds),
             "peak_memory": peak_memory(self.device),
             "activation_fallbacks": float(kernels.fallbacks.total()),
-            **rank_metrics([row[1] for row in ranks], [row[2] for row in ranks]),
+            **rank_metrics([row[0] for row in ranks], [row[1] for row in ranks]),
         }
         if plan.parameters.peak_flops:
             flops = self.modality.flops_per_unit(self.engine.module)
@@ -270,7 +280,7 @@ def _measure(
     """Means over the first `samples` samples that `load` gives, named `prefix/…`."""
     sums: dict[str, Tensor] = {}
     for (inputs, targets), counted in validation_batches(load, samples, rank, plan.workers, plan.micro_batch_size):
-        measured = modality.measure(module, (to_model(inputs, module, device), targets.to(device)), counted)
+        measured = modality.measure(module, (as_weights(inputs.to(device), module), targets.to(device)), counted)
         for name, value in measured.items():
             sums[name] = sums.get(name, torch.zeros(())) + value.double().cpu()
     names = sorted(sums)
@@ -347,6 +357,11 @@ def _create_model(plan: TrainingPlan) -> tuple[nn.Module, Adapted]:
     learning = plan.parameters.trainable or (None if adapters is None else [ADAPTERS])
     if learning is not None:
         freeze(model, plan.architecture, learning)
+    if plan.parameters.activation_basis is not None and not learns_of(COEFFICIENTS, model, plan.architecture):
+        raise UserError(
+            f"activation_basis: measured: trainable is {learning}, and nothing learns in that basis",
+            f"name {COEFFICIENTS} under `trainable` too, or leave activation_basis out",
+        )
     if plan.parameters.augmentation is not None:
         model.label_smoothing = plan.parameters.augmentation.label_smoothing  # type: ignore[assignment]
     if plan.parameters.linearize:
@@ -365,43 +380,44 @@ def sizes_of(model: nn.Module) -> dict[str, int]:
     return {"parameters": number} | ({"trainable_parameters": learning} if added or learning < number else {})
 
 
+def _loss(engine: Any, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a micro-batch on the device, which has no other terms."""
+    return engine(as_weights(inputs, engine.module), targets), {}
+
+
 def _train_step(
     engine: Any,
-    objective: Callable[[Tensor, Tensor], Tensor],
+    objective: Objective,
     micro_batches: list[Batch],
     device: torch.device,
     clipping: float,
     stopwatch: Stopwatch,
-) -> tuple[float, float, int]:
+) -> tuple[dict[str, float], float, int]:
     """One optimizer step.
 
     Args:
-        objective: of inputs and targets, what becomes small.
+        objective: of inputs and targets, what becomes small, and the terms it has.
         clipping: the gradient norm to clip to here, where DeepSpeed does not; 0: none.
         stopwatch: measures the forward passes.
 
     Returns:
-        This rank's mean loss, the global gradient norm before clipping, the tokens (or images) this rank saw.
+        This rank's mean `loss` and those of its terms, the global gradient norm before clipping, the tokens (or images)
+        this rank saw.
     """
-    losses: list[Tensor] = []
+    losses: list[dict[str, Tensor]] = []
     units, unsharded = 0, math.nan
     for inputs, targets in micro_batches:
-        inputs, targets = to_model(inputs, engine.module, device), targets.to(device, non_blocking=True)
+        inputs, targets = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with stopwatch:
-            loss = objective(inputs, targets)
+            loss, terms = objective(inputs, targets)
         engine.backward(loss)
         if engine.is_gradient_accumulation_boundary() and not engine.zero_optimization():
             unsharded = unsharded_gradient_norm(engine, clipping)
         engine.step()
-        losses.append(loss.detach())
+        losses.append({"loss": loss.detach(), **terms})
         units += inputs.size(0) if inputs.is_floating_point() else inputs.numel()
-    return float(torch.stack(losses).double().mean()), gradient_norm(engine, unsharded), units
-
-
-def to_model(inputs: Tensor, module: nn.Module, device: torch.device) -> Tensor:
-    """Inputs on the device; images in the type of the model's weights, token ids as they are."""
-    dtype = next(module.parameters()).dtype if inputs.is_floating_point() else inputs.dtype
-    return inputs.to(device, dtype, non_blocking=True)
+    means = [float(torch.stack([found[name] for found in losses]).double().mean()) for name in losses[0]]
+    return dict(zip(losses[0], means, strict=True)), gradient_norm(engine, unsharded), units
 
 
 def _write_result(

@@ -18,13 +18,16 @@ from polytrope.pipeline.stages.train.activation_parameters import (
     Interval,
     spelled_out,
 )
+from polytrope.pipeline.stages.train.default_start import with_start
 from polytrope.pipeline.stages.train.linearize_options import refuse_with_linearize
 from polytrope.pipeline.stages.train.part_parameters import Attention, FeedForward, Mixer, Norm
 from polytrope.pipeline.stages.train.trainable import (
     ADAPTERS,
     COEFFICIENTS,
+    GROUPS,
     MULTIPLICATIVE,
     MULTIPLICATIVE_PARTS,
+    RATES,
     check_entry,
 )
 
@@ -47,7 +50,9 @@ class ActivationOptions(BaseModel):
         "published, where there is one), or a function to imitate: gelu, relu, silu, …",
     )
     interval: Interval | None = Field(
-        None, description="beyond it the function goes on along its tangents; default: its formula everywhere"
+        None,
+        description="beyond it the function goes on along its tangents; default: as each activation says, [-4, 4] for "
+        "a polynomial that starts as a function",
     )
     per_channel: bool = Field(False, description="coefficients of their own for every channel, not one set per block")
 
@@ -71,7 +76,9 @@ class ModelParameters(BaseModel):
         "or a list of {layers: 0-5, name: …}",
     )
     activation_options: ActivationOptions | None = Field(
-        None, description="init, interval, per_channel of all learnable activations that have such an option"
+        None,
+        description="init, interval, per_channel of the learnable activations that have such an option; the log says "
+        "which have none",
     )
     attention: Attention | None = Field(
         None,
@@ -125,8 +132,16 @@ class ModelParameters(BaseModel):
     )
 
     def settings(self) -> dict[str, Any]:
-        """Fields of the architecture's configuration that are given, those of the preset below them."""
+        """Fields of the architecture's configuration that are given, those of the preset below them. How a polynomial
+        starts stands there, also where it is not given."""
         given = self.model_dump(exclude_none=True, exclude={"architecture", "preset", "activation_options"})
+        if self.activation is not None:
+            options = {} if self.activation_options is None else self.activation_options.model_dump()
+            given["activation"] = (
+                [with_start(entry, options) for entry in self.activation]
+                if isinstance(self.activation, list)
+                else with_start(self.activation, options)
+            )
         return {**MODEL_KINDS[self.architecture].presets.get(self.preset or "", {}), **given}
 
     def activations(self) -> list[dict[str, Any]]:
@@ -318,6 +333,11 @@ class DistillationParameters(BaseModel):
             raise ValueError(f"blocks: expected numbers that rise, got {self.blocks}")
         return self
 
+    def weights(self) -> dict[str, float]:
+        """Term of the loss, by its name in `DISTILLATION_TERMS` → weight; those that are 0 are left out."""
+        given = {"targets": 1.0, "outputs": self.outputs, "features": self.features, "perturbation": self.perturbation}
+        return {f"distillation/{name}": weight for name, weight in given.items() if weight}
+
 
 class TrainParameters(BaseModel):
     """Everything that decides the result of a training."""
@@ -373,13 +393,13 @@ class TrainParameters(BaseModel):
         ge=0,
         description="peak learning rate of activation coefficients; default: a multiple of learning_rate that moves "
         "every activation equally fast (10 for Hermite polynomials on [-4, 4]; a tenth of that in fine-tuning, and a "
-        "tenth without an interval)",
+        "tenth without an interval). Without effect, which is logged, where no coefficient learns",
     )
     multiplicative_learning_rate: float | None = Field(
         None,
         ge=0,
         description="peak learning rate of what multiplies inputs by inputs (`trainable: [multiplicative]`); default: "
-        "a tenth of learning_rate",
+        "a tenth of learning_rate. Without effect, which is logged, where none of it learns",
     )
     minimum_learning_rate: float = Field(0.1, ge=0, le=1, description="final learning rate, as a fraction of the peak")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up before the cosine")
@@ -482,6 +502,11 @@ class TrainParameters(BaseModel):
                 "activation_basis: measured is for an `initial` input: weights that begin from nothing give their "
                 "activations inputs that are others soon"
             )
+        if self.activation_basis is not None and (why := self.still_coefficients()) is not None:
+            raise ValueError(f"activation_basis: measured: {why}; otherwise leave it out: nothing learns in that basis")
+        if self.trainable is not None and set(self.trainable) <= self.rates_of_zero().keys():
+            fields = " and ".join(f"{self.rates_of_zero()[name]} is 0" for name in dict.fromkeys(self.trainable))
+            raise ValueError(f"trainable: nothing learns: {fields}; name what learns, or give a rate above 0")
         refuse_with_linearize(self)
         if self.adapters is not None and self.model is not None:
             raise ValueError("adapters: they fine-tune an `initial` input, and this model begins from nothing")
@@ -514,6 +539,20 @@ class TrainParameters(BaseModel):
                 )
         return self
 
+    def rates_of_zero(self) -> dict[str, str]:
+        """Group of `trainable` that does not learn → the rate that says so."""
+        return {group: field for group, field in RATES.items() if getattr(self, field) == 0}
+
+    def still_coefficients(self) -> str | None:
+        """Why no coefficient of an activation learns, and what to do if they are to; None where some may."""
+        if COEFFICIENTS in self.rates_of_zero():
+            return "coefficient_learning_rate is 0: give a rate above 0"
+        learning = [ADAPTERS] if self.trainable is None and self.adapters is not None else self.trainable
+        if learning is None or any(entry == COEFFICIENTS or entry not in GROUPS for entry in learning):
+            return None
+        given = "adapters alone learn" if self.trainable is None else f"trainable is {learning}"
+        return f"{given}, and no coefficient: name {COEFFICIENTS} under `trainable` too"
+
     def refuse_unheeded(self, architecture: str, settings: Mapping[str, Any]) -> None:
         """Refuse what nothing in this model would heed.
 
@@ -536,6 +575,11 @@ class TrainParameters(BaseModel):
             raise ValueError("activation_checkpointing: mlp computes activations again, and the model has none")
         attentions = config.attention_settings() if architecture == "gpt2" else []
         divides = config.norm_settings().divides or any(part.divides for part in attentions)
+        if self.range_penalty is not None and set(trainable) == {"head"} and architecture != "gpt2":
+            raise ValueError(
+                "range_penalty: trainable is ['head'], which comes after all activations and denominators: it has no "
+                "effect; leave it out"
+            )
         if self.range_penalty is not None and not divides:
             if self.range_penalty.denominator:
                 raise ValueError(f"range_penalty.denominator: {_DENOMINATORS}; leave it out")

@@ -16,14 +16,26 @@ from polytrope.pipeline.stages.train.parameters import SHARDED, DistillationPara
 _OUTPUTS = {"text": "vocab_size", "images": "num_classes", "numbers": "outputs"}  # by what a model takes
 
 
-def check_teacher(options: DistillationParameters, student: PromisedModel | None, teacher: PromisedModel) -> None:
+def check_teacher(
+    options: DistillationParameters, student: PromisedModel | None, teacher: PromisedModel, micro_batch: int
+) -> None:
     """Refuse a teacher whose outputs or blocks cannot be compared with those of the model, as far as they are known.
+
+    Args:
+        micro_batch: samples that a worker computes at once, over which the variance of predicted numbers is taken.
 
     Raises:
         UserError: naming the parameter or the input.
     """
     if options.features:
         _blocks("inputs.teacher", teacher)
+    one = teacher.settings.get("loss") == "mse" and teacher.settings.get("outputs") == 1
+    if options.outputs and one and micro_batch == 1:
+        raise UserError(
+            "distillation: outputs: the teacher predicts one number (outputs: 1), and each worker computes one sample "
+            "at once: one number has no variance that its error could be relative to",
+            "set global_batch_size to at least twice the workers without a micro_batch_size of 1, or outputs: 0.0",
+        )
     if student is None:
         return
     kind = MODEL_KINDS[teacher.architecture].data
@@ -43,6 +55,13 @@ def check_teacher(options: DistillationParameters, student: PromisedModel | None
     if not options.features:
         return
     own, others = _blocks("inputs.initial", student), _blocks("inputs.teacher", teacher)
+    here, there = (getattr(_config(model), "patch_size", None) for model in (student, teacher))
+    if here != there:
+        raise UserError(
+            f"distillation: features: the model has patch_size {here}, the teacher {there}: their states have other "
+            "positions",
+            "leave features out, or give the model the teacher's patch_size",
+        )
     recorded = student.blocks_before == len(others)
     if options.blocks is None and len(own) != len(others) and not recorded:
         raise UserError(
@@ -90,15 +109,17 @@ def matched_blocks(
     return _pairs(own, others, range(len(others)) if numbers is None else numbers)
 
 
+def _config(model: PromisedModel) -> Any:
+    return make_config(MODEL_KINDS[model.architecture].config, model.settings)
+
+
 def _layers(model: PromisedModel) -> int:
-    config: Any = make_config(MODEL_KINDS[model.architecture].config, model.settings)
-    return len(config.activation_widths())
+    return len(_config(model).activation_widths())
 
 
 def _blocks(field: str, model: PromisedModel) -> dict[str, int]:
-    config: Any = make_config(MODEL_KINDS[model.architecture].config, model.settings)
     try:
-        return residual_blocks(config)
+        return residual_blocks(_config(model))
     except ValueError as error:
         raise UserError(f"distillation: features: {field}: {error}", "leave features out") from error
 

@@ -56,7 +56,7 @@ def promise(
     parameters: TrainParameters, upstream: Mapping[str, Any], resources: Resources, directory: Path
 ) -> PromisedModel | PromisedTangent | None:
     """The model that will be trained; refuses what does not fit the data set or the workers."""
-    _, accumulation = split_batch(parameters, resources.workers)
+    micro, accumulation = split_batch(parameters, resources.workers)
     data = expect_data("inputs.dataset", upstream["dataset"])
     if isinstance(data, PromisedText) and parameters.augmentation is not None:
         given = ", ".join(sorted(f"`{name}`" for name in parameters.augmentation.model_fields_set))
@@ -72,7 +72,7 @@ def promise(
     teacher = expect("inputs.teacher", upstream.get("teacher"), PromisedModel)
     refuse_misfit("inputs.teacher", teacher, data)
     if parameters.distillation is not None and teacher is not None:
-        check_teacher(parameters.distillation, model, teacher)
+        check_teacher(parameters.distillation, model, teacher, micro)
     if model is None:
         return None
     if parameters.distillation is not None and parameters.distillation.perturbation:
@@ -86,7 +86,12 @@ def promise(
     trained = model if data is None else model.trained_on(data)
     check_of_numbers(trained.architecture, trained.settings, parameters)
     kind = MODEL_KINDS[model.architecture].data
-    names = figure_names(kind, predicts_numbers=predicts_numbers(trained.settings), fit=parameters.fit_samples > 0)
+    names = figure_names(
+        kind,
+        predicts_numbers=predicts_numbers(trained.settings),
+        fit=parameters.fit_samples > 0,
+        terms=() if parameters.distillation is None else parameters.distillation.weights(),
+    )
     if parameters.model is not None:
         trained = replace(trained, settings=_with_activations(trained, parameters.model))
     promised = replace(trained, figures=names, blocks_before=None)
@@ -136,6 +141,7 @@ def train(
     context.log_dataset("train", dataset.digest, str(dataset.path), plan.dataset_profile)
     context.log_params(plan.facts)
     origin = None if initial is None else read_origin(initial.path)  # now: it may be damaged
+    taught = None if teacher is None else read_origin(teacher.path)
     run_workers(context, plan)
     training = read_training(context.output)
     assert training is not None  # rank 0 has written it
@@ -143,6 +149,8 @@ def train(
     lineage = Lineage(samples=samples, tokens=training.tokens)
     if initial is not None and origin is not None:
         lineage = origin.then(initial.stage, initial.digest, samples, training.tokens)
+    if teacher is not None and taught is not None:
+        lineage = lineage.taught_by(teacher.stage, teacher.digest, taught)
     write_lineage(context.output, lineage)
     if parameters.register_as and training.failure is None:
         context.log_model(".", name=parameters.register_as, alias=parameters.register_alias)

@@ -28,6 +28,8 @@ GROUPS = (
     *sorted({name for kind in MODEL_KINDS.values() for name in kind.groups}),
 )
 
+# Groups with a learning rate of their own, and the parameter that has it.
+RATES = {COEFFICIENTS: "coefficient_learning_rate", MULTIPLICATIVE: "multiplicative_learning_rate"}
 
 # Why a model may have none of a group.
 _WITHOUT = {
@@ -74,6 +76,17 @@ def freeze(model: nn.Module, architecture: str, trainable: Sequence[str]) -> Non
         learns |= found
     for parameter in names.values():
         parameter.requires_grad_(id(parameter) in learns)
+
+
+def learns_of(group: str, model: nn.Module, architecture: str) -> bool:
+    """Whether any parameter of a group learns: it has a gradient, or in a tangent model a tangent."""
+    from polytrope.models.linearized import LinearizedModel
+
+    if isinstance(model, LinearizedModel):
+        learning = {id(weight) for _, weight, _ in model.pairs()}
+    else:
+        learning = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    return bool(_parameters_of(group, model, architecture) & learning)
 
 
 def _parameters_of(entry: str, model: nn.Module, architecture: str) -> set[int]:

@@ -99,7 +99,7 @@ def make_plan(
         _fits(imitated, teacher, description, dataset)
         before = None if initial is None else _read_model("initial", initial).blocks_before
         student = PromisedModel(architecture, settings, blocks_before=before)
-        check_teacher(parameters.distillation, student, imitated)
+        check_teacher(parameters.distillation, student, imitated, micro)
         matched = matched_blocks(parameters.distillation, student, imitated, None if initial is None else initial.path)
     samples = description.splits["train"].samples
     if samples < 1:

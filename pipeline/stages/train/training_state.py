@@ -37,15 +37,15 @@ class Progress:
 
     Args:
         step: completed optimizer steps; also the position in the data.
-        loss_sum, loss_steps: training loss since the last logged metrics.
+        sums: of the training `loss` and its terms since the last logged metrics, over `summed_steps`.
         history: logged metrics so far.
         recent_norms: gradient norms of the last steps, to tell a spike.
         best_step, best_loss: of the lowest validation loss so far; 0: none yet.
     """
 
     step: int = 0
-    loss_sum: float = 0.0
-    loss_steps: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    summed_steps: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     recent_norms: list[float] = field(default_factory=list)
     best_step: int = 0
@@ -232,8 +232,8 @@ def restore(
     progress = Progress(**state["progress"])
     if workers != chosen.workers:  # each old rank summed the losses of its own samples
         files = [chosen.directory / f"rank-{number}.pt" for number in range(chosen.workers)]
-        sums = [torch.load(file, weights_only=True)["progress"]["loss_sum"] for file in files]
-        progress.loss_sum = sum(sums) / len(sums)
+        sums = [torch.load(file, weights_only=True)["progress"]["sums"] for file in files]
+        progress.sums = {name: sum(own[name] for own in sums) / len(sums) for name in sums[0]}
     return progress
 
 
