@@ -1,4 +1,4 @@
-"""How long a training step of the recipe takes beside GELU's: `python -m benchmarks.recipe_time`, two minutes.
+"""How long a training step of the recipe takes beside GELU's: `python -m benchmarks.recipe_time`, four minutes.
 
 The models of workflows/recipe.yaml take steps (forward, backward, AdamW) in turns, one thread, float32; what counts is
 processor time, which other programs on the machine disturb less than the clock. Each round gives a ratio to GELU's step
@@ -149,7 +149,7 @@ def shown(ratio: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--steps", type=int, default=2, help="of each model in a round")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -156,7 +156,7 @@ RULE: tuple[dict[str, Any], ...] = (
     {"precision": "bf16"},
 )
 STEPS_OF_IMAGES = 500
-EQUAL_TIME = {"hermite4": 475, "affine": 394}  # of images: 500 / 1.052 and 500 / 1.27
+EQUAL_TIME = {"hermite4": 475, "affine": 394}  # of images: 500 / 1.052, as the step took then, and 500 / 1.27
 RELU_SQUARED = {"name": "polyrelu", "degree": 2, "init": "relu_squared"}  # as it is where its rate is 0
 RATES_ON = (0.0, 0.1, 0.5, 1.0, 5.0, 10.0)  # by the rule 0.5 (Hermite) and 1; from scratch it would be 5 and 10
 ON = {"steps": 100, "learning_rate": 1e-3, "warmup_steps": 10}
@@ -218,7 +218,7 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
         for rate in (3e-3, 1.5e-3, 6e-3)
     ),
     "seeds": (Trainings(seeds=range(5, 10)),),
-    # As many steps as fit in the time of GELU's 500 (results/recipe_time.json).
+    # At most as many steps as fit in the time of GELU's 500 (results/recipe_time.json).
     "equal-time": tuple(
         Trainings((name,), data=data, steps=steps) for data in ("digits", "mnist") for name, steps in EQUAL_TIME.items()
     ),

@@ -46,6 +46,10 @@ def check_interval(interval: Any, name: str = "interval") -> Interval | None:
     """
     if interval is None:
         return None
+    if type(interval) is tuple and len(interval) == 2 and type(interval[0]) is type(interval[1]) is float:
+        low, high = interval
+        if -math.inf < low < high < math.inf:
+            return interval  # as modules give it, in every call
     try:
         low, high = (float(end) for end in interval)
     except (TypeError, ValueError):
@@ -398,15 +402,16 @@ def _apply(
 ) -> Tensor:
     interval, variable = check_interval(interval), check_variable(variable)
     shapes = tuple([part.shape for part in parts])
-    if kernels.is_plain(x, *parts) and (x.is_cuda or kernels.has_kernel("cpu", None, x.dtype)):
-        dtypes = tuple([part.dtype for part in parts])
-        index = x.get_device()  # -1: the CPU
-        strides = None if x.is_contiguous() else x.stride()
-        call = _prepare(
-            family, index, x.dtype, x.shape, strides, dtypes, shapes, dim, interval, glu, float(epsilon), variable
-        )
-        if isinstance(call, native.Call) or (call is not None and cuda.is_verified(call.kind)):
-            return kernels.call_directly(call, x, parts)
+    if kernels.is_plain(x, *parts):
+        dtype, index = x.dtype, x.get_device()  # -1: the CPU
+        if index >= 0 or kernels.has_kernel("cpu", None, dtype):
+            dtypes = tuple([part.dtype for part in parts])
+            strides = None if x.is_contiguous() else x.stride()
+            call = _prepare(
+                family, index, dtype, x.shape, strides, dtypes, shapes, dim, interval, glu, float(epsilon), variable
+            )
+            if isinstance(call, native.Call) or (call is not None and cuda.is_verified(call.kind)):
+                return kernels.call_directly(x, call, *parts)
     if any(part.is_complex() for part in parts):
         raise TypeError(f"coefficients: expected real numbers, got {', '.join(str(part.dtype) for part in parts)}")
     formula, packing = describe(family, x.dtype, x.shape, shapes, dim, interval, glu, epsilon, variable)

@@ -100,18 +100,20 @@ def is_plain(*tensors: Tensor) -> bool:
     """
     if _is_compiling() or _transforms_are_active() or forward_ad._current_level >= 0:
         return False
+    if _count_dispatch_modes() or _get_tracing_state() is not None:
+        return False
     for tensor in tensors:
         if type(tensor) not in _PLAIN_TYPES:
             return False
-    keys = _PLAIN_KEYS
-    if tensors[0].is_cuda:
-        keys, index = _keys_of_plain_gpu_tensors(), tensors[0].get_device()
-        if any(tensor.get_device() != index for tensor in tensors):
-            return False
     for tensor in tensors:
-        if _dispatch_keys(tensor).raw_repr() not in keys:
-            return False
-    return _count_dispatch_modes() == 0 and _get_tracing_state() is None
+        if _dispatch_keys(tensor).raw_repr() not in _PLAIN_KEYS:
+            return tensors[0].is_cuda and _are_plain_on_one_gpu(tensors)
+    return True
+
+
+def _are_plain_on_one_gpu(tensors: Sequence[Tensor]) -> bool:
+    keys, index = _keys_of_plain_gpu_tensors(), tensors[0].get_device()
+    return all(tensor.get_device() == index and _dispatch_keys(tensor).raw_repr() in keys for tensor in tensors)
 
 
 @functools.cache
@@ -151,14 +153,9 @@ class _Direct(torch.autograd.Function):
         return (x_gradient, None, *([None] * len(parts) if frozen else part_gradients))
 
 
-# Without Function.apply in Python, which looks for transforms and for what they leave behind; so does `is_plain`.
-_apply_directly = super(torch.autograd.Function, _Direct).apply
-
-
-def call_directly(call: native.Call | cuda.Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """F(x) for tensors that `is_plain` says yes to, where there is a kernel."""
-    result: Tensor = _apply_directly(x, call, *parts)  # type: ignore[no-untyped-call]
-    return result
+# F(x) of (x, call, *parts), for tensors that `is_plain` says yes to, where there is a kernel. It is not Function.apply
+# of Python, which looks for transforms and for what they leave behind; so does `is_plain`.
+call_directly: Callable[..., Tensor] = super(torch.autograd.Function, _Direct).apply
 
 
 # Calls of each operator that the reference has answered in this process, because its kernel is missing here: on this

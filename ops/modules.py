@@ -188,7 +188,8 @@ class LearnableActivation(nn.Module):
 
     def _arguments(self) -> list[Tensor]:
         """What `function` takes after x."""
-        return [getattr(self, name) for name in self._learned]
+        own: dict[str, Any] = self._parameters  # `getattr` looks there last, and in Python
+        return [own[name] if name in own else getattr(self, name) for name in self._learned]
 
     def _options(self) -> dict[str, Any]:
         """What `function` takes by name."""

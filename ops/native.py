@@ -6,6 +6,7 @@ import ctypes
 import functools
 import math
 import os
+import struct
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,7 +86,7 @@ class _Call(ctypes.Structure):
     )
 
 
-_Addresses = ctypes.c_void_p * MOST_PARTS
+_ADDRESSES = [struct.Struct(f"{count}P").pack for count in range(MOST_PARTS + 1)]
 
 
 Strides = tuple[int, ...]
@@ -357,8 +358,10 @@ def forward(call: Call, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
         RuntimeError: out of memory, or no kernel for this family and degree.
     """
     strides, result_strides, returned = call.layout
-    x, parts = placed(x, strides), [part.contiguous() for part in parts]
-    result = empty_for(x, call.shape, call.formula, result_strides)
+    x = x.contiguous() if strides is None else placed(x, strides)
+    parts = [part.contiguous() for part in parts]
+    whole = result_strides is None and not call.formula.gated
+    result = torch.empty_like(x) if whole else empty_for(x, call.shape, call.formula, result_strides)
     if result.numel() > 0:
         status = call.forward(
             call.structure, x.data_ptr(), addresses(parts), result.data_ptr(), torch.get_num_threads()
@@ -381,7 +384,8 @@ def backward(
         RuntimeError: out of memory, or no kernel for this family and degree.
     """
     strides, result_strides, returned = call.layout
-    gradient, x = placed(gradient, result_strides), placed(x, strides)
+    gradient = gradient.contiguous() if result_strides is None else placed(gradient, result_strides)
+    x = x.contiguous() if strides is None else placed(x, strides)
     parts = [part.contiguous() for part in parts]
     x_gradient = torch.empty_like(x)
     if gradient.numel() == 0:
@@ -401,9 +405,9 @@ def backward(
     return x_gradient if returned is None else placed(x_gradient, returned), part_gradients
 
 
-def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+def addresses(tensors: Sequence[Tensor]) -> bytes:
     """Of each tensor's first element, as a C array."""
-    return _Addresses(*[tensor.data_ptr() for tensor in tensors])
+    return _ADDRESSES[len(tensors)](*map(Tensor.data_ptr, tensors))
 
 
 def _check(status: int, call: Call) -> None:

@@ -55,6 +55,9 @@ POLYTROPE_FUNCTION void each_vector(const void* __restrict x, const void* __rest
       return;
     }
   for (int i = 0; i < count; i += lanes<S>) {
+    __builtin_prefetch(xs + i + prefetch_distance, 0);
+    if (g) __builtin_prefetch(gs + i + prefetch_distance, 0);
+    if (y && !past_cache) __builtin_prefetch(ys + i + prefetch_distance, 1);
     const V value = body(load<V>(xs + i), g ? load<V>(gs + i) : V{}, i);
     if (y && past_cache) store_past_cache(ys + i, value);
     else if (y) store(ys + i, value);
@@ -96,14 +99,75 @@ POLYTROPE_FUNCTION V backward_near(V v, V seed, const T* t, Sums sums, int n, in
   else return Family::backward(v, seed, t, sums, n, m);
 }
 
+// x limited to the interval, and the family's variable of that. A copy of the problem's numbers, as the compiler reads
+// these again after each store.
+template <class S>
+struct Entrance {
+  S low, high, shift, rate;
+  explicit Entrance(const Problem& problem)
+      : low(S(problem.low)), high(S(problem.high)), shift(S(problem.shift)), rate(S(problem.inverse_scale)) {}
+  template <class V>
+  POLYTROPE_FUNCTION V variable(V x) const {
+    return (smaller(broadcast<V>(high), larger(broadcast<V>(low), x)) - shift) * rate;
+  }
+};
+
+
+constexpr int tail_sums = 4;
+
+// How a family's function goes on outside the interval. Copies of numbers, as in `Entrance`.
+template <class S>
+struct Tails {
+  using V = Vector<S>;
+  Entrance<S> entrance;
+  S low, low_slope, low_value, high, high_slope, high_value;
+  Tails(const Problem& problem, Tangent left, Tangent right)
+      : entrance(problem), low(S(left.at)), low_slope(S(left.slope)), low_value(S(left.value)), high(S(right.at)),
+        high_slope(S(right.slope)), high_value(S(right.value)) {}
+
+  // F(x), where the family's function of the variable is `inner`.
+  POLYTROPE_FUNCTION V value(V x, V inner) const {
+    inner = x < low ? (x - low) * low_slope + low_value : inner;
+    return x > high ? (x - high) * high_slope + high_value : inner;
+  }
+  // The gradient of x, where that of the variable is `inner`.
+  POLYTROPE_FUNCTION V slope(V x, V g, V inner) const {
+    inner = inner * entrance.rate;
+    inner = x < low ? g * low_slope : inner;
+    return x > high ? g * high_slope : inner;
+  }
+  // What of g is inside; the rest is added to sums: of g and of g (x - low) below, then the same above.
+  POLYTROPE_FUNCTION V split(V x, V g, V* sums) const {
+    const auto below = x < low, above = x > high;
+    sums[0] = below ? sums[0] + g : sums[0];
+    sums[1] += below ? g * (x - low) : V{};
+    sums[2] = above ? sums[2] + g : sums[2];
+    sums[3] += above ? g * (x - high) : V{};
+    return below ? V{} : (above ? V{} : g);
+  }
+};
+
+// Families whose kernels take the tails along in one pass; around the others', three passes do, which is as fast where there
+// is more to compute, and compiled sooner.
+template <class Family>
+constexpr bool takes_tails = std::is_same_v<Family, Polynomial>;
+
 // D, E: degree and second degree; 0: read at run time.
 template <class Family, class S, int D, int E>
 void forward_block(const void* __restrict x, void* __restrict y, int count, Access access, const S* table, int degree,
-                   int second) {
+                   int second, const Tails<S>* tails) {
   using V = Vector<S>;
   const int n = D ? D : degree, m = D ? E : second;
   alignas(64) S t[padded(Family::largest_table, lanes<S>)];
   copy_table<Family>(table, t);
+  if constexpr (takes_tails<Family>)
+    if (tails) {
+      const Tails<S> own = *tails;
+      each_vector<S>(x, nullptr, y, count, Access{}, [&](V v, V, int) {
+        return own.value(v, Family::value(own.entrance.variable(v), t, n, m));
+      });
+      return;
+    }
   Reach<Family, V> reach;
   each_vector<S>(x, nullptr, y, count, access, [&](V v, V, int) {
     reach.note(v);
@@ -114,16 +178,28 @@ void forward_block(const void* __restrict x, void* __restrict y, int count, Acce
       each_vector<S>(x, nullptr, y, count, access, [&](V v, V, int) { return Family::value(v, t, n, m); });
 }
 
-// Adds to total[k * lanes …] the sums over lanes.
+// Adds to total[k * lanes …] the sums over lanes, with `tails` those of these after the family's.
 template <class Family, class S, int D, int E>
 void backward_block(const void* __restrict x, const void* __restrict g, void* __restrict dx, int count, Access access,
-                    const S* table, double* __restrict total, int degree, int second) {
+                    const S* table, double* __restrict total, int degree, int second, const Tails<S>* tails) {
   using V = Vector<S>;
   const int n = D ? D : degree, m = D ? E : second, sums = Family::sums(n, m);
   alignas(64) S t[padded(Family::largest_table, lanes<S>)];
   copy_table<Family>(table, t);
   V a[Family::largest_sums];
   for (int k = 0; k < sums; ++k) a[k] = V{};
+  if constexpr (takes_tails<Family>)
+    if (tails) {
+      const Tails<S> own = *tails;
+      V outside[tail_sums] = {};
+      each_vector<S>(x, g, dx, count, Access{}, [&](V v, V seed, int) {
+        const V inside = own.split(v, seed, outside);
+        return own.slope(v, seed, Family::backward(own.entrance.variable(v), inside, t, a, n, m));
+      });
+      for (int k = 0; k < sums; ++k) accumulate(a[k], total + k * lanes<S>);
+      for (int k = 0; k < tail_sums; ++k) accumulate(outside[k], total + (sums + k) * lanes<S>);
+      return;
+    }
   if constexpr (std::is_same_v<Family, TropicalRational>) {
     alignas(64) S slopes[block];
     each_vector<S>(x, g, nullptr, count, access, [&](V v, V seed, int k) {
@@ -164,11 +240,19 @@ void backward_block(const void* __restrict x, const void* __restrict g, void* __
 // The same without sums.
 template <class Family, class S, int D, int E>
 void slope_block(const void* __restrict x, const void* __restrict g, void* __restrict dx, int count, Access access,
-                 const S* table, int degree, int second) {
+                 const S* table, int degree, int second, const Tails<S>* tails) {
   using V = Vector<S>;
   const int n = D ? D : degree, m = D ? E : second;
   alignas(64) S t[padded(Family::largest_table, lanes<S>)];
   copy_table<Family>(table, t);
+  if constexpr (takes_tails<Family>)
+    if (tails) {
+      const Tails<S> own = *tails;
+      each_vector<S>(x, g, dx, count, Access{}, [&](V v, V seed, int) {
+        return own.slope(v, seed, Family::backward(own.entrance.variable(v), seed, t, NoSums{}, n, m));
+      });
+      return;
+    }
   Reach<Family, V> reach;
   each_vector<S>(x, g, dx, count, access, [&](V v, V seed, int) {
     if constexpr (std::is_same_v<Family, HarmonicPieces>) {
@@ -187,21 +271,23 @@ void slope_block(const void* __restrict x, const void* __restrict g, void* __res
 
 template <class S>
 struct Kernel {
-  void (*forward)(const void*, void*, int, Access, const S*, int, int);
-  void (*backward)(const void*, const void*, void*, int, Access, const S*, double*, int, int);
-  void (*slope)(const void*, const void*, void*, int, Access, const S*, int, int);
+  // `Tails` null: there are none, or, unless the kernel takes them along (`with_tails`), they are not its business.
+  void (*forward)(const void*, void*, int, Access, const S*, int, int, const Tails<S>*);
+  void (*backward)(const void*, const void*, void*, int, Access, const S*, double*, int, int, const Tails<S>*);
+  void (*slope)(const void*, const void*, void*, int, Access, const S*, int, int, const Tails<S>*);
   void (*prepare)(const double*, S*, int, int, Share);
   void (*finish)(const double*, const double*, double*, int, int, Share);
   Tangent (*tangent)(const double*, End, int, int);
   void (*add_tail)(const double*, End, double, double, double*, int, int);
   int parameters, sums;
+  bool with_tails;
 };
 
 template <class Family, class S, int D = 0, int E = 0>
 Kernel<S> kernel_of(int n, int m) {
   return {forward_block<Family, S, D, E>, backward_block<Family, S, D, E>, slope_block<Family, S, D, E>,
           Family::template prepare<S>, Family::finish, tangent<Family>, add_tail<Family>, Family::parameters(n, m),
-          Family::sums(n, m)};
+          Family::sums(n, m), takes_tails<Family>};
 }
 
 // Float64 kernels serve checks; they read the degree at run time.
@@ -266,20 +352,6 @@ Kernel<S> find_kernel(const Problem& problem) {
 
 constexpr int largest_table = padded(RationalSpline::largest_table, 16), largest_sums = RationalSpline::largest_sums;
 constexpr int largest_channel_table = RationalSpline::largest_table;
-constexpr int tail_sums = 4;
-
-// x limited to the interval, and the family's variable of that. A copy of the problem's numbers, as the compiler reads
-// these again after each store.
-template <class S>
-struct Entrance {
-  S low, high, shift, rate;
-  explicit Entrance(const Problem& problem)
-      : low(S(problem.low)), high(S(problem.high)), shift(S(problem.shift)), rate(S(problem.inverse_scale)) {}
-  template <class V>
-  POLYTROPE_FUNCTION V variable(V x) const {
-    return (smaller(broadcast<V>(high), larger(broadcast<V>(low), x)) - shift) * rate;
-  }
-};
 
 // What one group's elements pass through.
 template <class S>
@@ -300,57 +372,49 @@ struct Pass {
   // Where a problem has tails, the elements are of S and results stay in the cache, whatever `access` says.
   void value(const void* from, void* to, int count, Access access = {}) const {
     if (!problem.tails) {
-      kernel.forward(from, to, count, access, table, problem.degree, problem.second_degree);
+      kernel.forward(from, to, count, access, table, problem.degree, problem.second_degree, nullptr);
+      return;
+    }
+    const Tails<S> tails(problem, left, right);
+    if (kernel.with_tails) {
+      kernel.forward(from, to, count, {}, table, problem.degree, problem.second_degree, &tails);
       return;
     }
     const S* x = static_cast<const S*>(from);
     S* y = static_cast<S*>(to);
     alignas(64) S inside[block];
     enter(x, inside, count);
-    kernel.forward(inside, y, count, {}, table, problem.degree, problem.second_degree);
-    const S low = S(left.at), high = S(right.at);
-    for (int i = 0; i < count; i += lanes<S>) {
-      const V v = load<V>(x + i);
-      V value = load<V>(y + i);
-      value = v < low ? (v - low) * S(left.slope) + S(left.value) : value;
-      value = v > high ? (v - high) * S(right.slope) + S(right.value) : value;
-      store(y + i, value);
-    }
+    kernel.forward(inside, y, count, {}, table, problem.degree, problem.second_degree, nullptr);
+    for (int i = 0; i < count; i += lanes<S>) store(y + i, tails.value(load<V>(x + i), load<V>(y + i)));
   }
 
   // Sums over each lane: the family's own, then of g and of g (x - low) below the interval, and the same above it; null:
   // nobody wants them.
   void gradient(const void* from, const void* seed, void* to, int count, double* sums, Access access = {}) const {
+    const int n = problem.degree, m = problem.second_degree;
     if (!problem.tails) {
-      if (!sums) return kernel.slope(from, seed, to, count, access, table, problem.degree, problem.second_degree);
-      kernel.backward(from, seed, to, count, access, table, sums, problem.degree, problem.second_degree);
+      if (!sums) return kernel.slope(from, seed, to, count, access, table, n, m, nullptr);
+      kernel.backward(from, seed, to, count, access, table, sums, n, m, nullptr);
+      return;
+    }
+    const Tails<S> tails(problem, left, right);
+    if (kernel.with_tails) {
+      if (!sums) return kernel.slope(from, seed, to, count, {}, table, n, m, &tails);
+      kernel.backward(from, seed, to, count, {}, table, sums, n, m, &tails);
       return;
     }
     const S *x = static_cast<const S*>(from), *g = static_cast<const S*>(seed);
     S* dx = static_cast<S*>(to);
     alignas(64) S inside[block], inner_g[block];
     enter(x, inside, count);
-    const S low = S(left.at), high = S(right.at), rate = S(problem.inverse_scale);
-    V low_values = V{}, low_slopes = V{}, high_values = V{}, high_slopes = V{};
-    for (int i = 0; sums && i < count; i += lanes<S>) {
-      const V v = load<V>(x + i), gv = load<V>(g + i);
-      low_values += v < low ? gv : V{};
-      high_values += v > high ? gv : V{};
-      low_slopes += v < low ? gv * (v - low) : V{};
-      high_slopes += v > high ? gv * (v - high) : V{};
-      store(inner_g + i, v < low ? V{} : (v > high ? V{} : gv));
-    }
-    if (sums) kernel.backward(inside, inner_g, dx, count, {}, table, sums, problem.degree, problem.second_degree);
-    else kernel.slope(inside, g, dx, count, {}, table, problem.degree, problem.second_degree);
-    for (int i = 0; i < count; i += lanes<S>) {
-      const V v = load<V>(x + i), gv = load<V>(g + i);
-      V slope = load<V>(dx + i) * rate;
-      slope = v < low ? gv * S(left.slope) : slope;
-      slope = v > high ? gv * S(right.slope) : slope;
-      store(dx + i, slope);
-    }
-    const V tails[tail_sums] = {low_values, low_slopes, high_values, high_slopes};
-    for (int k = 0; sums && k < tail_sums; ++k) accumulate(tails[k], sums + (kernel.sums + k) * lanes<S>);
+    V outside[tail_sums] = {};
+    for (int i = 0; sums && i < count; i += lanes<S>)
+      store(inner_g + i, tails.split(load<V>(x + i), load<V>(g + i), outside));
+    if (sums) kernel.backward(inside, inner_g, dx, count, {}, table, sums, n, m, nullptr);
+    else kernel.slope(inside, g, dx, count, {}, table, n, m, nullptr);
+    for (int i = 0; i < count; i += lanes<S>)
+      store(dx + i, tails.slope(load<V>(x + i), load<V>(g + i), load<V>(dx + i)));
+    for (int k = 0; sums && k < tail_sums; ++k) accumulate(outside[k], sums + (kernel.sums + k) * lanes<S>);
   }
 
  private:

@@ -370,7 +370,8 @@ def test_the_time_of_the_recipe_s_step_is_told_as_measured() -> None:
         {"python" if "Python" in name else name.split()[0]: ratio for name, ratio in row["ratios"].items()}
         for row in file["models"]
     )
-    assert text["hermite4"]["high"] < file["bar"] < images["hermite4"]["low"]  # met by one, missed by the other
+    assert text["hermite4"]["high"] < file["bar"]
+    assert images["hermite4"]["median"] <= file["bar"] < images["hermite4"]["high"]  # met, though more is not excluded
     says(
         "docs/activations/study.md",
         f"a step of GPT-2 with Hermite 4 takes {recipe_time.shown(text['hermite4'])} of GELU's",
