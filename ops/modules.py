@@ -748,7 +748,7 @@ class RationalSpline(LearnableActivation):
             raise ValueError("interval: expected (lo, hi), the first and the last knot, got None")
         self.degree = check_degree(degree, MAX_PIECES)
         with _ordinary_tensors():
-            initial = self._start(options.get("init", self.init))
+            initial = self._start(self.init if options.get("init") is None else options["init"])
         self.learn(_rational_spline, options, **initial)
 
     widths: nn.Parameter

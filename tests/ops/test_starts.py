@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import polytrope.ops
 from polytrope.ops import Moments, build_activation
 from polytrope.ops.fitting.targets import NAMED
+from polytrope.ops.modules import LEARNABLE
 
 POLYNOMIALS = ["hermite", "chebyshev", "legendre"]
 
@@ -52,6 +53,14 @@ def moments_between(module: nn.Module, interval: tuple[float, float]) -> tuple[f
     y = module(x)
     (slope,) = torch.autograd.grad(y.sum(), x)
     return float(weights @ y.detach().square()), float(weights @ slope.square())
+
+
+@pytest.mark.parametrize("name", LEARNABLE)
+def test_no_start_is_the_default_one(name: str) -> None:
+    given, default = build_activation({"name": name, "init": None}), build_activation(name)
+    assert given.config() == default.config()  # type: ignore[operator]
+    for parameter, expected in zip(given.parameters(), default.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
 
 
 def test_without_tangents_hermite_8_was_far_from_variance_1_on_a_narrow_interval() -> None:
