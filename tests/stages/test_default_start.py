@@ -35,6 +35,9 @@ def settings_of(activation: Any, **options: Any) -> dict[str, Any]:
         ({"name": "hermite", "init": "torchortho"}, {}, None),
         ("hermite3", {"init": "variance_preserving"}, None),
         ("hermite3", {"init": "relu"}, {"name": "hermite", "degree": 3, "interval": [-4, 4]}),
+        ("hermite3", {"init": "identity"}, {"name": "hermite", "degree": 3, **RECIPE}),  # for splines
+        ("legendre4", {"init": "torchortho"}, {"name": "legendre", "degree": 4, **RECIPE, "variable": [0.0, 4.0]}),
+        ("hermite3", {"init": "torchortho"}, None),
         ("hermite3", {"interval": [-3, 3]}, {"name": "hermite", "degree": 3, "init": "gelu"}),
         ("chebyshev4", {}, {"name": "chebyshev", "degree": 4, **RECIPE, "variable": [0.0, 4.0]}),
         (

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
-from polytrope.pipeline.stages.train.activation_parameters import IMITATED, spelled_out
+from polytrope.pipeline.stages.train.activation_parameters import IMITATED, LEARNABLE_SETTINGS, spelled_out
 
 # What has won against GELU in docs/activations/study.md; the named starts lose to it there.
 INIT = "gelu"
@@ -25,12 +25,15 @@ def with_start(entry: str | dict[str, Any], options: Mapping[str, Any]) -> str |
 
     Args:
         entry: of `model.activation`.
-        options: `model.activation_options`; None: not said.
+        options: `model.activation_options`; None: not said. An `init` that the polynomial does not have says nothing.
     """
     settings = spelled_out(entry)
     if not isinstance(settings, dict) or settings.get("name") not in POLYNOMIALS:
         return entry
-    said = {**{name: value for name, value in options.items() if value is not None}, **settings}
+    common = {name: value for name, value in options.items() if value is not None}
+    if common.get("init") not in get_args(LEARNABLE_SETTINGS[settings["name"]].model_fields["init"].annotation):
+        common.pop("init", None)
+    said = {**common, **settings}
     found = dict(settings)
     if "init" not in said:
         found["init"] = EVERYWHERE if said.get("interval", INTERVAL) is None else INIT
