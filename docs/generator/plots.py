@@ -272,7 +272,7 @@ def _variances() -> str:
     """Maps of variances of activations at the start, and the line of variances that stay."""
     figure, axis = plt.subplots(figsize=(5, 2.8))
     starts = {
-        "hermite3": "hermite3",
+        "hermite3, init: variance_preserving": {"name": "hermite", "degree": 3, "init": "variance_preserving"},
         "hermite3, init: stable": {"name": "hermite", "degree": 3, "init": "stable"},
         "fourier5": "fourier5",
         "tropical5": "tropical5",
