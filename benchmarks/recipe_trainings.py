@@ -23,8 +23,9 @@ from polytrope.models.checkpoint import activation_modules, load_model
 from polytrope.ops import LearnableActivation, build_activation
 from polytrope.pipeline.data.reader import open_split
 from polytrope.pipeline.data.tokenization import read_tokenizer
+from polytrope.pipeline.stages.train.activation_parameters import spelled_out
 from polytrope.pipeline.stages.train.coefficient_rates import coefficient_multiple
-from polytrope.pipeline.stages.train.default_start import with_start
+from polytrope.pipeline.stages.train.default_start import POLYNOMIALS, with_start
 from polytrope.pipeline.store.manifest import StoredArtifact
 from polytrope.pipeline.store.store import Store
 
@@ -34,6 +35,7 @@ BASELINES = ("gelu_tanh", "gelu")  # GPT-2's, ConvNeXt's
 CONTROL = "affine"
 FROZEN = "frozen as learned"
 LEARNED_START = "benchmarks.recipe_stages:learned_start"
+DEFAULT_START = "polytrope/pipeline/stages/train/default_start.py"  # before it, polynomials kept variances
 SETTING = ("data", "model", "steps", "batch", "learning_rate", "precision")
 ASKED = ("corpus", *SETTING[1:], "name", "seed")  # what a training is known by before its data exist
 FEEDFORWARDS = {None: "", "mlp": "", "gated": ", gated"}  # in the name of the model
@@ -535,7 +537,7 @@ def where_it_started(artifact: StoredArtifact, others: Mapping[str, StoredArtifa
     own = parameters["coefficient_learning_rate"]
     initial = artifact.components["inputs"]["initial"]
     if initial is None:
-        return Start("scratch", parameters, with_start(parameters["model"]["activation"], {}), own)
+        return Start("scratch", parameters, _begun_as(artifact), own)
     start = others.get(initial)
     kind = None if start is None else start.components["uses"]
     source = {"train": initial}
@@ -547,7 +549,7 @@ def where_it_started(artifact: StoredArtifact, others: Mapping[str, StoredArtifa
     scratch = learned.components["parameters"]
     if learned.components["inputs"]["initial"] is not None or scratch["seed"] != parameters["seed"]:
         return None
-    activation = with_start(scratch["model"]["activation"], {})
+    activation = _begun_as(learned)
     if kind == "convert":
         conversion = start.components["parameters"]
         activation = {"name": conversion["family"], "degree": conversion["degree"]}
@@ -558,6 +560,16 @@ def where_it_started(artifact: StoredArtifact, others: Mapping[str, StoredArtifa
             return None
         return Start(kind, scratch, activation, scratch["coefficient_learning_rate"])
     return Start(kind, scratch, activation, own)
+
+
+def _begun_as(artifact: StoredArtifact) -> str | dict[str, Any]:
+    """The activation of a training from scratch, with what it does not say: as its code had it, which is in its key."""
+    given: str | dict[str, Any] = artifact.components["parameters"]["model"]["activation"]
+    if DEFAULT_START in artifact.components["code"]:
+        return with_start(given, {})
+    settings = spelled_out(given)
+    is_polynomial = isinstance(settings, dict) and settings["name"] in POLYNOMIALS
+    return {**settings, "init": "variance_preserving"} if is_polynomial and "init" not in settings else given
 
 
 def name_of(activation: str | Mapping[str, Any]) -> str:

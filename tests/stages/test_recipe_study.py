@@ -17,8 +17,10 @@ from benchmarks import mnist, recipe, recipe_budgets, recipe_time, recipe_traini
 from benchmarks.recipe_stages import learned_start
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
+from polytrope.pipeline.stages.train.train import train
 from polytrope.pipeline.store.manifest import StoredArtifact
 from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.workflow.code import read_code
 from polytrope.pipeline.workflow.graph import build_graph
 from polytrope.pipeline.workflow.spec import load_workflow
 
@@ -390,9 +392,15 @@ def test_a_training_says_its_rate_and_where_its_coefficients_came_from() -> None
         "coefficient_learning_rate": None,
     }
 
-    def trained(initial: str | None = None, digest: str = "t", **changes: Any) -> StoredArtifact:
+    def trained(
+        initial: str | None = None,
+        digest: str = "t",
+        code: tuple[str, ...] = (recipe_trainings.DEFAULT_START,),
+        **changes: Any,
+    ) -> StoredArtifact:
         components = {
             "uses": "train",
+            "code": dict.fromkeys(code, ""),
             "parameters": parameters | changes,
             "inputs": {"dataset": "d", "initial": initial},
         }
@@ -410,6 +418,10 @@ def test_a_training_says_its_rate_and_where_its_coefficients_came_from() -> None
     assert found["model"] == "GPT-2, 4 layers of 128"
     assert (row(coefficient_learning_rate=9e-2) or {})["name"] == "hermite4 gelu [-4, 4] × 30"
     assert (row(model=parameters["model"] | {"activation": "gelu_tanh"}) or {})["name"] == "gelu_tanh"
+    short = parameters["model"] | {"activation": "hermite4"}
+    assert (row(model=short) or {})["name"] == "hermite4 gelu [-4, 4] × 10"
+    assert (row(model=short, code=()) or {})["name"] == "hermite4 variance_preserving × 0.1"  # of a store from before
+    assert recipe_trainings.DEFAULT_START in read_code([train.__module__]).files
     assert found["model"] == "GPT-2, 4 layers of 128"
     assert row(model=parameters["model"] | {"norm": "batch"}) is None
     gated = row(model=parameters["model"] | {"feedforward": "gated"})
@@ -446,6 +458,7 @@ def test_images_are_measured_whole_and_by_the_training_itself() -> None:
     def row(samples: int) -> dict[str, Any] | None:
         components = {
             "uses": "train",
+            "code": {},
             "parameters": parameters | {"validation_samples": samples},
             "inputs": {"dataset": "d", "initial": None},
         }
