@@ -232,6 +232,12 @@ def promised(
         (GPT2, {**GPT2, "vocab_size": 257}, {}, r"outputs: the teacher has 257 \(vocab_size\), the model 320"),
         ({**GPT2, "factors": {}}, GPT2, {"perturbation": 1.0}, "perturbation: `initial` has no factored layers"),
         (CONVNEXT, {**CONVNEXT, "depths": [2, 2]}, {}, "`stages.0.1` of the teacher to 4"),
+        (
+            {**CONVNEXT, "dims": [4, 4]},
+            {**CONVNEXT, "dims": [4, 4], "depths": [2, 2]},
+            {},
+            "`stages.1.0` of the model and `stages.0.1` of the teacher are in different stages",
+        ),
         (CONVNEXT, {**CONVNEXT, "patch_size": 4}, {}, "the model has patch_size 2, the teacher 4: their states have"),
         ({"widths": [4, 4]}, {"widths": [4, 4]}, {}, "inputs.teacher: mlp has no blocks that add"),
     ],

@@ -134,6 +134,12 @@ def _pairs(own: dict[str, int], others: dict[str, int], numbers: Any) -> list[tu
                 f"teacher to {others[there]}",
                 "leave features out, or name a teacher of the same width",
             )
+        if here.rpartition(".")[0] != there.rpartition(".")[0]:  # each stage of a ConvNeXt has half the positions
+            raise UserError(
+                f"distillation: features: `{here}` of the model and `{there}` of the teacher are in different stages, "
+                "whose states have other positions",
+                "leave features out, or give blocks that are in the same stages",
+            )
     return found
 
 
