@@ -57,8 +57,8 @@ def promise(
             if (what := _no_circuit(entry)) is not None:
                 raise UserError(
                     f"inputs.model: the model has activation: {what}",
-                    "train it with activation: {name: hermite, degree: 3, init: stable}, or convert it with "
-                    "polynomial_only",
+                    "train it with activation: {name: hermite, degree: 3, init: stable}, and activation_options "
+                    "without interval and per_channel, or convert it with polynomial_only",
                 )
     # on which ranges the polynomials are, only the calibration tells
     attention = [replace(part, reciprocal=None).config() for part in config.attention_settings()]

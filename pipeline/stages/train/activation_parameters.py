@@ -6,7 +6,7 @@ A test compares them with the modules of `polytrope.ops`, which import it.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -235,6 +235,11 @@ LEARNABLE_SETTINGS: dict[str, type[BaseModel]] = {
     "affine": _Affine,
     "composition": _Composition,
 }
+
+
+def named_starts(name: str) -> tuple[str, ...]:
+    """What a learnable activation takes for `init`."""
+    return get_args(LEARNABLE_SETTINGS[name].model_fields["init"].annotation)
 
 
 def spelled_out(value: Any) -> Any:

@@ -1,12 +1,15 @@
-"""`model.activation_options`: one set of options for the learnable activations of a model, for sweeps and ablations."""
+"""`model.activation_options`: one set of options for the learnable activations of a model, for sweeps and ablations.
+
+Without torch: what a model will have is promised before anything starts.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from polytrope.models import find_architecture, make_config
-from polytrope.models.configurations import NO_ACTIVATION, ActivationConfig, activation_configs
-from polytrope.ops.modules import LEARNABLE, LearnableActivation, read_activation
+from polytrope.models import make_config
+from polytrope.models.configurations import MODEL_KINDS, NO_ACTIVATION, ActivationConfig, activation_configs
+from polytrope.pipeline.stages.train.activation_parameters import LEARNABLE_SETTINGS, named_starts, spelled_out
 
 
 def apply_activation_options(architecture: str, model: dict[str, Any]) -> dict[str, Any]:
@@ -41,7 +44,7 @@ def options_without_effect(architecture: str, model: dict[str, Any]) -> str:
     unused: dict[str, list[str]] = {}
     for activation, width in _activations(architecture, model) if given else ():
         if activation != NO_ACTIVATION:
-            name, _ = read_activation(activation)
+            name = spelled_out(activation)["name"]
             unused[name] = [option for option in given if not _settings(name, {option: given[option]}, width)]
     return "; ".join(f"{name} has no {', '.join(options)}" for name, options in unused.items() if options)
 
@@ -53,37 +56,29 @@ def _given(options: dict[str, Any] | None) -> dict[str, Any]:
 
 def _activations(architecture: str, model: dict[str, Any]) -> list[tuple[ActivationConfig, int]]:
     """The activation of each block and the channels that it sees."""
-    record = find_architecture(architecture)
-    config = make_config(record.config, model)
-    widths = record.activation_widths(config)
+    config: Any = make_config(MODEL_KINDS[architecture].config, model)
+    widths = config.activation_widths()
     return list(zip(activation_configs(config.activation, len(widths)), widths, strict=True))
 
 
 def _with_options(config: ActivationConfig, given: dict[str, Any], width: int) -> ActivationConfig:
     if config == NO_ACTIVATION:
         return config
-    name, own = read_activation(config)
-    options = _settings(name, given, width)
-    return {"name": name, **options, **own} if options else config
+    own = spelled_out(config)
+    options = _settings(own["name"], given, width)
+    return {"name": own["name"], **options, **own} if options else config
 
 
 def _settings(name: str, given: dict[str, Any], width: int) -> dict[str, Any]:
     """The options that an activation has, as its own settings."""
-    if name not in LEARNABLE:
+    if name not in LEARNABLE_SETTINGS:
         return {}
-    family: type[LearnableActivation] = LEARNABLE[name]
+    has = LEARNABLE_SETTINGS[name].model_fields
     options: dict[str, Any] = {}
-    if "init" in given and _starts_from(family, given["init"]):
+    if given.get("init") in named_starts(name):
         options["init"] = given["init"]
-    if "interval" in given and family.accepts_interval:
+    if "interval" in given and "interval" in has:
         options["interval"] = list(given["interval"])
-    if "per_channel" in given and family.accepts_groups:
+    if "per_channel" in given and "num_parameters" in has:
         options["num_parameters"] = width
     return options
-
-
-def _starts_from(family: type[LearnableActivation], init: str) -> bool:
-    """Whether the family has this start; every family can imitate a function."""
-    if init == "torchortho":
-        return family.published
-    return init in family.starts or not any(init in other.starts for other in LEARNABLE.values())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
-from polytrope.pipeline.stages.train.activation_parameters import IMITATED, LEARNABLE_SETTINGS, spelled_out
+from polytrope.pipeline.stages.train.activation_parameters import IMITATED, named_starts, spelled_out
 
 # What has won against GELU in docs/activations/study.md; the named starts lose to it there.
 INIT = "gelu"
@@ -31,7 +31,7 @@ def with_start(entry: str | dict[str, Any], options: Mapping[str, Any]) -> str |
     if not isinstance(settings, dict) or settings.get("name") not in POLYNOMIALS:
         return entry
     common = {name: value for name, value in options.items() if value is not None}
-    if common.get("init") not in get_args(LEARNABLE_SETTINGS[settings["name"]].model_fields["init"].annotation):
+    if common.get("init") not in named_starts(settings["name"]):
         common.pop("init", None)
     said = {**common, **settings}
     found = dict(settings)

@@ -19,6 +19,7 @@ from polytrope.pipeline.data.promised import PromisedModel, PromisedTangent, Pro
 from polytrope.pipeline.data.training_file import figure_names, read_training
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact, Resources, StageContext, stage
+from polytrope.pipeline.stages.train.activations import apply_activation_options
 from polytrope.pipeline.stages.train.batch_statistics import check_batch_statistics
 from polytrope.pipeline.stages.train.deepspeed_config import read_configuration, zero_stage_of
 from polytrope.pipeline.stages.train.measured_basis import settings_in_measured_basis
@@ -99,14 +100,12 @@ def promise(
 
 
 def _with_activations(model: PromisedModel, given: ModelParameters) -> dict[str, Any]:
-    """The settings with the activations that the model will have, also where none are given: what promises leave out is
-    not known. That is so where `activation_options` say more of them, each family what it has."""
+    """The settings with the activations that the model will have, also where none are given."""
     settings = dict(model.settings)
     settings["activation"] = make_config(MODEL_KINDS[model.architecture].config, settings).activation
     options = given.activation_options
-    if options is not None and (options.interval is not None or options.per_channel):
-        del settings["activation"]
-    return settings
+    settings["activation_options"] = None if options is None else options.model_dump()
+    return apply_activation_options(model.architecture, settings)
 
 
 def fingerprint(parameters: TrainParameters, directory: Path) -> dict[str, str]:
