@@ -199,6 +199,9 @@ def masks(model: nn.Module) -> Iterator[MaskAt]:
         for tensor in tensors_of(output):
             vars(tensor)[_ENCODED] = True
 
+    def note_given(module: nn.Module, inputs: Any, keywords: Mapping[str, Any]) -> None:
+        mark(module, inputs, keywords.get("encoder_outputs"))  # the encoder does not run then
+
     def follow(module: nn.Module, inputs: tuple[Any, ...], keywords: Mapping[str, Any], output: Any) -> None:
         given = list(tensors_of((*inputs, *keywords.values())))
         if given and all(map(_is_encoded, given)):
@@ -212,7 +215,8 @@ def masks(model: nn.Module) -> Iterator[MaskAt]:
 
     handles = []
     if encoder and decoder and parts["encoder"] is not parts["decoder"]:
-        handles = [parts["encoder"].register_forward_hook(mark)]
+        handles = [model.register_forward_pre_hook(note_given, with_kwargs=True)]
+        handles.append(parts["encoder"].register_forward_hook(mark))
         others = (module for module in model.modules() if module not in encoder)
         handles += [module.register_forward_hook(follow, with_kwargs=True) for module in others]
     try:

@@ -115,7 +115,8 @@ def test_the_keys_of_cross_attention_have_the_padding_of_the_encoder() -> None:
         linears = {name: module for name, module in of.named_modules() if isinstance(module, nn.Linear)}
         return measure_inputs(of, linears, [given], forward, iter)
 
-    for given in (batch, shorter):
+    encoded = {name: value for name, value in batch.items() if name != "input_ids"} | {"encoder_outputs": (states,)}
+    for given in (batch, shorter, encoded):
         found = grams(model, given)
         for name in (keys, values):
             assert torch.allclose(found[name], real.T @ real, rtol=1e-9)
@@ -130,7 +131,7 @@ def test_the_keys_of_cross_attention_have_the_padding_of_the_encoder() -> None:
     calibrations = calibrate(model, [found_activation], [batch], forward)
     assert calibrations[found_activation.name].total == sum(LENGTHS) * 16
     assert sensitivities(model, [found_activation], calibrations, [batch], forward)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_recovery_by_states_is_refused_where_half_of_the_blocks_are_the_encoders() -> None:
