@@ -44,7 +44,7 @@ stages:
     uses: train
     inputs: {dataset: pairs}
     with:
-      model: {architecture: mlp, widths: [32], activation: {name: hermite, degree: 2, interval: null}, output_scale: 2.0}
+      model: {architecture: mlp, widths: [32], activation: {name: hermite2, interval: null}, output_scale: 2.0}
       steps: 20
       global_batch_size: 16
       validation_every: 10
