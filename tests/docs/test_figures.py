@@ -169,6 +169,8 @@ def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
     file = content("recipe")
     means: dict[str, list[str]] = {}
     for rates in file["base_rates"]:
+        if rates["precision"] == "bf16":
+            continue  # of larger models
         assert (rates["corpus"], rates["chosen"]) == ("state-of-the-union", 3e-3)
         means[rates["name"]] = [f"{rate['mean']:.3f}" for rate in rates["rates"]]  # 1.5e-3, 3e-3, 6e-3
     told = [
@@ -222,6 +224,53 @@ def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
         f"{larger[0]['holm_p_value']:.3f})",
         f"{recipe.plus_minus(shape, '+.3f')} beyond the control (p {shape['holm_p_value']:.3f}",
         f"Hermite 4 is {-of_seed[0]:.3f} below GEGLU, the control {-of_seed[1]:.3f}",
+    )
+
+
+def test_the_start_and_slower_gated_units_are_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
+    text = "state-of-the-union"
+    starts = {
+        init: [
+            ", ".join(f"{losses_of(text, f'hermite4 {init}{rest}', 'loss')[seed]:.3f}" for seed in range(3))
+            for rest in (" [-4, 4] × 10", " × 0.1")
+        ]
+        for init in ("variance_preserving", "stable", "gelu")
+    }
+    gelu = ["{:.3f}".format(losses_of(text, "gelu_tanh", "loss")[seed]) for seed in range(3)]
+    stable = "hermite4 stable [-4, 4] × 10"
+    images, control = settings["mnist-5k"][stable], "affine gelu × 10"
+    (beyond,) = images["differences_to_controls"].values()
+    right = recipe.difference(*(losses_of("mnist-5k", name, "accuracy") for name in (stable, control)))
+    assert right is not None
+    assert min(right["values"]) > 0
+    others = [settings[name][stable]["difference"] for name in ("digits", text)]
+    assert sum(value > 0 for value in others[1]["values"]) == 1
+    first = losses_of("python-documentation-and-source", stable, "loss")
+    spoilt = sorted((loss for loss in first.values() if loss > 4.4), reverse=True)
+    assert (len(first), len(spoilt)) == (4, 2)
+    (gated,) = (
+        {one["name"]: one for one in setting["activations"]}
+        for setting in content("recipe")["settings"]
+        if setting["model"].endswith("gated") and setting["learning_rate"] == 1.5e-3
+    )
+    inside, scaled = (gated[name]["difference"] for name in (f"{HERMITE}10", "affine gelu_tanh × 10"))
+    assert max(loss for one in gated.values() for loss in one["loss"]["values"]) < 4.2
+    says(
+        "docs/activations/study.md",
+        f"where GELU has {gelu[0]}, {gelu[1]} and {gelu[2]}:",
+        f"coefficients positive | {' | '.join(starts['variance_preserving'])} |",
+        f"signs + + − − | {' | '.join(starts['stable'])} |",
+        f"| as GELU | {' | '.join(starts['gelu'])} |",
+        f"with tangents has {recipe.plus_minus(images['difference'], '+.4f')} from GELU "
+        f"(p {images['difference']['holm_p_value']:.4f})",
+        f"{recipe.plus_minus(right, '+.4f')} of the images (p {right['p_value']:.3f}, five of five seeds; in loss "
+        f"{recipe.plus_minus(beyond, '+.4f')}, p {beyond['p_value']:.2f};",
+        f"On the digits it has {recipe.plus_minus(others[0], '+.4f')} from GELU",
+        f"on the addresses {recipe.plus_minus(others[1], '+.3f')}, with one of five seeds",
+        f"spoilt ({spoilt[0]:.3f} and {spoilt[1]:.3f} on all documents",
+        f"Hermite 4 inside has {recipe.plus_minus(inside, '+.3f')} from GEGLU (p {inside['holm_p_value']:.4f}), the "
+        f"control {recipe.plus_minus(scaled, '+.3f')} (p {scaled['holm_p_value']:.2f}), SwiGLU "
+        f"{recipe.plus_minus(gated['silu']['difference'], '+.3f')}:",
     )
 
 
