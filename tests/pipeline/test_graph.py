@@ -319,8 +319,8 @@ def test_a_cycle_is_named_with_its_path() -> None:
         ),
         (
             "a:\n  uses: shard\n  with:\n    validation_fraction: 0.1\n    source:\n      kind: symbolic\n"
-            "      task: derivative\n      count: true",
-            "w.yaml:11: stages.a.with.source.count: expected a whole number, got True",
+            "      task: derivative\n      count: 5\n      depth: true",
+            "w.yaml:12: stages.a.with.source.depth: expected a whole number, got True",
             "polytrope stages shard",
         ),
         (
