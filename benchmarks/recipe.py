@@ -34,6 +34,7 @@ from benchmarks.recipe_trainings import (
     EQUAL_TIME,
     FROZEN,
     PARTS,
+    RECIPE,
     SETTING,
     STEPS_OF_IMAGES,
     Row,
@@ -64,7 +65,9 @@ def train(part: str, store: str, sources: Sources, recorded: Sequence[Row]) -> N
 
 
 def compare(trainings: Sequence[Row]) -> list[Row]:
-    """Each setting with its activations, compared with GELU and with every control; Holm's correction for each kind."""
+    """Each setting with its activations, compared with GELU and with every control. Holm's correction is for each kind,
+    and apart for what the study asks (`is_asked`) and for everything that was tried beside it.
+    """
     settings: dict[tuple[Any, ...], dict[str, dict[int, float | None]]] = {}
     accuracies: dict[tuple[Any, ...], dict[str, dict[int, float | None]]] = {}
     corpora: dict[tuple[Any, ...], str] = {}
@@ -92,12 +95,26 @@ def compare(trainings: Sequence[Row]) -> list[Row]:
             if entry["name"] not in (*BASELINES, *controls):
                 own = losses[entry["name"]]
                 entry["differences_to_controls"] = {name: difference(own, of) for name, of in controls.items()}
-        correct([entry.get("difference") for entry in entries])
-        correct([one for entry in entries for one in entry.get("differences_to_controls", {}).values()])
-        correct([entry.get("accuracy_difference") for entry in entries])
+        for asked in (True, False):
+            family = [entry for entry in entries if is_asked(entry["name"]) == asked]
+            correct([entry.get("difference") for entry in family])
+            correct([entry.get("accuracy_difference") for entry in family])
+            correct(
+                [
+                    one
+                    for entry in entries
+                    for control, one in entry.get("differences_to_controls", {}).items()
+                    if (is_asked(entry["name"]) and is_asked(control)) == asked
+                ]
+            )
         about = {"corpus": corpora[setting], **dict(zip(SETTING, setting, strict=True))}
         found.append({**about, "baseline": baseline, "controls": list(controls), "activations": entries})
     return found
+
+
+def is_asked(name: str) -> bool:
+    """Whether it is what the study asks about: the recipe, the control at its rate, and functions that do not learn."""
+    return name == RECIPE or (name.startswith(f"{CONTROL} ") and name.endswith(" × 10")) or rate_of(name) in ("", "0")
 
 
 def correct(differences: Sequence[Row | None]) -> None:

@@ -33,6 +33,7 @@ WORKFLOW = Path(__file__).parents[1] / "workflows" / "recipe.yaml"
 DEVELOPMENT = 10  # the first of the seeds that rates are chosen by
 BASELINES = ("gelu_tanh", "gelu")  # GPT-2's, ConvNeXt's
 CONTROL = "affine"
+RECIPE = "hermite4 gelu [-4, 4] × 10"
 FROZEN = "frozen as learned"
 LEARNED_START = "benchmarks.recipe_stages:learned_start"
 DEFAULT_START = "polytrope/pipeline/stages/train/default_start.py"  # before it, polynomials kept variances
@@ -151,6 +152,11 @@ STARTS: tuple[dict[str, Any], ...] = tuple(
     for init in ("variance_preserving", "stable", "gelu")
     for interval in ({}, {"interval": [-4, 4]})
 )
+ABLATIONS: tuple[dict[str, Any], ...] = (
+    *({"name": "hermite", "degree": degree, "init": "gelu", "interval": [-4, 4]} for degree in (3, 5, 8, 12)),
+    *({"name": "hermite", "degree": 4, "init": "gelu", "interval": [-end, end]} for end in (2, 8)),
+    {"name": "hermite", "degree": 4, "init": "gelu", "interval": [-4, 4], "num_parameters": 32},
+)
 STABLE: dict[str, Any] = {"name": "hermite", "degree": 4, "init": "stable", "interval": [-4, 4]}
 RULE: tuple[dict[str, Any], ...] = (
     {"learning_rate": 1e-3},
@@ -197,6 +203,16 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
     "starts": (Trainings(STARTS, range(3), "speeches"), Trainings(STARTS, range(3), "mnist")),
     # The best of them, with all seeds, and where nothing was chosen by it.
     "stable": tuple(Trainings((STABLE,), data=data) for data in ("digits", "mnist", "speeches", "python")),
+    # Degree, interval, groups of channels with coefficients of their own, and how fast they learn, of the recipe.
+    "ablations": tuple(
+        trainings
+        for data in ("mnist", "speeches")
+        for trainings in (
+            Trainings(ABLATIONS, range(3), data),
+            Trainings(("hermite4",), range(3), data, multiple=1.0),
+            Trainings(("hermite4",), range(3), data, multiple=30.0),
+        )
+    ),
     "shorter": (Trainings(data="speeches", steps=240),),
     "baselines": (
         Trainings((RELU_SQUARED, "silu"), data="mnist", multiple=0.0),

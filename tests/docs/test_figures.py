@@ -274,6 +274,26 @@ def test_the_start_and_slower_gated_units_are_told_as_measured(settings: dict[st
     )
 
 
+def test_ablations_of_the_recipe_are_told_as_measured() -> None:
+    gelu = {seed: loss for seed, loss in losses_of("mnist-5k", "gelu").items() if seed < 3}
+
+    def gain(name: str) -> str:
+        found = recipe.difference(losses_of("mnist-5k", f"hermite{name}"), gelu)
+        assert found is not None
+        assert found["pairs"] == 3
+        return f"{found['mean']:+.4f}"
+
+    degrees = [gain(f"{degree} gelu [-4, 4] × 10") for degree in (3, 4, 5, 8, 12)]
+    says(
+        "docs/activations/study.md",
+        f"GELU has {sum(gelu.values()) / 3:.4f} there",
+        f"have {', '.join(degrees[:4])} and {degrees[4]}, the interval [-2, 2] {gain('4 gelu [-2, 2] × 10')}, "
+        f"32 groups of channels with coefficients of their own {gain('4 gelu [-4, 4] 32 × 10')}:",
+        f"the gain is {gain('4 gelu [-4, 4] × 1')}, at thirty times {gain('4 gelu [-4, 4] × 30')}, and",
+        f"it is {gain('4 gelu [-8, 8] × 1')}.",
+    )
+
+
 def test_other_fixed_functions_and_frozen_ones_are_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
     images = settings["mnist-5k"]
     squared, frozen = images["polyrelu2 relu_squared × 0"], images[f"{HERMITE}10, frozen as learned"]

@@ -80,6 +80,21 @@ def test_differences_are_of_the_seeds_and_documents_that_nothing_is_chosen_by() 
     assert "| affine gelu_tanh × 30 | 1 | 4.1000 | 10: 4.2000 | -0.1000 | – | – | – | – | – | 0 |" in text
 
 
+def test_what_is_tried_beside_costs_what_is_asked_nothing() -> None:
+    """Holm's correction is apart: the control at thirty times the base rate, and what is frozen, were tried beside."""
+    asked = [row for row in rows() if row["name"] in ("gelu_tanh", "affine gelu_tanh × 10", recipe.RECIPE)]
+    entries, alone = (
+        {entry["name"]: entry for entry in recipe.compare(trainings)[0]["activations"]} for trainings in (rows(), asked)
+    )
+    for name in ("affine gelu_tanh × 10", recipe.RECIPE):
+        assert entries[name]["difference"] == alone[name]["difference"]
+    same_rate, faster = entries[recipe.RECIPE]["differences_to_controls"].values()
+    assert [same_rate] == list(alone[recipe.RECIPE]["differences_to_controls"].values())
+    assert (faster["pairs"], faster["holm_p_value"]) == (1, None)
+    fixed = ("silu", "polyrelu2 relu_squared × 0")
+    assert [recipe.is_asked(name) for name in (*fixed, "hermite8 gelu [-4, 4] × 10")] == [True, True, False]
+
+
 def test_the_picture_compares_with_the_control_at_the_same_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = {"gelu": {0: 0.5, 1: 0.6}, "affine gelu × 10": {0: 0.45, 1: 0.5}, "hermite4 × 10": {0: 0.4, 1: 0.5}}
     fast = {"affine gelu × 30": {0: 0.3, 1: 0.5}, "hermite4 × 30": {0: 0.2, 1: 0.2}, "hermite8 × 5": {0: 0.2, 1: 0.2}}
