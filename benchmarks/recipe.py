@@ -247,7 +247,8 @@ def markdown(
         rows = []
         for setting in group:
             entries = {entry["name"]: entry for entry in setting["activations"]}
-            pairs = min(entries[name]["difference"]["pairs"] for name in names)
+            found = [entries[name]["difference"] if name in entries else None for name in names]
+            pairs = max(one["pairs"] for one in found if one is not None)
             row = [
                 setting["model"],
                 setting["precision"],
@@ -256,7 +257,7 @@ def markdown(
                 str(pairs),
                 plus_minus(entries[group[0]["baseline"]]["loss"], ".4f"),
             ]
-            rows.append(row + [plus_minus(entries[name]["difference"], "+.4f") for name in names])
+            rows.append(row + [plus_minus(one, "+.4f") for one in found])
         lines += [
             *table(
                 ["model", "precision", "base rate", "steps", "seeds", "loss of GELU", *(f"Δ {name}" for name in names)],

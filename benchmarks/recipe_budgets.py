@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -46,9 +47,14 @@ def _width(setting: Row) -> int:
 
 
 def compared(group: Sequence[Row]) -> list[str]:
-    """Activations that were compared with GELU at every budget."""
-    names = [{one["name"] for one in setting["activations"] if one.get("difference")} for setting in group]
-    return sorted(set.intersection(*names))
+    """Activations that were compared with GELU, on two seeds or more, at `FEWEST` budgets."""
+    names = Counter(
+        one["name"]
+        for setting in group
+        for one in setting["activations"]
+        if (one.get("difference") or {"pairs": 0})["pairs"] > 1
+    )
+    return sorted(name for name, budgets in names.items() if budgets >= FEWEST)
 
 
 def picture(group: Sequence[Row]) -> bytes:
@@ -63,10 +69,14 @@ def _draw(theme: figures.Theme, group: Sequence[Row]) -> Figure:
     for index, name in enumerate([group[0]["baseline"], *compared(group)]):
         for model, style in zip(models, ("-", "--", ":", "-."), strict=False):
             own = [
-                (setting["steps"], next(one for one in setting["activations"] if one["name"] == name))
+                (setting["steps"], one)
                 for setting in group
                 if setting["model"] == model
+                for one in setting["activations"]
+                if one["name"] == name
             ]
+            if not own:
+                continue
             for axes, key in ((losses, "loss"), (gains, "difference")):
                 if index or key == "loss":
                     axes.errorbar(

@@ -274,6 +274,50 @@ def test_the_start_and_slower_gated_units_are_told_as_measured(settings: dict[st
     )
 
 
+def larger_models() -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
+    """Channels and steps → name → entry, of the models trained in bfloat16 at the base rates that were chosen."""
+    return {
+        (setting["model"].rpartition(" ")[2], setting["steps"]): {one["name"]: one for one in setting["activations"]}
+        for setting in content("recipe")["settings"]
+        if setting["precision"] == "bf16"
+        and (setting["model"].rpartition(" ")[2], setting["learning_rate"]) in (("192", 1.5e-3), ("320", 7.5e-4))
+    }
+
+
+def test_larger_models_are_told_as_measured() -> None:
+    found = larger_models()
+    chosen = {
+        rates["model"].rpartition(" ")[2]: (rates["chosen"], {one["learning_rate"]: one for one in rates["rates"]})
+        for rates in content("recipe")["base_rates"]
+        if rates["precision"] == "bf16" and rates["name"] == "gelu_tanh"
+    }
+    assert {size: rate for size, (rate, _) in chosen.items()} == {"192": 1.5e-3, "320": 7.5e-4}
+    (hermite,) = (
+        {one["learning_rate"]: one["mean"] for one in rates["rates"]}
+        for rates in content("recipe")["base_rates"]
+        if rates["model"].endswith("of 320") and rates["name"] == f"{HERMITE}10"
+    )
+    assert min(hermite, key=hermite.__getitem__) == 1.5e-3
+    gelu = {rate: one["mean"] for rate, one in chosen["320"][1].items()}
+    gains = {budget: entries[f"{HERMITE}10"]["difference"] for budget, entries in found.items()}
+    assert {one["pairs"] for one in gains.values()} == {3}
+    assert all(max(one["values"]) < 0 for one in gains.values())
+    told = {budget: f"{recipe.plus_minus(one, '+.3f')}" for budget, one in gains.items()}
+    p_values = {budget: p_shown(one) for budget, one in gains.items()}
+    control = found["192", 240]["affine gelu_tanh × 10"]["difference"]
+    small, larger, longer = (
+        f"{told[budget]} {{}}(p {p_values[budget]})" for budget in (("192", 240), ("320", 240), ("192", 480))
+    )
+    says(
+        "docs/activations/study.md",
+        f"Hermite 4 × 10 has {small.format('from GELU ')} with 3.8 million, where the control has "
+        f"{recipe.plus_minus(control, '+.3f')}, and {larger.format('')} with 12.6 million; after 480 steps "
+        f"{longer.format('')} with 3.8 million",
+        f"with GELU ({gelu[1.5e-3]:.3f} instead of {gelu[7.5e-4]:.3f}) and not with Hermite 4 ({hermite[1.5e-3]:.3f}",
+    )
+    says("README.md", f"with four times {told['192', 480]} after as many steps")
+
+
 def test_ablations_of_the_recipe_are_told_as_measured() -> None:
     gelu = {seed: loss for seed, loss in losses_of("mnist-5k", "gelu").items() if seed < 3}
 
