@@ -142,7 +142,7 @@ ENDLESS: tuple[dict[str, Any], ...] = (
     {"name": "rational", "degree": 5},
     {"name": "polyrelu", "degree": 3},
 )
-LARGER: tuple[Mapping[str, Any], ...] = (  # 3.7 and 12.6 million parameters
+LARGER: tuple[Mapping[str, Any], ...] = (  # 3.8 and 12.7 million parameters
     {"n_layer": 8, "n_head": 4, "n_embd": 192},
     {"n_layer": 10, "n_head": 5, "n_embd": 320},
 )
@@ -181,7 +181,7 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
         Trainings(seeds=range(3), data="speeches", model={"n_embd": 64}, steps=960),
         Trainings(seeds=range(3), data="speeches", steps=960),
     ),
-    # Four and fourteen times the parameters, in bfloat16, which is what makes them fit in hours of two cores.
+    # Four and thirteen times the parameters, in bfloat16, which is what makes them fit in hours of two cores.
     "larger-rates": tuple(
         Trainings(
             ("gelu_tanh", "hermite4"),

@@ -13,13 +13,13 @@ from typing import Any
 from polytrope.pipeline.data.conversion_file import read_conversion
 from polytrope.pipeline.data.converted_layers import CONVERSION_FILE
 from polytrope.pipeline.data.evaluation_file import EVALUATION_FILE, Evaluation, read_evaluation
-from polytrope.pipeline.data.lineage import Lineage, Teacher, read_lineage
+from polytrope.pipeline.data.lineage import read_lineage
 from polytrope.pipeline.data.training_file import read_history
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.runs.journal import RunState, fold, read
 from polytrope.pipeline.store.manifest import StoredArtifact
 from polytrope.pipeline.store.store import Store
-from polytrope.pipeline.support.pages import count, render_page
+from polytrope.pipeline.support.pages import render_page, seen
 from polytrope.pipeline.support.text import metric_text, suggest, uncommitted
 from polytrope.pipeline.tracking.names import flatten
 from polytrope.pipeline.tracking.overview import markdown_table
@@ -266,19 +266,15 @@ def _training(store: Store, model: StoredArtifact) -> Section:
 def _lineage(store: Store, model: StoredArtifact) -> Section:
     """What it was made from, and what all of that was trained on."""
     lineage = read_lineage(store.materialize(model.key))
-    seen = _seen(lineage)
-    text = f"Trained on {seen} in all, those of the models it was made from included."
+    own = seen(lineage.samples, lineage.tokens)
+    text = f"Trained on {own} in all, those of the models it was made from included."
     if lineage.unknown:
-        text = f"Made from a model from elsewhere; {seen} are what it was trained on here."
+        text = f"Made from a model from elsewhere; {own} are what it was trained on here."
     for teacher in lineage.teachers:
-        of_it = "more than is known here" if teacher.unknown else _seen(teacher)
+        of_it = "more than is known here" if teacher.unknown else seen(teacher.samples, teacher.tokens)
         text += f" Trained to be like `{teacher.stage}` ({teacher.digest[:12]}), which has seen {of_it}."
     rows = [["made from", "digest"], *([ancestor.stage, ancestor.digest] for ancestor in lineage.ancestors)]
     return Section("Lineage", text, rows if lineage.ancestors else [])
-
-
-def _seen(trained: Lineage | Teacher) -> str:
-    return f"{count(trained.samples)} samples" if trained.tokens is None else f"{count(trained.tokens)} tokens"
 
 
 def _front_matter(store: Store, artifacts: Artifacts, model: StoredArtifact, title: str, license: str | None) -> str:

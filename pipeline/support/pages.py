@@ -55,6 +55,11 @@ def count(number: float) -> str:
     return f"{number:g}"
 
 
+def seen(samples: int, tokens: int | None) -> str:
+    """What a model was trained on: `1.23 M tokens`; without tokens, of images and rows, `45.6 k samples`."""
+    return f"{count(samples)} samples" if tokens is None else f"{count(tokens)} tokens"
+
+
 def _data_address(picture: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
 

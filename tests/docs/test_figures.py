@@ -311,7 +311,7 @@ def test_larger_models_are_told_as_measured() -> None:
     says(
         "docs/activations/study.md",
         f"Hermite 4 × 10 has {small.format('from GELU ')} with 3.8 million, where the control has "
-        f"{recipe.plus_minus(control, '+.3f')}, and {larger.format('')} with 12.6 million; after 480 steps "
+        f"{recipe.plus_minus(control, '+.3f')}, and {larger.format('')} with 12.7 million; after 480 steps "
         f"{longer.format('')} with 3.8 million",
         f"with GELU ({gelu[1.5e-3]:.3f} instead of {gelu[7.5e-4]:.3f}) and not with Hermite 4 ({hermite[1.5e-3]:.3f}",
     )

@@ -19,7 +19,7 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.stage import Artifact
 from polytrope.pipeline.stages.report.parameters import ReportParameters, group_of
 from polytrope.pipeline.stages.report.statistics import holm, mean_interval, paired_p_value
-from polytrope.pipeline.support.pages import count
+from polytrope.pipeline.support.pages import seen
 
 FORMAT = 1
 Figures = dict[str, Any]
@@ -171,10 +171,10 @@ def taught_by(lineage: Lineage) -> list[str]:
     ]
 
 
-def _seen(seen: Lineage | Teacher) -> str:
-    if seen.unknown:
-        return "trained on more than is known here" if seen.samples else "trained elsewhere"
-    return f"{count(seen.samples)} samples" if seen.tokens is None else f"{count(seen.tokens)} tokens"
+def _seen(model: Lineage | Teacher) -> str:
+    if model.unknown:
+        return "trained on more than is known here" if model.samples else "trained elsewhere"
+    return seen(model.samples, model.tokens)
 
 
 def _label_of(conversion: Artifact, models: Mapping[str, Artifact]) -> str | None:
