@@ -7,7 +7,7 @@ from typing import Any
 
 from polytrope.pipeline.stages.train.activation_parameters import IMITATED, named_starts, spelled_out
 
-# Of the starts in docs/activations/study.md the one that spoils no training of text.
+# Of the starts in docs/activations/study.md the one that gains on text and spoils no training.
 INIT = "gelu"
 INTERVAL = (-4, 4)
 EVERYWHERE = "stable"  # of a polynomial without tangents: deep nets without normalisation stay there
