@@ -20,13 +20,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks import recipe_budgets
+from benchmarks import recipe_budgets, recipe_shapes
 from benchmarks.recipe_trainings import (
     BASELINES,
     CONTROL,
@@ -213,8 +213,10 @@ def equal_time(trainings: Sequence[Row]) -> list[Row]:
 def markdown(
     settings: Sequence[Row], rates: Sequence[Row], texts: Mapping[str, Row], in_time: Sequence[Row] = ()
 ) -> str:
-    """A table for each setting with two seeds or more to report on, and one of the base rates and of equal time."""
-    lines: list[str] = []
+    """One table of the recipe in every setting, one for each with two seeds or more to report on, and those of the base
+    rates and of equal time.
+    """
+    lines = [*overview([one for one in settings if is_reported(one)]), ""]
     for setting in filter(is_reported, settings):
         heads = ["activation × rate", "seeds", "loss", "for choosing", "Δ to GELU, paired", "p, Holm"]
         for control in setting["controls"]:
@@ -287,6 +289,42 @@ def markdown(
         heads = ["text", "model", "steps", "precision", "activation × rate", "base rate", "seeds", "mean", ""]
         lines += [*table(heads, rows), ""]
     return "\n".join(lines)
+
+
+def overview(settings: Iterable[Row]) -> list[str]:
+    """The recipe in each setting that has it: its difference to GELU, that of the control at its rate, and its own
+    beyond the control's.
+    """
+    lines = [
+        "**The recipe everywhere**: its difference to GELU, that of the control at its rate, and its own to the control"
+    ]
+    rows = []
+    for setting in settings:
+        entries = {entry["name"]: entry for entry in setting["activations"]}
+        own, baseline = entries.get(RECIPE), entries.get(setting["baseline"])
+        if own is None or baseline is None or not own.get("difference"):
+            continue
+        at_its_rate = [name for name in setting["controls"] if rate_of(name) == rate_of(RECIPE)]
+        control = entries[at_its_rate[0]] if at_its_rate else {}
+        beyond = own["differences_to_controls"].get(at_its_rate[0]) if at_its_rate else None
+        row = [setting["corpus"], setting["model"], str(setting["steps"]), str(setting["batch"])]
+        row += [f"{setting['learning_rate']:g}", setting["precision"], str(own["difference"]["pairs"])]
+        row += [plus_minus(baseline["loss"], ".4f"), plus_minus(own["difference"], "+.4f"), p_value(own["difference"])]
+        row += [plus_minus(control.get("difference"), "+.4f"), plus_minus(beyond, "+.4f")]
+        rows.append([*row, str(own["failed"])])
+    heads = [
+        "data",
+        "model",
+        "steps",
+        "batch",
+        "base rate",
+        "precision",
+        "seeds",
+        "loss of GELU",
+        "Δ recipe",
+        "p, Holm",
+    ]
+    return [*lines, "", *table([*heads, "Δ control", "recipe beyond it", "failed"], rows)]
 
 
 def halves(text: Row) -> str:
@@ -391,9 +429,19 @@ def main() -> None:
             largest[setting["corpus"]] = setting
     for corpus, setting in largest.items():
         (options.output / f"recipe-{corpus}.png").write_bytes(picture(setting))
+        if learned := learned_shapes(setting, trainings):
+            image = recipe_shapes.picture(learned, setting["baseline"])
+            (options.output / f"recipe-{corpus}-shapes.png").write_bytes(image)
     for corpus, group in recipe_budgets.budgets(filter(is_reported, settings)).items():
         (options.output / f"recipe-{corpus}-budgets.png").write_bytes(recipe_budgets.picture(group))
     print(text)
+
+
+def learned_shapes(setting: Row, trainings: Iterable[Row]) -> list[Row]:
+    """The reported trainings of a setting whose functions are drawn: the recipe's and the control's at its rate."""
+    own = [row for row in trainings if all(row[key] == setting[key] for key in SETTING) and row["seed"] < DEVELOPMENT]
+    names = [name for name in (RECIPE, *setting["controls"]) if rate_of(name) == rate_of(RECIPE)]
+    return [row for name in names for row in own if row["name"] == name and row.get("learned")]
 
 
 def _extent(setting: Row) -> tuple[int, int]:
