@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -210,8 +211,23 @@ def equal_time(trainings: Sequence[Row]) -> list[Row]:
     return found
 
 
+def shapes(settings: Iterable[Row], trainings: Sequence[Row]) -> list[Row]:
+    """Of every reported setting with the recipe: how much GELU, ReLU² and x² explain of each block's function."""
+    found = []
+    for setting in filter(is_reported, settings):
+        own = [row for row in learned_shapes(setting, trainings) if row["name"] == RECIPE]
+        if own:
+            about = {key: setting[key] for key in ("corpus", *SETTING)}
+            found.append({**about, "seeds": len(own), "blocks": recipe_shapes.explained(own)})
+    return found
+
+
 def markdown(
-    settings: Sequence[Row], rates: Sequence[Row], texts: Mapping[str, Row], in_time: Sequence[Row] = ()
+    settings: Sequence[Row],
+    rates: Sequence[Row],
+    texts: Mapping[str, Row],
+    in_time: Sequence[Row] = (),
+    became: Sequence[Row] = (),
 ) -> str:
     """One table of the recipe in every setting, one for each with two seeds or more to report on, and those of the base
     rates and of equal time.
@@ -267,6 +283,20 @@ def markdown(
             ),
             "",
         ]
+    if became:
+        lines += [
+            "**What the recipe's functions became**: variance explained by fixed functions, scaled and shifted",
+            "",
+        ]
+        names = list(recipe_shapes.FUNCTIONS)
+        rows = []
+        for one in became:
+            first, *others = one["blocks"]
+            row = [one["corpus"], one["model"], str(one["steps"]), f"{one['learning_rate']:g}", str(one["seeds"])]
+            row += [f"{first[name]:.2f}" for name in names]
+            rows.append(row + [f"{statistics.fmean(block[name] for block in others):.2f}" for name in names])
+        heads = ["data", "model", "steps", "base rate", "seeds", *(f"first block: {name}" for name in names)]
+        lines += [*table([*heads, *(f"others: {name}" for name in names)], rows), ""]
     if in_time:
         lines += ["**Equal time**: as many steps as take GELU's time for its own", ""]
         rows = []
@@ -418,9 +448,10 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     content = {"format": 5, "development_seeds_from": DEVELOPMENT, "settings": settings, "base_rates": rates}
     in_time = equal_time(trainings)
-    content |= {"equal_time": in_time, "texts": texts, "trainings": trainings}
+    became = shapes(settings, trainings)
+    content |= {"equal_time": in_time, "shapes": became, "texts": texts, "trainings": trainings}
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text = markdown(settings, rates, texts, in_time)
+    text = markdown(settings, rates, texts, in_time, became)
     (options.output / "recipe.md").write_text(text, encoding="utf-8")
     largest: dict[str, Row] = {}
     for setting in filter(is_reported, settings):

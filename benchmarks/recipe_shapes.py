@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn import functional
 
 from polytrope.ops import LearnableActivation, build_activation
 from polytrope.pipeline.support import figures
@@ -29,6 +31,36 @@ def functions(row: Row) -> list[Tensor]:
                 parameter.copy_(torch.tensor(row["learned"][name][block]).view_as(parameter))
             found.append(module(X))
     return found
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "GELU": functional.gelu,
+    "ReLU²": lambda x: functional.relu(x) ** 2,
+    "x²": torch.square,
+}
+
+
+def explained(trainings: Sequence[Row]) -> list[dict[str, float]]:
+    """How much of each block's learned function a fixed one explains, scaled and with an offset.
+
+    Returns:
+        For each block: name in `FUNCTIONS` → 1 - E[(F - a f - b)²] / Var F at the best a and b, inputs standard normal,
+        mean over the trainings.
+    """
+    weights = torch.exp(-X.double().square() / 2)
+    weights /= weights.sum()
+    named = {name: of(X.double()) for name, of in FUNCTIONS.items()}
+    blocks = zip(*(functions(row) for row in trainings), strict=True)
+    return [
+        {name: fmean(_correlation(one.double(), f, weights) ** 2 for one in of_block) for name, f in named.items()}
+        for of_block in blocks
+    ]
+
+
+def _correlation(one: Tensor, other: Tensor, weights: Tensor) -> float:
+    one, other = (values - (weights * values).sum() for values in (one, other))
+    norms = (weights * one**2).sum().sqrt() * (weights * other**2).sum().sqrt()
+    return float((weights * one * other).sum() / norms)
 
 
 def picture(trainings: Sequence[Row], baseline: str) -> bytes:

@@ -67,7 +67,8 @@ def test_the_recipe_s_comparisons_follow_from_its_trainings() -> None:
     assert json.loads(json.dumps(recipe.compare(file["trainings"]))) == file["settings"]
     written = (RESULTS / "recipe.md").read_text(encoding="utf-8")
     assert json.loads(json.dumps(recipe.equal_time(file["trainings"]))) == file["equal_time"]
-    assert recipe.markdown(file["settings"], file["base_rates"], file["texts"], file["equal_time"]) == written
+    parts = (file[key] for key in ("settings", "base_rates", "texts", "equal_time", "shapes"))
+    assert recipe.markdown(*parts) == written
 
 
 def test_the_first_text_is_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
