@@ -14,7 +14,8 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.recipe import RESULTS, ROOT, table
+from benchmarks.recipe import RESULTS, ROOT
+from benchmarks.recipe_tables import table
 from polytrope.pipeline.runs.journal import fold, read
 from polytrope.pipeline.store.store import Store
 

@@ -27,7 +27,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.recipe import RESULTS, correct, difference, mean_of, p_value, plus_minus, table
+from benchmarks.recipe import RESULTS, correct, difference, mean_of
+from benchmarks.recipe_tables import p_value, plus_minus, table
 from benchmarks.recipe_trainings import describe, for_choosing
 from polytrope.models.checkpoint import load_model
 from polytrope.models.convert import convert

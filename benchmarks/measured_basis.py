@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.recipe import mean_of, plus_minus, table
+from benchmarks.recipe import mean_of
+from benchmarks.recipe_tables import plus_minus, table
 from polytrope.models import build_model
 from polytrope.models.convert import convert
 from polytrope.models.surgery import replace_module

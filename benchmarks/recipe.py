@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 import yaml
 
 from benchmarks import recipe_budgets, recipe_shapes
+from benchmarks.recipe_tables import is_reported, markdown, rate_of
 from benchmarks.recipe_trainings import (
     BASELINES,
     CONTROL,
@@ -220,185 +220,6 @@ def shapes(settings: Iterable[Row], trainings: Sequence[Row]) -> list[Row]:
             about = {key: setting[key] for key in ("corpus", *SETTING)}
             found.append({**about, "seeds": len(own), "blocks": recipe_shapes.explained(own)})
     return found
-
-
-def markdown(
-    settings: Sequence[Row],
-    rates: Sequence[Row],
-    texts: Mapping[str, Row],
-    in_time: Sequence[Row] = (),
-    became: Sequence[Row] = (),
-) -> str:
-    """One table of the recipe in every setting, one for each with two seeds or more to report on, and those of the base
-    rates and of equal time.
-    """
-    lines = [*overview([one for one in settings if is_reported(one)]), ""]
-    for setting in filter(is_reported, settings):
-        heads = ["activation × rate", "seeds", "loss", "for choosing", "Δ to GELU, paired", "p, Holm"]
-        for control in setting["controls"]:
-            heads += [f"Δ to {control}", "p, Holm"]
-        images = any(entry.get("accuracy") for entry in setting["activations"])
-        heads += ["accuracy", "Δ to GELU", "p, Holm", "failed"] if images else ["failed"]
-        lines += [
-            f"**{setting['corpus']}** ({setting['data']}): {setting['model']}, {setting['steps']} steps of "
-            f"{setting['batch']} samples, base learning rate {setting['learning_rate']:g}, {setting['precision']}",
-            "",
-        ]
-        if setting["data"] in texts:
-            lines += [halves(texts[setting["data"]]), ""]
-        rows = []
-        for entry in setting["activations"]:
-            row = [entry["name"], str(len((entry["loss"] or {"values": ()})["values"]))]
-            row.append(plus_minus(entry["loss"], ".4f"))
-            row.append(" · ".join(f"{seed}: {loss:.4f}" for seed, loss in entry["development"].items()) or "–")
-            of_controls = entry.get("differences_to_controls", {})
-            for compared in (entry.get("difference"), *(of_controls.get(name) for name in setting["controls"])):
-                row += [plus_minus(compared, "+.4f"), p_value(compared)]
-            if images:
-                compared = entry.get("accuracy_difference")
-                row += [plus_minus(entry.get("accuracy"), ".4f"), plus_minus(compared, "+.4f"), p_value(compared)]
-            rows.append([*row, str(entry["failed"])])
-        lines += [*table(heads, rows), ""]
-    for corpus, group in recipe_budgets.budgets(filter(is_reported, settings)).items():
-        lines += [f"**{corpus}** by size and number of steps, paired differences to {group[0]['baseline']}", ""]
-        names = recipe_budgets.compared(group)
-        rows = []
-        for setting in group:
-            entries = {entry["name"]: entry for entry in setting["activations"]}
-            found = [entries[name]["difference"] if name in entries else None for name in names]
-            pairs = max(one["pairs"] for one in found if one is not None)
-            row = [
-                setting["model"],
-                setting["precision"],
-                f"{setting['learning_rate']:g}",
-                str(setting["steps"]),
-                str(pairs),
-                plus_minus(entries[group[0]["baseline"]]["loss"], ".4f"),
-            ]
-            rows.append(row + [plus_minus(one, "+.4f") for one in found])
-        lines += [
-            *table(
-                ["model", "precision", "base rate", "steps", "seeds", "loss of GELU", *(f"Δ {name}" for name in names)],
-                rows,
-            ),
-            "",
-        ]
-    if became:
-        lines += [
-            "**What the recipe's functions became**: variance explained by fixed functions, scaled and shifted",
-            "",
-        ]
-        names = list(recipe_shapes.FUNCTIONS)
-        rows = []
-        for one in became:
-            first, *others = one["blocks"]
-            row = [one["corpus"], one["model"], str(one["steps"]), f"{one['learning_rate']:g}", str(one["seeds"])]
-            row += [f"{first[name]:.2f}" for name in names]
-            rows.append(row + [f"{statistics.fmean(block[name] for block in others):.2f}" for name in names])
-        heads = ["data", "model", "steps", "base rate", "seeds", *(f"first block: {name}" for name in names)]
-        lines += [*table([*heads, *(f"others: {name}" for name in names)], rows), ""]
-    if in_time:
-        lines += ["**Equal time**: as many steps as take GELU's time for its own", ""]
-        rows = []
-        for one in in_time:
-            compared = one["difference"]
-            pairs = "0" if compared is None else str(compared["pairs"])
-            row = [one["corpus"], one["name"], str(one["steps"]), str(one["steps_of_gelu"]), pairs]
-            rows.append([*row, plus_minus(one["loss"], ".4f"), plus_minus(compared, "+.4f")])
-        heads = ["images", "activation × rate", "steps", "GELU's steps", "seeds", "loss", "Δ to GELU, paired"]
-        lines += [*table(heads, rows), ""]
-    if rates:
-        lines += ["**Base learning rates**, by the documents and seeds for choosing", ""]
-        rows = []
-        for one in rates:
-            for rate in one["rates"]:
-                shown = " · ".join(f"{seed}: {_shown(loss)}" for seed, loss in sorted(rate["losses"].items()))
-                mark = "chosen" if rate["learning_rate"] == one["chosen"] else ""
-                about = [one["corpus"], one["model"], str(one["steps"]), one["precision"], one["name"]]
-                rows.append([*about, f"{rate['learning_rate']:g}", shown, _shown(rate["mean"]), mark])
-        heads = ["text", "model", "steps", "precision", "activation × rate", "base rate", "seeds", "mean", ""]
-        lines += [*table(heads, rows), ""]
-    return "\n".join(lines)
-
-
-def overview(settings: Iterable[Row]) -> list[str]:
-    """The recipe in each setting that has it: its difference to GELU, that of the control at its rate, and its own
-    beyond the control's.
-    """
-    lines = [
-        "**The recipe everywhere**: its difference to GELU, that of the control at its rate, and its own to the control"
-    ]
-    rows = []
-    for setting in settings:
-        entries = {entry["name"]: entry for entry in setting["activations"]}
-        own, baseline = entries.get(RECIPE), entries.get(setting["baseline"])
-        if own is None or baseline is None or not own.get("difference"):
-            continue
-        at_its_rate = [name for name in setting["controls"] if rate_of(name) == rate_of(RECIPE)]
-        control = entries[at_its_rate[0]] if at_its_rate else {}
-        beyond = own["differences_to_controls"].get(at_its_rate[0]) if at_its_rate else None
-        row = [setting["corpus"], setting["model"], str(setting["steps"]), str(setting["batch"])]
-        row += [f"{setting['learning_rate']:g}", setting["precision"], str(own["difference"]["pairs"])]
-        row += [plus_minus(baseline["loss"], ".4f"), plus_minus(own["difference"], "+.4f"), p_value(own["difference"])]
-        row += [plus_minus(control.get("difference"), "+.4f"), plus_minus(beyond, "+.4f")]
-        rows.append([*row, str(own["failed"])])
-    heads = [
-        "data",
-        "model",
-        "steps",
-        "batch",
-        "base rate",
-        "precision",
-        "seeds",
-        "loss of GELU",
-        "Δ recipe",
-        "p, Holm",
-    ]
-    return [*lines, "", *table([*heads, "Δ control", "recipe beyond it", "failed"], rows)]
-
-
-def halves(text: Row) -> str:
-    """How many documents, and how long, stand behind the losses of a text."""
-    shown = [
-        f"{_count(text[half]['documents'], 'document')} of {text[half]['tokens']:,} tokens, the longest of "
-        f"{text[half]['longest']:,}"
-        for half in ("choosing", "reporting")
-    ]
-    return f"For choosing: {shown[0]}. Reported: {shown[1]}."
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
-
-
-def is_reported(setting: Row) -> bool:
-    """Whether something was compared there on two seeds or more."""
-    return any((entry.get("difference") or {"pairs": 0})["pairs"] > 1 for entry in setting["activations"])
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
-
-
-def _shown(loss: float | None) -> str:
-    return "failed" if loss is None else f"{loss:.4f}"
-
-
-def plus_minus(entry: Row | None, layout: str) -> str:
-    """`4.2563 ± 0.0123`: mean and half of the 95 % interval."""
-    if entry is None:
-        return "–"
-    half = entry["half_width"]
-    return format(entry["mean"], layout) + (f" ± {half:{layout.lstrip('+')}}" if half is not None else "")
-
-
-def p_value(entry: Row | None) -> str:
-    return "–" if entry is None or entry["holm_p_value"] is None else f"{entry['holm_p_value']:.4f}"
-
-
-def rate_of(name: str) -> str:
-    """`10` of `affine gelu × 10, frozen as learned`; empty where no coefficients learn."""
-    return name.partition(" × ")[2].partition(",")[0]
 
 
 def picture(setting: Row) -> bytes:

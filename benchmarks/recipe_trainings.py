@@ -238,6 +238,15 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
         for seed in (DEVELOPMENT, DEVELOPMENT + 1)
         for rate in (3e-3, 1.5e-3, 6e-3)
     ),
+    # Is the rate that all trainings of images have the best one for GELU? And what is left at the best?
+    "base-rates-images": tuple(
+        Trainings(("gelu", "affine", "hermite4"), range(DEVELOPMENT, DEVELOPMENT + 2), data, learning_rate=rate)
+        for data in ("digits", "mnist")
+        for rate in (3e-3, 6e-3, 1.2e-2)
+    ),
+    "faster-images": tuple(
+        Trainings(("gelu", "affine", "hermite4"), data=data, learning_rate=6e-3) for data in ("digits", "mnist")
+    ),
     "seeds": (Trainings(seeds=range(5, 10)),),
     # At most as many steps as fit in the time of GELU's 500 (results/recipe_time.json).
     "equal-time": tuple(
@@ -245,11 +254,15 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
     ),
     "frozen": (Trainings(("affine", "hermite4"), seeds=range(3), frozen=True),),
     "frozen-images": (Trainings(("affine", "hermite4"), range(3), "mnist", frozen=True),),
-    # Does the rule of the rates harm where it was not found?
-    "rule": tuple(
-        Trainings((baseline, "hermite4"), range(3), data, **changes)
-        for data, baseline in (("digits", "gelu"), ("tiny", "gelu_tanh"))
-        for changes in RULE
+    # Does the rule of the rates harm where it was not found? Where it did: is it the rate of the coefficients?
+    "rule": (
+        *(
+            Trainings((baseline, "hermite4"), range(3), data, **changes)
+            for data, baseline in (("digits", "gelu"), ("tiny", "gelu_tanh"))
+            for changes in RULE
+        ),
+        *(Trainings(("hermite4",), range(3), "tiny", learning_rate=6e-3, multiple=multiple) for multiple in (1.0, 5.0)),
+        Trainings(("affine",), range(3), "tiny", learning_rate=6e-3),
     ),
     "faster": (Trainings(("affine", "hermite4"), multiple=30.0),),
     "families": (
@@ -322,8 +335,8 @@ def compose(part: str, sources: Sources, recorded: Sequence[Row] = ()) -> dict[s
         if trainings.learning_rate is not None:
             settings["learning_rate"] = trainings.learning_rate
         if trainings.multiple is not None:
-            rate = trainings.multiple * base["params"]["learning_rate"]
-            settings["coefficient_learning_rate"] = round(rate, 9)
+            rate = base["params"]["learning_rate"] if trainings.learning_rate is None else trainings.learning_rate
+            settings["coefficient_learning_rate"] = round(trainings.multiple * rate, 9)
         if not trainings.is_started_from:
             made = _made_before(data, train, base["params"], recorded)
             if len(made) == len(chosen) * len(trainings.seeds):

@@ -27,7 +27,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from benchmarks.recipe import difference, mean_of, plus_minus, table
+from benchmarks.recipe import difference, mean_of
+from benchmarks.recipe_tables import plus_minus, table
 from benchmarks.recipe_trainings import WORKFLOW
 from polytrope.models import build_model
 from polytrope.models.checkpoint import activation_modules

@@ -24,10 +24,12 @@ from benchmarks import (
     polynomial_networks,
     private_inference,
     recipe,
+    recipe_tables,
     recipe_time,
     symbolic,
     tangent,
 )
+from benchmarks.recipe_tables import plus_minus
 from polytrope.pipeline.stages.report.statistics import holm
 
 ROOT = Path(__file__).parents[2]
@@ -53,12 +55,17 @@ def p_shown(compared: dict[str, Any]) -> str:
     return "<0.0001" if p < 5e-5 else f"{p:.4f}"
 
 
+def is_usual(about: dict[str, Any]) -> bool:
+    """Base rate, batch and precision of workflows/recipe.yaml."""
+    return about["learning_rate"] == 3e-3 and about["batch"] in (8, 32) and about["precision"] == "fp32"
+
+
 @pytest.fixture
 def settings() -> dict[str, dict[str, Any]]:
     """The reported settings of the recipe's study: corpus → activation → its figures."""
-    found = [one for one in content("recipe")["settings"] if recipe.is_reported(one)]
+    found = [one for one in content("recipe")["settings"] if recipe_tables.is_reported(one)]
     models = ("GPT-2, 4 layers of 128", "ConvNeXt [1, 1] of [32, 64]")
-    main = [one for one in found if one["model"] in models and one["steps"] in (480, 500)]
+    main = [one for one in found if one["model"] in models and one["steps"] in (480, 500) and is_usual(one)]
     return {setting["corpus"]: {one["name"]: one for one in setting["activations"]} for setting in main}
 
 
@@ -68,12 +75,12 @@ def test_the_recipe_s_comparisons_follow_from_its_trainings() -> None:
     written = (RESULTS / "recipe.md").read_text(encoding="utf-8")
     assert json.loads(json.dumps(recipe.equal_time(file["trainings"]))) == file["equal_time"]
     parts = (file[key] for key in ("settings", "base_rates", "texts", "equal_time", "shapes"))
-    assert recipe.markdown(*parts) == written
+    assert recipe_tables.markdown(*parts) == written
 
 
 def test_the_first_text_is_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
     found = settings["python-documentation-and-source"]
-    rows = [f"| GELU | 10 | {recipe.plus_minus(found['gelu_tanh']['loss'], '.3f')} |"]
+    rows = [f"| GELU | 10 | {plus_minus(found['gelu_tanh']['loss'], '.3f')} |"]
     for rate, seeds in ((10, 10), (30, 5)):
         control, hermite = found[f"affine gelu_tanh × {rate}"], found[f"{HERMITE}{rate}"]
         beyond = hermite["differences_to_controls"][f"affine gelu_tanh × {rate}"]
@@ -81,14 +88,14 @@ def test_the_first_text_is_told_as_measured(settings: dict[str, dict[str, Any]])
             assert max(entry["difference"]["values"]) < 0
             assert len(entry["difference"]["values"]) == seeds
         of_gelu = [
-            f"| {seeds} | {recipe.plus_minus(entry['loss'], '.3f')} | {recipe.plus_minus(entry['difference'], '+.3f')} "
+            f"| {seeds} | {plus_minus(entry['loss'], '.3f')} | {plus_minus(entry['difference'], '+.3f')} "
             f"| {p_shown(entry['difference'])} |"
             for entry in (control, hermite)
         ]
-        shape = f"{recipe.plus_minus(beyond, '+.3f')} | {beyond['holm_p_value']:.2f} |"
+        shape = f"{plus_minus(beyond, '+.3f')} | {beyond['holm_p_value']:.2f} |"
         rows += [f"× {rate} {of_gelu[0]}", f"| Hermite 4, × {rate} {of_gelu[1]} {shape}"]
         for compared in (control["difference"], hermite["difference"], beyond):
-            says("docs/activations/study.md", recipe.plus_minus(compared, "+.3f"))
+            says("docs/activations/study.md", plus_minus(compared, "+.3f"))
     says("README.md", *rows)
     trainings = [row for row in content("recipe")["trainings"] if row["corpus"] == "python-documentation-and-source"]
     whole = {(row["name"], row["seed"]): row["loss"] for row in trainings if row["steps"] == 480}
@@ -110,16 +117,16 @@ def test_the_other_text_and_the_images_are_told_as_measured(settings: dict[str, 
     says(
         "README.md",
         f"five seeds: GELU {found['gelu_tanh']['loss']['mean']:.3f}, the control "
-        f"{recipe.plus_minus(control['difference'], '+.3f')} (p {control['difference']['holm_p_value']:.4f}), "
-        f"Hermite 4 × 10 {recipe.plus_minus(hermite['difference'], '+.3f')} "
-        f"(p {hermite['difference']['holm_p_value']:.4f}), beyond the control {recipe.plus_minus(beyond, '+.3f')} "
+        f"{plus_minus(control['difference'], '+.3f')} (p {control['difference']['holm_p_value']:.4f}), "
+        f"Hermite 4 × 10 {plus_minus(hermite['difference'], '+.3f')} "
+        f"(p {hermite['difference']['holm_p_value']:.4f}), beyond the control {plus_minus(beyond, '+.3f')} "
         f"(p {beyond['holm_p_value']:.2f})",
     )
     says(
         "docs/activations/study.md",
-        f"better than GELU by {recipe.plus_minus(hermite['difference'], '+.3f').lstrip('-')} (p",
-        f"the control by {recipe.plus_minus(control['difference'], '+.3f').lstrip('-')} (p",
-        f"the shape has {recipe.plus_minus(beyond, '+.3f')} (p {beyond['holm_p_value']:.2f}), better on "
+        f"better than GELU by {plus_minus(hermite['difference'], '+.3f').lstrip('-')} (p",
+        f"the control by {plus_minus(control['difference'], '+.3f').lstrip('-')} (p",
+        f"the shape has {plus_minus(beyond, '+.3f')} (p {beyond['holm_p_value']:.2f}), better on "
         f"{('no', 'one', 'two')[sum(value < 0 for value in beyond['values'])]} of five seeds",
     )
 
@@ -134,16 +141,16 @@ def test_images_are_told_as_measured(settings: dict[str, dict[str, Any]]) -> Non
     says(
         "README.md",
         f"loss {hermite['loss']['mean']:.4f} against GELU's {gelu['loss']['mean']:.4f}, "
-        f"{recipe.plus_minus(hermite['difference'], '+.4f')} (p {p_shown(hermite['difference'])}), beyond "
-        f"the control {recipe.plus_minus(beyond, '+.4f')} (p {beyond['holm_p_value']:.2f}); accuracy "
+        f"{plus_minus(hermite['difference'], '+.4f')} (p {p_shown(hermite['difference'])}), beyond "
+        f"the control {plus_minus(beyond, '+.4f')} (p {beyond['holm_p_value']:.2f}); accuracy "
         f"{hermite['accuracy']['mean']:.3f} against {gelu['accuracy']['mean']:.3f} (p {right['holm_p_value']:.2f})",
     )
     shares = [images[name]["accuracy"]["mean"] for name in ("gelu", "affine gelu × 10", f"{HERMITE}10")]
     says(
         "docs/activations/study.md",
         "GELU has {:.4f}, the control {:.4f}, Hermite {:.4f} of 528 images".format(*shares),
-        f"The control has {recipe.plus_minus(images['affine gelu × 10']['difference'], '+.4f')}",
-        f"the shape has {recipe.plus_minus(beyond, '+.4f')} (p {beyond['holm_p_value']:.2f})",
+        f"The control has {plus_minus(images['affine gelu × 10']['difference'], '+.4f')}",
+        f"the shape has {plus_minus(beyond, '+.4f')} (p {beyond['holm_p_value']:.2f})",
     )
     images = settings["mnist-5k"]
     hermite, gelu, control = images[f"{HERMITE}10"], images["gelu"], images["affine gelu × 10"]
@@ -154,15 +161,15 @@ def test_images_are_told_as_measured(settings: dict[str, dict[str, Any]]) -> Non
         assert entry["difference"]["pairs"] == 5
     says(
         "README.md",
-        f"five seeds: loss {recipe.plus_minus(hermite['difference'], '+.4f')} (p {p_shown(hermite['difference'])}), "
+        f"five seeds: loss {plus_minus(hermite['difference'], '+.4f')} (p {p_shown(hermite['difference'])}), "
         f"accuracy {hermite['accuracy']['mean']:.3f} against {gelu['accuracy']['mean']:.3f} (p {p_shown(right)}), "
-        f"beyond the control {recipe.plus_minus(beyond, '+.4f')}",
+        f"beyond the control {plus_minus(beyond, '+.4f')}",
     )
     says(
         "docs/activations/study.md",
-        f"the control by {recipe.plus_minus(control['difference'], '.4f').lstrip('-')} (p",
+        f"the control by {plus_minus(control['difference'], '.4f').lstrip('-')} (p",
         f"{gelu['accuracy']['mean']:.4f} with GELU, {control['accuracy']['mean']:.4f} with the control, "
-        f"{hermite['accuracy']['mean']:.4f} with Hermite 4 ({recipe.plus_minus(right, '+.4f')}",
+        f"{hermite['accuracy']['mean']:.4f} with Hermite 4 ({plus_minus(right, '+.4f')}",
     )
 
 
@@ -200,12 +207,12 @@ def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
         for size in ("64", "128")
     )
     shape = longer["64"][f"{HERMITE}10"]["differences_to_controls"]["affine gelu_tanh × 10"]
-    faded = [recipe.plus_minus(one, "+.3f") for one in (small[0], twice[0], larger[0])]
+    faded = [plus_minus(one, "+.3f") for one in (small[0], twice[0], larger[0])]
     assert {one["pairs"] for one in (*twice, *larger)} == {3}
     before = models["128"][f"{HERMITE}10"]["difference"]["mean"]
     assert 0 > larger[0]["mean"] > before / 2  # "less than half"
     says("README.md", f"with twice the tokens it is {faded[2]}, with a quarter of the size {faded[0]}")
-    images = {(row["corpus"], row["name"]): recipe.plus_minus(row["difference"], "+.4f") for row in file["equal_time"]}
+    images = {(row["corpus"], row["name"]): plus_minus(row["difference"], "+.4f") for row in file["equal_time"]}
     hermite, control = ([images[data, f"{name} × 10"] for data in ("digits", "mnist-5k")] for name in _OF_IMAGES)
     says(
         "docs/activations/study.md",
@@ -219,11 +226,11 @@ def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
     says(
         "docs/activations/study.md",
         *told,
-        f"Hermite 4 × 10 has {faded[0]} and the control {recipe.plus_minus(small[1], '+.3f')} after the same 480",
-        f"twice the tokens, {faded[1]} and {recipe.plus_minus(twice[1], '+.3f')}.",
-        f"and is {faded[2]} and {recipe.plus_minus(larger[1], '+.3f')} after 960 (three seeds, p "
+        f"Hermite 4 × 10 has {faded[0]} and the control {plus_minus(small[1], '+.3f')} after the same 480",
+        f"twice the tokens, {faded[1]} and {plus_minus(twice[1], '+.3f')}.",
+        f"and is {faded[2]} and {plus_minus(larger[1], '+.3f')} after 960 (three seeds, p "
         f"{larger[0]['holm_p_value']:.3f})",
-        f"{recipe.plus_minus(shape, '+.3f')} beyond the control (p {shape['holm_p_value']:.3f}",
+        f"{plus_minus(shape, '+.3f')} beyond the control (p {shape['holm_p_value']:.3f}",
         f"Hermite 4 is {-of_seed[0]:.3f} below GEGLU, the control {-of_seed[1]:.3f}",
     )
 
@@ -262,16 +269,16 @@ def test_the_start_and_slower_gated_units_are_told_as_measured(settings: dict[st
         f"coefficients positive | {' | '.join(starts['variance_preserving'])} |",
         f"signs + + − − | {' | '.join(starts['stable'])} |",
         f"| as GELU | {' | '.join(starts['gelu'])} |",
-        f"with tangents has {recipe.plus_minus(images['difference'], '+.4f')} from GELU "
+        f"with tangents has {plus_minus(images['difference'], '+.4f')} from GELU "
         f"(p {images['difference']['holm_p_value']:.4f})",
-        f"{recipe.plus_minus(right, '+.4f')} of the images (p {right['p_value']:.3f}, five of five seeds; in loss "
-        f"{recipe.plus_minus(beyond, '+.4f')}, p {beyond['p_value']:.2f};",
-        f"On the digits it has {recipe.plus_minus(others[0], '+.4f')} from GELU",
-        f"on the addresses {recipe.plus_minus(others[1], '+.3f')}, with one of five seeds",
+        f"{plus_minus(right, '+.4f')} of the images (p {right['p_value']:.3f}, five of five seeds; in loss "
+        f"{plus_minus(beyond, '+.4f')}, p {beyond['p_value']:.2f};",
+        f"On the digits it has {plus_minus(others[0], '+.4f')} from GELU",
+        f"on the addresses {plus_minus(others[1], '+.3f')}, with one of five seeds",
         f"spoilt ({spoilt[0]:.3f} and {spoilt[1]:.3f} on all documents",
-        f"Hermite 4 inside has {recipe.plus_minus(inside, '+.3f')} from GEGLU (p {inside['holm_p_value']:.4f}), the "
-        f"control {recipe.plus_minus(scaled, '+.3f')} (p {scaled['holm_p_value']:.2f}), SwiGLU "
-        f"{recipe.plus_minus(gated['silu']['difference'], '+.3f')}:",
+        f"Hermite 4 inside has {plus_minus(inside, '+.3f')} from GEGLU (p {inside['holm_p_value']:.4f}), the "
+        f"control {plus_minus(scaled, '+.3f')} (p {scaled['holm_p_value']:.2f}), SwiGLU "
+        f"{plus_minus(gated['silu']['difference'], '+.3f')}:",
     )
 
 
@@ -303,7 +310,7 @@ def test_larger_models_are_told_as_measured() -> None:
     gains = {budget: entries[f"{HERMITE}10"]["difference"] for budget, entries in found.items()}
     assert {one["pairs"] for one in gains.values()} == {3}
     assert all(max(one["values"]) < 0 for one in gains.values())
-    told = {budget: f"{recipe.plus_minus(one, '+.3f')}" for budget, one in gains.items()}
+    told = {budget: f"{plus_minus(one, '+.3f')}" for budget, one in gains.items()}
     p_values = {budget: p_shown(one) for budget, one in gains.items()}
     control = found["192", 240]["affine gelu_tanh × 10"]["difference"]
     small, larger, longer = (
@@ -312,7 +319,7 @@ def test_larger_models_are_told_as_measured() -> None:
     says(
         "docs/activations/study.md",
         f"Hermite 4 × 10 has {small.format('from GELU ')} with 3.8 million, where the control has "
-        f"{recipe.plus_minus(control, '+.3f')}, and {larger.format('')} with 12.7 million; after 480 steps "
+        f"{plus_minus(control, '+.3f')}, and {larger.format('')} with 12.7 million; after 480 steps "
         f"{longer.format('')} with 3.8 million",
         f"with GELU ({gelu[1.5e-3]:.3f} instead of {gelu[7.5e-4]:.3f}) and not with Hermite 4 ({hermite[1.5e-3]:.3f}",
     )
@@ -349,21 +356,20 @@ def test_other_fixed_functions_and_frozen_ones_are_told_as_measured(settings: di
     recipe_to_it = recipe.difference(
         *(losses_of("state-of-the-union", name) for name in (f"{HERMITE}10", "polyrelu2 relu_squared × 0"))
     )
-    shown = recipe.plus_minus(text, "+.3f")
+    shown = plus_minus(text, "+.3f")
     says(
         "README.md",
-        f"on the addresses and on MNIST, where it was tried ({shown}, "
-        f"{recipe.plus_minus(squared['difference'], '+.4f')})",
+        f"on the addresses and on MNIST, where it was tried ({shown}, {plus_minus(squared['difference'], '+.4f')})",
     )
     says(
         "docs/activations/study.md",
-        f"has {shown} (p {text['holm_p_value']:.4f}), and Hermite 4 {recipe.plus_minus(recipe_to_it, '+.4f')} from it",
-        f"has {recipe.plus_minus(squared['difference'], '+.4f')} and {squared['accuracy']['mean']:.4f}, "
-        f"and from the control {recipe.plus_minus(from_control, '+.4f')}:",
-        f"SiLU is worse than GELU ({recipe.plus_minus(images['silu']['difference'], '+.4f')})",
-        f"fixed, Hermite 4 has {recipe.plus_minus(frozen['difference'], '+.4f')}: "
-        f"{recipe.plus_minus(learned, '+.4f')} from the one that learned them",
-        f"The control's are {recipe.plus_minus(kept, '+.4f')}",
+        f"has {shown} (p {text['holm_p_value']:.4f}), and Hermite 4 {plus_minus(recipe_to_it, '+.4f')} from it",
+        f"has {plus_minus(squared['difference'], '+.4f')} and {squared['accuracy']['mean']:.4f}, "
+        f"and from the control {plus_minus(from_control, '+.4f')}:",
+        f"SiLU is worse than GELU ({plus_minus(images['silu']['difference'], '+.4f')})",
+        f"fixed, Hermite 4 has {plus_minus(frozen['difference'], '+.4f')}: "
+        f"{plus_minus(learned, '+.4f')} from the one that learned them",
+        f"The control's are {plus_minus(kept, '+.4f')}",
     )
     assert frozen["difference"]["pairs"] == kept["pairs"] == 3
     first = "python-documentation-and-source"
@@ -373,8 +379,8 @@ def test_other_fixed_functions_and_frozen_ones_are_told_as_measured(settings: di
         recipe.difference(*(losses_of(first, label) for label in (f"{name}, frozen as learned", name))) for name in own
     ]
     assert all(len(one["values"]) == 3 and max(one["values"]) < 0.0 for one in apart if one is not None)
-    of_gelu = [recipe.plus_minus(one, "+.3f") for one in fixed]
-    learned_too = [recipe.plus_minus(one, "+.3f") for one in apart]
+    of_gelu = [plus_minus(one, "+.3f") for one in fixed]
+    learned_too = [plus_minus(one, "+.3f") for one in apart]
     says(
         "docs/activations/study.md",
         f"Hermite 4 has {of_gelu[0]} from GELU, the control {of_gelu[1]}: "
@@ -385,9 +391,7 @@ def test_other_fixed_functions_and_frozen_ones_are_told_as_measured(settings: di
 def losses_of(corpus: str, name: str, key: str = "test_loss") -> dict[int, float]:
     """Of an activation with the study's steps and base rate, by seed."""
     rows = [row for row in content("recipe")["trainings"] if row["corpus"] == corpus and row["name"] == name]
-    of_study = [
-        row for row in rows if row["learning_rate"] == 3e-3 and not row["model"].endswith(("gated", "trained on"))
-    ]
+    of_study = [row for row in rows if is_usual(row) and not row["model"].endswith(("gated", "trained on"))]
     own = [row for row in of_study if corpus != "state-of-the-union" or row["model"].endswith("of 128")]
     return {row["seed"]: row[key] for row in own if row["steps"] in (300, 480, 500)}
 
@@ -414,7 +418,7 @@ def test_what_the_study_says_beside_its_tables_is_measured() -> None:
     digits = [losses_of("digits", name) for name in (f"{HERMITE}10", "affine gelu × 10")]
     fewer = recipe.difference({seed: loss for seed, loss in digits[0].items() if seed < 5}, digits[1])
     tiny = [
-        recipe.plus_minus(recipe.difference(losses_of("tiny", name), losses_of("tiny", "gelu")), "+.4f")
+        plus_minus(recipe.difference(losses_of("tiny", name), losses_of("tiny", "gelu")), "+.4f")
         for name in (f"{HERMITE}10", "affine gelu × 10")
     ]
     gains = [learned["gain"] for learned in ended["30"]]
@@ -431,8 +435,8 @@ def test_what_the_study_says_beside_its_tables_is_measured() -> None:
         "docs/activations/study.md",
         f"on every seed that is reported of two texts ({seeds[first]} and {seeds['state-of-the-union']})",
         f"On all 12 documents it is {', '.join(whole[:3])} and {whole[3]}",
-        f"against the control × 10 ({recipe.plus_minus(across, '+.3f')})",
-        f"the first five seeds alone had {recipe.plus_minus(fewer, '+.4f')}",
+        f"against the control × 10 ({plus_minus(across, '+.3f')})",
+        f"the first five seeds alone had {plus_minus(fewer, '+.4f')}",
         f"has {tiny[0]} with Hermite 4 and {tiny[1]} with the control",
         f"the first gain is {low:.1f} to {high:.1f}, in four of six trainings one gain is within 0.08 of 0",
         f"on average {about[0]:.1f} · GELU({about[1]:.1f} x - {-about[2]:.0f}) - {-about[3]:.1f}",
@@ -447,7 +451,7 @@ def test_what_the_study_says_beside_its_tables_is_measured() -> None:
 
 def test_no_family_is_harmed_by_the_rule() -> None:
     found: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
-    names = {row["name"] for row in content("recipe")["trainings"] if row["corpus"] == "tiny"}
+    names = {row["name"] for row in content("recipe")["trainings"] if row["corpus"] == "tiny" and is_usual(row)}
     for slow in sorted(name for name in names if name.endswith("× 0.1") and "8 " not in name.replace("linear8", "")):
         family = slow.removesuffix("0.1")
         (fast,) = (name for name in names if name.startswith(family) and name != slow and not name.endswith("× 0"))
@@ -470,9 +474,9 @@ def test_no_family_is_harmed_by_the_rule() -> None:
     says(
         "docs/activations/study.md",
         f"the differences are {means[True][0]:.3f} to {means[True][-1]:.3f}, of which only the control's "
-        f"({recipe.plus_minus(told['affine gelu × '], '+.4f')})",
+        f"({plus_minus(told['affine gelu × '], '+.4f')})",
         f"Five without are {-means[False][-1]:.3f} to {-means[False][0]:.3f} better",
-        f"only rational's difference ({recipe.plus_minus(told['rational5 × '], '+.4f')})",
+        f"only rational's difference ({plus_minus(told['rational5 × '], '+.4f')})",
         f"end between {max(tuned):.4f} above and {-min(tuned):.4f} below GELU",
     )
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from benchmarks import mnist, recipe, recipe_budgets, recipe_time, recipe_trainings
+from benchmarks import mnist, recipe, recipe_budgets, recipe_tables, recipe_time, recipe_trainings
 from benchmarks.recipe_stages import learned_start
 from polytrope.models import build_model
 from polytrope.models.checkpoint import load_model, save_model
@@ -75,7 +75,7 @@ def test_differences_are_of_the_seeds_and_documents_that_nothing_is_chosen_by() 
     frozen = entries["affine gelu_tanh × 10, frozen as learned"]["differences_to_controls"]
     assert frozen["affine gelu_tanh × 10"]["values"] == pytest.approx([0.05, 0.0])
     assert entries["gelu_tanh"]["loss"]["mean"] == pytest.approx(4.2)
-    text = recipe.markdown([setting], [], {})
+    text = recipe_tables.markdown([setting], [], {})
     assert "| hermite4 gelu [-4, 4] × 10 | 3 | 4.0900 ± 0.1721 | – | -0.1100 ± 0.1314 |" in text
     assert "| affine gelu_tanh × 30 | 1 | 4.1000 | 10: 4.2000 | -0.1000 | – | – | – | – | – | 0 |" in text
 
@@ -132,7 +132,7 @@ def test_gains_are_told_by_size_and_steps_where_one_text_has_several() -> None:
     assert {one["precision"] for one in group} == {"fp32"}
     assert [(one["model"][-3:].strip(), one["steps"]) for one in group] == [("64", 480), ("64", 960), ("128", 480)]
     assert recipe_budgets.compared(group) == ["hermite4 × 10"]
-    text = recipe.markdown(settings, [], {})
+    text = recipe_tables.markdown(settings, [], {})
     assert "| model | precision | base rate | steps | seeds | loss of GELU | Δ hermite4 × 10 |" in text
     assert "| GPT-2, 4 layers of 64 | fp32 | 0.003 | 960 | 2 | 4.5000 ± 6.3531 | -0.2100 ± 0.1271 |" in text
     assert recipe_budgets.picture(group).startswith(b"\x89PNG")
@@ -165,7 +165,7 @@ def test_images_are_compared_by_their_accuracy_too() -> None:
     assert affine["accuracy"]["mean"] == pytest.approx(0.97667, abs=1e-5)
     assert affine["accuracy_difference"]["values"] == pytest.approx([-0.01, 0.0, -0.02])
     assert affine["accuracy_difference"]["holm_p_value"] == affine["accuracy_difference"]["p_value"]
-    assert "| accuracy | Δ to GELU | p, Holm | failed |" in recipe.markdown([setting], [], {})
+    assert "| accuracy | Δ to GELU | p, Holm | failed |" in recipe_tables.markdown([setting], [], {})
 
 
 def test_a_base_rate_is_chosen_on_seeds_that_all_rates_have_and_not_where_one_failed() -> None:
@@ -187,7 +187,7 @@ def test_a_base_rate_is_chosen_on_seeds_that_all_rates_have_and_not_where_one_fa
     assert [rate["mean"] for rate in chosen["rates"]] == [pytest.approx(4.1), pytest.approx(4.05), None]
     assert (
         "| text | GPT-2, 4 layers of 128 | 480 | fp32 | gelu_tanh | 0.006 | 10: 3.0000 · 11: failed | failed |  |"
-        in recipe.markdown([], [chosen], {})
+        in recipe_tables.markdown([], [chosen], {})
     )
     assert recipe.base_rates([row for row in trainings if row["learning_rate"] == 3e-3]) == []
 
@@ -204,7 +204,7 @@ def test_whole_documents_are_for_choosing_or_for_reporting() -> None:
         "reporting": {"documents": 3, "tokens": 8, "longest": 4},
     }
     text["choosing"] = {"documents": 1, "tokens": 33_001, "longest": 33_001}
-    assert recipe.halves(text) == (
+    assert recipe_tables.halves(text) == (
         "For choosing: 1 document of 33,001 tokens, the longest of 33,001. "
         "Reported: 3 documents of 8 tokens, the longest of 4."
     )
