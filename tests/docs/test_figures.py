@@ -449,6 +449,40 @@ def test_what_the_study_says_beside_its_tables_is_measured() -> None:
     )
 
 
+def test_the_rule_where_it_was_not_found_is_told_as_measured() -> None:
+    def of(corpus: str, name: str = f"{HERMITE}10", **about: Any) -> dict[str, Any]:
+        usual = {"learning_rate": 3e-3, "precision": "fp32", "batch": 32 if corpus == "digits" else 8}
+        steps = 500 if corpus == "digits" else 300
+        (setting,) = (
+            one
+            for one in content("recipe")["settings"]
+            if (one["corpus"], one["steps"]) == (corpus, steps)
+            and all(one[key] == value for key, value in (usual | about).items())
+        )
+        (entry,) = (one for one in setting["activations"] if one["name"] == name)
+        compared: dict[str, Any] = entry["difference"]
+        return compared
+
+    elsewhere = ({"learning_rate": 1e-3}, {"learning_rate": 6e-3}, {"batch": 64}, {"precision": "bf16"})
+    digits = [plus_minus(of("digits", **about), "+.4f") for about in elsewhere]
+    tiny = [plus_minus(of("tiny", **about), "+.4f") for about in elsewhere]
+    harmed = {name: of("tiny", name, learning_rate=6e-3) for name in (f"{HERMITE}10", "affine gelu_tanh × 10")}
+    own, control = harmed.values()
+    slower = [of("tiny", f"{HERMITE}{rate}", learning_rate=6e-3) for rate in (1, 5)]
+    assert all(min(one["values"]) > 0 for one in harmed.values())
+    assert sum(value < 0 for value in slower[0]["values"]) == 2
+    says(
+        "docs/activations/study.md",
+        f"Hermite 4 by the rule has {digits[0]} from GELU at a base rate of 1e-3, {digits[1]} at 6e-3, {digits[2]} with "
+        f"batches of 64 and {digits[3]} in bfloat16; the tiny model has {tiny[0]} at 1e-3, {tiny[2]} with batches of 64 "
+        f"and {tiny[3]} in bfloat16",
+        f"Hermite 4 has {plus_minus(own, '+.4f')} (p {own['p_value']:.2f}), the control {plus_minus(control, '+.4f')} "
+        f"(p {control['p_value']:.3f})",
+        f"it is {plus_minus(slower[0], '+.4f')}, better on two",
+        f"is no cure ({plus_minus(slower[1], '+.4f')})",
+    )
+
+
 def test_no_family_is_harmed_by_the_rule() -> None:
     found: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     names = {row["name"] for row in content("recipe")["trainings"] if row["corpus"] == "tiny" and is_usual(row)}
