@@ -167,7 +167,8 @@ def base_rates(trainings: Sequence[Row]) -> list[Row]:
     for row in trainings:
         if row["seed"] >= DEVELOPMENT:
             rates = groups.setdefault(tuple(row[key] for key in about), {})
-            rates.setdefault(row["learning_rate"], {})[row["seed"]] = row["development_loss"]
+            is_image = row["accuracy"] is not None
+            rates.setdefault(row["learning_rate"], {})[row["seed"]] = row["loss" if is_image else "development_loss"]
     found = []
     for group, rates in groups.items():
         seeds = sorted(set.intersection(*(set(losses) for losses in rates.values())))
@@ -188,6 +189,39 @@ def base_rates(trainings: Sequence[Row]) -> list[Row]:
                 "chosen": min(means, key=means.__getitem__) if means else None,
             }
         )
+    return found
+
+
+def at_chosen_rates(trainings: Sequence[Row], rates: Sequence[Row]) -> list[Row]:
+    """Activations compared with GELU, and with the control, where each has the base rate that was chosen for it."""
+    about = [key for key in SETTING if key != "learning_rate"]
+    losses: dict[tuple[Any, ...], dict[str, dict[int, float | None]]] = {}
+    for one in rates:
+        key = tuple(one[name] for name in about)
+        for row in trainings:
+            if (
+                row["learning_rate"] == one["chosen"]
+                and row["name"] == one["name"]
+                and tuple(row[name] for name in about) == key
+            ):
+                losses.setdefault(key, {}).setdefault(one["name"], {})[row["seed"]] = row["test_loss"]
+    found = []
+    for one in rates:
+        of = losses.get(tuple(one[name] for name in about), {})
+        baseline = next((name for name in BASELINES if name in of), None)
+        if one["name"] not in of or baseline is None:
+            continue
+        control = next((name for name in of if name.startswith(f"{CONTROL} ")), None)
+        compared = {
+            "difference": None if one["name"] == baseline else difference(of[one["name"]], of[baseline]),
+            "difference_to_control": difference(of[one["name"]], of[control])
+            if control and one["name"] == RECIPE
+            else None,
+        }
+        reported = [loss for seed, loss in of[one["name"]].items() if seed < DEVELOPMENT]
+        if reported:
+            setting = {key: one[key] for key in ("corpus", *about, "name", "chosen")}
+            found.append({**setting, "loss": mean_of(reported), **compared})
     return found
 
 
@@ -269,10 +303,16 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     content = {"format": 5, "development_seeds_from": DEVELOPMENT, "settings": settings, "base_rates": rates}
     in_time = equal_time(trainings)
-    became = shapes(settings, trainings)
-    content |= {"equal_time": in_time, "shapes": became, "texts": texts, "trainings": trainings}
+    became, tuned = shapes(settings, trainings), at_chosen_rates(trainings, rates)
+    content |= {
+        "at_chosen_rates": tuned,
+        "equal_time": in_time,
+        "shapes": became,
+        "texts": texts,
+        "trainings": trainings,
+    }
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text = markdown(settings, rates, texts, in_time, became)
+    text = markdown(settings, rates, texts, in_time, became, tuned)
     (options.output / "recipe.md").write_text(text, encoding="utf-8")
     largest: dict[str, Row] = {}
     for setting in filter(is_reported, settings):

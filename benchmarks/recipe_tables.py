@@ -18,12 +18,14 @@ def markdown(
     texts: Mapping[str, Row],
     in_time: Sequence[Row] = (),
     became: Sequence[Row] = (),
+    tuned: Sequence[Row] = (),
 ) -> str:
     """All tables, those that go over settings first, then one for each setting with two seeds or more to report on."""
     reported = [setting for setting in settings if is_reported(setting)]
     lines = overview(reported)
     for corpus, group in recipe_budgets.budgets(reported).items():
         lines += by_budget(corpus, group)
+    lines += at_chosen_rates(tuned) if tuned else []
     lines += functions_became(became) if became else []
     lines += equal_time(in_time) if in_time else []
     lines += base_rates(rates) if rates else []
@@ -96,6 +98,21 @@ def by_budget(corpus: str, group: Sequence[Row]) -> list[str]:
     return lines
 
 
+def at_chosen_rates(tuned: Sequence[Row]) -> list[str]:
+    """Each activation at the base rate chosen for it; p is not corrected."""
+    rows = []
+    for one in tuned:
+        row = [one["corpus"], one["model"], str(one["steps"]), one["precision"], one["name"], f"{one['chosen']:g}"]
+        row += [str(len(one["loss"]["values"])), plus_minus(one["loss"], ".4f")]
+        for compared in (one["difference"], one["difference_to_control"]):
+            p = None if compared is None else compared["p_value"]
+            row += [plus_minus(compared, "+.4f"), "–" if p is None else f"{p:.4f}"]
+        rows.append(row)
+    heads = ["data", "model", "steps", "precision", "activation × rate", "base rate", "seeds", "loss"]
+    heads += ["Δ to GELU at its own", "p", "Δ to the control at its own", "p"]
+    return ["**Each at the base rate chosen for it**", "", *table(heads, rows), ""]
+
+
 def functions_became(became: Sequence[Row]) -> list[str]:
     """What fixed functions explain of the learned ones: of the first block's, and of the others' on average."""
     lines = [
@@ -130,7 +147,7 @@ def equal_time(in_time: Sequence[Row]) -> list[str]:
 
 def base_rates(rates: Sequence[Row]) -> list[str]:
     """The losses for choosing at every base rate that was tried."""
-    lines = ["**Base learning rates**, by the documents and seeds for choosing", ""]
+    lines = ["**Base learning rates**, by the seeds for choosing; of a text, by its documents for choosing", ""]
     rows = []
     for one in rates:
         for rate in one["rates"]:

@@ -74,7 +74,7 @@ def test_the_recipe_s_comparisons_follow_from_its_trainings() -> None:
     assert json.loads(json.dumps(recipe.compare(file["trainings"]))) == file["settings"]
     written = (RESULTS / "recipe.md").read_text(encoding="utf-8")
     assert json.loads(json.dumps(recipe.equal_time(file["trainings"]))) == file["equal_time"]
-    parts = (file[key] for key in ("settings", "base_rates", "texts", "equal_time", "shapes"))
+    parts = (file[key] for key in ("settings", "base_rates", "texts", "equal_time", "shapes", "at_chosen_rates"))
     assert recipe_tables.markdown(*parts) == written
 
 
@@ -473,9 +473,9 @@ def test_the_rule_where_it_was_not_found_is_told_as_measured() -> None:
     assert sum(value < 0 for value in slower[0]["values"]) == 2
     says(
         "docs/activations/study.md",
-        f"Hermite 4 by the rule has {digits[0]} from GELU at a base rate of 1e-3, {digits[1]} at 6e-3, {digits[2]} with "
-        f"batches of 64 and {digits[3]} in bfloat16; the tiny model has {tiny[0]} at 1e-3, {tiny[2]} with batches of 64 "
-        f"and {tiny[3]} in bfloat16",
+        f"Hermite 4 by the rule has {digits[0]} from GELU at a base rate of 1e-3, {digits[1]} at 6e-3, {digits[2]} "
+        f"with batches of 64 and {digits[3]} in bfloat16; the tiny model has {tiny[0]} at 1e-3, {tiny[2]} with "
+        f"batches of 64 and {tiny[3]} in bfloat16",
         f"Hermite 4 has {plus_minus(own, '+.4f')} (p {own['p_value']:.2f}), the control {plus_minus(control, '+.4f')} "
         f"(p {control['p_value']:.3f})",
         f"it is {plus_minus(slower[0], '+.4f')}, better on two",
