@@ -668,7 +668,7 @@ def _equidistant_lines(
     x: Tensor, values: Tensor, *, dim: int = -1, interval: Interval | None = None, glu: bool = False
 ) -> Tensor:
     """`functional.piecewise_linear` with equidistant knots from one end of the interval to the other."""
-    return functional.piecewise_linear(x, _knots(interval, values.shape[-1], values.device), values, dim=dim, glu=glu)
+    return functional.rising_lines(x, _knots(interval, values.shape[-1], values.device), values, dim=dim, glu=glu)
 
 
 def _knots(interval: Interval | None, count: int, device: torch.device) -> Tensor:
@@ -797,8 +797,8 @@ class RationalSpline(LearnableActivation):
         return [float(knot) for knot in self._tied()["knots"]]
 
     def plain(self) -> PlainForm:
-        numbers = {name: part.numpy() for name, part in self._tied().items()}
-        return PlainForm(numbers | {"line": self._numbers()["line"]}, rational_spline.plain_spline, False)
+        found = rational_spline.plain_numbers(**self._tied(), line=torch.from_numpy(self._numbers()["line"]))
+        return PlainForm({name: part.numpy() for name, part in found.items()}, rational_spline.plain_spline, False)
 
 
 def _rational_spline(
@@ -818,7 +818,7 @@ def _rational_spline(
     knots, heights, rates = rational_spline.tied(
         widths.double(), slopes.double(), rises.double(), start.double(), interval
     )
-    return functional.rational_spline(x, knots, heights, rates, line, dim=dim, glu=glu)
+    return functional.rising_spline(x, knots, heights, rates, line, dim=dim, glu=glu)
 
 
 @functools.cache
