@@ -673,7 +673,9 @@ class PiecewiseLinear(LearnableActivation):
             raise ValueError("interval: expected (lo, hi), the first and the last knot, got None")
         self.degree = check_degree(degree, MAX_PIECES)
         knots = np.linspace(*self.interval, self.degree + 1)
-        self.learn(_equidistant_lines, options, values=initialization.piecewise_linear(knots))
+        is_named = self._named_start(options.get("init")) is not None
+        values = initialization.piecewise_linear(knots) if is_named else np.zeros_like(knots)
+        self.learn(_equidistant_lines, options, values=values)
 
     @property
     def knots(self) -> Tensor:

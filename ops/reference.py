@@ -248,15 +248,23 @@ def polyrelu_slope(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
 def piecewise_linear(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
     """b[k] + s[k] x on the n pieces between breakpoints t[1] < … < t[n-1]; packed: t[n - 1], b[n], s[n].
 
-    A breakpoint belongs to the piece on its left.
+    A breakpoint belongs to the piece on its left. Computed in float64, from 0 or the breakpoint nearest to it where all
+    lie on one side.
     """
-    breaks, intercepts, slopes = p[: n - 1], p[n - 1 : 2 * n - 1], p[2 * n - 1 :]
+    dtype, x, p = x.dtype, x.double(), [number.double() for number in p]
+    breaks, slopes = p[: n - 1], p[2 * n - 1 :]
+    anchor = torch.zeros_like(slopes[0]) if n == 1 else torch.minimum(breaks[0].relu(), breaks[-1]).detach()
+    intercepts = [
+        torch.where(anchor == 0, intercept, intercept + slope * anchor)
+        for intercept, slope in zip(p[n - 1 : 2 * n - 1], slopes, strict=True)
+    ]
     intercept, slope = intercepts[0] + torch.zeros_like(x), slopes[0] + torch.zeros_like(x)
     for k in range(1, n):
         right = x > breaks[k - 1]
         intercept, slope = torch.where(right, intercepts[k], intercept), torch.where(right, slopes[k], slope)
     flat = (slope == 0) & torch.isinf(x)
-    return torch.where(flat, intercept, slope * torch.where(flat, torch.zeros_like(x), x) + intercept)
+    value = torch.where(flat, intercept, slope * torch.where(flat, torch.zeros_like(x), x - anchor) + intercept)
+    return value.to(dtype)
 
 
 def rational_spline(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
@@ -315,6 +323,7 @@ FORMULAS: dict[Family, Callable[[Tensor, Numbers, int, int], Tensor]] = {
     Family.PIECEWISE_LINEAR: piecewise_linear,
     Family.RATIONAL_SPLINE: rational_spline,
 }
+IN_FLOAT64 = (Family.PIECEWISE_LINEAR, Family.RATIONAL_SPLINE)  # pieces may be narrow, and far from 0
 SLOPES: dict[Family, Callable[[Tensor, Numbers, int, int], Tensor]] = {
     Family.POLYNOMIAL: polynomial_slope,
     Family.HERMITE: hermite_slope,
@@ -340,7 +349,7 @@ def evaluate(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
     argument, factor = x.chunk(2, dim=-1) if formula.gated else (x, None)
     wide = argument.to(compute)
     groups = len(parameters)
-    shaped = parameters if formula.family == Family.RATIONAL_SPLINE else parameters.to(compute)
+    shaped = parameters if formula.family in IN_FLOAT64 else parameters.to(compute)
     if groups == 1:
         numbers = list(shaped[0].unbind())
     else:

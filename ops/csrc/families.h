@@ -1110,15 +1110,25 @@ struct Rational {
 };
 
 // Lines b_k + s_k x on the n pieces between rising breakpoints t_1 … t_{n-1}; packed: t[n - 1], b[n], s[n].
-// A breakpoint belongs to the piece on its left. The breakpoints get no gradient of their own.
+// A breakpoint belongs to the piece on its left. The breakpoints get no gradient of their own. Lines are computed from an
+// anchor, 0 or the breakpoint nearest to it where all lie on one side: far from 0 an intercept is larger than the function.
 struct PiecewiseLinear {
   static constexpr int largest_table = 3 * max_pieces, largest_sums = 2 * max_pieces;
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 3 * n - 1; }
-  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 3 * n - 1; }
-  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 2 * n; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 3 * n; }  // the anchor last
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 2 * n; }   // of g and of g (x - anchor)
+  // A float, so that it is the same in any table.
+  POLYTROPE_FUNCTION static double anchor(const double* raw, int n) {
+    return n > 1 ? double(rounded_down<float>(fmin(fmax(0.0, raw[0]), raw[n - 2]))) : 0;
+  }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
-    for (int k = share.first; k < 3 * n - 1; k += share.step) t[k] = S(raw[k]);
+    const double from = anchor(raw, n);
+    for (int k = share.first; k < 3 * n; k += share.step) {
+      if (k < n - 1) t[k] = rounded_down<S>(raw[k]);
+      else if (k < 2 * n - 1) t[k] = S(from == 0 ? raw[k] : raw[k] + raw[n + k] * from);
+      else t[k] = k < 3 * n - 1 ? S(raw[k]) : S(from);
+    }
   }
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
@@ -1127,13 +1137,13 @@ struct PiecewiseLinear {
       intercept = x > t[k - 1] ? broadcast<V>(t[n - 1 + k]) : intercept;
       slope = x > t[k - 1] ? broadcast<V>(t[2 * n - 1 + k]) : slope;
     }
-    V y = slope * x + intercept;
+    V y = slope * (x - t[3 * n - 1]) + intercept;
     return slope == 0 ? (x == x ? intercept : x) : y;
   }
   template <class V, class T, class Sums>
   POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int) {
     using S = Number<T>;
-    V slope = broadcast<V>(t[2 * n - 1]), index = V{}, product = g * x;
+    V slope = broadcast<V>(t[2 * n - 1]), index = V{}, product = g * (x - t[3 * n - 1]);
     for (int k = 1; k < n; ++k) {
       slope = x > t[k - 1] ? broadcast<V>(t[2 * n - 1 + k]) : slope;
       index = x > t[k - 1] ? broadcast<V>(S(k)) : index;
@@ -1144,8 +1154,13 @@ struct PiecewiseLinear {
     }
     return x == x ? g * slope : x;
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share share = {}) {
-    for (int k = share.first; k < 3 * n - 1; k += share.step) gradient[k] = k < n - 1 ? 0 : sums[k - n + 1];
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double* raw, double* gradient, int n, int,
+                                        Share share = {}) {
+    const double from = anchor(raw, n);
+    for (int k = share.first; k < 3 * n - 1; k += share.step) {
+      gradient[k] = k < n - 1 ? 0 : sums[k - n + 1];
+      if (k >= 2 * n - 1 && from != 0) gradient[k] += from * sums[k - 2 * n + 1];
+    }
   }
 };
 

@@ -309,12 +309,17 @@ def test_rational_far_from_zero(emulated: ctypes.CDLL, groups: int, interval: tu
 
 @pytest.mark.parametrize("center", [10.0, -1e5])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_a_spline_far_from_zero(emulated: ctypes.CDLL, groups: int, center: float) -> None:
-    formula = Formula(Family.RATIONAL_SPLINE, 8)
+@pytest.mark.parametrize("family", [Family.RATIONAL_SPLINE, Family.PIECEWISE_LINEAR], ids=str)
+def test_pieces_far_from_zero(emulated: ctypes.CDLL, family: Family, groups: int, center: float) -> None:
+    formula = Formula(family, 8)
     generator = torch.Generator().manual_seed(1)
     parameters = torch.randn(groups, parameter_count(formula), generator=generator, dtype=torch.float64)
     parameters = cuda.possible(parameters, formula)
-    parameters[:, :9] += center
+    if family == Family.RATIONAL_SPLINE:
+        parameters[:, :9] += center
+    else:
+        parameters[:, :7] += center
+        parameters[:, 7:15] -= parameters[:, 15:] * center
     x = (3 * torch.randn(40, 96, generator=generator, dtype=torch.float64) + center).float()
     seed = torch.randn(40, 96, generator=generator)
     leaves = (x.double().requires_grad_(), parameters.requires_grad_())
