@@ -22,9 +22,9 @@ from polytrope.pipeline.data.analysis_file import Analysis, read_analysis
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 WORKFLOW = ROOT / "workflows" / "grokking.yaml"
-NAMES = {
-    "square": "degree 2 (`hermite2`)",
-    "hermite3": "`hermite3`",
+NAMES = {  # Hermite polynomials as the workflow says: variance-preserving, without tangents
+    "square": "degree 2",
+    "hermite3": "degree 3",
     "fourier5": "`fourier5`",
     "tropical5": "`tropical5`",
     "tropical_rational6": "`tropical_rational6`",

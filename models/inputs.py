@@ -186,7 +186,8 @@ def masks(model: nn.Module) -> Iterator[MaskAt]:
     """Inside, a function gives the mask of what a module of `model` receives, by the batch, the module and that.
 
     The side of an encoder-decoder is the one that the module lies in; but what is computed from the encoder's states
-    alone, by whichever module, has the encoder's positions: the keys and values of cross-attention.
+    alone, by whichever module, has the encoder's positions: the keys and values of cross-attention. A module that lies
+    in both or in neither is of the side that runs; after the decoder still of that: a head on its outputs.
     """
     parts: dict[str, Any] = {side: getattr(model, f"get_{side}", lambda: None)() for side in ("encoder", "decoder")}
     sides = {
@@ -194,6 +195,11 @@ def masks(model: nn.Module) -> Iterator[MaskAt]:
         for side, part in parts.items()
     }
     encoder, decoder = sides.values()
+    running: str | None = None
+
+    def run(side: str | None) -> None:
+        nonlocal running
+        running = side
 
     def mark(_module: nn.Module, _inputs: Any, output: Any) -> None:
         for tensor in tensors_of(output):
@@ -211,7 +217,7 @@ def masks(model: nn.Module) -> Iterator[MaskAt]:
         if _is_encoded(x):
             return _mask_of_side(model, batch, "encoder")
         found = [side for side, modules in sides.items() if module in modules]
-        return _mask_of_side(model, batch, found[0] if len(found) == 1 else None)
+        return _mask_of_side(model, batch, found[0] if len(found) == 1 else running)
 
     handles = []
     if encoder and decoder and parts["encoder"] is not parts["decoder"]:
@@ -219,6 +225,10 @@ def masks(model: nn.Module) -> Iterator[MaskAt]:
         handles.append(parts["encoder"].register_forward_hook(mark))
         others = (module for module in model.modules() if module not in encoder)
         handles += [module.register_forward_hook(follow, with_kwargs=True) for module in others]
+        handles.append(model.register_forward_pre_hook(lambda *_: run(None)))
+        handles.append(parts["encoder"].register_forward_pre_hook(lambda *_: run("encoder")))
+        handles.append(parts["encoder"].register_forward_hook(lambda *_: run(None), always_call=True))
+        handles.append(parts["decoder"].register_forward_pre_hook(lambda *_: run("decoder")))
     try:
         yield mask_at
     finally:

@@ -299,7 +299,16 @@ def piecewise_linear(x: Tensor, knots: Tensor, values: Tensor, *, dim: int = -1,
     """Lines through (knots[k], values[k]), the first and the last going on outside.
 
     knots `[pieces + 1]`, rising, the same for all groups; values `[(groups,) pieces + 1]`. The knots get no gradient.
+
+    Raises:
+        ValueError: knots that do not rise, read as those of `rational_spline`.
     """
+    _check_rising("knots", knots)
+    return rising_lines(x, knots, values, dim=dim, glu=glu)
+
+
+def rising_lines(x: Tensor, knots: Tensor, values: Tensor, *, dim: int = -1, glu: bool = False) -> Tensor:
+    """`piecewise_linear` of knots that are known to rise: they are not read."""
     pieces = knots.shape[-1] - 1
     if not 1 <= pieces <= MAX_PIECES:
         raise ValueError(f"knots: expected 2 to {MAX_PIECES + 1}, got {pieces + 1}")
@@ -323,11 +332,25 @@ def rational_spline(
 
     knots, heights and slopes `[(groups,) pieces + 1]`: knots and heights rise, slopes are above 0; line `[1]` or
     `[groups, 1]`.
+
+    Raises:
+        ValueError: knots or heights that do not rise, slopes that are not above 0. What torch.compile or a transform
+            of torch.func calls raises the same as a RuntimeError; under vmap and in a tracer they cannot be read.
     """
     for name, part in (("knots", knots), ("line", line)):
         if part.dim() not in (1, 2) or (name == "line" and part.shape[-1] != 1):
             expected = "[1] or [groups, 1]" if name == "line" else "[count] or [groups, count]"
             raise ValueError(f"{name}: expected {expected}, got {list(part.shape)}")
+    _check_rising("knots", knots)
+    _check_rising("heights", heights)
+    _check_positive("slopes", slopes)
+    return rising_spline(x, knots, heights, slopes, line, dim=dim, glu=glu)
+
+
+def rising_spline(
+    x: Tensor, knots: Tensor, heights: Tensor, slopes: Tensor, line: Tensor, *, dim: int = -1, glu: bool = False
+) -> Tensor:
+    """`rational_spline` of numbers that are made to rise: they are not read, which takes time, and waits for a GPU."""
     return _apply(Family.RATIONAL_SPLINE, x, (knots, heights, slopes, line), dim, None, glu)
 
 
@@ -382,6 +405,28 @@ def _chebyshev_sum(u: Tensor, coefficients: Tensor, dim: int, powers: dict[int, 
         high = torch.nn.functional.pad(high, (0, 1))
     low = coefficients[..., :at] - torch.nn.functional.pad(above.flip(-1), (2 * at - degree, 0))
     return _chebyshev_sum(u, high, dim, powers) * powers[at] + _chebyshev_sum(u, low, dim, powers)
+
+
+def _check_rising(name: str, numbers: Tensor) -> None:
+    """Refuse `[(groups,) count]` of which one is not above the one before it."""
+    _check_each(numbers, numbers.detach().diff(dim=-1) > 0, f"{name}: expected rising numbers")
+
+
+def _check_positive(name: str, numbers: Tensor) -> None:
+    """Refuse `[(groups,) count]` of which one is not above 0."""
+    _check_each(numbers, numbers.detach() > 0, f"{name}: expected numbers above 0")
+
+
+def _check_each(numbers: Tensor, holds: Tensor, expected: str) -> None:
+    """holds: of each number, or of each number and the next one."""
+    if kernels.is_plain(numbers):
+        if not bool(holds.all()):
+            *group, at = (~holds).nonzero()[0].tolist()
+            compared = numbers.shape[-1] - holds.shape[-1] + 1
+            got = numbers[tuple(group)][at : at + compared].tolist()
+            raise ValueError(f"{expected}, got {' before '.join(map(str, got))}")
+    elif kernels.can_assert():
+        torch._assert_async(holds.all(), expected)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -111,6 +111,17 @@ def is_plain(*tensors: Tensor) -> bool:
     return True
 
 
+def can_assert() -> bool:
+    """Whether an operator that checks numbers is taken where `is_plain` is false: vmap and tracers to a file do not."""
+    if _get_tracing_state() is not None:
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() if _transforms_are_active() else None
+    return all(level.key() != torch._C._functorch.TransformType.Vmap for level in stack or [])
+
+
+can_assert._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _are_plain_on_one_gpu(tensors: Sequence[Tensor]) -> bool:
     keys, index = _keys_of_plain_gpu_tensors(), tensors[0].get_device()
     return all(tensor.get_device() == index and _dispatch_keys(tensor).raw_repr() in keys for tensor in tensors)

@@ -23,7 +23,7 @@ from polytrope.ops.circuit import Circuit, make_circuit
 from polytrope.ops.families import MAX_COMPOSED, MAX_PIECES, check_degree
 from polytrope.ops.fitting import composition, solvers
 from polytrope.ops.fitting.curves import Array
-from polytrope.ops.fitting.polynomial import of_line
+from polytrope.ops.fitting.polynomial import natural_variable, of_line
 from polytrope.ops.fitting.targets import NAMED, find_kinks, resolve_target, sample
 from polytrope.ops.functional import Interval, Variable, check_domain, check_variable
 from polytrope.ops.functional import check_interval as check_interval
@@ -155,21 +155,53 @@ class LearnableActivation(nn.Module):
         return self._imitate(init, self.name)
 
     def _imitate(self, init: Init, family: str, denominator_degree: int | None = None) -> dict[str, Array]:
-        low, high = self.interval or (-4.0, 4.0)
-        with self._naming_starts():
-            found = solvers.imitate(init, family, self.degree, (low, high), denominator_degree, self.variable)
-        x = np.linspace(low, high, 4001)
-        exact, _ = found.curve(x)
-        numbers = (torch.from_numpy(np.atleast_1d(value)) for value in {**self._initial, **found.parameters}.values())
-        narrow = [part.float() for part in numbers]
-        rounded = self.function(torch.from_numpy(x).float(), *narrow, **self._coordinates()).double().numpy()
-        lost = float(np.abs(rounded - exact).max())
-        if not lost <= _ROUNDING * max(1.0, float(np.abs(exact).max())):
-            raise ValueError(
-                f"init: {self.name} of degree {self.degree} on ({low:.4g}, {high:.4g}) loses {lost:.2g} to rounding in "
-                f"float32 as an imitation; take a lower degree, another interval or, for a polynomial, a variable"
+        def attempt(ends: Interval, variable: Variable | None) -> tuple[dict[str, Array], float, bool]:
+            """Parameters, what they lose to rounding, and whether that is little."""
+            found = solvers.imitate(init, family, self.degree, ends, denominator_degree, variable)
+            x = np.linspace(*ends, 4001)
+            exact, _ = found.curve(x)
+            numbers = (
+                torch.from_numpy(np.atleast_1d(value)) for value in {**self._initial, **found.parameters}.values()
             )
-        return found.parameters
+            coordinates = {} if variable is None else {"variable": variable}
+            rounded = self.function(torch.from_numpy(x).float(), *(part.float() for part in numbers), **coordinates)
+            lost = float(np.abs(rounded.double().numpy() - exact).max())
+            return found.parameters, lost, lost <= _ROUNDING * max(1.0, float(np.abs(exact).max()))
+
+        def works(ends: Interval, variable: Variable | None) -> bool:
+            with np.errstate(all="ignore"):
+                try:
+                    return attempt(ends, variable)[2]
+                except ValueError:
+                    return False
+
+        low, high = ends = self.interval or (-4.0, 4.0)
+        with self._naming_starts():
+            parameters, lost, is_little = attempt(ends, self.variable)
+        if is_little:
+            return parameters
+        said = f"loses {lost:.2g} to rounding in float32" if lost < math.inf else "is no finite number in float32"
+        said += " as an imitation"
+        if self.interval is None or not works((-4.0, 4.0), None):  # the degree is too high everywhere
+            raise ValueError(
+                f"init: {self.name} of degree {self.degree} on [{low:.4g}, {high:.4g}] {said}; take a lower degree"
+                + (", another interval" if self.interval else "")
+                + (" or a variable" if natural_variable(family, ends) and self.variable is None else "")
+            )
+        ways = []
+        if (own := natural_variable(family, ends)) and works(ends, own):
+            ways.append(f"give it variable: [{own[0]:.6g}, {own[1]:.6g}]")
+        middle, half = (low + high) / 2, (high - low) / 2
+        reaches = [half * 4.0**k for k in range(1, 16 if family in solvers.LINEAR else 1)]  # others take seconds
+        wider = [(float(f"{middle - reach:.7g}"), float(f"{middle + reach:.7g}")) for reach in reaches]
+        if (
+            wide := next((ends for ends in wider if ends[0] < ends[1] and works(ends, self.variable)), None)
+        ) is not None:
+            ways.append(f"[{wide[0]:.7g}, {wide[1]:.7g}] is wide enough")
+        ways.append("leave interval out" if ways else "take another one, or leave it out")
+        raise ValueError(
+            f"interval: {self.name} of degree {self.degree} on [{low:.10g}, {high:.10g}] {said}; {', or '.join(ways)}"
+        )
 
     @contextlib.contextmanager
     def _naming_starts(self) -> Iterator[None]:
@@ -641,7 +673,9 @@ class PiecewiseLinear(LearnableActivation):
             raise ValueError("interval: expected (lo, hi), the first and the last knot, got None")
         self.degree = check_degree(degree, MAX_PIECES)
         knots = np.linspace(*self.interval, self.degree + 1)
-        self.learn(_equidistant_lines, options, values=initialization.piecewise_linear(knots))
+        is_named = self._named_start(options.get("init")) is not None
+        values = initialization.piecewise_linear(knots) if is_named else np.zeros_like(knots)
+        self.learn(_equidistant_lines, options, values=values)
 
     @property
     def knots(self) -> Tensor:
@@ -668,7 +702,7 @@ def _equidistant_lines(
     x: Tensor, values: Tensor, *, dim: int = -1, interval: Interval | None = None, glu: bool = False
 ) -> Tensor:
     """`functional.piecewise_linear` with equidistant knots from one end of the interval to the other."""
-    return functional.piecewise_linear(x, _knots(interval, values.shape[-1], values.device), values, dim=dim, glu=glu)
+    return functional.rising_lines(x, _knots(interval, values.shape[-1], values.device), values, dim=dim, glu=glu)
 
 
 def _knots(interval: Interval | None, count: int, device: torch.device) -> Tensor:
@@ -797,8 +831,8 @@ class RationalSpline(LearnableActivation):
         return [float(knot) for knot in self._tied()["knots"]]
 
     def plain(self) -> PlainForm:
-        numbers = {name: part.numpy() for name, part in self._tied().items()}
-        return PlainForm(numbers | {"line": self._numbers()["line"]}, rational_spline.plain_spline, False)
+        found = rational_spline.plain_numbers(**self._tied(), line=torch.from_numpy(self._numbers()["line"]))
+        return PlainForm({name: part.numpy() for name, part in found.items()}, rational_spline.plain_spline, False)
 
 
 def _rational_spline(
@@ -818,7 +852,7 @@ def _rational_spline(
     knots, heights, rates = rational_spline.tied(
         widths.double(), slopes.double(), rises.double(), start.double(), interval
     )
-    return functional.rational_spline(x, knots, heights, rates, line, dim=dim, glu=glu)
+    return functional.rising_spline(x, knots, heights, rates, line, dim=dim, glu=glu)
 
 
 @functools.cache

@@ -88,18 +88,22 @@ def _rescaled(x: Tensor, numbers: Mapping[str, Tensor], base: str) -> Tensor:
 def broken_line(knots: Array, heights: Array) -> PlainForm:
     """Lines through (knots[k], heights[k]), the outer ones going on: a line and a bend at each inner knot."""
     slopes = np.diff(heights) / np.diff(knots)
+    anchor = np.float32(np.clip(0.0, knots[0], knots[-1])).astype(np.float64)  # far from 0 an offset there is large
+    breaks = knots[1:-1].astype(np.float32).astype(np.float64)
     numbers = {
-        "offset": np.array(heights[0] - slopes[0] * knots[0]),
+        "anchor": np.array(anchor),
+        "offset": np.array(heights[0] + slopes[0] * (anchor - knots[0])),
         "slope": np.array(slopes[0]),
-        "breaks": knots[1:-1],
+        "breaks": breaks,
+        "rests": knots[1:-1] - breaks,
         "changes": np.diff(slopes),
     }
     return PlainForm(numbers, _bent, False)
 
 
 def _bent(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
-    bent = torch.relu(x.unsqueeze(-1) - numbers["breaks"]) * numbers["changes"]
-    return numbers["offset"] + numbers["slope"] * x + bent.sum(-1)
+    bent = torch.relu((x.unsqueeze(-1) - numbers["breaks"]) - numbers["rests"]) * numbers["changes"]
+    return numbers["offset"] + numbers["slope"] * (x - numbers["anchor"]) + bent.sum(-1)
 
 
 def apply(

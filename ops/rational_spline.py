@@ -70,14 +70,33 @@ def tied(
     return knots, knots + start + F.pad(above, (1, 0)), _slope(slopes)
 
 
+def plain_numbers(knots: Tensor, heights: Tensor, slopes: Tensor, line: Tensor) -> dict[str, Tensor]:
+    """What `plain_spline` takes, exact to a few units of float32 in float32, however far from 0 the knots lie.
+
+    Args:
+        knots, heights, slopes, line: `[pieces + 1]` and `[1]`, float64.
+    """
+    places = knots.float().double()
+    return {
+        "places": places,
+        "rests": knots - places,
+        "widths": knots.diff(),
+        "rises": heights.diff(),
+        "slopes": slopes,
+        "start": heights[:1] - line * knots[:1],
+        "line": line,
+    }
+
+
 def plain_spline(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
     """The same sum without a search: each piece adds its rise up to x; for files that know only ordinary operations."""
-    knots, heights, slopes, line = (numbers[name] for name in ("knots", "heights", "slopes", "line"))
-    widths, rises = knots[1:] - knots[:-1], heights[1:] - heights[:-1]
-    t = ((x.unsqueeze(-1) - knots[:-1]) / widths).clamp(0.0, 1.0)
-    inside = heights[0] + _rise(t, rises, rises / widths, slopes[:-1], slopes[1:]).sum(-1)
-    below, above = torch.clamp(x - knots[0], max=0.0), torch.clamp(x - knots[-1], min=0.0)
-    return inside + slopes[0] * below + slopes[-1] * above - line * x
+    slopes, widths, rises = (numbers[name] for name in ("slopes", "widths", "rises"))
+    beyond = (x.unsqueeze(-1) - numbers["places"]) - numbers["rests"]  # each knot
+    t = (beyond[..., :-1] / widths).clamp(0.0, 1.0)
+    inside = _rise(t, rises, rises / widths, slopes[:-1], slopes[1:]).sum(-1)
+    below, above = torch.clamp(beyond[..., 0], max=0.0), torch.clamp(beyond[..., -1], min=0.0)
+    rest = inside + slopes[0] * below + slopes[-1] * above - numbers["line"] * beyond[..., 0]
+    return numbers["start"] + rest
 
 
 def _rise(t: Tensor, rise: Tensor, mean: Tensor, rate: Tensor, next_rate: Tensor) -> Tensor:

@@ -248,15 +248,23 @@ def polyrelu_slope(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
 def piecewise_linear(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
     """b[k] + s[k] x on the n pieces between breakpoints t[1] < … < t[n-1]; packed: t[n - 1], b[n], s[n].
 
-    A breakpoint belongs to the piece on its left.
+    A breakpoint belongs to the piece on its left. Computed in float64, from 0 or the breakpoint nearest to it where all
+    lie on one side.
     """
-    breaks, intercepts, slopes = p[: n - 1], p[n - 1 : 2 * n - 1], p[2 * n - 1 :]
+    dtype, x, p = x.dtype, x.double(), [number.double() for number in p]
+    breaks, slopes = p[: n - 1], p[2 * n - 1 :]
+    anchor = torch.zeros_like(slopes[0]) if n == 1 else torch.minimum(breaks[0].relu(), breaks[-1]).detach()
+    intercepts = [
+        torch.where(anchor == 0, intercept, intercept + slope * anchor)
+        for intercept, slope in zip(p[n - 1 : 2 * n - 1], slopes, strict=True)
+    ]
     intercept, slope = intercepts[0] + torch.zeros_like(x), slopes[0] + torch.zeros_like(x)
     for k in range(1, n):
         right = x > breaks[k - 1]
         intercept, slope = torch.where(right, intercepts[k], intercept), torch.where(right, slopes[k], slope)
     flat = (slope == 0) & torch.isinf(x)
-    return torch.where(flat, intercept, slope * torch.where(flat, torch.zeros_like(x), x) + intercept)
+    value = torch.where(flat, intercept, slope * torch.where(flat, torch.zeros_like(x), x - anchor) + intercept)
+    return value.to(dtype)
 
 
 def rational_spline(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
@@ -264,32 +272,40 @@ def rational_spline(x: Tensor, p: Numbers, n: int, m: int = 0) -> Tensor:
 
     t goes from 0 to 1, u = t (1 - t), w is the width of the piece, s its mean slope, p and r what the slopes at its
     ends are above that: x itself where heights are knots and all slopes 1. Packed: knots[n + 1], heights[n + 1],
-    slopes[n + 1], c; a knot belongs to the piece on its left. Computed in float64, as pieces may be narrow.
+    slopes[n + 1], c; a knot belongs to the piece on its left. Computed in float64, as pieces may be narrow, from the
+    knot of the piece or from 0, whichever loses less.
     """
     dtype, x, p = x.dtype, x.double(), [number.double() for number in p]
     knots, heights, slopes, line = p[: n + 1], p[n + 1 : 2 * n + 2], p[2 * n + 2 : 3 * n + 3], p[3 * n + 3]
     one, none = torch.ones_like(line), torch.zeros_like(line)
 
-    def row(k: int, chord: Tensor, *own: Tensor) -> list[Tensor]:
-        return [heights[k] - chord * knots[k], chord - line, knots[k], *own]
+    def row(k: int, chord: Tensor, length: Tensor, *own: Tensor) -> list[Tensor]:
+        """Of a line through a knot: its value at an anchor, its slope, the anchor, the knot; and what follows."""
+        steep, there = chord - line, heights[k] - line * knots[k]
+        reach = torch.maximum(knots[k].abs(), (knots[k] + length).abs())
+        from_zero = (heights[k] - chord * knots[k]).abs() + steep.abs() * reach
+        loses_nothing = from_zero <= (there.abs() + steep.abs() * length) * (1 + 1e-9)  # equal where it is x itself
+        anchor = torch.where(loses_nothing, none, knots[k])
+        level = torch.where(loses_nothing, heights[k] - chord * knots[k], there)
+        return [level, steep, anchor, knots[k], *own]
 
-    found = [part + torch.zeros_like(x) for part in row(0, slopes[0], one, one, none, none)]
+    found = [part + torch.zeros_like(x) for part in row(0, slopes[0], none, one, one, none, none)]
     for k in range(n + 1):
         if k < n:
             width = knots[k + 1] - knots[k]
             mean = (heights[k + 1] - heights[k]) / width
             left = slopes[k] - mean
-            following = row(k, mean, width, mean, left, left + slopes[k + 1] - mean)
+            following = row(k, mean, width, width, mean, left, left + slopes[k + 1] - mean)
         else:
-            following = row(n, slopes[n], one, one, none, none)
+            following = row(n, slopes[n], none, one, one, none, none)
         beyond = x > knots[k]
         found = [torch.where(beyond, new, old) for new, old in zip(following, found, strict=True)]
-    intercept, slope, knot, width, mean, left, bend = found
+    level, slope, anchor, knot, width, mean, left, bend = found
     inside = torch.where(x < knots[0], knots[0], torch.where(x > knots[n], knots[n], x))
     t = (inside - knot) / width
     u = t * (1 - t)
-    level = torch.where((slope == 0) & torch.isinf(x), torch.zeros_like(x), x)
-    value = intercept + slope * level + width * mean * u * (left - bend * t) / (mean + bend * u)
+    along = torch.where((slope == 0) & torch.isinf(x), torch.zeros_like(x), x - anchor)
+    value = level + slope * along + width * mean * u * (left - bend * t) / (mean + bend * u)
     return value.to(dtype)
 
 
@@ -307,6 +323,7 @@ FORMULAS: dict[Family, Callable[[Tensor, Numbers, int, int], Tensor]] = {
     Family.PIECEWISE_LINEAR: piecewise_linear,
     Family.RATIONAL_SPLINE: rational_spline,
 }
+IN_FLOAT64 = (Family.PIECEWISE_LINEAR, Family.RATIONAL_SPLINE)  # pieces may be narrow, and far from 0
 SLOPES: dict[Family, Callable[[Tensor, Numbers, int, int], Tensor]] = {
     Family.POLYNOMIAL: polynomial_slope,
     Family.HERMITE: hermite_slope,
@@ -332,7 +349,7 @@ def evaluate(x: Tensor, parameters: Tensor, formula: Formula) -> Tensor:
     argument, factor = x.chunk(2, dim=-1) if formula.gated else (x, None)
     wide = argument.to(compute)
     groups = len(parameters)
-    shaped = parameters if formula.family == Family.RATIONAL_SPLINE else parameters.to(compute)
+    shaped = parameters if formula.family in IN_FLOAT64 else parameters.to(compute)
     if groups == 1:
         numbers = list(shaped[0].unbind())
     else:

@@ -137,6 +137,14 @@ POLYTROPE_FUNCTION float smaller(float a, float b) {
 }
 #endif
 
+// The largest number of this type that is at most x.
+template <class S>
+POLYTROPE_FUNCTION S rounded_down(double x) {
+  const S near = S(x);
+  if constexpr (std::is_same_v<S, float>) return double(near) > x ? nextafterf(near, -INFINITY) : near;
+  else return near;
+}
+
 // Stands for sums that nobody wants: nothing is computed for them.
 struct NoSums {
   struct None {
@@ -1102,15 +1110,25 @@ struct Rational {
 };
 
 // Lines b_k + s_k x on the n pieces between rising breakpoints t_1 … t_{n-1}; packed: t[n - 1], b[n], s[n].
-// A breakpoint belongs to the piece on its left. The breakpoints get no gradient of their own.
+// A breakpoint belongs to the piece on its left. The breakpoints get no gradient of their own. Lines are computed from an
+// anchor, 0 or the breakpoint nearest to it where all lie on one side: far from 0 an intercept is larger than the function.
 struct PiecewiseLinear {
   static constexpr int largest_table = 3 * max_pieces, largest_sums = 2 * max_pieces;
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 3 * n - 1; }
-  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 3 * n - 1; }
-  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 2 * n; }
+  POLYTROPE_FUNCTION static constexpr int table(int n, int) { return 3 * n; }  // the anchor last
+  POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return 2 * n; }   // of g and of g (x - anchor)
+  // A float, so that it is the same in any table.
+  POLYTROPE_FUNCTION static double anchor(const double* raw, int n) {
+    return n > 1 ? double(rounded_down<float>(fmin(fmax(0.0, raw[0]), raw[n - 2]))) : 0;
+  }
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
-    for (int k = share.first; k < 3 * n - 1; k += share.step) t[k] = S(raw[k]);
+    const double from = anchor(raw, n);
+    for (int k = share.first; k < 3 * n; k += share.step) {
+      if (k < n - 1) t[k] = rounded_down<S>(raw[k]);
+      else if (k < 2 * n - 1) t[k] = S(from == 0 ? raw[k] : raw[k] + raw[n + k] * from);
+      else t[k] = k < 3 * n - 1 ? S(raw[k]) : S(from);
+    }
   }
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
@@ -1119,13 +1137,13 @@ struct PiecewiseLinear {
       intercept = x > t[k - 1] ? broadcast<V>(t[n - 1 + k]) : intercept;
       slope = x > t[k - 1] ? broadcast<V>(t[2 * n - 1 + k]) : slope;
     }
-    V y = slope * x + intercept;
+    V y = slope * (x - t[3 * n - 1]) + intercept;
     return slope == 0 ? (x == x ? intercept : x) : y;
   }
   template <class V, class T, class Sums>
   POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int) {
     using S = Number<T>;
-    V slope = broadcast<V>(t[2 * n - 1]), index = V{}, product = g * x;
+    V slope = broadcast<V>(t[2 * n - 1]), index = V{}, product = g * (x - t[3 * n - 1]);
     for (int k = 1; k < n; ++k) {
       slope = x > t[k - 1] ? broadcast<V>(t[2 * n - 1 + k]) : slope;
       index = x > t[k - 1] ? broadcast<V>(S(k)) : index;
@@ -1136,8 +1154,13 @@ struct PiecewiseLinear {
     }
     return x == x ? g * slope : x;
   }
-  POLYTROPE_FUNCTION static void finish(const double* sums, const double*, double* gradient, int n, int, Share share = {}) {
-    for (int k = share.first; k < 3 * n - 1; k += share.step) gradient[k] = k < n - 1 ? 0 : sums[k - n + 1];
+  POLYTROPE_FUNCTION static void finish(const double* sums, const double* raw, double* gradient, int n, int,
+                                        Share share = {}) {
+    const double from = anchor(raw, n);
+    for (int k = share.first; k < 3 * n - 1; k += share.step) {
+      gradient[k] = k < n - 1 ? 0 : sums[k - n + 1];
+      if (k >= 2 * n - 1 && from != 0) gradient[k] += from * sums[k - 2 * n + 1];
+    }
   }
 };
 
@@ -1147,15 +1170,19 @@ struct PiecewiseLinear {
 // and straight lines outside; packed: knots[n + 1], heights y[n + 1], slopes d[n + 1], c. A knot belongs to the piece on its
 // left. Whatever a piece's parameters are, the derivative of S by them is a combination of t^j / B², j = 0…4, so sums over
 // elements are of these.
+//
+// Far from 0 nothing is subtracted that is larger than what is left: the chord less c x is level + slope (x - anchor), the
+// anchor is the knot or 0, whichever loses less, and t is (x - knot) / w + shift, where the shift is by what the knot was
+// rounded. It is rounded down, so that no x lies between it and what it stands for.
 struct RationalSpline {
-  enum Entry { intercept, slope, knot, inverse, rise, left, bend, entries };  // of the chord less c x; x_k, 1 / w, r, p, q
+  enum Entry { level, slope, anchor, knot, inverse, shift, rise, left, bend, entries };  // inverse: 1 / w; r, p, q
   static constexpr int moments = 5;  // for each piece
   static constexpr int largest_table = entries * (max_pieces + 2) + 16, largest_sums = moments * (max_pieces + 1);
   POLYTROPE_FUNCTION static constexpr int parameters(int n, int) { return 3 * n + 4; }
   POLYTROPE_FUNCTION static constexpr int table(int n, int) { return entries * (n + 2); }
   // After the moments: of g and g (x - x_0) below the knots, of g and g (x - x_n) above them, of g x.
   POLYTROPE_FUNCTION static constexpr int sums(int n, int) { return moments * n + 5; }
-  // The lines outside, first and last, are pieces too, at the end of which x is stopped.
+  // The lines outside, first and last, are pieces too, of width 1 and without a rise, in which t may be anything.
   template <class S>
   POLYTROPE_FUNCTION static void prepare(const double* raw, S* t, int n, int, Share share = {}) {
     const double *x = raw, *y = raw + n + 1, *d = raw + 2 * (n + 1), c = raw[3 * (n + 1)];
@@ -1164,7 +1191,13 @@ struct RationalSpline {
       const int at = k > 0 ? k - 1 : 0;
       const double width = inside ? x[k] - x[at] : 1, height = inside ? y[k] - y[at] : 0;
       const double chord = inside ? height / width : d[at], p = inside ? (d[at] - chord) / chord : 0;
-      const double row[entries] = {y[at] - chord * x[at], chord - c, x[at], 1 / width, height, p,
+      const double place = double(rounded_down<S>(x[at])), steep = chord - c;
+      const double there = fma(-c, x[at], y[at]), origin = fma(-chord, x[at], y[at]);  // of the line at the knot, at 0
+      const double reach = fmax(fabs(x[at]), fabs(x[inside ? k : at])), length = inside ? width : 0;
+      const bool from_zero =
+          fabs(origin) + fabs(steep) * reach <= (fabs(there) + fabs(steep) * length) * (1 + 1e-9);  // x itself: equal
+      const double row[entries] = {from_zero ? origin : there + steep * (place - x[at]), steep, from_zero ? 0 : place, place,
+                                   1 / width, (place - x[at]) / width, height, p,
                                    inside ? p + (d[k] - chord) / chord : 0};
       for (int entry = 0; entry < entries; ++entry) t[entry * (n + 2) + k] = S(row[entry]);
     }
@@ -1204,33 +1237,33 @@ struct RationalSpline {
       return found;
     }
   }
-  // t, of x stopped at the first and the last knot.
-  template <class V, class T>
-  POLYTROPE_FUNCTION static V place(V x, const Piece<V>& piece, const T* t, int n) {
-    const T* const knots = t + knot * (n + 2);
-    const V inside = smaller(broadcast<V>(knots[n + 1]), larger(broadcast<V>(knots[0]), x));
-    return (inside - piece.row[knot]) * piece.row[inverse];
+  // t; outside it is the distance from the knot, unlimited.
+  template <class V>
+  POLYTROPE_FUNCTION static V place(V x, const Piece<V>& piece) {
+    return (x - piece.row[knot]) * piece.row[inverse] + piece.row[shift];
+  }
+  template <class S, class V>
+  POLYTROPE_FUNCTION static V limited(V t) {
+    return smaller(broadcast<V>(S(1)), larger(broadcast<V>(S(0)), t));
   }
   template <class V, class T>
   POLYTROPE_FUNCTION static V value(V x, const T* t, int n, int) {
     using S = Number<T>;
     const Piece<V> piece = piece_of(x, t, n);
-    const V at = place(x, piece, t, n), u = at - at * at, below = piece.row[bend] * u + S(1);
+    const V at = limited<S>(place(x, piece)), u = at * (S(1) - at), below = piece.row[bend] * u + S(1);
     const V above = piece.row[rise] * u * (piece.row[left] - piece.row[bend] * at) / below;
-    const V level = piece.row[slope] == 0 ? V{} : piece.row[slope] * x;  // not 0 times infinity
-    return x == x ? level + piece.row[intercept] + above : x;
+    const V along = piece.row[slope] == 0 ? V{} : piece.row[slope] * (x - piece.row[anchor]);  // not 0 times infinity
+    return x == x ? along + piece.row[level] + above : x;
   }
   template <class V, class T, class Sums>
   POLYTROPE_FUNCTION static V backward(V x, V g, const T* t, Sums sums, int n, int) {
     using S = Number<T>;
     const Piece<V> piece = piece_of(x, t, n);
-    const V at = place(x, piece, t, n), u = at - at * at, below = piece.row[bend] * u + S(1);
+    const V along = place(x, piece), at = limited<S>(along), u = at * (S(1) - at), below = piece.row[bend] * u + S(1);
     const V scale = S(1) / (below * below);
     const V turn = (S(1) - (at + at)) * (piece.row[left] - piece.row[bend] * at) - piece.row[bend] * u * below;
     const V rate = piece.row[slope] + piece.row[rise] * piece.row[inverse] * turn * scale;
-    const T* const knots = t + knot * (n + 2);
-    const V m0 = g * scale, m1 = m0 * at, m2 = m1 * at, m3 = m2 * at, m4 = m3 * at;
-    const V low = g * (x - knots[0]), high = g * (x - knots[n + 1]);
+    const V m0 = g * scale, m1 = m0 * at, m2 = m1 * at, m3 = m2 * at, m4 = m3 * at, outside = g * along;
     if constexpr (!is_vector<V> && !std::is_same_v<V, Dual>) {
       const int k = int(piece.index);
       const auto own = sums + moments * (k - 1), outer = sums + moments * n;
@@ -1242,10 +1275,10 @@ struct RationalSpline {
         own[4] += m4;
       } else if (k == 0) {
         outer[0] += g;
-        outer[1] += low;
+        outer[1] += outside;
       } else {
         outer[2] += g;
-        outer[3] += high;
+        outer[3] += outside;
       }
     } else {
       for (int k = 1; k <= n; ++k) {
@@ -1258,9 +1291,9 @@ struct RationalSpline {
       }
       const auto outer = sums + moments * n;
       add_where(piece.index, S(0), g, outer[0]);
-      add_where(piece.index, S(0), low, outer[1]);
+      add_where(piece.index, S(0), outside, outer[1]);
       add_where(piece.index, S(n + 1), g, outer[2]);
-      add_where(piece.index, S(n + 1), high, outer[3]);
+      add_where(piece.index, S(n + 1), outside, outer[3]);
     }
     sums[moments * n + 4] += g * x;
     return x == x ? g * rate : x;

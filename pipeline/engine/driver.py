@@ -234,6 +234,12 @@ class Driver:
             self._fail(node, StageError("user", error.message, error.hint, "UserError"), 0)
             return
         key = stage_key(components)
+        before = self.log.state.stages.get(node.name)
+        if node.skip_on_failure and before and before.left_out and node.name not in self.forced:
+            failed_key, failure = before.left_out
+            if failed_key == key:  # before the run was resumed
+                self._leave_out(node, key, failure, before.attempt)
+                return
         self.keys[node.name] = key, components
         artifact = None if node.name in self.forced else self.store.find(key, full=self.options.verify)
         if artifact is None:
@@ -347,7 +353,10 @@ class Driver:
             self.attempts.delay(attempt, delay)
             return
         attempt.lease.release(remove=True)
-        self._fail(node, error, attempt.number)
+        if node.skip_on_failure:
+            self._leave_out(node, attempt.key, error.to_dict(), attempt.number)
+        else:
+            self._fail(node, error, attempt.number)
 
     def _commit(self, attempt: Attempt, outcome: Outcome) -> StageError | None:
         """Keep what the stage made; or say why it cannot be kept."""
@@ -402,6 +411,12 @@ class Driver:
         for name, source in self.schedule.blocked():  # another one may have failed while this one went on
             self.log.emit("stage_cancelled", stage=name, reason=f"it needs `{source}`, which failed")
             self.schedule.end(name, "cancelled")
+
+    def _leave_out(self, node: StageNode, key: str, error: Mapping[str, str], number: int) -> None:
+        """It failed, and what needs it goes on without it; so it does when the run is resumed, for the same results."""
+        reason = f"it failed (on_failure: skip): {error['message']}"
+        self.log.emit("stage_skipped", stage=node.name, attempt=number, key=key, reason=reason, error=dict(error))
+        self.schedule.end(node.name, "skipped")
 
     def _fail(self, node: StageNode, error: StageError, number: int) -> None:
         log = f"logs/{safe_name(node.name)}/{number}.log" if number else None

@@ -16,7 +16,8 @@ Types and their fields beside `stage`:
 - `stage_noted` source (attempt and line), text (out of the ordinary, and why: a training that was rolled back)
 - `stage_retrying` attempt, error, delay · `stage_succeeded` attempt, key, digest, summary, duration
 - `stage_cached` key, digest, hit_from (run id), summary, duration (of the original)
-- `stage_failed` attempt, error, log · `stage_skipped` reason · `stage_cancelled` reason
+- `stage_failed` attempt, error, log · `stage_cancelled` reason
+- `stage_skipped` reason; where it failed (`on_failure: skip`) also attempt, key, error
 - `artifact_quarantined` key, problems · `cancel_requested` by · `journal_damaged` lines
 - `run_finished` status (succeeded, failed, cancelled), error, duration (seconds of this attempt)
 
@@ -294,6 +295,7 @@ class StageState:
     started: float | None = None
     ended: float | None = None
     reason: str | None = None  # why skipped or cancelled, what it waits for
+    left_out: tuple[str, dict[str, Any]] | None = None  # key and error with which it failed and was skipped for it
     components: dict[str, Any] | None = None  # of the key, where the stage was started
     log: str | None = None  # relative to the run's directory
     notes: dict[str, str] = field(default_factory=dict)  # attempt and line → text
@@ -398,3 +400,5 @@ def _apply_stage(stage: StageState, event: Event) -> None:
         case "stage_skipped" | "stage_cancelled":
             stage.state = event.type.removeprefix("stage_")
             stage.reason, stage.ended = data.get("reason"), event.time
+            if (error := data.get("error")) is not None:
+                stage.left_out, stage.error = (str(stage.key), error), None

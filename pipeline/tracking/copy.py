@@ -80,7 +80,7 @@ class Copy:
         before = self.cursor.model_copy(deep=True)
         self._ensure_parent()
         for event in self.events[self.cursor.events :]:
-            if event.type in ("stage_succeeded", "stage_failed", "stage_cancelled"):
+            if event.type in ("stage_succeeded", "stage_failed", "stage_cancelled", "stage_skipped"):
                 self._copy_spool()  # what a stage said comes before its end
             self._copy_event(event)
             self.cursor.events += 1
@@ -275,7 +275,7 @@ class Copy:
                 self._terminate(stage, child, _STATUS[event.type.removeprefix("stage_")], event.time)
         elif stage is not None and event.type == "stage_skipped":
             child = self._child(stage, event.time, {"polytrope.skipped": event.get("reason")})
-            self._terminate(stage, child, "FINISHED", event.time)
+            self._terminate(stage, child, "FAILED" if event.get("error") else "FINISHED", event.time)
 
     def _start(self, event: Event) -> None:
         """A new attempt at the run: (again) running, with what decides it."""

@@ -48,6 +48,7 @@ class StageNode:
         resources: what each worker gets.
         retries: further attempts after the first.
         also_retry_bugs: a plain bug of the function counts as a reason for one.
+        skip_on_failure: if it fails after them, it counts as skipped.
         timeout: seconds per attempt, or None.
         when: condition, see `polytrope.pipeline.workflow.conditions`.
         environment: variables that belong to the key, with their values.
@@ -85,6 +86,7 @@ class StageNode:
     matrix: dict[str, Any] = field(default_factory=dict)
     open: bool = False
     also_retry_bugs: bool = False
+    skip_on_failure: bool = False
 
     @functools.cached_property
     def encoded_parameters(self) -> dict[str, Any]:
@@ -348,6 +350,7 @@ def _draft(
         resources=values["resources"],
         retries=spec.retries,
         also_retry_bugs=spec.also_retry_bugs,
+        skip_on_failure=spec.on_failure == "skip",
         timeout=spec.timeout,
         when=values["when"],
         environment=_environment(workflow, spec_name, spec.environment, secrets) if environment else {},

@@ -124,6 +124,11 @@ class StageSpec(BaseModel):
         default=False,
         description="spend `retries` on NameError, TypeError, AttributeError, ImportError, AssertionError",
     )
+    on_failure: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="after the retries; stop: what needs it does not run, and the run fails; skip: it counts as "
+        "skipped, so that a fan-in goes on without it",
+    )
     timeout: Duration | None = Field(default=None, gt=0, description="limit per attempt, such as 600 or 10m")
     when: str | None = Field(default=None, description="condition; the stage is skipped where it is false")
     matrix: dict[str, list[Any]] = Field(

@@ -35,7 +35,7 @@ from polytrope.models.formats import read_model
 from polytrope.models.inputs import forward
 from polytrope.models.selection import select_activations
 from polytrope.models.surgery import find_activations
-from polytrope.ops import Hermite, is_learnable_activation
+from polytrope.ops import Hermite, build_activation, is_learnable_activation
 from polytrope.ops.interpolate import FAMILIES
 from polytrope.pipeline.commands.cli import main
 from polytrope.pipeline.data.conversion_file import read_conversion
@@ -489,6 +489,46 @@ def test_distillation_trains_the_coefficients_only_and_brings_the_model_closer(b
             assert parameter.requires_grad
     with pytest.raises(ValueError, match="no learnable activation"):
         learned_activations(teacher)
+
+
+class Routed(torch.nn.Module):
+    """Two experts, of which the sign of the first number chooses, and a last layer."""
+
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList([build_activation(activation), build_activation(activation)])
+        self.head = torch.nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = (x[:, 0] > 0).long()
+        found = torch.empty_like(x)
+        for number, expert in enumerate(self.experts):
+            found[chosen == number] = expert(x[chosen == number])
+        output: torch.Tensor = self.head(found)
+        return output
+
+
+def test_what_distillation_cannot_be_relative_to_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    teacher, student = Routed("gelu"), Routed("hermite3")
+    x = torch.randn(16, 4)
+    for given in (x[x[:, 0] > 0], x[x[:, 0] <= 0]):  # no input: a learning rate of NaN
+        idle = int(bool(given[0, 0] <= 0))
+        with pytest.raises(ValueError, match=rf"activation `experts\.{idle}` receives nothing from the first batch"):
+            distill(teacher, student, [{"x": given}, {"x": x}], steps=2)
+    losses = distill(teacher, student, [{"x": x}, {"x": x[x[:, 0] > 0]}], steps=4)
+    assert all(map(np.isfinite, losses))
+    with torch.no_grad():
+        teacher.head.weight.zero_()
+        teacher.head.bias.zero_()
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(ValueError, match="for batch 0 the teacher gives nothing but 0, and no error can be relative"):
+        distill(teacher, student, [{"x": x}], steps=1)
+    teacher.head.bias.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="for batch 0 the teacher gives NaN or infinity"):
+        distill(teacher, student, [{"x": x}], steps=1)
+    assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
+    assert all(parameter.requires_grad for parameter in student.parameters())
 
 
 def test_the_stage_calibrates_on_a_data_set_of_the_shard_stage(tmp_path: Path) -> None:

@@ -134,6 +134,39 @@ def test_the_keys_of_cross_attention_have_the_padding_of_the_encoder() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_on_the_decoder_has_its_padding(tied: bool) -> None:
+    """T5 with tied embeddings scales what the decoder gives, so that the head receives another tensor."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1}
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=61, **sizes, decoder_start_token_id=0, tie_word_embeddings=tied)
+    for model in (T5ForConditionalGeneration(config).double().eval(), bart(encoder_layers=1, decoder_layers=1)):
+        (batch,) = _with_decoder_inputs(model, [padded()], lambda _text: None)
+        received_by_head: list[Tensor] = []
+        handle = model.lm_head.register_forward_pre_hook(
+            lambda _module, inputs, found=received_by_head: found.append(inputs[0].detach())
+        )
+        with torch.no_grad():
+            model(**batch)
+        handle.remove()
+        assert not torch.equal(batch["decoder_attention_mask"], batch["attention_mask"])  # as long, one place off
+        real = received_by_head[0][batch["decoder_attention_mask"] == 1]
+        shorter = {**batch, **{name: batch[name][:, :6] for name in ("input_ids", "attention_mask")}}
+        states = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+        encoded = {name: value for name, value in batch.items() if name != "input_ids"} | {"encoder_outputs": (states,)}
+        for given in (batch, encoded):
+            found = measure_inputs(model, {"lm_head": model.lm_head}, [shorter, given], forward, iter)["lm_head"]
+            before = measure_inputs(model, {"lm_head": model.lm_head}, [shorter], forward, iter)["lm_head"]
+            assert torch.allclose(found - before, real.T @ real, rtol=1e-9)
+        model.lm_head = nn.Sequential(nn.GELU(), model.lm_head)
+        (activation,) = (Activation(n, m) for n, m in model.named_modules() if n == "lm_head.0")
+        seen = calibrate(model, [activation], [batch], forward)
+        assert seen[activation.name].total == len(real) * 16
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def test_a_recovery_by_states_is_refused_where_half_of_the_blocks_are_the_encoders() -> None:
     model = bart(encoder_layers=1, decoder_layers=2)
     with pytest.raises(ValueError, match="BartForConditionalGeneration has an encoder and a decoder"):

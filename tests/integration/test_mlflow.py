@@ -329,6 +329,20 @@ def test_failed_stage_says_why_until_it_is_repaired(project: Path, server: Serve
     assert "polytrope.error" not in server.runs(project.name)["train"].data.tags
 
 
+def test_stage_that_failed_and_was_left_out_is_a_failed_run_of_one_that_succeeded(
+    project: Path, server: Server
+) -> None:
+    go_on(project, 10)
+    (project / "gates" / "fail").touch()
+    code, output = polytrope(project, "run", "w.yaml", *pauses(10), "--set", "stages.train.on_failure=skip")
+    assert code == 0, output
+    runs = server.runs(project.name)
+    assert (runs["train"].info.status, runs["parent"].info.status) == ("FAILED", "FINISHED")
+    assert runs["train"].data.tags["polytrope.skipped"] == "it failed (on_failure: skip): the corpus is gone"
+    assert runs["train"].data.params["parameters"] == "7"  # what it said before
+    assert runs["report"].data.metrics["models"] == 0
+
+
 def test_unreachable_server_is_refused_at_the_start_or_written_down_for_later(project: Path, server: Server) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"

@@ -307,6 +307,32 @@ def test_rational_far_from_zero(emulated: ctypes.CDLL, groups: int, interval: tu
         assert torch.equal(cuda.backward(own, seed, x, [parameters], frozen=True)[0], found)
 
 
+@pytest.mark.parametrize("center", [10.0, -1e5])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("family", [Family.RATIONAL_SPLINE, Family.PIECEWISE_LINEAR], ids=str)
+def test_pieces_far_from_zero(emulated: ctypes.CDLL, family: Family, groups: int, center: float) -> None:
+    formula = Formula(family, 8)
+    generator = torch.Generator().manual_seed(1)
+    parameters = torch.randn(groups, parameter_count(formula), generator=generator, dtype=torch.float64)
+    parameters = cuda.possible(parameters, formula)
+    if family == Family.RATIONAL_SPLINE:
+        parameters[:, :9] += center
+    else:
+        parameters[:, :7] += center
+        parameters[:, 7:15] -= parameters[:, 15:] * center
+    x = (3 * torch.randn(40, 96, generator=generator, dtype=torch.float64) + center).float()
+    seed = torch.randn(40, 96, generator=generator)
+    leaves = (x.double().requires_grad_(), parameters.requires_grad_())
+    exact = reference.evaluate(*leaves, formula)
+    call = cuda.describe(emulated, x, [parameters], formula)
+    found = cuda.forward(call, x, [parameters.detach()])
+    assert (found - exact).abs().max() < 1e-6 * exact.abs().max()
+    expected = torch.autograd.grad(exact, leaves, seed.double())
+    x_gradient, [sums] = cuda.backward(call, seed, x, [parameters.detach()])
+    for mine, right in zip((x_gradient, sums), expected, strict=True):
+        assert (mine.double() - right).abs().max() <= 5e-6 * right.abs().max()
+
+
 @pytest.mark.parametrize("degree", [3, 8])
 @pytest.mark.parametrize("columns", [64, 1501])
 def test_polynorm_keeps_its_highest_powers(emulated: ctypes.CDLL, columns: int, degree: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ import torch
 from activation_support import CONFIGS, activation, by_reference, inputs, label
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels_support import without_kernels
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from polytrope.ops import build_activation, cuda, functional, native, reference
+from polytrope.ops import PiecewiseLinear, build_activation, cuda, functional, native, reference
 from polytrope.ops.build import best_level
 from polytrope.ops.families import Family, Formula, parameter_count
 
@@ -307,6 +309,37 @@ def test_tensors_larger_than_the_cache_give_the_same_bits(
     request.getfixturevalue("without_cache")
     for found, exact in zip(gradients(module, x, seed), expected, strict=True):
         assert torch.equal(found, exact)
+
+
+@pytest.mark.parametrize("center", [0.0, 10.0, -1e3, 1e5])
+@pytest.mark.parametrize("pieces", [2, 8, 64])
+def test_broken_lines_are_as_exact_far_from_0_as_near_it(pieces: int, center: float) -> None:
+    """Against lines from knot to knot in float64. All begin at one point, so that the steepest says how exactly."""
+    generator = torch.Generator().manual_seed(0)
+    interval = [center - 4, center + 4]
+    config = {"name": "piecewise_linear", "degree": pieces, "interval": interval, "init": "relu"}
+    module = activation(config, torch.float32)
+    assert isinstance(module, PiecewiseLinear)
+    with torch.no_grad():
+        module.values.copy_(torch.randn(pieces + 1, generator=generator))
+    knots, values = module.knots, module.values.detach().double()
+    x = torch.linspace(center - 6, center + 6, 20_001, dtype=torch.float64).float()
+    seed = torch.randn(x.shape, generator=generator)
+    piece = torch.searchsorted(knots[1:-1].contiguous(), x.double())
+    share = (x.double() - knots[piece]) / knots.diff()[piece]
+    exact = values[piece] + values.diff()[piece] * share
+    size = exact.abs().max() + 8 * (values.diff() / knots.diff()).abs().max()
+    expected = torch.zeros_like(values)
+    expected.index_add_(0, piece, seed.double() * (1 - share)).index_add_(0, piece + 1, seed.double() * share)
+    for kernel in (True, False):
+        with contextlib.nullcontext() if kernel else without_kernels():
+            found = module(x)
+            (gradient,) = torch.autograd.grad(found, module.values, seed)
+        assert (found.double() - exact).abs().max() < 2.0**-23 * size
+        assert (gradient.double() - expected).abs().max() < 4e-6 * expected.abs().max()
+    form = module.plain()
+    numbers = {name: torch.from_numpy(value).float() for name, value in form.numbers.items()}
+    assert (form.formula(x, numbers).double() - exact).abs().max() < 2.0**-21 * size * math.sqrt(pieces)
 
 
 def parts_of(formula: Formula, packed: Tensor) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from polytrope.ops import Affine, PiecewiseLinear, RationalSpline, build_activation, kernels, moments, reference
 from polytrope.ops.families import Family, Formula
-from polytrope.ops.functional import rational_spline
+from polytrope.ops.functional import piecewise_linear, rational_spline
 from polytrope.ops.rational_spline import FLOOR, invert, tied
 
 
@@ -169,15 +169,78 @@ def test_kernels_agree_with_the_reference_at_knots_and_beyond(pieces: int) -> No
         assert torch.equal(torch.autograd.grad(rational_spline(ours[0], *parts), ours, seed)[1], gradients[1])
 
 
+@pytest.mark.parametrize("line", [0.0, 1.0, -3.0])
+@pytest.mark.parametrize("center", [0.0, 10.0, -1e3, 1e5])
+@pytest.mark.parametrize("pieces", [1, 8, 64])
+def test_far_from_0_float32_is_as_exact_as_near_it(pieces: int, center: float, line: float) -> None:
+    """Knots that no float32 is, and a function that is small where x is large: a few units of rounding of its size."""
+    knots, heights, slopes = random_spline(pieces, seed=4)
+    knots, heights = knots + center, heights + line * center
+    parts = (knots, heights, slopes, torch.tensor([line], dtype=torch.float64))
+    x = torch.linspace(center - 9, center + 9, 30_001, dtype=torch.float64).float().double()
+    seed = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    exact_leaves = [leaf.clone().requires_grad_() for leaf in (x, *parts)]
+    packed = torch.cat(exact_leaves[1:])[None]
+    exact = reference.evaluate(exact_leaves[0], packed, Formula(Family.RATIONAL_SPLINE, pieces))
+    exact_gradients = torch.autograd.grad(exact, exact_leaves, seed.float().double())
+    leaves = [x.float().requires_grad_(), *[part.clone().requires_grad_() for part in parts]]
+    found = rational_spline(leaves[0], *leaves[1:])
+    gradients = torch.autograd.grad(found, leaves, seed.float())
+    unit = torch.finfo(torch.float32).eps
+    assert float((found - exact).detach().abs().max()) < 3 * unit * float(exact.detach().abs().max())
+    slope_of_x, *of_numbers = ((mine - its).abs() for mine, its in zip(gradients, exact_gradients, strict=True))
+    steepest = float((slopes.max() + abs(line)) * seed.abs().max())
+    assert float(slope_of_x.max()) < 16 * unit * steepest
+    for difference, its in zip(of_numbers, exact_gradients[1:], strict=True):
+        assert float(difference.max()) < 200 * unit * float(its.abs().max())
+
+
+@pytest.mark.parametrize("center", [10.0, 1e3, 1e5])
+def test_the_reference_itself_loses_nothing_far_from_0(center: float) -> None:
+    """A spline moved to a center is the same function of what is left of x, to the digits of its knots there."""
+    knots, heights, slopes = random_spline(8)
+    none = torch.zeros(1, dtype=torch.float64)
+    exactly = knots.float().double()  # these and the center add without rounding
+    x = torch.linspace(-6, 7, 1001).double()
+    parts = (heights, slopes, none)
+    near, far = (
+        reference.evaluate(x + at, torch.cat([exactly + at, *parts])[None], Formula(Family.RATIONAL_SPLINE, 8))
+        for at in (0.0, center)
+    )
+    assert torch.equal(exactly + center - center, exactly)
+    assert (near - far).abs().max() < 1e-14
+
+
 def test_what_the_function_takes_is_checked() -> None:
     knots, line = torch.linspace(-1, 1, 4), torch.zeros(1)
     x = torch.zeros(3)
     with pytest.raises(ValueError, match="slopes: expected 4 per group"):
         rational_spline(x, knots, knots, torch.ones(3), line)
     with pytest.raises(ValueError, match="knots: expected pieces from 1 to 64, got 65"):
-        rational_spline(x, *[torch.arange(66.0)] * 3, line)
+        rational_spline(x, *[torch.arange(1.0, 67.0)] * 3, line)
     with pytest.raises(ValueError, match=r"line: expected \[1\] or \[groups, 1\], got \[4\]"):
         rational_spline(x, knots, knots, knots, knots)
+    rising, one = torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.5, 1.0]]), torch.ones(2, 3)
+    for wrong, got in (
+        ([0.0, 1.0, 1.0], "1.0 before 1.0"),
+        ([0.0, 2.0, 1.0], "2.0 before 1.0"),
+        ([0.0, torch.nan, 1.0], "0.0 before nan"),
+    ):
+        numbers = torch.tensor([[0.0, 1.0, 2.0], wrong])
+        with pytest.raises(ValueError, match=f"knots: expected rising numbers, got {got}"):
+            rational_spline(torch.zeros(4), numbers, rising, one, torch.zeros(2, 1))
+        with pytest.raises(ValueError, match=f"heights: expected rising numbers, got {got}"):
+            rational_spline(torch.zeros(4), rising, numbers, one, torch.zeros(2, 1))
+        with pytest.raises(ValueError, match=f"knots: expected rising numbers, got {got}"):
+            piecewise_linear(torch.zeros(4), numbers[1], rising)
+    with pytest.raises(ValueError, match=r"slopes: expected numbers above 0, got 0\.0"):
+        rational_spline(x, knots, knots, torch.tensor([1.0, 1.0, 0.0, 1.0]), line)
+    compiled = torch.compile(rational_spline, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, knots, knots, torch.ones(4), line), x)
+    with pytest.raises(RuntimeError, match="knots: expected rising numbers"):
+        compiled(x, knots.flip(0), knots, torch.ones(4), line)
+    each = torch.func.vmap(rational_spline, in_dims=(0, None, None, None, None))
+    assert torch.equal(each(x[:, None], knots, knots, torch.ones(4), line), x[:, None])
     before = kernels.fallbacks["activation"]
     rational_spline(x, knots, knots, torch.ones(4), line)
     assert kernels.fallbacks["activation"] == before
@@ -191,6 +254,11 @@ def test_it_compiles_and_its_plain_form_is_the_same_function() -> None:
     form, x = module.plain(), 3 * inputs(200)
     numbers = {name: torch.from_numpy(value) for name, value in form.numbers.items()}
     assert (form.formula(x, numbers) - module(x)).abs().max() < 1e-13
+    far = moved(RationalSpline(8, interval=(996.0, 1004.0), init="relu", dtype=torch.float64))
+    form, x = far.plain(), torch.linspace(990, 1010, 4001)
+    numbers = {name: torch.from_numpy(value).float() for name, value in form.numbers.items()}
+    expected = far(x.double())
+    assert (form.formula(x, numbers) - expected).abs().max() < 4e-7 * expected.abs().max()
     compiled = torch.compile(module.float(), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x.float()), module(x.float()))
 

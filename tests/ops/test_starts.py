@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -240,6 +242,32 @@ def test_a_learned_recurrence_starts_as_a_function() -> None:
 def test_a_start_that_a_family_does_not_have_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_activation(config)
+
+
+@pytest.mark.parametrize("name", ["hermite", "chebyshev", "legendre"])
+@pytest.mark.parametrize("interval", [[0.0, 1e-6], [-1e-7, 0.0], [90.0, 90.5]])
+def test_an_interval_that_spoils_a_start_is_named_with_ways_out_that_work(name: str, interval: list[float]) -> None:
+    """Powers of x cannot tell such inputs apart; the degree is not to blame."""
+    config: dict[str, Any] = {"name": name, "degree": 8, "interval": interval, "init": "gelu"}
+    with pytest.raises(ValueError, match=rf"interval: {name} of degree 8 on \[") as caught:
+        build_activation(config)
+    ways = re.search(
+        r"give it variable: (\[.*?\]), or (\[.*?\]) is wide enough, or leave interval out$", str(caught.value)
+    )
+    assert ways is not None, caught.value
+    variable, wide = map(json.loads, ways.groups())
+    module = build_activation({**config, "variable": variable})
+    assert error(module, NAMED["gelu"], *interval) < 1e-6 * max(1.0, interval[1])
+    assert wide[0] < interval[0] < interval[1] < wide[1]
+    build_activation({**config, "interval": wide})
+    build_activation({**config, "interval": None})
+
+
+def test_an_interval_in_which_a_rational_start_is_no_number_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"interval: rational of degree 3 on \[0, 1e-30\] is no finite number in float32"
+    ):
+        build_activation({"name": "rational", "degree": 3, "interval": [0.0, 1e-30], "init": "gelu"})
 
 
 def test_what_a_class_says_is_what_its_modules_do() -> None:

@@ -138,6 +138,39 @@ def test_retries_are_spent_then_the_stage_fails_with_the_last_error(place: Place
     assert state.error == "`s` failed"
 
 
+def test_a_stage_that_may_fail_is_left_out_and_stays_so_when_the_run_is_resumed(place: Place) -> None:
+    """What was made without it is not made anew because it might work now: only `force` tries it again."""
+    stages = {
+        "a": {"uses": "make"},
+        "bad": {"uses": "fail_until", "retries": 1, "on_failure": "skip", "with": {"attempts": 3}},
+        "behind": {"uses": "copy", "inputs": {"source": "bad"}},
+        "both": {"uses": "join", "inputs": {"parts": ["a", "bad"]}},
+        "last": {"uses": "fail_until", "inputs": {}, "after": ["both"], "with": {"attempts": 1, "how": "user"}},
+    }
+    fields = {"fail_fast": True}  # it does not stop the others
+    state = place.run(stages, run_id="mine", resume=False, fields=fields)
+    assert {name: stage.state for name, stage in state.stages.items()} == {
+        "a": "succeeded", "bad": "skipped", "behind": "skipped", "both": "succeeded", "last": "failed",
+    }  # fmt: skip
+    assert place.types("bad") == ["stage_started", "stage_retrying", "stage_started", "stage_skipped"]
+    reason = state.stages["bad"].reason
+    assert reason == "it failed (on_failure: skip): ValueError: try 2 of bad"
+    assert (state.status, state.error) == ("failed", "`last` failed")
+    assert place.text(state, "both") == "x"
+
+    state = place.run(stages, run_id="mine", resume=True, fields=fields)
+    assert state.status == "succeeded"
+    assert place.types("bad")[4:] == ["stage_skipped"]  # after those of the first attempt
+    assert state.stages["bad"].reason == reason
+    assert place.types("both").count("stage_started") == 1
+    assert fold(read(place.store.run_directory("mine"))) == state
+
+    forced = dataclasses.replace(FAST, force=frozenset({"bad"}))
+    state = place.run(stages, forced, run_id="mine", resume=True, fields=fields)
+    assert [state.stages[name].state for name in ("bad", "behind", "both")] == ["succeeded"] * 3
+    assert state.stages["bad"].attempt == 4
+
+
 def test_a_mistake_of_the_user_is_not_retried(place: Place) -> None:
     state = place.run({"s": {"uses": "fail_until", "retries": 5, "with": {"attempts": 9, "how": "user"}}})
     error = state.stages["s"].error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.nn import functional as F
 
 from polytrope.models import build_model
@@ -15,6 +17,7 @@ from polytrope.pipeline.stages.train.activations import apply_activation_options
 from polytrope.pipeline.stages.train.coefficient_rates import coefficient_multiple
 from polytrope.pipeline.stages.train.parameters import ModelParameters
 
+ROOT = Path(__file__).parents[2]
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 32, "sequence_length": 8}
 RECIPE: dict[str, Any] = {"init": "gelu", "interval": [-4, 4]}
 
@@ -54,6 +57,21 @@ def test_what_is_not_said_is_added_and_what_is_said_stays(
     activation: Any, options: dict[str, Any], expected: Any
 ) -> None:
     assert settings_of(activation, **options)["activation"] == (activation if expected is None else expected)
+
+
+def test_what_a_recorded_benchmark_trained_says_its_start_and_interval_itself() -> None:
+    """Figures of before there was a default are of these; a name alone would be another model now."""
+    from benchmarks.train import HERMITE
+
+    content = yaml.safe_load((ROOT / "workflows" / "grokking.yaml").read_text(encoding="utf-8"))
+    matrices = [content["stages"][stage]["matrix"]["activation"] for stage in ("bases", "scales")]
+    entries = [entry for matrix in matrices for entry in matrix if isinstance(entry, dict)]
+    recorded = [{key: entry[key] for key in entry if key != "label"} for entry in entries if entry["name"] == "hermite"]
+    for entry in (HERMITE, *recorded):
+        assert entry["init"] == "variance_preserving"
+        assert entry["interval"] is None
+        assert settings_of(entry)["activation"] == entry
+    assert len(recorded) == 3
 
 
 def test_each_entry_of_a_list_starts_by_itself() -> None:

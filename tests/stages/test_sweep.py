@@ -42,6 +42,8 @@ def train(context: StageContext, dataset: Artifact, rate: float, steps: int, mod
     """The smaller the rate, the better; a large one diverges."""
     if Path("break").exists() and steps > 10:
         raise RuntimeError("broken")
+    if Path("small").exists() and rate > float(Path("small").read_text()):
+        raise RuntimeError("no memory")
     with open("calls", "a") as calls:
         print(steps, file=calls)
     training = {"format": 1, "architecture": "gpt2", "parameters": 1, "steps": steps, "val/loss": rate + 1 / steps}
@@ -161,6 +163,48 @@ def test_later_batches_are_drawn_by_what_the_trials_before_came_to(project: Path
     assert more["search/batch3/trial012"].state == "succeeded"
 
 
+def test_trials_that_fail_are_left_out_up_to_a_limit(project: Path) -> None:
+    settings: dict[str, Any] = {"trials": 12, "sampler": "tpe", "halving": None}
+    settings["stage"] = {**TRIAL, "with": {**TRIAL["with"], "steps": 20}}
+    (project / "small").write_text("0.05")  # larger rates have no memory
+    with pytest.raises(RunFailedError, match="RuntimeError: no memory"):
+        start(project, **settings)
+    rates = [
+        values["rate"]
+        for values in draw_trials(SweepParameters.model_validate({**SWEEP, **settings}), range(4)).values()
+    ]
+    many = sum(float(rate) > 0.05 for rate in rates)
+    assert many >= 2
+    with pytest.raises(RunFailedError, match=rf"{many} of 4 trials failed, and failed_trials allows {many - 1}"):
+        start(project, **settings, failed_trials=many - 1)
+
+    result = start(project, **settings, failed_trials=8)
+    rows = json.loads((result["search/overview"].path / "sweep.json").read_text())
+    failed = {row["trial"]: row for row in rows if row.get("left_out") == "it failed"}
+    assert len(rows) == 12
+    assert many <= len(failed) <= 8
+    assert all(row["rate"] > 0.05 and row["val/loss"] is None for row in failed.values())
+    skipped = {name.split("/")[-1] for name in result if result[name].state == "skipped"}
+    assert skipped == set(failed)
+    assert {str(result[name].reason) for name in result if result[name].state == "skipped"} == {
+        "it failed (on_failure: skip): RuntimeError: no memory"
+    }
+    best = min(row["rate"] for row in rows if row["trial"] not in failed)
+    assert (result["search/best"].path / "weights").read_text().startswith(f"{best} 20 ")
+    again = start(project, **settings, failed_trials=8)  # fails in the same trials, draws the same
+    assert {again[name].state for name in again if name.split("/")[-1] not in failed} == {"cached"}
+
+
+def test_rounds_go_on_without_the_trials_that_fail(project: Path) -> None:
+    (project / "small").write_text("0.05")
+    result = start(project, failed_trials=5)
+    trials = json.loads((result["search"].path / "trials.json").read_text())
+    fine = sorted((name for name in trials if trials[name]["rate"] <= 0.05), key=lambda name: trials[name]["rate"])
+    assert 0 < len(fine) < 6
+    assert {name for name in result if name.startswith("search/round1/")} == {f"search/round1/{n}" for n in fine[:2]}
+    assert (result["search/best"].path / "weights").read_text().startswith(f"{trials[fine[0]]['rate']} 30 ")
+
+
 def test_results_are_told_in_the_order_of_the_trials(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[float | None] = []
 
@@ -170,8 +214,9 @@ def test_results_are_told_in_the_order_of_the_trials(project: Path, monkeypatch:
 
     monkeypatch.setattr(learning, "draw_by_results", drawn)
     sweep = SweepParameters.model_validate({**SWEEP, "halving": None, "trials": 1003, "sampler": "tpe", "batch": 1002})
+    sweep.failed_trials = 1000
     models = {}
-    for number in (1001, 102, 1000, 999):  # the others were skipped
+    for number in (1001, 102, 1000, 999):  # the others failed
         directory = project / trial_name(number)
         directory.mkdir()
         training = {"format": 1, "architecture": "gpt2", "parameters": 1, "steps": 1, "val/loss": number}
@@ -216,6 +261,7 @@ def test_many_batches_are_checked_in_as_few_graphs_as_two(project: Path, monkeyp
         ({"ranges": {"rate": [0.1, 3, 3]}}, "with.ranges: `rate` has equal values: 3 and 3"),
         ({"ranges": {"rate": [True, 0.5, 1]}}, "with.ranges: `rate` has equal values: True and 1"),
         ({"ranges": {"rate": [0.5, math.nan]}}, "with.ranges: `rate` has a value that is not finite: nan"),
+        ({"failed_trials": 6}, "with.failed_trials: 6 of 6 trials are all of them"),
         ({"trials": 2}, "with.trials: 2 are too few for 2 rounds, each of which takes one in 3"),
         ({"halving": {**SWEEP["halving"], "parameter": "step"}}, "with.halving.parameter: .* has no parameter `step`"),
         ({"ranges": {"rate": {"low": 2, "high": 1}}}, r"low \(2\) is not below high \(1\)"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,8 +89,10 @@ def distill(
             What that is for a coefficient depends on the basis, its variable, and where the straight lines begin.
 
     Raises:
-        ValueError: with `features`, models whose blocks are not known, or not as many in both, or a block of the
-            teacher whose states are all the same number.
+        ValueError: a batch for which the teacher gives nothing but 0, or no finite numbers; an activation that receives
+            nothing from the first batch, or that its coefficients do not move there; with `features`, models whose
+            blocks are not known, or not as many in both, or a block of the teacher whose states are all the same
+            number.
     """
     here, there = (find_blocks(model) if features else [] for model in (teacher, student))
     if len(here) != len(there):
@@ -98,8 +100,9 @@ def distill(
             f"features: the teacher has {len(here)} blocks and the student {len(there)}, and nothing says which belong "
             "together"
         )
+    names = {module: name for name, module in student.named_modules()}
     groups: list[dict[str, Any]] = [
-        {"params": list(module.parameters(recurse=False)), "rate": learning_rate / response(module, inputs)}
+        {"params": list(module.parameters(recurse=False)), "rate": learning_rate / _response(module, inputs, names)}
         for module, inputs in received(student, batches[0]).items()
     ]
     wanted = {id(parameter) for group in groups for parameter in group["params"]}
@@ -112,7 +115,8 @@ def distill(
     try:
         with evaluation_mode(teacher), evaluation_mode(student):  # no dropout: the target has none
             for step in range(steps):
-                batch = batches[order[step % len(order)]]
+                number = order[step % len(order)]
+                batch = batches[number]
                 for group in optimizer.param_groups:
                     group["lr"] = group["rate"] * 0.5 * (1 + math.cos(math.pi * step / steps))
                 mask = mask_of(student, batch)
@@ -120,9 +124,8 @@ def distill(
                     target = counted(forward(teacher, batch), mask)
                 with states_behind(student, there) as states:
                     output = counted(forward(student, batch), mask)
-                loss = (output - target).square().sum() / target.square().sum()
-                if features:
-                    loss = loss + features * feature_error(states, aims, mask, here)
+                of_states = features * feature_error(states, aims, mask, here) if features else 0.0
+                loss = (output - target).square().sum() / _size(target, number) + of_states
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -131,3 +134,39 @@ def distill(
         for parameter in frozen:
             parameter.requires_grad_(True)
     return losses
+
+
+def _response(module: LearnableActivation, inputs: Tensor, names: Mapping[nn.Module, str]) -> float:
+    """How far its coefficients move an activation, more than 0.
+
+    Raises:
+        ValueError: it does not move, or there are no inputs; names it.
+    """
+    name = names[module]
+    if not inputs.numel():
+        raise ValueError(
+            f"activation `{name}` receives nothing from the first batch (batch 0), so that no learning rate can be "
+            "told for it; put a batch first that reaches it"
+        )
+    found = response(module, inputs)
+    if not 0.0 < found < math.inf:
+        raise ValueError(
+            f"activation `{name}` moves by {found:g} with its coefficients on what it receives from the first batch "
+            "(batch 0), so that no learning rate can be told for it; put a batch first with other inputs"
+        )
+    return found
+
+
+def _size(target: Tensor, number: int) -> float:
+    """The sum of squares that errors are relative to.
+
+    Raises:
+        ValueError: 0, or not finite.
+    """
+    size = float(target.double().square().sum())
+    if not 0.0 < size < math.inf:
+        what = "no position that counts" if not target.numel() else "nothing but 0" if size == 0 else "NaN or infinity"
+        raise ValueError(
+            f"for batch {number} the teacher gives {what}, and no error can be relative to that; leave the batch out"
+        )
+    return size

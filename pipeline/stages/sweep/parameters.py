@@ -65,6 +65,11 @@ class SweepParameters(BaseModel):
         "draws a batch by what the trials before came to (`pip install 'polytrope[optuna]'`)",
     )
     batch: int = Field(4, ge=1, description="of tpe: trials that are drawn at a time; the first batch is halton's")
+    failed_trials: int = Field(
+        0,
+        ge=0,
+        description="so many trials may fail after their retries, and are left out; one more ends the search",
+    )
     seed: int = Field(0, ge=0, description="of the points that are tried")
 
     @field_validator("ranges")

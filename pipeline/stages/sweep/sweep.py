@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from polytrope.pipeline.data.training_file import DISTILLATION_TERMS, figure_names, figure_of_training
@@ -66,6 +66,11 @@ def check(parameters: SweepParameters, _upstream: Mapping[str, Any]) -> None:
         raise UserError(
             "sampler: tpe learns from trials that are trained alike, and halving trains few of them long",
             "leave one of them out",
+        )
+    if parameters.failed_trials >= parameters.trials:
+        raise UserError(
+            f"failed_trials: {parameters.failed_trials} of {parameters.trials} trials are all of them",
+            f"at most {parameters.trials - 1}",
         )
     if (halving := parameters.halving) is not None:
         needed = halving.factor ** (halving.rounds - 1)
@@ -128,6 +133,7 @@ def _stages(parameters: SweepParameters, trials: Mapping[str, dict[str, Value]])
         "uses": "select",
         "inputs": {"models": last},
         "with": {"metric": parameters.metric, "mode": parameters.mode},
+        **({"after": ["overview"]} if parameters.failed_trials else {}),  # which counts those that failed
     }
     stages["overview"] = {
         "uses": _OVERVIEW,
@@ -141,6 +147,7 @@ def _stages(parameters: SweepParameters, trials: Mapping[str, dict[str, Value]])
 def next_round(context: StageContext, models: dict[str, Artifact], parameters: NextRoundParameters) -> Stages:
     """Choose the best trials of the round before and return them with a larger budget, trained from the start."""
     sweep, number = parameters.sweep, parameters.number
+    _check_failed(sweep, sweep.kept(number - 1), models)
     found = {name: figure_of_training(model.path, sweep.metric) for name, model in models.items()}
     values = {name: value for name, (value, _) in found.items() if value is not None}
     if not values:
@@ -174,6 +181,7 @@ def draw_batch(
     values = _values(parameters.trials, draws)
     found = {label.split("/")[-1]: figure_of_training(model.path, sweep.metric)[0] for label, model in models.items()}
     numbers = sweep.batches()[parameters.number]
+    _check_failed(sweep, numbers.start, found)
     earlier = [name for name in map(trial_name, range(numbers.start)) if name in found]
     drawn = draw_by_results(sweep, [(values[name], found[name]) for name in earlier], numbers)
     _write_trials(context, drawn)
@@ -194,11 +202,24 @@ def overview(
         value, why = figure_of_training(model.path, sweep.metric)
         row = {"trial": name, "round": int(round_name.removeprefix("round")), **values[name]}
         rows.append({**row, sweep.metric: value, **({"left_out": why} if why else {})})
+    ended = {label.split("/")[-1] for label in models if label.startswith("round0/")}
+    _check_failed(sweep, len(values), ended)
+    for name in (name for name in values if name not in ended):
+        rows.append({"trial": name, "round": 0, **values[name], sweep.metric: None, "left_out": "it failed"})
     (context.output / "sweep.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (context.output / "sweep.png").write_bytes(draw_coordinates(rows, list(sweep.ranges), sweep.metric, sweep.mode))
     context.log_artifact("sweep.json", parent=True)
     context.log_artifact("sweep.png", parent=True)
     return {"rows": len(rows), "left_out": sum("left_out" in row for row in rows)}
+
+
+def _check_failed(sweep: SweepParameters, expected: int, found: Collection[str]) -> None:
+    """Refuse to go on with fewer trials than `failed_trials` allows."""
+    if (failed := expected - len(found)) > sweep.failed_trials:
+        raise UserError(
+            f"{failed} of {expected} trials failed, and failed_trials allows {sweep.failed_trials}",
+            "`polytrope status` says why; mend the cause and resume with them by `--force`, or raise failed_trials",
+        )
 
 
 def _write_trials(context: StageContext, trials: Mapping[str, Mapping[str, Value]]) -> None:
@@ -231,6 +252,8 @@ def draw_trials(parameters: SweepParameters, numbers: range) -> dict[str, dict[s
 def _trial(sweep: SweepParameters, number: int, values: Mapping[str, Value]) -> dict[str, Any]:
     """The stage of a trial in a round."""
     spec = copy.deepcopy(sweep.stage)
+    if sweep.failed_trials:
+        spec.setdefault("on_failure", "skip")
     given = spec["with"] = dict(spec.get("with") or {})
     for name, value in {**values, **sweep.budget(number)}.items():
         *path, last = name.split(".")

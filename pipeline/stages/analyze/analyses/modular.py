@@ -220,5 +220,8 @@ def _drift(model: Path, network: nn.Module, rows: torch.Tensor, missing: list[st
         missing.append("kernel_drift: the weights before training are not there; train with keep_initial: true")
         return None
     before = tangent_kernel(load_model(model / INITIAL).double(), rows)
+    if not bool(before.any()):
+        missing.append("kernel_drift: the kernel before training is 0, and nothing is relative to that")
+        return None
     now = tangent_kernel(network, rows)
     return float((now - before).norm() / before.norm())
