@@ -177,8 +177,8 @@ def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
     file = content("recipe")
     means: dict[str, list[str]] = {}
     for rates in file["base_rates"]:
-        if rates["precision"] == "bf16":
-            continue  # of larger models
+        if rates["precision"] == "bf16" or rates["corpus"] in ("digits", "mnist-5k"):
+            continue  # of larger models and of images
         assert (rates["corpus"], rates["chosen"]) == ("state-of-the-union", 3e-3)
         means[rates["name"]] = [f"{rate['mean']:.3f}" for rate in rates["rates"]]  # 1.5e-3, 3e-3, 6e-3
     told = [
