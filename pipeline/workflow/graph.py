@@ -23,10 +23,10 @@ from polytrope.pipeline.workflow.code import Code, read_code, read_named_code
 from polytrope.pipeline.workflow.conditions import condition_stages, evaluate_condition
 from polytrope.pipeline.workflow.encoding import encode_fields
 from polytrope.pipeline.workflow.loaded import stale_module
-from polytrope.pipeline.workflow.matrix import Branch, branches, node_name
+from polytrope.pipeline.workflow.matrix import Branch, Meanings, branches, node_name, same_value
 from polytrope.pipeline.workflow.reads import read_digests
 from polytrope.pipeline.workflow.references import environment_names, has_reference, resolve_environment, substitute
-from polytrope.pipeline.workflow.refusals import named_field, refuse_booleans, validation_error, value_at
+from polytrope.pipeline.workflow.refusals import named_field, refuse_booleans, show, validation_error, value_at
 from polytrope.pipeline.workflow.source import KeyPath
 from polytrope.pipeline.workflow.spec import StageSpec, Workflow
 
@@ -185,7 +185,12 @@ def build_graph(
     """
     if str(workflow.directory) not in sys.path:  # stages of one's own may stand beside the workflow file
         sys.path.append(str(workflow.directory))
-    names = _Names({name: branches(workflow, name, spec) for name, spec in workflow.stages.items()}, workflow.returned)
+    found = {name: branches(workflow, name, spec) for name, spec in workflow.stages.items()}
+    names = _Names(
+        {name: made for name, (made, _) in found.items()},
+        {name: meanings for name, (_, meanings) in found.items()},
+        workflow.returned,
+    )
     drafts: dict[str, StageNode] = {}
     stages = _Stages(workflow, known or {})
     for spec_name, spec in workflow.stages.items():
@@ -211,16 +216,20 @@ class _Names:
 
     Args:
         branches: of every stage.
+        meanings: what their labels mean.
         returned: stages whose further stages are among them.
         scope: the stage that returned the one that refers, or "": its siblings are found first.
+        reader: the one that refers.
     """
 
     branches: Mapping[str, list[Branch]]
+    meanings: Mapping[str, Meanings]
     returned: frozenset[str]
     scope: str = ""
+    reader: str = ""
 
     def seen_by(self, spec_name: str) -> _Names:
-        return replace(self, scope=parent_stage(spec_name))
+        return replace(self, scope=parent_stage(spec_name), reader=spec_name)
 
     def find(self, reference: str) -> str | None:
         """The full name of a stage, or of what it returned or may return (`STAGE/NAME`, `STAGE/*`); None: unknown."""
@@ -587,7 +596,24 @@ def _resolve(place: str, reference: str, branch: Mapping[str, str], names: _Name
         axes = dict.fromkeys(axis for _, labels in candidates for axis in labels if axis in branch)
         wanted = ", ".join(f"{axis}={branch[axis]}" for axis in axes)
         raise UserError(f"{place}: `{reference}` has no branch with {wanted}", "give both stages the same values")
+    _refuse_homonyms(place, reference, spec_name, branch, {axis for _, labels in matching for axis in labels}, names)
     return matching
+
+
+def _refuse_homonyms(
+    place: str, reference: str, spec_name: str, branch: Mapping[str, str], axes: set[str], names: _Names
+) -> None:
+    """Refuse to connect two branches that are called the same and have other values."""
+    for axis, label in branch.items():
+        if axis not in axes:
+            continue
+        wanted, given = (names.meanings[stage][axis][label] for stage in (names.reader, spec_name))
+        if not same_value(wanted, given):
+            raise UserError(
+                f"{place}: `{reference}` has a branch {axis}={label} too, but of another value: {show(given)}, not "
+                f"{show(wanted)}",
+                "give both stages the same values, or, where they belong together nevertheless, the same `label:`",
+            )
 
 
 def _returned(place: str, name: str, branch: Mapping[str, str], names: _Names) -> list[tuple[str, dict[str, str]]]:
