@@ -18,6 +18,7 @@ from polytrope.pipeline.workflow.graph import StageNode, condition_holds
 from polytrope.pipeline.workflow.keys import explain, key_components, stage_key
 
 Action = Literal["hit", "run", "unknown", "skip"]
+_FIRST = ("skip", "unknown", "run")  # what an upstream stage and the stage's own condition decide: the first counts
 
 
 class Artifact(Protocol):
@@ -137,9 +138,8 @@ def make_plan(
     for name, node in graph.items():
         past = list((history or {}).get(name, ()))
         predicted = next((item.duration for item in past if item.duration is not None), None)
-        decided = _dependencies(node, plan)
-        if decided is None:
-            decided = _condition(node, params or {}, plan, summaries)
+        found = (_dependencies(node, plan), _condition(node, params or {}, plan, summaries))
+        decided = min((item for item in found if item), key=lambda item: _FIRST.index(item[0]), default=None)
         if decided is not None:
             action, reasons = decided
             plan[name] = PlannedStage(name, action, reasons, None, predicted)

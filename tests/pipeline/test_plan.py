@@ -174,3 +174,15 @@ def test_conditions_are_decided_as_far_as_they_can_be() -> None:
     assert plan.stages["after"].reasons == ["its input source comes from never, which is skipped"]
     assert plan.stages["good"].action == "run"
     assert make_plan(graph, EMPTY, params={"degree": 3}).stages["good"].action == "unknown"
+
+
+def test_a_condition_decides_also_where_an_input_will_be_computed() -> None:
+    graph = chain()
+    graph["never"] = node("never", use, {"source": "a"}, when="params.degree > 3")
+    graph["behind"] = node("behind", use, {"source": "never"})
+    graph["perhaps"] = node("perhaps", use, {"source": "a"}, when="stages.a.loss < 3", after=("a",))
+    graph["both"] = node("both", use, {"source": "never"}, when="params.degree > 3")
+    plan = make_plan(graph, EMPTY, params={"degree": 3}).stages
+    assert [plan[name].action for name in ("a", "never", "behind", "perhaps")] == ["run", "skip", "skip", "unknown"]
+    assert plan["never"].reasons == ["`when: params.degree > 3` does not hold"]
+    assert plan["both"].reasons == ["its input source comes from never, which is skipped"]  # as the run says
