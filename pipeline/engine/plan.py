@@ -13,7 +13,6 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors.base import Capacity, Usage
 from polytrope.pipeline.runs.history import Past
 from polytrope.pipeline.runs.journal import RESULT_STATES
-from polytrope.pipeline.workflow.conditions import condition_stages
 from polytrope.pipeline.workflow.graph import StageNode, condition_holds
 from polytrope.pipeline.workflow.keys import explain, key_components, stage_key
 
@@ -184,8 +183,9 @@ def _condition(
 ) -> tuple[Action, list[str]] | None:
     if node.when is None:
         return None
-    if condition_stages(node.when) and any(plan[name].action in ("run", "unknown") for name in node.after):
-        return "unknown", [f"depends on `{node.when}`, known when {', '.join(node.after)} has ended"]
+    pending = [name for name in node.when_reads.values() if plan[name].action in ("run", "unknown")]
+    if pending:
+        return "unknown", [f"depends on `{node.when}`, known when {', '.join(pending)} has ended"]
     try:
         holds = condition_holds(node, params, summaries)
     except UserError as error:

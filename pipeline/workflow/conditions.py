@@ -125,6 +125,11 @@ def evaluate_condition(
         raise UserError(f"`{text}`: {type(node).__name__} is not accepted in a condition", _HINT)
 
     def look_up(group: Any, name: Any) -> Any:
+        if group is stages and name not in stages:
+            raise UserError(
+                f"when: `{text}`: `{name}` was skipped, so it has no metrics",
+                "give this stage the condition of that one, before `and`",
+            )
         if not isinstance(group, Mapping) or name not in group:
             raise UserError(
                 f"when: `{text}`: there is no `{name}`", suggest(str(name), group) if isinstance(group, Mapping) else ""

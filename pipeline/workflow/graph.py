@@ -50,6 +50,7 @@ class StageNode:
         also_retry_bugs: a plain bug of the function counts as a reason for one.
         timeout: seconds per attempt, or None.
         when: condition, see `polytrope.pipeline.workflow.conditions`.
+        when_reads: stage in the condition → the node whose metrics it means.
         environment: variables that belong to the key, with their values.
         code: of the stage, as it was when the graph was built.
         named_code: of the functions that its parameters name, or its inputs are made by.
@@ -85,6 +86,7 @@ class StageNode:
     matrix: dict[str, Any] = field(default_factory=dict)
     open: bool = False
     also_retry_bugs: bool = False
+    when_reads: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     @functools.cached_property
     def encoded_parameters(self) -> dict[str, Any]:
@@ -343,7 +345,7 @@ def _draft(
 ) -> StageNode:
     definition = loaded.definition
     values = _expanded(workflow, spec_name, spec, matrix)
-    inputs, after = _inputs(workflow, spec_name, spec, values, definition, branch, names)
+    inputs, after, when_reads = _inputs(workflow, spec_name, spec, values, definition, branch, names)
     secrets = environment_names(values["with"])
     if parent := parent_stage(spec_name):
         after = tuple(dict.fromkeys((parent, *after)))
@@ -367,6 +369,7 @@ def _draft(
         secrets=tuple(sorted(secrets)),
         matrix=matrix,
         open=any(map(names.is_open, _references(spec, values))),
+        when_reads=when_reads,
     )
     try:
         _ = node.encoded_parameters
@@ -473,7 +476,7 @@ def _inputs(
     definition: StageDefinition,
     branch: dict[str, str],
     names: _Names,
-) -> tuple[dict[str, NodeInput], tuple[str, ...]]:
+) -> tuple[dict[str, NodeInput], tuple[str, ...], dict[str, str]]:
     given, when = values["inputs"], values["when"]
     for key in given:
         if key not in definition.inputs:
@@ -510,18 +513,18 @@ def _inputs(
         for reference in spec.after
         for item, _ in _resolve(workflow.where("stages", name, "after"), reference, branch, names)
     ]
-    after += _condition_nodes(workflow, name, when, branch, names)
-    return inputs, tuple(dict.fromkeys(after))
+    when_reads = _condition_nodes(workflow, name, when, branch, names)
+    return inputs, tuple(dict.fromkeys((*after, *when_reads.values()))), when_reads
 
 
 def _condition_nodes(
     workflow: Workflow, name: str, when: str | None, branch: dict[str, str], names: _Names
-) -> list[str]:
-    """The nodes whose metrics `when:` reads: each reference must mean exactly one."""
+) -> dict[str, str]:
+    """The nodes whose metrics `when:` reads, by reference: each must mean exactly one."""
     if when is None:
-        return []
+        return {}
     place = workflow.where("stages", name, "when")
-    nodes: list[str] = []
+    nodes: dict[str, str] = {}
     try:
         references = condition_stages(when)
     except UserError as error:
@@ -533,7 +536,7 @@ def _condition_nodes(
                 f"{place}: `{reference}` has {len(found)} branches, but a condition reads one",
                 f'for example `stages["{found[0]}"].METRIC`',
             )
-        nodes += found
+        nodes[reference] = found[0]
     return nodes
 
 
@@ -814,12 +817,5 @@ def condition_holds(node: StageNode, params: Mapping[str, Any], summaries: Mappi
     """
     if node.when is None:
         return True
-    stages = dict(summaries)
-    for reference in condition_stages(node.when):
-        for candidate in scoped_names(parent_stage(node.spec_name), reference):
-            found = [name for name in node.after if name == candidate or name.startswith(f"{candidate}[")]
-            if found and found[0] in summaries:
-                stages[reference] = summaries[found[0]]
-            if found:
-                break
+    stages = {reference: summaries[name] for reference, name in node.when_reads.items() if name in summaries}
     return evaluate_condition(node.when, params=params, matrix=node.matrix, stages=stages)

@@ -461,9 +461,16 @@ def test_conditions_see_parameters_matrix_and_metrics_of_earlier_stages() -> Non
           matrix: {x: [1, 2]}
           when: ${params.steps} > 3 and matrix.x == 1 and stages.make["val/loss"] < 2.5
         never: {uses: "graph_test_stages:make", when: false}
+        later:
+          uses: graph_test_stages:make
+          matrix: {x: [1]}
+          when: stages.make["val/loss"] < 2.5
+          after: ["make[x=2]"]
         """
     )
     graph = build_graph(workflow)
+    of_both = {"make[x=1]": {"val/loss": 2.0}, "make[x=2]": {"val/loss": 9.0}}
+    assert condition_holds(graph["later[x=1]"], workflow.params, of_both)  # what `after:` names is not read
     metrics = {"make[x=1]": {"val/loss": 2.0}, "make[x=2]": {"val/loss": 2.0}}
     assert condition_holds(graph["a[x=1]"], workflow.params, metrics)
     assert not condition_holds(graph["a[x=2]"], workflow.params, metrics)

@@ -107,7 +107,11 @@ def test_a_reference_in_quotes_is_its_text(tmp_path: Path, condition: str, holds
 
 @pytest.mark.parametrize(
     ("condition", "message"),
-    [("Params.mode == 1", "unknown name `Params`"), (f"0.5 * {'9' * 400} > 1", "int too large to convert to float")],
+    [
+        ("Params.mode == 1", "unknown name `Params`"),
+        ("stages.gone.loss < 1", "`gone` was skipped, so it has no metrics"),
+        (f"0.5 * {'9' * 400} > 1", "int too large to convert to float"),
+    ],
 )
 def test_a_condition_that_cannot_be_computed_is_refused(condition: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
