@@ -137,7 +137,7 @@ def make_plan(
     for name, node in graph.items():
         past = list((history or {}).get(name, ()))
         predicted = next((item.duration for item in past if item.duration is not None), None)
-        found = (_dependencies(node, plan), _condition(node, params or {}, plan, summaries))
+        found = (_dependencies(node, plan, bool(past)), _condition(node, params or {}, plan, summaries))
         decided = min((item for item in found if item), key=lambda item: _FIRST.index(item[0]), default=None)
         if decided is not None:
             action, reasons = decided
@@ -156,8 +156,8 @@ def make_plan(
     return Plan(plan)
 
 
-def _dependencies(node: StageNode, plan: Mapping[str, PlannedStage]) -> tuple[Action, list[str]] | None:
-    """Whether an upstream stage that runs or is skipped decides already."""
+def _dependencies(node: StageNode, plan: Mapping[str, PlannedStage], ran: bool) -> tuple[Action, list[str]] | None:
+    """Whether an upstream stage that runs or is skipped decides already. `ran`: the stage has, at some time."""
     pending: list[str] = []
     for label in node.inputs:
         sources = input_sources(node, label)
@@ -170,6 +170,8 @@ def _dependencies(node: StageNode, plan: Mapping[str, PlannedStage]) -> tuple[Ac
         return None
     names = " and ".join(pending)
     upstream = [plan[source] for label in pending for source in input_sources(node, label)]
+    if node.open and ran:
+        return "unknown", [f"input {names} is what an earlier stage returns, some of it perhaps as before"]
     if any(stage.action == "run" and not stage.repeats for stage in upstream):
         return "run", [f"input {names} will be computed"]
     return "unknown", [f"input {names} will be computed again, perhaps with the same result"]
