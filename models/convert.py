@@ -61,6 +61,7 @@ from polytrope.models.formats.module import MODULE_FILE, load_module
 from polytrope.models.inputs import Data, read_batches, size_of
 from polytrope.models.linearized import refuse_tangent
 from polytrope.models.modes import measuring
+from polytrope.models.overwritten import refuse_overwritten
 from polytrope.models.polynomials import Polynomials, hold_out, measure_polynomials
 from polytrope.models.quantize import parameter_bytes, quantize_layers
 from polytrope.models.rewriting import FunctionalActivation
@@ -550,6 +551,12 @@ def _convert_activations(
             model, batches, forward, choice, walk=lambda items: going(0, "looking for activations", items)
         )
         found = selection.activations
+
+        def output() -> Tensor:
+            with inputs.on_calibration_data():
+                return _output(model, rated, forward)
+
+        refuse_overwritten(model, [entry.name for entry in found], before, output, _rounding(model))
         say(1, f"calibrating {len(found)} activations{said}")
         if measure is None:
             calibrations = calibrate(model, found, going(1, "calibrating", batches), forward)
@@ -637,6 +644,12 @@ def _output(model: nn.Module, batch: Any, forward: Forward) -> Tensor:
     with measuring(model), torch.random.fork_rng():
         torch.manual_seed(0)
         return inputs.counted(forward(model, batch), inputs.mask_of(model, batch)).double()
+
+
+def _rounding(model: nn.Module) -> float:
+    """How far an output may move by the order of additions alone, relative to itself."""
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    return max(1e-4, *(4 * torch.finfo(kind).eps for kind in kinds), 0.0)
 
 
 @contextmanager

@@ -592,8 +592,10 @@ class Rational(LearnableActivation):
         return [float(root.real) for root in roots if abs(root.imag) <= 1e-9 * max(1.0, float(abs(root)))]
 
     def plain(self) -> PlainForm:
-        values = self._numbers()
-        return PlainForm({"denominator": np.zeros(1), **values}, plain.quotient, self.interval is not None)
+        values = {"denominator": np.zeros(1), **self._numbers()}
+        # Without leading zeros: far out the first number of each decides.
+        numbers = {name: value[: max(1, *(np.flatnonzero(value) + 1), 1)] for name, value in values.items()}
+        return PlainForm(numbers, plain.quotient, self.interval is not None)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         saved = state_dict.get(prefix + "denominator")

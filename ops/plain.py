@@ -17,6 +17,9 @@ from polytrope.ops.fitting.polynomial import of_line
 from polytrope.ops.fitting.targets import NAMED
 
 
+_FAR = 16.0  # beyond it, rational functions are computed in powers of 1/x, as by the kernels
+
+
 class PlainForm(NamedTuple):
     """An elementwise function of x and of a few constants, for float32.
 
@@ -55,8 +58,17 @@ def powers_of_relu(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
 
 
 def quotient(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:
-    """(sum_k numerator[k] x^k) / (1 + |sum_j denominator[j] x^(j+1)|)."""
-    return _horner(x, numbers["numerator"]) / (1.0 + (x * _horner(x, numbers["denominator"])).abs())
+    """(sum_k numerator[k] x^k) / (1 + |sum_j denominator[j] x^(j+1)|), far out in powers of 1/x: none overflows."""
+    numerator, denominator = numbers["numerator"], numbers["denominator"]
+    n, m = len(numerator) - 1, len(denominator)
+    near = x.clamp(-_FAR, _FAR)
+    inside = _horner(near, numerator) / (1.0 + (near * _horner(near, denominator)).abs())
+    far = torch.where(x.abs() > _FAR, x, torch.full_like(x, _FAR))
+    inverse = 1.0 / far
+    ratio = _horner(inverse, numerator.flip(0)) / ((inverse**m).abs() + _horner(inverse, denominator.flip(0)).abs())
+    scale = far ** (n - m) if n >= m else inverse ** (m - n)  # and x^m / |x|^m
+    outside = ratio * (scale * far.sign() if m % 2 else scale)
+    return torch.where(x.abs() > _FAR, outside, inside)
 
 
 def waves(x: Tensor, numbers: Mapping[str, Tensor]) -> Tensor:

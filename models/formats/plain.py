@@ -48,13 +48,13 @@ class PlainActivation(nn.Module):
 
 
 def _end_slopes(module: nn.Module, low: float, high: float) -> list[float]:
-    """F' outside the interval, on both sides."""
+    """F' on both sides, just outside: of the lines, where an interval ends here."""
     double = copy.deepcopy(module).double().cpu()
-    length = high - low
-    with torch.no_grad():
-        left = double(torch.tensor([low - length, low - 2 * length], dtype=torch.float64))
-        right = double(torch.tensor([high + 2 * length, high + length], dtype=torch.float64))
-    return [float((left[0] - left[1]) / length), float((right[0] - right[1]) / length)]
+    step = 1e-9 * (high - low)
+    with torch.enable_grad():
+        ends = torch.tensor([low - step, high + step], dtype=torch.float64, requires_grad=True)
+        (slopes,) = torch.autograd.grad(double(ends.clone()).sum(), ends)  # a copy: some work in place
+    return [float(slope) for slope in slopes]
 
 
 class Labelled(nn.Module):
@@ -89,7 +89,7 @@ def _plain(module: LearnableActivation, name: str) -> nn.Module:
 
 
 def tabulate(module: nn.Module, interval: tuple[float, float], points: int = 1025) -> dict[str, Any]:
-    """A learned activation as a table for serving: equidistant x with values, and the slopes that continue it outside.
+    """A learned activation as a table for serving: equidistant x with values, and its slopes at the ends, which continue it.
 
     A composition, which nothing continues, has no such slopes. `maximum_error` is what linear interpolation in the
     table loses inside, at ten times as many points.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from polytrope.pipeline.commands.common import find_run, open_store, print_table, say
@@ -59,7 +60,9 @@ def alias(options: argparse.Namespace) -> int:
             raise UserError(f"alias {options.name}: artifact {key[:12]}: {problems[0]}", "set it to another result")
         print(store.materialize(key))
     elif options.stage is None:
-        raise UserError("alias: the stage is missing", f"`polytrope alias {options.name} {options.run} STAGE`")
+        raise UserError(
+            "alias: the stage is missing", f"`polytrope alias {shlex.quote(options.name)} {options.run} STAGE`"
+        )
     else:
         made = set_alias(store, options.name, find_run(store, options.run), options.stage)
         say(f"{made.name} is {made.stage} of run {made.run}: artifact {made.key}")
@@ -72,7 +75,7 @@ def export(options: argparse.Namespace) -> int:
     directory = find_run(store, options.run)
     packed = export_run(store, directory, Path(options.output))
     say(f"wrote {options.output}: run {directory.name} with {count(packed, 'artifact')}")
-    say(f"read it: polytrope import {options.output} --store DIR")
+    say(f"read it: polytrope import {shlex.quote(options.output)} --store DIR")
     return EXIT_SUCCESS
 
 

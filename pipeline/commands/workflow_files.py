@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def validate(options: argparse.Namespace) -> int:
         raise UserError(f"{workflow.where('store')}: {error.message.removeprefix('store: ')}", error.hint) from None
     shown = ", ".join(list(nodes)[:12]) + " …" * (len(nodes) > 12)
     say(f"{options.workflow}: {workflow.name}, {count(len(nodes), 'stage')}: {shown}")
-    print(f"run it: polytrope run {options.workflow}")
+    print(f"run it: {shlex.join(('polytrope', 'run', options.workflow))}")
     return EXIT_SUCCESS
 
 

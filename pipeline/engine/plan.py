@@ -13,11 +13,11 @@ from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.executors.base import Capacity, Usage
 from polytrope.pipeline.runs.history import Past
 from polytrope.pipeline.runs.journal import RESULT_STATES
-from polytrope.pipeline.workflow.conditions import condition_stages
 from polytrope.pipeline.workflow.graph import StageNode, condition_holds
 from polytrope.pipeline.workflow.keys import explain, key_components, stage_key
 
 Action = Literal["hit", "run", "unknown", "skip"]
+_FIRST = ("skip", "unknown", "run")  # what an upstream stage and the stage's own condition decide: the first counts
 
 
 class Artifact(Protocol):
@@ -137,9 +137,8 @@ def make_plan(
     for name, node in graph.items():
         past = list((history or {}).get(name, ()))
         predicted = next((item.duration for item in past if item.duration is not None), None)
-        decided = _dependencies(node, plan)
-        if decided is None:
-            decided = _condition(node, params or {}, plan, summaries)
+        found = (_dependencies(node, plan, bool(past)), _condition(node, params or {}, plan, summaries))
+        decided = min((item for item in found if item), key=lambda item: _FIRST.index(item[0]), default=None)
         if decided is not None:
             action, reasons = decided
             plan[name] = PlannedStage(name, action, reasons, None, predicted)
@@ -157,8 +156,8 @@ def make_plan(
     return Plan(plan)
 
 
-def _dependencies(node: StageNode, plan: Mapping[str, PlannedStage]) -> tuple[Action, list[str]] | None:
-    """Whether an upstream stage that runs or is skipped decides already."""
+def _dependencies(node: StageNode, plan: Mapping[str, PlannedStage], ran: bool) -> tuple[Action, list[str]] | None:
+    """Whether an upstream stage that runs or is skipped decides already. `ran`: the stage has, at some time."""
     pending: list[str] = []
     for label in node.inputs:
         sources = input_sources(node, label)
@@ -171,6 +170,8 @@ def _dependencies(node: StageNode, plan: Mapping[str, PlannedStage]) -> tuple[Ac
         return None
     names = " and ".join(pending)
     upstream = [plan[source] for label in pending for source in input_sources(node, label)]
+    if node.open and ran:
+        return "unknown", [f"input {names} is what an earlier stage returns, some of it perhaps as before"]
     if any(stage.action == "run" and not stage.repeats for stage in upstream):
         return "run", [f"input {names} will be computed"]
     return "unknown", [f"input {names} will be computed again, perhaps with the same result"]
@@ -184,8 +185,9 @@ def _condition(
 ) -> tuple[Action, list[str]] | None:
     if node.when is None:
         return None
-    if condition_stages(node.when) and any(plan[name].action in ("run", "unknown") for name in node.after):
-        return "unknown", [f"depends on `{node.when}`, known when {', '.join(node.after)} has ended"]
+    pending = [name for name in node.when_reads.values() if plan[name].action in ("run", "unknown")]
+    if pending:
+        return "unknown", [f"depends on `{node.when}`, known when {', '.join(pending)} has ended"]
     try:
         holds = condition_holds(node, params, summaries)
     except UserError as error:

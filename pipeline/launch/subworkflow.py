@@ -49,14 +49,17 @@ def _fingerprint(parameters: SubworkflowParameters, directory: Path) -> dict[str
     """Everything that decides the inner results; a file that an earlier stage writes is known by its digest."""
     if parameters.path is None:
         return {}
+    from polytrope.pipeline.workflow.encoding import encode
     from polytrope.pipeline.workflow.keys import key_components, stage_key
 
-    _, graph = _load(directory / parameters.path, parameters, directory)
+    inner, graph = _load(directory / parameters.path, parameters, directory)
     unknown: dict[str, str | dict[str, str] | None]
     components = {}
     for name, node in graph.items():
         unknown = {label: repr(value) for label, value in node.inputs.items()}
         components[name] = key_components(node, unknown)
+        if node.when is not None:  # and what else decides whether there is this stage
+            components[name]["when"] = [node.when, encode(inner.params, "params"), encode(node.matrix, "matrix")]
     return {"workflow": stage_key(components)}
 
 

@@ -113,7 +113,7 @@ def _model(artifacts: Artifacts, run_id: str, stage: str | None) -> tuple[str, S
 
 
 def _inputs(artifact: StoredArtifact) -> dict[str, Any]:
-    return dict(artifact.components.get("inputs") or {})
+    return dict(readable(artifact.components.get("inputs") or {}))
 
 
 def _holds(artifact: StoredArtifact, name: str) -> bool:

@@ -9,6 +9,7 @@ Names: `params.NAME`, `matrix.NAME`, `stages.STAGE.METRIC` (or `stages["train[de
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,7 +34,8 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.UAdd: operator.pos,
     ast.Not: operator.not_,
 }
-_CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
+_CONSTANTS = {"true": True, "false": False, "null": None, "none": None, "infinity": math.inf, "nan": math.nan}
+_SCOPES = ("params", "matrix", "stages")
 _HINT = (
     "for example `params.degree > 2 and stages.train.loss < 3`; the operators are and or not == != < <= > >= in + - * /"
 )
@@ -56,8 +58,8 @@ def parse_condition(text: str) -> ast.expr:
     for node in ast.walk(tree):
         if not isinstance(node, allowed):
             raise UserError(f"`{text}`: {type(node).__name__} is not accepted in a condition", _HINT)
-        if isinstance(node, ast.Name) and node.id.lower() not in (*_CONSTANTS, "params", "matrix", "stages"):
-            raise UserError(f"`{text}`: unknown name `{node.id}`", suggest(node.id, ("params", "matrix", "stages")))
+        if isinstance(node, ast.Name) and node.id.lower() not in _CONSTANTS and node.id not in _SCOPES:
+            raise UserError(f"`{text}`: unknown name `{node.id}`", suggest(node.id, _SCOPES))
     return tree
 
 
@@ -123,6 +125,11 @@ def evaluate_condition(
         raise UserError(f"`{text}`: {type(node).__name__} is not accepted in a condition", _HINT)
 
     def look_up(group: Any, name: Any) -> Any:
+        if group is stages and name not in stages:
+            raise UserError(
+                f"when: `{text}`: `{name}` was skipped, so it has no metrics",
+                "give this stage the condition of that one, before `and`",
+            )
         if not isinstance(group, Mapping) or name not in group:
             raise UserError(
                 f"when: `{text}`: there is no `{name}`", suggest(str(name), group) if isinstance(group, Mapping) else ""
@@ -131,5 +138,5 @@ def evaluate_condition(
 
     try:
         return bool(visit(parse_condition(text)))
-    except (TypeError, ZeroDivisionError) as error:
+    except (TypeError, ArithmeticError) as error:
         raise UserError(f"when: `{text}`: {error}", _HINT) from None

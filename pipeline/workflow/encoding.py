@@ -1,8 +1,9 @@
 """Python values as JSON that says everything a stage could tell apart: for stage keys, and for recorded workflows.
 
 Texts, booleans, null, finite numbers, lists and mappings stand for themselves. Anything else is a mapping with one name
-that begins with `$`: `{"$float": "inf"}`, `{"$set": [1, 2]}`. Sets and mappings have no order. What cannot be written
-without loss is refused by the name of its field.
+that begins with `$`: `{"$float": "inf"}`, `{"$set": [1, 2]}`. Sets have no order. A mapping has one, which a stage can
+see; in a key it is written down where it is not that of the names. What cannot be written without loss is refused by
+the name of its field.
 """
 
 from __future__ import annotations
@@ -86,6 +87,11 @@ def decode(value: Any) -> Any:
     return {key: decode(item) for key, item in value.items()}
 
 
+def encode_digests(digests: Mapping[str, str]) -> Any:
+    """The artifacts of a fan-in by label, for a stage key: their order is seen by the stage too."""
+    return _encode_mapping(dict(digests), "inputs", _instance, 0)
+
+
 def readable(value: Any) -> Any:
     """An encoded value for people: `{"$float": "inf"}` → "inf", `{"$set": [1]}` → [1], no names of classes."""
     if isinstance(value, list):
@@ -138,13 +144,14 @@ def _encode(value: Any, field: str, instance: _Instance, depth: int) -> Any:
 
 
 def _encode_mapping(value: dict[Any, Any], field: str, instance: _Instance, depth: int) -> Any:
-    if all(type(key) is str and not key.startswith("$") and is_unicode(key) for key in value):
+    named = all(type(key) is str and not key.startswith("$") and is_unicode(key) for key in value)
+    if named and (instance is _plain_instance or list(value) == sorted(value)):  # a record keeps the order it is given
         return {key: _encode(item, f"{field}.{key}", instance, depth + 1) for key, item in value.items()}
     pairs = [
         [_encode(key, field, instance, depth + 1), _encode(item, f"{field}.{key}", instance, depth + 1)]
         for key, item in value.items()
     ]
-    return {"$mapping": sorted(pairs, key=canonical_json)}
+    return {"$mapping": pairs}
 
 
 def _instance(value: Any, field: str, depth: int) -> Any:

@@ -23,10 +23,10 @@ from polytrope.pipeline.workflow.code import Code, read_code, read_named_code
 from polytrope.pipeline.workflow.conditions import condition_stages, evaluate_condition
 from polytrope.pipeline.workflow.encoding import encode_fields
 from polytrope.pipeline.workflow.loaded import stale_module
-from polytrope.pipeline.workflow.matrix import Branch, branches, node_name
+from polytrope.pipeline.workflow.matrix import Branch, Meanings, branches, node_name, same_value
 from polytrope.pipeline.workflow.reads import read_digests
 from polytrope.pipeline.workflow.references import environment_names, has_reference, resolve_environment, substitute
-from polytrope.pipeline.workflow.refusals import named_field, refuse_booleans, validation_error, value_at
+from polytrope.pipeline.workflow.refusals import named_field, refuse_booleans, show, validation_error, value_at
 from polytrope.pipeline.workflow.source import KeyPath
 from polytrope.pipeline.workflow.spec import StageSpec, Workflow
 
@@ -51,6 +51,7 @@ class StageNode:
         skip_on_failure: if it fails after them, it counts as skipped.
         timeout: seconds per attempt, or None.
         when: condition, see `polytrope.pipeline.workflow.conditions`.
+        when_reads: stage in the condition → the node whose metrics it means.
         environment: variables that belong to the key, with their values.
         code: of the stage, as it was when the graph was built.
         named_code: of the functions that its parameters name, or its inputs are made by.
@@ -87,6 +88,7 @@ class StageNode:
     open: bool = False
     also_retry_bugs: bool = False
     skip_on_failure: bool = False
+    when_reads: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     @functools.cached_property
     def encoded_parameters(self) -> dict[str, Any]:
@@ -187,7 +189,12 @@ def build_graph(
     """
     if str(workflow.directory) not in sys.path:  # stages of one's own may stand beside the workflow file
         sys.path.append(str(workflow.directory))
-    names = _Names({name: branches(workflow, name, spec) for name, spec in workflow.stages.items()}, workflow.returned)
+    found = {name: branches(workflow, name, spec) for name, spec in workflow.stages.items()}
+    names = _Names(
+        {name: made for name, (made, _) in found.items()},
+        {name: meanings for name, (_, meanings) in found.items()},
+        workflow.returned,
+    )
     drafts: dict[str, StageNode] = {}
     stages = _Stages(workflow, known or {})
     for spec_name, spec in workflow.stages.items():
@@ -213,16 +220,20 @@ class _Names:
 
     Args:
         branches: of every stage.
+        meanings: what their labels mean.
         returned: stages whose further stages are among them.
         scope: the stage that returned the one that refers, or "": its siblings are found first.
+        reader: the one that refers.
     """
 
     branches: Mapping[str, list[Branch]]
+    meanings: Mapping[str, Meanings]
     returned: frozenset[str]
     scope: str = ""
+    reader: str = ""
 
     def seen_by(self, spec_name: str) -> _Names:
-        return replace(self, scope=parent_stage(spec_name))
+        return replace(self, scope=parent_stage(spec_name), reader=spec_name)
 
     def find(self, reference: str) -> str | None:
         """The full name of a stage, or of what it returned or may return (`STAGE/NAME`, `STAGE/*`); None: unknown."""
@@ -336,7 +347,7 @@ def _draft(
 ) -> StageNode:
     definition = loaded.definition
     values = _expanded(workflow, spec_name, spec, matrix)
-    inputs, after = _inputs(workflow, spec_name, spec, values, definition, branch, names)
+    inputs, after, when_reads = _inputs(workflow, spec_name, spec, values, definition, branch, names)
     secrets = environment_names(values["with"])
     if parent := parent_stage(spec_name):
         after = tuple(dict.fromkeys((parent, *after)))
@@ -361,6 +372,7 @@ def _draft(
         secrets=tuple(sorted(secrets)),
         matrix=matrix,
         open=any(map(names.is_open, _references(spec, values))),
+        when_reads=when_reads,
     )
     try:
         _ = node.encoded_parameters
@@ -467,7 +479,7 @@ def _inputs(
     definition: StageDefinition,
     branch: dict[str, str],
     names: _Names,
-) -> tuple[dict[str, NodeInput], tuple[str, ...]]:
+) -> tuple[dict[str, NodeInput], tuple[str, ...], dict[str, str]]:
     given, when = values["inputs"], values["when"]
     for key in given:
         if key not in definition.inputs:
@@ -504,18 +516,18 @@ def _inputs(
         for reference in spec.after
         for item, _ in _resolve(workflow.where("stages", name, "after"), reference, branch, names)
     ]
-    after += _condition_nodes(workflow, name, when, branch, names)
-    return inputs, tuple(dict.fromkeys(after))
+    when_reads = _condition_nodes(workflow, name, when, branch, names)
+    return inputs, tuple(dict.fromkeys((*after, *when_reads.values()))), when_reads
 
 
 def _condition_nodes(
     workflow: Workflow, name: str, when: str | None, branch: dict[str, str], names: _Names
-) -> list[str]:
-    """The nodes whose metrics `when:` reads: each reference must mean exactly one."""
+) -> dict[str, str]:
+    """The nodes whose metrics `when:` reads, by reference: each must mean exactly one."""
     if when is None:
-        return []
+        return {}
     place = workflow.where("stages", name, "when")
-    nodes: list[str] = []
+    nodes: dict[str, str] = {}
     try:
         references = condition_stages(when)
     except UserError as error:
@@ -527,7 +539,7 @@ def _condition_nodes(
                 f"{place}: `{reference}` has {len(found)} branches, but a condition reads one",
                 f'for example `stages["{found[0]}"].METRIC`',
             )
-        nodes += found
+        nodes[reference] = found[0]
     return nodes
 
 
@@ -590,7 +602,24 @@ def _resolve(place: str, reference: str, branch: Mapping[str, str], names: _Name
         axes = dict.fromkeys(axis for _, labels in candidates for axis in labels if axis in branch)
         wanted = ", ".join(f"{axis}={branch[axis]}" for axis in axes)
         raise UserError(f"{place}: `{reference}` has no branch with {wanted}", "give both stages the same values")
+    _refuse_homonyms(place, reference, spec_name, branch, {axis for _, labels in matching for axis in labels}, names)
     return matching
+
+
+def _refuse_homonyms(
+    place: str, reference: str, spec_name: str, branch: Mapping[str, str], axes: set[str], names: _Names
+) -> None:
+    """Refuse to connect two branches that are called the same and have other values."""
+    for axis, label in branch.items():
+        if axis not in axes:
+            continue
+        wanted, given = (names.meanings[stage][axis][label] for stage in (names.reader, spec_name))
+        if not same_value(wanted, given):
+            raise UserError(
+                f"{place}: `{reference}` has a branch {axis}={label} too, but of another value: {show(given)}, not "
+                f"{show(wanted)}",
+                "give both stages the same values, or, where they belong together nevertheless, the same `label:`",
+            )
 
 
 def _returned(place: str, name: str, branch: Mapping[str, str], names: _Names) -> list[tuple[str, dict[str, str]]]:
@@ -791,12 +820,5 @@ def condition_holds(node: StageNode, params: Mapping[str, Any], summaries: Mappi
     """
     if node.when is None:
         return True
-    stages = dict(summaries)
-    for reference in condition_stages(node.when):
-        for candidate in scoped_names(parent_stage(node.spec_name), reference):
-            found = [name for name in node.after if name == candidate or name.startswith(f"{candidate}[")]
-            if found and found[0] in summaries:
-                stages[reference] = summaries[found[0]]
-            if found:
-                break
+    stages = {reference: summaries[name] for reference, name in node.when_reads.items() if name in summaries}
     return evaluate_condition(node.when, params=params, matrix=node.matrix, stages=stages)

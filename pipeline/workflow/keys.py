@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from polytrope.pipeline.workflow.encoding import canonical_json, readable
+from polytrope.pipeline.workflow.encoding import canonical_json, encode_digests, readable
 from polytrope.pipeline.workflow.graph import StageNode
 
 _VERSION = 2  # raised when the meaning of a key changes
@@ -34,12 +34,16 @@ def key_components(node: StageNode, input_digests: Mapping[str, str | dict[str, 
         "uses": node.definition.uses,
         "code": node.whole_code.files,
         "parameters": node.encoded_parameters,
-        "inputs": {name: input_digests[name] for name in node.inputs},
+        "inputs": {name: _digests(input_digests[name]) for name in node.inputs},
         "fingerprint": dict(node.fingerprint),
         "reads": node.reads,
         # hashed: a variable that decides the result may be a secret as well
         "environment": {name: _sha256(os.fsencode(value))[:16] for name, value in node.environment.items()},
     }
+
+
+def _digests(value: str | dict[str, str] | None) -> Any:
+    return encode_digests(value) if isinstance(value, dict) else value
 
 
 def stage_key(components: Mapping[str, Any]) -> str:
@@ -89,15 +93,29 @@ def _change(before: Any, after: Any, changed: str) -> str:
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
     for kind in ("parameters", "inputs", "fingerprint", "reads", "code", "environment"):
         before, after = _flat(old.get(kind) or {}), _flat(new.get(kind) or {})
+        found = False
         for name in dict.fromkeys((*before, *after)):
             left, right = before.get(name, _ABSENT), after.get(name, _ABSENT)
             if left is _ABSENT or right is _ABSENT or canonical_json(left) != canonical_json(right):
+                found = True
                 yield kind, name, left, right
+        if not found:
+            yield from _reordered(kind, old.get(kind) or {}, new.get(kind) or {})
+
+
+def _reordered(kind: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
+    """Values in which all parts are the same, but stand in another order."""
+    for name in old.keys() & new.keys():
+        if canonical_json(old[name]) != canonical_json(new[name]):
+            yield kind, f"{name} (order)", list(_flat({name: old[name]})), list(_flat({name: new[name]}))
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, item in value.items():
+        pairs = item.get("$mapping") if isinstance(item, Mapping) else None
+        if pairs and all(isinstance(key, str) for key, _ in pairs):
+            item = dict(pairs)
         if isinstance(item, Mapping) and item and not (len(item) == 1 and next(iter(item)).startswith("$")):
             result.update(_flat(item, f"{prefix}{name}."))
         else:

@@ -18,11 +18,13 @@ from polytrope.pipeline.support.text import suggest
 from polytrope.pipeline.workflow.spec import MATRIX_CHANGES, StageSpec, Workflow
 
 Branch = tuple[dict[str, str], dict[str, Any]]  # axis → label, axis → value
+Meanings = dict[str, dict[str, Any]]  # axis → label → the value as it was given, with its own `label:`
+_LABEL = "make the values different, or give each mapping its own `label:`"
 
 
 @dataclass
 class _Combination:
-    """Axis → (label, value). `axes`: those of the matrix itself, which no entry of `include` replaces."""
+    """Axis → (label, value as given). `axes`: those of the matrix itself, which no entry of `include` replaces."""
 
     axes: dict[str, tuple[str, Any]]
     added: dict[str, tuple[str, Any]] = field(default_factory=dict)
@@ -32,14 +34,14 @@ class _Combination:
         return {**self.axes, **self.added}
 
 
-def branches(workflow: Workflow, name: str, spec: StageSpec) -> list[Branch]:
-    """All branches of a stage, in the order of the file; those that `include` made stand last.
+def branches(workflow: Workflow, name: str, spec: StageSpec) -> tuple[list[Branch], Meanings]:
+    """All branches of a stage, in the order of the file; those that `include` made stand last. And what labels mean.
 
     Raises:
-        UserError: two branches of one name, or an entry of `exclude` that excludes nothing.
+        UserError: two branches of one name, two values of one label, or an entry of `exclude` that excludes nothing.
     """
     if not spec.matrix:
-        return [({}, {})]
+        return [({}, {})], {}
     axes = {
         axis: _labelled(workflow.where("stages", name, "matrix", axis), values)
         for axis, values in spec.matrix.items()
@@ -61,7 +63,7 @@ def branches(workflow: Workflow, name: str, spec: StageSpec) -> list[Branch]:
     found = [
         (
             {axis: label for axis, (label, _) in item.all.items()},
-            {axis: value for axis, (_, value) in item.all.items()},
+            {axis: _unlabelled(value) for axis, (_, value) in item.all.items()},
         )
         for item in combinations
     ]
@@ -71,7 +73,28 @@ def branches(workflow: Workflow, name: str, spec: StageSpec) -> list[Branch]:
             f"{workflow.where('stages', name, 'matrix')}: two branches are called `{twice}`",
             "remove one entry of `include`, or make its values different",
         )
+    return found, _meanings(workflow.where("stages", name, "matrix"), combinations)
+
+
+def _meanings(place: str, combinations: Sequence[_Combination]) -> Meanings:
+    found: Meanings = {}
+    for item in combinations:
+        for axis, (label, value) in item.all.items():
+            known = found.setdefault(axis, {}).setdefault(label, value)
+            if known is not value and not same_value(known, value):
+                raise UserError(f"{place}: two values of `{axis}` have the label `{label}`", _LABEL)
     return found
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values of one label, as they were given, are the same.
+
+    They are by their content, or as what they are called in words: by their own `label:`, by a plain text or number.
+    """
+    if isinstance(one, dict | list) and isinstance(other, dict | list):
+        own = [isinstance(value, dict) and "label" in value for value in (one, other)]
+        return all(own) or bool(_unlabelled(one) == _unlabelled(other))
+    return isinstance(one, dict | list) or isinstance(other, dict | list) or _text(one) == _text(other)
 
 
 def _labelled(place: str, values: Sequence[Any]) -> list[tuple[str, Any]]:
@@ -79,9 +102,9 @@ def _labelled(place: str, values: Sequence[Any]) -> list[tuple[str, Any]]:
     for twice in (label for label, count in Counter(labels).items() if count > 1):
         raise UserError(
             f"{place}: two values have the label `{twice}`",
-            "make the values different, or give each mapping its own `label:`",
+            _LABEL,
         )
-    return [(label, _unlabelled(value)) for label, value in zip(labels, values, strict=True)]
+    return list(zip(labels, values, strict=True))
 
 
 def _included(
@@ -103,7 +126,7 @@ def _included(
 
 def _meant(given: Any, index: int, known: Sequence[tuple[str, Any]]) -> tuple[str, Any]:
     """Label and value: of the axis, if it has this one."""
-    return next((pair for pair in known if _same(given, *pair)), (_label(given, index), _unlabelled(given)))
+    return next((pair for pair in known if _same(given, *pair)), (_label(given, index), given))
 
 
 def _matches(entry: Mapping[str, Any], axes: Mapping[str, tuple[str, Any]]) -> bool:
@@ -113,7 +136,7 @@ def _matches(entry: Mapping[str, Any], axes: Mapping[str, tuple[str, Any]]) -> b
 def _same(given: Any, label: str, value: Any) -> bool:
     """A mapping is meant by its content or by its label, everything else as it is called in the branch's name."""
     if isinstance(given, dict):
-        return bool(_unlabelled(given) == value)
+        return bool(_unlabelled(given) == _unlabelled(value))
     return _label(given, 0) == label
 
 
@@ -135,15 +158,18 @@ def _label(value: Any, index: int) -> str:
     """What the branch is called: the value, or of a mapping its `label`, else its `name`, else its place."""
     if isinstance(value, dict):
         text = str(value.get("label", value.get("name", index)))
-    elif isinstance(value, bool) or value is None:
-        text = {True: "true", False: "false", None: "null"}[value]
     elif isinstance(value, list):
         text = "-".join(_label(item, position) for position, item in enumerate(value))
     else:
-        text = str(value)
+        text = _text(value)
     for character in "[],=":
         text = text.replace(character, "_")
     return text
+
+
+def _text(value: Any) -> str:
+    """A plain value, as a workflow file writes it."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def node_name(spec_name: str, branch: Mapping[str, str]) -> str:

@@ -27,17 +27,17 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
 
-for _tag, _pattern, _first in (
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+)$", list("-+0123456789")),
-    (
-        "float",
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-        list("-+0123456789."),
-    ),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+_LONGEST = 4000  # digits of an integer: Python refuses to read longer ones
+_FLOAT = r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+_PATTERNS = {
+    "null": re.compile(r"^(?:~|null|Null|NULL|)$"),
+    "bool": re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
+    "int": re.compile(r"^[-+]?(?:[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+)$"),
+    "float": re.compile(rf"^(?:{_FLOAT})$"),
+}
+_FIRST = {"null": ["~", "n", "N", ""], "bool": "tTfF", "int": "-+0123456789", "float": "-+0123456789."}
+for _tag, _pattern in _PATTERNS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_FIRST[_tag]))
 
 
 @dataclass
@@ -267,6 +267,12 @@ def _merge_values(
 def _scalar(node: yaml.ScalarNode, path: KeyPath, name: str) -> Any:
     tag = node.tag.removeprefix("tag:yaml.org,2002:")
     value: str = node.value
+    pattern = _PATTERNS.get(tag)
+    if pattern is not None and not pattern.match(value):  # `!!int abc`: only a tag that was written can be wrong
+        raise UserError(
+            f"{name}:{node.start_mark.line + 1}: {_dotted(path)}: {value!r} is not what its tag `!!{tag}` says",
+            "leave the tag out, or write a value of this kind",
+        )
     match tag:
         case "str":
             return value
@@ -275,6 +281,11 @@ def _scalar(node: yaml.ScalarNode, path: KeyPath, name: str) -> Any:
         case "bool":
             return value.lower() == "true"
         case "int":
+            if len(value) > _LONGEST:
+                raise UserError(
+                    f"{name}:{node.start_mark.line + 1}: {_dotted(path)}: a number of {len(value)} digits is too long",
+                    "quote it for text",
+                )
             return int(value.replace("_", ""), 0 if value.lstrip("+-")[:2] in ("0x", "0o") else 10)
         case "float":
             number = _SCALARS.construct_yaml_float(node)
@@ -282,6 +293,11 @@ def _scalar(node: yaml.ScalarNode, path: KeyPath, name: str) -> Any:
                 raise UserError(
                     f"{name}:{node.start_mark.line + 1}: {_dotted(path)}: {value} is larger than any float",
                     "write `.inf` for infinity, or quote it for text",
+                )
+            if number == 0 and re.search("[1-9]", value.lower().partition("e")[0]):
+                raise UserError(
+                    f"{name}:{node.start_mark.line + 1}: {_dotted(path)}: {value} is smaller than any float",
+                    "write 0, or quote it for text",
                 )
             return number
         case _:

@@ -392,6 +392,12 @@ def _located(
 ) -> Any:
     """Substitute leaf by leaf, so that an error names the line of its own field."""
     if isinstance(value, dict):
+        for key in value:
+            if has_reference(key.replace("$${", "")):
+                raise UserError(
+                    f"{source.where((*path, key))}: {'.'.join(map(str, path))}: a reference stands in the name `{key}`",
+                    "only values are replaced: write the name itself, or `$${` for a plain `${`",
+                )
         return {
             key: _located(source, (*path, key), item, params, keep=keep, quote=quote) for key, item in value.items()
         }

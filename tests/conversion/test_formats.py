@@ -377,6 +377,24 @@ def test_variants_of_a_family_have_a_form_of_ordinary_operations(tmp_path: Path,
         assert save_onnx(tmp_path / "activation.onnx", module, [x]).deviation <= 1e-4
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"name": "rational", "degree": 12},  # 10⁴ to the twelfth is more than float32 holds; its leading terms are 0
+        {"name": "rational", "degree": 8, "denominator_degree": 8, "init": "gelu"},
+        {"name": "rational", "degree": 2, "denominator_degree": 5},
+        {"name": "rational", "degree": 4, "denominator_degree": 3, "interval": [-20, 20]},
+    ],
+)
+def test_ordinary_operations_of_a_quotient_do_not_overflow_far_out(config: dict[str, Any]) -> None:
+    module = build_activation(config)
+    size = torch.tensor([15.0, 17.0, 1e3, 1e4, 1e6, 1e9])
+    x = torch.cat([-size, size])
+    torch.testing.assert_close(PlainActivation(module)(x), module(x), rtol=2e-5, atol=1e-6)
+    ends = torch.tensor([-math.inf, math.inf, math.nan])
+    torch.testing.assert_close(PlainActivation(module)(ends), module(ends), equal_nan=True)
+
+
 def test_what_is_not_elementwise_has_no_plain_form() -> None:
     with pytest.raises(ValueError, match="activation polynorm: only elementwise activations"):
         PlainActivation(build_activation("polynorm"))
@@ -495,6 +513,10 @@ def test_a_table_says_how_exact_it_is(tmp_path: Path) -> None:
         beyond = float(module(torch.tensor([7.0], dtype=torch.float64)))
     assert np.abs(inside - exact).max() <= stored["maximum_error"] * 1.01 + 1e-12
     assert stored["values"][-1] + 2.0 * stored["slopes_outside"][1] == pytest.approx(beyond, abs=1e-9)
+    free = build_activation({"name": "hermite", "degree": 3}).double()  # without an interval: no lines outside
+    ends = torch.tensor([-2.0, 2.0], dtype=torch.float64, requires_grad=True)
+    (slopes,) = torch.autograd.grad(free(ends).sum(), ends)
+    assert tabulate(free, (-2.0, 2.0))["slopes_outside"] == pytest.approx(slopes.tolist(), rel=1e-7)
     for interval in ((1.0, 1.0), (-math.inf, 1.0), (0.0, math.nan)):
         with pytest.raises(ValueError, match="finite lo < hi"):
             save_table(tmp_path / "other.json", module, interval)

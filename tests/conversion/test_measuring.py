@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.conversion import FitOptions, apply, fit_layers, layer_costs, prove
+from polytrope.models.convert import convert as convert_model
 from polytrope.models.modes import evaluation_mode
 from polytrope.models.surgery import find_activations, replace_module
 from polytrope.ops import build_activation
@@ -144,6 +146,42 @@ def test_an_activation_that_works_in_place_is_fitted_like_one_that_does_not(kind
         np.testing.assert_allclose(curve["target"], kind()(torch.tensor(curve["x"], dtype=torch.float64)), rtol=1e-12)
         results.append((entry.fit.config, entry.relative_error, curve["x"]))
     assert results[0] == results[1]
+
+
+class ReadsWhatWasWritten(nn.Module):
+    """An activation in place, and the tensor that it wrote to."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+        if way != "function":
+            self.act = nn.SiLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        if self.way == "function":
+            y = F.silu(h, inplace=True)
+            return self.down(y + h)
+        if self.way == "for its effect":
+            self.act(h)
+            return self.down(h)
+        return self.down(self.act(h) + h if self.way == "read again" else self.act(h))
+
+
+@pytest.mark.parametrize(
+    ("way", "name"), [("read again", "act"), ("for its effect", "act"), ("function", "silu_call_1"), ("result", "")]
+)
+def test_an_activation_whose_input_is_read_after_it_wrote_there_is_refused(way: str, name: str) -> None:
+    torch.manual_seed(0)
+    model, x = ReadsWhatWasWritten(way), [torch.randn(16, 8) for _ in range(3)]
+    if not name:
+        assert convert_model(model, x, degree=12).difference < 0.01
+        return
+    before = model(x[0])
+    with pytest.raises(ValueError, match=f"^`{name}`: works in place, and the model reads what it wrote"):
+        convert_model(model, x, degree=12)
+    assert torch.equal(model(x[0]), before)
 
 
 def test_a_target_never_writes_to_what_it_is_given() -> None:

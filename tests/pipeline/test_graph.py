@@ -246,6 +246,54 @@ def test_the_same_axes_connect_matching_branches_and_shared_axes_select_some() -
     ]
 
 
+@pytest.mark.parametrize(
+    ("made", "used"),
+    [
+        ("{name: hermite, degree: 3}", "{name: hermite, degree: 5}"),  # called by their name
+        ("{degree: 3}", "{degree: 5}"),  # called by their place
+        ("[a-b, c]", "[a, b-c]"),
+        ("'a,b'", "a=b"),
+    ],
+)
+def test_branches_that_are_called_the_same_and_have_other_values_are_not_connected(made: str, used: str) -> None:
+    text = """
+        make: {{uses: "graph_test_stages:make", matrix: {{v: [{}]}}}}
+        use: {{uses: "graph_test_stages:use", matrix: {{v: [{}]}}, inputs: {{source: make}}}}
+        """
+    error = refusal(text.format(made, used))
+    assert "w.yaml:6: stages.use.inputs.source: `make` has a branch v=" in error.message
+    assert "of another value" in error.message
+    assert "the same `label:`" in error.hint
+    assert len(graph_from(text.format(made, made))) == 2
+
+
+@pytest.mark.parametrize(
+    ("made", "used"),
+    [
+        ("{label: few, steps: 1}", "{label: few, rate: 2}"),  # the file says that they belong together
+        ("{label: few, steps: 1}", "few"),
+        ("{name: few, steps: 1}", "few"),
+        ("1", "'1'"),
+        ("true", "'true'"),
+    ],
+)
+def test_branches_of_one_label_are_connected(made: str, used: str) -> None:
+    graph = graph_from(
+        f"""
+        make: {{uses: "graph_test_stages:make", matrix: {{v: [{made}]}}}}
+        use: {{uses: "graph_test_stages:use", matrix: {{v: [{used}]}}, inputs: {{source: make}}}}
+        """
+    )
+    makes, uses = graph
+    assert graph[uses].inputs["source"] == makes
+
+
+def test_one_label_of_an_axis_has_one_value() -> None:
+    entries = "[{v: {name: x, steps: 1}, w: 1}, {v: {name: x, steps: 2}, w: 2}]"
+    error = refusal(f'make: {{uses: "graph_test_stages:make", matrix: {{include: {entries}}}}}')
+    assert "stages.make.matrix: two values of `v` have the label `x`" in error.message
+
+
 def test_a_fan_in_receives_all_branches_by_label() -> None:
     graph = graph_from(MATRIX)
     assert graph["join"].input_nodes == tuple(name for name in graph if name.startswith("use"))
@@ -413,9 +461,16 @@ def test_conditions_see_parameters_matrix_and_metrics_of_earlier_stages() -> Non
           matrix: {x: [1, 2]}
           when: ${params.steps} > 3 and matrix.x == 1 and stages.make["val/loss"] < 2.5
         never: {uses: "graph_test_stages:make", when: false}
+        later:
+          uses: graph_test_stages:make
+          matrix: {x: [1]}
+          when: stages.make["val/loss"] < 2.5
+          after: ["make[x=2]"]
         """
     )
     graph = build_graph(workflow)
+    of_both = {"make[x=1]": {"val/loss": 2.0}, "make[x=2]": {"val/loss": 9.0}}
+    assert condition_holds(graph["later[x=1]"], workflow.params, of_both)  # what `after:` names is not read
     metrics = {"make[x=1]": {"val/loss": 2.0}, "make[x=2]": {"val/loss": 2.0}}
     assert condition_holds(graph["a[x=1]"], workflow.params, metrics)
     assert not condition_holds(graph["a[x=2]"], workflow.params, metrics)

@@ -54,6 +54,17 @@ def test_resources_retries_timeouts_and_names_do_not() -> None:
     assert key(changed) == key(node())
 
 
+def test_the_order_of_a_fan_in_decides_the_key_and_is_explained() -> None:
+    one, other = ({"source": dict.fromkeys(labels, "d" * 64)} for labels in (("a", "b"), ("b", "a")))
+    old, new = key_components(node(), one), key_components(node(), other)
+    assert old["inputs"] == one  # labels in their own order: as before there was any
+    assert stage_key(old) != stage_key(new)
+    assert explain(old, new) == ['input source (order) changed (["source.a", "source.b"] → ["source.b", "source.a"])']
+    assert explain(new, key_components(node(), {"source": {"b": "d" * 64, "a": "e" * 64}})) == [
+        f"input source.a changed ({'d' * 12} → {'e' * 12})"
+    ]
+
+
 def test_environment_values_are_not_readable_in_the_components() -> None:
     assert "hunter2" not in canonical_json(key_components(node(environment={"A": "hunter2"}), {"source": "d"}))
 

@@ -164,8 +164,10 @@ def test_conditions_are_decided_as_far_as_they_can_be() -> None:
     graph = chain()
     graph["never"] = node("never", make, when="params.degree > 3")
     graph["after"] = node("after", use, {"source": "never"})
-    graph["good"] = node("good", make, parameters={"degree": 4}, when="stages.a.loss < 3", after=("a",))
-    graph["wrong"] = node("wrong", make, when="stages.a.nothing < 3", after=("a",))
+    graph["good"] = node(
+        "good", make, parameters={"degree": 4}, when="stages.a.loss < 3", after=("a",), when_reads={"a": "a"}
+    )
+    graph["wrong"] = node("wrong", make, when="stages.a.nothing < 3", after=("a",), when_reads={"a": "a"})
     store = Memory({"a": graph["a"]}, a={"loss": 2.0})
     plan = make_plan(graph, store, params={"degree": 3})
     assert plan.stages["wrong"].action == "unknown"  # the run would fail it, not skip it
@@ -174,3 +176,17 @@ def test_conditions_are_decided_as_far_as_they_can_be() -> None:
     assert plan.stages["after"].reasons == ["its input source comes from never, which is skipped"]
     assert plan.stages["good"].action == "run"
     assert make_plan(graph, EMPTY, params={"degree": 3}).stages["good"].action == "unknown"
+
+
+def test_a_condition_decides_also_where_an_input_will_be_computed() -> None:
+    graph = chain()
+    graph["never"] = node("never", use, {"source": "a"}, when="params.degree > 3")
+    graph["behind"] = node("behind", use, {"source": "never"})
+    graph["perhaps"] = node(
+        "perhaps", use, {"source": "a"}, when="stages.a.loss < 3", after=("a",), when_reads={"a": "a"}
+    )
+    graph["both"] = node("both", use, {"source": "never"}, when="params.degree > 3")
+    plan = make_plan(graph, EMPTY, params={"degree": 3}).stages
+    assert [plan[name].action for name in ("a", "never", "behind", "perhaps")] == ["run", "skip", "skip", "unknown"]
+    assert plan["never"].reasons == ["`when: params.degree > 3` does not hold"]
+    assert plan["both"].reasons == ["its input source comes from never, which is skipped"]  # as the run says

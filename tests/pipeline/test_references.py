@@ -65,10 +65,13 @@ def test_a_number_that_no_float_holds_is_not_infinity() -> None:
             parse_value(text)
 
 
+PARAMS = {"mode": "fast", "quoted": "a'b\"c", "endless": math.inf, "nothing": math.nan}
+
+
 def workflow_with(tmp_path: Path, **stage: Any) -> Path:
     path = tmp_path / "w.yaml"
     stages = {"s": {"uses": "said:s", **stage}}
-    path.write_text(yaml.safe_dump({"name": "w", "params": {"mode": "fast", "quoted": "a'b\"c"}, "stages": stages}))
+    path.write_text(yaml.safe_dump({"name": "w", "params": PARAMS, "stages": stages}))
     return path
 
 
@@ -90,6 +93,9 @@ def test_a_reference_without_its_end_is_refused_where_it_stands(tmp_path: Path, 
         ("'x-${params.mode}' == 'x-fast'", True),
         ("'${params.mode}' in ['slow', 'fast']", True),
         ("""'${params.quoted}' == "a'b\\"c" """, True),
+        ("1 < ${params.endless}", True),
+        ("-${params.endless} < 1", True),
+        ("${params.nothing} < 1 or ${params.nothing} >= 1", False),
     ],
 )
 def test_a_reference_in_quotes_is_its_text(tmp_path: Path, condition: str, holds: bool) -> None:
@@ -97,6 +103,19 @@ def test_a_reference_in_quotes_is_its_text(tmp_path: Path, condition: str, holds
     when = workflow.stages["s"].when
     assert when is not None
     assert evaluate_condition(when, params=workflow.params, matrix={}, stages={}) is holds
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("Params.mode == 1", "unknown name `Params`"),
+        ("stages.gone.loss < 1", "`gone` was skipped, so it has no metrics"),
+        (f"0.5 * {'9' * 400} > 1", "int too large to convert to float"),
+    ],
+)
+def test_a_condition_that_cannot_be_computed_is_refused(condition: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate_condition(condition, params={"mode": 1}, matrix={}, stages={})
 
 
 def test_secrets_are_hidden_in_every_form_they_are_written_in() -> None:

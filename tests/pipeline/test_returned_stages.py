@@ -227,6 +227,10 @@ def test_plan_explain_status_and_graph_show_them(place: Place, capsys: pytest.Ca
     assert "input parts will be computed" in before
     assert "split/part1: running" in command("run", str(file))
     assert "all 5 stages are stored" in command("plan", str(file))
+    more = workflow_of(place.directory, stages_of(place, ["a", "b", "c"]), name="w", tracking={"enabled": False})
+    file.write_text(yaml.safe_dump(more.to_dict()))
+    assert "may run" in next(line for line in command("plan", str(file)).splitlines() if "input parts is what" in line)
+    file.write_text(yaml.safe_dump(workflow.to_dict()))
     assert "split/part1  succeeded" in command("status")
     assert "split/part1" in command("graph", str(file), "--run", fold(read(place.store.run_directories()[0])).run_id)
     key = next(stage for stage in command("explain", str(file), "split/part1").split() if len(stage) == 64)

@@ -118,6 +118,17 @@ def test_a_wrong_set_is_refused_with_the_nearest_name(tmp_path: Path, override: 
         ("  make:", "  make: !!python/object:os.system", "python/object:os.system` is not accepted", ""),
         ("params:", "stages: 3\nparams:", "this key is given twice", ""),
         ("steps: 100", "steps: ${params.learning_rate}", "refer to each other in a circle", ""),
+        ("steps: 100", "steps: !!int abc", "w.yaml:3: params.steps: 'abc' is not what its tag `!!int` says", "leave"),
+        ("steps: 100", "steps: !!bool yes", "w.yaml:3: params.steps: 'yes' is not what its tag `!!bool` says", ""),
+        ("steps: 100", "steps: !!null none", "w.yaml:3: params.steps: 'none' is not what its tag `!!null` says", ""),
+        ("steps: 100", f"steps: {'9' * 5000}", "w.yaml:3: params.steps: a number of 5000 digits is too long", "quote"),
+        ("steps: 100", "steps: 1e-400", "w.yaml:3: params.steps: 1e-400 is smaller than any float", "write 0"),
+        (
+            "${params.steps}\n",
+            "{'a ${params.steps}': 1}\n",
+            "w.yaml:9: stages.make.with.steps: a reference stands in the name `a ${params.steps}`",
+            "only values are replaced",
+        ),
     ],
 )
 def test_every_mistake_names_file_line_and_field(tmp_path: Path, old: str, new: str, message: str, hint: str) -> None:

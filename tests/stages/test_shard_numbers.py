@@ -194,6 +194,7 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fingerprint(parameters, tmp_path) != before
 
     (tmp_path / "bad.csv").write_text("x,y\n1,2\n3,none\n")
+    (tmp_path / "commas.csv").write_text("x,y\n1,2,\n1,5,2,7\n")  # 1.5 and 2.7, as half of Europe writes them
     np.savez(tmp_path / "nan.npz", inputs=[[1.0], [np.nan]], targets=[1.0, 2.0])
     np.savez(tmp_path / "short.npz", inputs=np.zeros((3, 1)), targets=np.zeros(2))
     (tmp_path / "text.npz").write_text("no zip")
@@ -202,6 +203,7 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ({"path": "rows.npz", "targets": ["y"]}, "source.targets: .* has no `y`"),
             ({"path": "rows.npz", "targets": ["labels"], "classes": 3}, "row 3 of .* has the class 3"),
             ({"path": "bad.csv", "inputs": ["x"], "targets": ["y"]}, "line 3, `y`: 'none' is no number"),
+            ({"path": "commas.csv", "inputs": ["x"], "targets": ["y"]}, "line 3 has 4 values for 2 columns"),
             ({"path": "nan.npz"}, "source.inputs: row 1 of .* float32 does not hold"),
             ({"path": "short.npz"}, "different numbers of rows .* inputs 3, targets 2"),
             ({"path": "text.npz"}, "source.path: .* cannot be read"),

@@ -103,3 +103,22 @@ def test_a_workflow_file_is_checked_before_anything_starts(project: Path) -> Non
     ):
         with pytest.raises(UserError, match=message):
             build_graph(load_workflow("w.yaml", [override]))
+
+
+def test_what_decides_whether_an_inner_stage_runs_is_in_the_key(project: Path) -> None:
+    stages = {
+        "one": {"uses": "subworkflow_stages:part", "with": {"number": 1}},
+        "other": {"uses": "subworkflow_stages:part", "with": {"number": 2}, "when": "params.both"},
+    }
+    explore = {"uses": "subworkflow", "with": {"path": "inner.yaml"}, "retries": 0}
+    workflow = Workflow.from_dict({"name": "w", "stages": {"explore": explore}}, directory=Path.cwd())
+    for params, condition, kept in (
+        ({"both": False}, "params.both", {"one"}),
+        ({"both": True}, "params.both", {"one", "other"}),
+        ({"both": True}, "not params.both", {"one"}),
+    ):
+        stages["other"]["when"] = condition
+        (project / "inner.yaml").write_text(json.dumps({"name": "inner", "params": params, "stages": stages}))
+        state = launch(workflow, executor="local", tracking=False)
+        files = project / ".polytrope" / "artifacts" / (state.stages["explore"].key or "") / "files"
+        assert {path.name for path in files.iterdir()} == kept

@@ -341,6 +341,11 @@ def _read_csv(source: FileSource, path: Path) -> dict[str, np.ndarray]:
         for line in lines:
             if not line:
                 continue
+            if any(text.strip() for text in line[len(names) :]):
+                raise UserError(
+                    f"source.path: {path}, line {lines.line_num} has {len(line)} values for {len(names)} columns",
+                    "a comma inside a number would put what follows into other columns: write decimal points",
+                )
             for name, place in places.items():
                 try:
                     values[name].append(float(line[place]))
