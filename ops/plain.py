@@ -16,7 +16,6 @@ from polytrope.ops.fitting.curves import Array
 from polytrope.ops.fitting.polynomial import of_line
 from polytrope.ops.fitting.targets import NAMED
 
-
 _FAR = 16.0  # beyond it, rational functions are computed in powers of 1/x, as by the kernels
 
 
