@@ -89,7 +89,7 @@ def _plain(module: LearnableActivation, name: str) -> nn.Module:
 
 
 def tabulate(module: nn.Module, interval: tuple[float, float], points: int = 1025) -> dict[str, Any]:
-    """A learned activation as a table for serving: equidistant x, values, and its slopes at the ends, which continue it.
+    """A learned activation as a table for serving: equidistant x, values, and the slopes at its ends, to go on by.
 
     A composition, which nothing continues, has no such slopes. `maximum_error` is what linear interpolation in the
     table loses inside, at ten times as many points.
