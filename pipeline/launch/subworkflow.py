@@ -90,6 +90,13 @@ def subworkflow(
     if state.status != "succeeded":
         failed = [f"`{name}`: {(item.error or {}).get('message')}" for name, item in state.stages.items() if item.error]
         raise RuntimeError(f"the inner run {run_id} {state.status}: {'; '.join(failed) or state.error}")
+    if lost := [name for name, item in state.stages.items() if item.left_out]:
+        raise UserError(  # the key says what was to be computed, not what failed on the way
+            f"the inner stage `{lost[0]}` failed and was left out ({state.stages[lost[0]].reason}), so the result of "
+            f"`{context.stage}` would not be what its key says",
+            f"mend it and resume; its own run is {run_id}. Where failures are to be left out, write these stages into "
+            "the outer workflow",
+        )
     read = {source for node in graph.values() for source in node.input_nodes}
     for name in parameters.outputs or [name for name in graph if name not in read]:
         if state.stages[name].state == "skipped":

@@ -122,3 +122,22 @@ def test_what_decides_whether_an_inner_stage_runs_is_in_the_key(project: Path) -
         state = launch(workflow, executor="local", tracking=False)
         files = project / ".polytrope" / "artifacts" / (state.stages["explore"].key or "") / "files"
         assert {path.name for path in files.iterdir()} == kept
+
+
+def test_what_failed_inside_and_was_left_out_leaves_no_result(project: Path) -> None:
+    stages = {
+        "bad": {"uses": "subworkflow_stages:broken", "on_failure": "skip", "retries": 0},
+        "one": {"uses": "subworkflow_stages:part", "with": {"number": 1}},
+        "total": {"uses": "subworkflow_stages:total", "inputs": {"parts": ["one", "bad"]}},
+    }
+    (project / "subworkflow_stages.py").write_text(
+        STAGES + '\ndef broken(context: StageContext) -> None:\n    """Fail."""\n    raise RuntimeError("no memory")\n'
+    )
+    (project / "inner.yaml").write_text(json.dumps({"name": "inner", "stages": stages}))
+    explore = {"uses": "subworkflow", "with": {"path": "inner.yaml"}, "retries": 0}
+    workflow = Workflow.from_dict({"name": "w", "stages": {"explore": explore}}, directory=Path.cwd())
+    state = launch(workflow, executor="local", tracking=False)
+    assert state.status == "failed"
+    message = (state.stages["explore"].error or {})["message"]
+    assert message.startswith("the inner stage `bad` failed and was left out (it failed (on_failure: skip): ")
+    assert message.endswith("no memory), so the result of `explore` would not be what its key says")
