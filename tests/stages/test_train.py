@@ -470,7 +470,7 @@ def figures_promised(given: TrainParameters, dataset: Any) -> tuple[str, ...]:
 
 def test_what_activations_a_model_will_have_is_promised() -> None:
     options = {"activation_options": {"per_channel": True}}
-    start = {"init": "gelu", "interval": [-4, 4]}
+    start = {"init": "gelu", "interval": [-2, 2]}
     for model, activation in (
         ({}, "gelu_tanh"),
         ({"activation": "gelu"}, "gelu"),

@@ -94,7 +94,7 @@ class _Tailed(_Elementwise):
 class _Polynomial(_Tailed):
     interval: Interval | None = Field(
         None,
-        description="beyond it the function goes on along its tangents; null: its formula everywhere; default: [-4, 4] "
+        description="beyond it the function goes on along its tangents; null: its formula everywhere; default: [-2, 2] "
         "where it starts as a function, otherwise null",
     )
     learnable_recurrence: bool = Field(False, description="learn the recurrence of the basis as well")

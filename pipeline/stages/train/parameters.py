@@ -51,7 +51,7 @@ class ActivationOptions(BaseModel):
     )
     interval: Interval | None = Field(
         None,
-        description="beyond it the function goes on along its tangents; default: as each activation says, [-4, 4] for "
+        description="beyond it the function goes on along its tangents; default: as each activation says, [-2, 2] for "
         "a polynomial that starts as a function",
     )
     per_channel: bool = Field(False, description="coefficients of their own for every channel, not one set per block")
@@ -392,7 +392,7 @@ class TrainParameters(BaseModel):
         None,
         ge=0,
         description="peak learning rate of activation coefficients; default: a multiple of learning_rate that moves "
-        "every activation equally fast (10 for Hermite polynomials on [-4, 4]; a tenth of that in fine-tuning, and a "
+        "every activation equally fast (10 for Hermite polynomials on [-2, 2]; a tenth of that in fine-tuning, and a "
         "tenth without an interval). Without effect, which is logged, where no coefficient learns",
     )
     multiplicative_learning_rate: float | None = Field(
