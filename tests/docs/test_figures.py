@@ -546,6 +546,50 @@ def test_what_the_functions_became_is_told_as_measured() -> None:
     assert (len(shapes), sum(one > 0.9 for one in first["ReLU²"])) == (11, 9)
 
 
+def test_the_narrower_interval_is_told_as_measured() -> None:
+    narrow = "hermite4 gelu [-2, 2] × 10"
+    texts = {"python-documentation-and-source": 10, "state-of-the-union": 5}
+    told = []
+    for corpus, seeds in texts.items():
+        own = losses_of(corpus, narrow)
+        compared = [
+            recipe.difference(own, losses_of(corpus, other))
+            for other in ("gelu_tanh", f"{HERMITE}10", "affine gelu_tanh × 10")
+        ]
+        assert all(one is not None and max(one["values"]) < 0 and one["pairs"] == seeds for one in compared)
+        told.append([plus_minus(one, "+.3f") for one in compared])
+    beyond = recipe.difference(
+        losses_of("python-documentation-and-source", narrow),
+        losses_of("python-documentation-and-source", "affine gelu_tanh × 10"),
+    )
+    assert beyond is not None
+    assert beyond["p_value"] < 1e-4
+    images = [
+        plus_minus(recipe.difference(losses_of(corpus, narrow), losses_of(corpus, other)), "+.4f")
+        for corpus in ("mnist-5k", "digits")
+        for other in ("gelu", f"{HERMITE}10")
+    ]
+    larger = larger_models()["192", 480][narrow]
+    (control,) = larger["differences_to_controls"].values()
+    gelu = losses_of("state-of-the-union", "gelu_tanh")
+    low = [
+        plus_minus(recipe.difference(losses_of("state-of-the-union", name), gelu), "+.3f")
+        for name in ("hermite2 gelu [-4, 4] × 10", "hermite3 gelu [-2, 2] × 10")
+    ]
+    says(
+        "docs/activations/study.md",
+        f"it has {told[0][0]} from GELU on the first text, {told[0][1]} from the recipe and {told[0][2]} beyond the "
+        "control",
+        f"on the addresses {told[1][0]}, {told[1][1]} and {told[1][2]}",
+        f"with 3.8 million parameters {plus_minus(larger['difference'], '+.3f')} from GELU and "
+        f"{plus_minus(control, '+.3f')} beyond the control",
+        f"On MNIST it has {images[0]} from GELU and {images[1]} from the recipe, on the digits {images[2]} and "
+        f"{images[3]}",
+        f"Degree 2 on [-4, 4] has {low[0]}, degree 3 on [-2, 2] {low[1]}",
+    )
+    says("README.md", f"{told[0][2]} and {told[1][2]} beyond the control")
+
+
 def test_the_rule_where_it_was_not_found_is_told_as_measured() -> None:
     def of(corpus: str, name: str = f"{HERMITE}10", **about: Any) -> dict[str, Any]:
         usual = {"learning_rate": 3e-3, "precision": "fp32", "batch": 32 if corpus == "digits" else 8}
