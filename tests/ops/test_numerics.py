@@ -336,7 +336,9 @@ def test_broken_lines_are_as_exact_far_from_0_as_near_it(pieces: int, center: fl
             found = module(x)
             (gradient,) = torch.autograd.grad(found, module.values, seed)
         assert (found.double() - exact).abs().max() < 2.0**-23 * size
-        assert (gradient.double() - expected).abs().max() < 4e-6 * expected.abs().max()
+        assert (
+            gradient.double() - expected
+        ).abs().max() < 2e-5 * expected.abs().max()  # narrow vectors add up longer sums
     form = module.plain()
     numbers = {name: torch.from_numpy(value).float() for name, value in form.numbers.items()}
     assert (form.formula(x, numbers).double() - exact).abs().max() < 2.0**-21 * size * math.sqrt(pieces)
