@@ -167,7 +167,7 @@ def base_rates(trainings: Sequence[Row]) -> list[Row]:
     for row in trainings:
         if row["seed"] >= DEVELOPMENT:
             rates = groups.setdefault(tuple(row[key] for key in about), {})
-            is_image = row["accuracy"] is not None
+            is_image = row.get("accuracy") is not None
             rates.setdefault(row["learning_rate"], {})[row["seed"]] = row["loss" if is_image else "development_loss"]
     found = []
     for group, rates in groups.items():

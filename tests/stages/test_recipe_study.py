@@ -434,7 +434,7 @@ def test_a_training_says_its_rate_and_where_its_coefficients_came_from() -> None
     assert (row(coefficient_learning_rate=9e-2) or {})["name"] == "hermite4 gelu [-4, 4] × 30"
     assert (row(model=parameters["model"] | {"activation": "gelu_tanh"}) or {})["name"] == "gelu_tanh"
     short = parameters["model"] | {"activation": "hermite4"}
-    assert (row(model=short) or {})["name"] == "hermite4 gelu [-4, 4] × 10"
+    assert (row(model=short) or {})["name"] == "hermite4 gelu [-2, 2] × 10"
     assert (row(model=short, code=()) or {})["name"] == "hermite4 variance_preserving × 0.1"  # of a store from before
     assert recipe_trainings.DEFAULT_START in read_code([train.__module__]).files
     assert found["model"] == "GPT-2, 4 layers of 128"
