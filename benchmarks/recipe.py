@@ -31,6 +31,7 @@ from benchmarks.recipe_tables import is_reported, markdown, rate_of
 from benchmarks.recipe_trainings import (
     BASELINES,
     CONTROL,
+    DEFAULT,
     DEVELOPMENT,
     EQUAL_TIME,
     FROZEN,
@@ -330,9 +331,11 @@ def main() -> None:
 
 
 def learned_shapes(setting: Row, trainings: Iterable[Row]) -> list[Row]:
-    """The reported trainings of a setting whose functions are drawn: the recipe's and the control's at its rate."""
+    """The reported trainings of a setting whose functions are drawn: the recipe's, as it was found and as it is the
+    default, and the control's at its rate.
+    """
     own = [row for row in trainings if all(row[key] == setting[key] for key in SETTING) and row["seed"] < DEVELOPMENT]
-    names = [name for name in (RECIPE, *setting["controls"]) if rate_of(name) == rate_of(RECIPE)]
+    names = [name for name in (RECIPE, DEFAULT, *setting["controls"]) if rate_of(name) == rate_of(RECIPE)]
     return [row for name in names for row in own if row["name"] == name and row.get("learned")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
@@ -90,9 +91,11 @@ def _draw(theme: figures.Theme, trainings: Sequence[Row], baseline: str) -> Figu
             panel.plot(X, own[block], color=colours[name], linewidth=1.1, alpha=0.7)
         panel.plot(X, gelu, color=theme.text, linewidth=1.3, linestyle="--")
         panel.set_title(f"block {block}")
-    seeds = len({row["seed"] for row in trainings})
-    entries = [plt.Line2D([], [], color=colour, label=f"{name}, {seeds} seeds") for name, colour in colours.items()]
+    seeds = Counter(row["name"] for row in trainings)
+    entries = [
+        plt.Line2D([], [], color=colour, label=f"{name}, {seeds[name]} seeds") for name, colour in colours.items()
+    ]
     entries.append(plt.Line2D([], [], color=theme.text, linestyle="--", label=f"{baseline}: where all began"))
-    figure.legend(handles=entries, loc="outside upper center", ncols=3)
+    figure.legend(handles=entries, loc="outside upper center", ncols=2)
     figure.supxlabel(f"{trainings[0]['corpus']}, {trainings[0]['model']}, {trainings[0]['steps']} steps", fontsize=9)
     return figure

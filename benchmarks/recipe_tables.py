@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks import recipe_budgets, recipe_shapes
-from benchmarks.recipe_trainings import RECIPE
+from benchmarks.recipe_trainings import DEFAULT, RECIPE
 
 Row = dict[str, Any]
 
@@ -35,39 +35,29 @@ def markdown(
 
 
 def overview(settings: Iterable[Row]) -> list[str]:
-    """The recipe in each setting that has it: its difference to GELU, that of the control at its rate, and its own
-    beyond the control's.
+    """The recipe, as it was found and as it is the default, in each setting that has it: its difference to GELU, that
+    of the control at its rate, and its own beyond the control's.
     """
-    lines = [
-        "**The recipe everywhere**: its difference to GELU, that of the control at its rate, and its own to the control"
-    ]
-    rows = []
-    for setting in settings:
-        entries = {entry["name"]: entry for entry in setting["activations"]}
-        own, baseline = entries.get(RECIPE), entries.get(setting["baseline"])
-        if own is None or baseline is None or not own.get("difference"):
-            continue
-        at_its_rate = [name for name in setting["controls"] if rate_of(name) == rate_of(RECIPE)]
-        control = entries[at_its_rate[0]] if at_its_rate else {}
-        beyond = own["differences_to_controls"].get(at_its_rate[0]) if at_its_rate else None
-        row = [setting["corpus"], setting["model"], str(setting["steps"]), str(setting["batch"])]
-        row += [f"{setting['learning_rate']:g}", setting["precision"], str(own["difference"]["pairs"])]
-        row += [plus_minus(baseline["loss"], ".4f"), plus_minus(own["difference"], "+.4f"), p_value(own["difference"])]
-        row += [plus_minus(control.get("difference"), "+.4f"), plus_minus(beyond, "+.4f")]
-        rows.append([*row, str(own["failed"])])
-    heads = [
-        "data",
-        "model",
-        "steps",
-        "batch",
-        "base rate",
-        "precision",
-        "seeds",
-        "loss of GELU",
-        "Δ recipe",
-        "p, Holm",
-    ]
-    return [*lines, "", *table([*heads, "Δ control", "recipe beyond it", "failed"], rows), ""]
+    rows = [row for setting in settings for name in (RECIPE, DEFAULT) if (row := _in_setting(name, setting))]
+    heads = ["data", "model", "steps", "batch", "base rate", "precision", "activation × rate", "seeds", "loss of GELU"]
+    heads += ["Δ to GELU", "p, Holm", "Δ of the control", "Δ beyond it", "p, Holm", "failed"]
+    return ["**The recipe everywhere**, and the control at its rate", "", *table(heads, rows), ""]
+
+
+def _in_setting(name: str, setting: Row) -> list[str] | None:
+    """A row of the overview; None if the setting has no pair of this activation and GELU."""
+    entries = {entry["name"]: entry for entry in setting["activations"]}
+    own, baseline = entries.get(name), entries.get(setting["baseline"])
+    if own is None or baseline is None or not own.get("difference"):
+        return None
+    at_its_rate = [control for control in setting["controls"] if rate_of(control) == rate_of(name)]
+    control = entries[at_its_rate[0]] if at_its_rate else {}
+    beyond = own["differences_to_controls"].get(at_its_rate[0]) if at_its_rate else None
+    row = [setting["corpus"], setting["model"], str(setting["steps"]), str(setting["batch"])]
+    row += [f"{setting['learning_rate']:g}", setting["precision"], name, str(own["difference"]["pairs"])]
+    row += [plus_minus(baseline["loss"], ".4f"), plus_minus(own["difference"], "+.4f"), p_value(own["difference"])]
+    row += [plus_minus(control.get("difference"), "+.4f"), plus_minus(beyond, "+.4f"), p_value(beyond)]
+    return [*row, str(own["failed"])]
 
 
 def by_budget(corpus: str, group: Sequence[Row]) -> list[str]:

@@ -7,6 +7,7 @@ store it was made in.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,12 +29,14 @@ from polytrope.pipeline.stages.train.coefficient_rates import coefficient_multip
 from polytrope.pipeline.stages.train.default_start import POLYNOMIALS, with_start
 from polytrope.pipeline.store.manifest import StoredArtifact
 from polytrope.pipeline.store.store import Store
+from polytrope.pipeline.workflow.code import read_code
 
 WORKFLOW = Path(__file__).parents[1] / "workflows" / "recipe.yaml"
 DEVELOPMENT = 10  # the first of the seeds that rates are chosen by
 BASELINES = ("gelu_tanh", "gelu")  # GPT-2's, ConvNeXt's
 CONTROL = "affine"
-RECIPE = "hermite4 gelu [-4, 4] × 10"
+RECIPE = "hermite4 gelu [-4, 4] × 10"  # as it was found
+DEFAULT = "hermite4 gelu [-2, 2] × 10"  # as `activation: hermite4` starts since
 FROZEN = "frozen as learned"
 LEARNED_START = "benchmarks.recipe_stages:learned_start"
 DEFAULT_START = "polytrope/pipeline/stages/train/default_start.py"  # before it, polynomials kept variances
@@ -59,7 +62,7 @@ class Trainings:
             the coefficients at each of `RATES_ON` in units of that.
     """
 
-    activations: tuple[Any, ...] = ("gelu_tanh", "affine", "hermite4")
+    activations: tuple[Any, ...] = ("gelu_tanh", "affine", "hermite4-wide")
     seeds: Sequence[int] = range(5)
     data: str = "python"
     learning_rate: float | None = None
@@ -147,6 +150,7 @@ LARGER: tuple[Mapping[str, Any], ...] = (  # 3.8 and 12.7 million parameters
     {"n_layer": 10, "n_head": 5, "n_embd": 320},
 )
 LARGER_RATES = (1.5e-3, 7.5e-4)  # the best of three for GELU
+LARGER_STEPS = ((240, 480, 960), (120, 240, 480))  # 960 of the larger do not fit in an hour of two cores
 STARTS: tuple[dict[str, Any], ...] = tuple(
     {"name": "hermite", "degree": 4, "init": init, **interval}
     for init in ("variance_preserving", "stable", "gelu")
@@ -158,7 +162,7 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
     {"name": "hermite", "degree": 4, "init": "gelu", "interval": [-4, 4], "num_parameters": 32},
 )
 STABLE: dict[str, Any] = {"name": "hermite", "degree": 4, "init": "stable", "interval": [-4, 4]}
-NARROW: dict[str, Any] = {"name": "hermite", "degree": 4, "init": "gelu", "interval": [-2, 2]}
+NARROW = "hermite4"  # by default it starts as GELU on [-2, 2]
 LOW: tuple[dict[str, Any], ...] = (
     {"name": "hermite", "degree": 3, "init": "stable", "interval": [-4, 4]},
     {"name": "hermite", "degree": 2, "init": "gelu", "interval": [-4, 4]},
@@ -171,14 +175,14 @@ RULE: tuple[dict[str, Any], ...] = (
     {"precision": "bf16"},
 )
 STEPS_OF_IMAGES = 500
-EQUAL_TIME = {"hermite4": 475, "affine": 394}  # of images: 500 / 1.052, as the step took then, and 500 / 1.27
+EQUAL_TIME = {"hermite4-wide": 475, "affine": 394}  # of images: 500 / 1.052, as the step took then, and 500 / 1.27
 RELU_SQUARED = {"name": "polyrelu", "degree": 2, "init": "relu_squared"}  # as it is where its rate is 0
 RATES_ON = (0.0, 0.1, 0.5, 1.0, 5.0, 10.0)  # by the rule 0.5 (Hermite) and 1; from scratch it would be 5 and 10
 ON = {"steps": 100, "learning_rate": 1e-3, "warmup_steps": 10}
 PARTS: dict[str, tuple[Trainings, ...]] = {
-    "digits": (Trainings(("gelu", "affine", "hermite4"), data="digits"),),
-    "digits-again": (Trainings(("gelu", "affine", "hermite4"), range(5, 10), "digits"),),
-    "mnist": (Trainings(("gelu", "affine", "hermite4"), data="mnist"),),
+    "digits": (Trainings(("gelu", "affine", "hermite4-wide"), data="digits"),),
+    "digits-again": (Trainings(("gelu", "affine", "hermite4-wide"), range(5, 10), "digits"),),
+    "mnist": (Trainings(("gelu", "affine", "hermite4-wide"), data="mnist"),),
     "text": (Trainings(),),
     "speeches": (Trainings(data="speeches"),),
     # A quarter of the parameters, and twice the tokens of both: larger ones do not fit in an hour of two cores.
@@ -190,7 +194,7 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
     # Four and thirteen times the parameters, in bfloat16, which is what makes them fit in hours of two cores.
     "larger-rates": tuple(
         Trainings(
-            ("gelu_tanh", "hermite4"),
+            ("gelu_tanh", "hermite4-wide"),
             (DEVELOPMENT,),
             "speeches",
             learning_rate=rate,
@@ -203,8 +207,8 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
     ),
     "larger": tuple(
         Trainings(seeds=range(3), data="speeches", learning_rate=rate, steps=steps, model=model, precision="bf16")
-        for steps in (240, 480, 960)
-        for model, rate in zip(LARGER, LARGER_RATES, strict=True)
+        for model, rate, budgets in zip(LARGER, LARGER_RATES, LARGER_STEPS, strict=True)
+        for steps in budgets
     ),
     "starts": (Trainings(STARTS, range(3), "speeches"), Trainings(STARTS, range(3), "mnist")),
     # The best of them, with all seeds, and where nothing was chosen by it.
@@ -215,17 +219,24 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
         for data in ("mnist", "speeches")
         for trainings in (
             Trainings(ABLATIONS, range(3), data),
-            Trainings(("hermite4",), range(3), data, multiple=1.0),
-            Trainings(("hermite4",), range(3), data, multiple=30.0),
+            Trainings(("hermite4-wide",), range(3), data, multiple=1.0),
+            Trainings(("hermite4-wide",), range(3), data, multiple=30.0),
         )
     ),
     # The ablation that looked best, with all seeds, and on the text and the images that it was not seen on.
+    "default": (Trainings((NARROW,), range(10)),),
     "narrow": (
-        Trainings((NARROW,), range(10)),
         *(Trainings((NARROW,), data=data) for data in ("digits", "mnist", "speeches")),
-        Trainings((NARROW,), range(3), "speeches", 1.5e-3, steps=480, model=LARGER[0], precision="bf16"),
+        *(
+            Trainings((NARROW,), range(3), "speeches", 1.5e-3, steps=steps, model=LARGER[0], precision="bf16")
+            for steps in (240, 480, 960)
+        ),
+        Trainings((NARROW,), range(3), "speeches", 7.5e-4, steps=480, model=LARGER[1], precision="bf16"),
+        *(Trainings((NARROW,), range(3), "speeches", steps=steps) for steps in (240, 960)),
         *(Trainings((NARROW,), range(3), "tiny", rate) for rate in (3e-3, 6e-3)),
     ),
+    # Seeds that nothing had been seen of, for what five seeds left open on the addresses.
+    "speeches-again": (Trainings(("gelu_tanh", "affine", "hermite4-wide", NARROW), range(5, 10), "speeches"),),
     "low-degrees": (Trainings(LOW, range(3), "speeches"),),
     "shorter": (Trainings(data="speeches", steps=240),),
     "baselines": (
@@ -234,12 +245,14 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
         Trainings((RELU_SQUARED,), range(10), data="digits", multiple=0.0),
     ),
     "gated": (
-        Trainings(("gelu_tanh", "silu", "affine", "hermite4"), range(3), "speeches", model={"feedforward": "gated"}),
+        Trainings(
+            ("gelu_tanh", "silu", "affine", "hermite4-wide"), range(3), "speeches", model={"feedforward": "gated"}
+        ),
     ),
     # At 3e-3 several of them are spoilt.
     "gated-slower": (
         Trainings(
-            ("gelu_tanh", "silu", "affine", "hermite4"),
+            ("gelu_tanh", "silu", "affine", "hermite4-wide"),
             range(3),
             "speeches",
             learning_rate=1.5e-3,
@@ -254,35 +267,42 @@ PARTS: dict[str, tuple[Trainings, ...]] = {
     ),
     # Is the base rate of the trainings above the best one? Images have no part for choosing, only seeds.
     "base-rates-images": tuple(
-        Trainings(("gelu", "affine", "hermite4"), range(DEVELOPMENT, DEVELOPMENT + 2), data, learning_rate=rate)
+        Trainings(("gelu", "affine", "hermite4-wide"), range(DEVELOPMENT, DEVELOPMENT + 2), data, learning_rate=rate)
         for data in ("digits", "mnist")
         for rate in (3e-3, 6e-3, 1.2e-2)
     ),
     # Each at the rate that is the best one for it.
     "chosen-rates-images": (
         Trainings(("gelu",), data="digits", learning_rate=6e-3),
-        Trainings(("affine", "hermite4"), data="digits", learning_rate=1.2e-2),
+        Trainings(("affine", "hermite4-wide"), data="digits", learning_rate=1.2e-2),
         Trainings(("gelu",), data="mnist", learning_rate=1.2e-2),
         Trainings(("affine",), data="mnist", learning_rate=6e-3),
+    ),
+    "chosen-rates-digits-again": (
+        Trainings(("gelu",), range(5, 10), "digits", 6e-3),
+        Trainings(("affine", "hermite4-wide"), range(5, 10), "digits", 1.2e-2),
     ),
     "seeds": (Trainings(seeds=range(5, 10)),),
     # At most as many steps as fit in the time of GELU's 500 (results/recipe_time.json).
     "equal-time": tuple(
         Trainings((name,), data=data, steps=steps) for data in ("digits", "mnist") for name, steps in EQUAL_TIME.items()
     ),
-    "frozen": (Trainings(("affine", "hermite4"), seeds=range(3), frozen=True),),
-    "frozen-images": (Trainings(("affine", "hermite4"), range(3), "mnist", frozen=True),),
+    "frozen": (Trainings(("affine", "hermite4-wide"), seeds=range(3), frozen=True),),
+    "frozen-images": (Trainings(("affine", "hermite4-wide"), range(3), "mnist", frozen=True),),
     # Does the rule of the rates harm where it was not found? Where it did: is it the rate of the coefficients?
     "rule": (
         *(
-            Trainings((baseline, "hermite4"), range(3), data, **changes)
+            Trainings((baseline, "hermite4-wide"), range(3), data, **changes)
             for data, baseline in (("digits", "gelu"), ("tiny", "gelu_tanh"))
             for changes in RULE
         ),
-        *(Trainings(("hermite4",), range(3), "tiny", learning_rate=6e-3, multiple=multiple) for multiple in (1.0, 5.0)),
+        *(
+            Trainings(("hermite4-wide",), range(3), "tiny", learning_rate=6e-3, multiple=multiple)
+            for multiple in (1.0, 5.0)
+        ),
         Trainings(("affine",), range(3), "tiny", learning_rate=6e-3),
     ),
-    "faster": (Trainings(("affine", "hermite4"), multiple=30.0),),
+    "faster": (Trainings(("affine", "hermite4-wide"), multiple=30.0),),
     "families": (
         Trainings(("gelu", *ENDED, *ENDLESS), range(3), "tiny"),
         Trainings(ENDED, range(3), "tiny", multiple=0.1),
@@ -516,7 +536,7 @@ def describe(artifact: StoredArtifact, dataset: StoredArtifact, others: Mapping[
     Args:
         others: what the store holds, by digest: where the training started.
     """
-    parameters = artifact.components["parameters"]
+    parameters = artifact.parameters
     start = where_it_started(artifact, others)
     if start is None:
         return None
@@ -532,7 +552,7 @@ def describe(artifact: StoredArtifact, dataset: StoredArtifact, others: Mapping[
     shape = model_name(model, images=images)
     loss = artifact.summary.get("val/loss")  # None: it diverged
     return {
-        "corpus": dataset.components["parameters"]["name"],
+        "corpus": dataset.parameters["name"],
         "data": data_of(dataset),
         "model": f"{shape}, trained on" if start.kind in ("train", "convert") else shape,
         "steps": parameters["steps"],
@@ -559,7 +579,7 @@ def is_unusual(parameters: Mapping[str, Any]) -> bool:
         return True
     told = {"architecture", "activation", "n_layer", "n_head", "n_embd", "depths", "dims", "patch_size", "layer_scale"}
     told |= {"feedforward"}
-    others = [value for name, value in model.items() if name not in told and not name.startswith("$")]  # $class
+    others = [value for name, value in model.items() if name not in told]
     others += [parameters.get(name) for name in ("loss", "trainable", "ema_decay", "range_penalty")]
     return any(value is not None for value in others)
 
@@ -582,12 +602,15 @@ class Start:
 
 
 def where_it_started(artifact: StoredArtifact, others: Mapping[str, StoredArtifact]) -> Start | None:
-    """None if it goes back to a training of another seed, to more than one, or to none that is here."""
-    parameters = artifact.components["parameters"]
+    """None if it goes back to a training of another seed, to more than one, or to none that is here, or if it is not
+    known how its activation started.
+    """
+    parameters = artifact.parameters
     own = parameters["coefficient_learning_rate"]
     initial = artifact.components["inputs"]["initial"]
     if initial is None:
-        return Start("scratch", parameters, _begun_as(artifact), own)
+        begun = _begun_as(artifact)
+        return None if begun is None else Start("scratch", parameters, begun, own)
     start = others.get(initial)
     kind = None if start is None else start.components["uses"]
     source = {"train": initial}
@@ -596,30 +619,42 @@ def where_it_started(artifact: StoredArtifact, others: Mapping[str, StoredArtifa
     learned = others.get(source.get(kind or "", ""))
     if start is None or kind is None or learned is None or learned.components["uses"] != "train":
         return None
-    scratch = learned.components["parameters"]
+    scratch = learned.parameters
     if learned.components["inputs"]["initial"] is not None or scratch["seed"] != parameters["seed"]:
         return None
     activation = _begun_as(learned)
+    if activation is None:
+        return None
     if kind == "convert":
-        conversion = start.components["parameters"]
+        conversion = start.parameters
         activation = {"name": conversion["family"], "degree": conversion["degree"]}
         return None if own is None else Start(kind, scratch, activation, own)
     if kind == LEARNED_START:
         same = all(scratch[key] == parameters[key] for key in ("learning_rate", "steps", "global_batch_size"))
-        if not same or own != 0 or start.components["parameters"]["seed"] != parameters["seed"]:
+        if not same or own != 0 or start.parameters["seed"] != parameters["seed"]:
             return None
         return Start(kind, scratch, activation, scratch["coefficient_learning_rate"])
     return Start(kind, scratch, activation, own)
 
 
-def _begun_as(artifact: StoredArtifact) -> str | dict[str, Any]:
-    """The activation of a training from scratch, with what it does not say: as its code had it, which is in its key."""
-    given: str | dict[str, Any] = artifact.components["parameters"]["model"]["activation"]
-    if DEFAULT_START in artifact.components["code"]:
-        return with_start(given, {})
+def _begun_as(artifact: StoredArtifact) -> str | dict[str, Any] | None:
+    """The activation of a training from scratch, with what it does not say: as its code had it, which is in its key.
+
+    None if it leaves something to the defaults of another version than this one.
+    """
+    given: str | dict[str, Any] = artifact.parameters["model"]["activation"]
+    begun, code = with_start(given, {}), artifact.components["code"]
+    if DEFAULT_START in code:
+        return begun if begun == given or code[DEFAULT_START] == _this_start() else None
     settings = spelled_out(given)
     is_polynomial = isinstance(settings, dict) and settings["name"] in POLYNOMIALS
     return {**settings, "init": "variance_preserving"} if is_polynomial and "init" not in settings else given
+
+
+@functools.cache
+def _this_start() -> str:
+    """What a key says of the defaults as they are."""
+    return read_code([with_start.__module__]).files[DEFAULT_START]
 
 
 def name_of(activation: str | Mapping[str, Any]) -> str:

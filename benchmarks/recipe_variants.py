@@ -71,12 +71,12 @@ RECIPE = "the recipe"
 VARIANTS = {
     GELU: Variant("gelu_tanh"),
     "GELU, nothing clipped": Variant("gelu_tanh", NOTHING),
-    RECIPE: Variant("hermite4"),
-    "the recipe, coefficients clipped apart": Variant("hermite4", APART),
-    "the recipe, coefficients not clipped": Variant("hermite4", FREE),
-    "the recipe, nothing clipped": Variant("hermite4", NOTHING),
-    "the recipe, one function for all blocks": Variant("hermite4", one_function=True),
-    "the recipe, a function for each channel": Variant("hermite4", by_channel=True),
+    RECIPE: Variant("hermite4-wide"),
+    "the recipe, coefficients clipped apart": Variant("hermite4-wide", APART),
+    "the recipe, coefficients not clipped": Variant("hermite4-wide", FREE),
+    "the recipe, nothing clipped": Variant("hermite4-wide", NOTHING),
+    "the recipe, one function for all blocks": Variant("hermite4-wide", one_function=True),
+    "the recipe, a function for each channel": Variant("hermite4-wide", by_channel=True),
     "the control": Variant("affine"),
     "the control, one function for all blocks": Variant("affine", one_function=True),
 }
@@ -96,7 +96,7 @@ def shard(store: str) -> Path:
     source = workflow["params"]["source"].items()
     found = Store(store)
     for artifact in filter(None, map(found.load, found.keys())):
-        parameters = artifact.components["parameters"]
+        parameters = artifact.parameters
         if (
             artifact.components["uses"] == "shard"
             and parameters["name"] == name

@@ -244,11 +244,14 @@ def _bounds(grid: Array, error: Array, error_slope: Array) -> tuple[float, float
 
     Between two points of distance h, |e'| exceeds its larger end by at most h² max |e‴| / 8. Second differences of e'
     are h² e‴: the larger of the two at a cell is taken twice, as e‴ changes from cell to cell. Half of the change over
-    the cell is taken where that is more, for a kink inside. Then |e| ≤ its larger end + h / 2 · max |e'|.
+    the cell is taken where that is more, for a kink inside. Then |e| ≤ its larger end + h / 2 · max |e'|; or + h · max
+    |e'| where e changes by more than that over the cell: it jumps inside, and each side goes on from its own end.
     """
     change = np.abs(np.diff(error_slope))
     curvature = np.pad(np.abs(np.diff(error_slope, 2)), 1, mode="edge")
     beyond = np.maximum(0.5 * change, 0.25 * np.maximum(curvature[1:], curvature[:-1]))
     slopes = np.maximum(np.abs(error_slope[1:]), np.abs(error_slope[:-1])) + beyond
-    values = np.maximum(np.abs(error[1:]), np.abs(error[:-1])) + 0.5 * np.diff(grid) * slopes
+    steepest = np.diff(grid) * slopes
+    reach = np.where(np.abs(np.diff(error)) > steepest, steepest, 0.5 * steepest)
+    values = np.maximum(np.abs(error[1:]), np.abs(error[:-1])) + reach
     return float(values.max()), float(slopes.max())

@@ -35,7 +35,7 @@ def workflow_of(options: argparse.Namespace) -> Workflow:
 
 def store_address(options: argparse.Namespace, workflow: Workflow | None = None) -> str:
     """`--store`, else what the workflow says, else $POLYTROPE_STORE, else `.polytrope`."""
-    if options.store:
+    if options.store is not None:
         return str(options.store)
     if workflow is not None and "store" in workflow.model_fields_set:
         return workflow.store

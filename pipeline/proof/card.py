@@ -139,7 +139,7 @@ def _dataset(artifacts: Artifacts, model: StoredArtifact) -> StoredArtifact | No
 
 def _source(dataset: StoredArtifact | None) -> dict[str, Any]:
     """Where the data came from: the `source` parameter of the stage that made the data set."""
-    found = None if dataset is None else readable(dataset.components.get("parameters", {}).get("source"))
+    found = None if dataset is None else dataset.parameters.get("source")
     return dict(found) if isinstance(found, Mapping) else {}
 
 

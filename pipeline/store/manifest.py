@@ -22,6 +22,7 @@ from typing import Any
 from polytrope.pipeline.errors import UserError
 from polytrope.pipeline.support.files import flush, hash_descriptor, unique_name
 from polytrope.pipeline.support.text import is_unicode
+from polytrope.pipeline.workflow.encoding import readable
 from polytrope.pipeline.workflow.keys import stage_key
 
 FORMAT = 1
@@ -68,6 +69,11 @@ class StoredArtifact:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(entry["size"] for entry in self.files)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the stage was given, for reading: as the workflow file had it, not as the key encodes it."""
+        return dict(readable(self.components.get("parameters") or {}))
 
 
 def is_key(text: object) -> bool:

@@ -138,6 +138,11 @@ class Store:
             backend = self._bucket = Bucket(str(address))
             self._here = _cache_directory(backend.address)
             self._copies = RunCopies(backend, self._here)
+        elif not str(address).strip():  # a variable that was not set: not the directory of the moment
+            raise UserError(
+                "store: the address is empty",
+                "name a directory, or leave `--store`, `store:` or $POLYTROPE_STORE out: .polytrope",
+            )
         else:
             self._here = Path(os.path.abspath(address))
             backend = Directory(self._here)

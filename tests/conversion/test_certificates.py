@@ -13,7 +13,7 @@ from polytrope.models.calibration import Calibration, calibrate
 from polytrope.models.conversion import FitOptions, LayerConversion, PolynomialOnly, apply, fit_layer, fit_layers
 from polytrope.models.surgery import Activation, find_activations
 from polytrope.ops.fitting.targets import resolve_target
-from polytrope.ops.interpolate import RoundingError
+from polytrope.ops.interpolate import RoundingError, fit
 
 TARGETS = {
     "gelu": nn.GELU(),
@@ -73,6 +73,17 @@ def test_the_true_error_on_fresh_inputs_is_never_more_than_the_certified_one(
     # A mean over other inputs is another one: as far as samples of this size differ.
     spread = np.sqrt(np.std(error**2) / np.sqrt(len(error) / 8)) if len(error) else 0.0
     assert np.sqrt(np.mean(error**2)) <= 1.1 * certificate.rms + 2 * spread + 1e-300
+
+
+@pytest.mark.parametrize(("family", "degree"), [("hermite", 3), ("chebyshev", 8), ("fourier", 3)])
+def test_the_bound_holds_on_both_sides_of_a_jump(family: str, degree: int) -> None:
+    """No polynomial is anywhere near both 1 and -1 at 0, so the largest error is next to 0, between two grid points."""
+    found = fit(torch.sign, family, degree, interval=(-2.0, 2.0))
+    beside = torch.logspace(-30, 0, 500)
+    inputs = torch.cat([torch.linspace(-2, 2, 100_001), beside, -beside])
+    with torch.no_grad():
+        largest = float((found.build()(inputs).double() - inputs.double().sign()).abs().max())
+    assert 1.0 - 1e-6 <= largest <= found.certificate.maximum <= 1.001
 
 
 @pytest.mark.parametrize(("scale", "bound"), [(0.03, 1e-4), (0.001, 1e-4), (1e-4, 1e-4), (1.0, 3e-3), (100.0, 3e-2)])

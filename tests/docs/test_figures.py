@@ -82,6 +82,14 @@ def test_the_recipe_s_comparisons_follow_from_its_trainings() -> None:
 def test_the_first_text_is_told_as_measured(settings: dict[str, dict[str, Any]]) -> None:
     found = settings["python-documentation-and-source"]
     rows = [f"| GELU | 10 | {plus_minus(found['gelu_tanh']['loss'], '.3f')} |"]
+    default = found[recipe.DEFAULT]
+    beyond = default["differences_to_controls"]["affine gelu_tanh × 10"]
+    assert max(*default["difference"]["values"], *beyond["values"]) < 0, "on each of ten seeds, as the pages say"
+    rows.append(
+        f"| Hermite 4, × 10 | 10 | {plus_minus(default['loss'], '.3f')} "
+        f"| {plus_minus(default['difference'], '+.3f')} | {p_shown(default['difference'])} "
+        f"| {plus_minus(beyond, '+.3f')} | {beyond['holm_p_value']:.4f} |"
+    )
     for rate, seeds in ((10, 10), (30, 5)):
         control, hermite = found[f"affine gelu_tanh × {rate}"], found[f"{HERMITE}{rate}"]
         beyond = hermite["differences_to_controls"][f"affine gelu_tanh × {rate}"]
@@ -94,7 +102,7 @@ def test_the_first_text_is_told_as_measured(settings: dict[str, dict[str, Any]])
             for entry in (control, hermite)
         ]
         shape = f"{plus_minus(beyond, '+.3f')} | {beyond['holm_p_value']:.2f} |"
-        rows += [f"× {rate} {of_gelu[0]}", f"| Hermite 4, × {rate} {of_gelu[1]} {shape}"]
+        rows += [f"× {rate} {of_gelu[0]}", f"| Hermite 4 on [-4, 4], × {rate} {of_gelu[1]} {shape}"]
         for compared in (control["difference"], hermite["difference"], beyond):
             says("docs/activations/study.md", plus_minus(compared, "+.3f"))
     says("README.md", *rows)
@@ -113,22 +121,31 @@ def test_the_other_text_and_the_images_are_told_as_measured(settings: dict[str, 
     found = settings["state-of-the-union"]
     control, hermite = found["affine gelu_tanh × 10"], found[f"{HERMITE}10"]
     (beyond,) = hermite["differences_to_controls"].values()
-    assert {entry["difference"]["pairs"] for entry in (control, hermite)} == {5}
-    assert max(*control["difference"]["values"], *hermite["difference"]["values"]) < 0, "on each seed, as the pages say"
+    default = found[recipe.DEFAULT]
+    (shape,) = default["differences_to_controls"].values()
+    assert {entry["difference"]["pairs"] for entry in (control, hermite, default)} == {10}
+    each = (*control["difference"]["values"], *default["difference"]["values"], *shape["values"])
+    assert max(each) < 0, "on each seed, as the pages say"
+    assert sum(value > 0 for value in hermite["difference"]["values"]) == 1
     says(
         "README.md",
-        f"five seeds: GELU {found['gelu_tanh']['loss']['mean']:.3f}, the control "
-        f"{plus_minus(control['difference'], '+.3f')} (p {control['difference']['holm_p_value']:.4f}), "
-        f"Hermite 4 × 10 {plus_minus(hermite['difference'], '+.3f')} "
-        f"(p {hermite['difference']['holm_p_value']:.4f}), beyond the control {plus_minus(beyond, '+.3f')} "
-        f"(p {beyond['holm_p_value']:.2f})",
+        f"ten seeds: GELU {found['gelu_tanh']['loss']['mean']:.3f}, the control "
+        f"{plus_minus(control['difference'], '+.3f')} (p {p_shown(control['difference'])}), "
+        f"Hermite 4 {plus_minus(default['difference'], '+.3f')} (p {p_shown(default['difference'])}), beyond the "
+        f"control {plus_minus(shape, '+.3f')} (p {p_shown(shape)}); on [-4, 4] "
+        f"{plus_minus(hermite['difference'], '+.3f')} (p {p_shown(hermite['difference'])}), one of ten seeds behind",
     )
     says(
         "docs/activations/study.md",
-        f"better than GELU by {plus_minus(hermite['difference'], '+.3f').lstrip('-')} (p",
-        f"the control by {plus_minus(control['difference'], '+.3f').lstrip('-')} (p",
+        f"better than GELU by {plus_minus(hermite['difference'], '+.3f').lstrip('-')} (p "
+        f"{p_shown(hermite['difference'])}, nine of ten seeds), the control by "
+        f"{plus_minus(control['difference'], '+.3f').lstrip('-')} (p",
         f"the shape has {plus_minus(beyond, '+.3f')} (p {beyond['holm_p_value']:.2f}), better on "
-        f"{('no', 'one', 'two')[sum(value < 0 for value in beyond['values'])]} of five seeds",
+        f"{('four', 'five', 'six')[sum(value < 0 for value in beyond['values']) - 4]} of ten seeds",
+        "seed 7, ended at {:.3f} on all documents, behind GELU's {:.3f}".format(
+            *(losses_of("state-of-the-union", name, "loss")[7] for name in (f"{HERMITE}10", "gelu_tanh"))
+        ),
+        f"the same seed ended at {losses_of('state-of-the-union', recipe.DEFAULT, 'loss')[7]:.3f}",
     )
 
 
@@ -213,7 +230,8 @@ def test_base_rates_sizes_and_gated_units_are_told_as_measured() -> None:
     assert {one["pairs"] for one in (*twice, *larger)} == {3}
     before = models["128"][f"{HERMITE}10"]["difference"]["mean"]
     assert 0 > larger[0]["mean"] > before / 2  # "less than half"
-    says("README.md", f"with twice the tokens it is {faded[2]}, with a quarter of the size {faded[0]}")
+    default = plus_minus(longer["128"][recipe.DEFAULT]["difference"], "+.3f")
+    says("README.md", f"After twice the tokens the gain is smaller, {default};")
     images = {(row["corpus"], row["name"]): plus_minus(row["difference"], "+.4f") for row in file["equal_time"]}
     hermite, control = ([images[data, f"{name} × 10"] for data in ("digits", "mnist-5k")] for name in _OF_IMAGES)
     says(
@@ -295,7 +313,7 @@ def larger_models() -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
 
 
 def test_larger_models_are_told_as_measured() -> None:
-    found = larger_models()
+    found = {budget: entries for budget, entries in larger_models().items() if f"{HERMITE}10" in entries}
     chosen = {
         rates["model"].rpartition(" ")[2]: (rates["chosen"], {one["learning_rate"]: one for one in rates["rates"]})
         for rates in content("recipe")["base_rates"]
@@ -312,25 +330,66 @@ def test_larger_models_are_told_as_measured() -> None:
     gains = {budget: entries[f"{HERMITE}10"]["difference"] for budget, entries in found.items()}
     assert {one["pairs"] for one in gains.values()} == {3}
     assert all(max(one["values"]) < 0 for one in gains.values())
-    told = {budget: f"{plus_minus(one, '+.3f')}" for budget, one in gains.items()}
-    p_values = {budget: p_shown(one) for budget, one in gains.items()}
-    control = found["192", 240]["affine gelu_tanh × 10"]["difference"]
-    small, larger, longer = (
-        f"{told[budget]} {{}}(p {p_values[budget]})" for budget in (("192", 240), ("320", 240), ("192", 480))
-    )
+    told = {budget: plus_minus(one, "+.3f") for budget, one in gains.items()}
+    controls = {
+        budget: plus_minus(entries["affine gelu_tanh × 10"]["difference"], "+.3f") for budget, entries in found.items()
+    }
+
+    def after(size: str, steps: int) -> str:
+        return f"{told[size, steps]} after {steps} ({controls[size, steps]})"
+
     says(
         "docs/activations/study.md",
-        f"Hermite 4 × 10 has {small.format('from GELU ')} with 3.8 million, where the control has "
-        f"{plus_minus(control, '+.3f')}, and {larger.format('')} with 12.7 million; after 480 steps "
-        f"{longer.format('')} with 3.8 million",
+        f"{told['192', 240]} after 240 steps (the control {controls['192', 240]}), {after('192', 480)} and "
+        f"{after('192', 960)}; with 12.7 million {after('320', 120)}, {after('320', 240)} and {after('320', 480)}",
         f"with GELU ({gelu[1.5e-3]:.3f} instead of {gelu[7.5e-4]:.3f}) and not with Hermite 4 ({hermite[1.5e-3]:.3f}",
     )
-    beyond = found["192", 480][f"{HERMITE}10"]["differences_to_controls"]["affine gelu_tanh × 10"]
+    beyond = {
+        (*budget, name): entries[name]["differences_to_controls"]["affine gelu_tanh × 10"]
+        for budget, entries in found.items()
+        for name in (f"{HERMITE}10", recipe.DEFAULT)
+        if name in entries
+    }
+    assert all(max(one["values"]) < 0 for (size, steps, _), one in beyond.items() if size == "192" and steps > 240)
+    small, narrow = (
+        [f"{plus_minus(beyond['192', steps, name], '+.3f')}" for steps in (480, 960)]
+        for name in (f"{HERMITE}10", recipe.DEFAULT)
+    )
     says(
         "docs/activations/study.md",
-        f"There the shape has {plus_minus(beyond, '+.3f')} beyond the control (p {beyond['p_value']:.3f}, uncorrected)",
+        f"beyond the control it has {small[0]} after 480 steps and {small[1]} after 960, on [-2, 2] {narrow[0]} and "
+        f"{narrow[1]}",
     )
-    says("README.md", f"with four times {told['192', 480]} after as many steps")
+    default = [plus_minus(found["192", steps][recipe.DEFAULT]["difference"], "+.3f") for steps in (480, 960)]
+    says("README.md", f"with four times the size it is not, {default[0]} and, after twice the tokens, {default[1]} (")
+
+
+def test_the_default_by_size_and_tokens_is_told_as_measured() -> None:
+    found = larger_models()
+    for setting in content("recipe")["settings"]:
+        if (setting["corpus"], setting["model"], setting["learning_rate"]) == (
+            "state-of-the-union", "GPT-2, 4 layers of 128", 3e-3,
+        ):  # fmt: skip
+            found["128", setting["steps"]] = {one["name"]: one for one in setting["activations"]}
+    gains, shares = {}, {}
+    for budget in (("128", 240), ("128", 960), ("192", 240), ("192", 480), ("192", 960), ("320", 480)):
+        entry = found[budget][recipe.DEFAULT]
+        share = entry["differences_to_controls"]["affine gelu_tanh × 10"]
+        assert (share["pairs"], entry["difference"]["pairs"]) == (3, 3)
+        gains[budget] = plus_minus(entry["difference"], "+.3f")
+        shares[budget] = plus_minus(share, "+.3f")
+    says(
+        "docs/activations/study.md",
+        f"it is {shares['128', 240]} after 240 steps and {shares['128', 960]} after 960, with 3.8 million "
+        f"{shares['192', 240]} after 240, {shares['192', 480]} after 480 and {shares['192', 960]} after 960, with 12.7 "
+        f"million {shares['320', 480]} after 480: beyond the control",
+        f"from GELU is {gains['128', 240]} and {gains['128', 960]}, {gains['192', 240]}, {gains['192', 480]} and "
+        f"{gains['192', 960]}, and {gains['320', 480]}: with 0.9 million more than twice that of the recipe",
+    )
+    ends = [found["128", 960][name]["difference"]["mean"] for name in (recipe.DEFAULT, f"{HERMITE}10")]
+    assert ends[0] < 2 * ends[1] < 0
+    longer = [found["192", steps][recipe.DEFAULT]["difference"]["mean"] for steps in (480, 960)]
+    assert longer[1] <= longer[0]
 
 
 def test_ablations_of_the_recipe_are_told_as_measured() -> None:
@@ -388,7 +447,7 @@ def test_other_fixed_functions_and_frozen_ones_are_told_as_measured(settings: di
     shown = plus_minus(text, "+.3f")
     says(
         "README.md",
-        f"on the addresses and on MNIST, where it was tried ({shown}, {plus_minus(squared['difference'], '+.4f')})",
+        f"does as well on MNIST ({plus_minus(squared['difference'], '+.4f')}); on the addresses it has {shown},",
     )
     says(
         "docs/activations/study.md",
@@ -427,8 +486,8 @@ def losses_of(corpus: str, name: str, key: str = "test_loss") -> dict[int, float
 
 def test_what_the_study_says_beside_its_tables_is_measured() -> None:
     """Of other documents, seeds and pairs than the tables compare, and of what the control has learned."""
-    first, control, count = "python-documentation-and-source", "affine gelu_tanh × ", {5: "five", 10: "ten"}
-    whole, ended, seeds = [], {}, {}
+    first, control = "python-documentation-and-source", "affine gelu_tanh × "
+    whole, ended = [], {}
     for rate in ("10", "30"):
         for name in (f"{control}{rate}", f"{HERMITE}{rate}"):
             compared = recipe.difference(losses_of(first, name, "loss"), losses_of(first, "gelu_tanh", "loss"))
@@ -439,11 +498,6 @@ def test_what_the_study_says_beside_its_tables_is_measured() -> None:
         ]
         ended[rate] = [row["learned"] for row in rows]
     across = recipe.difference(losses_of(first, f"{HERMITE}30"), losses_of(first, f"{control}10"))
-    for corpus in (first, "state-of-the-union"):
-        compared = recipe.difference(losses_of(corpus, f"{HERMITE}10"), losses_of(corpus, "gelu_tanh"))
-        assert compared is not None
-        assert max(compared["values"]) < 0
-        seeds[corpus] = count[compared["pairs"]]
     digits = [losses_of("digits", name) for name in (f"{HERMITE}10", "affine gelu × 10")]
     fewer = recipe.difference({seed: loss for seed, loss in digits[0].items() if seed < 5}, digits[1])
     tiny = [
@@ -459,10 +513,9 @@ def test_what_the_study_says_beside_its_tables_is_measured() -> None:
         sum(learned[name][0] for learned in ended["10"]) / 13
         for name in ("gain", "input_scale", "input_shift", "offset")
     ]
-    steps = [recipe.EQUAL_TIME[name] for name in ("hermite4", "affine")]
+    steps = [recipe.EQUAL_TIME[name] for name in ("hermite4-wide", "affine")]
     says(
         "docs/activations/study.md",
-        f"on every seed that is reported of two texts ({seeds[first]} and {seeds['state-of-the-union']})",
         f"On all 12 documents it is {', '.join(whole[:3])} and {whole[3]}",
         f"against the control × 10 ({plus_minus(across, '+.3f')})",
         f"the first five seeds alone had {plus_minus(fewer, '+.4f')}",
@@ -470,11 +523,6 @@ def test_what_the_study_says_beside_its_tables_is_measured() -> None:
         f"the first gain is {low:.1f} to {high:.1f}, in four of six trainings one gain is within 0.08 of 0",
         f"on average {about[0]:.1f} · GELU({about[1]:.1f} x - {-about[2]:.0f}) - {-about[3]:.1f}",
         f"(`--train equal-time`: {steps[0]} and {steps[1]})",
-    )
-    says(
-        "README.md",
-        f"two small texts, on {seeds[first]} of {seeds[first]} seeds and on {seeds['state-of-the-union']} of "
-        f"{seeds['state-of-the-union']}.",
     )
 
 
@@ -493,15 +541,26 @@ def test_each_at_its_own_base_rate_is_told_as_measured() -> None:
     hermite, control = (f"{name} × 10" for name in _OF_IMAGES)
     chosen = {"gelu": (6e-3, 1.2e-2), control: (1.2e-2, 6e-3), hermite: (1.2e-2, 3e-3)}
     assert rates == {
-        (corpus, name): (of[number], 5)
-        for number, corpus in enumerate(("digits", "mnist-5k"))
+        (corpus, name): (of[number], seeds)
+        for number, (corpus, seeds) in enumerate((("digits", 10), ("mnist-5k", 5)))
         for name, of in chosen.items()
     }
     digits, images = ([tuned(corpus, name) for name in (hermite, control)] for corpus in ("digits", "mnist-5k"))
-    says("README.md", f"(each at its own: {digits[0]})")
+    of_digits = [
+        {
+            row["seed"]: row["test_loss"]
+            for row in content("recipe")["trainings"]
+            if (row["corpus"], row["name"], row["learning_rate"]) == ("digits", name, rate)
+            and (row["steps"], row["batch"], row["precision"]) == (500, 32, "fp32")
+        }
+        for name, rate in ((hermite, 1.2e-2), ("gelu", 6e-3))
+    ]
+    fresh = recipe.difference(*({seed: own[seed] for seed in range(5, 10)} for own in of_digits))
+    says("README.md", f"Each at its own best base rate, ten seeds: {digits[0]}.")
     says(
         "docs/activations/study.md",
-        f"Hermite 4 (1.2e-2) has {digits[0]} from GELU (6e-3), the control (1.2e-2) {digits[1]}:",
+        f"Hermite 4 (1.2e-2) has {digits[0]} from GELU (6e-3; ten seeds, p 0.015), the control (1.2e-2) {digits[1]}:",
+        f"{plus_minus(fresh, '+.4f')} on these alone",
         f"Hermite 4 (3e-3) keeps {images[0]} from GELU (1.2e-2; p 0.004), the control (6e-3) {images[1]}.",
     )
 
@@ -535,42 +594,39 @@ def test_what_the_functions_became_is_told_as_measured() -> None:
     ]
     assert recipe.shapes(content("recipe")["settings"], content("recipe")["trainings"]) == content("recipe")["shapes"]
     first = {name: [one["blocks"][0][name] for one in shapes] for name in ("GELU", "ReLU²")}
-    (largest,) = (one["blocks"] for one in shapes if one["model"].endswith("of 320"))
-    of_largest = sorted(block["ReLU²"] for block in largest)
+    largest = {one["steps"]: one["blocks"] for one in shapes if one["model"].endswith("of 320")}
+    of_largest = sorted(block["ReLU²"] for block in largest[240])
     says(
         "docs/activations/study.md",
         f"ReLU² explains {min(first['ReLU²']):.2f} to {max(first['ReLU²']):.2f} of the variance",
         f"began, {min(first['GELU']):.2f} to {max(first['GELU']):.2f}.",
         f"all ten blocks do after 240 steps ({of_largest[0]:.2f} to {of_largest[-1]:.2f})",
     )
-    assert (len(shapes), sum(one > 0.9 for one in first["ReLU²"])) == (11, 9)
+    assert (len(shapes), sum(one > 0.9 for one in first["ReLU²"])) == (14, 12)
 
 
 def test_the_narrower_interval_is_told_as_measured() -> None:
-    narrow = "hermite4 gelu [-2, 2] × 10"
-    texts = {"python-documentation-and-source": 10, "state-of-the-union": 5}
+    narrow = recipe.DEFAULT
     told = []
-    for corpus, seeds in texts.items():
+    for corpus in ("python-documentation-and-source", "state-of-the-union"):
         own = losses_of(corpus, narrow)
         compared = [
             recipe.difference(own, losses_of(corpus, other))
             for other in ("gelu_tanh", f"{HERMITE}10", "affine gelu_tanh × 10")
         ]
-        assert all(one is not None and max(one["values"]) < 0 and one["pairs"] == seeds for one in compared)
+        assert all(one is not None and max(one["values"]) < 0 and one["pairs"] == 10 for one in compared)
         told.append([plus_minus(one, "+.3f") for one in compared])
-    beyond = recipe.difference(
-        losses_of("python-documentation-and-source", narrow),
-        losses_of("python-documentation-and-source", "affine gelu_tanh × 10"),
+    own, control, relu_squared = (
+        losses_of("state-of-the-union", name)
+        for name in (narrow, "affine gelu_tanh × 10", "polyrelu2 relu_squared × 0")
     )
-    assert beyond is not None
-    assert beyond["p_value"] < 1e-4
+    fresh = recipe.difference({seed: loss for seed, loss in own.items() if seed >= 5}, control)
+    fixed = plus_minus(recipe.difference(own, relu_squared), "+.3f")
     images = [
         plus_minus(recipe.difference(losses_of(corpus, narrow), losses_of(corpus, other)), "+.4f")
         for corpus in ("mnist-5k", "digits")
         for other in ("gelu", f"{HERMITE}10")
     ]
-    larger = larger_models()["192", 480][narrow]
-    (control,) = larger["differences_to_controls"].values()
     gelu = losses_of("state-of-the-union", "gelu_tanh")
     low = [
         plus_minus(recipe.difference(losses_of("state-of-the-union", name), gelu), "+.3f")
@@ -581,13 +637,17 @@ def test_the_narrower_interval_is_told_as_measured() -> None:
         f"it has {told[0][0]} from GELU on the first text, {told[0][1]} from the recipe and {told[0][2]} beyond the "
         "control",
         f"on the addresses {told[1][0]}, {told[1][1]} and {told[1][2]}",
-        f"with 3.8 million parameters {plus_minus(larger['difference'], '+.3f')} from GELU and "
-        f"{plus_minus(control, '+.3f')} beyond the control",
+        f"the five fresh ones alone have {plus_minus(fresh, '+.3f')} beyond the control",
+        f"On [-2, 2] it has {fixed} from it.",
         f"On MNIST it has {images[0]} from GELU and {images[1]} from the recipe, on the digits {images[2]} and "
         f"{images[3]}",
         f"Degree 2 on [-4, 4] has {low[0]}, degree 3 on [-2, 2] {low[1]}",
     )
-    says("README.md", f"{told[0][2]} and {told[1][2]} beyond the control")
+    says(
+        "README.md",
+        f"the shape adds {told[0][2]} on this text and {told[1][2]} on another, on each of ten seeds",
+        f"{fixed.lstrip('-')} less than Hermite 4 (five seeds)",
+    )
 
 
 def test_the_rule_where_it_was_not_found_is_told_as_measured() -> None:
@@ -683,8 +743,8 @@ def test_fine_tuning_is_told_as_measured() -> None:
     now, earlier = losses[""], losses[" after an earlier conversion"]
     rates = [f"{now[f'hermite8 × {rate}']:.3f}" for rate in ("0", "0.1", "0.3", "1", "3", "10")]
     rates.insert(3, f"{content('quickstart')['models']['GELU → Hermite, fine-tuned']['loss']:.3f}")
-    gelu = content("quickstart")["models"]["GELU, fine-tuned"]["loss"]
-    assert f"{gelu:.3f}" == f"{now['gelu_tanh']:.3f}"
+    gelu = now["gelu_tanh"]
+    assert abs(content("quickstart")["models"]["GELU, fine-tuned"]["loss"] - gelu) < 0.003  # another machine
     ends = [f"{earlier[f'hermite8 × {rate}']:.3f}" for rate in ("0.1", "1", "10")]
     says(
         "docs/activations/study.md",

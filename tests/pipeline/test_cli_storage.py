@@ -210,6 +210,16 @@ def test_commands_of_an_empty_store_say_so(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("words", [["runs", "--store", ""], ["status", "--store", " "], ["runs"]])
+def test_an_empty_address_is_not_the_default_store(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "--store" not in words:
+        monkeypatch.setenv("POLYTROPE_STORE", "")
+    assert main(words) == 2
+    assert "store: the address is empty" in capsys.readouterr().err
+
+
 def test_what_is_opened_may_be_called_as_a_kind_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = Place(tmp_path)
     untracked = {"tracking": {"enabled": False}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from polytrope.pipeline.store.manifest import OutputChangedError, StoredArtifact
 from polytrope.pipeline.store.store import Commit, Store, store_error
 from polytrope.pipeline.support import faults
 from polytrope.pipeline.tracking.process import database_file, tracking_uri
+from polytrope.pipeline.workflow.encoding import encode
 from polytrope.pipeline.workflow.keys import stage_key
 
 COMPONENTS = {"uses": "m:f"}
@@ -47,6 +49,18 @@ def place(tmp_path: Path) -> Store:
     result = Store(tmp_path / "store")
     result.create()
     return result
+
+
+def test_parameters_are_read_as_the_workflow_had_them() -> None:
+    """Whatever their key encodes them as: the order of a mapping is part of it."""
+    given = {"activation": {"name": "hermite", "interval": [-2, 2], "degree": 4}, "rate": math.inf, "seed": 3}
+    encoded = {name: encode(value, name) for name, value in given.items()}
+    assert "$mapping" in encoded["activation"]
+    about = {"key": KEY, "digest": "", "summary": {}, "stage": "s", "run_id": "r", "duration": 0.0, "committed": 0.0}
+    stored = StoredArtifact(components={"parameters": encoded}, **about)
+    assert stored.parameters == given | {"rate": "inf"}
+    assert list(stored.parameters["activation"]) == ["name", "interval", "degree"]
+    assert StoredArtifact(components={}, **about).parameters == {}
 
 
 def test_a_committed_artifact_is_found_with_all_it_was_committed_with(place: Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from polytrope.pipeline.stages.train.train import train
 from polytrope.pipeline.store.manifest import StoredArtifact
 from polytrope.pipeline.store.store import Store
 from polytrope.pipeline.workflow.code import read_code
+from polytrope.pipeline.workflow.encoding import encode
 from polytrope.pipeline.workflow.graph import build_graph
 from polytrope.pipeline.workflow.spec import load_workflow
 
@@ -78,6 +80,22 @@ def test_differences_are_of_the_seeds_and_documents_that_nothing_is_chosen_by() 
     text = recipe_tables.markdown([setting], [], {})
     assert "| hermite4 gelu [-4, 4] × 10 | 3 | 4.0900 ± 0.1721 | – | -0.1100 ± 0.1314 |" in text
     assert "| affine gelu_tanh × 30 | 1 | 4.1000 | 10: 4.2000 | -0.1000 | – | – | – | – | – | 0 |" in text
+
+
+def test_the_first_table_has_the_recipe_as_it_was_found_and_as_it_is_the_default() -> None:
+    narrow = [row | {"name": recipe.DEFAULT} for row in rows() if row["name"] == recipe.RECIPE]
+    (setting,) = recipe.compare(rows() + narrow)
+    entries = {entry["name"]: entry for entry in setting["activations"]}
+    first = recipe_tables.overview([setting])
+    for name in (recipe.RECIPE, recipe.DEFAULT):
+        (line,) = (line for line in first if f"| {name} | 3 | 4.2000" in line)
+        beyond = entries[name]["differences_to_controls"]["affine gelu_tanh × 10"]
+        found = f"-0.1100 ± 0.1314 | {entries[name]['difference']['holm_p_value']:.4f} | "
+        assert found in line
+        assert line.endswith(f" | -0.0267 ± 0.0625 | {beyond['holm_p_value']:.4f} | 1 |")
+    assert "tropical" not in "".join(first)
+    only_found = recipe_tables.overview(recipe.compare(rows()))
+    assert [recipe.DEFAULT in "".join(only_found), recipe.RECIPE in "".join(only_found)] == [False, True]
 
 
 def test_what_is_tried_beside_costs_what_is_asked_nothing() -> None:
@@ -269,12 +287,12 @@ def test_what_is_recorded_is_not_trained_again(tmp_path: Path) -> None:
     names = {
         "gelu_tanh": "gelu_tanh",
         "affine": "affine gelu_tanh × 10",
-        "hermite4": "hermite4 gelu [-4, 4] × 10",
+        "hermite4-wide": "hermite4 gelu [-4, 4] × 10",
     }
     recorded = [about | {"name": name, "seed": seed} for name in names.values() for seed in range(3)]
     recorded += [
         about | {"name": names["affine"], "seed": 3},
-        about | {"name": names["hermite4"], "seed": 4, "steps": 9},
+        about | {"name": names["hermite4-wide"], "seed": 4, "steps": 9},
     ]
     sources = recipe_trainings.Sources(speeches=tmp_path)
     composed = recipe_trainings.compose("speeches", sources, recorded)
@@ -285,7 +303,7 @@ def test_what_is_recorded_is_not_trained_again(tmp_path: Path) -> None:
     branches = [node.branch for node in build_graph(load_workflow(file)).values() if node.spec_name == "train0"]
     left = {(branch["activation"], int(branch["seed"])) for branch in branches}
     assert len(branches) == len(left)
-    assert left == {("gelu_tanh", 3), ("gelu_tanh", 4), ("affine", 4), ("hermite4", 3), ("hermite4", 4)}
+    assert left == {("gelu_tanh", 3), ("gelu_tanh", 4), ("affine", 4), ("hermite4-wide", 3), ("hermite4-wide", 4)}
     recorded += [about | {"name": name, "seed": seed} for name in names.values() for seed in (3, 4)]
     assert recipe_trainings.compose("speeches", sources, recorded) is None
     composed = recipe_trainings.compose("sizes", sources, recorded)  # other models, other steps
@@ -386,6 +404,9 @@ def test_a_frozen_activation_starts_as_learned_and_all_else_as_the_seed_says(tmp
         assert torch.equal(tensor, (learned if name in coefficients else fresh)[name]), name
 
 
+CODE = read_code([train.__module__]).files
+
+
 def artifact(**changes: Any) -> StoredArtifact:
     return StoredArtifact(
         **{"key": "", "digest": "", "stage": "", "run_id": "", "duration": 0, "committed": 0, "summary": {}} | changes
@@ -410,13 +431,18 @@ def test_a_training_says_its_rate_and_where_its_coefficients_came_from() -> None
     def trained(
         initial: str | None = None,
         digest: str = "t",
-        code: tuple[str, ...] = (recipe_trainings.DEFAULT_START,),
+        code: Mapping[str, str] = CODE,
         **changes: Any,
     ) -> StoredArtifact:
+        given = parameters | changes
+        if given["model"] is not None:  # "$class" is of the key already
+            given["model"] = {
+                name: part if name == "$class" else encode(part, name) for name, part in given["model"].items()
+            }
         components = {
             "uses": "train",
-            "code": dict.fromkeys(code, ""),
-            "parameters": parameters | changes,
+            "code": code,
+            "parameters": given,
             "inputs": {"dataset": "d", "initial": initial},
         }
         return artifact(digest=digest, components=components, summary={"val/loss": 4.5})
@@ -435,8 +461,10 @@ def test_a_training_says_its_rate_and_where_its_coefficients_came_from() -> None
     assert (row(model=parameters["model"] | {"activation": "gelu_tanh"}) or {})["name"] == "gelu_tanh"
     short = parameters["model"] | {"activation": "hermite4"}
     assert (row(model=short) or {})["name"] == "hermite4 gelu [-2, 2] × 10"
-    assert (row(model=short, code=()) or {})["name"] == "hermite4 variance_preserving × 0.1"  # of a store from before
-    assert recipe_trainings.DEFAULT_START in read_code([train.__module__]).files
+    assert (row(model=short, code={}) or {})["name"] == "hermite4 variance_preserving × 0.1"  # of a store from before
+    between = {recipe_trainings.DEFAULT_START: "ab" * 32}  # other defaults: [-4, 4] once
+    assert row(model=short, code=between) is None
+    assert (row(code=between) or {})["name"] == "hermite4 gelu [-4, 4] × 10"  # says it itself
     assert found["model"] == "GPT-2, 4 layers of 128"
     assert row(model=parameters["model"] | {"norm": "batch"}) is None
     gated = row(model=parameters["model"] | {"feedforward": "gated"})
