@@ -104,11 +104,16 @@ def _follow(client: Any, job_id: str) -> int:
     return EXIT_SUCCESS if cluster.wait(client, job_id, 10) == "SUCCEEDED" else EXIT_RUN_FAILED
 
 
+def _store_of(job: cluster.Job, options: argparse.Namespace) -> str:
+    """`--store`, else where the job's driver was told to keep its runs."""
+    return job.store if options.store is None else str(options.store)
+
+
 def status(options: argparse.Namespace) -> int:
     """The job's state, and what `polytrope status` says on the head."""
     client = cluster.connect(options.address)
     job = cluster.newest_job(client, options.run, options.address)
-    arguments = ["status", job.run_id, "--store", job.store if options.store is None else options.store]
+    arguments = ["status", job.run_id, "--store", _store_of(job, options)]
     code, text = cluster.ask(client, [*arguments, *(["--json"] if options.json else [])], run_id=job.run_id)
     if not options.json:
         print(cluster.describe(job))
@@ -127,14 +132,7 @@ def logs(options: argparse.Namespace) -> int:
     client = cluster.connect(options.address)
     job = cluster.newest_job(client, options.run, options.address)
     if options.stage is not None:
-        arguments = [
-            "logs",
-            job.run_id,
-            "--store",
-            job.store if options.store is None else options.store,
-            "--stage",
-            options.stage,
-        ]
+        arguments = ["logs", job.run_id, "--store", _store_of(job, options), "--stage", options.stage]
         if options.tail is not None:
             arguments += ["--tail", str(options.tail)]
         code, text = cluster.ask(client, arguments, run_id=job.run_id)
@@ -153,14 +151,7 @@ def cancel(options: argparse.Namespace) -> int:
     if job.ended:
         print(f"{cluster.describe(job)}: nothing to cancel")
         return EXIT_SUCCESS
-    arguments = [
-        "cancel",
-        job.run_id,
-        "--store",
-        job.store if options.store is None else options.store,
-        "--wait",
-        str(options.wait),
-    ]
+    arguments = ["cancel", job.run_id, "--store", _store_of(job, options), "--wait", str(options.wait)]
     _, text = cluster.ask(client, arguments, run_id=job.run_id, timeout=options.wait + 60)
     print(text, end="")
     ray_state = cluster.wait(client, job.job_id, options.wait)
@@ -196,7 +187,7 @@ def resume(options: argparse.Namespace) -> int:
     else:
         job = cluster.newest_job(client, options.run, options.address)
     _refuse_running([job], job.run_id, options.address)
-    store = job.store if options.store is None else options.store
+    store = _store_of(job, options)
     arguments = ["resume", job.run_id, "--store", store, "--ray-address", "auto"]
     arguments += passed
     job_id = cluster.submit(

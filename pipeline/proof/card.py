@@ -250,9 +250,7 @@ def _draw_activations(directory: Path) -> bytes | None:
 
 
 def _training(store: Store, model: StoredArtifact) -> Section:
-    parameters = {
-        key: value for key, value in (model.components.get("parameters") or {}).items() if key not in ("model",)
-    }
+    parameters = {key: value for key, value in model.parameters.items() if key not in ("model",)}
     text = f"Stage `{model.stage}` (`uses: {model.components.get('uses')}`), {model.duration:.0f} s."
     history = [entry for entry in read_history(store.materialize(model.key)) if entry.get("val/loss") is not None]
     if history:

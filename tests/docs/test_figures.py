@@ -744,11 +744,12 @@ def test_fine_tuning_is_told_as_measured() -> None:
     rates = [f"{now[f'hermite8 × {rate}']:.3f}" for rate in ("0", "0.1", "0.3", "1", "3", "10")]
     rates.insert(3, f"{content('quickstart')['models']['GELU → Hermite, fine-tuned']['loss']:.3f}")
     gelu = now["gelu_tanh"]
-    assert abs(content("quickstart")["models"]["GELU, fine-tuned"]["loss"] - gelu) < 0.003  # another machine
+    elsewhere = content("quickstart")["models"]["GELU, fine-tuned"]["loss"]
     ends = [f"{earlier[f'hermite8 × {rate}']:.3f}" for rate in ("0.1", "1", "10")]
     says(
         "docs/activations/study.md",
         f"| {' | '.join(rates)} | {gelu:.3f} |",
+        f"by the rule is the quickstart's last run, on another machine, where GELU ended at {elsewhere:.3f}.",
         f"ended at {ends[0]}, {ends[1]} and {ends[2]} (× 0.1, × 1, × 10;",
     )
 
